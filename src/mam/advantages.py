@@ -1,0 +1,55 @@
+"""Generalised advantage estimation on plain arrays."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+
+class Advantages(eqx.Module):
+    """What PPO learns from."""
+
+    advantage: Float[Array, "T *batch"]
+    target: Float[Array, "T *batch"]  # of the value: advantage + value
+
+
+def generalised_advantages(
+    reward: Float[Array, "T *batch"],
+    value: Float[Array, "T *batch"],
+    next_value: Float[Array, "T *batch"],
+    terminated: Bool[Array, "T *#batch"],
+    truncated: Bool[Array, "T *#batch"],
+    *,
+    gamma: float,
+    gae_lambda: float,
+) -> Advantages:
+    """GAE(λ) in which a time limit is no termination.
+
+        δ_t = r_{t+1} + γ (1 − terminated_{t+1}) v(s'_{t+1}) − v(s_t)
+        Â_t = δ_t + γ λ (1 − terminated_{t+1}) (1 − truncated_{t+1}) Â_{t+1}
+
+    Args:
+        reward: r_{t+1}, of the action at t.
+        value: v(s_t).
+        next_value: v(s'_{t+1}), of the true successor even where the environment has reset itself since.
+        terminated: the action at t ended the task.
+        truncated: the action at t was the last one before a cut.
+        gamma: discount per step.
+        gae_lambda: λ in [0, 1].
+
+    Returns:
+        Advantages and value targets.
+
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; truncation after Pardo et al. 2018 (arXiv 1712.00378).
+    """
+    delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
+    carry_on = jnp.where(terminated | truncated, 0.0, gamma * gae_lambda)
+
+    def step(advantage, inputs):
+        delta, carry_on = inputs
+        advantage = delta + carry_on * advantage
+        return advantage, advantage
+
+    carry_on = jnp.broadcast_to(carry_on, delta.shape)
+    _, advantage = lax.scan(step, jnp.zeros_like(value[0]), (delta, carry_on), reverse=True)
+    return Advantages(advantage=advantage, target=advantage + value)

@@ -1,0 +1,209 @@
+"""What a run is: frozen dataclasses, their derived values, and a strict JSON round trip.
+
+The docstring under a field is its help text on the command line.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """Something the user wrote is wrong; the message is one line that says what, and what would be right."""
+
+
+def unknown_name(kind: str, name: str, valid: typing.Iterable[str], hint: str = "") -> ConfigError:
+    """The error for a name that does not exist, with the nearest ones that do."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    names = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(sorted(valid)[:12])}"
+    return ConfigError(f"unknown {kind} '{name}': {names}{hint}")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of the encoder–decoder policy."""
+
+    d_model: int = 64
+    """Width of the residual stream."""
+    num_blocks: int = 1
+    """Blocks in the encoder, and as many in the decoder."""
+    num_heads: int = 1
+    """Attention heads (mat)."""
+    d_state: int = 16
+    """State size per inner channel (mam)."""
+    d_conv: int = 4
+    """Width of the convolution along the agents (mam)."""
+    expand: int = 2
+    """Inner width of a Mamba block, as a multiple of d_model (mam)."""
+    dt_rank: int | None = None
+    """Rank of the step-size projection (mam); d_model / 16, rounded up, if None."""
+
+    @property
+    def d_inner(self) -> int:
+        """Channels inside a Mamba block."""
+        return self.expand * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """The rank in force."""
+        return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation on joint actions, with a ratio per agent."""
+
+    lr: float = 5e-4
+    """Adam's learning rate, constant."""
+    num_envs: int = 64
+    """Environments stepped side by side, per seed."""
+    rollout_length: int = 128
+    """Environment steps between two updates, per environment."""
+    num_epochs: int = 5
+    """Passes over each rollout."""
+    num_minibatches: int = 2
+    """Gradient steps per pass."""
+    gamma: float = 0.99
+    """Discount per environment step."""
+    gae_lambda: float = 0.95
+    """λ of generalised advantage estimation."""
+    clip_eps: float = 0.2
+    """Clipping range of the probability ratio, and of the value's change."""
+    ent_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Gradients are scaled down to this global norm."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of the current weights during training, and of the best ones after it."""
+
+    num_evaluations: int = 20
+    """Evenly spaced evaluations; the last one is of the final weights."""
+    num_episodes: int = 32
+    """Episodes per evaluation."""
+    num_absolute_episodes: int = 320
+    """Fresh episodes played by the best weights after training: the absolute metric."""
+    greedy: bool = False
+    """Take the most likely actions instead of sampling them."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run: everything that decides its numbers."""
+
+    policy: str = "mam"
+    """Policy: mam (Multi-Agent Mamba) or mat (Multi-Agent Transformer)."""
+    env: str = "lbf/2s-8x8-2p-2f-coop"
+    """Task as suite/task; `mam list` shows them all."""
+    seed: int = 0
+    """First seed; the run trains seeds seed … seed + num_seeds − 1."""
+    num_seeds: int = 1
+    """Independent seeds trained side by side in one program."""
+    total_timesteps: int = 1_000_000
+    """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self):
+        _validate(self)
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps in one rollout of one seed."""
+        return self.ppo.num_envs * self.ppo.rollout_length
+
+    @property
+    def num_updates(self) -> int:
+        """Updates in the run."""
+        return -(-self.total_timesteps // self.steps_per_update)
+
+    def evaluate_after(self, update: int) -> bool:
+        """Whether the weights after this many updates are evaluated: evenly spaced, the last always."""
+        count = min(self.eval.num_evaluations, self.num_updates)
+        return (update * count) // self.num_updates > ((update - 1) * count) // self.num_updates
+
+
+_POSITIVE = (
+    ("total_timesteps", "num_seeds"),
+    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
+    ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
+    ("num_evaluations", "num_episodes", "num_absolute_episodes"),
+)
+
+
+def _validate(config: Config) -> None:
+    """Refuses values that no run could have, naming the key and what is allowed."""
+    groups = (("", config), ("network.", config.network), ("ppo.", config.ppo), ("eval.", config.eval))
+    for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
+        for name in names:
+            if not getattr(group, name) > 0:
+                raise ConfigError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
+    ppo, network = config.ppo, config.network
+    if config.seed < 0:
+        raise ConfigError(f"seed must not be negative, got {config.seed}")
+    for name in ("gamma", "gae_lambda"):
+        if not 0 <= getattr(ppo, name) <= 1:
+            raise ConfigError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
+    for name in ("ent_coef", "vf_coef"):
+        if not getattr(ppo, name) >= 0:
+            raise ConfigError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
+    if config.steps_per_update % ppo.num_minibatches:
+        raise ConfigError(
+            f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "
+            f"= {config.steps_per_update}, got {ppo.num_minibatches}"
+        )
+    if network.d_model % network.num_heads:
+        raise ConfigError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
+    if network.dt_rank is not None and network.dt_rank < 1:
+        raise ConfigError(f"network.dt_rank must be positive, got {network.dt_rank}")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
+    """Builds a config from what `to_json` wrote; missing keys take their defaults.
+
+    Raises:
+        ConfigError: for an unknown key or a value of the wrong type, naming it.
+    """
+    types = typing.get_type_hints(kind)
+    values = {}
+    for name, value in data.items():
+        if name not in types:
+            raise unknown_name("key", prefix + name, [prefix + n for n in types])
+        expected = types[name]
+        if dataclasses.is_dataclass(expected):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{name} must be a group of keys, got {value!r}")
+            values[name] = from_json(typing.cast(type, expected), value, f"{prefix}{name}.")
+        else:
+            values[name] = _checked(prefix + name, value, expected)
+    return kind(**values)
+
+
+def _checked(name: str, value: Any, expected: Any) -> Any:
+    """The value, if it has the type; an int passes for a float, a bool for nothing else."""
+    allowed = typing.get_args(expected) or (expected,)
+    if typing.get_origin(expected) is Literal:
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        return value
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
+        raise ConfigError(f"{name} must be {names}, got {value!r}")
+    return value

@@ -1,0 +1,251 @@
+"""Tiny tasks with a known best score: each fails for one reason only, so a score says what is broken.
+
+    task      what it takes                               optimal_return     random_return    ends by
+    identity  acting on one's own observation             T                  T / A            truncation
+    copy      knowing what earlier agents just chose      (T−1)(1 − 1/A)     optimal / A      truncation
+    matrix    coordinating on the better of two optima    1                  see the class    termination
+    memory    carrying a cue across environment steps     1                  1 / A            termination
+
+T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on average.
+All actions are legal and all agents alive.
+"""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from mam.envs.base import restart, transition
+from mam.types import EnvSpec, EnvState, Observation, TimeStep
+
+
+class CueState(eqx.Module):
+    """What each agent is to answer, and how far the episode has come."""
+
+    cue: Int[Array, "N"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Probe(abc.ABC):
+    """What the probes share."""
+
+    num_agents: int
+    num_actions: int
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> EnvSpec: ...
+
+    @property
+    @abc.abstractmethod
+    def optimal_return(self) -> float:
+        """Expected return of the best policy without memory (`memory`: with)."""
+
+    @property
+    @abc.abstractmethod
+    def random_return(self) -> float:
+        """Expected return of uniformly random actions."""
+
+    @abc.abstractmethod
+    def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
+
+    @abc.abstractmethod
+    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
+
+    def animate(self, states: list[EnvState], path: Path) -> None:
+        """Raises `NotImplementedError`: there is nothing to see."""
+        raise NotImplementedError(f"{self.spec.name} cannot be drawn")
+
+    def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
+        return jax.random.randint(key, (self.num_agents,), 0, self.num_actions)
+
+    def _observe(self, view: Float[Array, "N O"]) -> Observation:
+        action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
+        return Observation(view, action_mask, alive=jnp.ones(self.num_agents, bool))
+
+
+@dataclass(frozen=True)
+class Identity(Probe):
+    """Every agent sees a random cue of its own, new at every step; the reward is the fraction that answer it.
+
+    Probes the plumbing (observations, actions, advantages, optimiser): nothing done now matters later.
+    """
+
+    num_agents: int = 3
+    num_actions: int = 4
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec("probe/identity", self.num_agents, self.num_actions, self.num_actions, self.time_limit)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        return self.time_limit / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._observe(jax.nn.one_hot(state.cue, self.num_actions)))
+
+    def step(self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        reward = (action == state.cue).mean()
+        state = CueState(self._draw_cue(key), state.step_count + 1)
+        observation = self._observe(jax.nn.one_hot(state.cue, self.num_actions))
+        return state, transition(observation, reward, truncated=state.step_count >= self.time_limit)
+
+
+class CopyState(eqx.Module):
+    """The action that pays nothing now, and how far the episode has come."""
+
+    spent: Int[Array, ""]  # what agent 0 chose at the step before; −1 at the first step
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Copy(Probe):
+    """Agents must agree with agent 0, which must not repeat itself, and nobody sees anything.
+
+    The reward is the fraction of the others that choose as agent 0 does, and nothing if agent 0 repeats
+    its action of the step before (or at the first step, where there is none before). Observations are
+    constant, so a policy without memory plays one joint distribution at every step. Let p_a be the
+    probability that agent 0 chooses a. It repeats itself with probability Σ p_a², so
+
+    * at best a step earns 1 − Σ p_a² ≤ 1 − 1/A: agent 0 uniformly random, all others choosing the same;
+    * agents that choose independently earn at most max_a p_a (1 − p_a) ≤ 1/4 (`independent_return`),
+      however well they share information beforehand, because a random choice cannot be foreseen;
+    * a deterministic policy earns 0, so evaluate by sampling, not greedily.
+
+    Probes the decoder: only a policy in which later agents see the actions of earlier ones in the same
+    step gets past `independent_return`. The agent that decides first need not be agent 0. (A policy with
+    memory across steps could alternate between two actions and earn 1 a step.)
+    """
+
+    num_agents: int = 3
+    num_actions: int = 4
+    time_limit: int = 16
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec("probe/copy", self.num_agents, 1, self.num_actions, self.time_limit)
+
+    @property
+    def optimal_return(self) -> float:
+        return (self.time_limit - 1) * (1 - 1 / self.num_actions)
+
+    @property
+    def independent_return(self) -> float:
+        """Expected return of the best policy whose agents choose independently."""
+        return (self.time_limit - 1) / 4
+
+    @property
+    def random_return(self) -> float:
+        return self.optimal_return / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[CopyState, TimeStep]:
+        del key
+        state = CopyState(spent=jnp.full((), -1, jnp.int32), step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._observe(jnp.ones((self.num_agents, 1))))
+
+    def step(self, state: CopyState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CopyState, TimeStep]:
+        del key
+        pays = (state.step_count > 0) & (action[0] != state.spent)
+        reward = pays * (action[1:] == action[0]).mean()
+        state = CopyState(spent=action[0].astype(jnp.int32), step_count=state.step_count + 1)
+        observation = self._observe(jnp.ones((self.num_agents, 1)))
+        return state, transition(observation, reward, truncated=state.step_count >= self.time_limit)
+
+
+@dataclass(frozen=True)
+class Matrix(Probe):
+    """A coordination game of one step: 1 if all agents choose action 0, 0.6 if none does, otherwise 0.
+
+    Probes coordination against a broad second-best optimum. While the others explore, action 0 looks
+    worse than the rest, and agents that learn independently from uniform play (3 actions, 2 agents) climb
+    to `trap_return`: the gradient of p² + 0.6 (1 − p)² in the probability p of action 0 points down below
+    p = 3/8. An agent that sees the earlier agents' choices learns the best reply to action 0 first.
+    """
+
+    num_agents: int = 2
+    num_actions: int = 3
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec("probe/matrix", self.num_agents, 1, self.num_actions, time_limit=1)
+
+    @property
+    def optimal_return(self) -> float:
+        return 1.0
+
+    @property
+    def trap_return(self) -> float:
+        """Return at the second-best optimum."""
+        return 0.6
+
+    @property
+    def random_return(self) -> float:
+        p = 1 / self.num_actions
+        return p**self.num_agents + self.trap_return * (1 - p) ** self.num_agents
+
+    def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+        del key
+        return (), restart(self._observe(jnp.ones((self.num_agents, 1))))
+
+    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+        del key
+        reward = 1.0 * (action == 0).all() + self.trap_return * (action != 0).all()
+        return state, transition(self._observe(jnp.ones((self.num_agents, 1))), reward, terminated=True)
+
+
+@dataclass(frozen=True)
+class Memory(Probe):
+    """Every agent sees a cue at the first step and must answer it at the last of `length` steps.
+
+    The reward, at the last step only, is the fraction that answer their own cue. The view is the one-hot
+    cue (zeros after the first step), then 1 at the last step. Probes memory across environment steps:
+    a policy without it earns 1/A whatever it does.
+    """
+
+    num_agents: int = 2
+    num_actions: int = 4
+    length: int = 4
+
+    @property
+    def spec(self) -> EnvSpec:
+        return EnvSpec("probe/memory", self.num_agents, self.num_actions + 1, self.num_actions, self.length)
+
+    @property
+    def optimal_return(self) -> float:
+        return 1.0
+
+    @property
+    def random_return(self) -> float:
+        return 1 / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._view(state))
+
+    def step(self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        del key
+        state = CueState(state.cue, state.step_count + 1)
+        terminated = state.step_count >= self.length
+        reward = terminated * (action == state.cue).mean()
+        return state, transition(self._view(state), reward, terminated=terminated)
+
+    def _view(self, state: CueState) -> Observation:
+        cue = jax.nn.one_hot(state.cue, self.num_actions) * (state.step_count == 0)
+        now = jnp.full((self.num_agents, 1), state.step_count == self.length - 1, jnp.float32)
+        return self._observe(jnp.concatenate([cue, now], axis=1))
+
+
+PROBES: dict[str, Callable[[], Probe]] = {"identity": Identity, "copy": Copy, "matrix": Matrix, "memory": Memory}

@@ -1,0 +1,212 @@
+"""The selective scan: the linear recurrence at the heart of Mamba, one signature for every implementation.
+
+    h_i = exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i
+    y_i = h_i C_i + D ⊙ x_i
+
+Source: Mamba (arXiv 2312.00752), §3.2 and Algorithm 2: zero-order hold for A, Euler for B. Difference: no
+implementation for training keeps all states; `"sequential"` saves one state per chunk of agents and recomputes
+the rest in its backward pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+# A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
+# the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
+CHUNK = 16
+# Loops this short are unrolled into straight-line code, which XLA fuses across agents.
+MAX_UNROLL = 8
+
+def selective_scan(
+    x: Float[Array, "*batch N D"],
+    dt: Float[Array, "*batch N D"],
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch N S"],
+    C: Float[Array, "*batch N S"],
+    D: Float[Array, "D"],
+    *,
+    initial_state: Float[Array, "*batch D S"] | None = None,
+    reset: Bool[Array, "*batch N"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch D S"]]:
+    """Runs the recurrence along the agent axis.
+
+    Args:
+        x: inputs.
+        dt: step sizes Δ ≥ 0, after the softplus. Δ = 0 leaves the state as it was.
+        A: diagonal of the state matrix, negative.
+        B: input vectors, shared by all channels.
+        C: output vectors, shared by all channels.
+        D: skip weights.
+        initial_state: h before the first agent (zeros if None).
+        reset: True where the state is zeroed before agent i reads its input.
+        reverse: run from the last agent to the first; outputs stay in the order of the inputs.
+        implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
+            (a parallel prefix, which materialises all states), or None to choose.
+
+    Returns:
+        The outputs, and the state after the last agent read (the first one if `reverse`).
+
+    Raises:
+        ValueError: for an unknown implementation.
+    """
+    if implementation is None:
+        implementation = "sequential"
+    if implementation not in _SCANS:
+        raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
+    *batch, n, d = x.shape
+    s = A.shape[1]
+    # 1. One batch axis, agents first: the loop below reads contiguous [batch, features] slices.
+    flat = [jnp.swapaxes(v.reshape(-1, n, v.shape[-1]), 0, 1) for v in (x, dt, B, C)]
+    keep = None if reset is None else 1.0 - jnp.swapaxes(reset.reshape(-1, n), 0, 1).astype(x.dtype)
+    rows = flat[0].shape[1]
+    if initial_state is None:
+        h0 = jnp.zeros((rows, s, d), x.dtype)
+    else:
+        h0 = jnp.swapaxes(initial_state.reshape(rows, d, s), 1, 2)
+    # 2. The recurrence, with the state laid out [batch, S, D] so that channels are minor.
+    y, h = _SCANS[implementation](*flat, A.T, keep, h0, reverse)
+    # 3. The skip connection, and the layout of the arguments again.
+    y = jnp.swapaxes(y, 0, 1).reshape(x.shape) + D * x
+    return y, jnp.swapaxes(h, 1, 2).reshape(*batch, d, s)
+
+
+def selective_step(
+    state: Float[Array, "*batch D S"],
+    x: Float[Array, "*batch D"],
+    dt: Float[Array, "*batch D"],
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch S"],
+    C: Float[Array, "*batch S"],
+    D: Float[Array, "D"],
+) -> tuple[Float[Array, "*batch D S"], Float[Array, "*batch D"]]:
+    """One agent's step of `selective_scan`, for acting: takes and returns the state."""
+    state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[..., None, :]
+    return state, jnp.sum(state * C[..., None, :], axis=-1) + D * x
+
+
+def _decay(dt, A, keep):
+    """exp(Δ A), zero where the state is reset: [batch, S, D]."""
+    a = jnp.exp(dt[:, None, :] * A)
+    return a if keep is None else a * keep[:, None, None]
+
+
+def _loop(body, carry, xs, reverse):
+    """`lax.scan`, unrolled when there are only a few agents."""
+    length = xs[0].shape[0]
+    return lax.scan(body, carry, xs, reverse=reverse, unroll=length if length <= MAX_UNROLL else 1)
+
+
+def _advance(A, h, x, dt, B, keep):
+    return _decay(dt, A, keep) * h + (dt * x)[:, None, :] * B[:, :, None]
+
+
+def _forward(x, dt, B, C, A, keep, h0, reverse):
+    """Outputs [N, batch, D] and the last state; xs are agents-first, A is [S, D]."""
+
+    def body(h, inputs):
+        x, dt, B, C, keep = inputs
+        h = _advance(A, h, x, dt, B, keep)
+        return h, jnp.sum(h * C[:, :, None], axis=1)
+
+    h, y = _loop(body, h0, (x, dt, B, C, keep), reverse)
+    return y, h
+
+
+def _associative(x, dt, B, C, A, keep, h0, reverse):
+    """All states at once by a parallel prefix over pairs (decay, input)."""
+    a = jax.vmap(_decay, in_axes=(0, None, None if keep is None else 0))(dt, A, keep)
+    u = (dt * x)[:, :, None, :] * B[:, :, :, None]
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    a, u = lax.associative_scan(combine, (a, u), reverse=reverse)
+    h = a * h0 + u
+    return jnp.einsum("nbsd,nbs->nbd", h, C), h[0 if reverse else -1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _sequential(x, dt, B, C, A, keep, h0, reverse):
+    return _forward(x, dt, B, C, A, keep, h0, reverse)
+
+
+def _chunked(tree):
+    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros: Δ = 0 and x = 0 change no state and give no gradient."""
+    n = jax.tree.leaves(tree)[0].shape[0]
+    chunk = min(CHUNK, n)
+    pad = -n % chunk
+
+    def split(v):
+        v = jnp.pad(v, [(0, pad)] + [(0, 0)] * (v.ndim - 1))
+        return v.reshape(-1, chunk, *v.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def _sequential_fwd(x, dt, B, C, A, keep, h0, reverse):
+    def chunk(h, inputs):
+        x, dt, B, C, keep = inputs
+        y, h_next = _forward(x, dt, B, C, A, keep, h, reverse)
+        return h_next, (y, h)
+
+    # A padded agent must not be reset: `keep` is padded with ones by padding its complement.
+    chunks = _chunked((x, dt, B, C, None if keep is None else keep - 1.0))
+    chunks = (*chunks[:4], None if keep is None else chunks[4] + 1.0)
+    h, (y, h_starts) = lax.scan(chunk, h0, chunks, reverse=reverse)
+    y = y.reshape(-1, *y.shape[2:])[: x.shape[0]]
+    return (y, h), (chunks, A, h_starts, x.shape[0])
+
+
+def _sequential_bwd(reverse, residuals, cotangents):
+    """Reverse-mode recurrence, chunk by chunk from the last one; states inside a chunk are computed again.
+
+    With G_i the gradient of h_i, a_i the decay, and u = Δ ⊙ x:
+        G_i = gy_i ⊗ C_i + a_{i+1} ⊙ G_{i+1}
+        gC_i = Σ_d gy_i h_i,   gB_i = Σ_d G_i u_i,   gu_i = Σ_s G_i B_i
+        gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A,   gA = Σ_i (G_i a_i h_{i-1}) Δ_i
+    """
+    chunks, A, h_starts, n = residuals
+    gy, gh = cotangents
+
+    def recompute(h, inputs):
+        x, dt, B, keep, gy = inputs
+        h_next = _advance(A, h, x, dt, B, keep)
+        return h_next, (h, jnp.einsum("bd,bsd->bs", gy, h_next))
+
+    def agent(carry, inputs):
+        later, gA = carry  # a_{i+1} G_{i+1}, and the sum over agents with the batch still apart
+        x, dt, B, C, keep, gy, h = inputs
+        u = dt * x
+        # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
+        # each is a small contraction and none needs G itself in memory.
+        gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
+        gu = jnp.einsum("bs,bsd->bd", B, later) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
+        aG = _decay(dt, A, keep) * (later + gy[:, None, :] * C[:, :, None])
+        aGh = aG * h
+        gdt = gu * x + jnp.sum(aGh * A, axis=1)
+        return (aG, gA + aGh * dt[:, None, :]), (gu * dt, gdt, gB)
+
+    def chunk(carry, inputs):
+        (x, dt, B, C, keep), h_start, gy = inputs
+        _, (h, gC) = _loop(recompute, h_start, (x, dt, B, keep, gy), reverse)
+        carry, (gx, gdt, gB) = _loop(agent, carry, (x, dt, B, C, keep, gy, h), not reverse)
+        return carry, (gx, gdt, gB, gC)
+
+    carry = (gh, jnp.zeros_like(gh))
+    (gh0, gA), grads = lax.scan(chunk, carry, (chunks, h_starts, _chunked(gy)), reverse=not reverse)
+    gx, gdt, gB, gC = (g.reshape(-1, *g.shape[2:])[:n] for g in grads)
+    keep = chunks[4]
+    return gx, gdt, gB, gC, gA.sum(0), None if keep is None else jnp.zeros((n, keep.shape[2]), keep.dtype), gh0
+
+
+_sequential.defvjp(_sequential_fwd, _sequential_bwd)
+
+_SCANS: dict[str, Callable[..., Any]] = {"sequential": _sequential, "associative": _associative}
