@@ -49,9 +49,9 @@ def save(folder: Path, state: PyTree, meta: dict[str, Any]) -> Path:
     arrays = {name: _to_array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
     items = ocp.args.Composite(
         **{
-            _STATE: ocp.args.StandardSave(arrays),  # pyright: ignore[reportCallIssue]
-            _LEAVES: ocp.args.JsonSave({name: _describe(name, leaf) for name, leaf in leaves.items()}),  # pyright: ignore[reportCallIssue]
-            _META: ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+            _STATE: ocp.args.StandardSave(arrays),
+            _LEAVES: ocp.args.JsonSave({name: _describe(name, leaf) for name, leaf in leaves.items()}),
+            _META: ocp.args.JsonSave(meta),
         }
     )
     with _open(folder, write=True) as manager:
@@ -81,9 +81,11 @@ def restore(folder: Path, like: PyTree) -> PyTree:
     with _open(folder) as manager:
         saved = _read(manager, folder, **{_LEAVES: ocp.args.JsonRestore()})[_LEAVES]
         _compare(folder, saved, {name: _describe(name, leaf) for name, leaf in leaves.items()})
-        targets = {name: _target(leaf) for name, leaf in leaves.items() if np.size(leaf)}
-        arrays = _read(manager, folder, **{_STATE: ocp.args.StandardRestore(targets)})[_STATE]
-    values = [_from_array(arrays.get(name), leaf) for name, leaf in leaves.items()]
+        targets = {name: _target(leaf) for name, leaf in leaves.items()}
+        stored = {name: target for name, target in targets.items() if target.size}
+        arrays = _read(manager, folder, **{_STATE: ocp.args.StandardRestore(stored)})[_STATE]
+    empty = {name: np.empty(target.shape, target.dtype) for name, target in targets.items() if not target.size}
+    values = [_from_array((arrays | empty)[name], leaf) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -111,6 +113,7 @@ def _open(folder: Path, *, write: bool = False) -> Iterator["ocp.CheckpointManag
         create=write,
         cleanup_tmp_directories=write,  # what a killed save left behind; never while another process may be saving
         enable_async_checkpointing=False,
+        lightweight_initialize=True,
     )
     logger = logging.getLogger("absl")
     level = logger.level
@@ -171,25 +174,22 @@ def _to_array(leaf: Any) -> Any:
 
 
 def _target(leaf: Any) -> Any:
-    """What Orbax is asked for: a JAX array where it has a place of its own, otherwise a NumPy array."""
+    """What Orbax is asked for: a JAX array if `leaf` is bound to devices, otherwise a NumPy array."""
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return np.asarray(leaf)
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(jax.random.key_data, leaf)
-    if isinstance(leaf, jax.Array) and not leaf.committed:
-        return np.empty(leaf.shape, leaf.dtype)
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        if leaf.sharding is None:
-            return np.empty(leaf.shape, leaf.dtype)
+    bound = leaf.committed if isinstance(leaf, jax.Array) else leaf.sharding is not None
+    if bound:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return np.asarray(leaf)
+    return np.empty(leaf.shape, leaf.dtype)
 
 
 def _from_array(array: Any, like: Any) -> Any:
     """A stored array as the kind of leaf that `like` is."""
     if _is_key(like):
         return jax.random.wrap_key_data(jnp.asarray(array), dtype=like.dtype)
-    if array is None:  # no elements
-        return jnp.zeros(like.shape, like.dtype) if isinstance(like, jax.ShapeDtypeStruct) else like
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return jnp.asarray(array)  # stays where it is; left uncommitted, as `like` is, if it came as NumPy
+        return jnp.asarray(array)  # what came as NumPy is bound to no device, just as `like` is not
     array = np.asarray(array)
     return array if isinstance(like, np.ndarray) else array[()] if isinstance(like, np.generic) else array.item()

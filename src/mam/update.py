@@ -1,6 +1,6 @@
 """Learning from one rollout: epochs × minibatches of gradient steps."""
 
-from typing import cast
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -89,7 +89,8 @@ def update(
         rows = jax.tree.map(lambda x: x[index], batch)
         grads, losses = jax.grad(loss_fn, has_aux=True)(policy, rows)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
-        return (optax.apply_updates(policy, updates), opt_state), (losses, optax.global_norm(grads))
+        policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
+        return (policy, opt_state), (losses, optax.global_norm(grads))
 
     keys = jax.random.split(key, ppo.num_epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys)
@@ -100,4 +101,4 @@ def update(
         grad_norm=grad_norm.mean(),
         first_ratio_deviation=losses.ratio_deviation[0],
     )
-    return cast(Policy, policy), opt_state, metrics
+    return policy, opt_state, metrics

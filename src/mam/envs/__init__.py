@@ -1,0 +1,1 @@
+"""Environments: one protocol, wrappers around it, adapters to task suites, and tasks by name."""

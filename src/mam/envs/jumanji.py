@@ -1,8 +1,8 @@
 """Level-Based Foraging (`lbf/…`) and the robotic warehouse (`rware/…`) from Jumanji.
 
-Both are cooperative here: every agent receives the team's reward. Task settings are those of the MAM
-and Sable papers' benchmarks. Jumanji takes seconds to import and starts JAX's backend, so it is imported
-when the first task is made, not with this module.
+Both are cooperative here: every agent receives the team's reward. Views are Jumanji's own integers as
+floats, not normalised. Task settings are those of the published MAM and Sable benchmarks. Jumanji takes
+seconds to import and starts JAX's backend, so that waits until the first task is made.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,11 @@ RWARE_TASKS = (
 def make_lbf(task: str) -> "JumanjiEnv":
     """Makes a task of `LBF_TASKS`.
 
-    Agents and food have levels; adjacent agents that load together eat food up to the sum of their
-    levels. An episode's return is at most 1: the share of all food, by level, that was eaten.
-    "2s" = sight of 2 cells instead of the whole grid, "coop" = food so heavy that all must load.
-    Agents have levels 1 and 2. Known flaw of Jumanji's generator, kept because published scores have it:
-    start positions avoid some whole rows of the grid.
+    Agents (level 1 or 2) and food have levels; agents next to food that load at the same step eat it if
+    their levels add up to its own. The return is at most 1: the share of all food, by level, that was eaten.
+    "2s" = sight of 2 cells instead of the whole grid, "coop" = food so heavy that both must load.
+    A flaw of Jumanji's generator is kept, because published scores have it: to keep agents off the food it
+    excludes whole rows of the grid from their start positions.
     """
     _require_jumanji()
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
@@ -60,8 +60,8 @@ def make_lbf(task: str) -> "JumanjiEnv":
 def make_rware(task: str) -> "JumanjiEnv":
     """Makes a task of `RWARE_TASKS`.
 
-    Agents fetch requested shelves; the team earns 1 per delivery. Two agents on one cell end the episode.
-    As many shelves are requested as there are agents, half as many in a "-hard" task.
+    Robots carry requested shelves to a goal; the team earns 1 per delivery. Two robots on one cell end the
+    episode. As many shelves are requested as there are robots, half as many in a "-hard" task.
     """
     _require_jumanji()
     from jumanji.environments.routing.robot_warehouse.env import RobotWarehouse

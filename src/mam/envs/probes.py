@@ -69,6 +69,9 @@ class Probe(abc.ABC):
         action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
         return Observation(view, action_mask, alive=jnp.ones(self.num_agents, bool))
 
+    def _blank(self) -> Observation:
+        return self._observe(jnp.ones((self.num_agents, 1)))
+
 
 @dataclass(frozen=True)
 class Identity(Probe):
@@ -154,15 +157,14 @@ class Copy(Probe):
     def reset(self, key: Key[Array, ""]) -> tuple[CopyState, TimeStep]:
         del key
         state = CopyState(spent=jnp.full((), -1, jnp.int32), step_count=jnp.zeros((), jnp.int32))
-        return state, restart(self._observe(jnp.ones((self.num_agents, 1))))
+        return state, restart(self._blank())
 
     def step(self, state: CopyState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CopyState, TimeStep]:
         del key
         pays = (state.step_count > 0) & (action[0] != state.spent)
         reward = pays * (action[1:] == action[0]).mean()
         state = CopyState(spent=action[0].astype(jnp.int32), step_count=state.step_count + 1)
-        observation = self._observe(jnp.ones((self.num_agents, 1)))
-        return state, transition(observation, reward, truncated=state.step_count >= self.time_limit)
+        return state, transition(self._blank(), reward, truncated=state.step_count >= self.time_limit)
 
 
 @dataclass(frozen=True)
@@ -198,12 +200,12 @@ class Matrix(Probe):
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         del key
-        return (), restart(self._observe(jnp.ones((self.num_agents, 1))))
+        return (), restart(self._blank())
 
     def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         del key
         reward = 1.0 * (action == 0).all() + self.trap_return * (action != 0).all()
-        return state, transition(self._observe(jnp.ones((self.num_agents, 1))), reward, terminated=True)
+        return state, transition(self._blank(), reward, terminated=True)
 
 
 @dataclass(frozen=True)

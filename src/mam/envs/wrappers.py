@@ -109,11 +109,10 @@ class AutoReset:
     At an episode's last step everything in the `TimeStep` belongs to the ended episode
     (`final_observation` is the true successor), except `observation`, which is the first of the next.
 
-    A reset may cost many times a step, and few environments end at the same step. So no environment is
-    reset in vain: a loop resets the ended ones, a chunk at a time. Environment i draws its randomness
-    from `fold_in(key, i)`, whatever happens to the others and however many there are. The loop is a
-    `while_loop`, not a `cond`, so that under `jax.vmap` (over seeds) it still stops when the last of
-    the batch is done.
+    A reset may cost many times a step, and few environments end at the same step, so a loop resets the
+    ended ones only, B/32 at a time. It is a `while_loop` rather than a `cond`, which under `jax.vmap`
+    (over seeds) would compute both branches at every step. Environment i draws its randomness from
+    `fold_in(·, i)` of the step's key, whatever happens to the others and however many there are.
     """
 
     env: Environment

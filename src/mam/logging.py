@@ -1,0 +1,256 @@
+"""Sinks of a run: every number it reports goes through `write`, to a file, to TensorBoard, to the terminal."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+RETURN = "episode_return"  # the metric every environment reports
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run has to say at one moment, for all of its seeds at once."""
+
+    kind: Literal["train", "evaluation", "absolute"]
+    update: int  # updates done
+    step_count: int  # environment steps done, per seed
+    elapsed: float  # wall-clock seconds since the run began; a resumed run goes on counting
+    values: dict[str, np.ndarray]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def seed_means(values: np.ndarray) -> np.ndarray:
+    """One number per seed, [num_seeds]: the mean over its episodes, or the scalar itself."""
+    values = np.asarray(values, np.float64)
+    return values.reshape(len(values), -1).mean(axis=1)
+
+
+def to_json(values: np.ndarray) -> Any:
+    """An array as nested lists of plain numbers; NaN and infinity, which JSON lacks, become None."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biu":
+        array = array.astype(np.float64).astype(object)
+        array[~np.isfinite(array.astype(np.float64))] = None
+    return array.tolist()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class JsonLines:
+    """One JSON object per record and line, in full precision: the run's own record of itself.
+
+    Args:
+        path: the file, by custom `metrics.jsonl`.
+        append_after_update: None starts the file anew. A number, the checkpoint's update on a resume, keeps
+            the rows up to that update and drops the later ones, which the resumed run writes again.
+    """
+
+    def __init__(self, path: Path, *, append_after_update: int | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if append_after_update is not None and path.exists():
+            kept = [line for line, record in _parse(path) if record.update <= append_after_update]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Appends one line and hands it to the operating system."""
+        row = {"kind": record.kind, "update": int(record.update), "step_count": int(record.step_count)}
+        row |= {"elapsed": float(record.elapsed)} | {name: to_json(value) for name, value in record.values.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads what `JsonLines` wrote; None becomes NaN. A half-written last line, left by a kill, is ignored.
+
+    Raises:
+        ValueError: if any other line is damaged, naming it.
+    """
+    return [record for _, record in _parse(path)]
+
+
+def _parse(path: Path) -> Iterator[tuple[str, Record]]:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            head = [row.pop(name) for name in ("kind", "update", "step_count", "elapsed")]
+            record = Record(*head, values={name: _from_json(value) for name, value in row.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        yield line, record
+
+
+def _from_json(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype == object else array
+
+
+class TensorBoard:
+    """One TensorBoard sub-run per seed, so that its charts show the spread.
+
+    Tags are `<kind>/<metric>`; of an evaluation's episodes the mean, and the standard deviation as
+    `<kind>/<metric>_std`. The horizontal axis is environment steps per seed.
+
+    Args:
+        folder: sub-runs go to `<folder>/seed_<k>`.
+        seeds: the seeds k, in the order of the records' first axis.
+        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run are hidden.
+    """
+
+    def __init__(self, folder: Path, seeds: Sequence[int], *, append_after_step: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        purge = None if append_after_step is None else append_after_step + 1
+        self._writers = [SummaryWriter(str(folder / f"seed_{seed}"), purge_step=purge) for seed in seeds]
+
+    def write(self, record: Record) -> None:
+        """Adds one point per metric and seed."""
+        for name, value in record.values.items():
+            series = {name: seed_means(value)}
+            if np.ndim(value) > 1:
+                series[f"{name}_std"] = np.std(value, axis=1)
+            for tag, points in series.items():
+                for writer, point in zip(self._writers, points, strict=True):
+                    writer.add_scalar(f"{record.kind}/{tag}", float(point), record.step_count)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        for writer in self._writers:
+            writer.close()
+
+
+class Progress:
+    """The live terminal: a bar with steps, speed, time left and the latest return.
+
+    A context manager, so that the terminal is itself again whatever ends the run. Where no one watches
+    (a file, a CI log) it prints one plain line per evaluation instead.
+
+    Args:
+        total_steps: environment steps per seed at the end of the run.
+        num_seeds: seeds trained side by side.
+        step_count: environment steps per seed already done, on a resume.
+        console: where to print; standard output by default.
+    """
+
+    _MEMORY = 30.0  # seconds over which the speed is smoothed
+
+    def __init__(self, total_steps: int, *, num_seeds: int, step_count: int = 0, console: Console | None = None):
+        self._total, self._num_seeds = total_steps, num_seeds
+        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
+        self._console = console or Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self._live = self._console.is_interactive
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        self._bar = Bar(*columns, console=self._console, refresh_per_second=4, transient=True, disable=not self._live)
+        self._return, self._evaluated = "", False
+        self._last: Record | None = None
+        self._compile_seconds = 0.0  # since the last record; no part of the speed
+        self._recent = np.zeros(2)  # steps and seconds, older ones fading away
+        self._task = self._bar.add_task(self._status(step_count), total=total_steps, completed=step_count)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar off the screen and gives the cursor back; may be called twice."""
+        self._bar.stop()
+
+    def log(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Says that `what` (such as "the update") is being compiled, and afterwards how long that took."""
+        begin = time.perf_counter()
+        if self._bar.live.is_started:
+            self._bar.stop()  # one live display at a time
+            with self._console.status(f"compiling {what}…"):
+                yield
+            self._bar.start()
+        else:
+            self.log(f"compiling {what}…")
+            yield
+        seconds = time.perf_counter() - begin
+        self._compile_seconds += seconds
+        self.log(f"compiled {what} in {seconds:.1f} s")
+
+    def write(self, record: Record) -> None:
+        """Moves the bar; prints a line at an evaluation where nothing is live."""
+        if self._last is not None:
+            seconds = max(record.elapsed - self._last.elapsed - self._compile_seconds, 0.0)
+            self._recent *= 0.5 ** (seconds / self._MEMORY)
+            self._recent += (record.step_count - self._last.step_count, seconds)
+        self._last, self._compile_seconds = record, 0.0
+        if RETURN in record.values and (record.kind != "train" or not self._evaluated):
+            self._evaluated = record.kind != "train"
+            name = {"train": "training return", "evaluation": "return", "absolute": "absolute return"}[record.kind]
+            self._return = f"{name} {mean_and_spread(record.values[RETURN])}"
+        status = self._status(record.step_count)
+        self._bar.update(self._task, completed=record.step_count, description=status)
+        if not self._live and record.kind != "train":
+            self.log(status)
+
+    def _status(self, step_count: int) -> str:
+        parts = [f"{_short(step_count)}/{_short(self._total)}"]
+        steps, seconds = self._recent
+        if steps and seconds:
+            seeds = f" × {self._num_seeds} seeds" if self._num_seeds > 1 else ""
+            left = timedelta(seconds=round((self._total - step_count) * seconds / steps))
+            parts += [f"{_short(steps / seconds)} steps/s{seeds}", f"{left} left"]
+        return " · ".join([*parts, self._return] if self._return else parts)
+
+
+def mean_and_spread(values: np.ndarray) -> str:
+    """Mean over seeds, ± their sample standard deviation if there are several; seeds without a number do not count."""
+    seeds = seed_means(values)
+    seeds = seeds[np.isfinite(seeds)]
+    if not seeds.size:
+        return "–"
+    return f"{seeds.mean():.3f}" + (f" ± {seeds.std(ddof=1):.3f}" if seeds.size > 1 else "")
+
+
+def _short(number: float) -> str:
+    """A number in five characters or so: 950, 12.3k, 5.0M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

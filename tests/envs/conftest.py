@@ -1,0 +1,63 @@
+"""Short tasks, one per family, with their functions compiled once for the whole session."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import pytest
+
+from mam.envs import jumanji, probes
+from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.types import Environment
+
+SHORT_LIMIT = 6  # environment steps; keeps episodes of the Jumanji tasks short
+
+
+def make_short(make: Callable[[str], Environment], task: str) -> Environment:
+    """Makes a Jumanji task, all of it under the short limit (not only our count of its steps)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jumanji, "LBF_TIME_LIMIT", SHORT_LIMIT)
+        patch.setattr(jumanji, "RWARE_TIME_LIMIT", SHORT_LIMIT)
+        return make(task)
+
+
+RAW: dict[str, Callable[[], Environment]] = {
+    "lbf": lambda: make_short(jumanji.make_lbf, "8x8-2p-2f-coop"),
+    "rware": lambda: make_short(jumanji.make_rware, "tiny-2ag"),
+} | dict(probes.PROBES)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An environment at every layer, with the functions tests call compiled."""
+
+    raw: Environment
+    env: Environment  # with agent ids and statistics
+    reset: Callable
+    step: Callable
+
+    def batched(self, num_envs: int) -> AutoReset:
+        return AutoReset(self.env, num_envs)
+
+
+@functools.cache
+def make_task(family: str) -> Task:
+    raw = RAW[family]()
+    env = EpisodeStatistics(AgentId(raw))
+    return Task(raw, env, reset=jax.jit(env.reset), step=jax.jit(env.step))
+
+
+@pytest.fixture(params=RAW)
+def task(request) -> Task:
+    return make_task(request.param)
+
+
+@pytest.fixture
+def lbf() -> Task:
+    return make_task("lbf")
+
+
+@pytest.fixture
+def rware() -> Task:
+    return make_task("rware")

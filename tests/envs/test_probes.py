@@ -1,0 +1,143 @@
+"""The best and the random return of every probe are what they say, with hand-written policies."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
+
+SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
+    Identity(num_agents=5, num_actions=2, time_limit=3),
+    Copy(num_agents=2, num_actions=5, time_limit=9),
+    Matrix(num_agents=3, num_actions=4),
+    Memory(num_agents=1, num_actions=6, length=7),
+]
+
+
+def play(env, policy, num_episodes=2000):
+    """Returns the returns [num_episodes] of `policy(first view, view, key)`, all episodes at once."""
+
+    def episode(key):
+        reset_key, steps_key = jax.random.split(key)
+        state, first = env.reset(reset_key)
+
+        def step(carry, key):
+            state, observation = carry
+            action_key, step_key = jax.random.split(key)
+            action = policy(first.observation.agents_view, observation.agents_view, action_key)
+            state, timestep = env.step(state, action, step_key)
+            return (state, timestep.observation), timestep
+
+        keys = jax.random.split(steps_key, env.spec.time_limit)
+        _, timesteps = jax.lax.scan(step, (state, first.observation), keys)
+        return timesteps.reward[:, 0].sum(), timesteps.ended
+
+    returns, ended = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(0), num_episodes))
+    assert ended[:, -1].all()
+    assert not ended[:, :-1].any()
+    return np.asarray(returns)
+
+
+def optimal(env):
+    """The policy that earns `env.optimal_return`."""
+
+    def copy(first, view, key):
+        return jnp.full(env.num_agents, jax.random.randint(key, (), 0, env.num_actions))
+
+    return {
+        Identity: lambda first, view, key: view.argmax(axis=-1),
+        Copy: copy,
+        Matrix: lambda first, view, key: jnp.zeros(env.num_agents, jnp.int32),
+        Memory: lambda first, view, key: first.argmax(axis=-1),
+    }[type(env)]
+
+
+def uniform(env):
+    return lambda first, view, key: jax.random.randint(key, (env.num_agents,), 0, env.num_actions)
+
+
+def assert_mean(returns, expected):
+    """The mean lies within four standard errors (and rounding)."""
+    assert abs(returns.mean() - expected) <= 4 * returns.std() / np.sqrt(len(returns)) + 1e-5
+
+
+@pytest.mark.parametrize("env", SIZES, ids=repr)
+def test_optimal_return(env):
+    returns = play(env, optimal(env))
+    assert_mean(returns, env.optimal_return)
+    if not isinstance(env, Copy):  # there, luck may help
+        assert returns.max() <= env.optimal_return + 1e-5
+
+
+@pytest.mark.parametrize("env", SIZES, ids=repr)
+def test_random_return(env):
+    assert_mean(play(env, uniform(env)), env.random_return)
+    assert env.random_return < env.optimal_return
+
+
+def test_copy_without_seeing_earlier_agents():
+    """The best independent agents: agent 0 alternates at random, the others wait where it comes by."""
+    env = Copy()
+
+    def independent(first, view, key):
+        return jnp.zeros(env.num_agents, jnp.int32).at[0].set(jax.random.bernoulli(key).astype(jnp.int32))
+
+    assert_mean(play(env, independent), env.independent_return)
+    assert env.random_return < env.independent_return < env.optimal_return / 2
+
+
+def test_copy_pays_nothing_for_a_constant():
+    env = Copy()
+    assert not play(env, lambda first, view, key: jnp.ones(env.num_agents, jnp.int32), num_episodes=2).any()
+
+
+def test_copy_and_matrix_show_nothing():
+    for env in (Copy(), Matrix()):
+        state, first = env.reset(jax.random.key(0))
+        _, later = env.step(state, jnp.arange(env.num_agents), jax.random.key(1))
+        np.testing.assert_array_equal(first.observation.agents_view, later.observation.agents_view)
+        np.testing.assert_array_equal(first.observation.agents_view, 1.0)
+
+
+def test_matrix_trap_is_an_equilibrium_below_the_optimum():
+    env = Matrix()
+
+    def reward(*action):
+        return env.step((), jnp.array(action), jax.random.key(0))[1].reward[0]
+
+    assert reward(1, 1) == pytest.approx(env.trap_return)
+    assert reward(0, 1) == reward(1, 0) == 0
+    p = 1 / env.num_actions
+    assert jax.grad(lambda p: p**2 + env.trap_return * (1 - p) ** 2)(p) < 0
+
+
+def test_memory_hides_the_cue_after_the_first_step():
+    env = Memory()
+    views = []
+    for seed in (0, 1):
+        state, timestep = env.reset(jax.random.key(seed))
+        first = timestep.observation.agents_view
+        later = []
+        for _ in range(env.length):
+            state, timestep = env.step(state, first.argmax(axis=-1), jax.random.key(seed))
+            later.append(timestep.observation.agents_view)
+        views.append((first, np.stack(later)))
+    assert (views[0][0] != views[1][0]).any()
+    np.testing.assert_array_equal(views[0][1], views[1][1])
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_ends_are_of_the_documented_kind(name):
+    env = PROBES[name]()
+    state, timestep = env.reset(jax.random.key(0))
+    while not timestep.ended:
+        state, timestep = env.step(state, jnp.zeros(env.num_agents, jnp.int32), jax.random.key(0))
+    assert bool(timestep.truncated) == (name in ("identity", "copy"))
+
+
+def test_probes_cannot_be_drawn():
+    with pytest.raises(NotImplementedError, match="probe/copy cannot be drawn"):
+        Copy().animate([], Path("unused.gif"))
