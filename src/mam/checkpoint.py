@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from mam.errors import UserError
+
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 _STATE, _LEAVES, _META = "state", "leaves", "meta"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of something else than what it is restored into."""
 
 

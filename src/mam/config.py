@@ -4,24 +4,13 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from mam.errors import UserError, unknown_name
+
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """Something the user wrote is wrong; the message is one line that says what, and what would be right."""
-
-
-def unknown_name(kind: str, name: str, valid: typing.Iterable[str], hint: str = "") -> ConfigError:
-    """The error for a name that does not exist, with the nearest ones that do."""
-    valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
-    names = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(sorted(valid)[:12])}"
-    return ConfigError(f"unknown {kind} '{name}': {names}{hint}")
 
 
 @dataclass(frozen=True)
@@ -147,25 +136,25 @@ def _validate(config: Config) -> None:
     for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
         for name in names:
             if not getattr(group, name) > 0:
-                raise ConfigError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
+                raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
     if config.seed < 0:
-        raise ConfigError(f"seed must not be negative, got {config.seed}")
+        raise UserError(f"seed must not be negative, got {config.seed}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(ppo, name) <= 1:
-            raise ConfigError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
+            raise UserError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
     for name in ("ent_coef", "vf_coef"):
         if not getattr(ppo, name) >= 0:
-            raise ConfigError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
+            raise UserError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
     if config.steps_per_update % ppo.num_minibatches:
-        raise ConfigError(
+        raise UserError(
             f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "
             f"= {config.steps_per_update}, got {ppo.num_minibatches}"
         )
     if network.d_model % network.num_heads:
-        raise ConfigError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
+        raise UserError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
     if network.dt_rank is not None and network.dt_rank < 1:
-        raise ConfigError(f"network.dt_rank must be positive, got {network.dt_rank}")
+        raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -177,17 +166,17 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
     """Builds a config from what `to_json` wrote; missing keys take their defaults.
 
     Raises:
-        ConfigError: for an unknown key or a value of the wrong type, naming it.
+        UserError: for an unknown key or a value of the wrong type, naming it.
     """
     types = typing.get_type_hints(kind)
     values = {}
     for name, value in data.items():
         if name not in types:
-            raise unknown_name("key", prefix + name, [prefix + n for n in types])
+            raise unknown_name("key", prefix + name, [prefix + n for n in types], see="mam train --help")
         expected = types[name]
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{name} must be a group of keys, got {value!r}")
+                raise UserError(f"{prefix}{name} must be a group of keys, got {value!r}")
             values[name] = from_json(typing.cast(type, expected), value, f"{prefix}{name}.")
         else:
             values[name] = _checked(prefix + name, value, expected)
@@ -199,11 +188,11 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
     allowed = typing.get_args(expected) or (expected,)
     if typing.get_origin(expected) is Literal:
         if value not in allowed:
-            raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
         return value
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise ConfigError(f"{name} must be {names}, got {value!r}")
+        raise UserError(f"{name} must be {names}, got {value!r}")
     return value

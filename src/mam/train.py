@@ -1,6 +1,5 @@
 """A training run as pure functions: `init`, `train_step`, `evaluate_step`, `absolute_metric`, one program each."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from mam.envs.registry import make_batched
 from mam.evaluate import evaluate
 from mam.networks.policy import make_policy
 from mam.rollout import Actors, init_actors, rollout
-from mam.types import EnvSpec, Policy, Transition
+from mam.types import Environment, Policy, Transition
 from mam.update import UpdateMetrics, make_batch, make_optimiser, update
 
 
@@ -39,18 +38,18 @@ Values = dict[str, Float[Array, "..."]]  # metric → [seeds] or [seeds, episode
 class Trainer:
     """The jitted functions of a run. Seed k's numbers are the same whichever seeds are trained beside it."""
 
-    spec: EnvSpec
-    init: Callable[[Int[Array, "seeds"]], TrainState]
-    train_step: Callable[[TrainState], tuple[TrainState, Values]]  # one rollout and the update on it
-    evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]  # current weights; remembers the best
-    absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
+    env: Environment  # one, as evaluated: it reports its episodes' statistics and does not reset itself
+    init: jax.stages.Wrapped  # seeds [seeds] → TrainState
+    train_step: jax.stages.Wrapped  # TrainState → TrainState, Values: one rollout and the update on it
+    evaluate_step: jax.stages.Wrapped  # TrainState → TrainState, Values: current weights; remembers the best
+    absolute_metric: jax.stages.Wrapped  # TrainState → Values: best weights, fresh episodes
 
 
 def make_train(config: Config) -> Trainer:
     """Builds the functions of a run; nothing is compiled before the first call.
 
     Raises:
-        ConfigError: for a task or a policy that does not exist.
+        UserError: for a task or a policy that does not exist.
     """
     env = make_batched(config.env, config.ppo.num_envs)
     optimiser = make_optimiser(config.ppo)
@@ -63,7 +62,7 @@ def make_train(config: Config) -> Trainer:
             opt_state=optimiser.init(cast(Any, policy)),
             actors=init_actors(env, policy, env_key),
             best_policy=policy,
-            best_return=jnp.array(-jnp.inf),
+            best_return=jnp.array(-jnp.inf, jnp.float32),
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
         )
@@ -111,7 +110,7 @@ def make_train(config: Config) -> Trainer:
         return play(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes)
 
     return Trainer(
-        spec=env.spec,
+        env=env.env,
         init=jax.jit(jax.vmap(init)),
         train_step=jax.jit(jax.vmap(train_step), donate_argnums=0),
         evaluate_step=jax.jit(jax.vmap(evaluate_step)),

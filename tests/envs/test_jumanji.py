@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mam.envs import jumanji
-from mam.envs.base import EnvError
+from mam.errors import UserError
 
 LOAD = 5
 FORWARD = 1
@@ -119,5 +119,5 @@ def test_animate_writes_a_gif(family, request, tmp_path):
 
 def test_missing_jumanji_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "jumanji", None)
-    with pytest.raises(EnvError, match=r'pip install "mam\[jumanji\]"'):
+    with pytest.raises(UserError, match=r'pip install "mam\[jumanji\]"'):
         jumanji.make_lbf("8x8-2p-2f-coop")

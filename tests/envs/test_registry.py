@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from mam.envs import registry
-from mam.envs.base import EnvError
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.errors import UserError
 
 
 def test_task_names():
@@ -35,13 +35,13 @@ def test_make_batched():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lbf/2s-8x8-2p-2f", "unknown task 'lbf/2s-8x8-2p-2f': did you mean 'lbf/2s-8x8-2p-2f-coop'"),
-        ("rware/tiny-2agg", "unknown task 'rware/tiny-2agg': did you mean 'rware/tiny-2ag'"),
+        ("lbf/2s-8x8-2p-2f", "unknown task 'lbf/2s-8x8-2p-2f': did you mean lbf/2s-8x8-2p-2f-coop"),
+        ("rware/tiny-2agg", "unknown task 'rware/tiny-2agg': did you mean rware/tiny-2ag"),
         ("?", "unknown task '?' (see `mam list`)"),
     ],
 )
 def test_unknown_names_get_one_line_with_suggestions(name, message):
-    with pytest.raises(EnvError) as error:
+    with pytest.raises(UserError) as error:
         registry.make(name)
     assert str(error.value).startswith(message)
     assert str(error.value).endswith("(see `mam list`)")

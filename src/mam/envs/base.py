@@ -1,13 +1,9 @@
-"""What every adapter shares: the error a user reads, and how time steps are put together."""
+"""What every adapter shares: how time steps are put together."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mam.types import Observation, TimeStep
-
-
-class EnvError(ValueError):
-    """A mistake of the user about environments; the message is one line and says what to do."""
 
 
 def restart(observation: Observation) -> TimeStep:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mam.envs.base import EnvError, restart, transition
+from mam.envs.base import restart, transition
+from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
 LBF_TIME_LIMIT = 100
@@ -139,4 +140,4 @@ def _require_jumanji() -> None:
     try:
         import jumanji  # noqa: F401
     except ImportError as error:
-        raise EnvError('this task needs Jumanji: pip install "mam[jumanji]"') from error
+        raise UserError('this task needs Jumanji: pip install "mam[jumanji]"') from error

@@ -1,12 +1,11 @@
 """Tasks by name, "suite/task". A new suite is one row of `_SUITES`."""
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mam.envs import jumanji, probes
-from mam.envs.base import EnvError
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.errors import unknown_name
 from mam.types import Environment
 
 
@@ -40,10 +39,10 @@ def make(name: str) -> Environment:
         name: "suite/task", one of `task_names()`.
 
     Raises:
-        EnvError: the name is unknown, or the suite is not installed.
+        UserError: the name is unknown, or the suite is not installed.
     """
     if name not in task_names():
-        raise EnvError(_unknown(name))
+        raise unknown_name("task", name, task_names(), see="mam list")
     suite, task = name.split("/")
     return AgentId(_SUITES[suite].make(task))
 
@@ -56,12 +55,6 @@ def make_batched(name: str, num_envs: int) -> AutoReset:
         num_envs: size of the leading axis B.
 
     Raises:
-        EnvError: as `make`.
+        UserError: as `make`.
     """
     return AutoReset(EpisodeStatistics(make(name)), num_envs)
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, task_names(), n=3, cutoff=0.5)
-    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"unknown task {name!r}{hint} (see `mam list`)"

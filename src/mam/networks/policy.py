@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mam.config import NetworkConfig, unknown_name
+from mam.config import NetworkConfig
+from mam.errors import unknown_name
 from mam.networks.decoder import Decoder
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.heads import entropy_of, log_prob_of, mask_logits
@@ -125,10 +126,10 @@ def make_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Arra
     """Builds a named policy for the sizes of a task.
 
     Raises:
-        ConfigError: if there is no policy of this name.
+        UserError: if there is no policy of this name.
     """
     if name not in POLICIES:
-        raise unknown_name("policy", name, POLICIES)
+        raise unknown_name("policy", name, POLICIES, see="mam list")
     layout = [MIXERS[POLICIES[name]]] * sizes.num_blocks
     encoder_key, decoder_key = jax.random.split(key)
     return SequencePolicy(

@@ -222,13 +222,13 @@ def _pairwise(x, dt, B, C, A, keep, h0, reverse):
     y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d]),   u = Δ ⊙ x
     """
     if reverse:
-        flipped = (None if v is None else jnp.flip(v, axis=0) for v in (x, dt, B, C, keep))
-        x, dt, B, C, keep = flipped
+        x, dt, B, C = (jnp.flip(v, axis=0) for v in (x, dt, B, C))
+        keep = None if keep is None else jnp.flip(keep, axis=0)
     n, u = x.shape[0], dt * x
 
     def kept(j, i):
-        """1 unless an agent after the j-th, up to the i-th, is reset."""
-        return 1.0 if keep is None else jnp.prod(keep[j + 1 : i + 1], axis=0)[:, None]
+        """1 unless an agent after the j-th, up to the i-th, is reset: [batch, 1]."""
+        return jnp.ones((1, 1)) if keep is None else jnp.prod(keep[j + 1 : i + 1], axis=0)[:, None]
 
     outputs = []
     for i in range(n):

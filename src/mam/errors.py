@@ -1,0 +1,16 @@
+"""The one kind of error that is the user's to mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something asked for cannot be had. The message is one line: what is wrong, and what would be right."""
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
+    """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""
+    names = list(valid)
+    near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f": did you mean {' or '.join(near)}?" if near else ""
+    return UserError(f"unknown {kind} '{name}'{hint} (see `{see}`)")

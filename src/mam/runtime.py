@@ -1,0 +1,44 @@
+"""Settings of the whole process, made before JAX starts: the compilation cache and the allocator."""
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+
+def configure() -> None:
+    """Turns on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import."""
+    if os.environ.get("MAM_COMPILATION_CACHE") != "0":
+        enable_compilation_cache()
+    if platform.libc_ver()[0] == "glibc":
+        _keep_freed_memory()
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept: mam/xla in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mam" / "xla"
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second run of a configuration starts in seconds.
+
+    JAX_COMPILATION_CACHE_DIR chooses another folder; MAM_COMPILATION_CACHE=0 turns the cache off.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _keep_freed_memory() -> None:
+    """Stops glibc from returning a step's buffers to the system, only to fault them in again at the next.
+
+    On CPU a training step is 1.3 to 1.6 times faster for it. The constants are those of <malloc.h>.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, -1)
+    libc.mallopt(m_top_pad, 64 * 1024 * 1024)
+    libc.mallopt(m_arena_max, 1)
