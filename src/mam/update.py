@@ -90,7 +90,7 @@ def update(
         grads, losses = jax.grad(loss_fn, has_aux=True)(policy, rows)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
-        return (policy, opt_state), (losses, optax.global_norm(grads))
+        return (policy, opt_state), (losses, optax.tree.norm(grads))
 
     keys = jax.random.split(key, ppo.num_epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys)

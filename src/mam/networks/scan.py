@@ -20,8 +20,6 @@ from jaxtyping import Array, Bool, Float
 # A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
 # the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
 CHUNK = 16
-# Loops this short are unrolled into straight-line code, which XLA fuses across agents.
-MAX_UNROLL = 8
 # Up to here the sum over pairs is faster than the loop (on CPU, forward and backward: 2–6× at N = 2, none from 3 on).
 MAX_PAIRWISE = 2
 
@@ -89,7 +87,7 @@ def selective_step(
 ) -> tuple[Float[Array, "*batch D S"], Float[Array, "*batch D"]]:
     """One agent's step of `selective_scan`, for acting: takes and returns the state."""
     state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[..., None, :]
-    return state, jnp.sum(state * C[..., None, :], axis=-1) + D * x
+    return state, jnp.einsum("...ds,...s->...d", state, C) + D * x
 
 
 def _decay(dt, A, keep):
@@ -98,14 +96,13 @@ def _decay(dt, A, keep):
     return a if keep is None else a * keep[:, None, None]
 
 
-def _loop(body, carry, xs, reverse):
-    """`lax.scan`, unrolled when there are only a few agents."""
-    length = xs[0].shape[0]
-    return lax.scan(body, carry, xs, reverse=reverse, unroll=length if length <= MAX_UNROLL else 1)
-
-
 def _advance(A, h, x, dt, B, keep):
     return _decay(dt, A, keep) * h + (dt * x)[:, None, :] * B[:, :, None]
+
+
+def _sum_over_states(h, weight):
+    """Σ_s weight[s] h[s] per row: [batch, D]. Written out, because XLA's reduction on CPU is many times slower."""
+    return sum(weight[:, s, None] * h[:, s] for s in range(h.shape[1]))
 
 
 def _forward(x, dt, B, C, A, keep, h0, reverse):
@@ -114,9 +111,9 @@ def _forward(x, dt, B, C, A, keep, h0, reverse):
     def body(h, inputs):
         x, dt, B, C, keep = inputs
         h = _advance(A, h, x, dt, B, keep)
-        return h, jnp.sum(h * C[:, :, None], axis=1)
+        return h, _sum_over_states(h, C)
 
-    h, y = _loop(body, h0, (x, dt, B, C, keep), reverse)
+    h, y = lax.scan(body, h0, (x, dt, B, C, keep), reverse=reverse)
     return y, h
 
 
@@ -194,16 +191,16 @@ def _recurrence_bwd(reverse, residuals, cotangents):
         # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
         # each is a small contraction and none needs G itself in memory.
         gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
-        gu = jnp.einsum("bs,bsd->bd", B, later) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
+        gu = _sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
         aG = _decay(dt, A, keep) * (later + gy[:, None, :] * C[:, :, None])
         aGh = aG * h
-        gdt = gu * x + jnp.sum(aGh * A, axis=1)
+        gdt = gu * x + sum(aGh[:, s] * A[s] for s in range(A.shape[0]))
         return (aG, gA + aGh * dt[:, None, :]), (gu * dt, gdt, gB)
 
     def chunk(carry, inputs):
         (x, dt, B, C, keep), h_start, gy = inputs
-        _, (h, gC) = _loop(recompute, h_start, (x, dt, B, keep, gy), reverse)
-        carry, (gx, gdt, gB) = _loop(agent, carry, (x, dt, B, C, keep, gy, h), not reverse)
+        _, (h, gC) = lax.scan(recompute, h_start, (x, dt, B, keep, gy), reverse=reverse)
+        carry, (gx, gdt, gB) = lax.scan(agent, carry, (x, dt, B, C, keep, gy, h), reverse=not reverse)
         return carry, (gx, gdt, gB, gC)
 
     carry = (gh, jnp.zeros_like(gh))

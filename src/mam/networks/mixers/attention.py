@@ -25,8 +25,11 @@ class Projections(eqx.Module):
     num_heads: int = eqx.field(static=True)
 
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        layers = [Dense(sizes.d_model, sizes.d_model, key=k, gain=SMALL_GAIN) for k in jax.random.split(key, 4)]
-        self.query, self.key, self.value, self.out = layers
+        keys = jax.random.split(key, 4)
+        d_model = sizes.d_model
+        self.query, self.value, self.out = (Dense(d_model, d_model, key=k, gain=SMALL_GAIN) for k in keys[:3])
+        # No bias: one added to every key moves all of a query's scores alike, and the softmax takes it out again.
+        self.key = Dense(d_model, d_model, key=keys[3], gain=SMALL_GAIN, bias=False)
         self.num_heads = sizes.num_heads
 
     def split(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch H F"]:

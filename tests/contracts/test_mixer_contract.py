@@ -1,0 +1,196 @@
+"""What every mixer must keep, in every role it plays. Parametrised by `MIXERS`: a new mixer is covered as it is.
+
+All in double precision, so that parameters may be large and yet no tolerance hides a small mistake behind rounding.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from mam.config import NetworkConfig
+from mam.networks.mixers import MIXERS, AbstractCausalMixer, MixerFamily
+
+QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+ROLES = [role.name for role in dataclasses.fields(MixerFamily)]
+every_mixer = pytest.mark.parametrize(("family", "role"), [(f, r) for f in MIXERS for r in ROLES])
+every_causal_mixer = pytest.mark.parametrize(
+    ("family", "role"), [(f, r) for f in MIXERS for r in ROLES if r != "encoder"]
+)
+SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, d_conv=4, dt_rank=2)
+N = 18  # agents; more than a chunk of the scan
+LIVING = 13  # of them, where some are dead
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.cache
+def make_mixer(family, role):
+    """A mixer with large random parameters: under the initial ones agents hardly heed one another."""
+    build = getattr(MIXERS[family], role)
+    empty = jax.eval_shape(lambda key: build(SIZES, key=key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre, spread = 1.0 if path[-1].name == "scale" else 0.0, 0.6 if leaf.ndim > 1 else 0.4
+        return jnp.asarray(rng.normal(centre, spread, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, empty)
+
+
+def make_inputs(role, shape, seed=0):
+    """Agents, and the second sequence where the role has one."""
+    x, context = np.random.default_rng(seed).normal(size=(2, *shape, SIZES.d_model))
+    return jnp.asarray(x), jnp.asarray(context) if role == "cross" else None
+
+
+def run_parallel(mixer, x, context, alive=None):
+    return mixer(x, context, alive=alive)
+
+
+def run_recurrent(mixer, x, context, capacity=None):
+    """Step by step, from a state made for `capacity` agents."""
+    *batch, num_agents, _ = x.shape
+    agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, -2, 0), (x, context))
+    state = mixer.init_state(capacity or num_agents, tuple(batch))
+    _, y = lax.scan(lambda state, inputs: mixer.step(state, *inputs), state, agents_first)
+    return jnp.moveaxis(y, 0, -2)
+
+
+parallel = jax.jit(run_parallel, compiler_options=QUICK)
+recurrent = jax.jit(run_recurrent, static_argnames="capacity", compiler_options=QUICK)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def influence(mixer, x, context, alive):
+    """Outputs, and the gradients of a random projection of each agent's output, agents first: [N, …]."""
+    y, pull_back = jax.vjp(lambda mixer, x, context: mixer(x, context, alive=alive), mixer, x, context)
+    projection = np.random.default_rng(1).normal(size=y.shape)
+    return y, *jax.vmap(pull_back)(jnp.eye(len(y))[:, :, None] * projection)
+
+
+def influence_of(family, role, num_living=N, garbage=0.0):
+    """`influence` where the agents after the first `num_living` are dead and their inputs garbage."""
+    inputs = make_inputs(role, (N,))
+    alive = jnp.arange(N) < num_living
+    noise = garbage * np.random.default_rng(2).normal(size=(N, 1))
+    inputs = jax.tree.map(lambda v: jnp.where(alive[:, None], v, v + noise), inputs)
+    return influence(make_mixer(family, role), *inputs, alive)
+
+
+def sees(gradient):
+    """Which agent's output (row) depends on which agent's input (column)."""
+    return np.any(np.asarray(gradient) != 0.0, axis=-1)
+
+
+@every_mixer
+def test_the_roles_are_what_they_say(family, role):
+    mixer = make_mixer(family, role)
+    assert isinstance(mixer, AbstractCausalMixer) or role == "encoder"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 31, 128])
+@every_causal_mixer
+def test_step_equals_parallel(family, role, length):
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, length))
+    expected = parallel(mixer, *inputs)
+    close(recurrent(mixer, *inputs), expected)
+    assert np.std(expected) > 0.1
+
+
+@every_causal_mixer
+def test_a_state_for_more_agents_changes_nothing(family, role):
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
+    close(recurrent(mixer, *inputs, capacity=12), recurrent(mixer, *inputs))
+
+
+@every_mixer
+def test_who_sees_whom(family, role):
+    """Causal mixers see the past and themselves, exactly; the encoder's see everyone."""
+    _, _, *gradients = influence_of(family, role)
+    x_gradient, context_gradient = gradients
+    expected = np.ones((N, N), bool) if role == "encoder" else np.tri(N, dtype=bool)
+    np.testing.assert_array_equal(sees(x_gradient), expected)
+    if role == "cross":
+        seen = sees(context_gradient)
+        assert not np.any(seen & ~expected)
+        assert np.all(np.diagonal(seen)[1:])  # the first agent's context may have only one answer to choose from
+
+
+@every_mixer
+def test_no_parameter_is_dead(family, role):
+    _, gradients, *_ = influence_of(family, role)
+    sizes = {
+        jax.tree_util.keystr(path): np.max(np.abs(g)) for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+    }
+    # Not zero: a parameter that cancels out has a gradient of rounding errors.
+    assert not {name: size for name, size in sizes.items() if size < 1e-9 * max(sizes.values())}
+
+
+@every_mixer
+def test_every_leaf_is_an_array(family, role):
+    def build(key):
+        mixer = getattr(MIXERS[family], role)(SIZES, key=key)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mixer))
+        return mixer
+
+    jax.eval_shape(build, jax.random.key(0))
+
+
+@every_mixer
+def test_the_dead_change_nothing(family, role):
+    """Outputs are those of the living alone, in value and in gradient, whatever the dead are made of."""
+    y, _, *gradients = influence_of(family, role, LIVING, garbage=1e6)
+    alone = parallel(make_mixer(family, role), *(v if v is None else v[:LIVING] for v in make_inputs(role, (N,))))
+    close(y[:LIVING], alone)
+    for gradient in gradients:
+        assert gradient is None or not np.any(sees(gradient)[:LIVING, LIVING:])
+
+
+@every_mixer
+def test_the_dead_change_no_gradient(family, role):
+    _, quiet, *_ = influence_of(family, role, LIVING)
+    _, loud, *_ = influence_of(family, role, LIVING, garbage=1e6)
+    for a, b in zip(jax.tree.leaves(quiet), jax.tree.leaves(loud), strict=True):
+        close(b[:LIVING], a[:LIVING])
+
+
+@every_mixer
+def test_nobody_alive_is_no_accident(family, role):
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(influence_of(family, role, num_living=0)))
+
+
+@every_mixer
+def test_leading_axes_are_vmap(family, role):
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
+    alive = jnp.asarray(np.arange(7) < np.array([[7, 3, 1], [4, 5, 6]])[..., None])
+    mapped = jax.jit(jax.vmap(jax.vmap(run_parallel, (None, 0, 0, 0)), (None, 0, 0, 0)), compiler_options=QUICK)
+    actual = parallel(mixer, *inputs, alive)
+    close(actual[alive], mapped(mixer, *inputs, alive)[alive])
+
+
+@every_causal_mixer
+def test_leading_axes_are_vmap_step_by_step(family, role):
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
+    mapped = jax.jit(jax.vmap(jax.vmap(run_recurrent, (None, 0, 0)), (None, 0, 0)), compiler_options=QUICK)
+    close(recurrent(mixer, *inputs), mapped(mixer, *inputs))
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_cross_mixers_ask_for_their_context(family):
+    mixer, (x, _) = make_mixer(family, "cross"), make_inputs("cross", (3,))
+    with pytest.raises(ValueError, match="pass context"):
+        mixer(x)
+    with pytest.raises(ValueError, match="pass context"):
+        mixer.step(mixer.init_state(3), x[0])
