@@ -282,7 +282,9 @@ def _parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = re.sub(r"[\s\u2500-\u257f]+", " ", errors.getvalue()).strip()
+        text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
+        if text.startswith("Required options"):
+            text = f"{command} needs the folder of a run: mam {command} RUN"
         raise UserError(text) from None
 
 

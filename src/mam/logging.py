@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console
@@ -30,6 +30,7 @@ class Record:
     values: dict[str, np.ndarray]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where records go."""
 
@@ -182,7 +183,7 @@ class Progress:
         self._recent = np.zeros(2)  # steps and seconds, older ones fading away
         self._task = self._bar.add_task(self._status(step_count), total=total_steps, completed=step_count)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         self._bar.start()
         return self
 
@@ -248,7 +249,7 @@ def mean_and_spread(values: np.ndarray) -> str:
     return f"{seeds.mean():.3f}" + (f" ± {seeds.std(ddof=1):.3f}" if seeds.size > 1 else "")
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     """A number in five characters or so: 950, 12.3k, 5.0M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:

@@ -1,6 +1,6 @@
 """Acting in a batch of environments: policy × environment → transitions [T, B, …]."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, Key
 from mam.types import EnvState, Memory, Observation, Policy, TimeStep, Transition
 
 
+@runtime_checkable
 class BatchedEnvironment(Protocol):
     """Environments side by side that reset themselves, such as `mam.envs.wrappers.AutoReset`."""
 

@@ -1,0 +1,140 @@
+"""What a person types, and what they read."""
+
+import json
+import re
+
+import pytest
+
+from mam import cli
+from mam.presets import PRESETS, preset, preset_for
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], ["trian", "did you mean train"]),
+        (["train", "--ppo.lrr", "1"], ["--ppo.lrr", "did you mean --ppo.lr"]),
+        (["train", "--ppo.lr", "fast"], ["--ppo.lr", "a number", "'fast'"]),
+        (["train", "--ppo.lr=fast"], ["--ppo.lr", "a number", "'fast'"]),
+        (["train", "--num-seeds", "1.5"], ["--num-seeds", "a whole number", "'1.5'"]),
+        (["train", "--network.dt-rank", "few"], ["--network.dt-rank", "a whole number or None", "'few'"]),
+        (["train", "--ppo.lr"], ["--ppo.lr", "needs a value"]),
+        (["train", "--ppo.lr", "--seed", "1"], ["--ppo.lr", "needs a value"]),
+        (["train", "--ppo.lr", "-1"], ["ppo.lr", "positive", "-1"]),
+        (["train", "--ppo.num-minibatches", "3"], ["ppo.num_minibatches", "must divide", "3"]),
+        (["train", "--network.num-heads", "5"], ["network.num_heads", "must divide", "5"]),
+        (["train", "--policy", "mma"], ["unknown policy 'mma'", "mam"]),
+        (["train", "--env", "lbf/8x8"], ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"]),
+        (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
+        (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
+        (["train", "--resume", "nowhere"], ["nowhere", "no run"]),
+        (["train", "extra"], ["extra"]),
+        (["evaluate"], ["RUN"]),
+        (["evaluate", "nowhere"], ["nowhere", "no run"]),
+        (["play", "nowhere", "--gready"], ["--gready", "did you mean --greedy"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("mam: ")
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overview_version_and_list(capsys):
+    assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    for word in ("usage: mam", *cli.COMMANDS, "lbf/2s-8x8-2p-2f-coop", "rware/xlarge-4ag-hard", *PRESETS):
+        assert word in out
+
+
+def test_help_shows_the_defaults_of_the_tasks_preset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--env", "rware/tiny-2ag", "--help"])
+    assert stop.value.code == 0
+    lr = re.search(r"--ppo\.lr FLOAT.*?default: ([\d.e-]+)", capsys.readouterr().out, re.DOTALL)
+    assert lr is not None
+    assert float(lr.group(1)) == preset("rware/tiny-2ag").ppo.lr
+
+
+def test_every_preset_names_a_task_it_can_train_on():
+    from mam.envs.registry import task_names
+
+    for name, make in PRESETS.items():
+        assert make().env in task_names()
+        assert make().env.startswith(name)
+        assert make.__doc__
+
+
+def test_the_preset_of_a_task_is_its_own_or_its_suites():
+    assert preset_for("lbf/15x15-4p-5f") == (preset("lbf/15x15-4p-5f"), "lbf/15x15-4p-5f")
+    config, name = preset_for("lbf/8x8-2p-2f-coop")
+    assert (config.env, name, config.ppo) == ("lbf/8x8-2p-2f-coop", "lbf", preset("lbf").ppo)
+    assert preset_for("mine/own")[1] == "defaults"
+
+
+SMALL = (
+    *("--env", "probe/matrix", "--network.d-model", "8", "--network.d-state", "2", "--ppo.num-envs", "4"),
+    *("--ppo.rollout-length", "4", "--ppo.num-epochs", "1", "--ppo.num-minibatches", "1", "--num-seeds", "2"),
+    *("--eval.num-evaluations", "2", "--eval.num-episodes", "3", "--eval.num-absolute-episodes", "5"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four updates by the command line."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", *SMALL, "--total-timesteps", "64", "--out", str(path)]) == 0
+    return path
+
+
+def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json"),
+        *("learning_curve.png", "tensorboard", "checkpoint"),
+    }
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["env"], config["num_seeds"], config["network"]["d_model"]) == ("probe/matrix", 2, 8)
+    versions = json.loads((finished / "versions.json").read_text())
+    assert {"python", "packages", "git", "device", "platform"} <= versions.keys()
+    results = json.loads((finished / "marl_eval.json").read_text())["probe"]["matrix"]["mam"]
+    assert results.keys() == {"seed_0", "seed_1"}
+    assert len(results["seed_0"]["absolute_metrics"]["mean_episode_return"]) == 5
+
+
+def test_evaluate_reports_every_seed(finished, capsys):
+    assert cli.main(["evaluate", str(finished), "--episodes", "4", "--greedy"]) == 0
+    out = capsys.readouterr().out
+    assert "4 episodes" in out
+    assert "greedy" in out
+    assert "mean ± std" in out
+
+
+def test_what_cannot_be_drawn_is_said(finished, capsys):
+    assert cli.main(["play", str(finished)]) == 2
+    assert "probe/matrix cannot be drawn" in capsys.readouterr().err
+    assert cli.main(["play", str(finished), "--policy-seed", "7"]) == 2
+    assert "--policy-seed" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert cli.main(["train", *SMALL, "--out", str(finished)]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_refuses_other_settings_and_names_them(finished, capsys):
+    assert cli.main(["train", "--resume", str(finished), "--ppo.lr", "1", "--seed", "3"]) == 2
+    err = capsys.readouterr().err
+    assert "ppo.lr was 0.003, is 1.0" in err
+    assert "seed was 0, is 3" in err
+    assert cli.main(["train", "--resume", str(finished), "--total-timesteps", "16"]) == 2
+    assert "cannot shrink" in capsys.readouterr().err

@@ -1,0 +1,219 @@
+"""Configurations: derived values, when a run is evaluated, what is refused, and the JSON round trip."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig, from_json, to_json
+from mam.errors import UserError
+
+thorough = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+
+sizes = st.integers(1, 1000)
+positive = st.floats(1e-12, 1e12)
+fractions = st.floats(0, 1)
+not_negative = st.floats(0, 1e12)
+
+
+@st.composite
+def ppo_configs(draw):
+    num_minibatches, share = draw(st.tuples(sizes, sizes))
+    num_envs, rollout_length = draw(st.permutations([num_minibatches * share, draw(sizes)]))
+    return PPOConfig(
+        lr=draw(positive),
+        num_envs=num_envs,
+        rollout_length=rollout_length,
+        num_epochs=draw(sizes),
+        num_minibatches=num_minibatches,
+        gamma=draw(fractions),
+        gae_lambda=draw(fractions),
+        clip_eps=draw(positive),
+        ent_coef=draw(not_negative),
+        vf_coef=draw(not_negative),
+        max_grad_norm=draw(positive),
+    )
+
+
+@st.composite
+def network_configs(draw):
+    num_heads = draw(sizes)
+    return NetworkConfig(
+        d_model=num_heads * draw(sizes),
+        num_blocks=draw(sizes),
+        num_heads=num_heads,
+        d_state=draw(sizes),
+        d_conv=draw(sizes),
+        expand=draw(sizes),
+        dt_rank=draw(st.none() | sizes),
+    )
+
+
+configs = st.builds(
+    Config,
+    policy=st.text(),
+    env=st.text(),
+    seed=st.integers(0, 10**6),
+    num_seeds=sizes,
+    total_timesteps=st.integers(1, 10**12),
+    network=network_configs(),
+    ppo=ppo_configs(),
+    eval=st.builds(
+        EvalConfig, num_evaluations=sizes, num_episodes=sizes, num_absolute_episodes=sizes, greedy=st.booleans()
+    ),
+)
+
+
+@thorough
+@given(configs)
+def test_json_round_trip(config):
+    assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_missing_keys_take_their_defaults():
+    assert from_json(Config, {}) == Config()
+    assert from_json(Config, {"ppo": {"lr": 1e-3}}) == Config(ppo=PPOConfig(lr=1e-3))
+
+
+def test_nothing_can_be_changed():
+    for part in (Config(), NetworkConfig(), PPOConfig(), EvalConfig()):
+        name = dataclasses.fields(part)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, getattr(part, name))
+
+
+def test_derived_sizes():
+    network = NetworkConfig(d_model=20, expand=3)
+    assert network.d_inner == 60
+    assert network.resolved_dt_rank == 2
+    assert replace(network, d_model=32).resolved_dt_rank == 2
+    assert replace(network, dt_rank=7).resolved_dt_rank == 7
+
+
+@pytest.mark.parametrize(("total", "updates"), [(1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
+def test_steps_are_rounded_up_to_whole_updates(total, updates):
+    config = Config(total_timesteps=total, num_seeds=5, ppo=PPOConfig(num_envs=4, rollout_length=8))
+    assert config.steps_per_update == 32
+    assert config.num_updates == updates
+
+
+@thorough
+@given(num_evaluations=st.integers(1, 200), num_updates=st.integers(1, 400))
+def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(num_evaluations, num_updates):
+    ppo = PPOConfig(num_envs=1, rollout_length=1, num_minibatches=1)
+    config = Config(total_timesteps=num_updates, ppo=ppo, eval=EvalConfig(num_evaluations=num_evaluations))
+    evaluated = [update for update in range(1, num_updates + 1) if config.evaluate_after(update)]
+    assert len(evaluated) == min(num_evaluations, num_updates)
+    assert evaluated[-1] == num_updates
+    gaps = [after - before for before, after in zip([0, *evaluated], evaluated, strict=False)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def nested(key, value):
+    """{"ppo": {"lr": value}} for "ppo.lr"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        *(
+            (key, value, "must be positive")
+            for key in ("total_timesteps", "num_seeds", "network.d_model", "network.num_blocks", "network.num_heads")
+            for value in (0, -1)
+        ),
+        *(
+            (key, 0, "must be positive")
+            for key in (
+                *("network.d_state", "network.d_conv", "network.expand", "network.dt_rank"),
+                *("ppo.num_envs", "ppo.rollout_length", "ppo.num_epochs", "ppo.num_minibatches"),
+                *("eval.num_evaluations", "eval.num_episodes", "eval.num_absolute_episodes"),
+            )
+        ),
+        *(
+            (f"ppo.{name}", value, "must be positive")
+            for name in ("lr", "clip_eps", "max_grad_norm")
+            for value in (0.0, -0.1, float("nan"))
+        ),
+        *(
+            (f"ppo.{name}", value, r"must lie in \[0, 1\]")
+            for name in ("gamma", "gae_lambda")
+            for value in (-0.01, 1.01, float("nan"))
+        ),
+        *(
+            (f"ppo.{name}", value, "must not be negative")
+            for name in ("ent_coef", "vf_coef")
+            for value in (-1e-9, float("nan"))
+        ),
+        ("seed", -1, "must not be negative"),
+        ("ppo.num_minibatches", 3, r"must divide ppo.num_envs × ppo.rollout_length = 8192"),
+        ("network.num_heads", 3, r"must divide network.d_model = 64"),
+    ],
+)
+def test_impossible_values_are_refused(key, value, rule):
+    with pytest.raises(UserError, match=rf"^{key} {rule}.*, got {value}$"):
+        from_json(Config, nested(key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ppo.gamma", 0.0), ("ppo.gamma", 1.0), ("ppo.gae_lambda", 0.0), ("ppo.ent_coef", 0.0), ("ppo.vf_coef", 0.0)],
+)
+def test_limits_themselves_are_allowed(key, value):
+    assert to_json(from_json(Config, nested(key, value)))["ppo"][key.removeprefix("ppo.")] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("seed", "1", "must be int, got '1'"),
+        ("seed", 1.0, "must be int, got 1.0"),
+        ("seed", True, "must be int, got True"),
+        ("seed", None, "must be int, got None"),
+        ("env", 3, "must be str, got 3"),
+        ("ppo.lr", "fast", "must be float, got 'fast'"),
+        ("ppo.lr", True, "must be float, got True"),
+        ("ppo.num_envs", 2.5, "must be int, got 2.5"),
+        ("ppo.num_envs", False, "must be int, got False"),
+        ("eval.greedy", 1, "must be bool, got 1"),
+        ("network.dt_rank", 1.5, "must be int or null, got 1.5"),
+        ("network.dt_rank", True, "must be int or null, got True"),
+        ("network", 3, "must be a group of keys, got 3"),
+        ("network", None, "must be a group of keys, got None"),
+    ],
+)
+def test_wrong_types_are_refused(key, value, said):
+    with pytest.raises(UserError, match=rf"^{key} {said}$"):
+        from_json(Config, nested(key, value))
+
+
+def test_an_integer_passes_for_a_float():
+    gamma = from_json(Config, {"ppo": {"gamma": 1}}).ppo.gamma
+    assert (type(gamma), gamma) == (float, 1.0)
+    assert from_json(Config, {"network": {"dt_rank": 3}}).network.dt_rank == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("sed", "seed"), ("ppo.learning_rate", None), ("ppo.gama", "ppo.gamma"), ("network.d_modle", "network.d_model")],
+)
+def test_unknown_keys_are_named_with_the_nearest_valid_one(key, nearest):
+    with pytest.raises(UserError, match=rf"^unknown key '{key}'") as refused:
+        from_json(Config, nested(key, 1))
+    assert nearest is None or f"did you mean {nearest}" in str(refused.value)
+
+
+def test_choices():
+    @dataclass(frozen=True)
+    class Choice:
+        mode: Literal["fast", "exact"] = "fast"
+
+    assert from_json(Choice, {"mode": "exact"}).mode == "exact"
+    with pytest.raises(UserError, match="^mode must be one of fast, exact, got 'slow'$"):
+        from_json(Choice, {"mode": "slow"})
