@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -109,7 +110,7 @@ def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(num_evaluation
     evaluated = [update for update in range(1, num_updates + 1) if config.evaluate_after(update)]
     assert len(evaluated) == min(num_evaluations, num_updates)
     assert evaluated[-1] == num_updates
-    gaps = [after - before for before, after in zip([0, *evaluated], evaluated, strict=False)]
+    gaps = [after - before for before, after in pairwise([0, *evaluated])]
     assert max(gaps) - min(gaps) <= 1
 
 
@@ -215,5 +216,5 @@ def test_choices():
         mode: Literal["fast", "exact"] = "fast"
 
     assert from_json(Choice, {"mode": "exact"}).mode == "exact"
-    with pytest.raises(UserError, match="^mode must be one of fast, exact, got 'slow'$"):
+    with pytest.raises(UserError, match=r"^mode must be one of fast, exact, got 'slow'$"):
         from_json(Choice, {"mode": "slow"})

@@ -21,8 +21,6 @@ from mam.config import Config
 from mam.errors import UserError, unknown_name
 from mam.presets import PRESETS, preset, preset_for
 
-STOPPED = "saved; go on with: mam train --resume {path}"
-
 
 @dataclass(frozen=True)
 class Train:
@@ -120,7 +118,8 @@ def _train(args: Train) -> None:
     print(_plan(config, trainer, folder.path))
     finished = runs.run(config, folder, trainer)
     _print_results(config, folder)
-    print("" if finished else STOPPED.format(path=folder.path))
+    if not finished:
+        print(f"saved; go on with: mam train --resume {folder.path}")
 
 
 def _plan(config: Config, trainer: Any, path: Path) -> str:

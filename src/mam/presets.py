@@ -15,9 +15,9 @@ def lbf_smallest() -> Config:
     """Two agents that must forage together: the task to try first; see `make train`."""
     return Config(
         env="lbf/2s-8x8-2p-2f-coop",
-        total_timesteps=800_000,
+        total_timesteps=1_000_000,
         network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
-        ppo=PPOConfig(lr=5e-4, num_minibatches=4, max_grad_norm=0.5, clip_eps=0.2, ent_coef=0.001),
+        ppo=PPOConfig(lr=5e-4, num_minibatches=4, max_grad_norm=0.5, clip_eps=0.2, ent_coef=0.01),
     )
 
 
@@ -58,7 +58,7 @@ def rware_tiny_2ag() -> Config:
     return Config(
         env="rware/tiny-2ag",
         total_timesteps=4_000_000,
-        network=NetworkConfig(d_model=64, num_blocks=1, d_state=8),
+        network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
         ppo=PPOConfig(lr=1e-3, num_minibatches=4, max_grad_norm=5.0, clip_eps=0.2, ent_coef=0.01),
     )
 

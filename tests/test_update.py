@@ -1,0 +1,220 @@
+"""Learning from one rollout: which rows each gradient step reads, how many there are, and what they do."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mam.advantages import Advantages
+from mam.config import PPOConfig
+from mam.losses import ppo_loss
+from mam.types import Evaluation, Observation, Transition
+from mam.update import Batch, make_batch, make_optimiser, update
+
+NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
+update = partial(jax.jit, static_argnames=("optimiser", "ppo"))(update)
+
+
+class Learner(eqx.Module):
+    """What updates need of a policy."""
+
+    def init_memory(self, batch=()):
+        return ()
+
+    def act(self, memory, obs, reset, key, *, greedy=False):
+        raise NotImplementedError
+
+    def value(self, memory, obs):
+        raise NotImplementedError
+
+
+class Linear(Learner):
+    """Logits and value are linear in what an agent sees."""
+
+    actor: jax.Array
+    critic: jax.Array
+
+    def evaluate(self, memory, obs, action, order, reset):
+        log_probs = jax.nn.log_softmax(obs.agents_view @ self.actor)
+        log_prob = jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
+        entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
+        return Evaluation(log_prob, entropy, value=obs.agents_view @ self.critic)
+
+
+class Table(Learner):
+    """One number per row of the batch, found by what the agents see."""
+
+    numbers: jax.Array
+
+    def evaluate(self, memory, obs, action, order, reset):
+        value = self.numbers[obs.agents_view[..., 0].astype(int)]
+        return Evaluation(jnp.zeros_like(value), jnp.zeros_like(value), value)
+
+
+def observe(view):
+    action_mask = jnp.ones((*view.shape[:-1], NUM_ACTIONS), bool)
+    return Observation(view, action_mask, alive=jnp.ones(view.shape[:-1], bool))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    actor_key, critic_key = jax.random.split(jax.random.key(0))
+    return Linear(jax.random.normal(actor_key, (OBS_DIM, NUM_ACTIONS)), jax.random.normal(critic_key, (OBS_DIM,)))
+
+
+@pytest.fixture(scope="module")
+def batch(policy):
+    """32 rows of random actions, with the log-probabilities and values of `policy`."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shape = (32, NUM_AGENTS)
+    obs = observe(jax.random.normal(keys[0], (*shape, OBS_DIM)))
+    action = jax.random.randint(keys[1], shape, 0, NUM_ACTIONS)
+    order = jnp.broadcast_to(jnp.arange(NUM_AGENTS), shape)
+    reset = jnp.zeros(32, bool)
+    old = policy.evaluate((), obs, action, order, reset)
+    advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
+    return Batch(obs, reset, (), action, order, old.log_prob, old.value, advantage, target)
+
+
+def rows_visited(key, size, ppo):
+    """How often each gradient step reads each row: [steps, rows], from the gradients it sees."""
+    num_steps = ppo.num_epochs * ppo.num_minibatches
+
+    def record(gradients, state, params=None):
+        step, seen = state
+        visits = gradients.numbers / (-ppo.vf_coef * ppo.num_minibatches / size)
+        return jax.tree.map(jnp.zeros_like, gradients), (step + 1, seen.at[step].set(visits))
+
+    optimiser = optax.GradientTransformation(lambda policy: (jnp.array(0), jnp.zeros((num_steps, size))), record)
+    shape = (size, NUM_AGENTS)
+    view = jnp.broadcast_to(jnp.arange(size)[:, None, None], (*shape, 1)).astype(float)
+    zeros, ones = jnp.zeros(shape), jnp.ones(shape)
+    whole = jnp.zeros(shape, jnp.int32)
+    batch = Batch(observe(view), jnp.zeros(size, bool), (), whole, whole, zeros, zeros, zeros, target=ones)
+    policy = Table(jnp.zeros(size))
+    _, (step, seen), _ = update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
+    assert step == num_steps
+    np.testing.assert_allclose(seen, np.round(seen), atol=1e-5)
+    return np.round(seen).astype(int)
+
+
+def test_each_epoch_visits_each_row_once():
+    ppo = PPOConfig(num_epochs=3, num_minibatches=4)
+    visits = rows_visited(jax.random.key(0), 24, ppo)
+    np.testing.assert_array_equal(visits.sum(axis=1), 24 / 4)
+    epochs = visits.reshape(3, 4, 24)
+    np.testing.assert_array_equal(epochs.sum(axis=1), 1)
+    assert len({epoch.tobytes() for epoch in epochs}) == 3  # each in its own order
+    np.testing.assert_array_equal(rows_visited(jax.random.key(0), 24, ppo), visits)
+    assert (rows_visited(jax.random.key(1), 24, ppo) != visits).any()
+
+
+def test_a_batch_has_one_row_per_environment_step():
+    """Row t B + b of every field is that of step t in environment b."""
+    length, num_envs = 3, 4
+    code = jnp.arange(length * num_envs).reshape(length, num_envs)
+    per_agent = jnp.broadcast_to(code[..., None], (length, num_envs, NUM_AGENTS))
+    numbers, odd = per_agent.astype(float), code % 2 == 1
+    obs = Observation(
+        agents_view=jnp.broadcast_to(numbers[..., None], (length, num_envs, NUM_AGENTS, OBS_DIM)),
+        action_mask=jnp.broadcast_to(odd[..., None, None], (length, num_envs, NUM_AGENTS, NUM_ACTIONS)),
+        alive=jnp.broadcast_to(odd[..., None], (length, num_envs, NUM_AGENTS)),
+    )
+    transitions = Transition(
+        observation=obs,
+        reset=odd,
+        memory=code,
+        action=per_agent,
+        log_prob=numbers + 0.1,
+        value=numbers + 0.2,
+        order=per_agent + 1,
+        reward=numbers,
+        terminated=odd,
+        truncated=odd,
+        final_observation=obs,
+        metrics={},
+    )
+    batch = make_batch(transitions, Advantages(advantage=numbers + 0.3, target=numbers + 0.4))
+    rows = np.arange(length * num_envs)
+    expected = {
+        **{"action": rows, "order": rows + 1},
+        **{"log_prob": rows + 0.1, "value": rows + 0.2, "advantage": rows + 0.3, "target": rows + 0.4},
+    }
+    for name, values in expected.items():
+        actual = getattr(batch, name)
+        assert actual.shape == (rows.size, NUM_AGENTS)
+        np.testing.assert_allclose(actual, np.broadcast_to(values[:, None], actual.shape), rtol=1e-6)
+    np.testing.assert_array_equal(batch.memory, rows)
+    np.testing.assert_array_equal(batch.reset, rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.agents_view[:, 1, 2], rows)
+    np.testing.assert_array_equal(batch.observation.alive[:, 1], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.action_mask[:, 1, 3], rows % 2 == 1)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
+def test_the_optimiser_is_adam_behind_a_limit_on_the_norm(max_grad_norm):
+    lr, epsilon = 3e-3, 1e-5
+    optimiser = make_optimiser(PPOConfig(lr=lr, max_grad_norm=max_grad_norm))
+    state = optimiser.init({"a": jnp.zeros(2), "b": jnp.zeros(())})
+    mean, square = np.zeros(3), np.zeros(3)
+    for step, gradient in enumerate(np.array([[3.0, -4.0, 12.0], [1e-5, 0.0, 2e-5], [-0.1, 0.2, 0.3]]), start=1):
+        updates, state = optimiser.update({"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2])}, state)
+        limited = gradient * min(1, max_grad_norm / np.linalg.norm(gradient))
+        mean, square = 0.9 * mean + 0.1 * limited, 0.999 * square + 0.001 * limited**2
+        expected = -lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + epsilon)
+        np.testing.assert_allclose([*updates["a"], updates["b"]], expected, rtol=2e-4, atol=1e-9)
+
+
+def test_equals_gradient_steps_by_hand(policy, batch):
+    """With one minibatch the order of the rows does not matter, so the epochs can be taken in a plain loop."""
+    ppo = PPOConfig(lr=0.01, num_epochs=4, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, max_grad_norm=0.1)
+    optimiser = make_optimiser(ppo)
+
+    def loss(policy):
+        new = policy.evaluate((), batch.observation, batch.action, batch.order, batch.reset)
+        old = (batch.log_prob, batch.value, batch.advantage, batch.target, batch.observation.alive)
+        losses = ppo_loss(new, *old, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
+        return losses.loss, losses
+
+    @jax.jit
+    def step(policy, state):
+        gradients, losses = jax.grad(loss, has_aux=True)(policy)
+        updates, state = optimiser.update(gradients, state)
+        return jax.tree.map(jnp.add, policy, updates), state, losses, gradients
+
+    by_hand, state, steps, norms = policy, optimiser.init(policy), [], []
+    for _ in range(ppo.num_epochs):
+        by_hand, state, losses, gradients = jax.device_get(step(by_hand, state))
+        steps.append(losses)
+        norms.append(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients))))
+    learned, _, metrics = jax.device_get(
+        update(policy, optimiser.init(policy), batch, jax.random.key(0), optimiser=optimiser, ppo=ppo)
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learned, by_hand)
+    means = jax.tree.map(lambda *x: np.mean(x), *steps)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), metrics.losses, means)
+    assert metrics.grad_norm == pytest.approx(np.mean(norms), rel=1e-3)
+    assert min(norms) > ppo.max_grad_norm  # reported before clipping
+
+
+def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
+    """Defect 1. The deviation is zero if acting and evaluating agree, however far the update goes, and not if the
+    log-probabilities belong to other agents."""
+    ppo = PPOConfig(lr=0.1, num_epochs=3, num_minibatches=4)
+    optimiser = make_optimiser(ppo)
+
+    def run(batch):
+        key = jax.random.key(0)
+        return jax.device_get(update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
+
+    state, metrics = run(batch)
+    assert optax.tree.get(state, "count") == 3 * 4
+    assert all(np.isfinite(leaf) and np.shape(leaf) == () for leaf in jax.tree.leaves(metrics))
+    assert metrics.first_ratio_deviation <= 1e-6
+    assert metrics.losses.ratio_deviation > 0.1
+    swapped = eqx.tree_at(lambda b: b.log_prob, batch, batch.log_prob[:, ::-1])
+    assert run(swapped)[1].first_ratio_deviation > 0.1
