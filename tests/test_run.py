@@ -28,7 +28,8 @@ def _state(folder):
 
 
 def _rows(folder):
-    return [{k: v for k, v in json.loads(line).items() if k != "elapsed"} for line in folder.metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "elapsed"} for row in rows]
 
 
 def _same(a, b):
