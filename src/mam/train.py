@@ -103,7 +103,7 @@ def make_train(config: Config) -> Trainer:
         mean_return = values["episode_return"].mean()
         better = mean_return > state.best_return
         best_policy = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.policy, state.best_policy)
-        best = (best_policy, jnp.maximum(mean_return, state.best_return))
+        best = (best_policy, jnp.where(better, mean_return, state.best_return))  # a NaN is never the best
         return eqx.tree_at(lambda s: (s.best_policy, s.best_return), state, best), values
 
     def absolute_metric(state: TrainState) -> Values:

@@ -15,7 +15,7 @@ from jax import lax
 from mam.config import NetworkConfig
 from mam.networks.mixers import MIXERS, AbstractCausalMixer, MixerFamily
 
-QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 ROLES = [role.name for role in dataclasses.fields(MixerFamily)]
 every_mixer = pytest.mark.parametrize(("family", "role"), [(f, r) for f in MIXERS for r in ROLES])
 every_causal_mixer = pytest.mark.parametrize(

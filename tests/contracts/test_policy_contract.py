@@ -12,7 +12,7 @@ from mam.errors import UserError
 from mam.networks.policy import POLICIES, agent_gumbel, decision_order, make_policy
 from mam.types import EnvSpec, Observation, Policy
 
-QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 OBS_DIM, NUM_ACTIONS = 6, 4
 every_policy = pytest.mark.parametrize("name", POLICIES)
@@ -70,6 +70,7 @@ def run_all(policy, obs, key):
 
 
 all_methods = jax.jit(run_all, compiler_options=QUICK)
+gumbel_noise = jax.jit(agent_gumbel, static_argnums=(1, 2), compiler_options=QUICK)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -141,7 +142,7 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
     output = results(name, "team")[mode]
     candidates = np.arange(NUM_ACTIONS)
     for env in range(NUM_ENVS):
-        noise = agent_gumbel(keys[env], NUM_AGENTS, NUM_ACTIONS) * (mode == "sampled")
+        noise = gumbel_noise(keys[env], NUM_AGENTS, NUM_ACTIONS) * (mode == "sampled")
         chosen = np.zeros(NUM_AGENTS, int)
         for agent in output.order[env]:
             actions = np.tile(chosen, (NUM_ACTIONS, 1))
@@ -190,11 +191,11 @@ def test_later_agents_answer_earlier_ones(name, order):
 
 def test_noise_belongs_to_the_agent():
     keys = jax.random.split(jax.random.key(0), 3)
-    noise = np.asarray(agent_gumbel(keys, 5, NUM_ACTIONS))
+    noise = np.asarray(gumbel_noise(keys, 5, NUM_ACTIONS))
     assert len(np.unique(noise)) == noise.size  # no two agents, actions or environments share any
-    np.testing.assert_array_equal(agent_gumbel(keys, 7, NUM_ACTIONS)[:, :5], noise)
-    np.testing.assert_array_equal(agent_gumbel(keys[1], 5, NUM_ACTIONS), noise[1])
-    np.testing.assert_array_equal(agent_gumbel(keys, 5, NUM_ACTIONS), noise)
+    np.testing.assert_array_equal(gumbel_noise(keys, 7, NUM_ACTIONS)[:, :5], noise)
+    np.testing.assert_array_equal(gumbel_noise(keys[1], 5, NUM_ACTIONS), noise[1])
+    np.testing.assert_array_equal(gumbel_noise(keys, 5, NUM_ACTIONS), noise)
 
 
 @every_policy

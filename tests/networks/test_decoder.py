@@ -8,7 +8,7 @@ from mam.config import NetworkConfig
 from mam.networks.decoder import Decoder
 from mam.networks.mixers import MIXERS
 
-QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 B, N, A, E = 2, 4, 3, 8
 
 

@@ -8,7 +8,7 @@ from mam.config import NetworkConfig
 from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.mamba import DT_LIMIT, SelectiveSSM
 
-QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)
 SCALE, OFFSET = np.linspace(0.5, 2.0, 6, dtype=np.float32), np.linspace(-1.0, 1.0, 6, dtype=np.float32)
 

@@ -17,7 +17,7 @@ from mam.config import NetworkConfig
 from mam.networks.mixers.mamba import SelectiveSSM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mamba.npz"
-QUICK = {"xla_backend_optimization_level": 0}  # compilation dominates these tests
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 CASES = {
     "A": NetworkConfig(d_model=16, d_state=4, d_conv=4, expand=2, dt_rank=1),
     "B": NetworkConfig(d_model=24, d_state=8, d_conv=3, expand=2, dt_rank=5),
