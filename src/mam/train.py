@@ -101,9 +101,9 @@ def make_train(config: Config) -> Trainer:
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         values = play(state.policy, _stream(state, 1), config.eval.num_episodes)
         mean_return = values["episode_return"].mean()
-        better = mean_return > state.best_return
+        better = mean_return >= state.best_return  # of equals the later: it has learned for longer
         best_policy = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.policy, state.best_policy)
-        best = (best_policy, jnp.where(better, mean_return, state.best_return))  # a NaN is never the best
+        best = (best_policy, jnp.where(better, mean_return, state.best_return))
         return eqx.tree_at(lambda s: (s.best_policy, s.best_return), state, best), values
 
     def absolute_metric(state: TrainState) -> Values:

@@ -211,7 +211,7 @@ def test_the_key_decides_samples_and_nothing_else(name):
 
 @functools.cache
 def joint_probabilities(name, env):
-    """π(a₁, a₂) of the two living agents, [A, A]: every joint action evaluated; and π(a₁), [A]."""
+    """Of the two living agents, every joint action evaluated: π(a₁, a₂) [A, A], π(a₁) [A], and entropies [A, A, 2]."""
     pairs = np.indices((NUM_ACTIONS, NUM_ACTIONS)).reshape(2, -1).T
     actions = np.pad(pairs, [(0, 0), (0, NUM_AGENTS - 2)])
     evaluation = evaluate_env(name, observe("team")[0], env, actions, np.arange(NUM_AGENTS))

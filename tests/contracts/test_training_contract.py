@@ -4,9 +4,7 @@ Compiling a training step takes most of the time, so the tasks are one environme
 and each policy is compiled once. Tasks follow each other in a `lax.map`: every one is a run of its own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax

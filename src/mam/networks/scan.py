@@ -102,7 +102,10 @@ def _advance(A, h, x, dt, B, keep):
 
 def _sum_over_states(h, weight):
     """Σ_s weight[s] h[s] per row: [batch, D]. Written out, because XLA's reduction on CPU is many times slower."""
-    return sum(weight[:, s, None] * h[:, s] for s in range(h.shape[1]))
+    total = weight[:, 0, None] * h[:, 0]
+    for s in range(1, h.shape[1]):
+        total += weight[:, s, None] * h[:, s]
+    return total
 
 
 def _forward(x, dt, B, C, A, keep, h0, reverse):
