@@ -1,6 +1,7 @@
 """The mechanics of a run, with a linear policy in place of a network: seeds, keys, evaluation, resuming, wiring."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -15,10 +16,10 @@ from mam.envs import probes
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.losses import PPOLoss
-from mam.train import make_train
 from mam.types import Evaluation, PolicyOutput
 from mam.update import make_batch
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 SEEDS = jnp.array([0, 1, 2])
 CONFIG = Config(
     env="probe/identity",  # episodes of 8 steps, cut by the time limit; at best 8, at worst 0
@@ -68,6 +69,12 @@ def _linear_policy():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_policy", make_linear)
         yield
+
+
+def make_train(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
+        return train.make_train(config)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from mam.types import Evaluation, Observation, Transition
 from mam.update import Batch, make_batch, make_optimiser, update
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
-update = partial(jax.jit, static_argnames=("optimiser", "ppo"))(update)
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+update = partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)(update)
 
 
 class Learner(eqx.Module):
@@ -180,7 +181,7 @@ def test_equals_gradient_steps_by_hand(policy, batch):
         losses = ppo_loss(new, *old, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
         return losses.loss, losses
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def step(policy, state):
         gradients, losses = jax.grad(loss, has_aux=True)(policy)
         updates, state = optimiser.update(gradients, state)

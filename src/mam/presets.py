@@ -12,7 +12,11 @@ from mam.errors import unknown_name
 
 
 def lbf_smallest() -> Config:
-    """Two agents that must forage together: the task to try first; see `make train`."""
+    """Two agents that must forage together: the task to try first.
+
+    `mam train`, which `make train` runs; 2 CPU cores, under 15 minutes; absolute metric 0.965 ± 0.010 over seeds
+    0–2 (`--policy mat`: 0.957 ± 0.017).
+    """
     return Config(
         env="lbf/2s-8x8-2p-2f-coop",
         total_timesteps=1_000_000,
@@ -54,7 +58,11 @@ def rware() -> Config:
 
 
 def rware_tiny_2ag() -> Config:
-    """Two robots in the smallest warehouse, at a size that learns on a CPU."""
+    """Two robots in the smallest warehouse, at a size that learns on a CPU.
+
+    `mam train --env rware/tiny-2ag`; stopped at 1.08 of its 4 million steps, seed 0 returned 0.84 over 320 episodes,
+    where random actions return 0.003.
+    """
     return Config(
         env="rware/tiny-2ag",
         total_timesteps=4_000_000,

@@ -42,6 +42,8 @@ def evaluation_returns(records: Sequence[Record]) -> tuple[np.ndarray, Float[np.
     """Step counts of the evaluations and each seed's mean return in them."""
     evaluations = [record for record in records if record.kind == "evaluation"]
     steps = np.array([record.step_count for record in evaluations], int)
+    if not evaluations:
+        return steps, np.empty((0, 0))
     return steps, np.array([seed_means(record.values[RETURN]) for record in evaluations])
 
 

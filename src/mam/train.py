@@ -36,7 +36,7 @@ Values = dict[str, Float[Array, "..."]]  # metric → [seeds] or [seeds, episode
 
 @dataclass(frozen=True)
 class Trainer:
-    """The jitted functions of a run. Seed k's numbers are the same whichever seeds are trained beside it."""
+    """The jitted functions of a run. Seed k's numbers are the same, up to rounding, whichever seeds are beside it."""
 
     env: Environment  # one, as evaluated: it reports its episodes' statistics and does not reset itself
     init: jax.stages.Wrapped  # seeds [seeds] → TrainState

@@ -5,6 +5,7 @@ and each policy is compiled once. Tasks follow each other in a `lax.map`: every 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.probes import Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.networks.policy import POLICIES
+from mam.train import TrainState
 from mam.types import EnvSpec
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 5, 4
 NUM_UPDATES = 27
 PPO = PPOConfig(lr=5e-3, num_envs=16, rollout_length=16, num_epochs=4, num_minibatches=2, gamma=0.9, ent_coef=0.2)
@@ -103,81 +106,78 @@ class Learned:
     """A policy's runs on all tasks."""
 
     name: str
-    init: Any  # states before the first update, and after the first two: [runs, 1, …]
-    states: list
-    values: dict  # metric → [updates, runs]
+    init: TrainState  # before the first update, [runs, 1, …]
+    states: list[TrainState]  # after the first and the second
+    values: dict[str, np.ndarray]  # metric → [updates, runs]
 
-    def reached(self, run):
-        """The highest return of three consecutive updates, from sampled actions as in training."""
+    def returns(self, run):
+        """Of sampled actions as in training: means over every three consecutive updates."""
         returns = self.values["episode_return"][:, RUNS.index(run)]
-        return np.convolve(returns, np.ones(3) / 3, mode="valid").max()
-
-    def lowest(self, run):
-        returns = self.values["episode_return"][:, RUNS.index(run)]
-        return np.convolve(returns, np.ones(3) / 3, mode="valid").min()
+        return np.convolve(returns, np.ones(3) / 3, mode="valid")
 
 
 @pytest.fixture(scope="module", params=POLICIES)
 def learned(request):
     name = request.param
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def init(rows):
         return jax.lax.map(lambda row: make_trainer(name, *row).init(jnp.zeros(1, jnp.int32)), rows)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def train_step(rows, states):
         return jax.lax.map(lambda x: make_trainer(name, *x[0]).train_step(x[1]), (rows, states))
 
-    states, values = [init(ROWS)], []
-    for update in range(NUM_UPDATES):
-        state, new = train_step(ROWS, states[-1])
-        states = [*states, state] if update < 2 else [*states[:-1], state]
+    first = state = init(ROWS)
+    states, values = [], []
+    for _ in range(NUM_UPDATES):
+        state, new = train_step(ROWS, state)
+        states.append(state)
         values.append(new)
     assert train_step._cache_size() == 1
     stacked = jax.tree.map(lambda *x: np.stack(x)[..., 0], *jax.device_get(values))
-    return Learned(name, states[0], states[1:3], stacked)
+    return Learned(name, first, states[:2], stacked)
 
 
 def test_learns_to_answer_its_own_observation(learned):
     task = TASKS["identity"]
     assert (task.random_return, task.optimal_return) == (2, 8)
-    assert learned.reached("identity") > 7
+    assert learned.returns("identity").max() > 7
 
 
 def test_later_agents_learn_from_the_choices_of_earlier_ones(learned):
     """Far above what agents that choose independently could earn."""
     task = TASKS["copy"]
     assert (task.random_return, task.independent_return, task.optimal_return) == (2.8125, 3.75, 11.25)
-    assert learned.reached("copy") > 7.5
+    assert learned.returns("copy").max() > 7.5
 
 
 def test_agents_coordinate_on_the_better_of_two_optima(learned):
     assert TASKS["matrix"].trap_return == 0.6
-    assert learned.reached("matrix") > 0.95
+    assert learned.returns("matrix").max() > 0.95
 
 
 def test_learns_where_agents_come_and_go(learned):
-    returns = learned.values["episode_return"][:, RUNS.index("mortal")]
-    assert learned.reached("mortal") > 1.3 * returns[0]
+    returns = learned.returns("mortal")
+    assert returns.max() > 1.4 * returns[0]
 
 
 def test_nothing_is_learned_from_shuffled_rewards(learned):
     """Sixteen episodes of 16 answers per update, three updates: chance is 2, give or take 0.15."""
-    assert learned.lowest("shuffled") > 1.4
-    assert learned.reached("shuffled") < 2.6
+    assert learned.returns("shuffled").min() > 1.4
+    assert learned.returns("shuffled").max() < 2.6
 
 
 def test_without_memory_a_cue_is_forgotten(learned):
     """Chance is 0.25, give or take 0.03."""
-    assert learned.lowest("memory") > 0.15
-    assert learned.reached("memory") < 0.35
+    assert learned.returns("memory").min() > 0.15
+    assert learned.returns("memory").max() < 0.35
 
 
 def test_every_update_starts_at_ratio_one(learned):
     """Defect 1, on every task, also where agents are dead and actions illegal."""
     assert learned.values["first_ratio_deviation"].max() <= 1e-5
-    assert learned.values["ratio_deviation"].min() > 1e-3  # and goes on from there
+    assert (learned.values["ratio_deviation"].max(axis=0) > 0.1).all()  # and goes on from there
 
 
 def test_all_metrics_are_finite(learned):
@@ -197,7 +197,9 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
 
     Not to the bit: with a seed axis XLA sums in another order.
     """
-    trainer = make_trainer(learned.name, jnp.array(0), jnp.array(False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
+        trainer = make_trainer(learned.name, jnp.array(0), jnp.array(False))
     both = jax.tree.map(lambda x: jnp.concatenate([x[0], x[0]]), learned.init)
     for alone in learned.states:
         both, _ = trainer.train_step(both)

@@ -1,0 +1,121 @@
+"""Ten defects of public implementations that this one must not have, and the tests that would find each.
+
+ defect                                       tests
+ 1  agents shuffled, log-probabilities not    contracts/test_training_contract::test_every_update_starts_at_ratio_one
+                                              contracts/test_policy_contract::test_evaluate_repeats_act
+                                              test_update::test_steps_metrics_and_the_first_ratio_deviation
+ 2  a time limit treated as termination       test_advantages::test_a_time_limit_is_bootstrapped_a_termination_is_not
+                                              test_train::test_advantages_are_bootstrapped_from_the_true_successor
+ 3  the decoder recomputed for every agent    here
+ 4  evaluating the weights of before          test_train::test_evaluation_is_of_the_current_weights
+                                              test_train::test_the_evaluation_after_an_update_is_of_what_it_learned
+ 5  dead parameters                           contracts/test_training_contract::test_every_parameter_learns
+                                              contracts/test_{policy,mixer}_contract::test_no_parameter_is_dead
+ 6  one key for all agents                    here
+                                              contracts/test_policy_contract::test_noise_belongs_to_the_agent
+ 7  step and parallel form that differ        contracts/test_mixer_contract::test_step_equals_parallel
+                                              contracts/test_policy_contract::test_evaluate_repeats_act
+ 8  dead agents trained on                    test_losses::test_the_dead_contribute_nothing
+                                              contracts/test_policy_contract::test_appended_dead_agents_change_nothing
+ 9  memory not reset, or one step off         test_rollout::test_memory_counts_from_the_first_step_of_every_episode
+                                              test_evaluate::test_every_episode_equals_one_played_by_hand
+10  resuming without the optimiser's state    test_train::test_resuming_equals_going_on
+                                              test_run::test_a_stopped_and_resumed_run_equals_an_uninterrupted_one
+"""
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from mam.config import NetworkConfig
+from mam.networks.policy import POLICIES, make_policy
+from mam.types import EnvSpec, Observation
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+NUM_ACTIONS, BATCH = 5, 3
+
+
+def work(jaxpr):
+    """Multiplications in the matrix products of a program, times the turns of the loops around them."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
+        assert equation.primitive.name not in ("while", "cond"), "turns unknown"
+        inner = sum(work(sub) for sub in jaxprs_in_params(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+def setup(name, num_agents):
+    spec = EnvSpec("suite/task", num_agents, obs_dim=4, num_actions=NUM_ACTIONS, time_limit=10)
+    sizes = NetworkConfig(d_model=64)
+    policy = jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
+    shape = (BATCH, num_agents)
+    obs = Observation(jnp.zeros((*shape, 4)), jnp.ones((*shape, NUM_ACTIONS), bool), jnp.ones(shape, bool))
+    return policy, obs
+
+
+def work_of_acting(name, num_agents):
+    def act(policy, key):
+        return policy.act((), obs, jnp.zeros(BATCH, bool), jax.random.split(key, BATCH))
+
+    policy, obs = setup(name, num_agents)
+    return work(jax.make_jaxpr(act)(policy, jax.random.key(0)).jaxpr)
+
+
+def work_of_recomputing(name, num_agents):
+    """What acting would take if every agent's logits came out of the whole decoder."""
+
+    def act(policy):
+        obs_rep = jnp.zeros((BATCH, num_agents, 64))
+        decide = lambda action, _: (policy.decoder(action, obs_rep).argmax(-1).astype(jnp.int32), None)  # noqa: E731
+        return jax.lax.scan(decide, jnp.zeros((BATCH, num_agents), jnp.int32), length=num_agents)
+
+    policy, _ = setup(name, num_agents)
+    return work(jax.make_jaxpr(act)(policy).jaxpr)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
+    """Defect 3. Twice the agents are twice the work (attention's own quadratic part is small), not four times."""
+    few, many = 10, 20
+    assert work_of_recomputing(name, many) > 3.8 * work_of_recomputing(name, few)
+    growth = work_of_acting(name, many) / work_of_acting(name, few)
+    assert growth == 2 if name == "mam" else 2 < growth < 2.2
+    assert work_of_acting(name, many) < work_of_recomputing(name, many) / 5
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_agents_do_not_share_their_noise(name):
+    """Defect 6. Agents that see the same and prefer nothing choose the same action one time in five, not always."""
+    num_agents = 6
+    spec = EnvSpec("suite/task", num_agents, obs_dim=4, num_actions=NUM_ACTIONS, time_limit=10)
+    shape = (500, num_agents)
+    obs = Observation(jnp.zeros((*shape, 4)), jnp.ones((*shape, NUM_ACTIONS), bool), jnp.ones(shape, bool))
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def choose(key):
+        policy = make_policy(name, spec, NetworkConfig(d_model=8, d_state=2), key=key)
+        return policy.act((), obs, jnp.zeros(500, bool), jax.random.split(key, 500))[1].action
+
+    action = choose(jax.random.key(0))
+    for other in range(1, num_agents):
+        assert 0.1 < (action[:, 0] == action[:, other]).mean() < 0.3
+
+
+def test_the_table_names_tests_that_exist():
+    files = re.findall(r"([\w/{},]+)::(test_\w+)", __doc__)
+    assert len(files) == 18
+    for file, test in files:
+        for name in ("policy", "mixer") if "{" in file else ("",):
+            source = Path(__file__).parent / f"{file.replace('{policy,mixer}', name)}.py"
+            assert f"\ndef {test}(" in source.read_text(encoding="utf-8"), f"{source.name}::{test}"
