@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig, from_json, to_json
 from mam.errors import UserError
 
-thorough = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 sizes = st.integers(1, 1000)
 positive = st.floats(1e-12, 1e12)
@@ -103,7 +103,7 @@ def test_steps_are_rounded_up_to_whole_updates(total, updates):
 
 
 @thorough
-@given(num_evaluations=st.integers(1, 200), num_updates=st.integers(1, 400))
+@given(num_evaluations=st.integers(1, 200), num_updates=st.integers(1, 300))
 def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(num_evaluations, num_updates):
     ppo = PPOConfig(num_envs=1, rollout_length=1, num_minibatches=1)
     config = Config(total_timesteps=num_updates, ppo=ppo, eval=EvalConfig(num_evaluations=num_evaluations))

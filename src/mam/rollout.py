@@ -5,9 +5,9 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 from jax import lax
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Key
 
-from mam.types import EnvState, Memory, Observation, Policy, TimeStep, Transition
+from mam.types import Action, EnvState, Memory, Observation, Policy, TimeStep, Transition
 
 
 @runtime_checkable
@@ -18,7 +18,7 @@ class BatchedEnvironment(Protocol):
     def num_envs(self) -> int: ...
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
-    def step(self, state: EnvState, action: Int[Array, "B N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
+    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
 
 
 class Actors(eqx.Module):

@@ -6,11 +6,13 @@ Axis legend, used in every shape annotation of the library:
     B  num_envs            environments stepped side by side
     N  num_agents          agents of one environment
     O  obs_dim             features one agent observes
-    A  num_actions         discrete actions of one agent
+    A  num_actions         choices of one agent; components of its action where actions are continuous
     E  d_model             width of the residual stream
     D  d_inner             width inside a state-space mixer (expand · d_model)
     S  d_state             state size per inner channel
     H  num_heads           attention heads
+    G  state_dim           features of the global state
+    Y X C                  rows, columns and channels of a picture
 
 `*batch` stands for any number of leading axes (none, B, or T B). All arrays are stacked over agents;
 dictionaries keyed by agent names stop at the environment adapters.
@@ -21,18 +23,22 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
+Action = Int[Array, "*batch N"] | Float[Array, "*batch N A"]  # an index, or components in [-1, 1]
 
 
 class Observation(eqx.Module):
-    """What the agents see before they act."""
+    """What the agents see before they act, and what a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
-    action_mask: Bool[Array, "*batch N A"]  # True = legal; every agent has at least one legal action
-    alive: Bool[Array, "*batch N"]  # False = dead or padded: acts on nothing, is trained on nothing
+    action_mask: Bool[Array, "*batch N A"]  # True = legal, or in use; every agent has at least one
+    alive: Bool[Array, "*batch N"]  # False = dead or padded: its action is ignored, nothing is learned from it
+    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None  # a picture for each agent
+    state: Float[Array, "*batch G"] | None = None  # of the whole environment, for centralised critics
 
 
 class TimeStep(eqx.Module):
@@ -62,8 +68,12 @@ class EnvSpec:
     name: str  # "suite/task"
     num_agents: int
     obs_dim: int
-    num_actions: int
-    time_limit: int  # environment steps after which an episode is truncated
+    num_actions: int  # choices of one agent; with `continuous`, components of its action
+    time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
+    continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
+    grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
+    state_dim: int | None = None  # features of the global state, where the environment gives one
+    team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
 
 
 @runtime_checkable
@@ -80,7 +90,7 @@ class Environment(Protocol):
         """Starts an episode; reward is zero, `terminated` and `truncated` are False."""
         ...
 
-    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         """Applies the joint action; `final_observation` equals `observation` here."""
         ...
 
@@ -89,10 +99,38 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class HostEnvironments(Protocol):
+    """Environments side by side that are stepped on the host, not by JAX: somebody's simulator.
+
+    Time steps are as everywhere else, with NumPy arrays [B, …] that nobody overwrites later. Each environment
+    starts its next episode by itself: at an episode's last step `observation` is the next episode's first, and
+    `final_observation` the ended one's last. Metrics hold `episode_return` and `episode_length`.
+    """
+
+    @property
+    def spec(self) -> EnvSpec: ...
+
+    @property
+    def num_envs(self) -> int: ...
+
+    def reset(self, seed: int) -> TimeStep:
+        """Starts an episode everywhere; environment i draws on (seed, i) alone from here on."""
+        ...
+
+    def step(self, action: np.ndarray) -> TimeStep:
+        """Applies one joint action per environment, [B, N] or, where actions are continuous, [B, N, A]."""
+        ...
+
+    def close(self) -> None:
+        """Ends the environments and the processes they live in; safe to call twice."""
+        ...
+
+
 class PolicyOutput(eqx.Module):
     """One joint action and what training needs to know about it."""
 
-    action: Int[Array, "*batch N"]
+    action: Action
     log_prob: Float[Array, "*batch N"]  # of each agent's action given the earlier agents' actions
     value: Float[Array, "*batch N"]
     order: Int[Array, "*batch N"]  # order[k] = the agent that decided k-th
@@ -134,15 +172,19 @@ class Policy(Protocol):
         self,
         memory: Memory,
         obs: Observation,
-        action: Int[Array, "*batch N"],
+        action: Action,
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Log-probability, entropy and value of stored joint actions, differentiable in the policy."""
+        """Log-probability, entropy and value of stored joint actions, differentiable in the policy.
+
+        A policy with memory reads the first leading axis as time; `memory`, without that axis, is what it
+        was before the first step. For a policy without memory all leading axes are alike.
+        """
         ...
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """State value per agent."""
+        """State value per agent, for an observation that continues the episode of `memory`."""
         ...
 
 
@@ -156,7 +198,7 @@ class Transition(eqx.Module):
     observation: Observation
     reset: Bool[Array, "*batch"]  # the observation is the first of its episode
     memory: Memory  # the policy's memory before it acted
-    action: Int[Array, "*batch N"]
+    action: Action
     log_prob: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
     order: Int[Array, "*batch N"]

@@ -5,26 +5,28 @@ from jaxtyping import Array, Bool, Float
 
 from mam.types import Observation, TimeStep
 
+Metrics = dict[str, Float[Array, ""]]
 
-def restart(observation: Observation) -> TimeStep:
+
+def restart(observation: Observation, metrics: Metrics | None = None) -> TimeStep:
     """Returns the first time step of an episode: no reward, not ended."""
-    return transition(observation, jnp.zeros(()))
+    return transition(observation, jnp.zeros(()), metrics=metrics)
 
 
 def transition(
     observation: Observation,
-    team_reward: Float[Array, ""],
+    reward: Float[Array, ""] | Float[Array, "N"],
     *,
     terminated: Bool[Array, ""] | bool = False,
     truncated: Bool[Array, ""] | bool = False,
+    metrics: Metrics | None = None,
 ) -> TimeStep:
-    """Returns the time step after a joint action; every agent receives the whole team reward."""
-    num_agents = observation.alive.shape[0]
+    """Returns the time step after a joint action; a scalar reward is the team's, and every agent receives it."""
     return TimeStep(
         observation=observation,
-        reward=jnp.full(num_agents, team_reward, jnp.float32),
+        reward=jnp.broadcast_to(jnp.asarray(reward, jnp.float32), observation.alive.shape),
         terminated=jnp.asarray(terminated),
         truncated=jnp.asarray(truncated),
         final_observation=observation,
-        metrics={},
+        metrics=metrics or {},
     )

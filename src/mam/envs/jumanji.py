@@ -112,7 +112,7 @@ class JumanjiEnv:
         terminated = timestep.last()
         return jax.tree.map(_strongly_typed, state), transition(
             _convert(timestep.observation),
-            team_reward=timestep.reward.sum(),  # LBF splits it between the agents, RWARE does not
+            reward=timestep.reward.sum(),  # LBF splits it between the agents, RWARE does not
             terminated=terminated,
             truncated=(timestep.observation.step_count >= self.time_limit) & ~terminated,
         )

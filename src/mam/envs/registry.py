@@ -1,11 +1,19 @@
-"""Tasks by name, "suite/task". A new suite is one row of `_SUITES`."""
+"""Tasks by name. A new suite is one row of `_SUITES`.
 
-from collections.abc import Callable, Iterable
+suite/task                         a task of a suite
+suite/auto:agents=64,grid=48       a task of that suite of one's own making
+pettingzoo/module:environment      any PettingZoo ParallelEnv that is installed
+package.module:factory             one's own environment: the factory returns it
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mam.envs import jumanji, probes
-from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
-from mam.errors import unknown_name
+from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
+from mam.errors import UserError, unknown_name
 from mam.types import Environment
 
 
@@ -13,6 +21,7 @@ from mam.types import Environment
 class _Suite:
     tasks: Iterable[str]
     make: Callable[[str], Environment]  # task (without the suite) -> environment; imports what it needs
+    auto: Callable[..., Environment] | None = None  # keyword arguments, all with defaults -> environment
 
 
 _SUITES = {
@@ -32,29 +41,66 @@ def task_names() -> tuple[str, ...]:
     return tuple(f"{name}/{task}" for name, suite in _SUITES.items() for task in suite.tasks)
 
 
-def make(name: str) -> Environment:
+def auto_options() -> dict[str, Mapping[str, Any]]:
+    """Returns, for every suite that makes tasks to measure, the options of `suite/auto:…` and their defaults."""
+    return {f"{name}/auto": _options(suite.auto) for name, suite in _SUITES.items() if suite.auto}
+
+
+def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
     """Makes one environment whose agents see who they are; it neither resets itself nor keeps statistics.
 
     Args:
-        name: "suite/task", one of `task_names()`.
+        name: one of `task_names()`, "suite/auto" with or without options, or "package.module:factory".
+        agent_id: how agents see who they are; see `AgentId`.
 
     Raises:
         UserError: the name is unknown, or the suite is not installed.
     """
-    if name not in task_names():
-        raise unknown_name("task", name, task_names(), see="mam list")
-    suite, task = name.split("/")
-    return AgentId(_SUITES[suite].make(task))
+    return AgentId(_make_plain(name), agent_id)
 
 
-def make_batched(name: str, num_envs: int) -> AutoReset:
+def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> AutoReset:
     """Makes `num_envs` environments that reset themselves and report their episodes' statistics.
 
     Args:
         name: as for `make`.
         num_envs: size of the leading axis B.
+        agent_id: as for `make`.
 
     Raises:
         UserError: as `make`.
     """
-    return AutoReset(EpisodeStatistics(make(name)), num_envs)
+    return AutoReset(EpisodeStatistics(make(name, agent_id)), num_envs)
+
+
+def _make_plain(name: str) -> Environment:
+    if name in task_names():
+        suite, task = name.split("/")
+        return _SUITES[suite].make(task)
+    suite, _, rest = name.partition("/")
+    task, _, options = rest.partition(":")
+    if task == "auto" and suite in _SUITES and (auto := _SUITES[suite].auto):
+        return auto(**_parse_options(name, options, _options(auto)))
+    raise unknown_name("task", name, (*task_names(), *auto_options()), see="mam list")
+
+
+def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(auto).parameters.items()}
+
+
+def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads `agents=64,grid=48`; every value has the type of its default."""
+    values = {}
+    for item in filter(None, text.split(",")):
+        key, _, value = item.partition("=")
+        if key not in defaults:
+            raise (
+                unknown_name("option", key, defaults, see="mam list") if defaults else UserError(f"{name}: no options")
+            )
+        kind = type(defaults[key])
+        try:
+            values[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+            raise UserError(f"{name}: {key} must be {expected}, got '{value}'") from None
+    return values

@@ -5,48 +5,73 @@ The order is fixed: `AutoReset(EpisodeStatistics(AgentId(env)), num_envs)`.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mam.types import Environment, EnvSpec, EnvState, Observation, TimeStep
+from mam.types import Action, Environment, EnvSpec, EnvState, Observation, TimeStep
+
+IdEncoding = Literal["one_hot", "sinusoid", "none"]
+SINUSOID_DIM = 16
+
+
+def agent_ids(num_agents: int, encoding: IdEncoding) -> np.ndarray:
+    """What tells agents apart, [num_agents, features], float32.
+
+    Args:
+        num_agents: N.
+        encoding: `one_hot`: N features, the usual choice. `sinusoid`: sines and cosines of the agent's index at
+            8 wavelengths from 4 to 40,000 agents (after the positions of Vaswani et al. 2017, arXiv 1706.03762,
+            §3.5), as many features whatever N is, so a policy may be run with another number of agents. `none`:
+            no features; agents that see the same are the same.
+    """
+    if encoding == "one_hot":
+        return np.eye(num_agents, dtype=np.float32)
+    if encoding == "none":
+        return np.zeros((num_agents, 0), np.float32)
+    wavelength = np.geomspace(4, 40_000, SINUSOID_DIM // 2)
+    angle = 2 * np.pi * np.arange(num_agents)[:, None] / wavelength
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class AgentId:
-    """Puts a one-hot agent index in front of every agent's view: obs_dim grows by num_agents."""
+    """Puts `agent_ids` in front of every agent's view."""
 
     env: Environment
+    encoding: IdEncoding = "one_hot"
 
     @property
     def spec(self) -> EnvSpec:
         spec = self.env.spec
-        return replace(spec, obs_dim=spec.num_agents + spec.obs_dim)
+        return replace(spec, obs_dim=agent_ids(spec.num_agents, self.encoding).shape[1] + spec.obs_dim)
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.reset(key)
-        return state, _identify(timestep)
+        return state, self._identify(timestep)
 
-    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.step(state, action, key)
-        return state, _identify(timestep)
+        return state, self._identify(timestep)
 
     def animate(self, states: list[EnvState], path: Path) -> None:
         self.env.animate(states, path)
 
+    def _identify(self, timestep: TimeStep) -> TimeStep:
+        def prepend(observation: Observation) -> Observation:
+            view = observation.agents_view
+            ids = jnp.asarray(agent_ids(view.shape[0], self.encoding))
+            return replace(observation, agents_view=jnp.concatenate([ids, view], axis=1))
 
-def _identify(timestep: TimeStep) -> TimeStep:
-    def prepend(observation: Observation) -> Observation:
-        view = observation.agents_view
-        return replace(observation, agents_view=jnp.concatenate([jnp.eye(view.shape[0]), view], axis=1))
-
-    return replace(
-        timestep,
-        observation=prepend(timestep.observation),
-        final_observation=prepend(timestep.final_observation),
-    )
+        return replace(
+            timestep,
+            observation=prepend(timestep.observation),
+            final_observation=prepend(timestep.final_observation),
+        )
 
 
 class EpisodeState(eqx.Module):
@@ -76,7 +101,7 @@ class EpisodeStatistics:
         state = EpisodeState(env_state, episode_return=jnp.zeros(()), episode_length=jnp.zeros(()))
         return state, _report(state, timestep)
 
-    def step(self, state: EpisodeState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EpisodeState, TimeStep]:
+    def step(self, state: EpisodeState, action: Action, key: Key[Array, ""]) -> tuple[EpisodeState, TimeStep]:
         env_state, timestep = self.env.step(state.env_state, action, key)
         state = EpisodeState(
             env_state,
@@ -126,7 +151,7 @@ class AutoReset:
         """Starts an episode in every environment; all leaves gain a leading axis B."""
         return jax.vmap(self.env.reset)(_key_per_env(key, jnp.arange(self.num_envs)))
 
-    def step(self, state: EnvState, action: Int[Array, "B N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         """Applies one joint action per environment and resets those whose episode ended."""
         step_key, reset_key = jax.random.split(key)
         step_keys = _key_per_env(step_key, jnp.arange(self.num_envs))
