@@ -13,6 +13,20 @@ class Advantages(eqx.Module):
     target: Float[Array, "T *batch"]  # of the value: advantage + value
 
 
+def with_the_dead(
+    value: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], *, team_reward: bool
+) -> Float[Array, "*batch N"]:
+    """Values in which those of dead agents, of which the critic knows nothing, are replaced.
+
+    A team's reward goes on after a member's death, and is partly of its making: the dead take the mean value of the
+    living (0 if there are none). Where rewards are the agents' own, death ends them: the value is 0.
+    """
+    if not team_reward:
+        return jnp.where(alive, value, 0.0)
+    total = jnp.sum(jnp.where(alive, value, 0.0), axis=-1, keepdims=True)
+    return jnp.where(alive, value, total / jnp.maximum(alive.sum(axis=-1, keepdims=True), 1))
+
+
 def generalised_advantages(
     reward: Float[Array, "T *batch"],
     value: Float[Array, "T *batch"],

@@ -132,7 +132,7 @@ def _plan(config: Config, trainer: Any, path: Path) -> str:
     device = jax.devices()[0]
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""
     return (
-        f"{config.policy} on {config.env} · {trainer.env.spec.num_agents} agents · {parameters:,} parameters · "
+        f"{config.policy} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
         f"{device.platform} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
         f"in {config.num_updates} updates · results in {path}"
     )

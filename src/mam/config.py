@@ -20,7 +20,7 @@ class NetworkConfig:
     d_model: int = 64
     """Width of the residual stream."""
     num_blocks: int = 1
-    """Blocks in the encoder, and as many in the decoder."""
+    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent policies."""
     num_heads: int = 1
     """Attention heads (mat)."""
     d_state: int = 16
@@ -90,9 +90,13 @@ class Config:
     """One training run: everything that decides its numbers."""
 
     policy: str = "mam"
-    """Policy: mam (Multi-Agent Mamba) or mat (Multi-Agent Transformer)."""
+    """Policy: mam, mat, mappo, ippo, rec_mappo or rec_ippo; `mam list` explains them."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
-    """Task as suite/task; `mam list` shows them all."""
+    """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory; see `mam list`."""
+    agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
+    """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one per agent."""
+    num_workers: int | None = None
+    """Processes that step environments which are not JAX programs; one per CPU core if None."""
     seed: int = 0
     """First seed; the run trains seeds seed … seed + num_seeds − 1."""
     num_seeds: int = 1
@@ -138,6 +142,8 @@ def _validate(config: Config) -> None:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
+    if config.num_workers is not None and config.num_workers < 1:
+        raise UserError(f"num_workers must be positive, got {config.num_workers}")
     if config.seed < 0:
         raise UserError(f"seed must not be negative, got {config.seed}")
     for name in ("gamma", "gae_lambda"):

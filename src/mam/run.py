@@ -27,7 +27,7 @@ from mam.config import Config, from_json, to_json
 from mam.errors import UserError
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
 from mam.report import plot_learning_curve, write_marl_eval
-from mam.train import Trainer, TrainState, make_train
+from mam.train import Trainer, TrainState, Values, make_train
 
 CHECKPOINT_SECONDS = 300.0  # a running run is saved this often, besides at its end and when it is stopped
 
@@ -141,15 +141,14 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> bool:
     loop = _Loop(config, folder, begun=time.monotonic() - (done["elapsed"] if done else 0.0), update=update)
     total = config.num_updates * config.steps_per_update
     with ExitStack() as stack:
+        stack.callback(trainer.close)
         progress = stack.enter_context(
             Progress(total, num_seeds=config.num_seeds, step_count=update * config.steps_per_update)
         )
         stopping = stack.enter_context(_stop_on_signals(progress.log))
-        with progress.compiling("the update"):
+        with progress.compiling("the update and the evaluation"):
             state = folder.load_state(config, trainer) if done else trainer.init(jnp.asarray(seeds))
-            train_step = trainer.train_step.lower(state).compile()
-        with progress.compiling("the evaluation"):
-            evaluate_step = trainer.evaluate_step.lower(state).compile()
+            trainer = trainer.compile(state)
         loop.sinks = [
             JsonLines(folder.metrics, append_after_update=update if done else None),
             TensorBoard(folder.path / "tensorboard", seeds, append_after_step=loop.step_count if done else None),
@@ -158,11 +157,11 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> bool:
         for sink in loop.sinks:
             stack.callback(sink.close)
         while loop.update < config.num_updates and not stopping():
-            state, values = train_step(state)
+            state, values = trainer.train_step(state)
             loop.update += 1
             loop.write("train", values)
             if config.evaluate_after(loop.update):
-                state, values = evaluate_step(state)
+                state, values = trainer.evaluate_step(state)
                 loop.write("evaluation", values)
             if time.monotonic() - loop.saved > CHECKPOINT_SECONDS:
                 loop.save(state)
@@ -193,7 +192,7 @@ class _Loop:
     def step_count(self) -> int:
         return self.update * self.config.steps_per_update
 
-    def write(self, kind: Any, values: dict[str, jax.Array]) -> None:
+    def write(self, kind: Any, values: Values) -> None:
         numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items()}
         record = Record(kind, self.update, self.step_count, time.monotonic() - self.begun, numbers)
         for sink in self.sinks:

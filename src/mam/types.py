@@ -20,11 +20,17 @@ dictionaries keyed by agent names stop at the environment adapters.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import equinox as eqx
+import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
+from jaxtyping import Bool, Float, Int, Key, Num, PyTree
+
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = jax.Array | np.ndarray  # where an environment lives on the host, the same structures hold NumPy arrays
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing

@@ -11,30 +11,43 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.advantages import Advantages
 from mam.config import PPOConfig
+from mam.errors import UserError
 from mam.losses import PPOLoss, ppo_loss
-from mam.types import Memory, Observation, Policy, Transition
+from mam.types import Action, Memory, Observation, Policy, Transition
 
 
 class Batch(eqx.Module):
-    """What a gradient step reads: the learner's part of the transitions, and the advantages."""
+    """What gradient steps read: the learner's part of the transitions, and the advantages.
+
+    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the first of
+    them, is [1, M, …].
+    """
 
     observation: Observation
-    reset: Bool[Array, "*batch"]
+    reset: Bool[Array, "L M"]
     memory: Memory
-    action: Int[Array, "*batch N"]
-    order: Int[Array, "*batch N"]
-    log_prob: Float[Array, "*batch N"]
-    value: Float[Array, "*batch N"]
-    advantage: Float[Array, "*batch N"]
-    target: Float[Array, "*batch N"]
+    action: Action
+    order: Int[Array, "L M N"]
+    log_prob: Float[Array, "L M N"]
+    value: Float[Array, "L M N"]
+    advantage: Float[Array, "L M N"]
+    target: Float[Array, "L M N"]
+
+    @property
+    def num_sequences(self) -> int:
+        """M."""
+        return self.reset.shape[1]
 
 
 def make_batch(transitions: Transition, advantages: Advantages) -> Batch:
-    """Flattens time and environments into one axis: a memoryless policy learns from each step on its own."""
+    """Cuts a rollout [T, B, …] into what is learned from in one piece.
+
+    A policy with memory learns from B sequences of T steps, one without from each of the T · B steps on its own.
+    """
     batch = Batch(
         observation=transitions.observation,
         reset=transitions.reset,
-        memory=transitions.memory,
+        memory=jax.tree.map(lambda x: x[:1], transitions.memory),
         action=transitions.action,
         order=transitions.order,
         log_prob=transitions.log_prob,
@@ -42,7 +55,9 @@ def make_batch(transitions: Transition, advantages: Advantages) -> Batch:
         advantage=advantages.advantage,
         target=advantages.target,
     )
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    if jax.tree.leaves(batch.memory):
+        return batch
+    return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
 
 def make_optimiser(ppo: PPOConfig) -> optax.GradientTransformation:
@@ -66,11 +81,21 @@ def update(
     optimiser: optax.GradientTransformation,
     ppo: PPOConfig,
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
-    """Takes num_epochs × num_minibatches gradient steps; each epoch visits every row of the batch once."""
-    size = batch.action.shape[0]
+    """Takes num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
+
+    Raises:
+        UserError: if the sequences cannot be dealt evenly to the minibatches.
+    """
+    size = batch.num_sequences
+    if size % ppo.num_minibatches:
+        raise UserError(
+            f"a policy with memory learns from whole rollouts: ppo.num_minibatches must divide "
+            f"ppo.num_envs = {size}, got {ppo.num_minibatches}"
+        )
 
     def loss_fn(policy: Policy, rows: Batch) -> tuple[Float[Array, ""], PPOLoss]:
-        new = policy.evaluate(rows.memory, rows.observation, rows.action, rows.order, rows.reset)
+        memory = jax.tree.map(lambda x: x[0], rows.memory)
+        new = policy.evaluate(memory, rows.observation, rows.action, rows.order, rows.reset)
         losses = ppo_loss(
             new,
             rows.log_prob,
@@ -86,7 +111,7 @@ def update(
 
     def gradient_step(carry, index: Int[Array, "M"]):
         policy, opt_state = carry
-        rows = jax.tree.map(lambda x: x[index], batch)
+        rows = jax.tree.map(lambda x: x[:, index], batch)
         grads, losses = jax.grad(loss_fn, has_aux=True)(policy, rows)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))

@@ -14,7 +14,7 @@ from typing import Any
 from mam.envs import jumanji, probes
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
-from mam.types import Environment
+from mam.types import Environment, HostEnvironments
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,18 @@ def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> 
         UserError: as `make`.
     """
     return AutoReset(EpisodeStatistics(make(name, agent_id)), num_envs)
+
+
+def lives_on_host(name: str) -> bool:
+    """Whether the environment is stepped in worker processes (`make_host`) instead of by JAX (`make_batched`)."""
+    return False
+
+
+def make_host(
+    name: str, num_envs: int, agent_id: IdEncoding = "one_hot", num_workers: int | None = None
+) -> HostEnvironments:
+    """Makes environments that live in worker processes; none is started before the first reset."""
+    raise NotImplementedError
 
 
 def _make_plain(name: str) -> Environment:

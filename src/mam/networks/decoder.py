@@ -1,4 +1,4 @@
-"""The decoder: from the actions chosen so far and the observation representation to the next agent's logits."""
+"""The decoder: from the actions chosen so far and the observation representation to the next agent's output."""
 
 from collections.abc import Sequence
 
@@ -13,41 +13,67 @@ from mam.networks.blocks import DecoderBlock, DecoderState
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, LayerNorm
 from mam.networks.mixers import MixerFamily
+from mam.types import Action, EnvSpec
+
+Token = Int[Array, "*batch"] | Float[Array, "*batch A+1"]  # what an agent reads of the action before its own
+
+
+class ActionEmbedding(eqx.Module):
+    """LN(GELU(token W)), W a table of num_actions + 1 rows: a bias-free dense layer (MAT, §3).
+
+    A token is the action before: one-hot, for which the index stands, or its components; the last row of the
+    table is the start token's, which the first agent reads.
+    """
+
+    table: Float[Array, "A+1 E"]
+    norm: LayerNorm
+    continuous: bool = eqx.field(static=True)
+
+    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
+        self.table = initializers.orthogonal(HIDDEN_GAIN)(key, (spec.num_actions + 1, d_model))
+        self.norm = LayerNorm(d_model)
+        self.continuous = spec.continuous
+
+    def start(self, batch: tuple[int, ...]) -> Token:
+        """The start token."""
+        last = self.table.shape[0] - 1
+        if self.continuous:
+            return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
+        return jnp.full(batch, last, jnp.int32)
+
+    def token(self, action: Action) -> Token:
+        """The token that stands for an action."""
+        return jnp.concatenate([action, jnp.zeros_like(action[..., :1])], axis=-1) if self.continuous else action
+
+    def previous(self, action: Action) -> Token:
+        """Teacher-forced: what each of the agents reads, given all their actions in the order of deciding."""
+        axis = -2 if self.continuous else -1
+        tokens = self.token(action)
+        start = jnp.expand_dims(self.start(tokens.shape[: tokens.ndim + axis]), axis)
+        return jnp.concatenate([start, jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis)
+
+    def __call__(self, token: Token) -> Float[Array, "*batch E"]:
+        if self.continuous:
+            return self.norm(jax.nn.gelu(token @ self.table))
+        return self.norm(jax.nn.gelu(self.table))[token]  # A + 1 rows are normalised, not one per token
 
 
 class Decoder(eqx.Module):
-    """x = LN(GELU(embed(previous action))), then the blocks; a head makes logits of the result (MAT, §3).
+    """The embedded action before, then the blocks; a head makes logits, or means, of the result (MAT, §3)."""
 
-    The embedding is a table of num_actions + 1 rows, which equals a bias-free dense layer on a one-hot of the
-    action; the last row is the start token.
-    """
-
-    action_table: Float[Array, "A+1 E"]
-    norm: LayerNorm
+    embed: ActionEmbedding
     blocks: tuple[DecoderBlock, ...]
     head: Head
 
-    def __init__(self, num_actions: int, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
         table_key, head_key, *block_keys = jax.random.split(key, 2 + len(layout))
-        self.action_table = initializers.orthogonal(HIDDEN_GAIN)(table_key, (num_actions + 1, sizes.d_model))
-        self.norm = LayerNorm(sizes.d_model)
+        self.embed = ActionEmbedding(spec, sizes.d_model, key=table_key)
         self.blocks = tuple(DecoderBlock(mixers, sizes, key=k) for mixers, k in zip(layout, block_keys, strict=True))
-        self.head = Head(sizes.d_model, num_actions, key=head_key)
+        self.head = Head(sizes.d_model, spec.num_actions, key=head_key)
 
-    @property
-    def start_token(self) -> int:
-        """What the first agent reads in place of a previous action."""
-        return self.action_table.shape[0] - 1
-
-    def _embed(self, previous: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
-        return self.norm(jax.nn.gelu(self.action_table))[previous]  # A + 1 rows are normalised, not one per token
-
-    def __call__(
-        self, action: Int[Array, "*batch N"], obs_rep: Float[Array, "*batch N E"]
-    ) -> Float[Array, "*batch N A"]:
-        """Teacher-forced: logits of every agent given the actions before it, in the order of deciding."""
-        start = jnp.full_like(action[..., :1], self.start_token)
-        x = self._embed(jnp.concatenate([start, action[..., :-1]], axis=-1))
+    def __call__(self, action: Action, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N A"]:
+        """Teacher-forced: the output for every agent given the actions before it, in the order of deciding."""
+        x = self.embed(self.embed.previous(action))
         for block in self.blocks:
             x = block(x, obs_rep)
         return self.head(x)
@@ -56,10 +82,10 @@ class Decoder(eqx.Module):
         return tuple(block.init_state(num_agents, batch) for block in self.blocks)
 
     def step(
-        self, state: tuple[DecoderState, ...], previous: Int[Array, "*batch"], obs_rep: Float[Array, "*batch E"]
+        self, state: tuple[DecoderState, ...], previous: Token, obs_rep: Float[Array, "*batch E"]
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch A"]]:
-        """Autoregressive: the next agent's logits given the previous agent's action (or `start_token`)."""
-        x = self._embed(previous)
+        """Autoregressive: the output for the next agent given the token of the action before."""
+        x = self.embed(previous)
         states = []
         for block, block_state in zip(self.blocks, state, strict=True):
             block_state, x = block.step(block_state, x, obs_rep)

@@ -1,0 +1,126 @@
+"""Acting in environments that live on the host: somebody's simulator in worker processes, the policy on the device.
+
+The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays are [seeds, B, …],
+and the environments of all seeds stand side by side in one `HostEnvironments`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+from mam.rollout import Actors
+from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
+
+# Jitted: the policies of all seeds, where acting stands, and one key per seed, at step t.
+Act = Callable[[Policy, Actors, Key[Array, "seeds"], int], tuple[Memory, PolicyOutput]]
+
+
+def make_act(*, greedy: bool = False) -> Act:
+    """Compiles `policy.act` for all seeds, each environment with a key of its own."""
+
+    def act(policy: Policy, actors: Actors, key: Key[Array, ""], step: int) -> tuple[Memory, PolicyOutput]:
+        keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
+        return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
+
+    return jax.jit(jax.vmap(act, in_axes=(0, 0, 0, None)))
+
+
+def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
+    """Actors of the right shapes, before there is an episode: for one seed, [B, …]."""
+    n = spec.num_agents
+    observation = Observation(
+        agents_view=jnp.zeros((num_envs, n, spec.obs_dim)),
+        action_mask=jnp.ones((num_envs, n, spec.num_actions), bool),
+        alive=jnp.ones((num_envs, n), bool),
+        grid=None if spec.grid_shape is None else jnp.zeros((num_envs, n, *spec.grid_shape), jnp.uint8),
+        state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
+    )
+    reset = jnp.ones(num_envs, bool)
+    return Actors(env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,)))
+
+
+def start_actors(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int) -> tuple[Actors, TimeStep]:
+    """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
+    timestep = _by_seed(envs.reset(seed), num_seeds)
+    reset = np.ones_like(timestep.terminated)
+    return Actors(env_state=(), observation=timestep.observation, reset=reset, memory=memory), timestep
+
+
+def host_rollout(
+    envs: HostEnvironments, act: Act, policy: Policy, actors: Actors, key: Key[Array, "seeds"], length: int
+) -> tuple[Actors, Transition]:
+    """Takes `length` steps in every environment with sampled actions.
+
+    Returns:
+        The actors after the last step, and the transitions [seeds, T, B, …], as NumPy arrays.
+    """
+    transitions = []
+    for step in range(length):
+        memory, output, timestep = _advance(envs, act, policy, actors, key, step)
+        transitions.append(
+            Transition(
+                observation=actors.observation,
+                reset=actors.reset,
+                memory=jax.device_get(actors.memory),
+                action=output.action,
+                log_prob=output.log_prob,
+                value=output.value,
+                order=output.order,
+                reward=timestep.reward,
+                terminated=timestep.terminated,
+                truncated=timestep.truncated,
+                final_observation=timestep.final_observation,
+                metrics=timestep.metrics,
+            )
+        )
+        actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=memory)
+    return actors, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *transitions)
+
+
+def host_evaluate(
+    envs: HostEnvironments, act: Act, policy: Policy, memory: Memory, key: Key[Array, "seeds"], num_episodes: int
+) -> dict[str, np.ndarray]:
+    """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
+
+    Each environment plays one episode a round, so short episodes do not count for more than long ones.
+
+    Returns:
+        The environments' metrics at the end of each episode, [seeds, num_episodes].
+    """
+    num_seeds = key.shape[0]
+    per_round = envs.num_envs // num_seeds
+    rounds, step = [], 0
+    for first in range(0, num_episodes, per_round):
+        actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
+        over, metrics = timestep.ended, timestep.metrics
+        while not over.all():
+            after, _, timestep = _advance(envs, act, policy, actors, key, step)
+            metrics = {name: np.where(over, metrics[name], value) for name, value in timestep.metrics.items()}
+            over = over | timestep.ended
+            actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
+            step += 1
+        rounds.append(metrics)
+    return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
+
+
+def seed_of(key: Key[Array, "seeds"]) -> int:
+    """A number for those who know nothing of keys."""
+    return int(jax.random.bits(key.reshape(-1)[0]))
+
+
+def _advance(
+    envs: HostEnvironments, act: Act, policy: Policy, actors: Actors, key: Key[Array, "seeds"], step: int
+) -> tuple[Memory, PolicyOutput, TimeStep]:
+    """One step of the policy and of every environment."""
+    memory, output = act(policy, actors, key, step)
+    output = jax.device_get(output)
+    action = output.action.reshape(envs.num_envs, *output.action.shape[2:])
+    return memory, output, _by_seed(envs.step(action), key.shape[0])
+
+
+def _by_seed(tree: PyTree, num_seeds: int) -> PyTree:
+    """[seeds · B, …] → [seeds, B, …]."""
+    return jax.tree.map(lambda x: x.reshape(num_seeds, -1, *x.shape[1:]), tree)

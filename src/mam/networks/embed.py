@@ -1,0 +1,87 @@
+"""From what an agent sees to a vector of d_model numbers: features, and a picture if there is one."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import initializers
+from jaxtyping import Array, Float, Key, Shaped
+
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
+from mam.types import EnvSpec, Observation
+
+SMALL_PICTURE = 8  # rows and columns a picture is reduced to, at most
+
+
+class Conv(eqx.Module):
+    """A 3 × 3 convolution with bias; `stride` 2 halves rows and columns."""
+
+    weight: Float[Array, "3 3 I O"]
+    bias: Float[Array, "O"]
+    stride: int = eqx.field(static=True)
+
+    def __init__(self, in_dim: int, out_dim: int, stride: int, *, key: Key[Array, ""]):
+        self.weight = initializers.orthogonal(HIDDEN_GAIN)(key, (9 * in_dim, out_dim)).reshape(3, 3, in_dim, out_dim)
+        self.bias = jnp.zeros(out_dim)
+        self.stride = stride
+
+    def __call__(self, x: Float[Array, "batch Y X I"]) -> Float[Array, "batch Y2 X2 O"]:
+        strides = (self.stride, self.stride)
+        y = lax.conv_general_dilated(x, self.weight, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + self.bias
+
+
+class PictureNet(eqx.Module):
+    """Convolutions until a picture has at most 8 × 8 cells, each followed by a GELU; then flat.
+
+    The picture is normalised to zero mean and unit variance first, whatever its numbers mean.
+    """
+
+    layers: tuple[Conv, ...]
+
+    def __init__(self, shape: tuple[int, int, int], *, key: Key[Array, ""]):
+        rows, columns, channels = shape
+        layers = [Conv(channels, 16, 1, key=key)]
+        while len(layers) == 1 or max(rows, columns) > SMALL_PICTURE:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+            layers.append(Conv(layers[-1].bias.shape[0], 32, 2, key=jax.random.fold_in(key, len(layers))))
+        self.layers = tuple(layers)
+
+    def __call__(self, grid: Shaped[Array, "*batch Y X C"]) -> Float[Array, "*batch F"]:
+        x = grid.reshape(-1, *grid.shape[-3:]).astype(jnp.float32)
+        x = x - x.mean(axis=(1, 2, 3), keepdims=True)
+        x = x * lax.rsqrt(jnp.square(x).mean(axis=(1, 2, 3), keepdims=True) + 1e-6)
+        for layer in self.layers:
+            x = jax.nn.gelu(layer(x))
+        return x.reshape(*grid.shape[:-3], -1)
+
+
+class ObservationEmbedding(eqx.Module):
+    """x = LN(GELU(Dense(LN(features)))), for each agent by itself (MAT, §3); a picture's numbers join the features.
+
+    The rows of dead agents are read as zeros: whatever stands there, NaN included, goes nowhere.
+    """
+
+    obs_norm: LayerNorm | None  # None where there are no features
+    picture: PictureNet | None
+    dense: Dense
+    norm: LayerNorm
+
+    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
+        picture_key, dense_key = jax.random.split(key)
+        self.obs_norm = LayerNorm(spec.obs_dim) if spec.obs_dim else None
+        self.picture = None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
+        num_features = spec.obs_dim
+        if self.picture is not None:
+            picture = jax.ShapeDtypeStruct((1, *(spec.grid_shape or ())), jnp.float32)
+            num_features += jax.eval_shape(self.picture, picture).shape[1]
+        self.dense = Dense(num_features, d_model, key=dense_key, gain=HIDDEN_GAIN)
+        self.norm = LayerNorm(d_model)
+
+    def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
+        alive, features = obs.alive[..., None], []
+        if self.obs_norm is not None:
+            features.append(self.obs_norm(jnp.where(alive, obs.agents_view, 0.0)))
+        if self.picture is not None and obs.grid is not None:
+            features.append(self.picture(jnp.where(alive[..., None, None], obs.grid, 0)))
+        return self.norm(jax.nn.gelu(self.dense(jnp.concatenate(features, axis=-1))))

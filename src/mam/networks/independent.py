@@ -1,0 +1,228 @@
+"""Independent policies, the baselines: every agent decides by itself, with weights that all agents share.
+
+    ippo      the critic sees what the agent sees       (de Witt et al. 2020, arXiv 2011.09533)
+    mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
+    rec_…     the same with a GRU in actor and critic
+
+Both are a `Stream` for the actor and one for the critic: a view, hidden layers, a memory, a head.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from mam.config import NetworkConfig
+from mam.networks.actions import ActionKind, agent_noise, make_action_kind
+from mam.networks.embed import ObservationEmbedding
+from mam.networks.heads import Head
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
+from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
+
+
+class GlobalView(eqx.Module):
+    """What an agent sees and what there is to know: x_i = LN(GELU(embed(o_i) + W s)).
+
+    s is the environment's global state; where it gives none, the embedded observations of all agents side by
+    side, zeros for the dead. Yu et al. 2022, §5.2 ("agent-specific" state); their first layer is dense.
+    """
+
+    embed: ObservationEmbedding
+    state_norm: LayerNorm | None  # None where the environment gives no state
+    joint: Dense
+    norm: LayerNorm
+
+    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
+        embed_key, joint_key = jax.random.split(key)
+        self.embed = ObservationEmbedding(spec, d_model, key=embed_key)
+        self.state_norm = None if spec.state_dim is None else LayerNorm(spec.state_dim)
+        joint_dim = spec.num_agents * d_model if spec.state_dim is None else spec.state_dim
+        self.joint = Dense(joint_dim, d_model, key=joint_key, gain=HIDDEN_GAIN)
+        self.norm = LayerNorm(d_model)
+
+    def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
+        own = self.embed(obs)
+        if self.state_norm is not None and obs.state is not None:
+            joint = self.state_norm(obs.state)
+        else:
+            joint = jnp.where(obs.alive[..., None], own, 0.0).reshape(*own.shape[:-2], -1)
+        return self.norm(jax.nn.gelu(own + self.joint(joint)[..., None, :]))
+
+
+class NoMemory(eqx.Module):
+    """Passes everything on."""
+
+    def __init__(self, d_model: int, *, key: Key[Array, ""]):
+        del d_model, key
+
+    def init(self, shape: tuple[int, ...]) -> PyTree:
+        return ()
+
+    def step(self, hidden: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]):
+        return hidden, x
+
+    def unroll(self, hidden: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]):
+        return x
+
+
+class GRU(eqx.Module):
+    """A gated recurrent unit along time, for each agent by itself (Cho et al. 2014, arXiv 1406.1078).
+
+    r, z = σ(W x + U h + b);  n = tanh(W x + b + r ⊙ (U h + c));  h' = (1 − z) ⊙ n + z ⊙ h
+    """
+
+    inputs: Dense  # of r, z and n side by side
+    hidden: Dense
+    new_bias: Float[Array, "E"]
+
+    def __init__(self, d_model: int, *, key: Key[Array, ""]):
+        input_key, hidden_key = jax.random.split(key)
+        self.inputs = Dense(d_model, 3 * d_model, key=input_key, gain=1.0)
+        self.hidden = Dense(d_model, 3 * d_model, key=hidden_key, gain=1.0, bias=False)
+        self.new_bias = jnp.zeros(d_model)
+
+    def init(self, shape: tuple[int, ...]) -> Float[Array, "*batch N E"]:
+        return jnp.zeros((*shape, self.new_bias.shape[0]))
+
+    def step(
+        self, hidden: Float[Array, "*batch N E"], x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]
+    ) -> tuple[Float[Array, "*batch N E"], Float[Array, "*batch N E"]]:
+        """Forgets where an episode begins, then reads x; the new hidden state is the output as well."""
+        hidden = self._advance(hidden, self.inputs(x), reset)
+        return hidden, hidden
+
+    def unroll(
+        self, hidden: Float[Array, "*batch N E"], x: Float[Array, "T *batch N E"], reset: Bool[Array, "T *batch"]
+    ) -> Float[Array, "T *batch N E"]:
+        """The outputs of all steps; the inputs' share of the gates is one product for all of them."""
+
+        def step(hidden, inputs):
+            hidden = self._advance(hidden, *inputs)
+            return hidden, hidden
+
+        return lax.scan(step, hidden, (self.inputs(x), reset))[1]
+
+    def _advance(self, hidden, gates, reset):
+        hidden = jnp.where(reset[..., None, None], 0.0, hidden)
+        reset_x, update_x, new_x = jnp.split(gates, 3, axis=-1)
+        reset_h, update_h, new_h = jnp.split(self.hidden(hidden), 3, axis=-1)
+        update = jax.nn.sigmoid(update_x + update_h)
+        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * (new_h + self.new_bias))
+        return (1 - update) * new + update * hidden
+
+
+class Stream(eqx.Module):
+    """From observations to one output vector per agent: view, `num_blocks` hidden layers, memory, head."""
+
+    view: ObservationEmbedding | GlobalView
+    layers: tuple[Dense, ...]
+    norms: tuple[LayerNorm, ...]
+    memory: NoMemory | GRU
+    head: Head
+
+    def __init__(self, view, memory: type, out_dim: int, sizes: NetworkConfig, *, key: Key[Array, ""]):
+        memory_key, head_key, *layer_keys = jax.random.split(key, 2 + sizes.num_blocks)
+        d_model = sizes.d_model
+        self.view = view
+        self.layers = tuple(Dense(d_model, d_model, key=k, gain=HIDDEN_GAIN) for k in layer_keys)
+        self.norms = tuple(LayerNorm(d_model) for _ in layer_keys)
+        self.memory = memory(d_model, key=memory_key)
+        self.head = Head(d_model, out_dim, key=head_key)
+
+    def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
+        x = self.view(obs)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(jax.nn.gelu(layer(x)))
+        return x
+
+    def step(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]):
+        """One environment step: the memory after it, and the output."""
+        memory, x = self.memory.step(memory, self._features(obs), reset)
+        return memory, self.head(x)
+
+    def unroll(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]) -> Float[Array, "*batch N A"]:
+        """Many steps, time first; `memory` is what it was before them."""
+        return self.head(self.memory.unroll(memory, self._features(obs), reset))
+
+
+class ActorCriticMemory(eqx.Module):
+    """What actor and critic remember; nothing if they have no memory."""
+
+    actor: PyTree
+    critic: PyTree
+
+
+class IndependentPolicy(eqx.Module):
+    """Actor and critic shared by all agents: π(a | o) = Π_i π(a_i | o_i)."""
+
+    actor: Stream
+    critic: Stream
+    kind: ActionKind
+    num_agents: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        spec: EnvSpec,
+        sizes: NetworkConfig,
+        *,
+        critic_view: Callable[..., ObservationEmbedding | GlobalView],
+        memory: type[NoMemory] | type[GRU],
+        key: Key[Array, ""],
+    ):
+        actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
+        actor_view = ObservationEmbedding(spec, sizes.d_model, key=actor_view_key)
+        self.actor = Stream(actor_view, memory, spec.num_actions, sizes, key=actor_key)
+        self.critic = Stream(critic_view(spec, sizes.d_model, key=critic_view_key), memory, 1, sizes, key=critic_key)
+        self.kind = make_action_kind(spec)
+        self.num_agents = spec.num_agents
+
+    def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
+        """Zeros per agent, [*batch, N, E]."""
+        shape = (*batch, self.num_agents)
+        return ActorCriticMemory(actor=self.actor.memory.init(shape), critic=self.critic.memory.init(shape))
+
+    def act(
+        self,
+        memory: Memory,
+        obs: Observation,
+        reset: Bool[Array, "*batch"],
+        key: Key[Array, "*batch"],
+        *,
+        greedy: bool = False,
+    ) -> tuple[Memory, PolicyOutput]:
+        """Chooses all agents' actions at once; see `mam.types.Policy`."""
+        num_agents, num_actions = mask_shape = obs.action_mask.shape[-2:]
+        actor_memory, out = self.actor.step(memory.actor, obs, reset)
+        critic_memory, value = self.critic.step(memory.critic, obs, reset)
+        noise = jnp.zeros(mask_shape) if greedy else agent_noise(self.kind, key, num_agents, num_actions)
+        action = self.kind.choose(out, obs.action_mask, noise)
+        return ActorCriticMemory(actor=actor_memory, critic=critic_memory), PolicyOutput(
+            action=action,
+            log_prob=self.kind.log_prob(out, obs.action_mask, action),
+            value=value[..., 0],
+            order=jnp.broadcast_to(jnp.arange(num_agents, dtype=jnp.int32), obs.alive.shape),
+        )
+
+    def evaluate(
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        order: Int[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> Evaluation:
+        """Stored joint actions, the steps of an episode in one pass; see `mam.types.Policy`."""
+        out = self.actor.unroll(memory.actor, obs, reset)
+        return Evaluation(
+            log_prob=self.kind.log_prob(out, obs.action_mask, action),
+            entropy=self.kind.entropy(out, obs.action_mask),
+            value=self.critic.unroll(memory.critic, obs, reset)[..., 0],
+        )
+
+    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
+        """State value per agent, of the observation after those that `memory` has seen."""
+        going_on = jnp.zeros(obs.alive.shape[:-1], bool)
+        return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
