@@ -1,15 +1,8 @@
-"""The command: `mam train | evaluate | play | list`."""
+"""The command: `mam train | evaluate | play | list | check-env`."""
 
-import contextlib
-import dataclasses
-import inspect
-import io
-import re
 import sys
-import types
-import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from mam.arguments import parse, value_of
 from mam.config import Config
 from mam.errors import UserError, unknown_name
 from mam.presets import PRESETS, preset, preset_for
@@ -45,6 +39,8 @@ class Evaluate:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    env: str | None = None
+    """Task to play in place of the run's own: with another number of agents, say."""
     episodes: int = 320
     """Episodes per seed."""
     greedy: bool = False
@@ -59,6 +55,8 @@ class Play:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    env: str | None = None
+    """Task to play in place of the run's own."""
     out: Path | None = None
     """The GIF; RUN/episode.gif if None."""
     seed: int = 0
@@ -72,6 +70,19 @@ class Play:
 @dataclass(frozen=True)
 class List:
     """List policies, tasks and presets."""
+
+    envs: bool = False
+    """A table of all tasks with their agents, observations, actions and limits; loads every suite, in a minute."""
+
+
+@dataclass(frozen=True)
+class CheckEnv:
+    """Play an environment for half a minute and say what is wrong with it."""
+
+    env: tyro.conf.Positional[str]
+    """Task as suite/task, pettingzoo/module:env, or your own as package.module:factory."""
+    seed: int = 0
+    """Decides the episodes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,11 +99,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_name("command", args[0], COMMANDS, see="mam --help")
         kind, command = COMMANDS[args[0]]
         default = _train_default(args[1:]) if kind is Train else None
-        command(_parse(args[0], kind, args[1:], default))
+        command(parse(args[0], kind, args[1:], default))
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _train_default(args: Sequence[str]) -> Train:
+    """The settings to start from: those of the run to resume, of the preset asked for, or of the task's preset."""
+    resume, name, env = (value_of(args, flag) for flag in ("--resume", "--preset", "--env"))
+    if resume:
+        from mam.run import RunFolder
+
+        return Train(config=RunFolder(Path(resume)).load_config())
+    if name:
+        return Train(config=preset(name))
+    return Train(config=preset_for(env or Config.env)[0])
 
 
 def _print_overview() -> None:
@@ -156,19 +179,17 @@ def _evaluate(args: Evaluate) -> None:
     from rich.table import Table
 
     from mam import runtime
-    from mam.evaluate import evaluate
     from mam.logging import RETURN, mean_and_spread
 
     runtime.configure()
     if args.episodes < 1:
         raise UserError(f"--episodes must be positive, got {args.episodes}")
-    config, trainer, state, seeds = _load(args.run)
+    config, trainer, policies, _, seeds = _load(args.run, args.env)
     keys = jax.random.split(jax.random.key(args.seed), len(seeds))
-
-    def play(policy, key):
-        return evaluate(trainer.env, policy, key, args.episodes, greedy=args.greedy)
-
-    metrics = jax.device_get(jax.jit(jax.vmap(play))(state.best_policy, keys))
+    try:
+        metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
+    finally:
+        trainer.close()
     mode = "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.policy} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
@@ -192,48 +213,104 @@ def _play(args: Play) -> None:
     from mam.play import play
 
     runtime.configure()
-    _, trainer, state, seeds = _load(args.run)
+    _, trainer, policies, best_return, seeds = _load(args.run, args.env)
     if args.policy_seed is None:
-        index = int(np.argmax(state.best_return))
+        index = int(np.argmax(best_return))
     elif args.policy_seed in seeds:
         index = seeds.index(args.policy_seed)
     else:
         raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {args.policy_seed}")
     path = args.out or args.run / "episode.gif"
     print(f"playing seed {seeds[index]} into {path}…")
-    policy = jax.tree.map(lambda x: x[index], state.best_policy)
+    policy = jax.tree.map(lambda x: x[index], policies)
     try:
         episode_return = play(trainer.env, policy, args.seed, path, greedy=args.greedy)
     except NotImplementedError as error:
         raise UserError(str(error)) from error
+    finally:
+        trainer.close()
     print(f"return {episode_return:.3f}")
 
 
-def _load(path: Path) -> tuple[Config, Any, Any, list[int]]:
-    """Everything of a run that playing needs."""
+def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]]:
+    """What playing needs of a run: configuration, trainer, best policies and their returns, seeds."""
+    from mam.networks.policy import refit
     from mam.run import RunFolder, seeds_of
     from mam.train import make_train
 
     folder = RunFolder(path)
     config = folder.load_config()
     trainer = make_train(config)
-    return config, trainer, folder.load_state(config, trainer), seeds_of(config)
+    state = folder.load_state(config, trainer)
+    policies = state.best_policy
+    if env is not None:
+        config, spec = replace(config, env=env), trainer.spec
+        trainer = make_train(config)
+        policies = refit(policies, config.policy, spec, trainer.spec, config.network)
+    return config, trainer, policies, state.best_return, seeds_of(config)
 
 
 def _list(args: List) -> None:
-    from mam.envs.registry import suites, task_names
+    from mam.envs.registry import auto_options, suites, task_names
     from mam.networks.policy import POLICIES
 
+    if args.envs:
+        _print_specs()
+        return
     print("policies (--policy)")
-    for name, mixer in POLICIES.items():
-        print(f"  {name:<6}{mixer} in every block")
-    print("\ntasks (--env)")
+    for name, kind in POLICIES.items():
+        print(f"  {name:<11}{kind.description}")
+    print("\ntasks (--env; `mam list --envs` shows their sizes)")
+    options = auto_options()
     for suite in suites():
         print(f"  {suite}/")
         print(*(f"    {name}" for name in task_names() if name.startswith(f"{suite}/")), sep="\n")
+        if defaults := options.get(f"{suite}/auto"):
+            print(f"    {suite}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
+    print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
+    print("  your own                          package.module:factory")
     print("\npresets (--preset; chosen by the task unless given)")
     for name, make in PRESETS.items():
         print(f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_specs() -> None:
+    """Every task with its sizes; a suite that is not installed with how to get it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mam.envs.registry import auto_options, make, task_names
+
+    table = Table("task", *(("agents", "observation", "state", "actions", "limit")))
+    missing = {}
+    for name in (*task_names(), *auto_options()):
+        suite = name.partition("/")[0]
+        try:
+            spec = None if suite in missing else make(name, "none").spec
+        except UserError as error:
+            missing[suite] = str(error)
+            spec = None
+        if spec is None:
+            table.add_row(name, *["-"] * 5)
+            continue
+        picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
+        observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
+        actions = f"{spec.num_actions} {'continuous' if spec.continuous else 'discrete'}"
+        table.add_row(
+            name, str(spec.num_agents), observation, str(spec.state_dim or "-"), actions, str(spec.time_limit)
+        )
+    Console(highlight=False).print(table)
+    print("observation: features of one agent, without its id, and the picture it sees (rows × columns × channels)")
+    for suite, message in missing.items():
+        print(f"{suite}: {message}")
+
+
+def _check_env(args: CheckEnv) -> None:
+    raise NotImplementedError
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
@@ -241,100 +318,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "evaluate": (Evaluate, _evaluate),
     "play": (Play, _play),
     "list": (List, _list),
+    "check-env": (CheckEnv, _check_env),
 }
-
-
-# Reading the command line ------------------------------------------------------------------------------------------
-
-
-def _train_default(args: Sequence[str]) -> Train:
-    """The settings to start from: those of the run to resume, of the preset asked for, or of the task's preset."""
-    resume, name, env = (_value_of(args, flag) for flag in ("--resume", "--preset", "--env"))
-    if resume:
-        from mam.run import RunFolder
-
-        return Train(config=RunFolder(Path(resume)).load_config())
-    if name:
-        return Train(config=preset(name))
-    return Train(config=preset_for(env or Config.env)[0])
-
-
-def _value_of(args: Sequence[str], flag: str) -> str | None:
-    """The last value given to a flag, written `--flag value` or `--flag=value`."""
-    found = None
-    for index, arg in enumerate(args):
-        if arg == flag and index + 1 < len(args):
-            found = args[index + 1]
-        elif arg.startswith(flag + "="):
-            found = arg.partition("=")[2]
-    return found
-
-
-def _parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
-    """Lets tyro read the arguments; every mistake becomes one line."""
-    _check_flags(kind, args, see=f"mam {command} --help")
-    extra = {} if default is None else {"default": default}
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=f"mam {command}", description=inspect.getdoc(kind), args=args, **extra)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
-        if text.startswith("Required options"):
-            text = f"{command} needs the folder of a run: mam {command} RUN"
-        raise UserError(text) from None
-
-
-def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
-    """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type."""
-    flags = _flags(kind)
-    for index, arg in enumerate(args):
-        if not re.match(r"--?[a-zA-Z]", arg) or arg in ("-h", "--help"):
-            continue
-        name, equals, value = arg.partition("=")
-        key = name.replace("_", "-")
-        if key not in flags:
-            raise unknown_name("option", name, flags, see=see)
-        expected = flags[key]
-        if expected is bool:
-            continue
-        if not equals:
-            if index + 1 == len(args) or args[index + 1].startswith("--"):
-                raise UserError(f"{name} needs a value (see `{see}`)")
-            value = args[index + 1]
-        _check_value(name, value, expected)
-
-
-def _check_value(name: str, value: str, expected: Any) -> None:
-    union = isinstance(expected, types.UnionType) or typing.get_origin(expected) is typing.Union
-    options: tuple[Any, ...] = typing.get_args(expected) if union else (expected,)
-    if str in options or Path in options or (type(None) in options and value == "None"):
-        return
-    for option in options:
-        with contextlib.suppress(ValueError, TypeError):
-            option(value)
-            return
-    names = {int: "a whole number", float: "a number", type(None): "None"}
-    raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")
-
-
-def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
-    flags: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
-    for item in dataclasses.fields(kind):
-        expected, name = hints[item.name], item.name.replace("_", "-")
-        if dataclasses.is_dataclass(expected):
-            # A configuration's fields stand on their own; its groups put their name in front.
-            flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")
-        else:
-            flags[f"--{prefix}{name}"] = expected
-            if expected is bool:
-                head, _, last = f"{prefix}{name}".rpartition(".")
-                flags[f"--{head}.no-{last}" if head else f"--no-{last}"] = bool
-    return flags
 
 
 if __name__ == "__main__":

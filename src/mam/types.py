@@ -34,7 +34,8 @@ else:
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
-Action = Int[Array, "*batch N"] | Float[Array, "*batch N A"]  # an index, or components in [-1, 1]
+Action = Int[Array, "*batch N"] | Float[Array, "*batch N A"]  # of all agents: indices, or components in [-1, 1]
+AgentAction = Int[Array, "*batch"] | Float[Array, "*batch A"]  # of one agent, or of any number along *batch
 
 
 class Observation(eqx.Module):

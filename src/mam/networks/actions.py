@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mam.types import Action, EnvSpec
+from mam.types import AgentAction, EnvSpec
 
 ILLEGAL = -1e9  # exp(ILLEGAL − any logit) is exactly zero, and unlike −inf it has a gradient
 LARGEST = 1 - 1e-6  # of a continuous action's components, where atanh is still finite and sensible
@@ -28,11 +28,11 @@ class ActionKind(Protocol):
 
     def choose(
         self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
-    ) -> Action:
+    ) -> AgentAction:
         """An action: [*batch] or, if continuous, [*batch, A]."""
         ...
 
-    def log_prob(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Action) -> Array:
+    def log_prob(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: AgentAction) -> Array:
         """Its log-probability (density), [*batch]."""
         ...
 

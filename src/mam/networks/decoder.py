@@ -13,9 +13,9 @@ from mam.networks.blocks import DecoderBlock, DecoderState
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, LayerNorm
 from mam.networks.mixers import MixerFamily
-from mam.types import Action, EnvSpec
+from mam.types import Action, AgentAction, EnvSpec
 
-Token = Int[Array, "*batch"] | Float[Array, "*batch A+1"]  # what an agent reads of the action before its own
+Token = Int[Array, "..."] | Float[Array, "... A+1"]  # what an agent reads of the action before its own
 
 
 class ActionEmbedding(eqx.Module):
@@ -41,7 +41,7 @@ class ActionEmbedding(eqx.Module):
             return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
         return jnp.full(batch, last, jnp.int32)
 
-    def token(self, action: Action) -> Token:
+    def token(self, action: AgentAction) -> Token:
         """The token that stands for an action."""
         return jnp.concatenate([action, jnp.zeros_like(action[..., :1])], axis=-1) if self.continuous else action
 
@@ -52,7 +52,7 @@ class ActionEmbedding(eqx.Module):
         start = jnp.expand_dims(self.start(tokens.shape[: tokens.ndim + axis]), axis)
         return jnp.concatenate([start, jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis)
 
-    def __call__(self, token: Token) -> Float[Array, "*batch E"]:
+    def __call__(self, token: Token) -> Float[Array, "... E"]:
         if self.continuous:
             return self.norm(jax.nn.gelu(token @ self.table))
         return self.norm(jax.nn.gelu(self.table))[token]  # A + 1 rows are normalised, not one per token

@@ -1,13 +1,14 @@
 """Policies by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
-from mam.errors import unknown_name
+from mam.errors import UserError, unknown_name
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
 from mam.networks.mixers import MIXERS
@@ -58,3 +59,38 @@ def make_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Arra
     if name not in POLICIES:
         raise unknown_name("policy", name, POLICIES, see="mam list")
     return POLICIES[name].build(spec, sizes, key=key)
+
+
+def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
+    """The same weights for another task, one with more agents, say.
+
+    Args:
+        policy: weights trained on `old`, with any leading axes.
+        name: of the policy.
+        old: the task it was made for.
+        new: the task it is to play.
+        sizes: of its networks.
+
+    Raises:
+        UserError: if the weights do not fit, naming the sizes that are to blame.
+    """
+
+    def shapes(spec: EnvSpec) -> Policy:
+        return jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
+
+    def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
+        return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
+
+    to_blame = [
+        f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
+        for field in ("obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
+        if getattr(new, field) != getattr(old, field)
+        and weights(replace(old, **{field: getattr(new, field)})) != weights(old)
+    ]
+    if to_blame:
+        hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"
+        raise UserError(
+            f"this {name} was trained on {old.name} and cannot play {new.name}: {', '.join(to_blame)}"
+            + hint * to_blame[0].startswith("obs_dim")
+        )
+    return jax.tree.unflatten(jax.tree.structure(shapes(new)), jax.tree.leaves(policy))

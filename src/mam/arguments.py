@@ -1,0 +1,95 @@
+"""Reading a command line into a dataclass; every mistake is one line that says what would be right."""
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mam.config import Config
+from mam.errors import UserError, unknown_name
+
+
+def value_of(args: Sequence[str], flag: str) -> str | None:
+    """The last value given to a flag, written `--flag value` or `--flag=value`."""
+    found = None
+    for index, arg in enumerate(args):
+        if arg == flag and index + 1 < len(args):
+            found = args[index + 1]
+        elif arg.startswith(flag + "="):
+            found = arg.partition("=")[2]
+    return found
+
+
+def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
+    """Lets tyro read the arguments; every mistake becomes one line."""
+    _check_flags(kind, args, see=f"mam {command} --help")
+    extra = {} if default is None else {"default": default}
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, prog=f"mam {command}", description=inspect.getdoc(kind), args=args, **extra)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
+        if text.startswith("Required options"):
+            text = f"{command} needs the folder of a run: mam {command} RUN"
+        raise UserError(text) from None
+
+
+def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
+    """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type."""
+    flags = _flags(kind)
+    for index, arg in enumerate(args):
+        if not re.match(r"--?[a-zA-Z]", arg) or arg in ("-h", "--help"):
+            continue
+        name, equals, value = arg.partition("=")
+        key = name.replace("_", "-")
+        if key not in flags:
+            raise unknown_name("option", name, flags, see=see)
+        expected = flags[key]
+        if expected is bool:
+            continue
+        if not equals:
+            if index + 1 == len(args) or args[index + 1].startswith("--"):
+                raise UserError(f"{name} needs a value (see `{see}`)")
+            value = args[index + 1]
+        _check_value(name, value, expected)
+
+
+def _check_value(name: str, value: str, expected: Any) -> None:
+    union = isinstance(expected, types.UnionType) or typing.get_origin(expected) is typing.Union
+    options: tuple[Any, ...] = typing.get_args(expected) if union else (expected,)
+    if str in options or Path in options or (type(None) in options and value == "None"):
+        return
+    for option in options:
+        with contextlib.suppress(ValueError, TypeError):
+            option(value)
+            return
+    names = {int: "a whole number", float: "a number", type(None): "None"}
+    raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")
+
+
+def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
+    flags: dict[str, Any] = {}
+    hints = typing.get_type_hints(kind)
+    for item in dataclasses.fields(kind):
+        expected, name = hints[item.name], item.name.replace("_", "-")
+        if dataclasses.is_dataclass(expected):
+            # A configuration's fields stand on their own; its groups put their name in front.
+            flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")
+        else:
+            flags[f"--{prefix}{name}"] = expected
+            if expected is bool:
+                head, _, last = f"{prefix}{name}".rpartition(".")
+                flags[f"--{head}.no-{last}" if head else f"--no-{last}"] = bool
+    return flags
