@@ -1,5 +1,6 @@
 """The command: `mam train | evaluate | play | list | check-env`."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,6 +89,7 @@ class CheckEnv:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 for a mistake in what was asked for."""
     args = list(sys.argv[1:] if argv is None else argv)
+    sys.path.append(os.getcwd())  # where package.module:factory is looked for
     try:
         if not args or args[0] in ("-h", "--help"):
             _print_overview()
@@ -244,6 +246,7 @@ def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]
     state = folder.load_state(config, trainer)
     policies = state.best_policy
     if env is not None:
+        trainer.close()
         config, spec = replace(config, env=env), trainer.spec
         trainer = make_train(config)
         policies = refit(policies, config.policy, spec, trainer.spec, config.network)
@@ -281,11 +284,11 @@ def _shown(value: Any) -> str:
 def _print_specs() -> None:
     """Every task with its sizes; a suite that is not installed with how to get it."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mam.envs.registry import auto_options, make, task_names
 
-    table = Table("task", *(("agents", "observation", "state", "actions", "limit")))
+    table = Table(Column("task", no_wrap=True), "agents", "observation", "state", "actions", "limit")
     missing = {}
     for name in (*task_names(), *auto_options()):
         suite = name.partition("/")[0]
@@ -300,9 +303,8 @@ def _print_specs() -> None:
         picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
         observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
         actions = f"{spec.num_actions} {'continuous' if spec.continuous else 'discrete'}"
-        table.add_row(
-            name, str(spec.num_agents), observation, str(spec.state_dim or "-"), actions, str(spec.time_limit)
-        )
+        sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
+        table.add_row(name, *map(str, sizes))
     Console(highlight=False).print(table)
     print("observation: features of one agent, without its id, and the picture it sees (rows × columns × channels)")
     for suite, message in missing.items():

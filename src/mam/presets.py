@@ -6,6 +6,7 @@ gives a score was measured here.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.errors import unknown_name
@@ -81,6 +82,107 @@ def rware_tiny_4ag() -> Config:
     )
 
 
+def _long(env: str, d_model: int, num_blocks: int, **ppo: Any) -> Config:
+    """A run of the published length: 20 million steps, 122 evaluations."""
+    return Config(
+        env=env,
+        total_timesteps=20_000_000,
+        network=NetworkConfig(d_model=d_model, num_blocks=num_blocks),
+        ppo=PPOConfig(**ppo),
+        eval=EvalConfig(num_evaluations=122),
+    )
+
+
+def smax() -> Config:
+    """StarCraft-like battles, any of them."""
+    return _long("smax/2s3z", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=10.0, clip_eps=0.2, ent_coef=0.01)
+
+
+def smax_5m_vs_6m() -> Config:
+    """Marines against one marine more."""
+    return _long(
+        "smax/5m_vs_6m", 64, 1, lr=1e-3, num_epochs=2, num_minibatches=2, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3
+    )
+
+
+def smax_10m_vs_11m() -> Config:
+    """Ten marines against eleven."""
+    return replace(smax_5m_vs_6m(), env="smax/10m_vs_11m", network=NetworkConfig(d_model=32, num_blocks=2))
+
+
+def smax_27m_vs_30m() -> Config:
+    """Twenty-seven marines against thirty."""
+    return _long("smax/27m_vs_30m", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=5.0, clip_eps=0.2, ent_coef=1e-3)
+
+
+def smax_6h_vs_8z() -> Config:
+    """Hydralisks against zealots."""
+    return _long(
+        "smax/6h_vs_8z",
+        128,
+        1,
+        lr=1e-3,
+        num_epochs=10,
+        num_minibatches=1,
+        max_grad_norm=0.5,
+        clip_eps=0.1,
+        ent_coef=1e-3,
+    )
+
+
+def smax_smacv2_5_units() -> Config:
+    """Five units of random kinds in random places."""
+    ppo = {"num_epochs": 10, "num_minibatches": 1, "max_grad_norm": 5.0, "clip_eps": 0.05, "ent_coef": 1e-3}
+    return _long("smax/smacv2_5_units", 64, 1, lr=1e-3, **ppo)
+
+
+def connector() -> Config:
+    """Agents that lay wires to their targets without crossing, any board."""
+    return _long(
+        "connector/5x5x3a", 128, 1, lr=1e-3, num_minibatches=8, max_grad_norm=10.0, clip_eps=0.05, ent_coef=0.01
+    )
+
+
+def connector_largest() -> Config:
+    """Twenty-three agents on the largest board."""
+    config = connector()
+    return replace(config, env="connector/15x15x23a", ppo=replace(config.ppo, num_minibatches=4))
+
+
+def cleaner() -> Config:
+    """Agents that clean a maze together, any size."""
+    return replace(connector(), env="cleaner/10x10x3a")
+
+
+def mpe() -> Config:
+    """Particles that spread over landmarks, any number."""
+    return _long(
+        "mpe/simple_spread_3", 128, 3, lr=5e-4, num_minibatches=8, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3
+    )
+
+
+def mpe_simple_spread_10() -> Config:
+    """Ten particles."""
+    return _long(
+        "mpe/simple_spread_10", 128, 1, lr=1e-3, num_minibatches=4, max_grad_norm=10.0, clip_eps=0.2, ent_coef=0.01
+    )
+
+
+def mabrax() -> Config:
+    """Limbs of one robot as agents, any robot."""
+    return _long("mabrax/ant_4x2", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3)
+
+
+def overcooked() -> Config:
+    """Two cooks in one kitchen, any kitchen."""
+    return _long("overcooked/cramped_room", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, ent_coef=0.01)
+
+
+def hanabi() -> Config:
+    """The card game, any number of players."""
+    return _long("hanabi/2p", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, ent_coef=0.01)
+
+
 def probe() -> Config:
     """Tiny tasks with a known optimum: half a minute, to see that everything works."""
     return Config(
@@ -99,6 +201,20 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "rware": rware,
     "rware/tiny-2ag": rware_tiny_2ag,
     "rware/tiny-4ag": rware_tiny_4ag,
+    "smax": smax,
+    "smax/5m_vs_6m": smax_5m_vs_6m,
+    "smax/10m_vs_11m": smax_10m_vs_11m,
+    "smax/27m_vs_30m": smax_27m_vs_30m,
+    "smax/6h_vs_8z": smax_6h_vs_8z,
+    "smax/smacv2_5_units": smax_smacv2_5_units,
+    "connector": connector,
+    "connector/15x15x23a": connector_largest,
+    "cleaner": cleaner,
+    "mpe": mpe,
+    "mpe/simple_spread_10": mpe_simple_spread_10,
+    "mabrax": mabrax,
+    "overcooked": overcooked,
+    "hanabi": hanabi,
     "probe": probe,
 }
 

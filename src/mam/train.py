@@ -189,13 +189,17 @@ def _train_on_device(config: Config) -> Trainer:
 def _train_on_host(config: Config) -> Trainer:
     """Environments are processes beside this one. A resumed run begins new episodes: theirs cannot be saved."""
     num_seeds, ppo, settings = config.num_seeds, config.ppo, config.eval
-    envs = make_host(config.env, num_seeds * ppo.num_envs, config.agent_id, config.num_workers)
     per_round = min(settings.num_episodes, ppo.num_envs)
-    played = make_host(config.env, num_seeds * per_round, config.agent_id, config.num_workers)
-    learner, act, running = Learner(config, envs.spec), {g: make_act(greedy=g) for g in (False, True)}, []
+
+    def start(num_envs: int) -> HostEnvironments:
+        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers)
+
+    played = start(per_round)  # where policies are evaluated
+    running: list[HostEnvironments] = []  # where they learn, from the first step of training
+    learner, act = Learner(config, played.spec), {greedy: make_act(greedy=greedy) for greedy in (False, True)}
 
     def init(seed: Int[Array, ""]) -> TrainState:
-        return learner.init(seed, lambda policy, key: blank_actors(policy, envs.spec, ppo.num_envs))
+        return learner.init(seed, lambda policy, key: blank_actors(policy, played.spec, ppo.num_envs))
 
     learn = jax.jit(jax.vmap(learner.learn), donate_argnums=0)
     remember = jax.jit(jax.vmap(learner.remember))
@@ -205,9 +209,9 @@ def _train_on_host(config: Config) -> Trainer:
         keys = streams(state)[0]
         actors = state.actors
         if not running:
-            actors, _ = start_actors(envs, actors.memory, num_seeds, seed_of(keys))
-            running.append(envs)
-        actors, transitions = host_rollout(envs, act[False], state.policy, actors, keys[:, 0], ppo.rollout_length)
+            running.append(start(ppo.num_envs))
+            actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
+        actors, transitions = host_rollout(running[0], act[False], state.policy, actors, keys[:, 0], ppo.rollout_length)
         return learn(state, actors, transitions, keys[:, 1])
 
     def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
@@ -223,11 +227,11 @@ def _train_on_host(config: Config) -> Trainer:
         return play(state.best_policy, key, settings.num_absolute_episodes, settings.greedy)
 
     def close() -> None:
-        envs.close()
-        played.close()
+        for envs in (played, *running):
+            envs.close()
 
     return Trainer(
-        spec=envs.spec,
+        spec=learner.spec,
         init=jax.jit(jax.vmap(init)),
         train_step=train_step,
         evaluate_step=evaluate_step,

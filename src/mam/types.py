@@ -91,7 +91,9 @@ class Environment(Protocol):
     """
 
     @property
-    def spec(self) -> EnvSpec: ...
+    def spec(self) -> EnvSpec:
+        """Sizes and limits, the same at any time."""
+        ...
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         """Starts an episode; reward is zero, `terminated` and `truncated` are False."""
@@ -102,8 +104,8 @@ class Environment(Protocol):
         ...
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF of consecutive unbatched states; raises `NotImplementedError` where nothing can draw them."""
-        ...
+        """Writes a GIF of consecutive unbatched states; what subclasses do not write, cannot be drawn."""
+        raise NotImplementedError(f"{self.spec.name} cannot be drawn")
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@
     copy      knowing what earlier agents just chose      (T−1)(1 − 1/A)     optimal / A      truncation
     matrix    coordinating on the better of two optima    1                  see the class    termination
     memory    carrying a cue across environment steps     1                  1 / A            termination
+    target    a continuous action per agent               T                  T / 3            truncation
 
 T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on average.
 All actions are legal and all agents alive.
@@ -13,7 +14,6 @@ All actions are legal and all agents alive.
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mam.envs.base import restart, transition
-from mam.types import EnvSpec, EnvState, Observation, TimeStep
+from mam.types import Environment, EnvSpec, EnvState, Observation, TimeStep
 
 
 class CueState(eqx.Module):
@@ -32,15 +32,11 @@ class CueState(eqx.Module):
 
 
 @dataclass(frozen=True)
-class Probe(abc.ABC):
+class Probe(Environment, abc.ABC):
     """What the probes share."""
 
     num_agents: int
     num_actions: int
-
-    @property
-    @abc.abstractmethod
-    def spec(self) -> EnvSpec: ...
 
     @property
     @abc.abstractmethod
@@ -51,16 +47,6 @@ class Probe(abc.ABC):
     @abc.abstractmethod
     def random_return(self) -> float:
         """Expected return of uniformly random actions."""
-
-    @abc.abstractmethod
-    def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
-
-    @abc.abstractmethod
-    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
-
-    def animate(self, states: list[EnvState], path: Path) -> None:
-        """Raises `NotImplementedError`: there is nothing to see."""
-        raise NotImplementedError(f"{self.spec.name} cannot be drawn")
 
     def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
         return jax.random.randint(key, (self.num_agents,), 0, self.num_actions)
@@ -250,4 +236,57 @@ class Memory(Probe):
         return self._observe(jnp.concatenate([cue, now], axis=1))
 
 
-PROBES: dict[str, Callable[[], Probe]] = {"identity": Identity, "copy": Copy, "matrix": Matrix, "memory": Memory}
+class TargetState(eqx.Module):
+    """The point each agent is to name, and how far the episode has come."""
+
+    target: Float[Array, "N A"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Target(Probe):
+    """`Identity` with continuous actions: every agent sees a random point in [−1, 1]^A and is to name it.
+
+    The reward is 1 minus the distance |action − target|, averaged over components and agents. A random action is
+    uniform here, at a mean distance of 2/3.
+    """
+
+    num_agents: int = 3
+    num_actions: int = 2
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        sizes = (self.num_agents, self.num_actions, self.num_actions, self.time_limit)
+        return EnvSpec("probe/target", *sizes, continuous=True)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        return self.time_limit / 3
+
+    def reset(self, key: Key[Array, ""]) -> tuple[TargetState, TimeStep]:
+        state = TargetState(self._draw_target(key), step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._observe(state.target))
+
+    def step(
+        self, state: TargetState, action: Float[Array, "N A"], key: Key[Array, ""]
+    ) -> tuple[TargetState, TimeStep]:
+        reward = 1 - jnp.abs(action - state.target).mean()
+        state = TargetState(self._draw_target(key), state.step_count + 1)
+        return state, transition(self._observe(state.target), reward, truncated=state.step_count >= self.time_limit)
+
+    def _draw_target(self, key: Key[Array, ""]) -> Float[Array, "N A"]:
+        return jax.random.uniform(key, (self.num_agents, self.num_actions), minval=-1.0, maxval=1.0)
+
+
+PROBES: dict[str, Callable[[], Probe]] = {
+    "identity": Identity,
+    "copy": Copy,
+    "matrix": Matrix,
+    "memory": Memory,
+    "target": Target,
+}
