@@ -212,10 +212,11 @@ def _play(args: Play) -> None:
     import numpy as np
 
     from mam import runtime
-    from mam.play import play
+    from mam.play import play, play_on_host
+    from mam.types import HostEnvironments
 
     runtime.configure()
-    _, trainer, policies, best_return, seeds = _load(args.run, args.env)
+    config, trainer, policies, best_return, seeds = _load(args.run, args.env)
     if args.policy_seed is None:
         index = int(np.argmax(best_return))
     elif args.policy_seed in seeds:
@@ -226,7 +227,12 @@ def _play(args: Play) -> None:
     print(f"playing seed {seeds[index]} into {path}…")
     policy = jax.tree.map(lambda x: x[index], policies)
     try:
-        episode_return = play(trainer.env, policy, args.seed, path, greedy=args.greedy)
+        if isinstance(trainer.env, HostEnvironments):
+            trainer.close()
+            how = (config.env, config.agent_id, policy, args.seed, path)
+            episode_return = play_on_host(*how, greedy=args.greedy)
+        else:
+            episode_return = play(trainer.env, policy, args.seed, path, greedy=args.greedy)
     except NotImplementedError as error:
         raise UserError(str(error)) from error
     finally:
