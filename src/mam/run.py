@@ -207,7 +207,9 @@ class _Loop:
 def _write_results(config: Config, folder: RunFolder) -> None:
     """Everything derived from the metrics, made anew from the whole file."""
     records, seeds = folder.records(), seeds_of(config)
-    suite, task = config.env.split("/", 1)
+    suite, slash, task = config.env.partition("/")
+    if not slash:  # package.module:factory
+        suite, task = "own", config.env
     write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.policy, seeds=seeds)
     if any(record.kind == "evaluation" for record in records):
         plot_learning_curve(folder.learning_curve, records, title=f"{config.policy} on {config.env}", seeds=seeds)
