@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import io
 import re
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,9 +65,12 @@ def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
 
 
 def _check_value(name: str, value: str, expected: Any) -> None:
-    union = isinstance(expected, types.UnionType) or typing.get_origin(expected) is typing.Union
-    options: tuple[Any, ...] = typing.get_args(expected) if union else (expected,)
+    options: tuple[Any, ...] = typing.get_args(expected) or (expected,)
     if str in options or Path in options or (type(None) in options and value == "None"):
+        return
+    if typing.get_origin(expected) is typing.Literal:
+        if value not in options:
+            raise UserError(f"{name} takes {', '.join(options[:-1])} or {options[-1]}, got '{value}'")
         return
     for option in options:
         with contextlib.suppress(ValueError, TypeError):

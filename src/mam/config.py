@@ -142,6 +142,9 @@ def _validate(config: Config) -> None:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
+    encodings = typing.get_args(Config.__annotations__["agent_id"])
+    if config.agent_id not in encodings:
+        raise UserError(f"agent_id must be one of {', '.join(encodings)}, got {config.agent_id!r}")
     if config.num_workers is not None and config.num_workers < 1:
         raise UserError(f"num_workers must be positive, got {config.num_workers}")
     if config.seed < 0:

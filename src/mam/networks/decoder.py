@@ -15,7 +15,7 @@ from mam.networks.layers import HIDDEN_GAIN, LayerNorm
 from mam.networks.mixers import MixerFamily
 from mam.types import Action, AgentAction, EnvSpec
 
-Token = Int[Array, "..."] | Float[Array, "... A+1"]  # what an agent reads of the action before its own
+Token = Int[Array, "..."] | Float[Array, "... K"]  # what an agent reads of the action before its own; K = A + 1
 
 
 class ActionEmbedding(eqx.Module):
@@ -25,7 +25,7 @@ class ActionEmbedding(eqx.Module):
     table is the start token's, which the first agent reads.
     """
 
-    table: Float[Array, "A+1 E"]
+    table: Float[Array, "K E"]
     norm: LayerNorm
     continuous: bool = eqx.field(static=True)
 

@@ -91,6 +91,6 @@ def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkC
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"
         raise UserError(
             f"this {name} was trained on {old.name} and cannot play {new.name}: {', '.join(to_blame)}"
-            + hint * to_blame[0].startswith("obs_dim")
+            + hint * (new.obs_dim - old.obs_dim == new.num_agents - old.num_agents != 0)
         )
     return jax.tree.unflatten(jax.tree.structure(shapes(new)), jax.tree.leaves(policy))

@@ -1,0 +1,15 @@
+"""Every policy learns in every JaxMARL suite."""
+
+import pytest
+
+from mam.networks.policy import POLICIES
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing `.*` directly from `Data`:DeprecationWarning")  # brax's own
+
+TASKS = ("smax/2s3z", "mpe/simple_spread_3", "mabrax/hopper_3x1", "overcooked/cramped_room", "hanabi/2p")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_updates(check_two_updates, task, name):
+    check_two_updates(task, name)

@@ -1,0 +1,13 @@
+"""Every policy learns in every Jumanji suite."""
+
+import pytest
+
+from mam.networks.policy import POLICIES
+
+TASKS = ("lbf/2s-8x8-2p-2f-coop", "rware/tiny-2ag", "connector/5x5x3a", "cleaner/5x5x2a")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("name", POLICIES)
+def test_two_updates(check_two_updates, task, name):
+    check_two_updates(task, name)
