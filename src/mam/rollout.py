@@ -5,9 +5,9 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 from jax import lax
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Bool, Key
 
-from mam.types import Action, EnvState, Memory, Observation, Policy, TimeStep, Transition
+from mam.types import Action, Array, EnvState, Memory, Observation, Policy, TimeStep, Transition
 
 
 @runtime_checkable

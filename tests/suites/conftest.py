@@ -1,4 +1,7 @@
-"""Two updates of one policy on one task, by the trainer's own pieces; compiling is all that takes time here."""
+"""Two updates of one policy on one task, by the trainer's own pieces. Compiling is all that takes time here.
+
+So a task's environments are compiled once, for all policies: they act in them as in environments on the host.
+"""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -11,7 +14,7 @@ import pytest
 
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
-from mam.rollout import init_actors, rollout
+from mam.host import blank_actors, host_rollout, start_actors
 from mam.train import Learner
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -24,48 +27,71 @@ CONFIG = Config(
 quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
-@cache
-def environments(task):
-    """The batch of environments, and how they start, compiled."""
-    envs = make_batched(task, CONFIG.ppo.num_envs)
-    return envs, quick_jit(envs.reset)
+class OnHost:
+    """A batch of JAX environments as a `HostEnvironments`."""
+
+    def __init__(self, task):
+        envs = make_batched(task, CONFIG.ppo.num_envs)
+        self.spec, self.num_envs = envs.spec, envs.num_envs
+        self._reset, self._step = quick_jit(envs.reset), quick_jit(envs.step)
+
+    def reset(self, seed):
+        self._key = jax.random.key(seed)
+        self._state, timestep = self._reset(self._key)
+        return jax.device_get(timestep)
+
+    def step(self, action):
+        self._key = jax.random.fold_in(self._key, 1)
+        self._state, timestep = self._step(self._state, action, self._key)
+        return jax.device_get(timestep)
+
+    def close(self):
+        pass
+
+
+environments = cache(OnHost)
 
 
 def draw(path, leaf):
     """A value of about the usual size for a leaf of the training state: drawing with NumPy compiles nothing."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    names = [getattr(key, "name", "") for key in path]
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or {"mu", "nu", "memory"} & {*names}:
         return jnp.zeros(leaf.shape, leaf.dtype)
-    scale = 0.0 if any(getattr(key, "name", "") in ("mu", "nu") for key in path) else 0.3
-    centre = 1.0 if getattr(path[-1], "name", "") == "scale" and scale else 0.0
-    return jnp.asarray(np.random.default_rng(leaf.size).normal(centre, scale, leaf.shape), leaf.dtype)
+    centre = 1.0 if names[-1] == "scale" else 0.0
+    return jnp.asarray(np.random.default_rng(leaf.size).normal(centre, 0.3, leaf.shape), leaf.dtype)
 
 
 @pytest.fixture(scope="session")
 def check_two_updates():
     def check(task, name):
         """Nothing is compiled twice, all numbers are finite, ratios begin at 1, and every parameter moves."""
-        envs, reset = environments(task)
+        envs = environments(task)
         learner = Learner(replace(CONFIG, env=task, policy=name), envs.spec)
-        fresh = jax.eval_shape(lambda seed: learner.init(seed, lambda p, k: init_actors(envs, p, k)), 0)
-        fresh = eqx.tree_at(lambda s: (s.actors.env_state, s.key), fresh, (None, None))
-        state = jax.tree_util.tree_map_with_path(draw, fresh)
-        env_state, timestep = reset(jax.random.key(0))
-        actors = replace(state.actors, env_state=env_state, observation=timestep.observation, reset=~timestep.ended)
-        actors = replace(actors, memory=jax.tree.map(jnp.zeros_like, actors.memory))
-        first = state = replace(state, actors=actors, key=jax.random.key(1))
+
+        def init(seed):
+            return learner.init(seed, lambda policy, key: blank_actors(policy, envs.spec, envs.num_envs))
+
+        fresh = jax.eval_shape(jax.vmap(init), jnp.zeros(1, jnp.int32))
+        state = jax.tree_util.tree_map_with_path(draw, eqx.tree_at(lambda s: s.key, fresh, None))
+        first = state = replace(state, key=jax.random.split(jax.random.key(1), 1))
+        actors, timestep = start_actors(envs, state.actors.memory, num_seeds=1, seed=0)
 
         @quick_jit
-        def act(state, key):
-            return rollout(envs, state.policy, state.actors, key, CONFIG.ppo.rollout_length)
+        @partial(jax.vmap, in_axes=(0, 0, 0, None))
+        def act(policy, actors, key, step):
+            keys = jax.random.split(jax.random.fold_in(key, step), envs.num_envs)
+            return policy.act(actors.memory, actors.observation, actors.reset, keys)
 
-        learn = quick_jit(learner.learn)
+        learn = quick_jit(jax.vmap(learner.learn))
         for update in range(2):
-            act_key, learn_key = jax.random.split(jax.random.key(2 + update))
-            state, values = learn(state, *act(state, act_key), learn_key)
-            values = {name: float(value) for name, value in values.items() if name not in timestep.metrics}
+            keys = jax.random.split(jax.random.key(2 + update))
+            actors, transitions = host_rollout(envs, act, state.policy, actors, keys[:1], CONFIG.ppo.rollout_length)
+            state, values = learn(state, actors, transitions, keys[1:])
+            actors = state.actors
+            values = {name: float(value[0]) for name, value in values.items() if name not in timestep.metrics}
             assert np.isfinite([*values.values()]).all(), values
             assert values["first_ratio_deviation"] <= 1e-5
-        assert learn._cache_size() == act._cache_size() == 1
+        assert learn._cache_size() == 1
         for (path, before), after in zip(
             jax.tree_util.tree_leaves_with_path(first.policy), jax.tree.leaves(state.policy), strict=True
         ):
