@@ -1,5 +1,6 @@
 """The command: `mam train | evaluate | play | list | check-env`."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ class CheckEnv:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, or 2 for a mistake in what was asked for."""
+    """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked."""
     args = list(sys.argv[1:] if argv is None else argv)
     sys.path.append(os.getcwd())  # where package.module:factory is looked for
     try:
@@ -101,11 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_name("command", args[0], COMMANDS, see="mam --help")
         kind, command = COMMANDS[args[0]]
         default = _train_default(args[1:]) if kind is Train else None
-        command(parse(args[0], kind, args[1:], default))
+        return command(parse(args[0], kind, args[1:], default)) or 0
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _train_default(args: Sequence[str]) -> Train:
@@ -317,11 +317,24 @@ def _print_specs() -> None:
         print(f"{suite}: {message}")
 
 
-def _check_env(args: CheckEnv) -> None:
-    raise NotImplementedError
+def _check_env(args: CheckEnv) -> int:
+    from mam import runtime
+    from mam.envs.check import check_environment
+    from mam.envs.registry import lives_on_host, make_host, make_plain
+
+    runtime.configure()
+    with contextlib.ExitStack() as stack:
+        if lives_on_host(args.env):
+            env = make_host(args.env, num_envs=4, agent_id="none")
+            stack.callback(env.close)
+        else:
+            env = make_plain(args.env)
+        report = check_environment(env, seed=args.seed)
+    print(*report.lines(), sep="\n")
+    return 0 if report.passed else 1
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, _train),
     "evaluate": (Evaluate, _evaluate),
     "play": (Play, _play),

@@ -9,9 +9,11 @@ package.module:factory             one's own environment: the factory returns it
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from mam.envs import jumanji, probes
+from mam.envs import jaxmarl, jumanji, probes, smax
+from mam.envs.factories import PREFIX, EnvFactory, find_factory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
 from mam.types import Environment, HostEnvironments
@@ -25,8 +27,15 @@ class _Suite:
 
 
 _SUITES = {
-    "lbf": _Suite(jumanji.LBF_TASKS, jumanji.make_lbf),
-    "rware": _Suite(jumanji.RWARE_TASKS, jumanji.make_rware),
+    "lbf": _Suite(jumanji.LBF_TASKS, jumanji.make_lbf, auto=jumanji.make_lbf_auto),
+    "rware": _Suite(jumanji.RWARE_TASKS, jumanji.make_rware, auto=jumanji.make_rware_auto),
+    "connector": _Suite(jumanji.CONNECTOR_TASKS, jumanji.make_connector),
+    "cleaner": _Suite(jumanji.CLEANER_TASKS, jumanji.make_cleaner),
+    "smax": _Suite(smax.SMAX_TASKS, smax.make_smax, auto=smax.make_smax_auto),
+    "mpe": _Suite(jaxmarl.MPE_TASKS, jaxmarl.make_mpe, auto=jaxmarl.make_mpe_auto),
+    "mabrax": _Suite(jaxmarl.MABRAX_TASKS, jaxmarl.make_mabrax),
+    "overcooked": _Suite(jaxmarl.OVERCOOKED_TASKS, jaxmarl.make_overcooked),
+    "hanabi": _Suite(jaxmarl.HANABI_TASKS, jaxmarl.make_hanabi),
     "probe": _Suite(probes.PROBES, lambda task: probes.PROBES[task]()),
 }
 
@@ -56,7 +65,13 @@ def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
     Raises:
         UserError: the name is unknown, or the suite is not installed.
     """
-    return AgentId(_make_plain(name), agent_id)
+    env = make_plain(name)
+    if not isinstance(env, Environment):
+        raise UserError(
+            f"{name} returns a {type(env).__name__}: expected a subclass of mam.types.Environment with spec, reset and "
+            f"step, or a PettingZoo ParallelEnv"
+        )
+    return AgentId(env, agent_id)
 
 
 def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> AutoReset:
@@ -74,21 +89,57 @@ def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> 
 
 
 def lives_on_host(name: str) -> bool:
-    """Whether the environment is stepped in worker processes (`make_host`) instead of by JAX (`make_batched`)."""
-    return False
+    """Whether the environment is stepped in worker processes (`make_host`) instead of by JAX (`make_batched`).
+
+    Raises:
+        UserError: the name is one of somebody's own environment, and there is none.
+    """
+    return _is_own(name) and isinstance(_own(name), EnvFactory)
 
 
 def make_host(
     name: str, num_envs: int, agent_id: IdEncoding = "one_hot", num_workers: int | None = None
 ) -> HostEnvironments:
-    """Makes environments that live in worker processes; none is started before the first reset."""
-    raise NotImplementedError
+    """Starts worker processes and makes environments in them.
+
+    Args:
+        name: "pettingzoo/module:environment" or "package.module:factory".
+        num_envs: environments in all, B.
+        agent_id: as for `make`.
+        num_workers: processes; one per CPU core if None.
+
+    Raises:
+        UserError: there is no such environment, or one of its spaces is not supported.
+    """
+    from mam.envs.workers import HostPool
+
+    return HostPool(name, find_factory(name), num_envs, num_workers, agent_id)
 
 
-def _make_plain(name: str) -> Environment:
+def _is_own(name: str) -> bool:
+    return ":" in name and name.partition("/")[0] not in _SUITES
+
+
+@cache
+def _own(name: str) -> Environment | EnvFactory:
+    """What a name with a colon stands for: the environment, or what makes it in worker processes."""
+    factory = find_factory(name)
+    if name.startswith(PREFIX):
+        return factory
+    env = factory()
+    return factory if hasattr(env, "possible_agents") else env  # PettingZoo's have these
+
+
+def make_plain(name: str) -> Environment:
+    """Makes one environment as it is, without agent ids; what somebody's own factory returns, unchecked."""
     if name in task_names():
         suite, task = name.split("/")
         return _SUITES[suite].make(task)
+    if _is_own(name):
+        env = _own(name)
+        if isinstance(env, EnvFactory):
+            raise UserError(f"{name} lives on the host: it has no JAX program")
+        return env
     suite, _, rest = name.partition("/")
     task, _, options = rest.partition(":")
     if task == "auto" and suite in _SUITES and (auto := _SUITES[suite].auto):
