@@ -30,8 +30,8 @@ NEEDS = {
     "matrix": lambda policy: policy in SEQUENCE,
     "memory": lambda policy: policy.startswith("rec_"),
 }
-PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=32, num_epochs=4, num_minibatches=2, gamma=0.95, ent_coef=0.02)
-STEPS = {"identity": 60_000, "matrix": 60_000, "copy": 150_000, "memory": 200_000, "target": 150_000}
+PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=2, gamma=0.95, ent_coef=0.02)
+STEPS = {"identity": 25_000, "matrix": 15_000, "copy": 50_000, "memory": 60_000, "target": 60_000}
 
 
 @dataclass(frozen=True)

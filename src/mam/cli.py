@@ -141,6 +141,8 @@ def _train(args: Train) -> None:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.policy / stamp)
     print(_plan(config, trainer, folder.path))
+    for note in getattr(trainer.env, "notes", ()):
+        print(f"note: {note}")
     finished = runs.run(config, folder, trainer)
     _print_results(config, folder)
     if not finished:

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something asked for cannot be had. The message is one line: what is wrong, and what would be right."""
+    """Something asked for cannot be had. The message is one line: what is wrong, and what would be right.
+
+    Where a user's own code failed, the last lines of its traceback follow.
+    """
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from mam.envs import jaxmarl, jumanji, probes, smax
-from mam.envs.factories import PREFIX, EnvFactory, find_factory
+from mam.envs.host.factories import PREFIX, EnvFactory, find_factory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
 from mam.types import Environment, HostEnvironments
@@ -111,7 +111,7 @@ def make_host(
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
     """
-    from mam.envs.workers import HostPool
+    from mam.envs.host.pool import HostPool
 
     return HostPool(name, find_factory(name), num_envs, num_workers, agent_id)
 

@@ -1,0 +1,158 @@
+"""Environments of other people's making, by name. Imports neither JAX nor any suite before it is asked to.
+
+pettingzoo/module:environment            `parallel_env` of an environment's module, as PettingZoo lays them out
+pettingzoo/module:environment:N=5,…      the same with keyword arguments
+package.module:factory                   one's own: the factory returns the environment
+"""
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from mam.errors import UserError, unknown_name
+
+PREFIX = "pettingzoo/"
+
+
+@dataclass(frozen=True)
+class EnvFactory:
+    """Makes an environment. It travels to other processes as a name, and finds itself again there."""
+
+    name: str  # as the user wrote it
+    module: str
+    attribute: str  # of the module, or a module within it
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, render_mode: str | None = None) -> Any:
+        """Makes one environment.
+
+        Args:
+            render_mode: how it will be drawn; passed on where the environment takes such an option.
+
+        Raises:
+            UserError: it cannot be made: not installed, or not with these options.
+        """
+        make, options = self.find(), dict(self.options)
+        if render_mode is not None and _takes(make, "render_mode"):
+            options["render_mode"] = render_mode
+        try:
+            return make(**options)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise UserError(f"{self.name}: {error}") from error
+        except ImportError as error:  # deprecated versions say so here
+            raise UserError(f"{self.name}: {_one_line(error)}") from error
+
+    def find(self) -> Callable[..., Any]:
+        """Imports what the name stands for.
+
+        Raises:
+            UserError: there is no such thing.
+        """
+        target = self._submodule() or self._attribute()
+        if isinstance(target, ModuleType) or (not callable(target) and hasattr(target, "parallel_env")):
+            target = getattr(target, "parallel_env", None) or getattr(target, "env", None)
+        if not callable(target):
+            raise UserError(f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment")
+        return target
+
+    def _submodule(self) -> ModuleType | None:
+        module = _import(self.name, self.module)
+        path = f"{self.module}.{self.attribute}"
+        return _import(self.name, path) if hasattr(module, "__path__") and importlib.util.find_spec(path) else None
+
+    def _attribute(self) -> Any:
+        module = _import(self.name, self.module)
+        try:
+            return getattr(module, self.attribute)
+        except AttributeError:
+            names = {*vars(module), *(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ())))}
+            public = sorted(name for name in names if not name.startswith("_"))
+            raise unknown_name("environment", self.attribute, public, see=f"pydoc {self.module}") from None
+
+
+def find_factory(name: str) -> EnvFactory:
+    """Finds what makes the environment of this name, and imports it.
+
+    Args:
+        name: "pettingzoo/module:environment", "package.module:factory", either with ":option=value,…" after it.
+
+    Returns:
+        The factory, which may be sent to worker processes.
+
+    Raises:
+        UserError: the name is not of this form, its module is not installed, or there is no such thing in it.
+    """
+    module, _, rest = name.removeprefix(PREFIX).partition(":")
+    attribute, _, options = rest.partition(":")
+    if not module or not attribute.isidentifier():
+        example = f"{PREFIX}mpe2:simple_spread_v3" if name.startswith(PREFIX) else "my_package.my_module:make_env"
+        raise UserError(f"{name}: expected a module and what to take from it, such as {example}")
+    factory = EnvFactory(name, module, attribute, _read_options(name, options))
+    factory.find()
+    return factory
+
+
+def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
+    """Reads `N=5,max_cycles=25,continuous_actions=true`."""
+    options = []
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise UserError(f"{name}: options are written option=value,…, got '{item}'")
+        options.append((key, _read_value(value)))
+    return tuple(options)
+
+
+def _read_value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _import(name: str, path: str) -> ModuleType:
+    top = path.partition(".")[0]
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = error.name or path
+        if missing == top:
+            place = "is not installed" if name.startswith(PREFIX) else "is not in this folder and not installed"
+            raise UserError(f"{name}: {top} {place}: {_pip(path)}") from None
+        if path == missing or path.startswith(f"{missing}."):
+            raise UserError(f"{name}: there is no module {missing}") from None
+        raise UserError(f"{name}: {path} needs {missing}, which is not installed: {_pip(path, missing)}") from None
+    except ImportError as error:
+        raise UserError(f"{name}: {path} cannot be imported: {_one_line(error)}") from error
+
+
+def _pip(path: str, missing: str = "") -> str:
+    """The command that probably installs a module; PettingZoo's families of environments are its extras."""
+    top, _, rest = path.partition(".")
+    family = rest.partition(".")[0]
+    if top == "pettingzoo" and family:
+        return f'pip install "pettingzoo[{family}]"'
+    return f"pip install {(missing or top).partition('.')[0]}"
+
+
+def _takes(make: Callable[..., Any], option: str) -> bool:
+    try:
+        parameters = inspect.signature(make).parameters
+    except (TypeError, ValueError):
+        return False
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,235 @@
+"""One PettingZoo `ParallelEnv` as stacked NumPy arrays. Free of JAX: worker processes import it.
+
+Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `reset`, `step` and the two spaces.
+"""
+
+import importlib
+import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from mam.envs.host.shared import Arrays, Layout
+from mam.envs.host.spaces import BoxAction, View, action_readers, flatten, is_picture, picture_of, view_size
+from mam.errors import UserError
+
+_PARALLEL = ("possible_agents", "reset", "step", "observation_space", "action_space")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a joint action led to."""
+
+    observation: Arrays
+    reward: np.ndarray  # [N]
+    terminated: bool
+    truncated: bool
+
+
+class PettingZooEnv:
+    """A ParallelEnv whose agents stand in rows, in the order of `possible_agents`, whoever of them is alive.
+
+    An agent that has terminated or was truncated before the others is dead until the next episode, and so, for as
+    long as it is missing, is one that is not in `env.agents` or observes nothing. The dead see zeros, earn nothing
+    and are free to choose any action, which goes nowhere. The joint episode ends when nobody goes on. It was
+    truncated if anybody was truncated at its last step; those agents are alive in its last observation, since they
+    would have gone on.
+    """
+
+    def __init__(self, env: Any, name: str):
+        """Reads the spaces; the environment is not reset.
+
+        Args:
+            env: a ParallelEnv, or an AECEnv whose agents may act at the same time.
+            name: what the user calls it, for messages.
+
+        Raises:
+            UserError: it is neither, has no agents, or has spaces that are not supported.
+        """
+        self.name = name
+        self._env = env = as_parallel(env, name)
+        agents = tuple(env.possible_agents)
+        if not agents:
+            raise UserError(f"{name}: the environment has no agents (its possible_agents is empty)")
+        self._index: dict[Hashable, int] = {agent: n for n, agent in enumerate(agents)}
+        self._actions = action_readers(name, {agent: env.action_space(agent) for agent in agents})
+        self._views = [View.of(env.observation_space(agent), env.action_space(agent)) for agent in agents]
+        self.layout = _lay_out(name, env, agents, self._views, self._actions)
+        self._own_actions = np.arange(self.layout.num_actions) < np.array([[a.size] for a in self._actions])
+        self._ended: set[Hashable] = set()  # agents whose part in the episode is over
+        self._acting: set[Hashable] = set()  # agents who go on
+        self._last_state = np.zeros(self.layout.state_dim or 0, np.float32)
+
+    @property
+    def notes(self) -> list[str]:
+        """What was padded, flattened or left out to make all agents' arrays alike; one line each."""
+        return list(self.layout.notes)
+
+    def reset(self, seed: int, into: Arrays | None = None) -> Arrays:
+        """Starts an episode; all of its randomness comes from the seed.
+
+        Args:
+            seed: for the environment.
+            into: arrays to write the observation to; new ones by default.
+        """
+        result = self._env.reset(seed=seed)
+        if not isinstance(result, tuple):
+            raise UserError(f"{self.name}: reset() returns observations only, not (observations, infos)")
+        observations, infos = result
+        self._ended = set()
+        self._acting = self._going_on()
+        return self._observe(observations, infos, self._acting, over=False, into=into)
+
+    def step(self, action: np.ndarray, into: Arrays | None = None) -> Outcome:
+        """Applies a joint action.
+
+        Args:
+            action: [N] indices, or [N, A] components in [-1, 1].
+            into: as for `reset`.
+        """
+        # Who has ended but is still listed is expected to act, too, by the environment that lists it.
+        actions = {agent: self._read_action(agent, action) for agent in self._env.agents}
+        observations, rewards, terminations, truncations, infos = self._env.step(actions)
+
+        acted = self._acting
+        terminated = {agent for agent in acted if terminations.get(agent)}
+        truncated = {agent for agent in acted if truncations.get(agent)} - terminated
+        self._ended |= terminated | truncated
+        self._acting = self._going_on()
+        over = not self._acting
+        return Outcome(
+            observation=self._observe(observations, infos, truncated if over else self._acting, over, into),
+            reward=np.array([rewards.get(agent, 0.0) if agent in acted else 0.0 for agent in self._index], np.float32),
+            terminated=over and not truncated,
+            truncated=over and bool(truncated),
+        )
+
+    def frame(self) -> np.ndarray | None:
+        """A picture [Y, X, RGB] of how things stand, if the environment was made with render_mode="rgb_array"."""
+        picture = self._env.render()
+        return picture if isinstance(picture, np.ndarray) else None
+
+    def close(self) -> None:
+        """Ends the environment."""
+        self._env.close()
+
+    def _going_on(self) -> set[Hashable]:
+        listed = set(self._env.agents)
+        if unknown := listed - self._index.keys():
+            raise UserError(f"{self.name}: agent '{unknown.pop()}' is in agents but not in possible_agents")
+        return listed - self._ended
+
+    def _observe(
+        self, observations: Mapping, infos: Mapping, alive: set[Hashable], over: bool, into: Arrays | None
+    ) -> Arrays:
+        arrays = into or {name: np.empty(shape, dtype) for name, (shape, dtype) in self.layout.observation.items()}
+        for array in arrays.values():
+            array[...] = 0
+        arrays["action_mask"][...] = self._own_actions
+        for agent in alive & observations.keys():
+            n = self._index[agent]
+            arrays["alive"][n] = True
+            try:
+                self._write_view(n, observations[agent], arrays)
+                self._write_mask(n, observations[agent], infos.get(agent) or {}, arrays["action_mask"])
+            except (ValueError, TypeError, LookupError) as error:
+                space = self._env.observation_space(agent)
+                raise UserError(f"{self.name}: what agent '{agent}' observes does not fit {space}: {error}") from error
+        if "state" in arrays:
+            arrays["state"][...] = self._last_state = self._state(over)
+        return arrays
+
+    def _write_view(self, n: int, observation: Any, arrays: Arrays) -> None:
+        view = self._views[n]
+        if "grid" in arrays:
+            arrays["grid"][n] = view.read(observation)
+        else:
+            flatten(view.space, view.read(observation), arrays["agents_view"][n, : view.size])
+
+    def _write_mask(self, n: int, observation: Any, info: Mapping, mask: np.ndarray) -> None:
+        given = observation["action_mask"] if self._views[n].masked else info.get("action_mask")
+        if given is None or self.layout.continuous:
+            return
+        legal, size = np.asarray(given, bool), self._actions[n].size
+        if legal.shape != (size,):
+            raise ValueError(f"action_mask has shape {legal.shape}, there are {size} actions")
+        if legal.any():  # an agent to which nothing is allowed is read as one whose choice does not matter
+            mask[n, :size] = legal
+
+    def _read_action(self, agent: Hashable, action: np.ndarray) -> Any:
+        n = self._index[agent]
+        return self._actions[n].read(action[n])
+
+    def _state(self, over: bool) -> np.ndarray:
+        try:
+            state = np.asarray(self._env.state(), np.float32).reshape(-1)
+        except Exception:
+            if not over:
+                raise
+            return self._last_state  # some put it together from the agents that go on: at the end there are none
+        if state.shape == self._last_state.shape:
+            return state
+        if over:
+            return self._last_state
+        raise UserError(f"{self.name}: state() has {state.size} numbers, its space {self._last_state.size}")
+
+
+def as_parallel(env: Any, name: str) -> Any:
+    """Returns a ParallelEnv as it is and converts an AECEnv whose agents may act at the same time.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if all(hasattr(env, attribute) for attribute in _PARALLEL) and not hasattr(env, "agent_iter"):
+        return env
+    if not hasattr(env, "agent_iter"):
+        missing = next(attribute for attribute in _PARALLEL if not hasattr(env, attribute))
+        raise UserError(f"{name}: {type(env).__name__} is not a PettingZoo ParallelEnv: it has no {missing}")
+    if not getattr(env, "metadata", {}).get("is_parallelizable", False):
+        raise UserError(
+            f"{name}: the agents of this AECEnv act in turn, but a ParallelEnv is needed (if they may act at the same "
+            'time, set metadata["is_parallelizable"] = True, or convert it with pettingzoo.utils.aec_to_parallel)'
+        )
+    return importlib.import_module("pettingzoo.utils.conversions").aec_to_parallel(env)
+
+
+def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: list) -> Layout:
+    """Sizes that hold every agent, and what had to be done for it."""
+    notes = []
+    picture = picture_of(views)
+    view_sizes = [0] if picture else [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
+    if not picture and any(is_picture(view.space) for view in views):
+        notes.append("not all agents see pictures of one size: pictures are flattened")
+    if len(set(view_sizes)) > 1:
+        notes.append(f"agents observe {_span(view_sizes)} numbers: the shorter observations are padded with zeros")
+    action_sizes = [action.size for action in actions]
+    if len(set(action_sizes)) > 1:
+        notes.append(f"agents have {_span(action_sizes)} actions: those that an agent does not have are masked")
+    state = getattr(env, "state_space", None)
+    if state is not None and is_picture(state):
+        notes.append("the global state is a picture: it is left out")
+    return Layout(
+        agents=tuple(map(str, agents)),
+        obs_dim=max(view_sizes),
+        num_actions=max(action_sizes),
+        continuous=isinstance(actions[0], BoxAction),
+        time_limit=_time_limit(env),
+        grid_shape=(picture.shape[0], picture.shape[1], picture.shape[2]) if picture else None,
+        grid_dtype=str(picture.dtype) if picture and picture.dtype.kind in "biu" else "float32",
+        state_dim=math.prod(state.shape) if isinstance(state, spaces.Box) and not is_picture(state) else None,
+        notes=tuple(notes),
+    )
+
+
+def _span(sizes: list[int]) -> str:
+    return f"{min(sizes)} to {max(sizes)}"
+
+
+def _time_limit(env: Any) -> int | None:
+    """The number of steps after which the environment truncates, where it says so in the usual place."""
+    places = (getattr(env, "max_cycles", None), getattr(getattr(env, "unwrapped", env), "max_cycles", None))
+    limit = next((place for place in places if place is not None), getattr(env, "metadata", {}).get("max_cycles"))
+    return int(limit) if isinstance(limit, int | float | np.integer) and 0 < limit < math.inf else None

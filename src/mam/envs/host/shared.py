@@ -1,0 +1,128 @@
+"""What the pool and its workers agree on: the sizes of an environment, and the memory they share. Free of JAX."""
+
+import math
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]  # the fields of an `Observation`, by name
+Field = tuple[tuple[int, ...], np.dtype]
+
+_ALIGNMENT = 64  # bytes; a cache line
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one environment's arrays: what a pool must know of an environment that lives in another process."""
+
+    agents: tuple[str, ...]
+    obs_dim: int
+    num_actions: int  # choices of one agent, or components of its action
+    continuous: bool
+    time_limit: int | None = None
+    grid_shape: tuple[int, int, int] | None = None
+    grid_dtype: str = "float32"
+    state_dim: int | None = None
+    notes: tuple[str, ...] = ()  # what was padded, flattened or left out; one line each
+
+    @property
+    def num_agents(self) -> int:
+        return len(self.agents)
+
+    @property
+    def action(self) -> Field:
+        """Shape and type of one joint action."""
+        if self.continuous:
+            return (self.num_agents, self.num_actions), np.dtype(np.float32)
+        return (self.num_agents,), np.dtype(np.int32)
+
+    @property
+    def observation(self) -> dict[str, Field]:
+        """Shape and type of one observation's fields."""
+        fields = {
+            "agents_view": ((self.num_agents, self.obs_dim), np.dtype(np.float32)),
+            "action_mask": ((self.num_agents, self.num_actions), np.dtype(bool)),
+            "alive": ((self.num_agents,), np.dtype(bool)),
+        }
+        if self.grid_shape is not None:
+            fields["grid"] = ((self.num_agents, *self.grid_shape), np.dtype(self.grid_dtype))
+        if self.state_dim is not None:
+            fields["state"] = ((self.state_dim,), np.dtype(np.float32))
+        return fields
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Arrays [B, …] in memory that the pool and all workers see; worker processes write their own rows."""
+
+    action: np.ndarray
+    observation: Arrays  # to act on next
+    final_observation: Arrays  # of the ended episode; stale in rows where none has ended
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+
+class SharedMemory:
+    """Memory without a name: however the processes end, nothing of it stays behind.
+
+    Unlike `multiprocessing.shared_memory` it needs no one to unlink it and, on Linux, is not limited by the size
+    of /dev/shm (64 MB in many containers).
+    """
+
+    def __init__(self):
+        if hasattr(os, "memfd_create"):
+            self.fd = os.memfd_create("mam")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.fd = os.dup(file.fileno())
+
+    def resize(self, size: int) -> None:
+        """Makes it `size` bytes of zeros long."""
+        os.ftruncate(self.fd, size)
+
+    def close(self) -> None:
+        """Lets go of the memory; what is mapped stays until its arrays are gone."""
+        os.close(self.fd)
+
+
+def slab_size(layout: Layout, num_envs: int) -> int:
+    """Bytes that `map_slab` needs."""
+    return sum(_aligned(shape, dtype) for shape, dtype in _fields(layout, num_envs).values())
+
+
+def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
+    """The arrays in the memory of the file descriptor, at the same places in every process."""
+    buffer = mmap.mmap(fd, slab_size(layout, num_envs))
+    arrays, offset = {}, 0
+    for name, (shape, dtype) in _fields(layout, num_envs).items():
+        arrays[name] = np.ndarray(shape, dtype, buffer, offset)
+        offset += _aligned(shape, dtype)
+    return Slab(
+        action=arrays["action"],
+        observation={name: arrays[f"observation.{name}"] for name in layout.observation},
+        final_observation={name: arrays[f"final_observation.{name}"] for name in layout.observation},
+        reward=arrays["reward"],
+        terminated=arrays["terminated"],
+        truncated=arrays["truncated"],
+    )
+
+
+def _fields(layout: Layout, num_envs: int) -> dict[str, Field]:
+    fields = {
+        "action": layout.action,
+        **{f"observation.{name}": field for name, field in layout.observation.items()},
+        **{f"final_observation.{name}": field for name, field in layout.observation.items()},
+        "reward": ((layout.num_agents,), np.dtype(np.float32)),
+        "terminated": ((), np.dtype(bool)),
+        "truncated": ((), np.dtype(bool)),
+    }
+    return {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in fields.items()}
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    size = math.prod(shape) * dtype.itemsize
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,122 @@
+"""The worker process: it steps its share of a pool's environments when the pool says so.
+
+First it makes its environments, sends their `Layout`, and gets the memory that it shares with the pool. From then on
+commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by a pickled `UserError` if an environment
+raised something; actions and observations are in shared memory.
+
+Free of JAX, whose start takes longer than everything else here.
+"""
+
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from typing import TYPE_CHECKING, Any
+
+from mam.errors import UserError
+
+if TYPE_CHECKING:
+    from mam.envs.host.slice import EnvSlice
+
+SHARE = b"share"  # followed by the size of the pool and of what stands in front of a view, then by the memory
+STEP = b"step"
+RESET = b"reset"  # followed by the seed, and by how often this worker was lost since that seed was given
+DONE = b""
+
+_ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
+_QUOTED_FRAMES = 3  # of the traceback of an environment
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker is to do."""
+
+    name: str  # of the task
+    factory: bytes  # pickled; makes one environment
+    first: int  # its environments' places in the pool
+    stop: int
+    quiet: bool  # another worker shows the same warnings
+
+
+def main(connection: Connection, share: Share) -> None:
+    """Serves the pool until it closes its end of the pipe, or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool decides what Ctrl-C means
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if share.quiet:
+        warnings.simplefilter("ignore")
+    try:
+        from mam.envs.host.slice import EnvSlice
+    except ModuleNotFoundError as error:
+        missing = UserError(f"{share.name}: {error.name} is not installed: pip install pettingzoo")
+        connection.send_bytes(pickle.dumps(missing))
+        return
+    envs = EnvSlice(share.name, range(share.first, share.stop))
+    try:
+        envs.make(_unpickle(share))
+        _serve(connection, envs)
+    except BaseException as error:  # SystemExit, too: an environment has no business ending us
+        with suppress(OSError):
+            connection.send_bytes(pickle.dumps(_explain(error, envs)))
+    finally:
+        envs.close()
+
+
+def _serve(connection: Connection, envs: "EnvSlice") -> None:
+    connection.send_bytes(pickle.dumps(envs.layout))
+    while (message := _receive(connection)) is not None:
+        command, *numbers = message.split()
+        if command == SHARE:
+            memory = recv_handle(connection)
+            envs.share(memory, *map(int, numbers))
+            os.close(memory)
+            continue
+        if command == STEP:
+            envs.step()
+        else:
+            envs.reset(*map(int, numbers))
+        connection.send_bytes(DONE)
+
+
+def _receive(connection: Connection) -> bytes | None:
+    """The next command, None if there will be no more."""
+    try:
+        return connection.recv_bytes()
+    except (EOFError, OSError):
+        return None
+
+
+def _unpickle(share: Share) -> Callable[[], Any]:
+    try:
+        return pickle.loads(share.factory)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{share.name}: worker processes cannot import what makes it: {error}") from None
+
+
+def _explain(error: BaseException, envs: "EnvSlice") -> UserError:
+    """What went wrong in somebody's environment, with the end of the traceback."""
+    if isinstance(error, UserError):
+        return error
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    frames = traceback.format_tb(error.__traceback__)[-_QUOTED_FRAMES:]
+    return UserError(f"{envs.name}: {envs.doing} raised {what}\n{''.join(frames).rstrip()}")
+
+
+def _leave_with_parent() -> None:
+    """Ends this process after its parent's death, even if an environment is busy or stuck."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        time.sleep(_ORPHAN_GRACE)
+        os._exit(1)

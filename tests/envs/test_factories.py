@@ -1,0 +1,88 @@
+"""Environments of other people's making, by name."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+from host_environments import Lives
+
+from mam.envs.host.factories import EnvFactory, find_factory
+from mam.errors import UserError
+
+
+def test_environments_of_ones_own():
+    factory = find_factory("host_environments:Lives:limit=3")
+    env = factory()
+    assert isinstance(env, Lives)
+    assert env.limit == 3
+    assert pickle.loads(pickle.dumps(factory)) == factory
+
+
+def test_render_mode_goes_to_those_who_take_it():
+    assert find_factory("host_environments:Lives")("rgb_array").render_mode == "rgb_array"
+    assert type(find_factory("builtins:object")("rgb_array")) is object
+
+
+def test_option_values():
+    text = "a=5,b=-0.5,c=true,d=False,e=hello"
+    assert find_factory(f"host_environments:Lives:{text}").options == (
+        *{"a": 5, "b": -0.5, "c": True, "d": False, "e": "hello"}.items(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pettingzoo/mpe2", "expected a module and what to take from it, such as pettingzoo/mpe2:simple_spread_v3"),
+        ("mine:", "mine:: expected a module and what to take from it, such as my_package.my_module:make_env"),
+        ("pettingzoo/no_zoo:env", "no_zoo is not installed: pip install no_zoo"),
+        ("no_zoo.mine:env", "no_zoo is not in this folder and not installed: pip install no_zoo"),
+        ("host_environments.mine:env", "there is no module host_environments.mine"),
+        ("host_environments:Live", "unknown environment 'Live': did you mean Lives? (see `pydoc host_environments`)"),
+        ("host_environments:LIMIT", "'LIMIT' of host_environments is nothing that makes an environment"),
+        ("host_environments:Lives:limit", "options are written option=value,…, got 'limit'"),
+    ],
+)
+def test_names_that_stand_for_nothing(name, message):
+    with pytest.raises(UserError) as error:
+        find_factory(name)
+    assert str(error.value).endswith(message)
+
+
+def test_option_that_does_not_exist():
+    with pytest.raises(UserError, match=r"^host_environments:Lives:limits=3: .* unexpected keyword argument 'limits'"):
+        find_factory("host_environments:Lives:limits=3")()
+
+
+def test_bugs_of_a_factory_stay_what_they_are():
+    with pytest.raises(ZeroDivisionError):
+        EnvFactory("test", "host_environments", "broken")()
+
+
+def test_module_that_needs_what_is_missing(monkeypatch, tmp_path):
+    (tmp_path / "needy.py").write_text("import no_zoo.keeper")
+    (tmp_path / "grumpy.py").write_text("raise ImportError('moved\\nelsewhere')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"^needy:env: needy needs no_zoo, which is not installed: pip install no_zoo$"):
+        find_factory("needy:env")
+    with pytest.raises(UserError, match=r"^grumpy:env: grumpy cannot be imported: moved elsewhere$"):
+        find_factory("grumpy:env")
+
+
+def test_nothing_heavy_is_imported():
+    code = (
+        "import sys, mam.envs.host.factories, mam.envs.host.worker;"
+        "assert not {'numpy', 'gymnasium', 'jax'} & set(sys.modules);"
+        "import mam.envs.host.slice;"
+        "assert not {'jax', 'equinox', 'pettingzoo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pettingzoo_names():
+    pytest.importorskip("mpe2")
+    env = find_factory("pettingzoo/mpe2:simple_spread_v3:N=5")()
+    assert len(env.possible_agents) == 5
+    with pytest.raises(UserError, match=r"unknown environment 'simple_spread_v2': did you mean .*simple_spread_v3"):
+        find_factory("pettingzoo/mpe2:simple_spread_v2")

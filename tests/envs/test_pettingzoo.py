@@ -1,0 +1,360 @@
+"""One PettingZoo environment as arrays."""
+
+import types
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from host_environments import LIMIT, LIVES, Lives
+
+from mam.envs.host.factories import find_factory
+from mam.envs.host.pettingzoo import PettingZooEnv
+from mam.errors import UserError
+
+NUMBERS = spaces.Box(-10, 10, (2,))
+ZEROS = np.zeros(2, np.float32)
+
+
+class Scripted:
+    """Agents observe, and everybody gets, what the script says; keeps what they did.
+
+    Each line of the script is what one step returns after the observations, and who goes on after it.
+    """
+
+    metadata = {}  # noqa: RUF012
+
+    def __init__(self, observed, seen=NUMBERS, done=None, script=()):
+        self.observed = dict(observed)
+        self.possible_agents = list(observed)
+        self.seen = seen if isinstance(seen, dict) else dict.fromkeys(observed, seen)
+        done = done or spaces.Discrete(3)
+        self.done = done if isinstance(done, dict) else dict.fromkeys(observed, done)
+        self.script = list(script)
+        self.infos = {}
+        self.actions = []
+
+    def observation_space(self, agent):
+        return self.seen[agent]
+
+    def action_space(self, agent):
+        return self.done[agent]
+
+    def reset(self, seed=None, options=None):
+        self.agents = list(self.observed)
+        self.actions = []
+        return self.observed, self.infos
+
+    def step(self, actions):
+        self.actions.append(actions)
+        rewards, terminated, truncated, self.agents = self.script[len(self.actions) - 1]
+        return self.observed, rewards, terminated, truncated, self.infos
+
+
+def adapt(*args, **kwargs):
+    return PettingZooEnv(Scripted(*args, **kwargs), "test")
+
+
+def view_of(space, value):
+    return adapt({"a": value}, seen=space).reset(0)["agents_view"][0].tolist()
+
+
+def play(env, seed=0):
+    """All outcomes of an episode in which everybody chooses 0."""
+    env.reset(seed)
+    outcomes = []
+    while not (outcomes and (outcomes[-1].terminated or outcomes[-1].truncated)):
+        outcomes.append(env.step(np.zeros(env.layout.num_agents, np.int32)))
+    return outcomes
+
+
+# Who lives, who earns, and how episodes end.
+
+
+def test_agents_die_one_after_the_other():
+    env = PettingZooEnv(Lives(limit=99), "test")
+    outcomes = play(env)
+    assert len(outcomes) == max(LIVES.values())
+    for t, outcome in enumerate(outcomes, 1):
+        alive = [t < life for life in LIVES.values()]
+        acted = [t <= life for life in LIVES.values()]
+        np.testing.assert_array_equal(outcome.observation["alive"], alive)
+        np.testing.assert_array_equal(outcome.reward > 0, acted)  # the reward of its last step is an agent's own
+        np.testing.assert_array_equal(outcome.observation["agents_view"].any(axis=1), alive)
+        assert outcome.observation["action_mask"].all()
+    assert [outcome.terminated for outcome in outcomes] == [False] * 8 + [True]
+    assert not any(outcome.truncated for outcome in outcomes)
+
+
+def test_who_is_truncated_would_have_gone_on():
+    outcomes = play(PettingZooEnv(Lives(), "test"))
+    assert len(outcomes) == LIMIT
+    assert outcomes[-1].truncated
+    assert not outcomes[-1].terminated
+    np.testing.assert_array_equal(outcomes[-1].observation["alive"], [False, False, True])
+    assert outcomes[-1].observation["agents_view"][2].tolist()[0] == LIMIT
+    np.testing.assert_allclose(outcomes[-1].observation["state"][0], LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("terminated", "truncated", "expected", "alive"),
+    [
+        ("ab", "", (True, False), []),
+        ("", "ab", (False, True), ["a", "b"]),
+        ("a", "b", (False, True), ["b"]),
+        ("ab", "ab", (True, False), []),  # over is over
+        ("", "", (True, False), []),  # nobody is left, and nobody says why
+    ],
+)
+def test_last_step(terminated, truncated, expected, alive):
+    line = ({}, dict.fromkeys(terminated, True), dict.fromkeys(truncated, True), [])
+    env = adapt({"a": ZEROS, "b": ZEROS}, script=[line])
+    env.reset(0)
+    outcome = env.step(np.zeros(2, np.int32))
+    assert (outcome.terminated, outcome.truncated) == expected
+    assert [agent for agent, lives in zip("ab", outcome.observation["alive"], strict=True) if lives] == alive
+
+
+def test_agents_that_end_but_stay_listed_are_dead_and_still_act():
+    """Not as PettingZoo asks for, but seen."""
+    script = [
+        ({"a": 1, "b": 1}, {"a": True, "b": False}, {}, ["a", "b"]),
+        ({"a": 1, "b": 1}, {"a": False, "b": False}, {}, ["a", "b"]),
+        ({"a": 1, "b": 1}, {"a": True, "b": True}, {}, ["a", "b"]),
+    ]
+    env = adapt({"a": ZEROS, "b": ZEROS}, script=script)
+    outcomes = play(env)
+    assert [outcome.reward.tolist() for outcome in outcomes] == [[1, 1], [0, 1], [0, 1]]
+    assert [outcome.observation["alive"].tolist() for outcome in outcomes] == [[False, True]] * 2 + [[False, False]]
+    assert [outcome.terminated for outcome in outcomes] == [False, False, True]
+    assert all(set(actions) == {"a", "b"} for actions in env._env.actions)
+    assert env.reset(0)["alive"].all()
+
+
+def test_agents_may_come_and_go():
+    script = [({}, {}, {}, ["a"]), ({}, {}, {}, ["a", "b"]), ({}, {}, {}, [])]
+    env = adapt({"a": ZEROS, "b": ZEROS}, script=script)
+    assert [outcome.observation["alive"].tolist() for outcome in play(env)] == [
+        [True, False],
+        [True, True],
+        [False] * 2,
+    ]
+    assert [set(actions) for actions in env._env.actions] == [{"a", "b"}, {"a"}, {"a", "b"}]
+
+
+def test_no_observation_no_life():
+    env = adapt({"a": ZEROS, "b": ZEROS})
+    env._env.observed.pop("b")
+    env._env.reset = lambda seed: (env._env.observed, {})
+    env._env.agents = ["a", "b"]
+    assert env.reset(0)["alive"].tolist() == [True, False]
+
+
+def test_state_that_needs_the_living_is_kept_at_the_end():
+    class Dying(Lives):
+        def state(self):
+            return np.array([self.steps, self.observe()[self.agents[0]][1]])
+
+    outcomes = play(PettingZooEnv(Dying(), "test"))
+    assert [outcome.observation["state"][0] for outcome in outcomes] == [1, 2, 3, 4, 5, 6, 6]
+
+
+# What agents see.
+
+
+def test_flattened_observations():
+    box = spaces.Box(0, 9, (2, 2))
+    assert view_of(box, np.array([[1, 2], [3, 4]])) == [1, 2, 3, 4]
+    assert view_of(spaces.Box(0, 9, ()), np.array(7.0)) == [7]
+    assert view_of(spaces.Discrete(3, start=5), 6) == [0, 1, 0]
+    assert view_of(spaces.MultiBinary(3), np.array([1, 0, 1])) == [1, 0, 1]
+    assert view_of(spaces.MultiDiscrete([2, 3]), np.array([1, 2])) == [0, 1, 0, 0, 1]
+    assert view_of(spaces.MultiDiscrete([2, 3], start=[1, 10]), np.array([1, 11])) == [1, 0, 0, 1, 0]
+    pair = spaces.Tuple((spaces.Discrete(2), spaces.Box(0, 9, (1,))))
+    assert view_of(pair, (1, np.array([5.0]))) == [0, 1, 5]
+    both = spaces.Dict({"z": spaces.Box(0, 9, (1,)), "a": pair})
+    assert view_of(both, {"z": np.array([8.0]), "a": (0, np.array([5.0]))}) == [1, 0, 5, 8]  # in the space's own order
+
+
+def test_shorter_observations_are_padded_and_it_is_said_once():
+    env = PettingZooEnv(Lives(), "test")
+    view = env.reset(0)["agents_view"]
+    assert view.shape == (3, 4)
+    np.testing.assert_array_equal(view[:, 2:], [[0, 0], [1, 0], [1, 2]])
+    assert env.notes == ["agents observe 2 to 4 numbers: the shorter observations are padded with zeros"]
+    assert env.layout.time_limit == LIMIT
+    assert env.layout.state_dim == 2
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(np.uint8, np.uint8), (np.float64, np.float32), (bool, bool)])
+def test_pictures(dtype, kept):
+    space = spaces.Box(0, 1, (4, 5, 3), dtype) if dtype is bool else spaces.Box(0, 200, (4, 5, 3), dtype)
+    picture = np.arange(60).reshape(4, 5, 3).astype(dtype)
+    env = adapt({"a": picture, "b": picture[::-1]}, seen=space)
+    observation = env.reset(0)
+    assert env.layout.grid_shape == (4, 5, 3)
+    assert observation["agents_view"].shape == (2, 0)
+    assert observation["grid"].dtype == kept
+    np.testing.assert_array_equal(observation["grid"], [picture, picture[::-1]])
+    assert not env.notes
+
+
+def test_pictures_of_different_sizes_are_flattened():
+    seen = {"a": spaces.Box(0, 1, (2, 2, 1)), "b": spaces.Box(0, 1, (2, 3, 1))}
+    env = adapt({"a": np.ones((2, 2, 1)), "b": np.ones((2, 3, 1))}, seen=seen)
+    assert env.reset(0)["agents_view"].sum(axis=1).tolist() == [4, 6]
+    assert len(env.notes) == 2
+    assert env.layout.grid_shape is None
+
+
+def test_state_that_is_a_picture_is_left_out():
+    env = Scripted({"a": ZEROS})
+    env.state_space, env.state = spaces.Box(0, 1, (4, 4, 3)), lambda: np.zeros((4, 4, 3))
+    env = PettingZooEnv(env, "test")
+    assert "state" not in env.reset(0)
+    assert env.notes == ["the global state is a picture: it is left out"]
+
+
+# What agents may do.
+
+
+def test_action_mask_beside_the_observation():
+    seen = spaces.Dict({"observation": spaces.Box(0, 9, (2, 2, 1)), "action_mask": spaces.MultiBinary(3)})
+    observed = {"observation": np.ones((2, 2, 1)), "action_mask": np.array([0, 1, 1], np.int8)}
+    env = adapt({"a": observed}, seen=seen)
+    assert env.layout.grid_shape == (2, 2, 1)
+    assert env.reset(0)["action_mask"].tolist() == [[False, True, True]]
+
+
+def test_action_mask_among_other_things():
+    seen = spaces.Dict({"x": NUMBERS, "y": NUMBERS, "action_mask": spaces.MultiBinary(3)})
+    env = adapt({"a": {"x": ZEROS + 1, "y": ZEROS + 2, "action_mask": [1, 1, 0]}}, seen=seen)
+    observation = env.reset(0)
+    assert observation["agents_view"].tolist() == [[1, 1, 2, 2]]
+    assert observation["action_mask"].tolist() == [[True, True, False]]
+
+
+def test_action_mask_in_the_infos():
+    env = adapt({"a": ZEROS, "b": ZEROS}, done={"a": spaces.Discrete(3), "b": spaces.Discrete(2)})
+    env._env.infos = {"a": {"action_mask": np.array([0, 0, 1])}, "b": {"action_mask": np.array([0, 0])}}
+    # b may do nothing, so what it does cannot matter; something has to be legal.
+    assert env.reset(0)["action_mask"].tolist() == [[False, False, True], [True, True, False]]
+
+
+def test_indices_count_from_the_start_of_the_space():
+    done = {"a": spaces.Discrete(3), "b": spaces.Discrete(2, start=-1)}
+    env = adapt({"a": ZEROS, "b": ZEROS}, done=done, script=[({}, {}, {}, [])])
+    assert env.reset(0)["action_mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert env.notes == ["agents have 2 to 3 actions: those that an agent does not have are masked"]
+    env.step(np.array([2, 1], np.int32))
+    assert env._env.actions == [{"a": 2, "b": 0}]
+
+
+def test_continuous_actions_fill_their_limits():
+    done = {
+        "a": spaces.Box(np.array([0, -2, -np.inf, 0], np.float32), np.array([1, 2, np.inf, np.inf], np.float32)),
+        "b": spaces.Box(-1, 1, (1,), np.float64),
+    }
+    env = adapt({"a": ZEROS, "b": ZEROS}, done=done, script=[({}, {}, {}, ["a", "b"])] * 2)
+    assert env.reset(0)["action_mask"].tolist() == [[True] * 4, [True] + [False] * 3]
+    assert env.layout.continuous
+    env.step(np.array([[-1, 0.5, 0.5, -0.5], [0.25, 9, 9, 9]], np.float32))
+    env.step(np.array([[1, 1, -1, 1], [1, 9, 9, 9]], np.float32))
+    (first, second) = env._env.actions
+    np.testing.assert_array_equal(first["a"], np.array([0, 1, 0.5, 0], np.float32))
+    np.testing.assert_array_equal(first["b"], [0.25])
+    np.testing.assert_array_equal(second["a"], [1, 2, -1, 1])
+    assert all(done[agent].contains(action) for step in env._env.actions for agent, action in step.items())
+
+
+# What cannot be had.
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (lambda: Scripted({}), "test: the environment has no agents (its possible_agents is empty)"),
+        (lambda: object(), "test: object is not a PettingZoo ParallelEnv: it has no possible_agents"),
+        (
+            lambda: Scripted({"a": ZEROS}, done=spaces.MultiDiscrete([2, 2])),
+            "test: agent 'a' acts in MultiDiscrete([2 2]); supported: Discrete for all agents, or",
+        ),
+        (lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 1, (2, 2))), "test: agent 'a' acts in Box(0.0, 1.0, (2, 2)"),
+        (
+            lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 9, (2,), int)),
+            "test: agent 'a' acts in Box(0, 9, (2,), int",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS, "b": ZEROS}, done={"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (2,))}),
+            "test: agent 'a' acts in Discrete(2) and agent 'b' acts in Box(0.0, 1.0, (2,), float32); supported",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS, "b": "?"}, seen={"a": NUMBERS, "b": spaces.Text(3)}),
+            "test: agent 'b' observes Text(1, 3, ",
+        ),
+    ],
+)
+def test_unsupported(env, message):
+    with pytest.raises(UserError) as error:
+        PettingZooEnv(env(), "test")
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("observed", "seen", "infos", "message"),
+    [
+        (np.zeros(3), NUMBERS, {}, "(2,), float32): shape (3,) instead of (2,)"),
+        (4, spaces.Discrete(3), {}, "Discrete(3): 4 is none of its values"),
+        (-1, spaces.Discrete(3), {}, "Discrete(3): -1 is none of its values"),
+        ({"x": ZEROS}, spaces.Dict({"y": NUMBERS}), {}, "'y'"),
+        (ZEROS, NUMBERS, {"a": {"action_mask": [1, 1]}}, "action_mask has shape (2,), there are 3 actions"),
+    ],
+)
+def test_observation_outside_its_space(observed, seen, infos, message):
+    env = adapt({"a": observed}, seen=seen)
+    env._env.infos = infos
+    with pytest.raises(UserError, match=r"^test: what agent 'a' observes does not fit ") as error:
+        env.reset(0)
+    assert message in str(error.value)
+
+
+def test_agent_out_of_nowhere():
+    env = adapt({"a": ZEROS}, script=[({}, {}, {}, ["a", "zoe"])])
+    env.reset(0)
+    with pytest.raises(UserError, match=r"^test: agent 'zoe' is in agents but not in possible_agents$"):
+        env.step(np.zeros(1, np.int32))
+
+
+def test_frames():
+    env = PettingZooEnv(Lives(render_mode="rgb_array"), "test")
+    env.reset(0)
+    env.step(np.zeros(3, np.int32))
+    np.testing.assert_array_equal(env.frame(), np.full((2, 3, 3), 1))
+    assert PettingZooEnv(Lives(), "test").frame() is None
+
+
+# The real thing.
+
+
+def test_mpe2():
+    pytest.importorskip("mpe2")
+    env = find_factory("pettingzoo/mpe2:simple_spread_v3:N=5,max_cycles=4,continuous_actions=true")()
+    env = PettingZooEnv(env, "test")
+    assert env.layout.num_agents == 5
+    assert env.layout.time_limit == 4
+    assert env.layout.continuous
+    assert env.layout.state_dim == 5 * env.layout.obs_dim
+    observation = env.reset(3)
+    np.testing.assert_array_equal(observation["state"], observation["agents_view"].reshape(-1))
+    for t in range(4):
+        outcome = env.step(np.full((5, 5), 0.1 * t, np.float32))
+    assert outcome.truncated
+    assert outcome.observation["alive"].all()
+    env.close()
+
+
+def test_turn_based_environments_are_converted_where_that_is_safe():
+    mpe2 = pytest.importorskip("mpe2.simple_spread_v3")
+    assert PettingZooEnv(mpe2.env(max_cycles=4), "test").layout.num_agents == 3
+    chess = types.SimpleNamespace(agent_iter=None, metadata={"is_parallelizable": False})
+    with pytest.raises(UserError, match=r"^test: the agents of this AECEnv act in turn"):
+        PettingZooEnv(chess, "test")
