@@ -7,24 +7,38 @@ from dataclasses import dataclass
 import jax
 import pytest
 
-from mam.envs import jumanji, probes
+from mam.envs import jaxmarl, jumanji, probes, smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
 
+# Less time compiling.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
 SHORT_LIMIT = 6  # environment steps; keeps episodes of the Jumanji tasks short
 
 
 def make_short(make: Callable[[str], Environment], task: str) -> Environment:
-    """Makes a Jumanji task, all of it under the short limit (not only our count of its steps)."""
+    """Makes a task, all of it under the short limit (not only our count of its steps)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jumanji, "LBF_TIME_LIMIT", SHORT_LIMIT)
         patch.setattr(jumanji, "RWARE_TIME_LIMIT", SHORT_LIMIT)
+        patch.setitem(jumanji.CONNECTOR_TASKS, "5x5x3a", SHORT_LIMIT)
+        patch.setitem(jumanji.CLEANER_TASKS, "5x5x2a", SHORT_LIMIT)
+        patch.setattr(jaxmarl, "OVERCOOKED_TIME_LIMIT", SHORT_LIMIT)
         return make(task)
 
 
 RAW: dict[str, Callable[[], Environment]] = {
     "lbf": lambda: make_short(jumanji.make_lbf, "8x8-2p-2f-coop"),
     "rware": lambda: make_short(jumanji.make_rware, "tiny-2ag"),
+    "connector": lambda: make_short(jumanji.make_connector, "5x5x3a"),
+    "cleaner": lambda: make_short(jumanji.make_cleaner, "5x5x2a"),
+    "lbf/auto": lambda: jumanji.make_lbf_auto(agents=2, grid=6, limit=SHORT_LIMIT),
+    "smax": lambda: smax.make_smax_auto(agents=2, enemies=2, limit=SHORT_LIMIT),
+    "mpe": lambda: jaxmarl.make_mpe_auto(agents=2, limit=SHORT_LIMIT),
+    "mpe-continuous": lambda: jaxmarl.make_mpe_auto(agents=2, continuous=True, limit=SHORT_LIMIT),
+    "overcooked": lambda: make_short(jaxmarl.make_overcooked, "cramped_room"),
 } | dict(probes.PROBES)
 
 
@@ -37,6 +51,8 @@ class Task:
     reset: Callable
     step: Callable
 
+    jit = staticmethod(quick_jit)
+
     def batched(self, num_envs: int) -> AutoReset:
         return AutoReset(self.env, num_envs)
 
@@ -45,7 +61,7 @@ class Task:
 def make_task(family: str) -> Task:
     raw = RAW[family]()
     env = EpisodeStatistics(AgentId(raw))
-    return Task(raw, env, reset=jax.jit(env.reset), step=jax.jit(env.step))
+    return Task(raw, env, reset=quick_jit(env.reset), step=quick_jit(env.step))
 
 
 @pytest.fixture(params=RAW)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
+from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory, Target
 
 SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
+    Target(num_agents=2, num_actions=3, time_limit=5),
     Identity(num_agents=5, num_actions=2, time_limit=3),
     Copy(num_agents=2, num_actions=5, time_limit=9),
     Matrix(num_agents=3, num_actions=4),
@@ -52,10 +53,14 @@ def optimal(env):
         Copy: copy,
         Matrix: lambda first, view, key: jnp.zeros(env.num_agents, jnp.int32),
         Memory: lambda first, view, key: first.argmax(axis=-1),
+        Target: lambda first, view, key: view,
     }[type(env)]
 
 
 def uniform(env):
+    if isinstance(env, Target):
+        shape = (env.num_agents, env.num_actions)
+        return lambda first, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
     return lambda first, view, key: jax.random.randint(key, (env.num_agents,), 0, env.num_actions)
 
 
@@ -134,8 +139,8 @@ def test_ends_are_of_the_documented_kind(name):
     env = PROBES[name]()
     state, timestep = env.reset(jax.random.key(0))
     while not timestep.ended:
-        state, timestep = env.step(state, jnp.zeros(env.num_agents, jnp.int32), jax.random.key(0))
-    assert bool(timestep.truncated) == (name in ("identity", "copy"))
+        state, timestep = env.step(state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0))
+    assert bool(timestep.truncated) == (name in ("identity", "copy", "target"))
 
 
 def test_probes_cannot_be_drawn():

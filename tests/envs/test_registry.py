@@ -15,7 +15,9 @@ def test_task_names():
     assert len(names) == len(set(names))
     assert {name.split("/")[0] for name in names} == set(registry.suites())
     count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in registry.suites()}
-    assert count == {"lbf": 7, "rware": 15, "probe": 4}
+    jumanji = {"lbf": 7, "rware": 15, "connector": 4, "cleaner": 4}
+    jaxmarl = {"smax": 11, "mpe": 8, "mabrax": 5, "overcooked": 10, "hanabi": 4}
+    assert count == jumanji | jaxmarl | {"probe": 5}
 
 
 @pytest.mark.parametrize("name", ["probe/identity", "probe/memory", "lbf/2s-8x8-2p-2f-coop", "rware/tiny-2ag-hard"])
