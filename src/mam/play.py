@@ -68,8 +68,8 @@ def play_on_host(
     """
     from PIL import Image
 
-    from mam.envs.factories import find_factory
-    from mam.envs.pettingzoo import PettingZooEnv
+    from mam.envs.host.factories import find_factory
+    from mam.envs.host.pettingzoo import PettingZooEnv
 
     env = PettingZooEnv(find_factory(name)(render_mode="rgb_array"), name)
     ids = agent_ids(env.layout.num_agents, agent_id)

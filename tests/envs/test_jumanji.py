@@ -1,8 +1,10 @@
-"""Conventions of the LBF and RWARE tasks, checked on positions set up by hand."""
+"""Conventions of the Jumanji tasks, checked on positions set up by hand."""
 
+import functools
 import sys
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -16,6 +18,44 @@ from mam.errors import UserError
 LOAD = 5
 FORWARD = 1
 RIGHT, LEFT = 1, 3  # directions of RWARE robots
+STAY, GO_RIGHT = 0, 2  # actions of Connector
+
+
+@functools.cache
+def compiled(suite):
+    """A small task of one of the suites that show grids: environment, reset and step."""
+    env = {
+        "connector": lambda: jumanji.make_connector("5x5x3a"),
+        "cleaner": lambda: jumanji.make_cleaner("5x5x2a"),
+        "lbf/auto": lambda: jumanji.make_lbf_auto(agents=3, grid=7, limit=20),
+    }[suite]()
+    return env, jax.jit(env.reset), jax.jit(env.step)
+
+
+SUITES = ["connector", "cleaner", "lbf/auto"]
+
+
+def random_legal(mask, seed):
+    return jax.random.categorical(jax.random.key(seed), jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
+
+
+def wires(state, *, boxed_in):
+    """Puts Connector's agents on 5 × 5 cells: two beside their targets, the third too, or walled into a corner.
+
+    h T . . .        h = head, T = target, p = path (of agent 0), as Jumanji numbers them
+    h T . . .
+    . . . . .
+    . . . p p
+    h T . p h
+    """
+    from jumanji.environments.routing.connector.utils import get_action_masks
+
+    position = jnp.array([[0, 0], [1, 0], [4, 4] if boxed_in else [4, 0]])
+    target = jnp.array([[0, 1], [1, 1], [4, 1]])
+    grid = jnp.zeros((5, 5), jnp.int32).at[*position.T].set(jnp.array([2, 5, 8]))
+    grid = grid.at[*target.T].set(jnp.array([3, 6, 9])).at[3, 3:].set(1).at[4, 3].set(1)
+    agents = state.agents.replace(start=position, position=position, target=target)
+    return state.replace(grid=grid, agents=agents, action_mask=get_action_masks(agents, grid))
 
 
 def load_both(lbf, state, food):
@@ -82,6 +122,98 @@ def test_rware_collision_terminates(rware, last):
     assert not timestep.truncated
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_steps_are_jumanjis(suite):
+    """Same state, mask and end; the reward is the team's."""
+    env, reset, step = compiled(suite)
+    their_step = jax.jit(env.env.step)
+    state, timestep = reset(jax.random.key(0))
+    for seed in range(8):
+        mask = timestep.observation.action_mask
+        assert mask.any(axis=1).all()
+        action = random_legal(mask, seed)
+        their_state, theirs = their_step(state, action)
+        state, timestep = step(state, action, jax.random.key(0))
+        assert eqx.tree_equal(state.replace(key=None), their_state.replace(key=None))
+        np.testing.assert_array_equal(timestep.observation.action_mask, theirs.observation.action_mask)
+        np.testing.assert_allclose(timestep.reward, np.full(env.spec.num_agents, theirs.reward.sum()), rtol=1e-6)
+        assert timestep.ended == theirs.last()
+        if timestep.ended:
+            state, timestep = reset(jax.random.key(seed))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_limit_of_grid_tasks_truncates(suite):
+    """Cleaner too, where Jumanji itself calls the limit a termination."""
+    env, reset, step = compiled(suite)
+    state, first = reset(jax.random.key(0))
+    action = random_legal(first.observation.action_mask, 0)
+    _, before = step(state.replace(step_count=jnp.int32(env.spec.time_limit - 2)), action, jax.random.key(0))
+    _, at_limit = step(state.replace(step_count=jnp.int32(env.spec.time_limit - 1)), action, jax.random.key(0))
+    assert not before.ended
+    assert at_limit.truncated
+    assert not at_limit.terminated
+
+
+def test_connector_ends_when_all_are_connected():
+    env, reset, step = compiled("connector")
+    state, first = reset(jax.random.key(0))
+    assert first.metrics["connected"] == 0
+    state, two = step(wires(state, boxed_in=False), jnp.array([GO_RIGHT, GO_RIGHT, STAY]), jax.random.key(0))
+    assert not two.ended
+    np.testing.assert_allclose(two.reward, 2 - 3 * 0.03, rtol=1e-6)
+    np.testing.assert_allclose(two.metrics["connected"], 2 / 3, rtol=1e-6)
+    assert two.observation.action_mask[:2].tolist() == [[True, False, False, False, False]] * 2
+    assert two.observation.action_mask[2, GO_RIGHT]
+    assert two.observation.alive.all()
+    at_limit = state.replace(step_count=jnp.int32(env.spec.time_limit - 1))
+    for last in (state, at_limit):
+        _, three = step(last, jnp.array([STAY, STAY, GO_RIGHT]), jax.random.key(0))
+        np.testing.assert_allclose(three.reward, 1 - 0.03, rtol=1e-6)
+        assert three.metrics["connected"] == 1
+        assert three.terminated
+        assert not three.truncated
+
+
+def test_connector_ends_when_the_others_are_stuck():
+    _, reset, step = compiled("connector")
+    state = wires(reset(jax.random.key(0))[0], boxed_in=True)
+    _, timestep = step(state, jnp.array([GO_RIGHT, GO_RIGHT, STAY]), jax.random.key(0))
+    assert timestep.terminated
+    assert timestep.observation.action_mask[2].tolist() == [True, False, False, False, False]
+    np.testing.assert_allclose(timestep.metrics["connected"], 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["early", "at the limit"])
+def test_cleaner_ends_when_all_is_clean(last):
+    from jumanji.environments.routing.cleaner.constants import CLEAN, DIRTY, WALL
+
+    env, reset, step = compiled("cleaner")
+    state, first = reset(jax.random.key(0))
+    num_tiles = (state.grid != WALL).sum()
+    np.testing.assert_allclose(first.metrics["cleaned"], 1 / num_tiles, rtol=1e-6)  # the start is clean
+    action = random_legal(first.observation.action_mask, 0).at[1].set(0)
+    action = action.at[1].set(action[0])  # both to the same tile
+    tile = tuple(np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])[int(action[0])])
+    grid = jnp.where(state.grid == DIRTY, CLEAN, state.grid).at[*tile].set(DIRTY)
+    state = state.replace(grid=grid, step_count=jnp.int32(env.spec.time_limit - 1 if last else 0))
+    _, timestep = step(state, action, jax.random.key(0))
+    np.testing.assert_allclose(timestep.reward, 1 - 0.5)
+    assert timestep.metrics["cleaned"] == 1
+    assert timestep.terminated
+    assert not timestep.truncated
+
+
+def test_cleaner_walking_into_a_wall_terminates():
+    env, reset, step = compiled("cleaner")
+    state, _ = reset(jax.random.key(0))
+    state = state.replace(step_count=jnp.int32(env.spec.time_limit - 1))
+    _, timestep = step(state, jnp.array([0, 0]), jax.random.key(0))  # up, from the upper row
+    assert timestep.terminated
+    assert not timestep.truncated
+    np.testing.assert_allclose(timestep.reward, -0.5)
+
+
 def test_lbf_settings():
     env = jumanji.make_lbf("2s-10x10-3p-3f")
     assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (3, 18, 6, 100)
@@ -106,6 +238,119 @@ def test_rware_settings(task, num_requests):
     assert env.env.grid_size == (11, 10)  # 1 × 3 clusters of height 8
 
 
+@pytest.mark.parametrize(
+    ("make", "tasks", "obs_dim", "num_actions", "channels"),
+    [
+        (jumanji.make_connector, jumanji.CONNECTOR_TASKS, 4, 5, 6),
+        (jumanji.make_cleaner, jumanji.CLEANER_TASKS, 2, 4, 5),
+    ],
+    ids=["connector", "cleaner"],
+)
+def test_grid_settings(make, tasks, obs_dim, num_actions, channels):
+    for task, limit in list(tasks.items())[::3]:  # the smallest and the largest
+        spec = make(task).spec
+        size = spec.grid_shape[0]
+        assert f"{size}x{size}x{spec.num_agents}a" == task == spec.name.split("/")[1]
+        assert (spec.obs_dim, spec.num_actions, spec.time_limit) == (obs_dim, num_actions, limit)
+        assert (spec.grid_shape, spec.state_dim) == ((size, size, channels), 3 * size * size)
+    assert all(limit == int(task.split("x")[0]) ** 2 for task, limit in tasks.items())
+
+
+def test_lbf_auto_shows_as_much_whatever_there_is():
+    small, large = jumanji.make_lbf_auto(), jumanji.make_lbf_auto(agents=64, food=100, grid=48)
+    assert small.spec.name == "lbf/auto:agents=8,food=8,grid=16,sight=2,levels=2,coop=false,limit=100"
+    assert large.spec.name == "lbf/auto:agents=64,food=100,grid=48,sight=2,levels=2,coop=false,limit=100"
+    assert small.spec.obs_dim == large.spec.obs_dim == 3 * 5 * 5
+    assert (large.spec.num_agents, large.spec.num_actions, large.spec.time_limit) == (64, 6, 100)
+
+
+def test_lbf_auto_options_arrive():
+    env = jumanji.make_lbf_auto(agents=5, food=3, grid=9, sight=1, levels=4, coop=True, limit=7)
+    assert env.spec.name == "lbf/auto:agents=5,food=3,grid=9,sight=1,levels=4,coop=true,limit=7"
+    assert env.spec.time_limit == 7
+    state, timestep = jax.jit(jax.vmap(env.reset))(jax.random.split(jax.random.key(0), 50))
+    assert timestep.observation.agents_view.shape == (50, 5, 27)
+    agent_level, food_level = state.agents.level, state.food_items.level
+    assert set(np.unique(agent_level)) == {1, 2, 3, 4}
+    np.testing.assert_array_equal(
+        food_level, np.broadcast_to(np.sort(agent_level)[:, :3].sum(1, keepdims=True), (50, 3))
+    )
+
+
+def test_rware_auto_options_arrive():
+    assert jumanji.make_rware_auto().env.grid_size == jumanji.make_rware("tiny-4ag").env.grid_size
+    env = jumanji.make_rware_auto(agents=6, rows=2, columns=1, height=3, sight=2, requests=5, limit=9)
+    assert env.spec.name == "rware/auto:agents=6,rows=2,columns=1,height=3,sight=2,requests=5,limit=9"
+    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (6, 178, 5, 9)
+    assert env.env.request_queue_size == 5
+    assert len(env.env.shelf_ids) == 6  # what the bound on requests is reckoned from
+    assert env.env.grid_size == (10, 4)
+    assert jumanji.make_rware_auto(agents=3).spec.obs_dim == jumanji.make_rware_auto(agents=20).spec.obs_dim
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        ("lbf", {"agents": 0}, "lbf/auto: agents must be at least 1, got 0"),
+        ("lbf", {"food": -1}, "lbf/auto: food must be at least 1, got -1"),
+        ("lbf", {"grid": 4}, "lbf/auto: grid must be at least 5, got 4"),
+        ("lbf", {"agents": 60, "grid": 8}, "lbf/auto: agents must be at most 30 at grid=8, got 60"),
+        ("lbf", {"food": 9, "grid": 8}, "lbf/auto: food must be at most 5 at grid=8, agents=8, got 9"),
+        ("lbf", {"sight": 0}, "lbf/auto: sight must be at least 1, got 0"),
+        ("lbf", {"sight": 17}, "lbf/auto: sight must be at most 16 at grid=16, got 17"),
+        ("lbf", {"levels": 1}, "lbf/auto: levels must be at least 2, got 1"),
+        ("lbf", {"limit": 0}, "lbf/auto: limit must be at least 1, got 0"),
+        ("rware", {"agents": 0}, "rware/auto: agents must be at least 1, got 0"),
+        (
+            "rware",
+            {"agents": 111},
+            "rware/auto: agents must be at most 110, the cells of rows=1, columns=3, height=8, got 111",
+        ),
+        (
+            "rware",
+            {"agents": 40},
+            "rware/auto: requests must be at most 31, one less than the shelves of rows=1, columns=3, height=8, got 40",
+        ),
+        (
+            "rware",
+            {"columns": 1},
+            "rware/auto: rows must be at least 2 with columns=1, got 1",
+        ),
+        ("rware", {"columns": 2}, "rware/auto: columns must be odd, got 2"),
+        ("rware", {"rows": 0}, "rware/auto: rows must be at least 1, got 0"),
+        ("rware", {"height": 0}, "rware/auto: height must be at least 1, got 0"),
+        ("rware", {"sight": 0}, "rware/auto: sight must be at least 1, got 0"),
+        ("rware", {"limit": 0}, "rware/auto: limit must be at least 1, got 0"),
+    ],
+)
+def test_impossible_options_say_what_is_possible(make, options, message):
+    make_auto = {"lbf": jumanji.make_lbf_auto, "rware": jumanji.make_rware_auto}[make]
+    with pytest.raises(UserError) as error:
+        make_auto(**options)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("options", [{"agents": 30, "food": 1, "grid": 8}, {"agents": 8, "food": 5, "grid": 8}])
+def test_lbf_auto_as_full_as_allowed(options):
+    assert jumanji.make_lbf_auto(**options).spec.num_agents == options["agents"]
+
+
+def test_rware_auto_as_full_as_allowed():
+    env = jumanji.make_rware_auto(agents=110, requests=31)
+    state, _ = jax.jit(env.reset)(jax.random.key(0))
+    position = np.stack(state.agents.position, axis=1)
+    assert len(np.unique(position, axis=0)) == 110
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_animate_grid_tasks(suite, tmp_path):
+    env, reset, _ = compiled(suite)
+    env.animate([reset(jax.random.key(seed))[0] for seed in range(2)], tmp_path / "episode.gif")
+    with Image.open(tmp_path / "episode.gif") as picture:
+        assert (picture.format, picture.n_frames) == ("GIF", 2)
+    assert plt.get_fignums() == []
+
+
 @pytest.mark.parametrize("family", ["lbf", "rware"])
 def test_animate_writes_a_gif(family, request, tmp_path):
     task = request.getfixturevalue(family)
@@ -117,7 +362,18 @@ def test_animate_writes_a_gif(family, request, tmp_path):
     assert plt.get_fignums() == []
 
 
-def test_missing_jumanji_is_one_clear_error(monkeypatch):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jumanji.make_lbf("8x8-2p-2f-coop"),
+        lambda: jumanji.make_rware("tiny-2ag"),
+        lambda: jumanji.make_connector("5x5x3a"),
+        lambda: jumanji.make_cleaner("5x5x2a"),
+        jumanji.make_lbf_auto,
+        jumanji.make_rware_auto,
+    ],
+)
+def test_missing_jumanji_is_one_clear_error(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "jumanji", None)
     with pytest.raises(UserError, match=r'pip install "mam\[jumanji\]"'):
-        jumanji.make_lbf("8x8-2p-2f-coop")
+        make()

@@ -1,11 +1,15 @@
-"""Level-Based Foraging (`lbf/…`) and the robotic warehouse (`rware/…`) from Jumanji.
+"""Tasks of Jumanji: foraging (`lbf/…`), warehouse (`rware/…`), wiring (`connector/…`) and cleaning (`cleaner/…`).
 
-Both are cooperative here: every agent receives the team's reward. Views are Jumanji's own integers as
-floats, not normalised. Task settings are those of the published MAM and Sable benchmarks. Jumanji takes
-seconds to import and starts JAX's backend, so that waits until the first task is made.
+All are cooperative here: every agent receives the team's reward. What agents see is in
+`jumanji_grids`. Settings
+of the named tasks are those of the published MAM and Sable benchmarks (Cleaner: Jumanji's own limits). Jumanji
+takes seconds to import and starts JAX's backend, so that waits until the first task is made.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mam.envs.base import restart, transition
+from mam.envs import jumanji_grids as grids
+from mam.envs.base import Metrics, restart, transition
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
+
+Observe = Callable[[Any, Any], Observation]  # what Jumanji's state and observation look like to the agents
+Measure = Callable[[Any], Metrics]  # metrics of Jumanji's state
 
 LBF_TIME_LIMIT = 100
 RWARE_TIME_LIMIT = 500
@@ -39,6 +47,10 @@ RWARE_TASKS = (
     *("large-8ag", "large-8ag-hard", "xlarge-4ag", "xlarge-4ag-hard"),
 )
 
+# Rows x columns x agents, and the time limit. Square only: Jumanji's action mask of Cleaner is wrong otherwise.
+CONNECTOR_TASKS = {"5x5x3a": 25, "7x7x5a": 49, "10x10x10a": 100, "15x15x23a": 225}
+CLEANER_TASKS = {"5x5x2a": 25, "10x10x3a": 100, "15x15x5a": 225, "20x20x20a": 400}
+
 
 def make_lbf(task: str) -> "JumanjiEnv":
     """Makes a task of `LBF_TASKS`.
@@ -55,7 +67,64 @@ def make_lbf(task: str) -> "JumanjiEnv":
 
     generator = RandomGenerator(**LBF_TASKS[task], max_agent_level=2)
     env = LevelBasedForaging(generator, time_limit=LBF_TIME_LIMIT + 1)
-    return JumanjiEnv(f"lbf/{task}", env, LBF_TIME_LIMIT)
+    return _adapt(f"lbf/{task}", env, LBF_TIME_LIMIT, grids.vector_view)
+
+
+def make_lbf_auto(
+    agents: int = 8,
+    food: int = 0,
+    grid: int = 0,
+    sight: int = 2,
+    levels: int = 2,
+    coop: bool = False,
+    limit: int = 100,
+) -> "JumanjiEnv":
+    """Makes LBF of any size, with views whose size depends on `sight` only: a policy can change `agents`.
+
+    Agents start on any cells that hold nothing else, unlike in Jumanji's own generator (see `make_lbf`).
+
+    Args:
+        agents: how many.
+        food: items; 0: as many as agents.
+        grid: rows and columns; 0: 16 cells for every agent and item.
+        sight: cells to each side that an agent sees.
+        levels: highest level of an agent, 2 or more.
+        coop: every item takes as much as the three weakest agents have together.
+        limit: time limit.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    require = partial(_require, "lbf/auto")
+    food = food or agents
+    require("agents", agents, at_least=1)
+    require("food", food, at_least=1)
+    grid = grid or math.ceil(4 * math.sqrt(agents + food))
+    require("grid", grid, at_least=5)
+    inner = (grid - 2) ** 2  # food needs one of them, and keeps other food off the four beside it
+    require("agents", agents, at_most=inner - 6, why=f" at {grid=}")
+    require("food", food, at_most=(inner - agents - 1) // 5, why=f" at {grid=}, {agents=}")
+    require("sight", sight, at_least=1, at_most=grid, why=f" at {grid=}")
+    require("levels", levels, at_least=2)
+    require("limit", limit, at_least=1)
+    _require_jumanji()
+    from jumanji.environments.routing.lbf.env import LevelBasedForaging
+    from jumanji.environments.routing.lbf.generator import RandomGenerator
+
+    class Generator(RandomGenerator):
+        def __call__(self, key: Key[Array, ""]) -> Any:
+            position_key, key = jax.random.split(key)
+            state: Any = super().__call__(key)
+            food_position, position = grids.draw_positions(position_key, self.grid_size, self.num_food, self.num_agents)
+            return state.replace(
+                agents=state.agents.replace(position=position),
+                food_items=state.food_items.replace(position=food_position),
+            )
+
+    generator = Generator(grid, agents, food, sight, levels, coop)
+    env = LevelBasedForaging(generator, time_limit=limit + 1)
+    name = _auto_name("lbf", agents=agents, food=food, grid=grid, sight=sight, levels=levels, coop=coop, limit=limit)
+    return _adapt(name, env, limit, partial(grids.local_view, grid_size=grid, sight=sight))
 
 
 def make_rware(task: str) -> "JumanjiEnv":
@@ -64,57 +133,115 @@ def make_rware(task: str) -> "JumanjiEnv":
     Robots carry requested shelves to a goal; the team earns 1 per delivery. Two robots on one cell end the
     episode. As many shelves are requested as there are robots, half as many in a "-hard" task.
     """
-    _require_jumanji()
-    from jumanji.environments.routing.robot_warehouse.env import RobotWarehouse
-    from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
-
     size, agents, *hard = task.split("-")
-    shelf_rows, shelf_columns = RWARE_SIZES[size]
     num_agents = int(agents.removesuffix("ag"))
-    generator = RandomGenerator(
-        shelf_rows=shelf_rows,
-        shelf_columns=shelf_columns,
-        column_height=8,
-        num_agents=num_agents,
-        sensor_range=1,
-        request_queue_size=num_agents // 2 if hard else num_agents,
+    num_requests = num_agents // 2 if hard else num_agents
+    return _warehouse(f"rware/{task}", *RWARE_SIZES[size], 8, num_agents, 1, num_requests, RWARE_TIME_LIMIT)
+
+
+def make_rware_auto(
+    agents: int = 4,
+    rows: int = 1,
+    columns: int = 3,
+    height: int = 8,
+    sight: int = 1,
+    requests: int = 0,
+    limit: int = 500,
+) -> "JumanjiEnv":
+    """Makes RWARE of any size; the size of its views depends on `sight` only.
+
+    Args:
+        agents: robots.
+        rows: clusters of shelves, one below the other.
+        columns: clusters side by side; an odd number.
+        height: shelves in a cluster, which is two wide.
+        sight: cells to each side that a robot sees.
+        requests: shelves requested at any time; 0: as many as robots.
+        limit: time limit.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    require = partial(_require, "rware/auto")
+    requests = requests or agents
+    for option, value in {"rows": rows, "columns": columns, "height": height, "sight": sight, "limit": limit}.items():
+        require(option, value, at_least=1)
+    if columns % 2 == 0:
+        raise UserError(f"rware/auto: columns must be odd, got {columns}")
+    if rows * columns == 1:
+        raise UserError("rware/auto: rows must be at least 2 with columns=1, got 1")
+    size = f"{rows=}, {columns=}, {height=}"
+    cells = ((height + 1) * rows + 2) * (3 * columns + 1)
+    require("agents", agents, at_least=1, at_most=cells, why=f", the cells of {size}")
+    shelves = 2 * height * (rows * columns - 1)  # a cluster is left out in front of the goals
+    require("requests", requests, at_least=1, at_most=shelves - 1, why=f", one less than the shelves of {size}")
+    name = _auto_name(
+        "rware", agents=agents, rows=rows, columns=columns, height=height, sight=sight, requests=requests, limit=limit
     )
-    env = RobotWarehouse(generator, time_limit=RWARE_TIME_LIMIT + 1)
-    return JumanjiEnv(f"rware/{task}", env, RWARE_TIME_LIMIT)
+    return _warehouse(name, rows, columns, height, agents, sight, requests, limit)
+
+
+def make_connector(task: str) -> "JumanjiEnv":
+    """Makes a task of `CONNECTOR_TASKS`.
+
+    Agents draw paths, which nobody can cross, from start to target. Connecting earns 1, every step before it
+    costs 0.03. The episode ends when all are connected or stuck; a connected agent can but stand still.
+    """
+    _require_jumanji()
+    from jumanji.environments.routing.connector.env import Connector
+    from jumanji.environments.routing.connector.generator import RandomWalkGenerator
+
+    size, num_agents = _square(task)
+    time_limit = CONNECTOR_TASKS[task]
+    env = Connector(RandomWalkGenerator(grid_size=size, num_agents=num_agents), time_limit=time_limit + 1)
+    return _adapt(f"connector/{task}", env, time_limit, grids.connector_view, _share_connected)
+
+
+def make_cleaner(task: str) -> "JumanjiEnv":
+    """Makes a task of `CLEANER_TASKS`.
+
+    Agents start in one corner of a maze and clean the tiles they pass: the team earns 1 per tile, less 0.5 per
+    step. The episode ends when all is clean, or an agent walks into a wall.
+    """
+    _require_jumanji()
+    from jumanji.environments.routing.cleaner.env import Cleaner
+    from jumanji.environments.routing.cleaner.generator import RandomGenerator
+
+    size, num_agents = _square(task)
+    time_limit = CLEANER_TASKS[task]
+    env = Cleaner(RandomGenerator(num_rows=size, num_cols=size, num_agents=num_agents), time_limit=time_limit + 1)
+    return _adapt(f"cleaner/{task}", env, time_limit, grids.cleaner_view, _share_cleaned)
 
 
 @dataclass(frozen=True)
 class JumanjiEnv:
     """A Jumanji environment under this library's protocol.
 
-    Jumanji's tasks disagree on the time limit: LBF truncates there, RWARE reports a termination. The
-    wrapped environment is therefore built with a limit one step beyond `time_limit`, which it never
-    reaches; an end that it reports is the task's own, and the limit is counted here.
+    Jumanji's tasks disagree on the time limit: LBF and Connector truncate there, RWARE and Cleaner report a
+    termination. The wrapped environment is therefore built with a limit one step beyond `spec.time_limit`,
+    which it never reaches; an end that it reports is the task's own, and the limit is counted here.
     """
 
-    name: str
-    env: Any  # jumanji.Environment whose observation has agents_view, action_mask and step_count
-    time_limit: int
-
-    @property
-    def spec(self) -> EnvSpec:
-        num_agents, obs_dim = self.env.observation_spec.agents_view.shape
-        num_actions = self.env.observation_spec.action_mask.shape[-1]
-        return EnvSpec(self.name, num_agents, obs_dim, num_actions, self.time_limit)
+    spec: EnvSpec
+    env: Any  # jumanji.Environment whose observation has step_count
+    observe: Observe
+    measure: Measure
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.reset(key)
-        return jax.tree.map(_strongly_typed, state), restart(_convert(timestep.observation))
+        observation = self.observe(state, timestep.observation)
+        return jax.tree.map(_strongly_typed, state), restart(observation, self.measure(state))
 
     def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         del key  # Jumanji keeps one in the state
         state, timestep = self.env.step(state, action)
         terminated = timestep.last()
         return jax.tree.map(_strongly_typed, state), transition(
-            _convert(timestep.observation),
-            reward=timestep.reward.sum(),  # LBF splits it between the agents, RWARE does not
+            self.observe(state, timestep.observation),
+            reward=timestep.reward.sum(),  # LBF and Connector split it between the agents
             terminated=terminated,
-            truncated=(timestep.observation.step_count >= self.time_limit) & ~terminated,
+            truncated=(timestep.observation.step_count >= self.spec.time_limit) & ~terminated,
+            metrics=self.measure(state),
         )
 
     def animate(self, states: list[EnvState], path: Path) -> None:
@@ -126,9 +253,60 @@ class JumanjiEnv:
             self.env.animate(jax.device_get(frames), interval=150, save_path=str(path))
 
 
-def _convert(observation: Any) -> Observation:
-    view = observation.agents_view.astype(jnp.float32)
-    return Observation(view, observation.action_mask, alive=jnp.ones(view.shape[0], bool))
+def _warehouse(
+    name: str, rows: int, columns: int, height: int, agents: int, sight: int, requests: int, limit: int
+) -> JumanjiEnv:
+    _require_jumanji()
+    from jumanji.environments.routing.robot_warehouse.env import RobotWarehouse
+    from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
+
+    env = RobotWarehouse(RandomGenerator(rows, columns, height, agents, sight, requests), time_limit=limit + 1)
+    return _adapt(name, env, limit, grids.vector_view)
+
+
+def _adapt(name: str, env: Any, time_limit: int, observe: Observe, measure: Measure = lambda state: {}) -> JumanjiEnv:
+    def first(key: Key[Array, ""]) -> Observation:
+        state, timestep = env.reset(key)
+        return observe(state, timestep.observation)
+
+    observation = jax.eval_shape(first, jax.eval_shape(jax.random.key, 0))  # sizes as they are, nothing computed
+    num_agents, obs_dim = observation.agents_view.shape
+    spec = EnvSpec(
+        name=name,
+        num_agents=num_agents,
+        obs_dim=obs_dim,
+        num_actions=observation.action_mask.shape[-1],
+        time_limit=time_limit,
+        grid_shape=None if observation.grid is None else observation.grid.shape[1:],
+        state_dim=None if observation.state is None else observation.state.size,
+    )
+    return JumanjiEnv(spec, env, observe, measure)
+
+
+def _share_connected(state: Any) -> Metrics:
+    return {"connected": state.agents.connected.mean()}
+
+
+def _share_cleaned(state: Any) -> Metrics:
+    dirty, wall = ((state.grid == value).sum() for value in (0, 2))
+    return {"cleaned": 1 - dirty / (state.grid.size - wall)}
+
+
+def _square(task: str) -> tuple[int, int]:
+    """Reads "10x10x3a": size and number of agents."""
+    size, _, agents = task.removesuffix("a").split("x")
+    return int(size), int(agents)
+
+
+def _auto_name(suite: str, **options: Any) -> str:
+    return f"{suite}/auto:" + ",".join(f"{name}={str(value).lower()}" for name, value in options.items())
+
+
+def _require(task: str, name: str, value: int, *, at_least: int = 1, at_most: int | None = None, why: str = "") -> None:
+    if value < at_least:
+        raise UserError(f"{task}: {name} must be at least {at_least}, got {value}")
+    if at_most is not None and value > at_most:
+        raise UserError(f"{task}: {name} must be at most {at_most}{why}, got {value}")
 
 
 def _strongly_typed(leaf: Array) -> Array:
