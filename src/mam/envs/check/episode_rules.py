@@ -1,0 +1,189 @@
+"""Rules for how episodes end and start, and for what actions do in them; as those of `rules`."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from mam.envs.check.recording import STEP_LIMIT, Episode, Numbers, Recording, differs
+from mam.envs.check.report import Finding
+from mam.envs.check.rules import RARE, Rule, chance, flags, places
+
+FEW_DECISIONS, MANY_DECISIONS = 10, 50  # without any effect, before that is a warning, or an error
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+def ended_at_reset(recording: Recording) -> Iterator[Finding]:
+    """No episode is over before it starts."""
+    for episode in recording.episodes:
+        for name in ("terminated", "truncated") if episode.first is not None else ():
+            flag = np.asarray(getattr(episode.first, name))[None].astype(bool)
+            yield from places(episode, flag, ("ended_at_reset", "error", name, "False at a reset"), "True")
+
+
+def both_flags(recording: Recording) -> Iterator[Finding]:
+    """An episode ends for one reason."""
+    kind = ("both_flags", "error", "truncated", "an episode to be terminated or truncated")
+    for episode in recording.episodes:
+        yield from places(episode, flags(episode).all(axis=1), kind, "both", offset=1)
+
+
+def time_limit(recording: Recording) -> Iterator[Finding]:
+    """Episodes are truncated at `spec.time_limit` if they get there, and nowhere else."""
+    limit = recording.spec.time_limit
+    if limit is None:
+        return
+    for episode in recording.episodes:
+        terminated, truncated = flags(episode)[-1]
+        if episode.length < limit and truncated and not terminated:
+            expected = f"truncation at step {limit} (spec.time_limit), no sooner"
+            got = f"truncation at step {episode.length}"
+            yield Finding("time_limit", "error", "truncated", expected, got, None, episode.length, episode.number)
+        elif episode.length > limit:
+            got = f"an end at step {episode.length}" if episode.ended else f"no end by step {episode.length}"
+            expected = f"an end by step {limit} (spec.time_limit)"
+            yield Finding("time_limit", "error", "truncated", expected, got, None, limit, episode.number)
+
+
+def limit_as_termination(recording: Recording) -> Iterator[Finding]:
+    """The time limit truncates: what would have gone on is worth something."""
+    limit = recording.spec.time_limit
+    at_limit = [flags(episode)[-1] for episode in recording.ended if episode.length == limit]
+    if len(at_limit) >= 2 and all(terminated and not truncated for terminated, truncated in at_limit):
+        got = f"termination in all {len(at_limit)} episodes that got there (right only if the task itself ends then)"
+        expected = f"truncation at step {limit}, the time limit"
+        yield Finding("limit_as_termination", "warning", "terminated", expected, got, step=limit)
+
+
+def no_end(recording: Recording) -> Iterator[Finding]:
+    """Episodes end, whether or not their limit is known."""
+    if recording.spec.time_limit is None and not recording.ended:
+        longest = max(episode.length for episode in recording.episodes)
+        severity = "error" if longest >= STEP_LIMIT else "warning"
+        got = f"none in {len(recording.episodes)} episodes of up to {longest:,} steps"
+        yield Finding("no_end", severity, "terminated", "an end of the episode", got)
+
+
+# Resets --------------------------------------------------------------------------------------------------------------
+
+
+def _unlike_final(episode: Episode) -> list[tuple[str, Numbers]]:
+    """For every field of the observation, the steps [T] at which it is not that of `final_observation`."""
+    timestep = episode.timestep
+    observations = (timestep.observation, timestep.final_observation)
+    ours, final = (dict(jax.tree_util.tree_flatten_with_path(x)[0]) for x in observations)
+    unlike = {path: differs(ours[path], final[path]) for path in ours if path in final}
+    return [(jax.tree_util.keystr(path)[1:], x.reshape(len(x), -1).any(axis=1)) for path, x in unlike.items()]
+
+
+def _changes(episode: Episode) -> Numbers:
+    """Whether a step changes anything that is observed, [T]."""
+    leaves = [differs(x[1:], x[:-1]) for x in jax.tree.leaves(episode.observation)]
+    return np.any([x.reshape(len(x), -1).any(axis=1) for x in leaves], axis=0)
+
+
+def final_observation(recording: Recording) -> Iterator[Finding]:
+    """`final_observation` is the successor of the action: `observation`, unless that is already the next episode's."""
+    for episode in recording.episodes:
+        ended = flags(episode).any(axis=1)
+        for name, unlike in _unlike_final(episode):
+            kind = ("final_observation", "error", f"final_observation.{name}", "what observation holds")
+            yield from places(episode, unlike & ~ended, kind, "something else", per_agent=False, offset=1)
+
+
+def final_is_previous(recording: Recording) -> Iterator[Finding]:
+    """At an end, too, `final_observation` is what came after the last action, not what came before it."""
+    long = [episode for episode in recording.ended if episode.length >= 2 and recording.resets_itself]
+    changes = [_changes(episode) for episode in long]
+    if not changes or any(change[-1] for change in changes):
+        return
+    others = np.concatenate([change[:-1] for change in changes])
+    if chance(others.sum(), len(others), len(changes)) < RARE:
+        got = f"what was there before it, at the end of all {len(changes)} episodes"
+        expected = "what the last action led to"
+        yield Finding("final_is_previous", "error", "final_observation", expected, got)
+
+
+def auto_reset(recording: Recording) -> Iterator[Finding]:
+    """`Environment` does not reset itself; `HostEnvironments` do, and show the next episode's first observation."""
+    yield from _lost_final(recording) if recording.resets_itself else _resets_itself(recording)
+
+
+def _resets_itself(recording: Recording) -> Iterator[Finding]:
+    expected = "an environment that does not reset itself"
+    unlike = [np.any([x for _, x in _unlike_final(episode)], axis=0) for episode in recording.ended]
+    if any(x[-1] for x in unlike) and not any(x[:-1].any() for x in unlike):
+        kind = ("auto_reset", "error", "observation", expected)
+        for episode, x in zip(recording.ended, unlike, strict=True):
+            yield from places(episode, x, kind, "something else than final_observation, at ends only", offset=1)
+        return
+    clocks = [episode.clocks for episode in recording.ended if episode.length >= 4]
+    counts = [(x[1:-1] > x[:-2]).all(axis=0) & (x[-1] <= x[0]) for x in clocks]
+    if len(counts) >= 2 and np.all(counts, axis=0).any():
+        # Whose turn it is counts like this as well, where all episodes are one round long.
+        sure = len({len(x) for x in clocks}) > 1 or len(clocks[0]) > 8
+        got = f"a count in the state that grows at every step and starts anew at the end of all {len(counts)} episodes"
+        yield Finding("auto_reset", "error" if sure else "warning", "state", expected, got)
+
+
+def _lost_final(recording: Recording) -> Iterator[Finding]:
+    episodes = recording.ended
+    same = [not any(unlike[-1] for _, unlike in _unlike_final(episode)) for episode in episodes]
+    if len(episodes) >= 3 and all(same) and any(_changes(episode).any() for episode in episodes):
+        expected = "the next episode's first observation at an end, and the last one in final_observation"
+        got = f"the same in both, at the end of all {len(episodes)} episodes"
+        yield Finding("auto_reset", "error", "observation", expected, got, None, episodes[0].length, episodes[0].number)
+
+
+def episode_metrics(recording: Recording) -> Iterator[Finding]:
+    """At an end, `episode_length` counts the steps and `episode_return` adds up the mean reward of the agents."""
+    for episode in recording.ended:
+        metrics = episode.timestep.metrics
+        sums = {"episode_length": episode.length, "episode_return": float(episode.timestep.reward.mean(axis=1).sum())}
+        for name, expected in sums.items():
+            if name not in metrics:
+                if recording.resets_itself:
+                    got = ", ".join(sorted(metrics)) or "none"
+                    yield Finding("episode_metrics", "error", "metrics", f"{name} among the metrics", got)
+                continue
+            value = float(metrics[name][-1])
+            if np.isfinite(expected) and not np.isclose(value, expected, rtol=1e-3, atol=1e-3):
+                text, got = "what its steps add up to at an episode's end", f"{value:g}, not {expected:g}"
+                place = (None, episode.length, episode.number)
+                yield Finding("episode_metrics", "error", f"metrics.{name}", text, got, *place)
+
+
+# Actions -------------------------------------------------------------------------------------------------------------
+
+
+def actions_ignored(recording: Recording) -> Iterator[Finding]:
+    """What agents do changes something that they see or earn."""
+    decisions, effects = recording.influence.decisions, recording.influence.effects
+    expected = "actions that change what agents see or earn"
+    if decisions[-1] >= FEW_DECISIONS and not effects.any():
+        got = f"no effect in {decisions[-1]:,} joint actions that differed from those of an equal episode"
+        yield Finding("actions_ignored", "error", "action", expected, got)
+        return
+    for agent in np.flatnonzero((decisions[:-1] >= FEW_DECISIONS) & (effects[:-1] == 0)):
+        severity = "error" if decisions[agent] >= MANY_DECISIONS else "warning"
+        got = f"no effect in {decisions[agent]:,} actions of this agent that differed from those of an equal episode"
+        yield Finding("actions_ignored", severity, "action", expected, got, int(agent))
+
+
+def agent_order(recording: Recording) -> Iterator[Finding]:
+    """The rows of actions and views belong to the same agents."""
+    at_once = recording.influence.at_once
+    for agent, seen in enumerate(at_once):
+        (others,) = np.nonzero(seen)
+        if len(others) == 1 and others[0] != agent and seen.sum() >= 5 and not at_once[others[0], others[0]]:
+            got = f"none in its own at once, but in that of agent {others[0]}"
+            expected = "an agent's action to show in its own view"
+            yield Finding("agent_order", "warning", "agents_view", expected, got, agent)
+
+
+RULES: tuple[Rule, ...] = (
+    *(ended_at_reset, both_flags, time_limit, limit_as_termination, no_end),
+    *(final_observation, final_is_previous, auto_reset, episode_metrics),
+    *(actions_ignored, agent_order),
+)
