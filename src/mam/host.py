@@ -30,12 +30,12 @@ def make_act(*, greedy: bool = False) -> Act:
 
 def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
     """Actors of the right shapes, before there is an episode: for one seed, [B, …]."""
-    n = spec.num_agents
+    n, dtype = spec.num_agents, jax.dtypes.canonicalize_dtype(spec.grid_dtype)
     observation = Observation(
         agents_view=jnp.zeros((num_envs, n, spec.obs_dim)),
         action_mask=jnp.ones((num_envs, n, spec.num_actions), bool),
         alive=jnp.ones((num_envs, n), bool),
-        grid=None if spec.grid_shape is None else jnp.zeros((num_envs, n, *spec.grid_shape), jnp.uint8),
+        grid=None if spec.grid_shape is None else jnp.zeros((num_envs, n, *spec.grid_shape), dtype),
         state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
     )
     reset = jnp.ones(num_envs, bool)

@@ -79,6 +79,7 @@ class EnvSpec:
     time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
     continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
     grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
+    grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
     team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
 

@@ -161,7 +161,9 @@ class Glide(Walk):
 class Picture(Walk):
     """Walkers see a picture of themselves on the line, and the critic sees where all are."""
 
-    spec = replace(Walk.spec, name="toy/picture", obs_dim=0, grid_shape=(1, NUM_CELLS, 2), state_dim=NUM_AGENTS)
+    spec = replace(
+        Walk.spec, name="toy/picture", obs_dim=0, grid_shape=(1, NUM_CELLS, 2), grid_dtype="bool", state_dim=NUM_AGENTS
+    )
 
     def view(self, state):
         return jnp.zeros((NUM_AGENTS, 0))

@@ -73,7 +73,7 @@ def test_shapes_and_dtypes_match_the_spec(task):
         assert (alive.shape, alive.dtype) == ((spec.num_agents,), jnp.bool)
         grid, state = observation.grid, observation.state
         assert (None if grid is None else grid.shape[1:]) == spec.grid_shape
-        assert grid is None or grid.shape[0] == spec.num_agents
+        assert grid is None or (grid.shape[0], grid.dtype) == (spec.num_agents, spec.grid_dtype)
         assert (None if state is None else (*state.shape, state.dtype)) == (
             None if spec.state_dim is None else (spec.state_dim, jnp.float32)
         )

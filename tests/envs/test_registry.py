@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 
 from mam.envs import registry
+from mam.envs.probes import Identity
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.errors import UserError
 
@@ -57,3 +59,75 @@ def test_listing_tasks_is_silent_and_imports_no_suite():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@dataclass(frozen=True)
+class Sized(Identity):
+    """A task with an option of every type."""
+
+    wide: bool = False
+    density: float = 0.5
+
+
+def make_sized(agents: int = 3, wide: bool = False, density: float = 0.5) -> Sized:
+    return Sized(num_agents=agents, wide=wide, density=density)
+
+
+@pytest.fixture
+def sized(monkeypatch):
+    """A suite with one task, and tasks of one's own making; another one without options."""
+    suites = registry._SUITES | {
+        "sized": registry._Suite(["small"], lambda task: make_sized(2), auto=make_sized),
+        "plain": registry._Suite([], lambda task: make_sized(), auto=lambda: make_sized(4)),
+    }
+    monkeypatch.setattr(registry, "_SUITES", suites)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sized/small", Sized(num_agents=2)),
+        ("sized/auto", Sized()),
+        ("sized/auto:", Sized()),
+        ("sized/auto:agents=64", Sized(num_agents=64)),
+        ("sized/auto:wide=true,agents=5,density=0.25", Sized(num_agents=5, wide=True, density=0.25)),
+        ("sized/auto:wide=false,density=1", Sized(wide=False, density=1.0)),
+        ("plain/auto", Sized(num_agents=4)),
+    ],
+)
+def test_options_of_tasks_of_ones_own_making(sized, name, expected):
+    env = registry.make(name)
+    assert env.env == expected
+    assert not registry.lives_on_host(name)
+    assert type(env.env.density) is float
+
+
+def test_options_are_listed_with_their_defaults(sized):
+    listed = registry.auto_options()
+    assert listed["sized/auto"] == {"agents": 3, "wide": False, "density": 0.5}
+    assert listed["plain/auto"] == {}
+    assert not any(name.endswith("/auto") for name in registry.task_names())
+    for name, options in listed.items():
+        assert {type(value) for value in options.values()} <= {int, float, bool}, name  # what can be read
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sized/auto:agent=64", "unknown option 'agent': did you mean agents? (see `mam list`)"),
+        ("sized/auto:64", "unknown option '64' (see `mam list`)"),
+        ("sized/auto:agents=many", "sized/auto:agents=many: agents must be a whole number, got 'many'"),
+        ("sized/auto:agents=2.5", "sized/auto:agents=2.5: agents must be a whole number, got '2.5'"),
+        ("sized/auto:agents", "sized/auto:agents: agents must be a whole number, got ''"),
+        ("sized/auto:density=thick", "sized/auto:density=thick: density must be a number, got 'thick'"),
+        ("sized/auto:wide=yes", "sized/auto:wide=yes: wide must be true or false, got 'yes'"),
+        ("plain/auto:agents=3", "plain/auto:agents=3: no options"),
+        ("probe/auto", "unknown task 'probe/auto'"),
+        ("sized/small:agents=3", "unknown task 'sized/small:agents=3'"),
+    ],
+)
+def test_mistakes_in_options_say_what_would_be_right(sized, name, message):
+    with pytest.raises(UserError) as error:
+        registry.make(name)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)

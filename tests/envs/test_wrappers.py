@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mam.envs.base import restart, transition
-from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, agent_ids
 from mam.types import EnvSpec, Observation
 
 
@@ -44,14 +44,33 @@ def rollout(batch, key):
     return jax.lax.scan(lambda state, key: batch.step(state, action, key), state, jax.random.split(steps_key, 20))
 
 
-def test_agent_id_comes_first():
-    env = AgentId(Coin())
-    assert env.spec.obs_dim == 3
+@pytest.mark.parametrize(("encoding", "dim"), [("one_hot", 2), ("sinusoid", 16), ("none", 0)])
+def test_agent_id_comes_first(encoding, dim):
+    env = AgentId(Coin(), encoding)
+    assert env.spec == replace(Coin.spec, obs_dim=dim + 1)
     state, first = env.reset(jax.random.key(0))
     _, later = env.step(state, jnp.zeros(2, jnp.int32), jax.random.key(1))
     for observation in (first.observation, first.final_observation, later.observation, later.final_observation):
-        np.testing.assert_array_equal(observation.agents_view[:, :2], np.eye(2))
-    assert (later.observation.agents_view[:, 2] == Coin().step(state, jnp.zeros(2), jax.random.key(1))[0]).all()
+        assert observation.agents_view.shape == (2, dim + 1)
+        np.testing.assert_array_equal(observation.agents_view[:, :dim], agent_ids(2, encoding))
+    assert (later.observation.agents_view[:, dim] == Coin().step(state, jnp.zeros(2), jax.random.key(1))[0]).all()
+
+
+def test_one_hot_is_the_usual_encoding():
+    assert AgentId(Coin()) == AgentId(Coin(), "one_hot")
+    np.testing.assert_array_equal(agent_ids(5, "one_hot"), np.eye(5))
+
+
+def test_sinusoids_tell_ten_thousand_agents_apart():
+    """With as many features whatever their number is, and the same for the first few: a prefix."""
+    ids = agent_ids(10_000, "sinusoid")
+    assert (ids.shape, ids.dtype) == ((10_000, 16), np.float32)
+    assert len(np.unique(ids, axis=0)) == 10_000
+    assert np.abs(ids).max() <= 1
+    for num_agents in (1, 2, 37):
+        np.testing.assert_array_equal(agent_ids(num_agents, "sinusoid"), ids[:num_agents])
+    # Neighbours differ by far more than rounding: by a quarter turn of the fastest pair.
+    assert np.abs(np.diff(ids, axis=0)).max(axis=1).min() > 0.9
 
 
 def test_wrappers_draw_with_the_innermost_environment(tmp_path):

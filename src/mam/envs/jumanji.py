@@ -278,6 +278,7 @@ def _adapt(name: str, env: Any, time_limit: int, observe: Observe, measure: Meas
         num_actions=observation.action_mask.shape[-1],
         time_limit=time_limit,
         grid_shape=None if observation.grid is None else observation.grid.shape[1:],
+        grid_dtype="bool",
         state_dim=None if observation.state is None else observation.state.size,
     )
     return JumanjiEnv(spec, env, observe, measure)

@@ -52,7 +52,7 @@ def _check_observation(obs: Observation, spec: EnvSpec, batch: tuple[int, ...], 
     yield from _check_array(f"{prefix}action_mask", obs.action_mask, (*agents, spec.num_actions), "bool")
     yield from _check_array(f"{prefix}alive", obs.alive, agents, "bool")
     grid = None if spec.grid_shape is None else (*agents, *spec.grid_shape)
-    yield from _check_optional(f"{prefix}grid", obs.grid, grid, None, "grid_shape")
+    yield from _check_optional(f"{prefix}grid", obs.grid, grid, spec.grid_dtype, "grid_shape")
     state = None if spec.state_dim is None else (*batch, spec.state_dim)
     yield from _check_optional(f"{prefix}state", obs.state, state, "float32", "state_dim")
 

@@ -90,6 +90,7 @@ class HostPool:
             time_limit=layout.time_limit,
             continuous=layout.continuous,
             grid_shape=layout.grid_shape,
+            grid_dtype=layout.grid_dtype,
             state_dim=layout.state_dim,
             team_reward=False,
         )
