@@ -30,8 +30,8 @@ NEEDS = {
     "matrix": lambda policy: policy in SEQUENCE,
     "memory": lambda policy: policy.startswith("rec_"),
 }
-PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=2, gamma=0.95, ent_coef=0.02)
-STEPS = {"identity": 25_000, "matrix": 15_000, "copy": 50_000, "memory": 60_000, "target": 60_000}
+PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
+STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 30_000}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def scores(config: Config) -> np.ndarray:
     state = trainer.init(jnp.arange(config.num_seeds))
     trainer = trainer.compile(state)
     for update in range(1, config.num_updates + 1):
-        state, _ = trainer.train_step(state)
+        state, _ = jax.block_until_ready(trainer.train_step(state))
         if config.evaluate_after(update):
             state, _ = trainer.evaluate_step(state)
     return jax.device_get(trainer.absolute_metric(state)["episode_return"]).mean(axis=1)

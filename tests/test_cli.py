@@ -2,10 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from mam import cli
+from mam.envs.probes import Identity
+from mam.errors import UserError
 from mam.presets import PRESETS, preset, preset_for
 
 
@@ -32,6 +35,13 @@ from mam.presets import PRESETS, preset, preset_for
         (["evaluate"], ["RUN"]),
         (["evaluate", "nowhere"], ["nowhere", "no run"]),
         (["play", "nowhere", "--gready"], ["--gready", "did you mean --greedy"]),
+        (["train", "--agent-id", "name"], ["--agent-id", "one_hot, sinusoid or none", "'name'"]),
+        (["train", "--num-workers", "0"], ["num_workers", "positive", "0"]),
+        (["train", "--env", "lbf/auto:agnets=4"], ["unknown option 'agnets'", "did you mean agents", "mam list"]),
+        (["train", "--env", "lbf/auto:agents=few"], ["agents", "a whole number", "'few'"]),
+        (["train", "--env", "nowhere.at_all:make_env"], ["nowhere.at_all:make_env", "not installed"]),
+        (["check-env"], ["check-env needs the name of an environment"]),
+        (["check-env", "probe/idnetity"], ["did you mean probe/identity"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -115,6 +125,77 @@ def test_evaluate_reports_every_seed(finished, capsys):
     assert "4 episodes" in out
     assert "greedy" in out
     assert "mean ± std" in out
+
+
+def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
+    from mam.envs import probes
+
+    monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
+    monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
+    assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
+    assert "mam on probe/matrix-again" in capsys.readouterr().out
+    assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-large"]) == 2
+    assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
+    assert "num_actions is 4 instead of 3" in capsys.readouterr().err
+
+
+def test_check_env(capsys, monkeypatch):
+    from mam.envs import probes
+
+    assert cli.main(["check-env", "probe/identity"]) == 0
+    assert "probe/identity: nothing found" in capsys.readouterr().out
+    monkeypatch.setitem(probes.PROBES, "broken", Broken)
+    assert cli.main(["check-env", "probe/broken"]) == 1
+    assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
+
+
+class Broken(Identity):
+    """Promises more than it shows."""
+
+    @property
+    def spec(self):
+        return replace(super().spec, obs_dim=5)
+
+
+def test_list_envs_shows_sizes(capsys, monkeypatch):
+    from mam.envs import registry
+
+    monkeypatch.setattr(
+        registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(["task"], gone)}
+    )
+    assert cli.main(["list", "--envs"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"probe/target +│ 3 +│ 2 +│ - +│ 2 continuous +│ 8", out)
+    assert re.search(r"gone/task +│ - ", out)
+    assert "gone: it needs a package" in out
+
+
+def gone(task):
+    raise UserError("it needs a package")
+
+
+def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch):
+    """A PettingZoo environment from training to evaluation, with a worker killed on the way."""
+    from mam.envs.host.pool import HostPool
+
+    pytest.importorskip("mpe2")
+    step, steps = HostPool.step, []
+
+    def killing(pool, action):
+        steps.append(pool)
+        if len(steps) == 6:
+            pool._workers[0].process.kill()
+        return step(pool, action)
+
+    monkeypatch.setattr(HostPool, "step", killing)
+    env, path = "pettingzoo/mpe2:simple_spread_v3:max_cycles=5", str(tmp_path / "run")
+    host = ("--env", env, "--policy", "ippo", "--num-workers", "2", "--num-seeds", "2", "--out", path)
+    assert cli.main(["train", *SMALL, *host, "--total-timesteps", "64"]) == 0
+    assert "worker 0 (environments 0 to 3) was killed by SIGKILL; starting it again" in caplog.text
+    assert "steps/s" in capfd.readouterr().out
+    assert cli.main(["evaluate", path, "--episodes", "4"]) == 0
+    assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
 
 
 def test_what_cannot_be_drawn_is_said(finished, capsys):

@@ -40,7 +40,9 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             raise
         text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
         if text.startswith("Required options"):
-            text = f"{command} needs the folder of a run: mam {command} RUN"
+            name = dataclasses.fields(kind)[0].name
+            what = {"run": "the folder of a run", "env": "the name of an environment"}[name]
+            text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
 
 

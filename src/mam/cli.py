@@ -90,7 +90,8 @@ class CheckEnv:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked."""
     args = list(sys.argv[1:] if argv is None else argv)
-    sys.path.append(os.getcwd())  # where package.module:factory is looked for
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where package.module:factory is looked for
     try:
         if not args or args[0] in ("-h", "--help"):
             _print_overview()

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from mam.rollout import Actors
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
+
+LAST_STEP = 2**31 - 1  # that nobody reaches
 
 # Jitted: the policies of all seeds, where acting stands, and one key per seed, at step t.
 Act = Callable[[Policy, Actors, Key[Array, "seeds"], int], tuple[Memory, PolicyOutput]]
@@ -21,7 +23,7 @@ Act = Callable[[Policy, Actors, Key[Array, "seeds"], int], tuple[Memory, PolicyO
 def make_act(*, greedy: bool = False) -> Act:
     """Compiles `policy.act` for all seeds, each environment with a key of its own."""
 
-    def act(policy: Policy, actors: Actors, key: Key[Array, ""], step: int) -> tuple[Memory, PolicyOutput]:
+    def act(policy: Policy, actors: Actors, key: Key[Array, ""], step: Int[Array, ""]) -> tuple[Memory, PolicyOutput]:
         keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
         return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
 
@@ -106,9 +108,9 @@ def host_evaluate(
     return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
 
 
-def seed_of(key: Key[Array, "seeds"]) -> int:
-    """A number for those who know nothing of keys."""
-    return int(jax.random.bits(key.reshape(-1)[0]))
+def seed_of(key: Key[Array, "..."]) -> int:
+    """A number for those who know nothing of keys, from the first of these; acting at step t uses `fold_in(key, t)`."""
+    return int(jax.random.bits(jax.random.fold_in(key.reshape(-1)[0], LAST_STEP)))
 
 
 def _advance(
