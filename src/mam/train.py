@@ -177,7 +177,7 @@ def _train_on_device(config: Config) -> Trainer:
 
     return Trainer(
         spec=learner.spec,
-        init=jax.jit(jax.vmap(init)),
+        init=_one_after_the_other(init),
         train_step=jax.jit(jax.vmap(train_step), donate_argnums=0),
         evaluate_step=jax.jit(jax.vmap(evaluate_step)),
         absolute_metric=jax.jit(jax.vmap(absolute_metric)),
@@ -232,7 +232,7 @@ def _train_on_host(config: Config) -> Trainer:
 
     return Trainer(
         spec=learner.spec,
-        init=jax.jit(jax.vmap(init)),
+        init=_one_after_the_other(init),
         train_step=train_step,
         evaluate_step=evaluate_step,
         absolute_metric=absolute_metric,
@@ -240,6 +240,15 @@ def _train_on_host(config: Config) -> Trainer:
         env=played,
         close=close,
     )
+
+
+def _one_after_the_other(init: Callable[[Int[Array, ""]], TrainState]) -> Callable:
+    """Jits `init` for many seeds, without `vmap`.
+
+    On CPU two batched QR factorisations (of orthogonal weights) at the same time wait for each other for ever:
+    each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2, two cores).
+    """
+    return jax.jit(lambda seeds: jax.lax.map(init, seeds))
 
 
 def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
