@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: a double loop in float64, and the relations that define it."""
+"""Generalised advantage estimation: a double loop in float64, the relations that define it, and values of the dead."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.advantages import generalised_advantages
+from mam.advantages import generalised_advantages, with_the_dead
 
 LENGTH = 20
 SHAPE = (LENGTH, 1000)
@@ -126,3 +126,18 @@ def test_the_successor_of_a_termination_may_be_anything(random):
     dirty = np.where(terminated, np.nan, next_value)
     dirty = gae(reward, value, dirty, terminated, truncated, gamma=0.99, gae_lambda=0.95)
     np.testing.assert_array_equal(clean.advantage, dirty.advantage)
+
+
+VALUE = jnp.array([[1.0, 2.0, 6.0], [4.0, jnp.nan, -1.0], [jnp.inf, jnp.nan, 8.0], [jnp.nan, 7.0, 7.0]])
+ALIVE = jnp.array([[True, True, True], [True, False, True], [False, False, True], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("team_reward", "expected"),
+    [
+        (True, [[1, 2, 6], [4, 1.5, -1], [8, 8, 8], [0, 0, 0]]),  # the mean of the living, 0 if there are none
+        (False, [[1, 2, 6], [4, 0, -1], [0, 0, 8], [0, 0, 0]]),
+    ],
+)
+def test_values_of_the_dead_are_replaced(team_reward, expected):
+    np.testing.assert_array_equal(with_the_dead(VALUE, ALIVE, team_reward=team_reward), expected)

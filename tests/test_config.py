@@ -60,6 +60,8 @@ configs = st.builds(
     env=st.text(),
     seed=st.integers(0, 10**6),
     num_seeds=sizes,
+    agent_id=st.sampled_from(["one_hot", "sinusoid", "none"]),
+    num_workers=st.none() | sizes,
     total_timesteps=st.integers(1, 10**12),
     network=network_configs(),
     ppo=ppo_configs(),
@@ -132,6 +134,7 @@ def nested(key, value):
         *(
             (key, 0, "must be positive")
             for key in (
+                "num_workers",
                 *("network.d_state", "network.d_conv", "network.expand", "network.dt_rank"),
                 *("ppo.num_envs", "ppo.rollout_length", "ppo.num_epochs", "ppo.num_minibatches"),
                 *("eval.num_evaluations", "eval.num_episodes", "eval.num_absolute_episodes"),
@@ -184,6 +187,8 @@ def test_limits_themselves_are_allowed(key, value):
         ("ppo.num_envs", False, "must be int, got False"),
         ("eval.greedy", 1, "must be bool, got 1"),
         ("network.dt_rank", 1.5, "must be int or null, got 1.5"),
+        ("num_workers", 1.5, "must be int or null, got 1.5"),
+        ("agent_id", None, "must be one of one_hot, sinusoid, none, got None"),
         ("network.dt_rank", True, "must be int or null, got True"),
         ("network", 3, "must be a group of keys, got 3"),
         ("network", None, "must be a group of keys, got None"),
@@ -208,6 +213,13 @@ def test_unknown_keys_are_named_with_the_nearest_valid_one(key, nearest):
     with pytest.raises(UserError, match=rf"^unknown key '{key}'") as refused:
         from_json(Config, nested(key, 1))
     assert nearest is None or f"did you mean {nearest}" in str(refused.value)
+
+
+def test_agent_ids_are_of_a_known_kind():
+    assert Config().agent_id == "one_hot"
+    assert from_json(Config, {"agent_id": "none"}).agent_id == "none"
+    with pytest.raises(UserError, match=r"^agent_id must be one of one_hot, sinusoid, none, got 'onehot'$"):
+        from_json(Config, {"agent_id": "onehot"})
 
 
 def test_choices():

@@ -72,7 +72,11 @@ class Counter(eqx.Module):
         return count + 1, output
 
     def evaluate(self, memory, obs, action, order, reset):
-        count = self._count(memory, reset)
+        def step(memory, reset):
+            count = self._count(memory, reset)
+            return count + 1, count
+
+        _, count = jax.lax.scan(step, memory, reset)
         log_prob = jnp.take_along_axis(self._log_probs(count, obs), action[..., None], -1)[..., 0]
         value = jnp.broadcast_to(count[..., None], action.shape).astype(float)
         return Evaluation(log_prob, jnp.zeros_like(log_prob), value)
@@ -91,7 +95,7 @@ def run(key):
         after, stacked = rollout(env, policy, actors[-1], jax.random.fold_in(key, seed), LENGTH)
         actors.append(after)
         transitions.append(stacked)
-    said = [policy.evaluate(t.memory, t.observation, t.action, t.order, t.reset) for t in transitions]
+    said = [policy.evaluate(t.memory[0], t.observation, t.action, t.order, t.reset) for t in transitions]
     return actors, transitions, said
 
 

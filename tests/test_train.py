@@ -59,9 +59,31 @@ class Linear(eqx.Module):
         return obs.agents_view @ self.critic
 
 
+class Counting(Linear):
+    """Remembers how many steps of the episode it has seen, which it takes to be worth a point each."""
+
+    def init_memory(self, batch=()):
+        return jnp.full(batch, 99, jnp.int32)  # as if left over from an earlier episode
+
+    def act(self, memory, obs, reset, key, *, greedy=False):
+        memory = jnp.where(reset, 0, memory)
+        return memory + 1, super().act(memory, obs, reset, key, greedy=greedy)[1]
+
+    def evaluate(self, memory, obs, action, order, reset):
+        def step(memory, reset):
+            memory = jnp.where(reset, 0, memory)
+            return memory + 1, memory
+
+        return super().evaluate(jax.lax.scan(step, memory, reset)[1], obs, action, order, reset)
+
+    def value(self, memory, obs):
+        return super().value(memory, obs) + memory[..., None]
+
+
 def make_linear(name, spec, sizes, *, key):
     critic = jax.random.normal(key, (spec.obs_dim,))
-    return Linear(0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), critic, tag=jnp.zeros(()))
+    kind = Counting if name == "counting" else Linear
+    return kind(0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), critic, tag=jnp.zeros(()))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -180,6 +202,13 @@ def test_one_compilation_whatever_the_state_went_through(trainer, tmp_path):
     assert [function._cache_size() for function in functions] == sizes
 
 
+def test_compiled_ahead_it_does_the_same(trainer):
+    compiled = trainer.compile(trainer.init(SEEDS))
+    assert all(isinstance(f, jax.stages.Compiled) for f in (compiled.train_step, compiled.evaluate_step))
+    assert compiled.absolute_metric is trainer.absolute_metric
+    assert_same(run(compiled, SEEDS, "te"), run(trainer, SEEDS, "te"))
+
+
 def test_training_takes_over_the_memory_of_its_state_and_evaluating_does_not(trainer):
     state = trainer.init(SEEDS)
     trainer.evaluate_step(state)
@@ -263,17 +292,49 @@ def test_evaluation_samples_unless_asked_to_be_greedy(trainer):
 
 
 @dataclass(frozen=True)
-class BothEnds(Identity):
-    """Episodes are cut by the time limit, or terminate there if agent 0 then sees an even cue."""
+class Mortal(Identity):
+    """Episodes are cut by the time limit, or terminate there if agent 0 then sees an even cue.
+
+    Agent 0 dies in the third step, agent 1 in the fourth, to come back two steps later; what they see meanwhile would
+    be worth a billion. Rewards are a team's, or each agent's own.
+    """
+
+    team_reward: bool = True
+
+    @property
+    def spec(self):
+        return replace(super().spec, team_reward=self.team_reward)
+
+    def reset(self, key):
+        state, timestep = super().reset(key)
+        return state, self._bury(state, timestep)
 
     def step(self, state, action, key):
+        answered, alive = action == state.cue, self._alive(state)
         state, timestep = super().step(state, action, key)
         terminated = timestep.truncated & (state.cue[0] % 2 == 0)
-        return state, replace(timestep, terminated=terminated, truncated=timestep.truncated & ~terminated)
+        timestep = replace(timestep, terminated=terminated, truncated=timestep.truncated & ~terminated)
+        if not self.team_reward:
+            timestep = replace(timestep, reward=(answered & alive).astype(float))
+        return state, self._bury(state, timestep)
+
+    def _alive(self, state):
+        t = state.step_count
+        return jnp.stack([t < 3, (t < 4) | (t >= 6), t >= 0])
+
+    def _bury(self, state, timestep):
+        alive = self._alive(state)
+        view = jnp.where(alive[:, None], timestep.observation.agents_view, 1e9)
+        observation = replace(timestep.observation, alive=alive, agents_view=view)
+        return replace(timestep, observation=observation, final_observation=observation)
 
 
-def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch):
-    """Defect 2, as wired: value of `final_observation`, also where a time limit struck; nothing after a termination."""
+@pytest.mark.parametrize("team_reward", [True, False])
+def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_reward):
+    """Defect 2, as wired: the value of `final_observation` with the memory after the step, also where a time limit
+    struck, and nothing after a termination. The dead are worth what the living are on average, or nothing if rewards
+    are their own: then to die is to terminate.
+    """
     seen = []
 
     def recording(transitions, advantages):
@@ -281,32 +342,48 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch):
         return make_batch(transitions, advantages)
 
     monkeypatch.setattr(train, "make_batch", recording)
-    monkeypatch.setitem(probes.PROBES, "identity", BothEnds)
+    monkeypatch.setitem(probes.PROBES, "identity", partial(Mortal, team_reward=team_reward))
     ppo = replace(CONFIG.ppo, rollout_length=12, gamma=0.9, gae_lambda=0.7)
-    trainer = make_train(replace(CONFIG, ppo=ppo))
+    trainer = make_train(replace(CONFIG, policy="counting", ppo=ppo))
     state = trainer.init(SEEDS[:1])
     critic = np.asarray(state.policy.critic[0], np.float64)
     trainer.train_step(state)
     jax.effects_barrier()
     ((t, advantages),) = seen
     assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (True, True, False)
-    goes_on = ~(t.terminated | t.truncated)
-    expected, later = np.zeros(t.reward.shape), 0.0
+    alive, still_alive = t.observation.alive, t.final_observation.alive
+    dies = alive & ~still_alive
+    assert (dies.any(), still_alive.all()) == (True, False)
+
+    def worth(observation, num_seen):
+        value = observation.agents_view @ critic + num_seen[:, None, None]
+        value = np.where(observation.alive, value, np.nan)
+        return np.where(observation.alive, value, np.nanmean(value, -1, keepdims=True) if team_reward else 0)
+
+    num_seen = np.arange(12) % 8
+    value, successor = worth(t.observation, num_seen), worth(t.final_observation, num_seen + 1)
+    terminated, ended = (np.broadcast_to(x[..., None], value.shape) for x in (t.terminated, t.terminated | t.truncated))
+    if not team_reward:
+        terminated, ended = terminated | ~still_alive, ended | ~still_alive
+    expected, later = np.zeros(value.shape), 0.0
     for step in reversed(range(12)):
-        successor = np.where(t.terminated[step, :, None], 0, t.final_observation.agents_view[step] @ critic)
-        value = t.observation.agents_view[step] @ critic
-        later = t.reward[step] + 0.9 * (successor + 0.7 * goes_on[step, :, None] * later) - value
-        expected[step] = later
+        future = np.where(terminated[step], 0, successor[step] + 0.7 * ~ended[step] * later)
+        later = expected[step] = t.reward[step] + 0.9 * future - value[step]
     np.testing.assert_allclose(advantages.advantage, expected, atol=1e-5)
-    np.testing.assert_allclose(advantages.target, expected + t.observation.agents_view @ critic, atol=1e-5)
+    np.testing.assert_allclose(advantages.target, expected + value, atol=1e-5)
+    if not team_reward:
+        np.testing.assert_allclose(advantages.target[dies], t.reward[dies], atol=1e-5)
+        np.testing.assert_array_equal(advantages.target[~alive], 0)
 
 
-def test_explained_variance():
+def test_explained_variance_is_over_the_living():
     target = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    alive = np.random.default_rng(1).random(target.shape) < 0.7
     for value, explained in ((target, 1), (target + 3, 1), (np.zeros_like(target), 0), (-target, -3)):
-        assert float(train._explained_variance(jnp.asarray(value), jnp.asarray(target))) == pytest.approx(
-            explained, abs=1e-5
-        )
+        for garbage in (0.0, 1e9, np.nan):
+            dirty = (jnp.asarray(np.where(alive, x, np.float32(garbage))) for x in (value, target))
+            actual = train._explained_variance(*dirty, jnp.asarray(alive))
+            assert float(actual) == pytest.approx(explained, abs=1e-5)
 
 
 def test_unknown_tasks_are_refused():

@@ -1,4 +1,4 @@
-"""Learning from one rollout: which rows each gradient step reads, how many there are, and what they do."""
+"""Learning from one rollout: which sequences each gradient step reads, how many there are, and what they do."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ import pytest
 
 from mam.advantages import Advantages
 from mam.config import PPOConfig
+from mam.errors import UserError
 from mam.losses import ppo_loss
 from mam.types import Evaluation, Observation, Transition
 from mam.update import Batch, make_batch, make_optimiser, update
@@ -47,12 +48,15 @@ class Linear(Learner):
 
 
 class Table(Learner):
-    """One number per row of the batch, found by what the agents see."""
+    """One number per row of the batch, found by what the agents see: NaN unless their memory says the same."""
 
     numbers: jax.Array
 
     def evaluate(self, memory, obs, action, order, reset):
-        value = self.numbers[obs.agents_view[..., 0].astype(int)]
+        row = obs.agents_view[..., 0].astype(int)
+        value = self.numbers[row]
+        if jax.tree.leaves(memory):
+            value = jnp.where(row == memory[:, None], value, jnp.nan)
         return Evaluation(jnp.zeros_like(value), jnp.zeros_like(value), value)
 
 
@@ -69,20 +73,23 @@ def policy():
 
 @pytest.fixture(scope="module")
 def batch(policy):
-    """32 rows of random actions, with the log-probabilities and values of `policy`."""
+    """32 steps of random actions, with the log-probabilities and values of `policy`."""
     keys = jax.random.split(jax.random.key(1), 4)
-    shape = (32, NUM_AGENTS)
+    shape = (1, 32, NUM_AGENTS)
     obs = observe(jax.random.normal(keys[0], (*shape, OBS_DIM)))
     action = jax.random.randint(keys[1], shape, 0, NUM_ACTIONS)
     order = jnp.broadcast_to(jnp.arange(NUM_AGENTS), shape)
-    reset = jnp.zeros(32, bool)
+    reset = jnp.zeros((1, 32), bool)
     old = policy.evaluate((), obs, action, order, reset)
     advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
     return Batch(obs, reset, (), action, order, old.log_prob, old.value, advantage, target)
 
 
-def rows_visited(key, size, ppo):
-    """How often each gradient step reads each row: [steps, rows], from the gradients it sees."""
+def rows_visited(key, size, ppo, length=None):
+    """How often each gradient step reads each row: [steps, rows], from the gradients it sees.
+
+    Rows are steps of a policy without memory, or sequences of `length` steps of one whose memory says which it is.
+    """
     num_steps = ppo.num_epochs * ppo.num_minibatches
 
     def record(gradients, state, params=None):
@@ -91,11 +98,11 @@ def rows_visited(key, size, ppo):
         return jax.tree.map(jnp.zeros_like, gradients), (step + 1, seen.at[step].set(visits))
 
     optimiser = optax.GradientTransformation(lambda policy: (jnp.array(0), jnp.zeros((num_steps, size))), record)
-    shape = (size, NUM_AGENTS)
+    shape = (length or 1, size, NUM_AGENTS)
     view = jnp.broadcast_to(jnp.arange(size)[:, None, None], (*shape, 1)).astype(float)
     zeros, ones = jnp.zeros(shape), jnp.ones(shape)
-    whole = jnp.zeros(shape, jnp.int32)
-    batch = Batch(observe(view), jnp.zeros(size, bool), (), whole, whole, zeros, zeros, zeros, target=ones)
+    whole, memory = jnp.zeros(shape, jnp.int32), () if length is None else jnp.arange(size)[None]
+    batch = Batch(observe(view), jnp.zeros(shape[:2], bool), memory, whole, whole, zeros, zeros, zeros, target=ones)
     policy = Table(jnp.zeros(size))
     _, (step, seen), _ = update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
     assert step == num_steps
@@ -103,32 +110,46 @@ def rows_visited(key, size, ppo):
     return np.round(seen).astype(int)
 
 
-def test_each_epoch_visits_each_row_once():
+@pytest.mark.parametrize("length", [None, 5])
+def test_each_epoch_visits_each_row_once(length):
+    """Steps, or sequences in one piece and with their own memory."""
     ppo = PPOConfig(num_epochs=3, num_minibatches=4)
-    visits = rows_visited(jax.random.key(0), 24, ppo)
+    visits = rows_visited(jax.random.key(0), 24, ppo, length)
     np.testing.assert_array_equal(visits.sum(axis=1), 24 / 4)
     epochs = visits.reshape(3, 4, 24)
     np.testing.assert_array_equal(epochs.sum(axis=1), 1)
     assert len({epoch.tobytes() for epoch in epochs}) == 3  # each in its own order
-    np.testing.assert_array_equal(rows_visited(jax.random.key(0), 24, ppo), visits)
-    assert (rows_visited(jax.random.key(1), 24, ppo) != visits).any()
+    np.testing.assert_array_equal(rows_visited(jax.random.key(0), 24, ppo, length), visits)
+    assert (rows_visited(jax.random.key(1), 24, ppo, length) != visits).any()
 
 
-def test_a_batch_has_one_row_per_environment_step():
-    """Row t B + b of every field is that of step t in environment b."""
-    length, num_envs = 3, 4
-    code = jnp.arange(length * num_envs).reshape(length, num_envs)
-    per_agent = jnp.broadcast_to(code[..., None], (length, num_envs, NUM_AGENTS))
-    numbers, odd = per_agent.astype(float), code % 2 == 1
+def test_sequences_must_be_dealt_evenly():
+    with pytest.raises(UserError) as refused:
+        rows_visited(jax.random.key(0), 6, PPOConfig(num_minibatches=4), length=8)
+    assert str(refused.value) == (
+        "a policy with memory learns from whole rollouts: ppo.num_minibatches must divide ppo.num_envs = 6, got 4"
+    )
+
+
+LENGTH, NUM_ENVS = 3, 4
+CODE = jnp.arange(LENGTH * NUM_ENVS).reshape(LENGTH, NUM_ENVS)  # t B + b
+
+
+def coded_batch(memory):
+    """The batch of a rollout in which every number tells its step and environment; of booleans, whether it is odd."""
+    per_agent = jnp.broadcast_to(CODE[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS))
+    numbers, odd = per_agent.astype(float), CODE % 2 == 1
     obs = Observation(
-        agents_view=jnp.broadcast_to(numbers[..., None], (length, num_envs, NUM_AGENTS, OBS_DIM)),
-        action_mask=jnp.broadcast_to(odd[..., None, None], (length, num_envs, NUM_AGENTS, NUM_ACTIONS)),
-        alive=jnp.broadcast_to(odd[..., None], (length, num_envs, NUM_AGENTS)),
+        agents_view=jnp.broadcast_to(numbers[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS, OBS_DIM)),
+        action_mask=jnp.broadcast_to(odd[..., None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS)),
+        alive=jnp.broadcast_to(odd[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS)),
+        grid=jnp.broadcast_to(CODE[..., None, None, None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, 2, 2, 1)),
+        state=numbers[..., :1],
     )
     transitions = Transition(
         observation=obs,
         reset=odd,
-        memory=code,
+        memory=memory,
         action=per_agent,
         log_prob=numbers + 0.1,
         value=numbers + 0.2,
@@ -139,21 +160,41 @@ def test_a_batch_has_one_row_per_environment_step():
         final_observation=obs,
         metrics={},
     )
-    batch = make_batch(transitions, Advantages(advantage=numbers + 0.3, target=numbers + 0.4))
-    rows = np.arange(length * num_envs)
+    return make_batch(transitions, Advantages(advantage=numbers + 0.3, target=numbers + 0.4))
+
+
+def assert_coded(batch, rows):
+    """That element [l, m] of every field is that of the step and environment `rows[l, m]` stands for."""
     expected = {
         **{"action": rows, "order": rows + 1},
         **{"log_prob": rows + 0.1, "value": rows + 0.2, "advantage": rows + 0.3, "target": rows + 0.4},
     }
+    assert batch.num_sequences == rows.shape[1]
     for name, values in expected.items():
         actual = getattr(batch, name)
-        assert actual.shape == (rows.size, NUM_AGENTS)
-        np.testing.assert_allclose(actual, np.broadcast_to(values[:, None], actual.shape), rtol=1e-6)
-    np.testing.assert_array_equal(batch.memory, rows)
+        assert actual.shape == (*rows.shape, NUM_AGENTS)
+        np.testing.assert_allclose(actual, np.broadcast_to(values[..., None], actual.shape), rtol=1e-6)
     np.testing.assert_array_equal(batch.reset, rows % 2 == 1)
-    np.testing.assert_array_equal(batch.observation.agents_view[:, 1, 2], rows)
-    np.testing.assert_array_equal(batch.observation.alive[:, 1], rows % 2 == 1)
-    np.testing.assert_array_equal(batch.observation.action_mask[:, 1, 3], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.agents_view[..., 1, 2], rows)
+    np.testing.assert_array_equal(batch.observation.alive[..., 1], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.action_mask[..., 1, 3], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.grid[..., 1, 1, 0, 0], rows)
+    np.testing.assert_array_equal(batch.observation.state[..., 0], rows)
+
+
+def test_without_memory_every_step_of_an_environment_is_a_sequence():
+    """Of length 1: number t B + b is step t in environment b."""
+    batch = coded_batch(memory=())
+    assert batch.memory == ()
+    assert_coded(batch, np.arange(LENGTH * NUM_ENVS)[None])
+
+
+def test_with_memory_every_environment_is_a_sequence():
+    """Of all its steps; what was remembered before the first of them is all the memory that is kept."""
+    batch = coded_batch(memory={"a": CODE, "b": jnp.stack([CODE, -CODE], axis=-1)})
+    assert_coded(batch, np.asarray(CODE))
+    np.testing.assert_array_equal(batch.memory["a"], CODE[:1])
+    np.testing.assert_array_equal(batch.memory["b"], np.stack([CODE, -CODE], axis=-1)[:1])
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
@@ -217,5 +258,5 @@ def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
     assert all(np.isfinite(leaf) and np.shape(leaf) == () for leaf in jax.tree.leaves(metrics))
     assert metrics.first_ratio_deviation <= 1e-6
     assert metrics.losses.ratio_deviation > 0.1
-    swapped = eqx.tree_at(lambda b: b.log_prob, batch, batch.log_prob[:, ::-1])
+    swapped = eqx.tree_at(lambda b: b.log_prob, batch, batch.log_prob[:, :, ::-1])
     assert run(swapped)[1].first_ratio_deviation > 0.1

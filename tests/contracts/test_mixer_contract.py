@@ -152,6 +152,7 @@ def test_every_leaf_is_an_array(family, role):
 def test_the_dead_change_nothing(family, role):
     """Outputs are those of the living alone, in value and in gradient, whatever the dead are made of."""
     y, _, *gradients = influence_of(family, role, LIVING, garbage=1e6)
+    assert np.all(np.isfinite(y))
     alone = parallel(make_mixer(family, role), *(v if v is None else v[:LIVING] for v in make_inputs(role, (N,))))
     close(y[:LIVING], alone)
     for gradient in gradients:
@@ -164,6 +165,33 @@ def test_the_dead_change_no_gradient(family, role):
     _, loud, *_ = influence_of(family, role, LIVING, garbage=1e6)
     for a, b in zip(jax.tree.leaves(quiet), jax.tree.leaves(loud), strict=True):
         close(b[:LIVING], a[:LIVING])
+
+
+@every_causal_mixer
+def test_the_dead_change_nothing_step_by_step(family, role):
+    """They come last, so the recurrent form need not know of them."""
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (N,))
+    loud = jax.tree.map(lambda v: v.at[LIVING:].multiply(1e6), inputs)
+    y = recurrent(mixer, *loud)
+    assert np.all(np.isfinite(y))
+    close(y[:LIVING], parallel(mixer, *(v if v is None else v[:LIVING] for v in inputs)))
+
+
+@every_mixer
+def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role):
+    """As trained, rounding included, in both forms; with half the parameters the outputs' scale is 1."""
+    mixer = jax.tree.map(lambda leaf: leaf / 2, make_mixer(family, role))
+    mixer, inputs = jax.tree.map(lambda v: v.astype(jnp.float32), (mixer, make_inputs(role, (N,))))
+    with jax.enable_x64(False):
+        loud = jax.tree.map(lambda v: v.at[LIVING:].multiply(1e6), inputs)
+        alone = jax.tree.map(lambda v: v[:LIVING], inputs)
+        expected = parallel(mixer, *alone)
+        assert expected.dtype == jnp.float32
+        assert 0.5 < np.max(np.abs(expected)) < 3
+        np.testing.assert_allclose(parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6)
+        if role != "encoder":
+            steps = recurrent(mixer, *loud)[:LIVING]
+            np.testing.assert_allclose(steps, recurrent(mixer, *alone), rtol=0, atol=1e-6)
 
 
 @every_mixer

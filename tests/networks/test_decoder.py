@@ -1,26 +1,45 @@
+"""The decoder step by step and teacher-forced, and what an agent reads of the action before its own."""
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mam.config import NetworkConfig
-from mam.networks.decoder import Decoder
+from mam.networks.decoder import ActionEmbedding, Decoder
 from mam.networks.mixers import MIXERS
+from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 B, N, A, E = 2, 4, 3, 8
+discrete_and_continuous = pytest.mark.parametrize("continuous", [False, True], ids=["discrete", "continuous"])
 
 
-def test_blocks_of_several_kinds_decode_as_they_were_taught():
-    """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
+def make(build, *args, continuous):
+    """With large random parameters."""
+    spec = EnvSpec("suite/task", N, obs_dim=1, num_actions=A, time_limit=None, continuous=continuous)
     rng = np.random.default_rng(0)
-    sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2)
+    empty = jax.eval_shape(lambda key: build(spec, *args, key=key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.4, leaf.shape), leaf.dtype), empty)
+
+
+def make_action(continuous):
+    rng = np.random.default_rng(1)
+    if continuous:
+        return jnp.asarray(rng.uniform(-1, 1, (B, N, A)), jnp.float32)
+    return jnp.asarray(rng.integers(A, size=(B, N)), jnp.int32)
+
+
+@discrete_and_continuous
+def test_blocks_of_several_kinds_decode_as_they_were_taught(continuous):
+    """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
     layout = [MIXERS["attention"], MIXERS["mamba"], MIXERS["attention"]]
-    empty = jax.eval_shape(lambda key: Decoder(A, layout, sizes, key=key), jax.random.key(0))
-    decoder = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.4, leaf.shape), leaf.dtype), empty)
-    action = jnp.asarray(rng.integers(A, size=(B, N)), jnp.int32)
-    obs_rep = jnp.asarray(rng.normal(size=(B, N, E)), jnp.float32)
+    sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2)
+    decoder = make(Decoder, layout, sizes, continuous=continuous)
+    action = make_action(continuous)
+    obs_rep = jnp.asarray(np.random.default_rng(2).normal(size=(B, N, E)), jnp.float32)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def teacher_forced(decoder):
@@ -28,15 +47,39 @@ def test_blocks_of_several_kinds_decode_as_they_were_taught():
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def autoregressive(decoder):
-        def step(state, inputs):
-            return decoder.step(state, *inputs)
+        def step(carry, inputs):
+            action, obs_rep = inputs
+            state, out = decoder.step(*carry, obs_rep)
+            return (state, decoder.embed.token(action)), out
 
-        start = jnp.full((B, 1), decoder.start_token, jnp.int32)
-        previous = jnp.concatenate([start, action[:, :-1]], axis=1)
-        xs = (jnp.swapaxes(previous, 0, 1), jnp.swapaxes(obs_rep, 0, 1))
-        _, logits = jax.lax.scan(step, decoder.init_state(N, (B,)), xs)
-        return jnp.swapaxes(logits, 0, 1)
+        start = (decoder.init_state(N, (B,)), decoder.embed.start((B,)))
+        _, out = jax.lax.scan(step, start, (jnp.swapaxes(action, 0, 1), jnp.swapaxes(obs_rep, 0, 1)))
+        return jnp.swapaxes(out, 0, 1)
 
     expected = teacher_forced(decoder)
     np.testing.assert_allclose(autoregressive(decoder), expected, rtol=1e-5, atol=1e-5)
     assert np.std(expected) > 0.1
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def read(embed, action):
+    return embed(embed.previous(action))
+
+
+@discrete_and_continuous
+def test_an_agent_reads_the_action_before_its_own(continuous):
+    """As one dense layer would: one-hot or the components, and a feature that only the start token has."""
+    embed, action = make(ActionEmbedding, E, continuous=continuous), make_action(continuous)
+    before = np.zeros((B, N, A + 1))
+    before[:, 0, A] = 1.0
+    before[:, 1:, :A] = (action if continuous else np.eye(A)[action])[:, :-1]
+    hidden = np.asarray(jax.nn.gelu(before @ np.asarray(embed.table, np.float64)))
+    centred = hidden - hidden.mean(axis=-1, keepdims=True)
+    normal = centred / np.sqrt(hidden.var(axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(read(embed, action), normal * embed.norm.scale + embed.norm.offset, rtol=1e-4, atol=1e-4)
+
+
+@discrete_and_continuous
+def test_one_agent_reads_the_start_token_alone(continuous):
+    embed, action = make(ActionEmbedding, E, continuous=continuous), make_action(continuous)[:, :1]
+    np.testing.assert_array_equal(embed.previous(action)[:, 0], embed.start((B,)))

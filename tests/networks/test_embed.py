@@ -1,0 +1,168 @@
+"""What an agent sees becomes a vector: features against NumPy, pictures against loops, and the dead, read as zeros."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mam.networks.embed import Conv, ObservationEmbedding, PictureNet
+from mam.types import EnvSpec, Observation
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+B, N, E, OBS_DIM = 2, 4, 8, 5
+ALIVE = np.array([[True, False, True, False], [False, True, True, True]])
+call = jax.jit(lambda layer, x: layer(x), compiler_options=QUICK)
+kinds_of_view = pytest.mark.parametrize(
+    ("obs_dim", "grid_shape"), [(OBS_DIM, None), (OBS_DIM, (5, 6, 2)), (0, (5, 6, 2))], ids=["features", "both", "grid"]
+)
+
+
+def randomise(build, *args):
+    """The layer with random parameters, none of them zero."""
+    empty = jax.eval_shape(lambda key: build(*args, key=key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.5, leaf.shape), leaf.dtype), empty)
+
+
+@functools.cache
+def make_embedding(obs_dim, grid_shape):
+    spec = EnvSpec("suite/task", N, obs_dim, num_actions=3, time_limit=None, grid_shape=grid_shape)
+    return randomise(ObservationEmbedding, spec, E)
+
+
+def make_observation(obs_dim, grid_shape, batch=(B,)):
+    rng = np.random.default_rng(1)
+    shape = (*batch, N)
+    return Observation(
+        agents_view=rng.normal(size=(*shape, obs_dim)).astype(np.float32),
+        action_mask=np.ones((*shape, 3), bool),
+        alive=np.broadcast_to(ALIVE, shape),
+        grid=None if grid_shape is None else rng.normal(size=(*shape, *grid_shape)).astype(np.float32),
+    )
+
+
+def test_features_follow_the_formula():
+    """LN(GELU(Dense(LN(features)))), for each agent by itself."""
+    embed, obs = make_embedding(OBS_DIM, None), make_observation(OBS_DIM, None)
+
+    def norm(layer, x):
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * layer.scale + layer.offset
+
+    x = norm(embed.obs_norm, np.where(ALIVE[..., None], obs.agents_view, 0.0))
+    x = norm(embed.norm, np.asarray(jax.nn.gelu(x @ embed.dense.weight + embed.dense.bias)))
+    np.testing.assert_allclose(call(embed, obs), x, rtol=1e-4, atol=1e-5)
+
+
+@kinds_of_view
+@pytest.mark.parametrize("garbage", [1e30, np.nan, np.inf])
+def test_what_dead_agents_see_goes_nowhere(obs_dim, grid_shape, garbage):
+    """Neither into a value, the dead agents' own included, nor into a gradient."""
+    embed, clean = make_embedding(obs_dim, grid_shape), make_observation(obs_dim, grid_shape)
+    dirty = eqx.tree_at(
+        lambda obs: (obs.agents_view, obs.grid),
+        clean,
+        (
+            np.where(ALIVE[..., None], clean.agents_view, np.float32(garbage)),
+            None if clean.grid is None else np.where(ALIVE[..., None, None, None], clean.grid, np.float32(garbage)),
+        ),
+        is_leaf=lambda x: x is None,
+    )
+    expected, actual = value_and_gradient(embed, clean), value_and_gradient(embed, dirty)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def value_and_gradient(embed, obs):
+    """The embedding, and the gradient of a random projection of it, dead agents' rows included."""
+    projection = np.random.default_rng(2).normal(size=(B, N, E))
+
+    def project(embed):
+        x = embed(obs)
+        return jnp.sum(projection * x), x
+
+    return jax.grad(project, has_aux=True)(embed)
+
+
+@kinds_of_view
+def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
+    """Leading axes are free, and each row of the result depends on its own row alone."""
+    embed, obs = make_embedding(obs_dim, grid_shape), make_observation(obs_dim, grid_shape, batch=(3, B))
+    together = call(embed, obs)
+    assert together.shape == (3, B, N, E)
+    one = jax.tree.map(lambda x: x[1], obs)
+    np.testing.assert_allclose(call(embed, one), together[1], rtol=1e-5, atol=1e-5)
+    for part in ["agents_view"] * bool(obs_dim) + ["grid"] * bool(grid_shape):
+        changed = getattr(one, part).copy()
+        changed[1, 2] *= -1.0
+        other = call(embed, eqx.tree_at(lambda obs, part=part: getattr(obs, part), one, changed))
+        differs = np.any(np.abs(other - together[1]) > 1e-3, axis=-1)
+        np.testing.assert_array_equal(differs, (np.arange(B * N) == N + 2).reshape(B, N))
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_layers", "features"),
+    [
+        ((1, 1, 1), 2, 32),
+        ((8, 8, 3), 2, 4 * 4 * 32),
+        ((9, 4, 2), 2, 5 * 2 * 32),
+        ((17, 9, 1), 3, 5 * 3 * 32),
+        ((40, 64, 4), 4, 5 * 8 * 32),
+    ],
+)
+def test_pictures_are_halved_until_they_are_small(shape, num_layers, features):
+    net = randomise(PictureNet, shape)
+    assert len(net.layers) == num_layers
+    grid = jax.ShapeDtypeStruct((2, 3, *shape), jnp.uint8)
+    assert jax.eval_shape(net, grid).shape == (2, 3, features)
+
+
+def test_pictures_of_any_type_and_scale_look_the_same():
+    """Booleans, bytes, integers and floats; brighter and with more contrast."""
+    net = randomise(PictureNet, (6, 7, 2))
+    picture = np.random.default_rng(3).integers(0, 2, (3, 6, 7, 2))
+    expected = call(net, picture.astype(np.float32))
+    assert np.std(expected) > 0.1
+    for dtype in (bool, np.uint8, np.int32, np.int8):
+        np.testing.assert_array_equal(call(net, picture.astype(dtype)), expected)
+    np.testing.assert_allclose(call(net, (200 * picture + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_pictures_of_bytes_and_booleans_are_embedded():
+    """As they are without a conversion by anyone else; rows of the dead are read as zeros there too."""
+    embed, obs = make_embedding(0, (5, 6, 2)), make_observation(0, (5, 6, 2))
+    picture = obs.grid > 0
+    with_picture = lambda dtype: eqx.tree_at(lambda obs: obs.grid, obs, picture.astype(dtype))  # noqa: E731
+    expected = call(embed, with_picture(np.float32))
+    for dtype in (bool, np.uint8, np.int32):
+        np.testing.assert_array_equal(call(embed, with_picture(dtype)), expected)
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_a_blank_picture_is_no_accident(value):
+    net = randomise(PictureNet, (4, 4, 1))
+    grid = np.full((1, 4, 4, 1), value, np.float32)
+    out, gradient = jax.jit(jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)), compiler_options=QUICK)(net, grid)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((out, gradient)))
+
+
+@pytest.mark.parametrize(("stride", "rows", "columns"), [(1, 4, 5), (2, 4, 5), (2, 1, 2)])
+def test_a_convolution_is_a_sum_over_neighbours(stride, rows, columns):
+    """Zeros around the picture; with stride 2 and an even number of rows the first row is a centre's upper neighbour.
+
+    That is how SAME padding deals an odd number of zeros: the extra one comes last.
+    """
+    conv = randomise(lambda key: Conv(2, 3, stride, key=key))
+    x = np.random.default_rng(4).normal(size=(2, rows, columns, 2)).astype(np.float32)
+    out_shape = tuple(-(-size // stride) for size in (rows, columns))
+    before = [max((out - 1) * stride + 3 - size, 0) // 2 for out, size in zip(out_shape, (rows, columns), strict=True)]
+    padded = np.pad(x, [(0, 0), *((low, 3) for low in before), (0, 0)])
+    expected = np.zeros((2, *out_shape, 3))
+    for i, j in np.ndindex(*out_shape):
+        window = padded[:, stride * i : stride * i + 3, stride * j : stride * j + 3]
+        expected[:, i, j] = np.einsum("byxi,yxio->bo", window, conv.weight) + conv.bias
+    np.testing.assert_allclose(call(conv, x), expected, rtol=1e-4, atol=1e-5)

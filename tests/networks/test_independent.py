@@ -1,0 +1,194 @@
+"""Who knows what in the independent policies: of themselves, of the others, of the state, and of the steps before."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from mam.config import NetworkConfig
+from mam.networks.independent import GRU, IndependentPolicy
+from mam.networks.policy import make_policy
+from mam.types import EnvSpec, Observation
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+T, B, N, E = 6, 2, 3, 4
+OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
+RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
+thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def randomise(build, seed=0):
+    """What `build` makes of a key, with large random parameters."""
+    rng = np.random.default_rng(seed)
+    empty = jax.eval_shape(build, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty)
+
+
+GRU_LAYER = randomise(lambda key: GRU(E, key=key))
+HIDDEN = np.random.default_rng(1).normal(size=(B, N, E)).astype(np.float32)
+X = np.random.default_rng(2).normal(size=(T, B, N, E)).astype(np.float32)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def unroll(gru, hidden, x, reset):
+    return gru.unroll(hidden, x, reset)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def step_by_step(gru, hidden, x, reset):
+    return jax.lax.scan(lambda hidden, inputs: gru.step(hidden, *inputs), hidden, (x, reset))[1]
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def influence(gru, hidden, x, reset):
+    """Which output depends on the hidden state before all of them (first column) and on which input: [T, 1 + T, B]."""
+    y, pull_back = jax.vjp(lambda hidden, x: gru.unroll(hidden, x, reset), hidden, x)
+    hidden_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
+    return jnp.any(jnp.concatenate([hidden_gradient[:, None], x_gradient], axis=1) != 0.0, axis=(-2, -1))
+
+
+def test_the_gru_is_that_of_equinox():
+    cell = eqx.nn.GRUCell(E, E, key=jax.random.key(0))
+    weights = (GRU_LAYER.inputs.weight.T, GRU_LAYER.hidden.weight.T, GRU_LAYER.inputs.bias, GRU_LAYER.new_bias)
+    cell = eqx.tree_at(lambda c: (c.weight_ih, c.weight_hh, c.bias, c.bias_n), cell, weights)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def reference(cell, hidden, x):
+        each = jax.vmap(jax.vmap(cell))
+        return jax.lax.scan(lambda h, x: (each(x, h),) * 2, hidden, x)[1]
+
+    actual = unroll(GRU_LAYER, HIDDEN, X, np.zeros((T, B), bool))
+    np.testing.assert_allclose(actual, reference(cell, HIDDEN, X), rtol=1e-5, atol=1e-6)
+    assert np.std(actual) > 0.3
+
+
+@thorough
+@given(RESETS)
+def test_unrolling_is_stepping(reset):
+    actual = unroll(GRU_LAYER, HIDDEN, X, reset)
+    np.testing.assert_allclose(actual, step_by_step(GRU_LAYER, HIDDEN, X, reset), rtol=1e-5, atol=1e-6)
+
+
+@thorough
+@given(RESETS)
+def test_memory_is_that_of_the_episode_exactly(reset):
+    """Defect 9: not a step further and not a step less, wherever episodes start."""
+    episode = np.cumsum(reset, axis=0)  # 0 is the one that began before the first step
+    began = np.concatenate([np.zeros((1, B), int), episode])
+    expected = (episode[:, None] == began[None]) & np.tri(T, 1 + T, 1, dtype=bool)[..., None]
+    np.testing.assert_array_equal(influence(GRU_LAYER, HIDDEN, X, reset), expected)
+
+
+def test_an_episode_starts_from_zero():
+    """Whatever was in the memory, NaN included."""
+    reset = np.zeros((T, B), bool)
+    reset[0] = True
+    expected = unroll(GRU_LAYER, np.zeros_like(HIDDEN), X, np.zeros((T, B), bool))
+    np.testing.assert_array_equal(unroll(GRU_LAYER, np.full_like(HIDDEN, np.nan), X, reset), expected)
+    np.testing.assert_array_equal(GRU_LAYER.init((B, N)), np.zeros((B, N, E)))
+
+
+# Two environments of three agents for four steps: agent 2 of the first is never alive, agent 0 of the second dies.
+STEPS = 4
+ALIVE = np.ones((STEPS, 2, N), bool)
+ALIVE[:, 0, 2] = ALIVE[2:, 1, 0] = False
+RESET = np.array([[False, False], [False, True], [True, False], [False, False]])
+
+
+@functools.cache
+def make(name, state_dim):
+    spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None, state_dim=state_dim)
+    return randomise(lambda key: make_policy(name, spec, NetworkConfig(d_model=8), key=key))
+
+
+def make_observation(state_dim, garbage=0.0):
+    """`garbage` stands where dead agents see."""
+    rng = np.random.default_rng(5)
+    view = np.where(ALIVE[..., None], rng.normal(size=(*ALIVE.shape, OBS_DIM)), garbage).astype(np.float32)
+    state = rng.normal(size=(*ALIVE.shape[:2], state_dim)).astype(np.float32) if state_dim else None
+    return Observation(view, np.ones((*ALIVE.shape, NUM_ACTIONS), bool), ALIVE, state=state)
+
+
+def run(policy, obs):
+    """Log-probabilities and values of fixed actions, from a memory that is not blank: each [steps, B, N]."""
+    memory = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory((2,)))
+    action = jnp.asarray(np.random.default_rng(6).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32)
+    order = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), ALIVE.shape)
+    evaluation = policy.evaluate(memory, obs, action, order, jnp.asarray(RESET))
+    return evaluation.log_prob, evaluation.value
+
+
+results = jax.jit(run, compiler_options=QUICK)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def dependence(policy, obs):
+    """Which log-probability and value depends on whose view, and on the state: [steps, B, N, steps, B(, N)]."""
+
+    def depends(jacobian):
+        return jnp.any(jacobian != 0.0, axis=-1)
+
+    def parts(obs):
+        return obs.agents_view, obs.state
+
+    def outputs(view, state):
+        return run(policy, eqx.tree_at(parts, obs, (view, state), is_leaf=lambda x: x is None))
+
+    return jax.tree.map(depends, jax.jacrev(outputs, argnums=(0, 1))(*parts(obs)))
+
+
+@pytest.mark.parametrize("state_dim", [None, STATE_DIM])
+@pytest.mark.parametrize("name", ["ippo", "mappo", "rec_ippo", "rec_mappo"])
+def test_who_knows_what(name, state_dim):
+    """Actors know what they saw themselves; critics of mappo the state besides, or what all the living saw."""
+    policy = make(name, state_dim)
+    assert isinstance(policy, IndependentPolicy)
+    log_prob, value = dependence(policy, make_observation(state_dim))
+    # The steps that are remembered: [t, s, b], s no later than t and of the same episode.
+    episode = np.cumsum(RESET, axis=0)
+    reach = (episode[:, None] == episode[None]) & np.tri(STEPS, dtype=bool)[..., None]
+    reach &= name.startswith("rec") | np.eye(STEPS, dtype=bool)[..., None]
+    same_env, same_agent = np.eye(2, dtype=bool), np.eye(N, dtype=bool)
+    seen = np.einsum("tsb,bc,scj->tbscj", reach, same_env, ALIVE)  # the dead see nothing
+    own = np.einsum("tbscj,ij->tbiscj", seen, same_agent)
+    everyone = np.broadcast_to(seen[:, :, None], own.shape)
+    np.testing.assert_array_equal(log_prob[0], own)
+    np.testing.assert_array_equal(value[0], everyone if name.endswith("mappo") and not state_dim else own)
+    if state_dim:
+        assert not np.any(log_prob[1])
+        state = np.einsum("tsb,bc->tbsc", reach, same_env)[:, :, None]
+        np.testing.assert_array_equal(value[1], np.broadcast_to(state & name.endswith("mappo"), value[1].shape))
+
+
+def test_without_a_state_the_critic_sees_what_all_the_living_see():
+    """x_i = LN(GELU(e_i + W (e_1, …, e_N) + b)), with zeros in the places of the dead."""
+    view, obs = make("mappo", None).critic.view, make_observation(None)
+    own = np.asarray(view.embed(obs))
+    side_by_side = np.where(ALIVE[..., None], own, 0.0).reshape(STEPS, 2, -1)
+    joint = side_by_side @ np.asarray(view.joint.weight) + view.joint.bias
+    expected = view.norm(jax.nn.gelu(own + joint[:, :, None]))
+    np.testing.assert_allclose(view(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [1e9, np.nan])
+@pytest.mark.parametrize(("name", "state_dim"), [("ippo", None), ("rec_mappo", None), ("rec_mappo", STATE_DIM)])
+def test_what_dead_agents_see_reaches_nobody(name, state_dim, garbage):
+    clean, dirty = (results(make(name, state_dim), make_observation(state_dim, value)) for value in (0.0, garbage))
+    assert np.all(np.isfinite(clean))
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+
+
+@pytest.mark.parametrize("name", ["ippo", "rec_ippo"])
+def test_all_agents_have_the_same_weights(name):
+    """Agents that change places take their values with them."""
+    obs, places = make_observation(None), [2, 0, 1]
+    moved = eqx.tree_at(lambda o: (o.agents_view, o.alive), obs, (obs.agents_view[:, :, places], ALIVE[:, :, places]))
+    (_, value), (_, moved_value) = (results(make(name, None), o) for o in (obs, moved))
+    np.testing.assert_allclose(moved_value, value[:, :, jnp.array(places)], rtol=1e-5, atol=1e-6)
+    assert np.std(value) > 0.01
