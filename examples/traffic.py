@@ -1,7 +1,7 @@
 """Your own environment: a row of traffic lights that must let through what their neighbours send them.
 
-    mam check-env examples.traffic:make_env
-    mam train --env examples.traffic:make_env --total-timesteps 300000
+mam check-env examples.traffic:make_env
+mam train --env examples.traffic:make_env --total-timesteps 300000
 """
 
 from dataclasses import dataclass
