@@ -373,7 +373,7 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     np.testing.assert_allclose(advantages.target, expected + value, atol=1e-5)
     if not team_reward:
         np.testing.assert_allclose(advantages.target[dies], t.reward[dies], atol=1e-5)
-        np.testing.assert_array_equal(advantages.target[~alive], 0)
+        np.testing.assert_array_equal(advantages.target[~alive & ~still_alive], 0)
 
 
 def test_explained_variance_is_over_the_living():

@@ -179,15 +179,15 @@ def test_the_dead_change_nothing_step_by_step(family, role):
 
 @every_mixer
 def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role):
-    """As trained, rounding included, in both forms; with half the parameters the outputs' scale is 1."""
-    mixer = jax.tree.map(lambda leaf: leaf / 2, make_mixer(family, role))
+    """As trained, rounding included, in both forms; with smaller parameters the outputs' scale is about 1."""
+    mixer = jax.tree.map(lambda leaf: 0.7 * leaf, make_mixer(family, role))
     mixer, inputs = jax.tree.map(lambda v: v.astype(jnp.float32), (mixer, make_inputs(role, (N,))))
     with jax.enable_x64(False):
         loud = jax.tree.map(lambda v: v.at[LIVING:].multiply(1e6), inputs)
         alone = jax.tree.map(lambda v: v[:LIVING], inputs)
         expected = parallel(mixer, *alone)
         assert expected.dtype == jnp.float32
-        assert 0.5 < np.max(np.abs(expected)) < 3
+        assert 0.5 < np.std(expected) < 2
         np.testing.assert_allclose(parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6)
         if role != "encoder":
             steps = recurrent(mixer, *loud)[:LIVING]

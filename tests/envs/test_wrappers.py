@@ -67,6 +67,7 @@ def test_sinusoids_tell_ten_thousand_agents_apart():
     assert (ids.shape, ids.dtype) == ((10_000, 16), np.float32)
     assert len(np.unique(ids, axis=0)) == 10_000
     assert np.abs(ids).max() <= 1
+    np.testing.assert_allclose([ids[1, 0], ids[9_999, 7]], 1, rtol=1e-6)  # a quarter of 4, and of 40,000 agents
     for num_agents in (1, 2, 37):
         np.testing.assert_array_equal(agent_ids(num_agents, "sinusoid"), ids[:num_agents])
     # Neighbours differ by far more than rounding: by a quarter turn of the fastest pair.

@@ -194,10 +194,10 @@ class IndependentPolicy(eqx.Module):
         greedy: bool = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses all agents' actions at once; see `mam.types.Policy`."""
-        num_agents, num_actions = mask_shape = obs.action_mask.shape[-2:]
+        num_agents, num_actions = obs.action_mask.shape[-2:]
         actor_memory, out = self.actor.step(memory.actor, obs, reset)
         critic_memory, value = self.critic.step(memory.critic, obs, reset)
-        noise = jnp.zeros(mask_shape) if greedy else agent_noise(self.kind, key, num_agents, num_actions)
+        noise = jnp.zeros(out.shape) if greedy else agent_noise(self.kind, key, num_agents, num_actions)
         action = self.kind.choose(out, obs.action_mask, noise)
         return ActorCriticMemory(actor=actor_memory, critic=critic_memory), PolicyOutput(
             action=action,
