@@ -289,7 +289,7 @@ def test_two_updates(host, policy):
     assert np.mean(jax.tree.leaves(changed)) > 0.9
     state, values = trainer.evaluate_step(state)
     assert values["episode_return"].shape == (NUM_SEEDS, 3)
-    np.testing.assert_allclose(state.best_return, values["episode_return"].mean(axis=1))
+    np.testing.assert_allclose(state.best_return, values["episode_return"].mean(axis=1), rtol=1e-6)
     assert trainer.absolute_metric(state)["episode_return"].shape == (NUM_SEEDS, 5)
     # The environments in which it learned were reset once.
     played, learned = host.made
