@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import itertools
 import re
 import typing
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
         text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
         if text.startswith("Required options"):
             name = dataclasses.fields(kind)[0].name
-            what = {"run": "the folder of a run", "env": "the name of an environment"}[name]
+            what = {"run": "the folder of a run", "env": "the name of an environment", "what": "what to time"}[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
 
@@ -50,7 +51,7 @@ def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
     """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type."""
     flags = _flags(kind)
     for index, arg in enumerate(args):
-        if not re.match(r"--?[a-zA-Z]", arg) or arg in ("-h", "--help"):
+        if not _is_flag(arg) or arg in ("-h", "--help"):
             continue
         name, equals, value = arg.partition("=")
         key = name.replace("_", "-")
@@ -63,7 +64,16 @@ def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
             if index + 1 == len(args) or args[index + 1].startswith("--"):
                 raise UserError(f"{name} needs a value (see `{see}`)")
             value = args[index + 1]
-        _check_value(name, value, expected)
+        if typing.get_origin(expected) is tuple:
+            values = [value] if equals else itertools.takewhile(lambda arg: not _is_flag(arg), args[index + 1 :])
+            for item in values:
+                _check_value(name, item, typing.get_args(expected)[0])
+        else:
+            _check_value(name, value, expected)
+
+
+def _is_flag(arg: str) -> bool:
+    return re.match(r"--?[a-zA-Z]", arg) is not None
 
 
 def _check_value(name: str, value: str, expected: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command: `mam train | evaluate | play | list | check-env`."""
+"""The command: `mam train | evaluate | play | list | check-env | bench`."""
 
 import contextlib
 import os
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from mam.arguments import parse, value_of
+from mam.bench import Bench
 from mam.config import Config
 from mam.errors import UserError, unknown_name
 from mam.presets import PRESETS, preset, preset_for
@@ -140,7 +141,7 @@ def _train(args: Train) -> None:
         folder, trainer = runs.resume(args.resume, config)
     else:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.policy / stamp)
+        folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
     print(_plan(config, trainer, folder.path))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
@@ -160,7 +161,7 @@ def _plan(config: Config, trainer: Any, path: Path) -> str:
     device = jax.devices()[0]
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""
     return (
-        f"{config.policy} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
+        f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
         f"{device.platform} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
         f"in {config.num_updates} updates · results in {path}"
     )
@@ -172,7 +173,7 @@ def _print_results(config: Config, folder: Any) -> None:
     from mam.report import summary_table
     from mam.run import seeds_of
 
-    title = f"{config.policy} on {config.env}"
+    title = f"{config.algorithm} on {config.env}"
     Console(highlight=False).print(summary_table(folder.records(), seeds=seeds_of(config), title=title))
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
     print(f"in {folder.path}: {', '.join(name for name in names if (folder.path / name).exists())}")
@@ -196,7 +197,7 @@ def _evaluate(args: Evaluate) -> None:
     finally:
         trainer.close()
     mode = "greedy" if args.greedy else "sampled"
-    table = Table(title=f"{config.policy} on {config.env}: {args.episodes} episodes, {mode} actions")
+    table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
         table.add_column(name, justify="right")
     for index, seed in enumerate(seeds):
@@ -337,12 +338,21 @@ def _check_env(args: CheckEnv) -> int:
     return 0 if report.passed else 1
 
 
+def _bench(args: Bench) -> None:
+    from mam import runtime
+    from mam.bench import run_bench
+
+    runtime.configure(keep_programs=False)  # how long compiling takes is one of the results
+    run_bench(args)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, _train),
     "evaluate": (Evaluate, _evaluate),
     "play": (Play, _play),
     "list": (List, _list),
     "check-env": (CheckEnv, _check_env),
+    "bench": (Bench, _bench),
 }
 
 

@@ -12,6 +12,26 @@ from mam.errors import UserError, unknown_name
 
 T = TypeVar("T")
 
+LAYOUT_LETTERS = "AM2"  # of the mixers, see mam.networks.mixers
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The encoder's blocks."""
+
+    layout: str | None = None
+    """A letter per block: A attention, M Mamba, 2 Mamba-2, such as MA; num_blocks times the policy's own if None."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's blocks."""
+
+    layout: str | None = None
+    """A letter per block, as the encoder's; both mixers of the block are of this kind."""
+    cross: str | None = None
+    """A letter per block for the mixer that reads the observations; as layout if None."""
+
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -24,13 +44,23 @@ class NetworkConfig:
     num_heads: int = 1
     """Attention heads (mat)."""
     d_state: int = 16
-    """State size per inner channel (mam)."""
+    """State size per inner channel (mam, mam2)."""
     d_conv: int = 4
-    """Width of the convolution along the agents (mam)."""
+    """Width of the convolution along the agents (mam, mam2)."""
     expand: int = 2
-    """Inner width of a Mamba block, as a multiple of d_model (mam)."""
+    """Inner width of a Mamba block, as a multiple of d_model (mam, mam2)."""
     dt_rank: int | None = None
     """Rank of the step-size projection (mam); d_model / 16, rounded up, if None."""
+    head_dim: int = 64
+    """Inner channels that share a decay (mam2); all of them if there are fewer."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory for more time, for very many agents."""
+    scan: Literal["auto", "sequential", "associative", "pairwise", "pallas"] = "auto"
+    """How mam's scan is computed: auto takes what is fastest; associative is the published form."""
 
     @property
     def d_inner(self) -> int:
@@ -41,6 +71,11 @@ class NetworkConfig:
     def resolved_dt_rank(self) -> int:
         """The rank in force."""
         return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+    @property
+    def num_ssm_heads(self) -> int:
+        """Heads of a Mamba-2 block."""
+        return self.d_inner // min(self.head_dim, self.d_inner)
 
 
 @dataclass(frozen=True)
@@ -90,7 +125,7 @@ class Config:
     """One training run: everything that decides its numbers."""
 
     policy: str = "mam"
-    """Policy: mam, mat, mappo, ippo, rec_mappo or rec_ippo; `mam list` explains them."""
+    """Policy: mam, mam2, mat, mappo, ippo, rec_mappo or rec_ippo; `mam list` explains them."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
     """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory; see `mam list`."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
@@ -103,12 +138,25 @@ class Config:
     """Independent seeds trained side by side in one program."""
     total_timesteps: int = 1_000_000
     """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
+    decode: Literal["sequential", "fixed_point"] = "sequential"
+    """How agents' actions are computed: one after another, or all at once until nothing changes; the same actions."""
+    decode_window: int | None = None
+    """Agents in one fixed point; all of them if None."""
+    decode_max_passes: int | None = None
+    """Passes over a window before its agents decide one after another; no limit if None."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self):
         _validate(self)
+
+    @property
+    def algorithm(self) -> str:
+        """The policy's name in tables and files, with its layout if that is not the policy's own."""
+        encoder, decoder = self.network.encoder.layout, self.network.decoder
+        parts = (("enc", encoder), ("dec", decoder.layout), ("cross", decoder.cross))
+        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout)])
 
     @property
     def steps_per_update(self) -> int:
@@ -128,7 +176,7 @@ class Config:
 
 _POSITIVE = (
     ("total_timesteps", "num_seeds"),
-    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
+    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand", "head_dim"),
     ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
     ("num_evaluations", "num_episodes", "num_absolute_episodes"),
 )
@@ -142,11 +190,23 @@ def _validate(config: Config) -> None:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
-    encodings = typing.get_args(Config.__annotations__["agent_id"])
-    if config.agent_id not in encodings:
-        raise UserError(f"agent_id must be one of {', '.join(encodings)}, got {config.agent_id!r}")
-    if config.num_workers is not None and config.num_workers < 1:
-        raise UserError(f"num_workers must be positive, got {config.num_workers}")
+    for prefix, group in groups[:2]:
+        for name, annotation in type(group).__annotations__.items():
+            allowed = typing.get_args(annotation)
+            if typing.get_origin(annotation) is Literal and getattr(group, name) not in allowed:
+                raise UserError(f"{prefix}{name} must be one of {', '.join(allowed)}, got {getattr(group, name)!r}")
+    for name in ("num_workers", "decode_window", "decode_max_passes"):
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"{name} must be positive, got {value}")
+    if config.decode == "sequential" and (config.decode_window or config.decode_max_passes):
+        raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
+    layouts = {"encoder.layout": network.encoder.layout, "decoder.layout": network.decoder.layout}
+    for name, layout in (layouts | {"decoder.cross": network.decoder.cross}).items():
+        if layout is not None and (not layout or set(layout) - set(LAYOUT_LETTERS)):
+            raise UserError(
+                f"network.{name} must be letters of {', '.join(LAYOUT_LETTERS)} "
+                f"(attention, Mamba, Mamba-2), one per block, got {layout!r}"
+            )
     if config.seed < 0:
         raise UserError(f"seed must not be negative, got {config.seed}")
     for name in ("gamma", "gae_lambda"):
@@ -162,6 +222,8 @@ def _validate(config: Config) -> None:
         )
     if network.d_model % network.num_heads:
         raise UserError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
+    if network.d_inner % min(network.head_dim, network.d_inner):
+        raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
 

@@ -76,6 +76,7 @@ def host_rollout(
                 truncated=timestep.truncated,
                 final_observation=timestep.final_observation,
                 metrics=timestep.metrics,
+                policy_metrics=output.metrics,
             )
         )
         actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=memory)

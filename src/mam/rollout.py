@@ -68,6 +68,7 @@ def rollout(
             truncated=timestep.truncated,
             final_observation=timestep.final_observation,
             metrics=timestep.metrics,
+            policy_metrics=output.metrics,
         )
         actors = Actors(env_state=env_state, observation=timestep.observation, reset=timestep.ended, memory=memory)
         return actors, transition

@@ -210,9 +210,9 @@ def _write_results(config: Config, folder: RunFolder) -> None:
     suite, slash, task = config.env.partition("/")
     if not slash:  # package.module:factory
         suite, task = "own", config.env
-    write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.policy, seeds=seeds)
+    write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds)
     if any(record.kind == "evaluation" for record in records):
-        plot_learning_curve(folder.learning_curve, records, title=f"{config.policy} on {config.env}", seeds=seeds)
+        plot_learning_curve(folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds)
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import platform
 from pathlib import Path
 
 
-def configure() -> None:
+def configure(*, keep_programs: bool = True) -> None:
     """Turns on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import."""
-    if os.environ.get("MAM_COMPILATION_CACHE") != "0":
+    if keep_programs and os.environ.get("MAM_COMPILATION_CACHE") != "0":
         enable_compilation_cache()
     if platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()

@@ -20,6 +20,7 @@ from mam.config import Config
 from mam.envs.registry import lives_on_host, make_batched, make_host
 from mam.evaluate import evaluate
 from mam.host import blank_actors, host_evaluate, host_rollout, make_act, seed_of, start_actors
+from mam.networks.decode import Decoding
 from mam.networks.policy import make_policy
 from mam.rollout import Actors, init_actors, rollout
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
@@ -89,8 +90,9 @@ class Learner:
 
     def init(self, seed: Int[Array, ""], start: Callable[[Policy, Key[Array, ""]], Actors]) -> TrainState:
         """A fresh state; `start` puts the actors in their places."""
-        policy_key, env_key, key = jax.random.split(jax.random.key(seed), 3)
-        policy = make_policy(self.config.policy, self.spec, self.config.network, key=policy_key)
+        config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
+        decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
+        policy = make_policy(config.policy, self.spec, config.network, decoding, key=policy_key)
         return TrainState(
             policy=policy,
             opt_state=self.optimiser.init(cast(Any, policy)),
@@ -116,6 +118,7 @@ class Learner:
         values = {
             **_update_values(metrics),
             **_episode_values(transitions),
+            **{name: value.mean() for name, value in transitions.policy_metrics.items()},
             "explained_variance": _explained_variance(transitions.value, advantages.target, alive),
         }
         state = eqx.tree_at(

@@ -144,6 +144,7 @@ class PolicyOutput(eqx.Module):
     log_prob: Float[Array, "*batch N"]  # of each agent's action given the earlier agents' actions
     value: Float[Array, "*batch N"]
     order: Int[Array, "*batch N"]  # order[k] = the agent that decided k-th
+    metrics: dict[str, Float[Array, "*batch"]] = eqx.field(default_factory=dict)  # of acting; the same names always
 
 
 class Evaluation(eqx.Module):
@@ -216,4 +217,5 @@ class Transition(eqx.Module):
     terminated: Bool[Array, "*batch"]
     truncated: Bool[Array, "*batch"]
     final_observation: Observation
-    metrics: dict[str, Float[Array, "*batch"]]
+    metrics: dict[str, Float[Array, "*batch"]]  # the environment's
+    policy_metrics: dict[str, Float[Array, "*batch"]] = eqx.field(default_factory=dict)

@@ -32,6 +32,10 @@ class ActionKind(Protocol):
         """An action: [*batch] or, if continuous, [*batch, A]."""
         ...
 
+    def same(self, one: AgentAction, other: AgentAction) -> Bool[Array, "*batch"]:
+        """Whether they are equal, up to rounding."""
+        ...
+
     def log_prob(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: AgentAction) -> Array:
         """Its log-probability (density), [*batch]."""
         ...
@@ -52,6 +56,9 @@ class Categorical(eqx.Module):
         self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
     ) -> Int[Array, "*batch"]:
         return jnp.argmax(_legal(out, mask) + noise, axis=-1).astype(jnp.int32)
+
+    def same(self, one: Int[Array, "*batch"], other: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+        return one == other
 
     def log_prob(
         self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch"]
@@ -98,6 +105,9 @@ class TanhNormal(eqx.Module):
     ) -> Float[Array, "*batch A"]:
         action = jnp.tanh(out + jax.nn.softplus(self.log_std) * noise)
         return jnp.where(mask, jnp.clip(action, -LARGEST, LARGEST), 0.0)
+
+    def same(self, one: Float[Array, "*batch A"], other: Float[Array, "*batch A"]) -> Bool[Array, "*batch"]:
+        return jnp.all(jnp.abs(one - other) <= 8 * jnp.finfo(one.dtype).eps, axis=-1)
 
     def log_prob(
         self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Float[Array, "*batch A"]

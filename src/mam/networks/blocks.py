@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Key
 from mam.config import NetworkConfig
 from mam.networks.layers import MLP, LayerNorm
 from mam.networks.mixers import AbstractCausalMixer, AbstractMixer, MixerFamily
-from mam.networks.mixers.base import MixerState
+from mam.networks.mixers.base import MixerInputs, MixerState
 
 
 class EncoderBlock(eqx.Module):
@@ -49,30 +49,46 @@ class DecoderBlock(eqx.Module):
     mlp: MLP
     mlp_norm: LayerNorm
 
-    def __init__(self, mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, mixers: MixerFamily, cross_mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
         self.mixer = mixers.decoder(sizes, key=mixer_key)
-        self.cross = mixers.cross(sizes, key=cross_key)
+        self.cross = cross_mixers.cross(sizes, key=cross_key)
         self.mlp = MLP(sizes.d_model, key=mlp_key)
         self.mixer_norm, self.cross_norm, self.mlp_norm = (LayerNorm(sizes.d_model) for _ in range(3))
 
-    def __call__(
-        self, x: Float[Array, "*batch N E"], obs_rep: Float[Array, "*batch N E"]
-    ) -> Float[Array, "*batch N E"]:
-        x = self.mixer_norm(x + self.mixer(x))
-        x = self.cross_norm(obs_rep + self.cross(x, obs_rep))
-        return self.mlp_norm(x + self.mlp(x))
-
-    def init_state(self, num_agents: int, batch: tuple[int, ...] = ()) -> DecoderState:
+    def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> DecoderState:
+        """The state before the first agent."""
         return DecoderState(
-            mixer=self.mixer.init_state(num_agents, batch), cross=self.cross.init_state(num_agents, batch)
+            mixer=self.mixer.init_state(num_agents, batch, dtype), cross=self.cross.init_state(num_agents, batch, dtype)
         )
 
-    def step(
-        self, state: DecoderState, x: Float[Array, "*batch E"], obs_rep: Float[Array, "*batch E"]
+    def __call__(
+        self,
+        state: DecoderState | None,
+        x: Float[Array, "*batch E"],
+        inputs: MixerInputs,
+        obs_rep: Float[Array, "*batch E"],
+        context: MixerInputs,
+        *,
+        single: bool,
     ) -> tuple[DecoderState, Float[Array, "*batch E"]]:
-        mixer_state, mixed = self.mixer.step(state.mixer, x)
+        """One agent (`single`) or several, after those in `state`.
+
+        Args:
+            state: what is known of the agents so far; None before the first of several.
+            x: the action stream.
+            inputs: `mixer.project(x)`.
+            obs_rep: the observation representation.
+            context: `cross.project_context(obs_rep)`.
+            single: arguments are those of one agent; if not, *batch ends with the agents.
+        """
+
+        def run(mixer: AbstractCausalMixer, state: MixerState | None, inputs: MixerInputs, context: MixerInputs):
+            return mixer.advance(state, inputs, context) if single else mixer.extend(state, inputs, context)
+
+        mixer_state, cross_state = (None, None) if state is None else (state.mixer, state.cross)
+        mixer_state, mixed = run(self.mixer, mixer_state, inputs, None)
         x = self.mixer_norm(x + mixed)
-        cross_state, crossed = self.cross.step(state.cross, x, obs_rep)
+        cross_state, crossed = run(self.cross, cross_state, self.cross.project(x), context)
         x = self.cross_norm(obs_rep + crossed)
         return DecoderState(mixer=mixer_state, cross=cross_state), self.mlp_norm(x + self.mlp(x))

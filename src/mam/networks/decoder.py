@@ -1,6 +1,7 @@
 """The decoder: from the actions chosen so far and the observation representation to the next agent's output."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, Float, Int, Key
 from mam.config import NetworkConfig
 from mam.networks.blocks import DecoderBlock, DecoderState
 from mam.networks.heads import Head
-from mam.networks.layers import HIDDEN_GAIN, LayerNorm
+from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
 from mam.networks.mixers import MixerFamily
+from mam.networks.mixers.base import MixerInputs
 from mam.types import Action, AgentAction, EnvSpec
 
 Token = Int[Array, "..."] | Float[Array, "... K"]  # what an agent reads of the action before its own; K = A + 1
@@ -45,49 +47,105 @@ class ActionEmbedding(eqx.Module):
         """The token that stands for an action."""
         return jnp.concatenate([action, jnp.zeros_like(action[..., :1])], axis=-1) if self.continuous else action
 
-    def previous(self, action: Action) -> Token:
-        """Teacher-forced: what each of the agents reads, given all their actions in the order of deciding."""
+    def previous(self, action: Action, first: Token | None = None) -> Token:
+        """What each of the agents reads, given their actions in the order of deciding; the first reads `first`.
+
+        The start token if None.
+        """
         axis = -2 if self.continuous else -1
         tokens = self.token(action)
-        start = jnp.expand_dims(self.start(tokens.shape[: tokens.ndim + axis]), axis)
-        return jnp.concatenate([start, jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis)
+        first = self.start(tokens.shape[: tokens.ndim + axis]) if first is None else first
+        return jnp.concatenate(
+            [jnp.expand_dims(first, axis), jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis
+        )
 
     def __call__(self, token: Token) -> Float[Array, "... E"]:
         if self.continuous:
             return self.norm(jax.nn.gelu(token @ self.table))
-        return self.norm(jax.nn.gelu(self.table))[token]  # A + 1 rows are normalised, not one per token
+        return lookup(self.rows(), token)
+
+    def rows(self) -> Float[Array, "K E"]:
+        """Discrete actions: the embeddings of all tokens."""
+        return self.norm(jax.nn.gelu(self.table))
+
+
+class Context(eqx.Module):
+    """What the decoder reads of the observations, computed for all agents before the first of them acts."""
+
+    obs_rep: Float[Array, "*batch E"]
+    blocks: tuple[MixerInputs, ...]
 
 
 class Decoder(eqx.Module):
-    """The embedded action before, then the blocks; a head makes logits, or means, of the result (MAT, §3)."""
+    """The embedded action before, then the blocks; a head makes logits, or means, of the result (MAT, §3).
+
+    Every layer has two equal forms, for one agent and for several at once: `advance` decides, `extend` learns.
+    """
 
     embed: ActionEmbedding
     blocks: tuple[DecoderBlock, ...]
     head: Head
+    remat: bool = eqx.field(static=True)
 
-    def __init__(self, spec: EnvSpec, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(
+        self,
+        spec: EnvSpec,
+        layout: Sequence[MixerFamily],
+        cross_layout: Sequence[MixerFamily],
+        sizes: NetworkConfig,
+        *,
+        key: Key[Array, ""],
+    ):
         table_key, head_key, *block_keys = jax.random.split(key, 2 + len(layout))
         self.embed = ActionEmbedding(spec, sizes.d_model, key=table_key)
-        self.blocks = tuple(DecoderBlock(mixers, sizes, key=k) for mixers, k in zip(layout, block_keys, strict=True))
+        self.blocks = tuple(
+            DecoderBlock(mixers, cross_mixers, sizes, key=k)
+            for mixers, cross_mixers, k in zip(layout, cross_layout, block_keys, strict=True)
+        )
         self.head = Head(sizes.d_model, spec.num_actions, key=head_key)
+        self.remat = sizes.remat
 
     def __call__(self, action: Action, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N A"]:
         """Teacher-forced: the output for every agent given the actions before it, in the order of deciding."""
-        x = self.embed(self.embed.previous(action))
-        for block in self.blocks:
-            x = block(x, obs_rep)
-        return self.head(x)
+        return self.extend(None, self.embed.previous(action), self.read(obs_rep))[1]
 
-    def init_state(self, num_agents: int, batch: tuple[int, ...] = ()) -> tuple[DecoderState, ...]:
-        return tuple(block.init_state(num_agents, batch) for block in self.blocks)
+    def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
+        """Everything that does not depend on actions."""
+        return Context(obs_rep=obs_rep, blocks=tuple(block.cross.project_context(obs_rep) for block in self.blocks))
 
-    def step(
-        self, state: tuple[DecoderState, ...], previous: Token, obs_rep: Float[Array, "*batch E"]
+    def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> tuple[DecoderState, ...]:
+        """The state before the first agent, for observation representations of this type."""
+        return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
+
+    def advance(
+        self, state: tuple[DecoderState, ...], token: Token, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch A"]]:
-        """Autoregressive: the output for the next agent given the token of the action before."""
-        x = self.embed(previous)
+        """Autoregressive: the output for the next agent, given the token of the action before."""
+        return self._run(state, token, context, single=True)
+
+    def extend(
+        self, state: tuple[DecoderState, ...] | None, token: Token, context: Context
+    ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M A"]]:
+        """The outputs for the next M agents, given what each reads of the action before; None: from the first on."""
+        return self._run(state, token, context, single=False)
+
+    def _run(self, state, token, context, *, single):
+        x, inputs = self._embedded(token, context.obs_rep.dtype)
         states = []
-        for block, block_state in zip(self.blocks, state, strict=True):
-            block_state, x = block.step(block_state, x, obs_rep)
-            states.append(block_state)
+        for index, block in enumerate(self.blocks):
+            run = partial(DecoderBlock.__call__, single=single)
+            run = jax.checkpoint(run) if self.remat and not single else run
+            inputs = block.mixer.project(x) if index else inputs
+            new, x = run(block, state and state[index], x, inputs, context.obs_rep, context.blocks[index])
+            states.append(new)
         return tuple(states), self.head(x)
+
+    def _embedded(self, token: Token, dtype) -> tuple[Float[Array, "... E"], MixerInputs]:
+        """The embedded tokens, and what the first block's mixer reads of them."""
+        project = self.blocks[0].mixer.project
+        if self.embed.continuous:
+            x = self.embed(token).astype(dtype)
+            return x, project(x)
+        # Projected once per action there is, not once per agent.
+        rows = self.embed.rows().astype(dtype)
+        return lookup((rows, project(rows)), token)

@@ -2,13 +2,14 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mam.networks.layers import HIDDEN_GAIN, SMALL_GAIN, Dense, LayerNorm
 
 
 class Head(eqx.Module):
-    """Dense → GELU → LayerNorm → Dense; the output starts near zero (MAT, §3)."""
+    """Dense → GELU → LayerNorm → Dense; the output starts near zero (MAT, §3) and is in float32 or wider."""
 
     hidden: Dense
     norm: LayerNorm
@@ -21,4 +22,5 @@ class Head(eqx.Module):
         self.out = Dense(d_model, out_dim, key=out_key, gain=SMALL_GAIN)
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch A"]:
-        return self.out(self.norm(jax.nn.gelu(self.hidden(x))))
+        x = self.norm(jax.nn.gelu(self.hidden(x)))
+        return self.out(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

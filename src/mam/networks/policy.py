@@ -3,62 +3,77 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
 from mam.errors import UserError, unknown_name
+from mam.networks.decode import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
-from mam.networks.mixers import MIXERS
-from mam.networks.sequence import SequencePolicy
+from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
 
 @dataclass(frozen=True)
 class PolicyKind:
-    """A line of the list, and how the policy is built: `build(spec, sizes, key=key)`."""
+    """A line of the list, and how the policy is built: `build(spec, sizes, decoding, key=key)`."""
 
     description: str
     build: Callable[..., Policy]
 
 
-def _sequence(mixer: str, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]) -> SequencePolicy:
-    return SequencePolicy(spec, [MIXERS[mixer]] * sizes.num_blocks, sizes, key=key)
+def _sequence(
+    letter: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+) -> SequencePolicy:
+    return SequencePolicy(spec, Layout.of(letter, sizes), sizes, decoding, key=key)
+
+
+def _independent(
+    critic_view: Any, memory: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+) -> IndependentPolicy:
+    if sizes.encoder.layout or sizes.decoder.layout or sizes.decoder.cross:
+        raise UserError("network.encoder.layout and network.decoder.layout are for sequence policies: mam, mam2, mat")
+    if decoding != Decoding():
+        raise UserError("decode is for sequence policies (mam, mam2, mat): independent agents need no decoding")
+    return IndependentPolicy(spec, sizes, critic_view=critic_view, memory=memory, key=key)
 
 
 _own, _global = ObservationEmbedding, GlobalView
 
 POLICIES = {
-    "mam": PolicyKind("Multi-Agent Mamba: state-space blocks along the agents", partial(_sequence, "mamba")),
-    "mat": PolicyKind("Multi-Agent Transformer: attention along the agents", partial(_sequence, "attention")),
+    "mam": PolicyKind("Multi-Agent Mamba: state-space blocks along the agents", partial(_sequence, "M")),
+    "mam2": PolicyKind("the same with Mamba-2 blocks: matrix products instead of a scan", partial(_sequence, "2")),
+    "mat": PolicyKind("Multi-Agent Transformer: attention along the agents", partial(_sequence, "A")),
     "mappo": PolicyKind(
         "agents decide by themselves, the critic sees the global state",
-        partial(IndependentPolicy, critic_view=_global, memory=NoMemory),
+        partial(_independent, _global, NoMemory),
     ),
     "ippo": PolicyKind(
         "agents decide by themselves, the critic sees what the agent sees",
-        partial(IndependentPolicy, critic_view=_own, memory=NoMemory),
+        partial(_independent, _own, NoMemory),
     ),
-    "rec_mappo": PolicyKind(
-        "mappo with a GRU in actor and critic", partial(IndependentPolicy, critic_view=_global, memory=GRU)
-    ),
-    "rec_ippo": PolicyKind(
-        "ippo with a GRU in actor and critic", partial(IndependentPolicy, critic_view=_own, memory=GRU)
-    ),
+    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", partial(_independent, _global, GRU)),
+    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", partial(_independent, _own, GRU)),
 }
 
 
-def make_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]) -> Policy:
+SEQUENTIAL = Decoding()
+
+
+def make_policy(
+    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL, *, key: Key[Array, ""]
+) -> Policy:
     """Builds a named policy for the sizes of a task.
 
     Raises:
-        UserError: if there is no policy of this name.
+        UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
     """
     if name not in POLICIES:
         raise unknown_name("policy", name, POLICIES, see="mam list")
-    return POLICIES[name].build(spec, sizes, key=key)
+    return POLICIES[name].build(spec, sizes, decoding, key=key)
 
 
 def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
@@ -74,9 +89,10 @@ def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkC
     Raises:
         UserError: if the weights do not fit, naming the sizes that are to blame.
     """
+    decoding = getattr(policy, "decoding", SEQUENTIAL)
 
     def shapes(spec: EnvSpec) -> Policy:
-        return jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
+        return jax.eval_shape(lambda key: make_policy(name, spec, sizes, decoding, key=key), jax.random.key(0))
 
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]

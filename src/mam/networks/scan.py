@@ -10,7 +10,8 @@ the rest in its backward pass.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from jaxtyping import Array, Bool, Float
 # A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
 # the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
 CHUNK = 16
+# Sequences scanned together on CPU: 64 and 128 are alike, all at once takes up to twice as long.
+TILE = 128
 # Up to here the sum over pairs is faster than the loop (on CPU, forward and backward: 2–6× at N = 2, none from 3 on).
 MAX_PAIRWISE = 2
 
@@ -32,12 +35,12 @@ def selective_scan(
     C: Float[Array, "*batch N S"],
     D: Float[Array, "D"],
     *,
-    initial_state: Float[Array, "*batch D S"] | None = None,
+    initial_state: Float[Array, "*batch S D"] | None = None,
     reset: Bool[Array, "*batch N"] | None = None,
     reverse: bool = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch D S"]]:
-    """Runs the recurrence along the agent axis.
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
+    """Runs the recurrence along the agent axis, in float32 or wider.
 
     Args:
         x: inputs.
@@ -65,29 +68,37 @@ def selective_scan(
         raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
     *batch, n, d = x.shape
     s = A.shape[1]
-    # 1. One batch axis, agents first: the loop below reads contiguous [batch, features] slices.
-    flat = [jnp.swapaxes(v.reshape(-1, n, v.shape[-1]), 0, 1) for v in (x, dt, B, C)]
-    keep = None if reset is None else 1.0 - jnp.swapaxes(reset.reshape(-1, n), 0, 1).astype(x.dtype)
-    h0 = None if initial_state is None else jnp.swapaxes(initial_state.reshape(-1, d, s), 1, 2)
-    # 2. The recurrence, with the state laid out [batch, S, D] so that channels are minor.
+    # 1. One batch axis, and channels minor in the state: [batch, S, D].
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    flat = [v.reshape(-1, n, v.shape[-1]).astype(wide) for v in (x, dt, B, C)]
+    keep = None if reset is None else 1.0 - reset.reshape(-1, n).astype(A.dtype)
+    h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
+    # 2. The recurrence, and the skip connection.
     y, h = _SCANS[implementation](*flat, A.T, keep, h0, reverse)
-    # 3. The skip connection, and the layout of the arguments again.
-    y = jnp.swapaxes(y, 0, 1).reshape(x.shape) + D * x
-    return y, jnp.swapaxes(h, 1, 2).reshape(*batch, d, s)
+    y = y.reshape(x.shape) + D * x.astype(wide)
+    return y.astype(x.dtype), h.reshape(*batch, s, d)
 
 
 def selective_step(
-    state: Float[Array, "*batch D S"],
+    state: Float[Array, "*batch S D"],
     x: Float[Array, "*batch D"],
     dt: Float[Array, "*batch D"],
     A: Float[Array, "D S"],
     B: Float[Array, "*batch S"],
     C: Float[Array, "*batch S"],
     D: Float[Array, "D"],
-) -> tuple[Float[Array, "*batch D S"], Float[Array, "*batch D"]]:
+) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
     """One agent's step of `selective_scan`, for acting: takes and returns the state."""
-    state = jnp.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B[..., None, :]
-    return state, jnp.einsum("...ds,...s->...d", state, C) + D * x
+    state = jnp.exp(dt[..., None, :] * A.T) * state + B[..., :, None] * (dt * x)[..., None, :]
+    return state, (sum_over_states(state, C) + D * x).astype(x.dtype)
+
+
+def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*batch S"]) -> Float[Array, "*batch D"]:
+    """Σ_s weight[s] state[s]. Written out, because XLA's reduction on CPU is many times slower."""
+    total = weight[..., 0, None] * state[..., 0, :]
+    for s in range(1, state.shape[-2]):
+        total += weight[..., s, None] * state[..., s, :]
+    return total
 
 
 def _decay(dt, A, keep):
@@ -100,43 +111,52 @@ def _advance(A, h, x, dt, B, keep):
     return _decay(dt, A, keep) * h + (dt * x)[:, None, :] * B[:, :, None]
 
 
-def _sum_over_states(h, weight):
-    """Σ_s weight[s] h[s] per row: [batch, D]. Written out, because XLA's reduction on CPU is many times slower."""
-    total = weight[:, 0, None] * h[:, 0]
-    for s in range(1, h.shape[1]):
-        total += weight[:, s, None] * h[:, s]
-    return total
-
-
 def _forward(x, dt, B, C, A, keep, h0, reverse):
     """Outputs [N, batch, D] and the last state; xs are agents-first, A is [S, D]."""
 
     def body(h, inputs):
         x, dt, B, C, keep = inputs
         h = _advance(A, h, x, dt, B, keep)
-        return h, _sum_over_states(h, C)
+        return h, sum_over_states(h, C)
 
     h, y = lax.scan(body, h0, (x, dt, B, C, keep), reverse=reverse)
     return y, h
 
 
 def _associative(x, dt, B, C, A, keep, h0, reverse):
-    """All states at once by a parallel prefix over pairs (decay, input)."""
-    a = jax.vmap(_decay, in_axes=(0, None, None if keep is None else 0))(dt, A, keep)
-    u = (dt * x)[:, :, None, :] * B[:, :, :, None]
+    """All states [batch, N, D, S] at once, by a parallel prefix over pairs (decay, input): MAM as published."""
+    a = jnp.exp(dt[..., None] * A.T)
+    a = a if keep is None else a * keep[..., None, None]
+    u = (dt * x)[..., None] * B[..., None, :]
 
     def combine(left, right):
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    a, u = lax.associative_scan(combine, (a, u), reverse=reverse)
-    h = u if h0 is None else a * h0 + u
-    return jnp.einsum("nbsd,nbs->nbd", h, C), h[0 if reverse else -1]
+    a, h = lax.associative_scan(combine, (a, u), axis=1, reverse=reverse)
+    if h0 is not None:
+        h += a * jnp.swapaxes(h0, 1, 2)[:, None]
+    return jnp.einsum("bnds,bns->bnd", h, C), jnp.swapaxes(h[:, 0 if reverse else -1], 1, 2)
 
 
 def _sequential(x, dt, B, C, A, keep, h0, reverse):
+    """Tiles of the batch one after another: a tile's states stay in the processor's cache."""
     if h0 is None:
-        h0 = jnp.zeros((x.shape[1], *A.shape), x.dtype)
-    return _recurrence(x, dt, B, C, A, keep, h0, reverse)
+        h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
+    batched = (x, dt, B, C, keep, h0)
+
+    def tile(batched):
+        *agents, h0 = batched
+        x, dt, B, C, keep = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tuple(agents))
+        y, h = cast(Any, _recurrence)(x, dt, B, C, A, keep, h0, reverse)
+        return jnp.swapaxes(y, 0, 1), h
+
+    rows = x.shape[0]
+    if rows <= TILE:
+        return tile(batched)
+    tiles = jax.tree.map(
+        lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(-1, TILE, *v.shape[1:]), batched
+    )
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:rows], lax.map(tile, tiles))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
@@ -194,7 +214,7 @@ def _recurrence_bwd(reverse, residuals, cotangents):
         # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
         # each is a small contraction and none needs G itself in memory.
         gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
-        gu = _sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
+        gu = sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
         aG = _decay(dt, A, keep) * (later + gy[:, None, :] * C[:, :, None])
         aGh = aG * h
         gdt = gu * x + sum(aGh[:, s] * A[s] for s in range(A.shape[0]))
@@ -222,22 +242,24 @@ def _pairwise(x, dt, B, C, A, keep, h0, reverse):
     y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d]),   u = Δ ⊙ x
     """
     if reverse:
-        x, dt, B, C = (jnp.flip(v, axis=0) for v in (x, dt, B, C))
-        keep = None if keep is None else jnp.flip(keep, axis=0)
-    n, u = x.shape[0], dt * x
+        x, dt, B, C = (jnp.flip(v, axis=1) for v in (x, dt, B, C))
+        keep = None if keep is None else jnp.flip(keep, axis=1)
+    n = x.shape[1]
+    x, dt, B, C = ([v[:, i] for i in range(n)] for v in (x, dt, B, C))
+    u = [dt[i] * x[i] for i in range(n)]
 
     def kept(j, i):
         """1 unless an agent after the j-th, up to the i-th, is reset: [batch, 1]."""
-        return jnp.ones((1, 1)) if keep is None else jnp.prod(keep[j + 1 : i + 1], axis=0)[:, None]
+        return jnp.ones((1, 1)) if keep is None else jnp.prod(keep[:, j + 1 : i + 1], axis=1)[:, None]
 
     outputs = []
     for i in range(n):
         y = u[i] * jnp.sum(B[i] * C[i], axis=-1, keepdims=True)
         for j in range(i):
-            y += u[j] * kept(j, i) * _decayed_product(C[i] * B[j], jnp.sum(dt[j + 1 : i + 1], axis=0), A)
+            y += u[j] * kept(j, i) * _decayed_product(C[i] * B[j], sum(dt[j + 1 : i + 1]), A)
         outputs.append(y)
     # The initial state and the final one, each computed only where somebody asks for it.
-    total = jnp.cumsum(dt, axis=0)
+    total = list(accumulate(dt))
     h = sum(
         jnp.exp((total[-1] - total[j])[:, None, :] * A) * (u[j] * kept(j, n - 1))[:, None, :] * B[j][:, :, None]
         for j in range(n)
@@ -246,7 +268,7 @@ def _pairwise(x, dt, B, C, A, keep, h0, reverse):
         from_start = [jnp.exp(total[i][:, None, :] * A) * h0 * kept(-1, i)[..., None] for i in range(n)]
         outputs = [y + jnp.einsum("bs,bsd->bd", C[i], from_start[i]) for i, y in enumerate(outputs)]
         h += from_start[-1]
-    return jnp.stack(outputs[::-1] if reverse else outputs), h
+    return jnp.stack(outputs[::-1] if reverse else outputs, axis=1), h
 
 
 @jax.custom_vjp

@@ -1,20 +1,44 @@
 """Sequence policies: agents as a sequence, actions one after another. `mam` and `mat` differ in their mixers only."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
+from mam.errors import UserError
 from mam.networks.actions import ActionKind, agent_noise, make_action_kind
+from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import Decoder
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
-from mam.networks.mixers import MixerFamily
+from mam.networks.mixers import LETTERS, MixerFamily
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The mixers of every block."""
+
+    encoder: tuple[MixerFamily, ...]
+    decoder: tuple[MixerFamily, ...]
+    cross: tuple[MixerFamily, ...]  # of the decoder's blocks
+
+    @classmethod
+    def of(cls, letter: str, sizes: NetworkConfig) -> "Layout":
+        """`num_blocks` times one letter, where the configuration has no layout of its own."""
+        given = {"encoder": sizes.encoder.layout, "decoder": sizes.decoder.layout, "cross": sizes.decoder.cross}
+        decoder = given["decoder"] or letter * sizes.num_blocks
+        layouts = {"encoder": given["encoder"] or letter * sizes.num_blocks, "decoder": decoder}
+        layouts["cross"] = given["cross"] or decoder
+        if len(layouts["cross"]) != len(decoder):
+            raise UserError(
+                f"network.decoder.cross must have a letter for each of the decoder's {len(decoder)} blocks, "
+                f"got {layouts['cross']!r}"
+            )
+        return cls(**{role: tuple(LETTERS[letter] for letter in layout) for role, layout in layouts.items()})
 
 
 class SequencePolicy(eqx.Module):
@@ -29,13 +53,17 @@ class SequencePolicy(eqx.Module):
     encoder: Encoder
     decoder: Decoder
     kind: ActionKind
+    decoding: Decoding = eqx.field(static=True)
+    dtype: str = eqx.field(static=True)  # of the activations
 
-    def __init__(self, spec: EnvSpec, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, layout: Layout, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]):
         embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
         self.embed = ObservationEmbedding(spec, sizes.d_model, key=embed_key)
-        self.encoder = Encoder(layout, sizes, key=encoder_key)
-        self.decoder = Decoder(spec, layout, sizes, key=decoder_key)
+        self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
+        self.decoder = Decoder(spec, layout.decoder, layout.cross, sizes, key=decoder_key)
         self.kind = make_action_kind(spec)
+        self.decoding = decoding
+        self.dtype = sizes.dtype
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Nothing is remembered across environment steps."""
@@ -52,7 +80,6 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses one joint action per batch element; see `mam.types.Policy`."""
         num_agents, num_actions = obs.action_mask.shape[-2:]
-        batch = obs.alive.shape[:-1]
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
         order = decision_order(obs.alive)
         encoded = self._encode(obs, order)
@@ -60,27 +87,18 @@ class SequencePolicy(eqx.Module):
         noise = jnp.zeros(mask.shape)
         if not greedy:
             noise = _rows(agent_noise(self.kind, key, num_agents, num_actions), order)
-        # 2. One agent after another.
-        xs = jax.tree.map(lambda x: jnp.moveaxis(x, -2, 0), (encoded.obs_rep, mask, noise))
-
-        def decide(carry, inputs):
-            state, token = carry
-            obs_rep, mask, noise = inputs
-            state, out = self.decoder.step(state, token, obs_rep)
-            action = self.kind.choose(out, mask, noise)
-            return (state, self.decoder.embed.token(action)), (action, out)
-
-        start = (self.decoder.init_state(num_agents, batch), self.decoder.embed.start(batch))
-        _, (action, out) = lax.scan(decide, start, xs)
-        # 3. Log-probabilities after the loop, and everything back in the order of the agents.
-        action, out = jnp.moveaxis(action, 0, len(batch)), jnp.moveaxis(out, 0, -2)
-        log_prob = self.kind.log_prob(out, mask, action)
+        ahead = Ahead(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
+        # 2. The actions.
+        decision = decide(self.decoder, self.kind, ahead, self.decoding)
+        # 3. Their log-probabilities, and everything back in the order of the agents.
+        log_prob = self.kind.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
         return memory, PolicyOutput(
-            action=_rows(action, by_agent),
+            action=_rows(decision.action, by_agent),
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
+            metrics={} if self.decoding.method == "sequential" else {"decode_passes": decision.passes},
         )
 
     def evaluate(
@@ -108,7 +126,10 @@ class SequencePolicy(eqx.Module):
         return _rows(self._encode(obs, order).value, jnp.argsort(order, axis=-1))
 
     def _encode(self, obs: Observation, order: Int[Array, "*batch N"]) -> Encoded:
-        return self.encoder(_rows(self.embed(obs), order), _rows(obs.alive, order))
+        embedded = self.embed(obs)
+        if self.dtype != "float32":
+            embedded = embedded.astype(self.dtype)
+        return self.encoder(_rows(embedded, order), _rows(obs.alive, order))
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:

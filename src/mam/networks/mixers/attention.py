@@ -1,7 +1,5 @@
 """Multi-head softmax attention over agents: the mixers of the Multi-Agent Transformer (arXiv 2205.14953, §3)."""
 
-from abc import abstractmethod
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -45,9 +43,10 @@ def attend(
     value: Float[Array, "*batch M H F"],
     visible: Bool[Array, "*#batch #N M"],
 ) -> Float[Array, "*batch N H F"]:
-    """Softmax attention, softmax(q kᵀ / √F) v per head, over the visible positions."""
+    """Softmax attention, softmax(q kᵀ / √F) v per head, over the visible positions; the softmax in float32."""
     scores = jnp.einsum("...nhf,...mhf->...hnm", query, key) * query.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible[..., None, :, :], scores, MASKED))
+    scores = jnp.where(visible[..., None, :, :], scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), MASKED)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
     return jnp.einsum("...hnm,...mhf->...nhf", weights, value)
 
 
@@ -73,57 +72,59 @@ class KVCache(eqx.Module):
     length: Int[Array, ""]
 
 
-class AbstractCausalAttention(AbstractCausalMixer):
-    """Agent i attends to agents 1…i of the action stream; subclasses say what the query is."""
+class AttentionInputs(eqx.Module):
+    """What is read of an agent: its key and value, and its query unless the second sequence asks."""
 
-    projections: eqx.AbstractVar[Projections]
+    key: Float[Array, "*batch H F"]
+    value: Float[Array, "*batch H F"]
+    query: Float[Array, "*batch H F"] | None
 
-    @abstractmethod
-    def _query_source(self, x: Array, context: Array | None) -> Array: ...
 
-    def __call__(self, x, context=None, *, alive=None):
-        p, n = self.projections, x.shape[-2]
-        query = p.split(p.query(self._query_source(x, context)))
-        visible = jnp.tril(jnp.ones((n, n), bool))
-        if alive is not None:
-            visible = visible & alive[..., None, :]
-        return p.merge(attend(query, p.split(p.key(x)), p.split(p.value(x)), visible))
+class CausalAttention(AbstractCausalMixer):
+    """Agent i attends to agents 1…i of the action stream: the decoder's mixers.
 
-    def init_state(self, num_agents, batch=()):
+    The query comes from the stream itself or, as `cross`, from the observation representation.
+    """
+
+    projections: Projections
+    cross: bool = eqx.field(static=True)
+
+    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+        self.projections = Projections(sizes, key=key)
+        self.cross = cross
+
+    def project(self, x):
         p = self.projections
-        empty = jnp.zeros((*batch, num_agents, p.num_heads, p.query.weight.shape[1] // p.num_heads))
+        query = None if self.cross else p.split(p.query(x))
+        return AttentionInputs(key=p.split(p.key(x)), value=p.split(p.value(x)), query=query)
+
+    def project_context(self, context):
+        p = self.projections
+        return p.split(p.query(required(context))) if self.cross else None
+
+    def init_state(self, num_agents, batch=(), dtype=None):
+        p = self.projections
+        empty = jnp.zeros((*batch, num_agents, p.num_heads, p.query.weight.shape[1] // p.num_heads), dtype)
         return KVCache(keys=empty, values=empty, length=jnp.zeros((), jnp.int32))
 
-    def step(self, state, x, context=None):
-        p = self.projections
-        query = p.split(p.query(self._query_source(x, context)))
-        axis = x.ndim - 1  # of the agents in the cache
-        keys = lax.dynamic_update_index_in_dim(state.keys, p.split(p.key(x)), state.length, axis)
-        values = lax.dynamic_update_index_in_dim(state.values, p.split(p.value(x)), state.length, axis)
-        visible = jnp.arange(keys.shape[axis]) <= state.length
-        y = attend(query[..., None, :, :], keys, values, visible[None])
-        return KVCache(keys=keys, values=values, length=state.length + 1), p.merge(y[..., 0, :, :])
+    def advance(self, state, inputs, context):
+        inputs, context = jax.tree.map(lambda v: v[..., None, :, :], (inputs, context))
+        state, y = self.extend(state, inputs, context)
+        return state, y[..., 0, :]
 
-
-class CausalAttention(AbstractCausalAttention):
-    """Self-attention among the actions chosen so far: the decoder's first mixer."""
-
-    projections: Projections
-
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        self.projections = Projections(sizes, key=key)
-
-    def _query_source(self, x: Array, context: Array | None) -> Array:
-        return x
-
-
-class CrossAttention(AbstractCausalAttention):
-    """The observation representation asks the action stream: query from `context`, keys and values from `x`."""
-
-    projections: Projections
-
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        self.projections = Projections(sizes, key=key)
-
-    def _query_source(self, x: Array, context: Array | None) -> Array:
-        return required(context)
+    def extend(self, state, inputs, context, alive=None):
+        query = context if self.cross else inputs.query
+        num_new = query.shape[-3]
+        if state is None:
+            state = KVCache(keys=inputs.key, values=inputs.value, length=jnp.array(num_new))
+            visible = jnp.tril(jnp.ones((num_new, num_new), bool))
+            visible = visible if alive is None else visible & alive[..., None, :]
+        else:
+            axis = query.ndim - 3  # of the agents in the cache
+            keys, values = (
+                lax.dynamic_update_slice_in_dim(cache, new, state.length, axis)
+                for cache, new in ((state.keys, inputs.key), (state.values, inputs.value))
+            )
+            visible = jnp.arange(keys.shape[axis]) <= state.length + jnp.arange(num_new)[:, None]
+            state = KVCache(keys=keys, values=values, length=state.length + num_new)
+        return state, self.projections.merge(attend(query, state.keys, state.values, visible))

@@ -1,11 +1,16 @@
 """What a mixer is: a sequence layer along the agent axis. The only thing in which MAM and MAT differ."""
 
 from abc import abstractmethod
+from typing import TypeVar, final
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-MixerState = PyTree
+T = TypeVar("T")
+
+MixerState = PyTree  # what a causal mixer knows of the agents so far
+MixerInputs = PyTree  # what it reads of one agent; every leaf has the agents' axes first
 
 
 class AbstractMixer(eqx.Module):
@@ -30,20 +35,54 @@ class AbstractMixer(eqx.Module):
 
 
 class AbstractCausalMixer(AbstractMixer):
-    """A mixer in which no agent sees a later one, with a recurrent form equal to the parallel one."""
+    """A mixer in which no agent sees a later one.
+
+    What an agent contributes by itself (`project`, `project_context`) is apart from the mixing, so that it can be
+    computed once for everything an agent may be, or for all agents before the first of them acts. The mixing has
+    two equal forms: `advance` for one agent, `extend` for several.
+    """
 
     @abstractmethod
-    def init_state(self, num_agents: int, batch: tuple[int, ...] = ()) -> MixerState:
-        """The state before the first of `num_agents` agents, with leading axes `batch`."""
+    def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
+        """What the mixer reads of agents, each by itself."""
 
     @abstractmethod
+    def project_context(self, context: Float[Array, "*batch E"] | None) -> MixerInputs:
+        """What it reads of the second sequence, each agent by itself; None if it reads none."""
+
+    @abstractmethod
+    def init_state(self, num_agents: int, batch: tuple[int, ...] = (), dtype: jnp.dtype | None = None) -> MixerState:
+        """The state before the first of `num_agents` agents, with leading axes `batch`, for inputs of this type."""
+
+    @abstractmethod
+    def advance(
+        self, state: MixerState, inputs: MixerInputs, context: MixerInputs
+    ) -> tuple[MixerState, Float[Array, "*batch E"]]:
+        """The next agent's output, and the state after it."""
+
+    @abstractmethod
+    def extend(
+        self,
+        state: MixerState | None,
+        inputs: MixerInputs,
+        context: MixerInputs,
+        alive: Bool[Array, "*batch M"] | None = None,
+    ) -> tuple[MixerState, Float[Array, "*batch M E"]]:
+        """The next M agents' outputs, and the state after them; a state of None is that before the first agent."""
+
+    @final
+    def __call__(self, x, context=None, *, alive=None):
+        return self.extend(None, self.project(x), self.project_context(context), alive)[1]
+
+    @final
     def step(
         self, state: MixerState, x: Float[Array, "*batch E"], context: Float[Array, "*batch E"] | None = None
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
         """The next agent's output, and the state after it."""
+        return self.advance(state, self.project(x), self.project_context(context))
 
 
-def required(context: Array | None) -> Array:
+def required(context: T | None) -> T:
     """The second sequence of a mixer that cannot do without one."""
     if context is None:
         raise ValueError("this mixer reads a second sequence: pass context")

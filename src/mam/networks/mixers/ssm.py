@@ -1,0 +1,225 @@
+"""State-space mixers: what Mamba-1 and Mamba-2 share, and the three roles they play in MAM (arXiv 2410.19382, §4)."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+from mam.config import NetworkConfig
+from mam.networks.layers import LayerNorm, RMSNorm
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
+
+DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
+DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
+
+
+Before = tuple[Float[Array, "..."], ...]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
+
+
+class SSMState(eqx.Module):
+    """The recurrent form's state: O(1) in the number of agents."""
+
+    ssm_state: Float[Array, "*batch S D"]
+    conv_state: tuple[Before, ...]  # of each convolution
+
+
+class CausalConv(eqx.Module):
+    """SiLU of a depthwise convolution over the last d_conv agents, zero-padded at the first."""
+
+    weight: Float[Array, "K F"]  # row k multiplies the input of d_conv − 1 − k agents ago
+    bias: Float[Array, "F"]
+
+    def __init__(self, channels: int, d_conv: int, *, key: Key[Array, ""]):
+        bound = d_conv**-0.5
+        self.weight = jax.random.uniform(key, (d_conv, channels), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(channels)
+
+    def extend(self, state: Before | None, x: Float[Array, "*batch M F"]) -> tuple[Before, Float[Array, "*batch M F"]]:
+        """The next M outputs, as shifted multiply-adds: on CPU 50 times faster than XLA's grouped convolution."""
+        num_new, before = x.shape[-2], self.weight.shape[0] - 1
+        if state:
+            x = jnp.concatenate([jnp.stack(state, axis=-2), x], axis=-2)
+        y = _conv_silu(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype))[..., -num_new:, :]
+        last = [x[..., -k, :] if k <= x.shape[-2] else jnp.zeros_like(x[..., 0, :]) for k in range(before, 0, -1)]
+        return tuple(last), y
+
+    def advance(self, state: Before, x: Float[Array, "*batch F"]) -> tuple[Before, Float[Array, "*batch F"]]:
+        """The next output."""
+        window, weight = (*state, x), self.weight.astype(x.dtype)
+        y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
+        return window[1:], jax.nn.silu(y)
+
+
+@jax.custom_vjp
+def _conv_silu(x, weight, bias):
+    """SiLU of the convolution; its backward pass keeps the input only and convolves again."""
+    return jax.nn.silu(_conv(x, weight, bias))
+
+
+def _conv(x, weight, bias):
+    taps = weight.shape[0]
+    return sum(_shifted(x, taps - 1 - k) * weight[k] for k in range(taps)) + bias
+
+
+def _shifted(x, places):
+    """Every agent's row moved to an agent so many places later (earlier, if negative), zeros where there was none."""
+    n = x.shape[-2]
+    if not places:
+        return x
+    if abs(places) >= n:
+        return jnp.zeros_like(x)
+    kept = lax.slice_in_dim(x, max(-places, 0), n - max(places, 0), axis=x.ndim - 2)
+    return jnp.pad(kept, [(0, 0)] * (x.ndim - 2) + [(max(places, 0), max(-places, 0)), (0, 0)])
+
+
+def _conv_silu_fwd(x, weight, bias):
+    return _conv_silu(x, weight, bias), (x, weight, bias)
+
+
+def _conv_silu_bwd(residuals, gy):
+    x, weight, bias = residuals
+    taps, rows = weight.shape[0], tuple(range(x.ndim - 1))
+    y = _conv(x, weight, bias)
+    gate = jax.nn.sigmoid(y)
+    g = gy * gate * (1 + y * (1 - gate))
+    gx = sum(_shifted(g, k + 1 - taps) * weight[k] for k in range(taps))
+    g_weight = jnp.stack([jnp.sum(_shifted(x, taps - 1 - k) * g, axis=rows) for k in range(taps)])
+    return gx, g_weight, jnp.sum(g, axis=rows)
+
+
+_conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
+
+
+class AbstractSSM(eqx.Module):
+    """A state-space block from in-projection to out-projection, without norms and residual."""
+
+    @abstractmethod
+    def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
+        """Everything up to the convolution: of each agent by itself."""
+
+    @abstractmethod
+    def project_context(self, context: Float[Array, "*batch E"]) -> Float[Array, "*batch S"]:
+        """C, where it is read from a second sequence."""
+
+    @abstractmethod
+    def init_state(self, batch: tuple[int, ...], dtype: jnp.dtype | None) -> SSMState:
+        """Zeros, for inputs of this type."""
+
+    @abstractmethod
+    def advance(
+        self, state: SSMState, inputs: MixerInputs, C: Float[Array, "*batch S"] | None
+    ) -> tuple[SSMState, Float[Array, "*batch E"]]:
+        """The next agent; C is read from the agent itself if None."""
+
+    @abstractmethod
+    def extend(
+        self,
+        state: SSMState | None,
+        inputs: MixerInputs,
+        C: Float[Array, "*batch M S"] | None,
+        alive: Bool[Array, "*batch M"] | None,
+    ) -> tuple[SSMState, Float[Array, "*batch M E"]]:
+        """The next M agents."""
+
+
+MakeSSM = Callable[..., AbstractSSM]  # make(sizes, key=key, cross=cross)
+
+
+class BidirectionalSSM(AbstractMixer):
+    """One set of weights, two passes, cascaded and multiplied: the encoder's mixer.
+
+        f = SSM(x);  r = flip(SSM(flip(f)));  out = LayerNorm(x + f ⊙ r),  with x after RMSNorm inside
+
+    The reverse pass reads the forward pass's output, so agent 1 sees every agent through it.
+    """
+
+    pre_norm: RMSNorm
+    ssm: AbstractSSM
+    post_norm: LayerNorm
+
+    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""]):
+        self.pre_norm = RMSNorm(sizes.d_model)
+        self.ssm = make(sizes, key=key, cross=False)
+        self.post_norm = LayerNorm(sizes.d_model)
+
+    def __call__(self, x, context=None, *, alive=None):
+        forward = self._pass(self.pre_norm(x), None)  # the dead come last: the living do not see them yet
+        flipped_alive = None if alive is None else jnp.flip(alive, axis=-1)
+        backward = jnp.flip(self._pass(jnp.flip(forward, axis=-2), flipped_alive), axis=-2)
+        return self.post_norm(x + forward * backward)
+
+    def _pass(self, x: Array, alive: Array | None) -> Array:
+        return self.ssm.extend(None, self.ssm.project(x), None, alive)[1]
+
+
+class NormedInputs(eqx.Module):
+    """What the block reads of an agent, and the agent itself for the residual."""
+
+    x: Float[Array, "*batch E"]
+    ssm: MixerInputs
+
+
+class CausalSSM(AbstractCausalMixer):
+    """LayerNorm(x + SSM(RMSNorm(x))): the decoder's mixers.
+
+    As `cross`, C = W_C RMSNorm(context): as in cross-attention the context asks (C is a state-space model's query)
+    and the action stream answers. Everything else comes from x.
+    """
+
+    pre_norm: RMSNorm
+    context_norm: RMSNorm | None  # of the second sequence, if there is one
+    ssm: AbstractSSM
+    post_norm: LayerNorm
+
+    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+        self.pre_norm = RMSNorm(sizes.d_model)
+        self.context_norm = RMSNorm(sizes.d_model) if cross else None
+        self.ssm = make(sizes, key=key, cross=cross)
+        self.post_norm = LayerNorm(sizes.d_model)
+
+    def project(self, x):
+        return NormedInputs(x=x, ssm=self.ssm.project(self.pre_norm(x)))
+
+    def project_context(self, context):
+        return self.ssm.project_context(self.context_norm(required(context))) if self.context_norm else None
+
+    def init_state(self, num_agents, batch=(), dtype=None):
+        return self.ssm.init_state(batch, dtype)
+
+    def advance(self, state, inputs, context):
+        state, y = self.ssm.advance(state, inputs.ssm, context)
+        return state, self.post_norm(inputs.x + y)
+
+    def extend(self, state, inputs, context, alive=None):
+        state, y = self.ssm.extend(state, inputs.ssm, context, alive)
+        return state, self.post_norm(inputs.x + y)
+
+
+def init_ssm_state(
+    batch: tuple[int, ...], d_state: int, convs: tuple[CausalConv, ...], dtype: jnp.dtype | None
+) -> SSMState:
+    """Zeros, for inputs of this type; the first convolution is that of the scan's channels."""
+    dtype = dtype or jnp.zeros(()).dtype
+    scanned = jnp.zeros((*batch, d_state, convs[0].bias.shape[0]), jnp.promote_types(dtype, jnp.float32))
+    before = tuple((jnp.zeros((*batch, conv.bias.shape[0]), dtype),) * (conv.weight.shape[0] - 1) for conv in convs)
+    return SSMState(ssm_state=scanned, conv_state=before)
+
+
+def living(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None) -> Float[Array, "*batch F"]:
+    """Zeros in place of the dead."""
+    return x if alive is None else jnp.where(alive[..., None], x, 0.0)
+
+
+def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
+    """softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
+    dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(DT_MIN), maxval=jnp.log(DT_MAX)))
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def step_size(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Δ = softplus(x), bounded by DT_LIMIT; in float32 or wider."""
+    return jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
