@@ -80,7 +80,7 @@ class Counting(Linear):
         return super().value(memory, obs) + memory[..., None]
 
 
-def make_linear(name, spec, sizes, *, key):
+def make_linear(name, spec, sizes, decoding, *, key):
     critic = jax.random.normal(key, (spec.obs_dim,))
     kind = Counting if name == "counting" else Linear
     return kind(0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), critic, tag=jnp.zeros(()))

@@ -51,8 +51,8 @@ class NetworkConfig:
     """Inner width of a Mamba block, as a multiple of d_model (mam, mam2)."""
     dt_rank: int | None = None
     """Rank of the step-size projection (mam); d_model / 16, rounded up, if None."""
-    head_dim: int = 64
-    """Inner channels that share a decay (mam2); all of them if there are fewer."""
+    head_dim: int | None = None
+    """Inner channels that share a decay (mam2); as many up to 64 as divide the inner width evenly, if None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -75,7 +75,8 @@ class NetworkConfig:
     @property
     def num_ssm_heads(self) -> int:
         """Heads of a Mamba-2 block."""
-        return self.d_inner // min(self.head_dim, self.d_inner)
+        width = self.head_dim or max(w for w in range(1, 65) if self.d_inner % w == 0)
+        return self.d_inner // width
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Config:
 
 _POSITIVE = (
     ("total_timesteps", "num_seeds"),
-    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand", "head_dim"),
+    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
     ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
     ("num_evaluations", "num_episodes", "num_absolute_episodes"),
 )
@@ -222,7 +223,7 @@ def _validate(config: Config) -> None:
         )
     if network.d_model % network.num_heads:
         raise UserError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
-    if network.d_inner % min(network.head_dim, network.d_inner):
+    if network.head_dim is not None and (network.head_dim < 1 or network.d_inner % network.head_dim):
         raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")

@@ -389,6 +389,8 @@ def test_appended_dead_agents_change_nothing(name, kind):
     pair = results(name, "pair") if kind == "discrete" else None
     for method in single:
         for field, values in vars(team[method]).items():
+            if field == "metrics":
+                continue
             close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=f"{method}.{field}")
             close(values[4, :1], getattr(single[method], field))
             if pair:

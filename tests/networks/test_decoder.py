@@ -1,4 +1,4 @@
-"""The decoder step by step and teacher-forced, and what an agent reads of the action before its own."""
+"""The decoder agent by agent, in pieces and teacher-forced, and what an agent reads of the action before its own."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.decoder import ActionEmbedding, Decoder
-from mam.networks.mixers import MIXERS
+from mam.networks.mixers import LETTERS
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -32,32 +32,50 @@ def make_action(continuous):
     return jnp.asarray(rng.integers(A, size=(B, N)), jnp.int32)
 
 
+def teacher_forced(decoder, action, obs_rep):
+    return decoder(action, obs_rep)
+
+
+def autoregressive(decoder, action, obs_rep):
+    def advance(carry, inputs):
+        action, context = inputs
+        state, out = decoder.advance(*carry, context)
+        return (state, decoder.embed.token(action)), out
+
+    start = (decoder.init_state(N, (B,), obs_rep.dtype), decoder.embed.start((B,)))
+    agents_first = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (action, decoder.read(obs_rep)))
+    _, out = jax.lax.scan(advance, start, agents_first)
+    return jnp.swapaxes(out, 0, 1)
+
+
+def in_pieces(decoder, action, obs_rep):
+    """One agent, then two, then one; each piece reads the last action of the piece before."""
+    state, token = decoder.init_state(N, (B,), obs_rep.dtype), decoder.embed.start((B,))
+    outputs = []
+    for piece in (slice(0, 1), slice(1, 3), slice(3, 4)):
+        context = jax.tree.map(lambda v, piece=piece: v[:, piece], decoder.read(obs_rep))
+        state, out = decoder.extend(state, decoder.embed.previous(action[:, piece], first=token), context)
+        token = decoder.embed.token(action[:, piece.stop - 1])
+        outputs.append(out)
+    return jnp.concatenate(outputs, axis=1)
+
+
 @discrete_and_continuous
 def test_blocks_of_several_kinds_decode_as_they_were_taught(continuous):
     """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
-    layout = [MIXERS["attention"], MIXERS["mamba"], MIXERS["attention"]]
-    sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2)
-    decoder = make(Decoder, layout, sizes, continuous=continuous)
+    layout, cross_layout = ([LETTERS[letter] for letter in letters] for letters in ("AM2", "2AM"))
+    sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2, head_dim=8)
+    decoder = make(Decoder, layout, cross_layout, sizes, continuous=continuous)
     action = make_action(continuous)
     obs_rep = jnp.asarray(np.random.default_rng(2).normal(size=(B, N, E)), jnp.float32)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def teacher_forced(decoder):
-        return decoder(action, obs_rep)
+    def all_ways(decoder):
+        return [run(decoder, action, obs_rep) for run in (teacher_forced, autoregressive, in_pieces)]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def autoregressive(decoder):
-        def step(carry, inputs):
-            action, obs_rep = inputs
-            state, out = decoder.step(*carry, obs_rep)
-            return (state, decoder.embed.token(action)), out
-
-        start = (decoder.init_state(N, (B,)), decoder.embed.start((B,)))
-        _, out = jax.lax.scan(step, start, (jnp.swapaxes(action, 0, 1), jnp.swapaxes(obs_rep, 0, 1)))
-        return jnp.swapaxes(out, 0, 1)
-
-    expected = teacher_forced(decoder)
-    np.testing.assert_allclose(autoregressive(decoder), expected, rtol=1e-5, atol=1e-5)
+    expected, *others = all_ways(decoder)
+    for actual in others:
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     assert np.std(expected) > 0.1
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -5,8 +7,10 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
-from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm
-from mam.networks.mixers.mamba import DT_LIMIT, SelectiveSSM
+from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm, lookup
+from mam.networks.mixers.mamba import SelectiveSSM
+from mam.networks.mixers.mamba2 import DualSSM
+from mam.networks.mixers.ssm import DT_LIMIT, CausalConv, step_size
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)
@@ -33,16 +37,47 @@ def test_dense_starts_orthogonal(in_dim, out_dim):
     np.testing.assert_array_equal(layer.bias, 0.0)
 
 
-def test_layer_norm_is_its_formula():
-    norm = eqx.tree_at(lambda n: (n.scale, n.offset), LayerNorm(6), (jnp.asarray(SCALE), jnp.asarray(OFFSET)))
-    expected = (X - X.mean(-1, keepdims=True)) / np.sqrt(X.var(-1, keepdims=True) + 1e-6) * SCALE + OFFSET
-    np.testing.assert_allclose(norm(jnp.asarray(X)), expected, rtol=1e-5, atol=1e-5)
+def layer_norm(x, scale, offset):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6) * scale + offset
 
 
-def test_rms_norm_is_its_formula():
-    norm = eqx.tree_at(lambda n: n.scale, RMSNorm(6), jnp.asarray(SCALE))
-    expected = X / np.sqrt(np.mean(X**2, axis=-1, keepdims=True) + 1e-6) * SCALE
-    np.testing.assert_allclose(norm(jnp.asarray(X)), expected, rtol=1e-5, atol=1e-5)
+def rms_norm(x, scale, offset):
+    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def run_layer_norm(x, scale, offset):
+    return eqx.tree_at(lambda norm: (norm.scale, norm.offset), LayerNorm(6), (scale, offset))(x)
+
+
+def run_rms_norm(x, scale, offset):
+    return eqx.tree_at(lambda norm: norm.scale, RMSNorm(6), scale)(x)
+
+
+@pytest.mark.parametrize(("norm", "formula"), [(run_layer_norm, layer_norm), (run_rms_norm, rms_norm)])
+def test_norms_are_their_formulas_and_their_gradients_too(norm, formula):
+    """The gradients are written by hand."""
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def value_and_gradients(f, *arguments):
+        y, pull_back = jax.vjp(f, *arguments)
+        return y, pull_back(jnp.cos(y))
+
+    with jax.enable_x64(True):
+        arguments = [jnp.asarray(v, jnp.float64) for v in (X, SCALE, OFFSET)]
+        actual, expected = value_and_gradients(norm, *arguments), value_and_gradients(formula, *arguments)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual, expected)
+    single = value_and_gradients(norm, X, SCALE, OFFSET)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), single, expected)
+
+
+@pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
+def test_norms_compute_in_single_precision_whatever_they_are_given(norm):
+    """In half precision a mean of about 100 would be off by as much as these inputs vary."""
+    x = jnp.asarray(100.0 + X, jnp.bfloat16)
+    y, pull_back = jax.vjp(norm(6), x)
+    assert (y.dtype, pull_back(y)[0].dtype) == (jnp.bfloat16, jnp.bfloat16)
+    np.testing.assert_allclose(y.astype(jnp.float32), norm(6)(x.astype(jnp.float32)), rtol=2**-8)
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
@@ -57,26 +92,104 @@ def test_mlp_starts_near_zero():
     assert 0.0 < np.max(np.abs(y)) < 0.2
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def looked_up(table, index, weights):
+    """Rows by `lookup` and by plain indexing, and the gradient of a weighted sum of them."""
+
+    def total(find, table):
+        rows = find(table, index)
+        return sum(jnp.sum(w * r) for w, r in zip(weights, jax.tree.leaves(rows), strict=True)), rows
+
+    def plain(table, index):
+        return jax.tree.map(lambda v: v[index], table)
+
+    return [jax.value_and_grad(functools.partial(total, find), has_aux=True)(table) for find in (lookup, plain)]
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_lookup_is_indexing_and_so_is_its_gradient(batch):
+    """Rows may be read often, or never: the gradients of the former add up, the latter's are zero."""
+    rng = np.random.default_rng(0)
+    table = {"a": rng.normal(size=(4, 3)).astype(np.float32), "b": [rng.normal(size=(4, 2, 2)).astype(np.float32)]}
+    index = rng.integers(3, size=batch).astype(np.int32)
+    weights = [rng.normal(size=(*batch, *v.shape[1:])).astype(np.float32) for v in jax.tree.leaves(table)]
+    actual, expected = looked_up(table, index, weights)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), actual, expected)
+    assert np.all(actual[1]["a"][3] == 0.0)
+
+
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_the_convolution_is_its_sum(d_conv):
+    """In one piece, in several (some shorter than what it remembers), and agent by agent."""
+    num_agents, rng = 7, np.random.default_rng(0)
+    conv = CausalConv(3, d_conv, key=jax.random.key(0))
+    conv = eqx.tree_at(lambda conv: conv.bias, conv, jnp.arange(3.0))
+    x = rng.normal(size=(2, num_agents, 3)).astype(np.float32)
+    padded = np.concatenate([np.zeros((2, d_conv - 1, 3)), x], axis=1)
+    expected = sum(padded[:, k : k + num_agents] * np.asarray(conv.weight[k]) for k in range(d_conv)) + np.arange(3.0)
+    last = padded[:, num_agents:]
+
+    def pieces(*cuts):
+        state, outputs = None, []
+        for piece in np.split(x, cuts, axis=1):
+            state, y = conv.extend(state, jnp.asarray(piece))
+            outputs.append(y)
+        return state, jnp.concatenate(outputs, axis=1)
+
+    def one_by_one():
+        state, outputs = (jnp.zeros((2, 3)),) * (d_conv - 1), []
+        for i in range(num_agents):
+            state, y = conv.advance(state, jnp.asarray(x[:, i]))
+            outputs.append(y)
+        return state, jnp.stack(outputs, axis=1)
+
+    for state, y in (pieces(), pieces(5), pieces(1, 3), one_by_one()):
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        assert len(state) == d_conv - 1
+        for k, remembered in enumerate(state):
+            np.testing.assert_array_equal(remembered, last[:, k].astype(np.float32))
+
+
+SIZES = NetworkConfig(d_model=6, d_state=5, expand=2, dt_rank=3, head_dim=1)
+
+
 @pytest.fixture(scope="module")
-def fresh_ssm():
-    sizes = NetworkConfig(d_model=6, d_state=5, expand=2, dt_rank=3)
-    return jax.jit(lambda key: SelectiveSSM(sizes, key=key), compiler_options=QUICK)(jax.random.key(0))
+def fresh():
+    """A block of each kind, as it starts."""
+    build = jax.jit(lambda key: (SelectiveSSM(SIZES, key=key), DualSSM(SIZES, key=key)), compiler_options=QUICK)
+    return build(jax.random.key(0))
 
 
-def test_mamba_starts_as_published(fresh_ssm):
-    dt = jax.nn.softplus(fresh_ssm.step_size.proj.bias)
+def test_mamba_starts_as_published(fresh):
+    ssm, _ = fresh
+    assert_published_step_sizes(ssm.dt_proj.bias)
+    assert 0.3 < np.max(np.abs(ssm.dt_proj.weight)) <= 3**-0.5
+    np.testing.assert_allclose(-np.exp(ssm.A_log), np.tile(-np.arange(1.0, 6.0), (12, 1)), rtol=1e-6)
+    np.testing.assert_array_equal(ssm.skip, 1.0)
+
+
+def test_mamba2_starts_as_published(fresh):
+    """Decays of twelve heads uniform in [1, 16]."""
+    _, ssm = fresh
+    assert_published_step_sizes(ssm.dt_bias)
+    decay = np.exp(ssm.A_log)
+    assert np.all((decay >= 0.999) & (decay <= 16.001))
+    assert np.ptp(decay) > 7
+    for ones in (ssm.skip, ssm.norm.scale):
+        np.testing.assert_array_equal(ones, 1.0)
+
+
+def assert_published_step_sizes(bias):
+    dt = jax.nn.softplus(bias)
+    assert dt.shape == (12,)
     assert np.all((dt >= 0.999e-3) & (dt <= 0.1001))
     assert np.max(dt) > 5 * np.min(dt)  # spread over the range
-    assert 0.3 < np.max(np.abs(fresh_ssm.step_size.proj.weight)) <= 3**-0.5
-    np.testing.assert_allclose(-np.exp(fresh_ssm.A_log), np.tile(-np.arange(1.0, 6.0), (12, 1)), rtol=1e-6)
-    np.testing.assert_array_equal(fresh_ssm.skip, 1.0)
 
 
-def test_step_size_is_a_bounded_softplus(fresh_ssm):
-    step_size = fresh_ssm.step_size
-    delta = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    expected = np.logaddexp(0.0, delta @ step_size.proj.weight + step_size.proj.bias)
-    np.testing.assert_allclose(step_size(jnp.asarray(delta)), expected, rtol=1e-5, atol=1e-6)
-    drifted = step_size(jnp.asarray(1e4 * delta))
+def test_step_size_is_a_bounded_softplus():
+    x = 4 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    np.testing.assert_allclose(step_size(jnp.asarray(x)), np.logaddexp(0.0, x), rtol=1e-5, atol=1e-6)
+    drifted = step_size(jnp.asarray(1e4 * x))
     assert np.all((drifted >= 0.0) & (drifted <= DT_LIMIT))
     assert np.max(drifted) == DT_LIMIT
+    assert step_size(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mam.networks.scan import CHUNK, selective_scan, selective_step
+from mam.networks.scan import CHUNK, TILE, selective_scan, selective_step
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
@@ -23,14 +23,14 @@ def reference(x, dt, A, B, C, D, initial_state, reset, reverse):
     h, y = initial_state, np.zeros(x.shape, np.result_type(x, dt, A, B, C, D, initial_state))
     for i in reversed(range(x.shape[-2])) if reverse else range(x.shape[-2]):
         h = np.where(reset[..., i, None, None], 0.0, h)
-        h = np.exp(dt[..., i, :, None] * A) * h + (dt * x)[..., i, :, None] * B[..., i, None, :]
-        y[..., i, :] = np.sum(h * C[..., i, None, :], axis=-1) + D * x[..., i, :]
+        h = np.exp(dt[..., i, None, :] * A.T) * h + (dt * x)[..., i, None, :] * B[..., i, :, None]
+        y[..., i, :] = np.sum(h * C[..., i, :, None], axis=-2) + D * x[..., i, :]
     return y, h
 
 
 def make_arguments(rng, n, batch=(), d=3, s=4):
     """Arguments of the scan, in the order of NAMES."""
-    shapes = ((*batch, n, d), (*batch, n, d), (d, s), (*batch, n, s), (*batch, n, s), (d,), (*batch, d, s))
+    shapes = ((*batch, n, d), (*batch, n, d), (d, s), (*batch, n, s), (*batch, n, s), (d,), (*batch, s, d))
     arguments = [rng.normal(size=shape) for shape in shapes]
     arguments[1] = 0.5 * np.abs(arguments[1])
     arguments[2] = -np.exp(arguments[2] - 1.0)  # some channels remember far more than a chunk
@@ -78,13 +78,15 @@ def assert_close(actual, expected, tolerance, what=""):
 @example(n=2, batch=(), d=2, s=3, has_state=False, has_reset=False, reverse=False, seed=2)
 @example(n=2 * CHUNK + 1, batch=(2, 1), d=2, s=2, has_state=True, has_reset=True, reverse=False, seed=4)
 @example(n=2 * CHUNK + 1, batch=(2,), d=2, s=2, has_state=True, has_reset=True, reverse=True, seed=5)
+@example(n=2, batch=(2, TILE), d=2, s=2, has_state=False, has_reset=False, reverse=False, seed=6)
+@example(n=3, batch=(3, TILE // 2 + 1), d=1, s=2, has_state=True, has_reset=True, reverse=True, seed=7)
 def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_reset, reverse, seed):
     rng = np.random.default_rng(seed)
     arguments = make_arguments(rng, n, batch, d, s)
     reset = rng.random((*batch, n)) < 0.2 if has_reset else np.zeros((*batch, n), bool)
-    cotangents = rng.normal(size=(*batch, n, d)), rng.normal(size=(*batch, d, s))
+    cotangents = rng.normal(size=(*batch, n, d)), rng.normal(size=(*batch, s, d))
     if not has_state:
-        arguments[-1] = np.zeros((*batch, d, s))
+        arguments[-1] = np.zeros((*batch, s, d))
     expected = reference(*arguments, reset, reverse)
     with jax.enable_x64(True):
         given_arguments = arguments if has_state else [*arguments[:-1], None]
@@ -225,7 +227,7 @@ def test_training_keeps_no_states():
             return jax.vjp(lambda *a: run(implementation, False, a), *a)[1]
 
         def gradients(*a):
-            y, h = jnp.ones((batch, n, d)), jnp.ones((batch, d, s))
+            y, h = jnp.ones((batch, n, d)), jnp.ones((batch, s, d))
             return residuals(*a)((y, h))
 
         kept = max(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, *arguments)))

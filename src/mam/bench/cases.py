@@ -25,8 +25,9 @@ from mam.bench.rivals import act_uncached, matched_sizes
 from mam.config import Config, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.networks.kernels.scan import kernel_supports
 from mam.networks.mixers import MIXERS
-from mam.networks.scan import selective_scan
+from mam.networks.scan import has_cuda, selective_scan
 from mam.networks.ssd import ssd
 from mam.rollout import init_actors, rollout
 from mam.train import Learner, TrainState
@@ -53,9 +54,11 @@ def _scan(implementation: str, cell: Cell) -> Contender:
     """Mamba's scan, forward and backward."""
     if implementation == "pairwise" and cell.num_agents > PAIRWISE_AGENTS:
         raise Skip(f"made for N ≤ {PAIRWISE_AGENTS}")
-    if implementation == "pallas" and jax.default_backend() != "gpu":
-        raise Skip("made for GPUs")
     d_inner, d_state = cell.network.d_inner, cell.network.d_state
+    if implementation == "pallas" and not has_cuda():
+        raise Skip("made for CUDA")
+    if implementation == "pallas" and not kernel_supports(cell.num_agents, d_inner, d_state):
+        raise Skip(f"takes no d_inner = {d_inner} with d_state = {d_state}")
     A = -jnp.broadcast_to(jnp.arange(1.0, d_state + 1), (d_inner, d_state))
 
     def scan(*args: Array) -> Array:

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mam.networks.kernels.scan import kernel_supports, scan_kernel
+
 # A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
 # the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
 CHUNK = 16
@@ -53,18 +55,17 @@ def selective_scan(
         reset: True where the state is zeroed before agent i reads its input.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
-            (a parallel prefix, which materialises all states), `"pairwise"` (a sum over pairs of agents,
-            quadratic in N), or None to choose.
+            (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
+            agents, quadratic in N), `"pallas"` (kernels for CUDA), `"interpret"` (the same, run on any device to be
+            tested), or None for the fastest.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
 
     Raises:
-        ValueError: for an unknown implementation.
+        ValueError: for an unknown implementation, or sizes that the kernels do not take.
     """
-    if implementation is None:
-        implementation = "pairwise" if x.shape[-2] <= MAX_PAIRWISE else "sequential"
-    if implementation not in _SCANS:
+    if implementation is not None and implementation not in _SCANS:
         raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
     *batch, n, d = x.shape
     s = A.shape[1]
@@ -74,7 +75,8 @@ def selective_scan(
     keep = None if reset is None else 1.0 - reset.reshape(-1, n).astype(A.dtype)
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
     # 2. The recurrence, and the skip connection.
-    y, h = _SCANS[implementation](*flat, A.T, keep, h0, reverse)
+    scan: Callable[..., Any] = _automatic if implementation is None else _SCANS[implementation]
+    y, h = scan(*flat, A.T, keep, h0, reverse)
     y = y.reshape(x.shape) + D * x.astype(wide)
     return y.astype(x.dtype), h.reshape(*batch, s, d)
 
@@ -99,6 +101,26 @@ def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*ba
     for s in range(1, state.shape[-2]):
         total += weight[..., s, None] * state[..., s, :]
     return total
+
+
+def _automatic(x, dt, B, C, A, keep, h0, reverse):
+    """The kernels on CUDA where they take the sizes; elsewhere what is fastest on CPU."""
+    xla = partial(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential, reverse=reverse)
+    args = (x, dt, B, C, A, keep, h0)
+    if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
+        return xla(*args)
+    return lax.platform_dependent(*args, cuda=partial(_pallas, reverse=reverse), default=xla)
+
+
+def has_cuda() -> bool:
+    """Whether this process has such a device: on others kernels are not even traced, which takes time."""
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def _pallas(x, dt, B, C, A, keep, h0, reverse, *, interpret=False):
+    if not kernel_supports(x.shape[1], *A.shape[::-1]):
+        raise ValueError(f"the scan's kernels take no d_inner = {A.shape[1]} with d_state = {A.shape[0]}")
+    return scan_kernel(x, dt, B, C, A, keep, h0, reverse=reverse, interpret=interpret)
 
 
 def _decay(dt, A, keep):
@@ -294,4 +316,10 @@ def _decayed_product_bwd(residuals, gK):
 _decayed_product.defvjp(_decayed_product_fwd, _decayed_product_bwd)
 
 
-_SCANS: dict[str, Callable[..., Any]] = {"sequential": _sequential, "associative": _associative, "pairwise": _pairwise}
+_SCANS: dict[str, Callable[..., Any]] = {
+    "sequential": _sequential,
+    "associative": _associative,
+    "pairwise": _pairwise,
+    "pallas": _pallas,
+    "interpret": partial(_pallas, interpret=True),
+}

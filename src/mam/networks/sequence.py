@@ -82,7 +82,7 @@ class SequencePolicy(eqx.Module):
         num_agents, num_actions = obs.action_mask.shape[-2:]
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
         order = decision_order(obs.alive)
-        encoded = self._encode(obs, order)
+        encoded = self.encode(obs, order)
         mask = _rows(obs.action_mask, order)
         noise = jnp.zeros(mask.shape)
         if not greedy:
@@ -110,7 +110,7 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Teacher-forced pass over stored joint actions; see `mam.types.Policy`."""
-        encoded = self._encode(obs, order)
+        encoded = self.encode(obs, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
         out = self.decoder(action, encoded.obs_rep)
         by_agent = jnp.argsort(order, axis=-1)
@@ -123,9 +123,10 @@ class SequencePolicy(eqx.Module):
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
         """State value per agent, from the encoder alone."""
         order = decision_order(obs.alive)
-        return _rows(self._encode(obs, order).value, jnp.argsort(order, axis=-1))
+        return _rows(self.encode(obs, order).value, jnp.argsort(order, axis=-1))
 
-    def _encode(self, obs: Observation, order: Int[Array, "*batch N"]) -> Encoded:
+    def encode(self, obs: Observation, order: Int[Array, "*batch N"]) -> Encoded:
+        """Representations and values, in the order of deciding."""
         embedded = self.embed(obs)
         if self.dtype != "float32":
             embedded = embedded.astype(self.dtype)

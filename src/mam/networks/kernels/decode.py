@@ -33,8 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mam.networks.actions import ILLEGAL
 from mam.networks.decoder import Context, Decoder
 from mam.networks.kernels.decode_columns import COLUMNS, Columns, split_rows
-from mam.networks.kernels.decode_layers import Linear, Network, load
-from mam.networks.kernels.decode_pack import MIN_SIDE, pack, padded
+from mam.networks.kernels.decode_pack import MIN_SIDE, Packer, padded
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.ssm import CausalSSM
@@ -83,8 +82,7 @@ def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
         return False
     if _states_per_thread(decoder, Tiling(1, _num_warps(decoder))) > MOST_STATES_PER_THREAD:
         return False
-    shapes = _shapes(decoder, operand_dtype, _merges(decoder, operand_dtype))
-    return max(map(_bytes, _matrices(shapes))) <= SHARED_MEMORY // 3
+    return max(_matrix_sizes(decoder, operand_dtype, merge=False)) <= SHARED_MEMORY // 3
 
 
 def decode_kernel(
@@ -118,7 +116,6 @@ def decode_kernel(
     size = math.prod(batch)
     tiling = tiling or default_tiling(decoder, size)
     columns = Columns(tiling.num_envs, padded(_d_states(decoder).pop()), interpret)
-    network = _keep_what_fits(pack(decoder, columns, operand_dtype, merge=_merges(decoder, operand_dtype)))
     # 1. [batch, N, …], the batch a multiple of the environments per program. The scores of actions apart from their
     #    logits: where illegal, that is all there is; past the last action, less than any.
     score = jnp.where(ahead.mask, ahead.noise, ILLEGAL + ahead.noise)
@@ -128,7 +125,7 @@ def decode_kernel(
         score=_rows(score, size, tiling, padded(num_actions), fill=-jnp.inf),
     )
     # 2. The kernel.
-    action, out = _launch(network, inputs, columns, tiling.num_warps, start=num_actions)
+    action, out = _launch(decoder, inputs, columns, operand_dtype, tiling.num_warps)
     # 3. As the caller has it.
     return (
         action[:size].reshape(*batch, num_agents),
@@ -163,7 +160,7 @@ def _rows(v: Array, size: int, tiling: Tiling, features: int | None = None, fill
     return jnp.pad(v, pads, constant_values=fill).astype(jnp.promote_types(v.dtype, jnp.float32) if fill else v.dtype)
 
 
-def _launch(network: Network, inputs: _Inputs, columns: Columns, num_warps: int, start: int):
+def _launch(decoder: Decoder, inputs: _Inputs, columns: Columns, dtype: Any, num_warps: int):
     """Actions [batch, N] and outputs [batch, N, A], padded."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -180,21 +177,21 @@ def _launch(network: Network, inputs: _Inputs, columns: Columns, num_warps: int,
         jax.ShapeDtypeStruct((batch, num_agents, num_actions), jnp.float32),
     )
     return pl.pallas_call(
-        partial(_program, columns=columns, num_agents=num_agents, start=start),
+        partial(_program, columns=columns, dtype=dtype, num_agents=num_agents),
         outputs,
         grid=(batch // columns.num_envs,),
-        in_specs=(jax.tree.map(whole, network), jax.tree.map(part, inputs)),
+        in_specs=(jax.tree.map(whole, decoder), jax.tree.map(part, inputs)),
         out_specs=jax.tree.map(part, outputs),
         interpret=columns.interpret,
         name="decode",
         # Without parameters of Triton's, some versions of JAX would give the kernel to another compiler (Mosaic).
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=1),
-    )(network, inputs)
+    )(decoder, inputs)
 
 
-def _program(network, inputs, action, out, *, columns, num_agents, start):
+def _program(decoder, inputs, action, out, *, columns, dtype, num_agents):
     """All agents of the program's environments."""
-    network = load(network)
+    network = _packer(decoder, columns, dtype).network(decoder)
     envs = columns.env((COLUMNS,))
     state_envs, states = columns.env((columns.own_states, COLUMNS)), columns.state((columns.own_states, COLUMNS))
 
@@ -213,48 +210,40 @@ def _program(network, inputs, action, out, *, columns, num_agents, start):
         out[envs, here] = logits.T
         return state, chosen
 
-    first = jnp.full((COLUMNS,), start, jnp.int32)
-    jax.lax.fori_loop(0, num_agents, agent, (network.init_state(columns), first))
+    start = jnp.full((COLUMNS,), decoder.embed.table.shape[0] - 1, jnp.int32)
+    jax.lax.fori_loop(0, num_agents, agent, (network.init_state(columns), start))
 
 
-def _keep_what_fits(network: Network) -> Network:
-    """Says which matrices stay in shared memory: the first ones that fit."""
-    sizes = [_bytes(matrix) for matrix in _matrices(network)]
+def _packer(decoder: Decoder, columns: Columns, dtype: Any) -> Packer:
+    """Merges Δ's projections where all matrices fit, and keeps the first ones that do."""
     room = SHARED_MEMORY - EXCHANGE
-    room -= max(sizes) if sum(sizes) > room else 0  # what is read at every use passes through shared memory
+    sizes = {merge: _matrix_sizes(decoder, dtype, merge) for merge in (True, False)}
+    merge = sum(sizes[True]) <= max(room, sum(sizes[False]))
+    if sum(sizes[merge]) > room:
+        room -= max(sizes[merge])  # what is read at every use passes through shared memory
 
-    def decide(layer):
+    def keep(size: int) -> bool:
         nonlocal room
-        if not isinstance(layer, Linear):
-            return layer
-        # Operands of float32 do not go to the matrix units, and stay in registers.
-        resident = _bytes(layer) <= room and layer.weight.dtype != jnp.float32
-        room -= _bytes(layer) if resident else 0
-        return Linear(layer.weight, layer.bias, resident)
+        # Operands of float32 do not go to the matrix units, and would stay in registers.
+        kept = size <= room and jnp.dtype(dtype) != jnp.float32
+        room -= size if kept else 0
+        return kept
 
-    return jax.tree.map(decide, network, is_leaf=_is_matrix)
+    return Packer(columns, dtype, merge, keep)
 
 
-def _merges(decoder: Decoder, dtype: Any) -> bool:
-    """Whether Δ's projection is one matrix."""
-    sizes = {merge: sum(map(_bytes, _matrices(_shapes(decoder, dtype, merge)))) for merge in (True, False)}
-    return sizes[True] <= max(SHARED_MEMORY - EXCHANGE, sizes[False])
+def _matrix_sizes(decoder: Decoder, dtype: Any, merge: bool) -> list[int]:
+    """Bytes of the matrices of a step."""
+    sizes = []
 
+    def keep(size: int) -> bool:
+        sizes.append(size)
+        return True
 
-def _shapes(decoder: Decoder, dtype: Any, merge: bool) -> Network:
-    return jax.eval_shape(lambda decoder: pack(decoder, Columns(1, MIN_SIDE, True), dtype, merge=merge), decoder)
-
-
-def _matrices(network: Network) -> list[Linear]:
-    return [layer for layer in jax.tree.leaves(network, is_leaf=_is_matrix) if _is_matrix(layer)]
-
-
-def _is_matrix(layer: Any) -> bool:
-    return isinstance(layer, Linear)
-
-
-def _bytes(matrix: Linear) -> int:
-    return math.prod(matrix.weight.shape) * jnp.dtype(matrix.weight.dtype).itemsize
+    packer = Packer(Columns(1, padded(max(_d_states(decoder))), interpret=True), dtype, merge, keep)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), decoder)
+    jax.eval_shape(lambda decoder: packer.network(decoder).out.bias, shapes)
+    return sizes
 
 
 def _ssms(decoder: Decoder) -> list[SelectiveSSM | DualSSM]:

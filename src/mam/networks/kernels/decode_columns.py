@@ -16,6 +16,7 @@ from mam.networks.mixers.ssm import DT_LIMIT
 COLUMNS = 8  # the matrix units' narrowest product; Triton takes no narrower one
 LOG2_E = 1.4426950408889634
 GELU_SLOPE = -2 * LOG2_E * (2 / jnp.pi) ** 0.5
+MAX_FLOAT16 = 65504.0
 LOG1P_TERMS = 7  # of 2 artanh(s) = 2 Σ s^(2k+1) / (2k+1) with s ≤ 1/3: a relative error of 2e-8
 
 
@@ -106,6 +107,10 @@ class Columns:
         """The tanh form, as jax.nn.gelu: ½ x (1 + tanh t) = x / (1 + exp(−2t))."""
         slope = self.multiply_add(x * x, jnp.float32(0.044715 * GELU_SLOPE), jnp.float32(GELU_SLOPE))
         return x * self.reciprocal(1 + self.exp2(x * slope))
+
+    def bounded(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
+        """Within float16's range."""
+        return jnp.clip(x, -MAX_FLOAT16, MAX_FLOAT16)
 
     def step_size(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
         """`ssm.step_size`; log(1 + e) = 2 artanh(e / (2 + e)), which keeps small Δ exact without a library call."""

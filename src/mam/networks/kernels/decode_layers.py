@@ -1,68 +1,62 @@
-"""The decoder's layers as the decode kernel runs them, one agent at a time: see the modules they are made from.
+"""The decoder's layers as the decode kernel runs them, one agent at a time: see the modules they stand for.
 
-A layer's arrays are references while a kernel is being set up, and values after `load`.
+They live inside the kernel: their arrays are values, not parameters. `decode_pack` makes them.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mam.networks.kernels.decode_columns import COLUMNS, Columns
 
+Vector = Float[Array, "F 1"]
+Row = Float[Array, "1 C"]
 
-class Linear(eqx.Module):
+
+@dataclass(frozen=True)
+class Linear:
     """y = W x + b, with operands of the weights' type and sums in float32."""
 
-    weight: Any  # [O, I]
-    bias: Any  # [O, 1] or None
-    resident: bool = eqx.field(static=True, default=True)  # kept on the multiprocessor, not read again at every use
+    weight: Float[Array, "O I"] | Callable[[], Float[Array, "O I"]]  # what is read at every use is a function
+    bias: Vector | None = None
 
     def __call__(self, x: Float[Array, "I C"]) -> Float[Array, "O C"]:
-        weight = self.weight if self.resident else self.weight[...]
+        weight = self.weight() if callable(self.weight) else self.weight
         precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
         y = jnp.dot(weight, x.astype(weight.dtype), precision=precision, preferred_element_type=jnp.float32)
         return y if self.bias is None else y + self.bias
 
 
-def load(layers: Any) -> Any:
-    """The layers with references replaced by what they refer to, but for matrices that are not resident."""
-
-    def read(layer):
-        if not isinstance(layer, Linear):
-            return layer[...]
-        bias = None if layer.bias is None else layer.bias[...]
-        return Linear(layer.weight[...] if layer.resident else layer.weight, bias, layer.resident)
-
-    return jax.tree.map(read, layers, is_leaf=lambda layer: isinstance(layer, Linear))
-
-
-class Norm(eqx.Module):
+@dataclass(frozen=True)
+class Norm:
     """LayerNorm, or RMSNorm if there is no offset."""
 
-    scale: Any  # [F, 1]
-    offset: Any  # [F, 1] or None
-    eps: float = eqx.field(static=True)
+    scale: Vector
+    offset: Vector | None
+    eps: float
 
     def __call__(self, columns: Columns, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
+        features, width = x.shape
         if self.offset is None:
-            square = jnp.sum(x * x, axis=0, keepdims=True) / x.shape[0]
+            square = jnp.sum(x * x, axis=0, keepdims=True) / features
             return x * columns.rsqrt(square + self.eps) * self.scale
         # Both means in one sum over the features: each such sum crosses warps, at the cost of two barriers.
-        means = jnp.sum(jnp.stack([x, x * x], axis=-1), axis=0, keepdims=True) / x.shape[0]
-        mean, square = (v.reshape(1, COLUMNS) for v in jnp.split(means, 2, axis=-1))
+        means = jnp.sum(jnp.stack([x, x * x], axis=-1), axis=0, keepdims=True) / features
+        mean, square = (v.reshape(1, width) for v in jnp.split(means, 2, axis=-1))
         inverse = columns.rsqrt(jnp.maximum(square - mean * mean, 0.0) + self.eps)
         return columns.multiply_add((x - mean) * inverse, self.scale, self.offset)
 
 
-class Conv(eqx.Module):
-    """`CausalConv`, and the SiLU after it."""
+@dataclass(frozen=True)
+class Conv:
+    """`CausalConv`, with its SiLU."""
 
-    taps: tuple[Any, ...]  # d_conv of [F, 1], the oldest input's first
-    bias: Any  # [F, 1]
+    taps: tuple[Vector, ...]  # d_conv, the oldest input's first
+    bias: Vector
 
     def init_state(self, columns: Columns) -> tuple[Float[Array, "F C"], ...]:
         return (columns.zeros(self.bias.shape[0]),) * (len(self.taps) - 1)
@@ -79,29 +73,30 @@ class Conv(eqx.Module):
 class State(NamedTuple):
     """What a mixer knows of earlier agents."""
 
-    conv: Any  # the convolutions' last inputs
+    conv: dict[str, tuple[Float[Array, "F C"], ...]]  # the last inputs of each convolution
     ssm: tuple[Float[Array, "D C"], ...]  # J arrays: each column has an environment's J states, or its share of them
 
 
-class Selective(eqx.Module):
-    """`SelectiveSSM` after its in-projection, which gives x and z."""
+@dataclass(frozen=True)
+class Selective:
+    """`SelectiveSSM` after its in-projections, which give x and z."""
 
     conv: Conv
     dt: tuple[Linear, ...]  # one matrix, or the two whose product it is
     B: Linear
     C: Linear | None
-    rates: tuple[Any, ...]  # A / ln 2 of each copy's j-th state, J of [D, copies]
-    skip: Any  # [D, 1]
+    rates: tuple[Float[Array, "D R"], ...]  # A / ln 2 of each copy's j-th state
+    skip: Vector
     out: Linear
 
     def init_state(self, columns: Columns) -> State:
-        size = self.skip.shape[0]
-        return State(conv=self.conv.init_state(columns), ssm=(columns.zeros(size),) * columns.own_states)
+        ssm = (columns.zeros(self.skip.shape[0]),) * columns.own_states
+        return State({"x": self.conv.init_state(columns)}, ssm)
 
     def __call__(
-        self, columns: Columns, state: State, inputs: dict[str, Array], C: list[Float[Array, "1 C"]] | None
+        self, columns: Columns, state: State, inputs: dict[str, Array], C: list[Row] | None
     ) -> tuple[State, Float[Array, "E C"]]:
-        conv, x = self.conv(columns, state.conv, inputs["x"])
+        conv, x = self.conv(columns, state.conv["x"], inputs["x"])
         dt = x
         for layer in self.dt:
             dt = layer(dt)
@@ -110,32 +105,32 @@ class Selective(eqx.Module):
         decays = [columns.exp2(dt * columns.spread(rate)) for rate in self.rates]
         h, y = _recur(columns, state.ssm, decays, dt * x, B, C or own[0])
         y = columns.multiply_add(self.skip, x, y) * columns.silu(inputs["z"])
-        largest = float(jnp.finfo(self.out.weight.dtype).max)  # nothing else can outgrow float16: the rest is normed
-        return State(conv, h), self.out(jnp.clip(y, -largest, largest))
+        return State({"x": conv}, h), self.out(columns.bounded(y))
 
 
-class Dual(eqx.Module):
-    """`DualSSM` after its in-projection, which gives z, x, B, C (unless it is read from a context) and Δ.
+@dataclass(frozen=True)
+class Dual:
+    """`DualSSM` after its in-projections, which give x, z, Δ before the softplus, B and, unless it is read, C.
 
-    What is of a head stands in each of its channels.
+    What belongs to a head stands in each of its channels.
     """
 
-    convs: dict[str, Conv]  # of x, B and C: one convolution, in parts
-    rate: Any  # A / ln 2, [D, 1]
-    skip: Any  # [D, 1]
+    convs: dict[str, Conv]  # of x, B and C
+    rate: Vector  # A / ln 2
+    skip: Vector
     norm: Norm
     out: Linear
 
     def init_state(self, columns: Columns) -> State:
         conv = {name: part.init_state(columns) for name, part in self.convs.items()}
-        return State(conv=conv, ssm=(columns.zeros(self.skip.shape[0]),) * columns.own_states)
+        return State(conv, (columns.zeros(self.skip.shape[0]),) * columns.own_states)
 
     def __call__(
-        self, columns: Columns, state: State, inputs: dict[str, Array], C: list[Float[Array, "1 C"]] | None
+        self, columns: Columns, state: State, inputs: dict[str, Array], C: list[Row] | None
     ) -> tuple[State, Float[Array, "E C"]]:
         parts = {name: conv(columns, state.conv[name], inputs[name]) for name, conv in self.convs.items()}
         conv, x = {name: before for name, (before, _) in parts.items()}, parts["x"][1]
-        B, *own = columns.own_rows(*(parts[name][1] for name in "BC" if name in parts))
+        B, *own = columns.own_rows(*(parts[name][1] for name in ("B", "C") if name in parts))
         dt = columns.step_size(inputs["dt"])
         decays = [columns.exp2(dt * self.rate)] * len(state.ssm)
         h, y = _recur(columns, state.ssm, decays, dt * x, B, C or own[0])
@@ -149,7 +144,8 @@ def _recur(columns, h, decays, u, B, C):
     return h, columns.sum_copies(columns.sum_of_products(h, C))
 
 
-class Mixer(eqx.Module):
+@dataclass(frozen=True)
+class Mixer:
     """`CausalSSM`: what its SSM reads is projected from the normed input or, in the first block, from the token."""
 
     pre_norm: Norm | None
@@ -163,7 +159,7 @@ class Mixer(eqx.Module):
         state: State,
         x: Float[Array, "E C"],
         token: Float[Array, "K C"],
-        C: list[Float[Array, "1 C"]] | None,
+        C: list[Row] | None,
     ) -> tuple[State, Float[Array, "E C"]]:
         source = token if self.pre_norm is None else self.pre_norm(columns, x)
         inputs = {name: part(source) for name, part in self.parts.items()}
@@ -171,7 +167,8 @@ class Mixer(eqx.Module):
         return state, self.post_norm(columns, x + y)
 
 
-class Block(eqx.Module):
+@dataclass(frozen=True)
+class Block:
     """`DecoderBlock`."""
 
     mixer: Mixer
@@ -182,9 +179,6 @@ class Block(eqx.Module):
     out: Linear
     mlp_norm: Norm
 
-    def init_state(self, columns: Columns) -> tuple[State, State]:
-        return self.mixer.ssm.init_state(columns), self.cross.ssm.init_state(columns)
-
     def __call__(
         self,
         columns: Columns,
@@ -192,7 +186,7 @@ class Block(eqx.Module):
         x: Float[Array, "E C"],
         token: Float[Array, "K C"],
         obs_rep: Float[Array, "E C"],
-        C: list[Float[Array, "1 C"]],
+        C: list[Row],
     ) -> tuple[tuple[State, State], Float[Array, "E C"]]:
         mixer_state, mixed = self.mixer(columns, state[0], x, token, None)
         x = self.mixer_norm(columns, x + mixed)
@@ -202,17 +196,19 @@ class Block(eqx.Module):
         return (mixer_state, cross_state), x
 
 
-class Network(eqx.Module):
+@dataclass(frozen=True)
+class Network:
     """`Decoder`."""
 
-    embed: Linear  # the embeddings of tokens, in columns
+    embed: Linear  # all tokens' embeddings
+    num_tokens: int  # padded
     blocks: tuple[Block, ...]
     hidden: Linear
     norm: Norm
     out: Linear
 
     def init_state(self, columns: Columns) -> tuple[tuple[State, State], ...]:
-        return tuple(block.init_state(columns) for block in self.blocks)
+        return tuple(tuple(m.ssm.init_state(columns) for m in (block.mixer, block.cross)) for block in self.blocks)
 
     def advance(
         self,
@@ -220,11 +216,11 @@ class Network(eqx.Module):
         states: tuple[tuple[State, State], ...],
         token: Int[Array, "C"],
         obs_rep: Float[Array, "E C"],
-        C: list[list[Float[Array, "1 C"]]],
+        C: list[list[Row]],
     ) -> tuple[tuple[tuple[State, State], ...], Float[Array, "A C"]]:
         """The next agent's output, given the action before; C per block."""
         # Rows of a table are looked up by a product: it leaves them where later products need them, a load does not.
-        one_hot = lax.broadcasted_iota(jnp.int32, (self.embed.weight.shape[1], COLUMNS), 0) == token[None]
+        one_hot = lax.broadcasted_iota(jnp.int32, (self.num_tokens, COLUMNS), 0) == token[None]
         one_hot = one_hot.astype(jnp.float32)
         x, new = self.embed(one_hot), []
         for block, state, own in zip(self.blocks, states, C, strict=True):

@@ -1,8 +1,12 @@
-"""From a decoder to the layers of the decode kernel: matrices turned and cut to powers of two, tables worked out.
+"""From a decoder's parameters to the layers of the decode kernel, inside it: read, turned, tables worked out.
 
-All of it depends on the parameters only; in a rollout XLA moves it out of the loop over environment steps.
+Done outside, it would be some thirty launches per joint action: XLA does not move them out of a rollout's loop.
+Sizes that are not powers of two are filled up with zeros.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,10 +16,9 @@ from jaxtyping import Array, Float
 from mam.networks.blocks import DecoderBlock
 from mam.networks.decoder import Decoder
 from mam.networks.kernels.decode_columns import LOG2_E, Columns
-from mam.networks.kernels.decode_layers import Block, Conv, Dual, Linear, Mixer, Network, Norm, Selective
+from mam.networks.kernels.decode_layers import Block, Conv, Dual, Linear, Mixer, Network, Norm, Selective, Vector
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers import AbstractCausalMixer
-from mam.networks.mixers.base import required
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.ssm import CausalSSM
@@ -23,134 +26,178 @@ from mam.networks.mixers.ssm import CausalSSM
 MIN_SIDE = 16  # of a matrix, but for the columns
 
 
+Cut = tuple[int, int]  # a range of columns
+
+
 def padded(size: int) -> int:
     """The next power of two a matrix may have as its side."""
     return max(MIN_SIDE, 1 << (size - 1).bit_length())
 
 
-def pack(decoder: Decoder, columns: Columns, dtype: Any, *, merge: bool) -> Network:
-    """The decoder as the kernel reads it.
+@dataclass(frozen=True)
+class Packer:
+    """Makes layers of modules whose parameters are references (or arrays)."""
 
-    Args:
-        decoder: of state-space mixers and discrete actions.
-        columns: how environments lie.
-        dtype: of the matrices.
-        merge: one matrix for Δ in place of a product of two (`SelectiveSSM`).
-    """
-    rows = decoder.embed.rows().astype(jnp.float32)
-    head = decoder.head
-    return Network(
-        embed=_linear(rows, dtype),
-        blocks=tuple(
-            _block(block, rows if index == 0 else None, columns, dtype, merge)
-            for index, block in enumerate(decoder.blocks)
-        ),
-        hidden=_dense(head.hidden, dtype),
-        norm=_norm(head.norm),
-        out=_dense(head.out, dtype),
-    )
+    columns: Columns
+    dtype: Any  # of the matrices
+    merge: bool  # one matrix for Δ in place of a product of two
+    keep: Callable[[int], bool]  # whether a matrix of so many bytes is kept, not read again at every use
+
+    def network(self, decoder: Decoder) -> Network:
+        embed, head = decoder.embed, decoder.head
+        rows = self.norm(embed.norm)(self.columns, self.columns.gelu(_matrix(embed.table)))  # one per column
+        return Network(
+            embed=self.table(rows),
+            num_tokens=rows.shape[1],
+            blocks=tuple(self.block(block, None if i else rows) for i, block in enumerate(decoder.blocks)),
+            hidden=self.dense(head.hidden),
+            norm=self.norm(head.norm),
+            out=self.dense(head.out),
+        )
+
+    def block(self, block: DecoderBlock, rows: Float[Array, "E K"] | None) -> Block:
+        return Block(
+            mixer=self.mixer(block.mixer, rows),
+            mixer_norm=self.norm(block.mixer_norm),
+            cross=self.mixer(block.cross, None),
+            cross_norm=self.norm(block.cross_norm),
+            hidden=self.dense(block.mlp.hidden),
+            out=self.dense(block.mlp.out),
+            mlp_norm=self.norm(block.mlp_norm),
+        )
+
+    def mixer(self, mixer: AbstractCausalMixer, rows: Float[Array, "E K"] | None) -> Mixer:
+        """With `rows`, all tokens' embeddings, projections are tables of what they make of them."""
+        assert isinstance(mixer, CausalSSM)
+        make = self.linear
+        if rows is not None:
+            normed = self.norm(mixer.pre_norm)(self.columns, rows)
+
+            def make(*args, **options):
+                return self.table(self.linear(*args, **options, once=True)(normed))
+
+        if isinstance(mixer.ssm, SelectiveSSM):
+            parts, ssm = {}, self.selective(mixer.ssm)
+        else:
+            assert isinstance(mixer.ssm, DualSSM)
+            parts, ssm = self.dual_parts(mixer.ssm, make), self.dual(mixer.ssm)
+        return Mixer(
+            pre_norm=self.norm(mixer.pre_norm) if rows is None else None,
+            parts={"x": make(mixer.ssm.in_proj.weight), "z": make(mixer.ssm.gate_proj.weight), **parts},
+            ssm=ssm,
+            post_norm=self.norm(mixer.post_norm),
+        )
+
+    def selective(self, ssm: SelectiveSSM) -> Selective:
+        d_state, dt_rank = ssm.A_log.shape[1], ssm.dt_proj.weight.shape[0]
+        B, C = ((dt_rank + i * d_state, dt_rank + (i + 1) * d_state) for i in range(2))
+        weight, dt = ssm.x_proj.weight, ssm.dt_proj
+        if self.merge:
+            low, high = self.linear(weight, (0, dt_rank), once=True), self.linear(dt.weight, once=True)
+            steps = (self.table(high(low.weight), _vector(dt.bias)),)
+        else:
+            steps = (self.linear(weight, (0, dt_rank)), self.dense(dt))
+        return Selective(
+            conv=self.conv(ssm.conv.weight, ssm.conv.bias),
+            dt=steps,
+            B=self.linear(weight, B),
+            C=None if ssm.context_proj is not None else self.linear(weight, C),
+            rates=tuple(self.rate(_own_states(ssm.A_log, self.columns, j)) for j in range(self.columns.own_states)),
+            skip=_vector(ssm.skip),
+            out=self.dense(ssm.out_proj),
+        )
+
+    def dual_parts(self, ssm: DualSSM, make: Callable[..., Linear]) -> dict[str, Linear]:
+        # Δ's rows are repeated for each channel of the head: a row of a product cannot be read twice.
+        channels = ssm.norm.scale.shape[0] // ssm.A_log.shape[0]
+        dt = make(ssm.dt_proj.weight, bias=_vector(ssm.dt_proj.bias, repeat=channels), repeat=channels)
+        return {"dt": dt} | {name: make(ssm.state_proj.weight, cut) for name, cut in _states(ssm).items()}
+
+    def dual(self, ssm: DualSSM) -> Dual:
+        channels = ssm.norm.scale.shape[0] // ssm.A_log.shape[0]
+        states = {
+            name: self.conv(ssm.state_conv.weight, ssm.state_conv.bias, cut) for name, cut in _states(ssm).items()
+        }
+        return Dual(
+            convs={"x": self.conv(ssm.conv.weight, ssm.conv.bias), **states},
+            rate=self.rate(_vector(ssm.A_log, repeat=channels)),
+            skip=_vector(ssm.skip, repeat=channels),
+            norm=self.norm(ssm.norm),
+            out=self.dense(ssm.out_proj),
+        )
+
+    def rate(self, log: Array) -> Array:
+        """A / ln 2, of log(−A)."""
+        return -LOG2_E * self.columns.exp2(LOG2_E * log)
+
+    def conv(self, weight: Any, bias: Any, cut: Cut | None = None) -> Conv:
+        return Conv(tuple(_vector(weight, cut, row=k) for k in range(weight.shape[0])), _vector(bias, cut))
+
+    def norm(self, norm: LayerNorm | RMSNorm) -> Norm:
+        return Norm(_vector(norm.scale), _vector(norm.offset) if isinstance(norm, LayerNorm) else None, norm.eps)
+
+    def dense(self, dense: Dense) -> Linear:
+        return self.linear(dense.weight, bias=None if dense.bias is None else _vector(dense.bias))
+
+    def linear(
+        self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1, once: bool = False
+    ) -> Linear:
+        """A layer of (some of) the columns of [I, O]; `once`: it is used in packing only."""
+
+        def read():
+            return _matrix(weight, cut, repeat).astype(self.dtype)
+
+        start, stop = cut or (0, weight.shape[1])
+        kept = once or self._keeps(padded(weight.shape[0]), padded((stop - start) * repeat))
+        return Linear(read() if kept else read, bias)
+
+    def table(self, weight: Float[Array, "O I"], bias: Vector | None = None) -> Linear:
+        """A layer of what was worked out, which there is nowhere to read again."""
+        self._keeps(*weight.shape)
+        return Linear(weight.astype(self.dtype), bias)
+
+    def _keeps(self, *shape: int) -> bool:
+        return self.keep(math.prod(shape) * jnp.dtype(self.dtype).itemsize)
 
 
-def _block(block: DecoderBlock, rows, columns, dtype, merge) -> Block:
-    return Block(
-        mixer=_mixer(block.mixer, rows, columns, dtype, merge),
-        mixer_norm=_norm(block.mixer_norm),
-        cross=_mixer(block.cross, None, columns, dtype, merge),
-        cross_norm=_norm(block.cross_norm),
-        hidden=_dense(block.mlp.hidden, dtype),
-        out=_dense(block.mlp.out, dtype),
-        mlp_norm=_norm(block.mlp_norm),
-    )
-
-
-def _mixer(mixer: AbstractCausalMixer, rows: Float[Array, "K E"] | None, columns, dtype, merge) -> Mixer:
-    """With `rows`, the embeddings of all tokens: the projections are tables, applied to a one-hot token."""
-    assert isinstance(mixer, CausalSSM)
-    if isinstance(mixer.ssm, SelectiveSSM):
-        parts = {"x": mixer.ssm.in_proj.weight, "z": mixer.ssm.gate_proj.weight}
-        biases, ssm = {}, _selective(mixer.ssm, columns, dtype, merge)
-    else:
-        assert isinstance(mixer.ssm, DualSSM)
-        parts, biases = _dual_parts(mixer.ssm)
-        ssm = _dual(mixer.ssm, columns, dtype)
-    if rows is not None:
-        normed = mixer.pre_norm(rows)
-        parts = {name: _product(normed, weight) for name, weight in parts.items()}
-    return Mixer(
-        pre_norm=_norm(mixer.pre_norm) if rows is None else None,
-        parts={name: _linear(weight, dtype, biases.get(name)) for name, weight in parts.items()},
-        ssm=ssm,
-        post_norm=_norm(mixer.post_norm),
-    )
-
-
-def _selective(ssm: SelectiveSSM, columns: Columns, dtype, merge) -> Selective:
-    (d_inner, d_state), dt_rank = ssm.A_log.shape, ssm.dt_proj.weight.shape[0]
-    low, B, *own = jnp.split(ssm.x_proj.weight, [dt_rank, dt_rank + d_state], axis=1)
-    high, bias = ssm.dt_proj.weight, ssm.dt_proj.bias
-    rates = jnp.pad(-LOG2_E * jnp.exp(ssm.A_log), ((0, 0), (0, columns.d_state - d_state)))
-    rates = rates.astype(jnp.float32).reshape(d_inner, columns.copies, columns.own_states)
-    return Selective(
-        conv=_conv(ssm.conv.weight, ssm.conv.bias),
-        dt=(_linear(_product(low, high), dtype, bias),) if merge else (_linear(low, dtype), _linear(high, dtype, bias)),
-        B=_linear(B, dtype),
-        C=None if ssm.context_proj is not None else _linear(own[0], dtype),
-        rates=tuple(rates[:, :, j] for j in range(columns.own_states)),
-        skip=_vector(ssm.skip),
-        out=_dense(ssm.out_proj, dtype),
-    )
-
-
-def _dual_parts(ssm: DualSSM) -> tuple[dict[str, Array], dict[str, Array | None]]:
-    """Weights and biases. Δ's columns are repeated for each channel of the head, so that no row is needed twice."""
-    weights = {"x": ssm.in_proj.weight, "z": ssm.gate_proj.weight, **_states(ssm, ssm.state_proj.weight)}
-    dt, bias = (_per_channel(ssm, required(v)) for v in (ssm.dt_proj.weight, ssm.dt_proj.bias))
-    return weights | {"dt": dt}, {"dt": bias}
-
-
-def _dual(ssm: DualSSM, columns: Columns, dtype) -> Dual:
-    weights, biases = (_states(ssm, v) for v in (ssm.state_conv.weight, ssm.state_conv.bias))
-    return Dual(
-        convs={"x": _conv(ssm.conv.weight, ssm.conv.bias), **{k: _conv(weights[k], biases[k]) for k in weights}},
-        rate=_vector(-LOG2_E * _per_channel(ssm, jnp.exp(ssm.A_log))),
-        skip=_vector(_per_channel(ssm, ssm.skip)),
-        norm=_norm(ssm.norm),
-        out=_dense(ssm.out_proj, dtype),
-    )
-
-
-def _states(ssm: DualSSM, v: Array) -> dict[str, Array]:
-    """The parts that belong to B and, unless it is read from a context, C."""
+def _states(ssm: DualSSM) -> dict[str, Cut]:
+    """Where B and, unless it is read from a context, C stand among what is projected for the states."""
     names = ("B",) if ssm.context_proj is not None else ("B", "C")
-    return dict(zip(names, jnp.split(v, len(names), axis=-1), strict=True))
+    return {name: (i * ssm.d_state, (i + 1) * ssm.d_state) for i, name in enumerate(names)}
 
 
-def _per_channel(ssm: DualSSM, v: Float[Array, "*F H"]) -> Float[Array, "*F D"]:
-    return jnp.repeat(v, ssm.norm.scale.shape[0] // ssm.A_log.shape[0], axis=-1)
+def _own_states(v: Any, columns: Columns, j: int) -> Float[Array, "D R"]:
+    """Of [D, S], each copy's j-th state."""
+    shape = (v.shape[0], columns.copies)
+    state = _iota(shape, 1) * columns.own_states + j
+    return _pick(v, (_iota(shape, 0), state), state < v.shape[1] if v.shape[1] < columns.d_state else None)
 
 
-def _conv(weight: Float[Array, "K F"], bias: Float[Array, "F"]) -> Conv:
-    return Conv(taps=tuple(_vector(tap) for tap in weight), bias=_vector(bias))
+def _matrix(v: Any, cut: Cut | None = None, repeat: int = 1) -> Float[Array, "O I"]:
+    """Columns of [I, O], each so many times, turned."""
+    start, stop = cut or (0, v.shape[1])
+    size = (v.shape[0], (stop - start) * repeat)
+    shape = tuple(padded(n) for n in size)
+    i, o = _iota(shape, 0), _iota(shape, 1)
+    return _pick(v, (i, start + o // repeat), None if shape == size else (i < size[0]) & (o < size[1])).T
 
 
-def _norm(norm: LayerNorm | RMSNorm) -> Norm:
-    offset = _vector(norm.offset) if isinstance(norm, LayerNorm) else None
-    return Norm(scale=_vector(norm.scale), offset=offset, eps=norm.eps)
+def _vector(v: Any, cut: Cut | None = None, repeat: int = 1, row: int | None = None) -> Vector:
+    """Entries of [F], or of a row of [K, F], each so many times."""
+    start, stop = cut or (0, v.shape[-1])
+    size = (stop - start) * repeat
+    i = _iota((padded(size), 1), 0)
+    index = (start + i // repeat,) if row is None else (jnp.full_like(i, row), start + i // repeat)
+    return _pick(v, index, None if padded(size) == size else i < size)
 
 
-def _dense(dense: Dense, dtype) -> Linear:
-    return _linear(dense.weight, dtype, dense.bias)
+def _pick(v: Any, index: tuple[Array, ...], there: Array | None) -> Array:
+    """v[index] in float32, zero where it is not there."""
+    if there is None:
+        return v[index].astype(jnp.float32)
+    inside = tuple(jnp.where(there, i, 0) for i in index)
+    return jnp.where(there, v[inside], 0.0).astype(jnp.float32)
 
 
-def _linear(weight: Float[Array, "I O"], dtype, bias: Float[Array, "O"] | None = None) -> Linear:
-    pads = [(0, padded(size) - size) for size in weight.shape]
-    return Linear(weight=jnp.pad(weight, pads).T.astype(dtype), bias=None if bias is None else _vector(bias))
-
-
-def _vector(v: Float[Array, "F"]) -> Float[Array, "P 1"]:
-    """A column, padded with zeros."""
-    return jnp.pad(v, (0, padded(v.shape[0]) - v.shape[0])).astype(jnp.float32)[:, None]
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+def _iota(shape: tuple[int, ...], axis: int) -> Array:
+    return lax.broadcasted_iota(jnp.int32, shape, axis)

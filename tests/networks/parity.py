@@ -1,0 +1,89 @@
+"""Holds a block against what another implementation computed: parameters, output, gradients, step-by-step decoding."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mam.config import NetworkConfig
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """A file of golden arrays, and how the module they came from becomes one of ours."""
+
+    file: str
+    make: Callable
+    cases: dict[str, NetworkConfig]
+    layout: dict[str, tuple[Callable, Callable]]  # their name: our parameter, and how their layout becomes ours
+
+    @functools.cache  # noqa: B019, they live as long as the tests
+    def arrays(self, case):
+        with np.load(Path(__file__).parents[1] / "golden" / self.file) as arrays:
+            return {key.removeprefix(f"{case}/"): arrays[key] for key in arrays.files if key.startswith(f"{case}/")}
+
+    def in_our_layout(self, case, prefix):
+        return {name: convert(self.arrays(case)[prefix + name]) for name, (_, convert) in self.layout.items()}
+
+    @functools.cache  # noqa: B019
+    def block(self, case):
+        """Our block with their parameters; every parameter of ours is set, and every one of theirs used."""
+        block = jax.eval_shape(lambda key: self.make(self.cases[case], key=key), jax.random.key(0))
+        values = self.in_our_layout(case, "param/")
+        assert {f"param/{name}" for name in values} == {n for n in self.arrays(case) if n.startswith("param/")}
+        assert len(jax.tree.leaves(block)) == len(values)
+        for name, (where, _) in self.layout.items():
+            assert where(block).shape == values[name].shape, name
+            block = eqx.tree_at(where, block, jnp.asarray(values[name]))
+        return block
+
+    def check_parallel_form_and_gradients(self, case):
+        arrays, block = self.arrays(case), self.block(case)
+        output, block_gradient, x_gradient = output_and_gradients(block, arrays["input"], arrays["cotangent"])
+        assert_close(output, arrays["output"], "output")
+        assert_close(x_gradient, arrays["grad/input"], "gradient of the input")
+        for name, expected in self.in_our_layout(case, "grad/").items():
+            where, _ = self.layout[name]
+            assert_close(where(block_gradient), expected, f"gradient of {name}")
+
+    def check_recurrent_form(self, case):
+        """Returns the last state, ours and theirs, whose conv_state [batch, channels, d_conv] has the oldest first."""
+        arrays = self.arrays(case)
+        state, output = decode(self.block(case), arrays["input"])
+        assert_close(output, arrays["decode/output"], "output")
+        # Theirs keeps the last d_conv inputs, ours the last d_conv − 1: its first is never read again.
+        theirs = np.moveaxis(arrays["decode/conv_state"][..., 1:], -1, 0)
+        for ours, expected in zip(state.conv_state, theirs, strict=True):
+            assert_close(ours, expected, "state of the convolution")
+        return state.ssm_state, arrays["decode/ssm_state"]
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def output_and_gradients(block, x, cotangent):
+    output, pull_back = jax.vjp(lambda block, x: block.extend(None, block.project(x), None, None)[1], block, x)
+    return output, *pull_back(cotangent)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def decode(block, x):
+    """One agent after another: the last state, and all outputs."""
+
+    def step(state, x):
+        return block.advance(state, block.project(x), None)
+
+    state, y = lax.scan(step, block.init_state(x.shape[:1], x.dtype), jnp.swapaxes(x, 0, 1))
+    return state, jnp.swapaxes(y, 0, 1)
+
+
+def assert_close(actual, expected, what):
+    """Largest error relative to the largest value; early in a sequence there may be nothing but zeros."""
+    error = np.max(np.abs(np.asarray(actual) - expected)) / max(np.max(np.abs(expected)), 1e-3)
+    assert error <= 1e-5, f"{what}: {error:.2e}"
