@@ -93,10 +93,10 @@ def work_of_recomputing(name, num_agents):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
-    """Defect 3. Twice the agents are twice the work (attention's own quadratic part is small), not four times."""
+    """Defect 3. Twice the agents are twice the work (what is quadratic, and what is done once, is small), not four times."""
     few, many = 10, 20
     growth = work_of_acting(name, many) / work_of_acting(name, few)
-    assert 2 < growth < 2.2 if name == "mat" else growth == 2
+    assert 1.9 < growth < 2.2 if isinstance(setup(name, few)[0], SequencePolicy) else growth == 2
     policy, _ = setup(name, many)
     if isinstance(policy, SequencePolicy):
         assert work_of_recomputing(name, many) > 3.8 * work_of_recomputing(name, few)

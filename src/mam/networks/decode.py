@@ -4,6 +4,7 @@ Every agent's noise is drawn beforehand, so the joint action is a function of it
 Arrays are in the order of deciding: agent k reads the actions of agents before it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from mam.networks.actions import ActionKind
-from mam.networks.decoder import Context, Decoder, DecoderState, Token
+from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Token
 from mam.types import Action
 
 
@@ -50,16 +51,27 @@ class Progress(eqx.Module):
     token: Token
 
 
+@dataclass(frozen=True)
+class _Chooser:
+    """Who decides."""
+
+    decoder: Decoder
+    kind: ActionKind
+    embed: Callable[[Token], Embedded]
+
+
 def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding) -> Decision:
     """Chooses one joint action per batch element, as `decoding` says."""
     *batch, num_agents, _ = ahead.mask.shape
+    dtype = ahead.context.obs_rep.dtype
+    chooser = _Chooser(decoder, kind, decoder.embedder(dtype))
     size = num_agents if decoding.window is None else min(decoding.window, num_agents)
     start = Progress(
-        state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), ahead.context.obs_rep.dtype),
+        state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
         token=decoder.embed.start(tuple(batch)),
     )
     if decoding.method == "sequential":
-        return _one_by_one(decoder, kind, start, ahead)[1]
+        return _one_by_one(chooser, start, ahead)[1]
     # Windows of equal size; agents past the last one are decided too, and forgotten.
     axis = len(batch)
     windows = jax.tree.map(
@@ -69,7 +81,7 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
 
     def window(progress, inputs):
         ahead, real = inputs
-        return _fixed_point(decoder, kind, progress, ahead, real, decoding.max_passes or size)
+        return _fixed_point(chooser, progress, ahead, real, decoding.max_passes or size)
 
     _, decisions = lax.scan(window, start, (windows, real))
     action, out = (
@@ -83,13 +95,13 @@ def _padded(v: Array, axis: int, size: int) -> Array:
     return jnp.pad(v, [(0, -v.shape[axis] % size if i == axis else 0) for i in range(v.ndim)])
 
 
-def _one_by_one(decoder: Decoder, kind: ActionKind, progress: Progress, ahead: Ahead) -> tuple[Progress, Decision]:
+def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Progress, Decision]:
     axis = ahead.mask.ndim - 2
 
     def agent(progress: Progress, ahead: Ahead):
-        state, out = decoder.advance(progress.state, progress.token, ahead.context)
-        action = kind.choose(out, ahead.mask, ahead.noise)
-        return Progress(state=state, token=decoder.embed.token(action)), (action, out)
+        state, out = chooser.decoder.advance(progress.state, chooser.embed(progress.token), ahead.context)
+        action = chooser.kind.choose(out, ahead.mask, ahead.noise)
+        return Progress(state=state, token=chooser.decoder.embed.token(action)), (action, out)
 
     agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), ahead)
     progress, (action, out) = lax.scan(agent, progress, agents_first)
@@ -110,7 +122,7 @@ class _Attempt(eqx.Module):
 
 
 def _fixed_point(
-    decoder: Decoder, kind: ActionKind, progress: Progress, ahead: Ahead, real: Bool[Array, "M"], max_passes: int
+    chooser: _Chooser, progress: Progress, ahead: Ahead, real: Bool[Array, "M"], max_passes: int
 ) -> tuple[Progress, Decision]:
     """Passes over all agents of a window until what they read is what they do.
 
@@ -120,27 +132,27 @@ def _fixed_point(
     *batch, size, _ = ahead.mask.shape
 
     def attempt(read: Action, passes: Float[Array, ""]) -> _Attempt:
-        tokens = decoder.embed.previous(read, first=progress.token)
-        state, out = decoder.extend(progress.state, tokens, ahead.context)
-        return _Attempt(read, kind.choose(out, ahead.mask, ahead.noise), out, state, passes + 1)
+        tokens = chooser.decoder.embed.previous(read, first=progress.token)
+        state, out = chooser.decoder.extend(progress.state, chooser.embed(tokens), ahead.context)
+        return _Attempt(read, chooser.kind.choose(out, ahead.mask, ahead.noise), out, state, passes + 1)
 
     def settled(last: _Attempt) -> Bool[Array, ""]:
-        moved = ~kind.same(last.read, last.action) & real
+        moved = ~chooser.kind.same(last.read, last.action) & real
         return ~jnp.any(moved[..., :-1])  # nobody of the window reads its last agent
 
     # The first guess: what would be chosen without any preference.
-    first = attempt(kind.choose(jnp.zeros_like(ahead.noise), ahead.mask, ahead.noise), jnp.zeros(()))
+    first = attempt(chooser.kind.choose(jnp.zeros_like(ahead.noise), ahead.mask, ahead.noise), jnp.zeros(()))
     last = lax.while_loop(
         lambda last: ~settled(last) & (last.passes < max_passes), lambda last: attempt(last.action, last.passes), first
     )
 
     def found() -> tuple[Progress, Decision]:
-        token = decoder.embed.token(jnp.take(last.action, size - 1, axis=len(batch)))
+        token = chooser.decoder.embed.token(jnp.take(last.action, size - 1, axis=len(batch)))
         passes = jnp.broadcast_to(last.passes, tuple(batch))
         return Progress(state=last.state, token=token), Decision(last.action, last.out, passes)
 
     def given_up() -> tuple[Progress, Decision]:
-        after, decision = _one_by_one(decoder, kind, progress, ahead)
+        after, decision = _one_by_one(chooser, progress, ahead)
         return after, eqx.tree_at(lambda d: d.passes, decision, decision.passes + last.passes)
 
     if max_passes >= size:

@@ -1,6 +1,6 @@
 """The decoder: from the actions chosen so far and the observation representation to the next agent's output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import equinox as eqx
@@ -76,6 +76,9 @@ class Context(eqx.Module):
     blocks: tuple[MixerInputs, ...]
 
 
+Embedded = tuple[Float[Array, "..."], MixerInputs]  # tokens [*batch, E], and what the first block's mixer reads of them
+
+
 class Decoder(eqx.Module):
     """The embedded action before, then the blocks; a head makes logits, or means, of the result (MAT, §3).
 
@@ -107,31 +110,48 @@ class Decoder(eqx.Module):
 
     def __call__(self, action: Action, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N A"]:
         """Teacher-forced: the output for every agent given the actions before it, in the order of deciding."""
-        return self.extend(None, self.embed.previous(action), self.read(obs_rep))[1]
+        embedded = self.embedder(obs_rep.dtype)(self.embed.previous(action))
+        return self.extend(None, embedded, self.read(obs_rep))[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
         """Everything that does not depend on actions."""
         return Context(obs_rep=obs_rep, blocks=tuple(block.cross.project_context(obs_rep) for block in self.blocks))
+
+    def embedder(self, dtype) -> Callable[[Token], Embedded]:
+        """The embedding of tokens, made once for all the agents who will use it.
+
+        Of discrete actions there are few: all are embedded here, and projected, once per action and not per agent.
+        """
+        project = self.blocks[0].mixer.project
+        if self.embed.continuous:
+
+            def embed(token: Token) -> Embedded:
+                x = self.embed(token).astype(dtype)
+                return x, project(x)
+
+            return embed
+        rows = self.embed.rows().astype(dtype)
+        table = (rows, project(rows))
+        return lambda token: lookup(table, token)
 
     def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> tuple[DecoderState, ...]:
         """The state before the first agent, for observation representations of this type."""
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
     def advance(
-        self, state: tuple[DecoderState, ...], token: Token, context: Context
+        self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch A"]]:
-        """Autoregressive: the output for the next agent, given the token of the action before."""
-        return self._run(state, token, context, single=True)
+        """Autoregressive: the output for the next agent, given the action before."""
+        return self._run(state, embedded, context, single=True)
 
     def extend(
-        self, state: tuple[DecoderState, ...] | None, token: Token, context: Context
+        self, state: tuple[DecoderState, ...] | None, embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M A"]]:
-        """The outputs for the next M agents, given what each reads of the action before; None: from the first on."""
-        return self._run(state, token, context, single=False)
+        """The outputs for the next M agents, given the action before each of them; None: from the first agent on."""
+        return self._run(state, embedded, context, single=False)
 
-    def _run(self, state, token, context, *, single):
-        x, inputs = self._embedded(token, context.obs_rep.dtype)
-        states = []
+    def _run(self, state, embedded, context, *, single):
+        (x, inputs), states = embedded, []
         for index, block in enumerate(self.blocks):
             run = partial(DecoderBlock.__call__, single=single)
             run = jax.checkpoint(run) if self.remat and not single else run
@@ -139,13 +159,3 @@ class Decoder(eqx.Module):
             new, x = run(block, state and state[index], x, inputs, context.obs_rep, context.blocks[index])
             states.append(new)
         return tuple(states), self.head(x)
-
-    def _embedded(self, token: Token, dtype) -> tuple[Float[Array, "... E"], MixerInputs]:
-        """The embedded tokens, and what the first block's mixer reads of them."""
-        project = self.blocks[0].mixer.project
-        if self.embed.continuous:
-            x = self.embed(token).astype(dtype)
-            return x, project(x)
-        # Projected once per action there is, not once per agent.
-        rows = self.embed.rows().astype(dtype)
-        return lookup((rows, project(rows)), token)
