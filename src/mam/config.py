@@ -105,6 +105,8 @@ class PPOConfig:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this global norm."""
+    recompute_log_prob: bool = False
+    """Take the old log-probabilities from a pass of the learner in place of acting's: ratios start at exactly 1."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ class Config:
     """Independent seeds trained side by side in one program."""
     total_timesteps: int = 1_000_000
     """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
-    decode: Literal["sequential", "fixed_point"] = "sequential"
-    """How agents' actions are computed: one after another, or all at once until nothing changes; the same actions."""
+    decode: Literal["sequential", "fixed_point", "kernel"] = "sequential"
+    """How agents' actions are computed: one after another, all at once until nothing changes (the same actions), or
+    one after another in a single CUDA kernel of half precision (mam, mam2; with --ppo.recompute-log-prob)."""
     decode_window: int | None = None
     """Agents in one fixed point; all of them if None."""
     decode_max_passes: int | None = None
@@ -199,7 +202,7 @@ def _validate(config: Config) -> None:
     for name in ("num_workers", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")
-    if config.decode == "sequential" and (config.decode_window or config.decode_max_passes):
+    if config.decode != "fixed_point" and (config.decode_window or config.decode_max_passes):
         raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
     layouts = {"encoder.layout": network.encoder.layout, "decoder.layout": network.decoder.layout}
     for name, layout in (layouts | {"decoder.cross": network.decoder.cross}).items():

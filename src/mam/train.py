@@ -111,6 +111,8 @@ class Learner:
         # 1. Estimate advantages.
         advantages = self._advantages(state.policy, actors, transitions)
         # 2. Learn.
+        if ppo.recompute_log_prob:
+            transitions = self._reevaluated(state.policy, transitions)
         policy, opt_state, metrics = update(
             state.policy, state.opt_state, make_batch(transitions, advantages), key, self.optimiser, ppo
         )
@@ -127,6 +129,14 @@ class Learner:
             (policy, opt_state, actors, state.num_updates + 1),
         )
         return state, values
+
+    def _reevaluated(self, policy: Policy, transitions: Transition) -> Transition:
+        """The rollout with log-probabilities as the learner computes them."""
+        memory = jax.tree.map(lambda x: x[0], transitions.memory)
+        evaluation = policy.evaluate(
+            memory, transitions.observation, transitions.action, transitions.order, transitions.reset
+        )
+        return replace(transitions, log_prob=evaluation.log_prob)
 
     def _advantages(self, policy: Policy, actors: Actors, transitions: Transition) -> Advantages:
         """GAE. The true successors' values come from one pass over all of them, with the memory after each step."""

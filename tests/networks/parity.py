@@ -23,7 +23,7 @@ class Golden:
     file: str
     make: Callable
     cases: dict[str, NetworkConfig]
-    layout: dict[str, tuple[Callable, Callable]]  # their name: our parameter, and how their layout becomes ours
+    layout: list[tuple[str, Callable, Callable]]  # their parameter, ours, and how theirs becomes ours: f(array, sizes)
 
     @functools.cache  # noqa: B019, they live as long as the tests
     def arrays(self, case):
@@ -31,18 +31,22 @@ class Golden:
             return {key.removeprefix(f"{case}/"): arrays[key] for key in arrays.files if key.startswith(f"{case}/")}
 
     def in_our_layout(self, case, prefix):
-        return {name: convert(self.arrays(case)[prefix + name]) for name, (_, convert) in self.layout.items()}
+        """Their name, where it is in our block, and their array in our layout."""
+        arrays, sizes = self.arrays(case), self.cases[case]
+        return [(name, where, convert(arrays[prefix + name], sizes)) for name, where, convert in self.layout]
 
     @functools.cache  # noqa: B019
     def block(self, case):
-        """Our block with their parameters; every parameter of ours is set, and every one of theirs used."""
+        """Our block with their parameters; every parameter of ours is set, and every number of theirs used."""
         block = jax.eval_shape(lambda key: self.make(self.cases[case], key=key), jax.random.key(0))
-        values = self.in_our_layout(case, "param/")
-        assert {f"param/{name}" for name in values} == {n for n in self.arrays(case) if n.startswith("param/")}
-        assert len(jax.tree.leaves(block)) == len(values)
-        for name, (where, _) in self.layout.items():
-            assert where(block).shape == values[name].shape, name
-            block = eqx.tree_at(where, block, jnp.asarray(values[name]))
+        parameters = self.in_our_layout(case, "param/")
+        assert len(jax.tree.leaves(block)) == len(parameters)
+        assert sum(leaf.size for leaf in jax.tree.leaves(block)) == sum(
+            array.size for name, array in self.arrays(case).items() if name.startswith("param/")
+        )
+        for name, where, value in parameters:
+            assert where(block).shape == value.shape, name
+            block = eqx.tree_at(where, block, jnp.asarray(value))
         return block
 
     def check_parallel_form_and_gradients(self, case):
@@ -50,8 +54,7 @@ class Golden:
         output, block_gradient, x_gradient = output_and_gradients(block, arrays["input"], arrays["cotangent"])
         assert_close(output, arrays["output"], "output")
         assert_close(x_gradient, arrays["grad/input"], "gradient of the input")
-        for name, expected in self.in_our_layout(case, "grad/").items():
-            where, _ = self.layout[name]
+        for name, where, expected in self.in_our_layout(case, "grad/"):
             assert_close(where(block_gradient), expected, f"gradient of {name}")
 
     def check_recurrent_form(self, case):
@@ -61,8 +64,8 @@ class Golden:
         assert_close(output, arrays["decode/output"], "output")
         # Theirs keeps the last d_conv inputs, ours the last d_conv − 1: its first is never read again.
         theirs = np.moveaxis(arrays["decode/conv_state"][..., 1:], -1, 0)
-        for ours, expected in zip(state.conv_state, theirs, strict=True):
-            assert_close(ours, expected, "state of the convolution")
+        ours = [np.concatenate(inputs, axis=-1) for inputs in zip(*state.conv_state, strict=True)]
+        assert_close(np.stack(ours), theirs, "state of the convolution")
         return state.ssm_state, arrays["decode/ssm_state"]
 
 

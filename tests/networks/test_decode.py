@@ -1,4 +1,4 @@
-"""Acting as the fixed point of whole passes: the same actions as one after another, whatever agents do to each other."""
+"""Acting as the fixed point of whole passes: the same actions as one after another, however agents heed each other."""
 
 import functools
 from dataclasses import replace
@@ -94,7 +94,7 @@ def test_all_ways_lead_to_the_same_actions(layout, kind):
 def test_in_single_precision_only_ties_are_decided_otherwise(letters):
     """Of twenty thousand decisions. An agent that differs has agents after it that may well differ, too."""
     decoder = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_decoder(letters, "discrete"))
-    obs_rep, mask, noise = inputs = make_inputs(decoder, "discrete", (20_000 // N + 1,))
+    _, mask, noise = inputs = make_inputs(decoder, "discrete", (20_000 // N + 1,))
     results = all_ways(decoder, *inputs, kind="discrete", decodings=(WINDOWS,))
     sequential, (decision,), _ = jax.device_get(results)
     differs = decision.action != sequential.action
@@ -116,8 +116,11 @@ class Alternating(Decoder):
     def init_state(self, num_agents, batch, dtype):
         return ()
 
-    def extend(self, state, token, context):
-        return (), 9.0 * jnp.asarray([[0, 1], [1, 0], [1, 0]], jnp.float32)[token]
+    def embedder(self, dtype):
+        return lambda token: 9.0 * jnp.asarray([[0, 1], [1, 0], [1, 0]], dtype)[token]
+
+    def extend(self, state, embedded, context):
+        return (), embedded
 
     advance = extend
 
@@ -126,7 +129,7 @@ class Alternating(Decoder):
     ("window", "max_passes", "passes"),
     [
         (None, None, N),
-        (4, None, 3.5),  # four agents, then two with a neighbour who guesses right (and two who are not there)
+        (4, None, 3.5),  # four, and three: the last of an incomplete window must settle, too
         (3, None, 2.5),
         (1, None, 1),
         (None, 1, 2),

@@ -37,9 +37,11 @@ def teacher_forced(decoder, action, obs_rep):
 
 
 def autoregressive(decoder, action, obs_rep):
+    embed = decoder.embedder(obs_rep.dtype)
+
     def advance(carry, inputs):
-        action, context = inputs
-        state, out = decoder.advance(*carry, context)
+        (state, token), (action, context) = carry, inputs
+        state, out = decoder.advance(state, embed(token), context)
         return (state, decoder.embed.token(action)), out
 
     start = (decoder.init_state(N, (B,), obs_rep.dtype), decoder.embed.start((B,)))
@@ -51,10 +53,11 @@ def autoregressive(decoder, action, obs_rep):
 def in_pieces(decoder, action, obs_rep):
     """One agent, then two, then one; each piece reads the last action of the piece before."""
     state, token = decoder.init_state(N, (B,), obs_rep.dtype), decoder.embed.start((B,))
-    outputs = []
+    embed, outputs = decoder.embedder(obs_rep.dtype), []
     for piece in (slice(0, 1), slice(1, 3), slice(3, 4)):
         context = jax.tree.map(lambda v, piece=piece: v[:, piece], decoder.read(obs_rep))
-        state, out = decoder.extend(state, decoder.embed.previous(action[:, piece], first=token), context)
+        tokens = decoder.embed.previous(action[:, piece], first=token)
+        state, out = decoder.extend(state, embed(tokens), context)
         token = decoder.embed.token(action[:, piece.stop - 1])
         outputs.append(out)
     return jnp.concatenate(outputs, axis=1)

@@ -118,36 +118,65 @@ def test_lookup_is_indexing_and_so_is_its_gradient(batch):
     assert np.all(actual[1]["a"][3] == 0.0)
 
 
-@pytest.mark.parametrize("d_conv", [1, 4])
-def test_the_convolution_is_its_sum(d_conv):
+def silu_of_sum(x, weight, bias):
+    """Over the agents one by one: the last d_conv of them, as far as there are any."""
+    taps = weight.shape[0]
+    padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
+    return jax.nn.silu(sum(padded[:, k : k + x.shape[1]] * weight[k] for k in range(taps)) + bias)
+
+
+def make_conv(weight, bias):
+    empty = jax.eval_shape(lambda key: CausalConv(bias.shape[0], weight.shape[0], key=key), jax.random.key(0))
+    return eqx.tree_at(lambda conv: (conv.weight, conv.bias), empty, (weight, bias))
+
+
+def in_pieces(cuts, x, weight, bias):
+    """Outputs and the last inputs of the convolution of x cut into pieces."""
+    state, outputs, conv = None, [], make_conv(weight, bias)
+    for piece in jnp.split(x, cuts, axis=1):
+        state, y = conv.extend(state, piece)
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def agent_by_agent(x, weight, bias):
+    state, outputs, conv = (jnp.zeros((x.shape[0], x.shape[2])),) * (weight.shape[0] - 1), [], make_conv(weight, bias)
+    for i in range(x.shape[1]):
+        state, y = conv.advance(state, x[:, i])
+        outputs.append(y)
+    return jnp.stack(outputs, axis=1), state
+
+
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_the_convolution_is_its_sum_and_its_gradient_too(d_conv):
     """In one piece, in several (some shorter than what it remembers), and agent by agent."""
-    num_agents, rng = 7, np.random.default_rng(0)
-    conv = CausalConv(3, d_conv, key=jax.random.key(0))
-    conv = eqx.tree_at(lambda conv: conv.bias, conv, jnp.arange(3.0))
-    x = rng.normal(size=(2, num_agents, 3)).astype(np.float32)
-    padded = np.concatenate([np.zeros((2, d_conv - 1, 3)), x], axis=1)
-    expected = sum(padded[:, k : k + num_agents] * np.asarray(conv.weight[k]) for k in range(d_conv)) + np.arange(3.0)
-    last = padded[:, num_agents:]
+    rng = np.random.default_rng(0)
+    x, weight, bias = (rng.normal(size=shape) for shape in ((2, 7, 3), (d_conv, 3), (3,)))
+    last = np.concatenate([np.zeros((2, d_conv - 1, 3)), x], axis=1)[:, 7:]
 
-    def pieces(*cuts):
-        state, outputs = None, []
-        for piece in np.split(x, cuts, axis=1):
-            state, y = conv.extend(state, jnp.asarray(piece))
-            outputs.append(y)
-        return state, jnp.concatenate(outputs, axis=1)
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def output_state_and_gradients(f, *arguments):
+        y, pull_back, state = jax.vjp(f, *arguments, has_aux=True)
+        return y, pull_back(jnp.cos(y)), state
 
-    def one_by_one():
-        state, outputs = (jnp.zeros((2, 3)),) * (d_conv - 1), []
-        for i in range(num_agents):
-            state, y = conv.advance(state, jnp.asarray(x[:, i]))
-            outputs.append(y)
-        return state, jnp.stack(outputs, axis=1)
+    with jax.enable_x64(True):
+        y, gradients, _ = output_state_and_gradients(lambda *a: (silu_of_sum(*a), ()), x, weight, bias)
+        for f in (*(functools.partial(in_pieces, cuts) for cuts in ([], [5], [1, 3])), agent_by_agent):
+            actual = output_state_and_gradients(f, x, weight, bias)
+            np.testing.assert_allclose(actual[0], y, rtol=1e-12, atol=1e-12)
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual[1], gradients)
+            assert len(actual[2]) == d_conv - 1
+            for k, remembered in enumerate(actual[2]):
+                np.testing.assert_array_equal(remembered, last[:, k])
 
-    for state, y in (pieces(), pieces(5), pieces(1, 3), one_by_one()):
-        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-        assert len(state) == d_conv - 1
-        for k, remembered in enumerate(state):
-            np.testing.assert_array_equal(remembered, last[:, k].astype(np.float32))
+
+def test_a_convolution_wider_than_the_sequence():
+    """It remembers zeros of the agents before the first."""
+    x = np.random.default_rng(0).normal(size=(2, 2, 3)).astype(np.float32)
+    weight, bias = np.ones((4, 3), np.float32), np.zeros(3, np.float32)
+    y, state = in_pieces([], jnp.asarray(x), jnp.asarray(weight), jnp.asarray(bias))
+    np.testing.assert_allclose(y, silu_of_sum(x, weight, bias), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(np.stack(state), [np.zeros((2, 3)), x[:, 0], x[:, 1]])
 
 
 SIZES = NetworkConfig(d_model=6, d_state=5, expand=2, dt_rank=3, head_dim=1)
@@ -171,7 +200,7 @@ def test_mamba_starts_as_published(fresh):
 def test_mamba2_starts_as_published(fresh):
     """Decays of twelve heads uniform in [1, 16]."""
     _, ssm = fresh
-    assert_published_step_sizes(ssm.dt_bias)
+    assert_published_step_sizes(ssm.dt_proj.bias)
     decay = np.exp(ssm.A_log)
     assert np.all((decay >= 0.999) & (decay <= 16.001))
     assert np.ptp(decay) > 7

@@ -18,16 +18,25 @@ MAMBA2 = Golden(
         "B": NetworkConfig(d_model=24, expand=2, d_state=8, head_dim=16, d_conv=3),
         "C": NetworkConfig(d_model=8, expand=1, d_state=16, head_dim=2, d_conv=4),
     },
-    layout={
-        "in_proj.weight": (lambda ssm: ssm.in_proj.weight, np.transpose),
-        "conv1d.weight": (lambda ssm: ssm.conv.weight, lambda w: w[:, 0].T),
-        "conv1d.bias": (lambda ssm: ssm.conv.bias, np.asarray),
-        "dt_bias": (lambda ssm: ssm.dt_bias, np.asarray),
-        "A_log": (lambda ssm: ssm.A_log, np.asarray),
-        "D": (lambda ssm: ssm.skip, np.asarray),
-        "norm.weight": (lambda ssm: ssm.norm.scale, np.asarray),
-        "out_proj.weight": (lambda ssm: ssm.out_proj.weight, np.transpose),
-    },
+    layout=[
+        ("in_proj.weight", lambda ssm: ssm.gate_proj.weight, lambda w, sizes: w[: sizes.d_inner].T),
+        ("in_proj.weight", lambda ssm: ssm.in_proj.weight, lambda w, sizes: w[sizes.d_inner : 2 * sizes.d_inner].T),
+        (
+            "in_proj.weight",
+            lambda ssm: ssm.state_proj.weight,
+            lambda w, sizes: w[2 * sizes.d_inner : -sizes.num_ssm_heads].T,
+        ),
+        ("in_proj.weight", lambda ssm: ssm.dt_proj.weight, lambda w, sizes: w[-sizes.num_ssm_heads :].T),
+        ("conv1d.weight", lambda ssm: ssm.conv.weight, lambda w, sizes: w[: sizes.d_inner, 0].T),
+        ("conv1d.weight", lambda ssm: ssm.state_conv.weight, lambda w, sizes: w[sizes.d_inner :, 0].T),
+        ("conv1d.bias", lambda ssm: ssm.conv.bias, lambda b, sizes: b[: sizes.d_inner]),
+        ("conv1d.bias", lambda ssm: ssm.state_conv.bias, lambda b, sizes: b[sizes.d_inner :]),
+        ("dt_bias", lambda ssm: ssm.dt_proj.bias, lambda b, sizes: b),
+        ("A_log", lambda ssm: ssm.A_log, lambda A, sizes: A),
+        ("D", lambda ssm: ssm.skip, lambda D, sizes: D),
+        ("norm.weight", lambda ssm: ssm.norm.scale, lambda scale, sizes: scale),
+        ("out_proj.weight", lambda ssm: ssm.out_proj.weight, lambda w, sizes: w.T),
+    ],
 )
 
 

@@ -18,17 +18,18 @@ MAMBA = Golden(
         "B": NetworkConfig(d_model=24, d_state=8, d_conv=3, expand=2, dt_rank=5),
         "C": NetworkConfig(d_model=8, d_state=16, d_conv=4, expand=1, dt_rank=2),
     },
-    layout={
-        "in_proj.weight": (lambda ssm: ssm.in_proj.weight, np.transpose),
-        "conv1d.weight": (lambda ssm: ssm.conv.weight, lambda w: w[:, 0].T),
-        "conv1d.bias": (lambda ssm: ssm.conv.bias, np.asarray),
-        "x_proj.weight": (lambda ssm: ssm.x_proj.weight, np.transpose),
-        "dt_proj.weight": (lambda ssm: ssm.dt_proj.weight, np.transpose),
-        "dt_proj.bias": (lambda ssm: ssm.dt_proj.bias, np.asarray),
-        "A_log": (lambda ssm: ssm.A_log, np.asarray),
-        "D": (lambda ssm: ssm.skip, np.asarray),
-        "out_proj.weight": (lambda ssm: ssm.out_proj.weight, np.transpose),
-    },
+    layout=[
+        ("in_proj.weight", lambda ssm: ssm.in_proj.weight, lambda w, sizes: w[: sizes.d_inner].T),
+        ("in_proj.weight", lambda ssm: ssm.gate_proj.weight, lambda w, sizes: w[sizes.d_inner :].T),
+        ("conv1d.weight", lambda ssm: ssm.conv.weight, lambda w, sizes: w[:, 0].T),
+        ("conv1d.bias", lambda ssm: ssm.conv.bias, lambda b, sizes: b),
+        ("x_proj.weight", lambda ssm: ssm.x_proj.weight, lambda w, sizes: w.T),
+        ("dt_proj.weight", lambda ssm: ssm.dt_proj.weight, lambda w, sizes: w.T),
+        ("dt_proj.bias", lambda ssm: ssm.dt_proj.bias, lambda b, sizes: b),
+        ("A_log", lambda ssm: ssm.A_log, lambda A, sizes: A),
+        ("D", lambda ssm: ssm.skip, lambda D, sizes: D),
+        ("out_proj.weight", lambda ssm: ssm.out_proj.weight, lambda w, sizes: w.T),
+    ],
 )
 
 

@@ -16,14 +16,16 @@ from jaxtyping import Array, Bool, Float
 
 from mam.networks.actions import ActionKind
 from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Token
+from mam.networks.kernels.decode import decode_kernel, kernel_supports
+from mam.networks.scan import has_cuda
 from mam.types import Action
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a sequence policy acts; every way yields the same actions."""
+    """How a sequence policy acts; every way yields the same actions, the kernel's up to its precision."""
 
-    method: Literal["sequential", "fixed_point"] = "sequential"
+    method: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     window: int | None = None  # agents in one fixed point; all of them if None
     max_passes: int | None = None  # over a window, before its agents decide one after another; no limit if None
 
@@ -72,6 +74,8 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
     )
     if decoding.method == "sequential":
         return _one_by_one(chooser, start, ahead)[1]
+    if decoding.method == "kernel":
+        return _in_one_kernel(chooser, start, ahead)
     # Windows of equal size; agents past the last one are decided too, and forgotten.
     axis = len(batch)
     windows = jax.tree.map(
@@ -109,6 +113,21 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
         action=jnp.moveaxis(action, 0, axis), out=jnp.moveaxis(out, 0, axis), passes=jnp.ones(ahead.mask.shape[:-2])
     )
     return progress, decision
+
+
+def _in_one_kernel(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision:
+    """The whole loop as one kernel on CUDA, where it takes the decoder; elsewhere the loop itself."""
+
+    def loop(ahead: Ahead) -> Decision:
+        return _one_by_one(chooser, start, ahead)[1]
+
+    def kernel(ahead: Ahead) -> Decision:
+        action, out = decode_kernel(chooser.decoder, ahead)
+        return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
+
+    if not kernel_supports(chooser.decoder) or not has_cuda():
+        return loop(ahead)
+    return lax.platform_dependent(ahead, cuda=kernel, default=loop)
 
 
 class _Attempt(eqx.Module):

@@ -98,7 +98,7 @@ class SequencePolicy(eqx.Module):
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
-            metrics={} if self.decoding.method == "sequential" else {"decode_passes": decision.passes},
+            metrics={"decode_passes": decision.passes} if self.decoding.method == "fixed_point" else {},
         )
 
     def evaluate(

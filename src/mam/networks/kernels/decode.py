@@ -22,25 +22,21 @@ float32. Compiled for an H100, a step of `mam` for 4 environments is 1,800 instr
 
 import importlib.util
 import math
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mam.networks.actions import ILLEGAL
 from mam.networks.decoder import Context, Decoder
-from mam.networks.kernels.decode_columns import COLUMNS, Columns, split_rows
-from mam.networks.kernels.decode_pack import MIN_SIDE, Packer, padded
+from mam.networks.kernels.decode_columns import COLUMNS
+from mam.networks.kernels.decode_pack import MIN_SIDE, padded
+from mam.networks.kernels.decode_programs import SHARED_MEMORY, Inputs, Plan, Tiling, matrix_shapes, run
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.ssm import CausalSSM
 
 MULTIPROCESSORS = 132  # of an H100
-SHARED_MEMORY = 227 * 1024  # of a program there
-EXCHANGE = 8 * 1024  # of it, for exchanges between warps: twice what is needed
 STATES_PER_THREAD, MOST_STATES_PER_THREAD = 64, 128  # of 255 registers: better, and at most
 MAX_TOKENS = 256
 
@@ -55,14 +51,6 @@ class AheadLike(Protocol):
     def mask(self) -> Bool[Array, "*batch N A"]: ...
     @property
     def noise(self) -> Float[Array, "*batch N A"]: ...
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut."""
-
-    num_envs: int  # per program: 1, 2, 4 or 8
-    num_warps: int
 
 
 def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
@@ -82,7 +70,8 @@ def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
         return False
     if _states_per_thread(decoder, Tiling(1, _num_warps(decoder))) > MOST_STATES_PER_THREAD:
         return False
-    return max(_matrix_sizes(decoder, operand_dtype, merge=False)) <= SHARED_MEMORY // 3
+    largest = max(math.prod(shape) for shape in matrix_shapes(decoder, merge=False))
+    return largest * jnp.dtype(operand_dtype).itemsize <= SHARED_MEMORY // 3
 
 
 def decode_kernel(
@@ -115,17 +104,18 @@ def decode_kernel(
     *batch, num_agents, num_actions = ahead.mask.shape
     size = math.prod(batch)
     tiling = tiling or default_tiling(decoder, size)
-    columns = Columns(tiling.num_envs, padded(_d_states(decoder).pop()), interpret)
     # 1. [batch, N, …], the batch a multiple of the environments per program. The scores of actions apart from their
     #    logits: where illegal, that is all there is; past the last action, less than any.
     score = jnp.where(ahead.mask, ahead.noise, ILLEGAL + ahead.noise)
-    inputs = _Inputs(
-        obs_rep=_rows(ahead.context.obs_rep, size, tiling),
-        C=tuple(_rows(C, size, tiling, padded(C.shape[-1])) for C in ahead.context.blocks),
-        score=_rows(score, size, tiling, padded(num_actions), fill=-jnp.inf),
+    obs_rep, blocks = ahead.context.obs_rep, ahead.context.blocks
+    inputs = Inputs(
+        obs_rep=_rows(obs_rep, size, tiling, obs_rep.shape[-1]),
+        C=tuple(_rows(C, size, tiling, padded(C.shape[-1])) for C in blocks),
+        score=_rows(score.astype(jnp.float32), size, tiling, padded(num_actions), fill=-jnp.inf),
     )
-    # 2. The kernel.
-    action, out = _launch(decoder, inputs, columns, operand_dtype, tiling.num_warps)
+    # 2. The kernels.
+    plan = Plan.of(decoder, padded(_d_states(decoder).pop()), tiling, operand_dtype, interpret)
+    action, out = run(plan, decoder, inputs)
     # 3. As the caller has it.
     return (
         action[:size].reshape(*batch, num_agents),
@@ -145,105 +135,11 @@ def default_tiling(decoder: Decoder, batch: int) -> Tiling:
     return Tiling(num_envs, num_warps)
 
 
-class _Inputs(NamedTuple):
-    """What a program reads of its environments."""
-
-    obs_rep: Any  # [batch, N, E]
-    C: tuple[Any, ...]  # of each block's cross mixer, [batch, N, S]
-    score: Any  # [batch, N, A]
-
-
-def _rows(v: Array, size: int, tiling: Tiling, features: int | None = None, fill: float = 0.0) -> Array:
+def _rows(v: Array, size: int, tiling: Tiling, features: int, fill: float = 0.0) -> Array:
     """[*batch, N, F] → [batch, N, features], the batch padded to whole programs."""
     v = v.reshape(size, *v.shape[-2:])
-    pads = [(0, -size % tiling.num_envs), (0, 0), (0, (features or v.shape[-1]) - v.shape[-1])]
-    return jnp.pad(v, pads, constant_values=fill).astype(jnp.promote_types(v.dtype, jnp.float32) if fill else v.dtype)
-
-
-def _launch(decoder: Decoder, inputs: _Inputs, columns: Columns, dtype: Any, num_warps: int):
-    """Actions [batch, N] and outputs [batch, N, A], padded."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import triton
-
-    def whole(v):
-        return pl.BlockSpec(v.shape, lambda program: (0,) * v.ndim)
-
-    def part(v):
-        return pl.BlockSpec((columns.num_envs, *v.shape[1:]), lambda program: (program,) + (0,) * (len(v.shape) - 1))
-
-    batch, num_agents, num_actions = inputs.score.shape
-    outputs = (
-        jax.ShapeDtypeStruct((batch, num_agents), jnp.int32),
-        jax.ShapeDtypeStruct((batch, num_agents, num_actions), jnp.float32),
-    )
-    return pl.pallas_call(
-        partial(_program, columns=columns, dtype=dtype, num_agents=num_agents),
-        outputs,
-        grid=(batch // columns.num_envs,),
-        in_specs=(jax.tree.map(whole, decoder), jax.tree.map(part, inputs)),
-        out_specs=jax.tree.map(part, outputs),
-        interpret=columns.interpret,
-        name="decode",
-        # Without parameters of Triton's, some versions of JAX would give the kernel to another compiler (Mosaic).
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=1),
-    )(decoder, inputs)
-
-
-def _program(decoder, inputs, action, out, *, columns, dtype, num_agents):
-    """All agents of the program's environments."""
-    network = _packer(decoder, columns, dtype).network(decoder)
-    envs = columns.env((COLUMNS,))
-    state_envs, states = columns.env((columns.own_states, COLUMNS)), columns.state((columns.own_states, COLUMNS))
-
-    def agent(index, carry):
-        state, token = carry
-        # Reads come first, so that they are there when they are needed.
-        here = jnp.full((COLUMNS,), index, jnp.int32)
-        obs_rep = inputs.obs_rep[envs, here].astype(jnp.float32).T
-        score = inputs.score[envs, here].T
-        places = (state_envs, jnp.full(states.shape, index, jnp.int32), states)
-        C = [split_rows(block[places].astype(jnp.float32)) for block in inputs.C]
-        state, logits = network.advance(columns, state, token, obs_rep, C)
-        chosen = jnp.argmax(jnp.where(score > ILLEGAL / 2, logits + score, score), axis=0).astype(jnp.int32)
-        # Columns of one environment write the same.
-        action[envs, here] = chosen
-        out[envs, here] = logits.T
-        return state, chosen
-
-    start = jnp.full((COLUMNS,), decoder.embed.table.shape[0] - 1, jnp.int32)
-    jax.lax.fori_loop(0, num_agents, agent, (network.init_state(columns), start))
-
-
-def _packer(decoder: Decoder, columns: Columns, dtype: Any) -> Packer:
-    """Merges Δ's projections where all matrices fit, and keeps the first ones that do."""
-    room = SHARED_MEMORY - EXCHANGE
-    sizes = {merge: _matrix_sizes(decoder, dtype, merge) for merge in (True, False)}
-    merge = sum(sizes[True]) <= max(room, sum(sizes[False]))
-    if sum(sizes[merge]) > room:
-        room -= max(sizes[merge])  # what is read at every use passes through shared memory
-
-    def keep(size: int) -> bool:
-        nonlocal room
-        # Operands of float32 do not go to the matrix units, and would stay in registers.
-        kept = size <= room and jnp.dtype(dtype) != jnp.float32
-        room -= size if kept else 0
-        return kept
-
-    return Packer(columns, dtype, merge, keep)
-
-
-def _matrix_sizes(decoder: Decoder, dtype: Any, merge: bool) -> list[int]:
-    """Bytes of the matrices of a step."""
-    sizes = []
-
-    def keep(size: int) -> bool:
-        sizes.append(size)
-        return True
-
-    packer = Packer(Columns(1, padded(max(_d_states(decoder))), interpret=True), dtype, merge, keep)
-    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), decoder)
-    jax.eval_shape(lambda decoder: packer.network(decoder).out.bias, shapes)
-    return sizes
+    pads = [(0, -size % tiling.num_envs), (0, 0), (0, features - v.shape[-1])]
+    return jnp.pad(v, pads, constant_values=fill)
 
 
 def _ssms(decoder: Decoder) -> list[SelectiveSSM | DualSSM]:

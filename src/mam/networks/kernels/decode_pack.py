@@ -1,12 +1,14 @@
-"""From a decoder's parameters to the layers of the decode kernel, inside it: read, turned, tables worked out.
+"""From a decoder's parameters to the layers of the decode kernel.
 
-Done outside, it would be some thirty launches per joint action: XLA does not move them out of a rollout's loop.
+Matrices are turned, cut, multiplied and rounded by a kernel of its own, before. As XLA operations that would be some
+thirty launches per joint action, which XLA does not move out of a rollout's loop; and what the decode kernel works out
+by itself Triton keeps in registers, where there is no room, not in shared memory. Vectors are read where they are.
 Sizes that are not powers of two are filled up with zeros.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,28 +36,33 @@ def padded(size: int) -> int:
     return max(MIN_SIDE, 1 << (size - 1).bit_length())
 
 
+Make = Callable[[], Float[Array, "O I"]]
+
+
 @dataclass(frozen=True)
 class Packer:
     """Makes layers of modules whose parameters are references (or arrays)."""
 
     columns: Columns
-    dtype: Any  # of the matrices
     merge: bool  # one matrix for Δ in place of a product of two
-    keep: Callable[[int], bool]  # whether a matrix of so many bytes is kept, not read again at every use
+    place: Callable[[Make], Any]  # given what makes a weight, what the layer is to have; in order
 
     def network(self, decoder: Decoder) -> Network:
         embed, head = decoder.embed, decoder.head
-        rows = self.norm(embed.norm)(self.columns, self.columns.gelu(_matrix(embed.table)))  # one per column
+
+        def rows():
+            return self.norm(embed.norm)(self.columns, self.columns.gelu(_matrix(embed.table)))
+
         return Network(
-            embed=self.table(rows),
-            num_tokens=rows.shape[1],
+            embed=Linear(self.place(rows)),
+            num_tokens=padded(embed.table.shape[0]),
             blocks=tuple(self.block(block, None if i else rows) for i, block in enumerate(decoder.blocks)),
             hidden=self.dense(head.hidden),
             norm=self.norm(head.norm),
             out=self.dense(head.out),
         )
 
-    def block(self, block: DecoderBlock, rows: Float[Array, "E K"] | None) -> Block:
+    def block(self, block: DecoderBlock, rows: Make | None) -> Block:
         return Block(
             mixer=self.mixer(block.mixer, rows),
             mixer_norm=self.norm(block.mixer_norm),
@@ -66,16 +73,12 @@ class Packer:
             mlp_norm=self.norm(block.mlp_norm),
         )
 
-    def mixer(self, mixer: AbstractCausalMixer, rows: Float[Array, "E K"] | None) -> Mixer:
-        """With `rows`, all tokens' embeddings, projections are tables of what they make of them."""
+    def mixer(self, mixer: AbstractCausalMixer, rows: Make | None) -> Mixer:
+        """With `rows`, all tokens' embeddings as columns, projections are tables of what they make of them."""
         assert isinstance(mixer, CausalSSM)
         make = self.linear
         if rows is not None:
-            normed = self.norm(mixer.pre_norm)(self.columns, rows)
-
-            def make(*args, **options):
-                return self.table(self.linear(*args, **options, once=True)(normed))
-
+            make = partial(self.table, lambda: self.norm(mixer.pre_norm)(self.columns, rows()))
         if isinstance(mixer.ssm, SelectiveSSM):
             parts, ssm = {}, self.selective(mixer.ssm)
         else:
@@ -93,8 +96,8 @@ class Packer:
         B, C = ((dt_rank + i * d_state, dt_rank + (i + 1) * d_state) for i in range(2))
         weight, dt = ssm.x_proj.weight, ssm.dt_proj
         if self.merge:
-            low, high = self.linear(weight, (0, dt_rank), once=True), self.linear(dt.weight, once=True)
-            steps = (self.table(high(low.weight), _vector(dt.bias)),)
+            merged = self.place(lambda: _product(_matrix(dt.weight), _matrix(weight, (0, dt_rank))))
+            steps = (Linear(merged, _vector(dt.bias)),)
         else:
             steps = (self.linear(weight, (0, dt_rank)), self.dense(dt))
         return Selective(
@@ -139,25 +142,18 @@ class Packer:
     def dense(self, dense: Dense) -> Linear:
         return self.linear(dense.weight, bias=None if dense.bias is None else _vector(dense.bias))
 
-    def linear(
-        self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1, once: bool = False
-    ) -> Linear:
-        """A layer of (some of) the columns of [I, O]; `once`: it is used in packing only."""
+    def linear(self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1) -> Linear:
+        """A layer of (some of) the columns of [I, O], each so many times."""
+        return Linear(self.place(lambda: _matrix(weight, cut, repeat)), bias)
 
-        def read():
-            return _matrix(weight, cut, repeat).astype(self.dtype)
+    def table(self, operand: Make, weight: Any, cut: Cut | None = None, *, bias=None, repeat: int = 1) -> Linear:
+        """What such a layer makes of the columns of an operand."""
 
-        start, stop = cut or (0, weight.shape[1])
-        kept = once or self._keeps(padded(weight.shape[0]), padded((stop - start) * repeat))
-        return Linear(read() if kept else read, bias)
+        def make():
+            product = _product(_matrix(weight, cut, repeat), operand())
+            return product if bias is None else product + bias
 
-    def table(self, weight: Float[Array, "O I"], bias: Vector | None = None) -> Linear:
-        """A layer of what was worked out, which there is nowhere to read again."""
-        self._keeps(*weight.shape)
-        return Linear(weight.astype(self.dtype), bias)
-
-    def _keeps(self, *shape: int) -> bool:
-        return self.keep(math.prod(shape) * jnp.dtype(self.dtype).itemsize)
+        return Linear(self.place(make))
 
 
 def _states(ssm: DualSSM) -> dict[str, Cut]:
@@ -182,12 +178,16 @@ def _matrix(v: Any, cut: Cut | None = None, repeat: int = 1) -> Float[Array, "O 
     return _pick(v, (i, start + o // repeat), None if shape == size else (i < size[0]) & (o < size[1])).T
 
 
-def _vector(v: Any, cut: Cut | None = None, repeat: int = 1, row: int | None = None) -> Vector:
-    """Entries of [F], or of a row of [K, F], each so many times."""
-    start, stop = cut or (0, v.shape[-1])
+def _vector(
+    v: Any, cut: Cut | None = None, repeat: int = 1, row: int | None = None, column: int | None = None
+) -> Vector:
+    """Entries of [F], or of a row or a column of a matrix, each so many times."""
+    start, stop = cut or (0, v.shape[0 if row is None else 1])
     size = (stop - start) * repeat
     i = _iota((padded(size), 1), 0)
-    index = (start + i // repeat,) if row is None else (jnp.full_like(i, row), start + i // repeat)
+    index = (start + i // repeat,)
+    index = index if row is None else (jnp.full_like(i, row), *index)
+    index = index if column is None else (*index, jnp.full_like(i, column))
     return _pick(v, index, None if padded(size) == size else i < size)
 
 
@@ -197,6 +197,10 @@ def _pick(v: Any, index: tuple[Array, ...], there: Array | None) -> Array:
         return v[index].astype(jnp.float32)
     inside = tuple(jnp.where(there, i, 0) for i in index)
     return jnp.where(there, v[inside], 0.0).astype(jnp.float32)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> Array:

@@ -1,8 +1,11 @@
 """Multi-head softmax attention over agents: the mixers of the Multi-Agent Transformer (arXiv 2205.14953, §3)."""
 
+from functools import reduce
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -37,17 +40,31 @@ class Projections(eqx.Module):
         return self.out(x.reshape(*x.shape[:-2], -1))
 
 
-def attend(
-    query: Float[Array, "*batch N H F"],
-    key: Float[Array, "*batch M H F"],
-    value: Float[Array, "*batch M H F"],
-    visible: Bool[Array, "*#batch #N M"],
-) -> Float[Array, "*batch N H F"]:
-    """Softmax attention, softmax(q kᵀ / √F) v per head, over the visible positions; the softmax in float32."""
-    scores = jnp.einsum("...nhf,...mhf->...hnm", query, key) * query.shape[-1] ** -0.5
-    scores = jnp.where(visible[..., None, :, :], scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), MASKED)
-    weights = jax.nn.softmax(scores).astype(value.dtype)
-    return jnp.einsum("...hnm,...mhf->...nhf", weights, value)
+class Attended(eqx.Module):
+    """Agents to attend to."""
+
+    keys: Float[Array, "*batch H M F"]
+    values: Float[Array, "*batch H M F"]
+    visible: Bool[Array, "..."]  # to whom, [*batch, N, M] or less
+
+
+def attend(query: Float[Array, "*batch H N F"], *parts: Attended) -> Float[Array, "*batch H N F"]:
+    """Softmax attention, softmax(q kᵀ / √F) v per head, over what is visible of all parts; the softmax in float32."""
+
+    def scores(part: Attended) -> Array:
+        scores = jnp.einsum("...nf,...mf->...nm", query, part.keys) * query.shape[-1] ** -0.5
+        wide = jnp.promote_types(scores.dtype, jnp.float32)
+        return jnp.where(part.visible[..., None, :, :], scores.astype(wide), MASKED)
+
+    weights = jax.nn.softmax(jnp.concatenate([scores(part) for part in parts], axis=-1)).astype(query.dtype)
+    shares = jnp.split(weights, np.cumsum([part.keys.shape[-2] for part in parts[:-1]]), axis=-1)
+    products = [jnp.einsum("...nm,...mf->...nf", w, part.values) for w, part in zip(shares, parts, strict=True)]
+    return reduce(jnp.add, products)
+
+
+def heads_first(x: Float[Array, "*batch N H F"]) -> Float[Array, "*batch H N F"]:
+    """The layout of products: a step of a cached decoder reads all keys, which must not be moved for it."""
+    return jnp.swapaxes(x, -2, -3)
 
 
 class Attention(AbstractMixer):
@@ -61,14 +78,15 @@ class Attention(AbstractMixer):
     def __call__(self, x, context=None, *, alive=None):
         p = self.projections
         visible = jnp.ones((1, x.shape[-2]), bool) if alive is None else alive[..., None, :]
-        return p.merge(attend(p.split(p.query(x)), p.split(p.key(x)), p.split(p.value(x)), visible))
+        query, key, value = (heads_first(p.split(project(x))) for project in (p.query, p.key, p.value))
+        return p.merge(heads_first(attend(query, Attended(key, value, visible))))
 
 
 class KVCache(eqx.Module):
     """Keys and values of the agents that have decided, and their number."""
 
-    keys: Float[Array, "*batch N H F"]
-    values: Float[Array, "*batch N H F"]
+    keys: Float[Array, "*batch H N F"]
+    values: Float[Array, "*batch H N F"]
     length: Int[Array, ""]
 
 
@@ -104,7 +122,7 @@ class CausalAttention(AbstractCausalMixer):
 
     def init_state(self, num_agents, batch=(), dtype=None):
         p = self.projections
-        empty = jnp.zeros((*batch, num_agents, p.num_heads, p.query.weight.shape[1] // p.num_heads), dtype)
+        empty = jnp.zeros((*batch, p.num_heads, num_agents, p.query.weight.shape[1] // p.num_heads), dtype)
         return KVCache(keys=empty, values=empty, length=jnp.zeros((), jnp.int32))
 
     def advance(self, state, inputs, context):
@@ -113,18 +131,23 @@ class CausalAttention(AbstractCausalMixer):
         return state, y[..., 0, :]
 
     def extend(self, state, inputs, context, alive=None):
-        query = context if self.cross else inputs.query
-        num_new = query.shape[-3]
+        query = heads_first(context if self.cross else inputs.query)
+        axis = query.ndim - 2  # of the agents
+        num_new = query.shape[axis]
+        causal = jnp.tril(jnp.ones((num_new, num_new), bool))
+        new = Attended(
+            keys=heads_first(inputs.key),
+            values=heads_first(inputs.value),
+            visible=causal if alive is None else causal & alive[..., None, :],
+        )
         if state is None:
-            state = KVCache(keys=inputs.key, values=inputs.value, length=jnp.array(num_new))
-            visible = jnp.tril(jnp.ones((num_new, num_new), bool))
-            visible = visible if alive is None else visible & alive[..., None, :]
+            y = attend(query, new)
+            state = KVCache(keys=new.keys, values=new.values, length=jnp.array(num_new))
         else:
-            axis = query.ndim - 3  # of the agents in the cache
-            keys, values = (
-                lax.dynamic_update_slice_in_dim(cache, new, state.length, axis)
-                for cache, new in ((state.keys, inputs.key), (state.values, inputs.value))
-            )
-            visible = jnp.arange(keys.shape[axis]) <= state.length + jnp.arange(num_new)[:, None]
+            # The cache is read as it was before it is written: the other way round XLA copies it twice as often.
+            before = jnp.arange(state.keys.shape[axis]) < state.length
+            y = attend(query, Attended(state.keys, state.values, before[None]), new)
+            keys = lax.dynamic_update_slice_in_dim(state.keys, new.keys, state.length, axis)
+            values = lax.dynamic_update_slice_in_dim(state.values, new.values, state.length, axis)
             state = KVCache(keys=keys, values=values, length=state.length + num_new)
-        return state, self.projections.merge(attend(query, state.keys, state.values, visible))
+        return state, self.projections.merge(heads_first(y))

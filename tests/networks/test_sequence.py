@@ -1,0 +1,274 @@
+"""Layouts of sequence policies: every one of up to three blocks decides, learns and is refused as it should.
+
+What compiles slowly is the gradient, so parameters of most layouts are shown to matter by changing them.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mam.config import LAYOUT_LETTERS, DecoderConfig, EncoderConfig, NetworkConfig
+from mam.errors import UserError
+from mam.networks.decode import Decoding
+from mam.networks.mixers import LETTERS
+from mam.networks.policy import POLICIES, make_policy
+from mam.networks.sequence import Layout, SequencePolicy
+from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
+N, A, O = 3, 3, 4  # noqa: E741
+SPEC = EnvSpec("suite/task", N, O, A, time_limit=None)
+ALIVE = np.array([[1, 1, 1]] * 6 + [[0, 1, 1], [0, 1, 0]], bool)
+B = len(ALIVE)
+FREE = slice(4)  # environments in which all live and may do anything, so that the order is that of the agents
+ORDER = np.argsort(~ALIVE, axis=-1, stable=True).astype(np.int32)
+RESET = np.zeros(B, bool)
+
+# Of both encoder and decoder; and where the decoder reads the observations by another mixer.
+LAYOUTS = ["".join(letters) for length in (1, 2, 3) for letters in product(LAYOUT_LETTERS, repeat=length)]
+CROSSED = [f"{own}/{cross}" for own, cross in product(LAYOUT_LETTERS, repeat=2) if own != cross]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS + CROSSED)
+
+
+def sizes_of(layout, **others):
+    own, _, cross = layout.partition("/")
+    return replace(SIZES, encoder=EncoderConfig(own), decoder=DecoderConfig(own, cross or None), **others)
+
+
+def make(layout, dtype=jnp.float32, **others):
+    """A policy with large random parameters: under the initial ones agents hardly heed one another."""
+    rng = np.random.default_rng(0)
+    sizes = sizes_of(layout, **others)
+    empty = jax.eval_shape(lambda key: make_policy("mam", SPEC, sizes, key=key), jax.random.key(0))
+
+    def draw(path, leaf):
+        centre, spread = 1.0 if path[-1].name == "scale" else 0.0, 0.6 if leaf.ndim > 1 else 0.4
+        return jnp.asarray(rng.normal(centre, spread, leaf.shape), dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, empty)
+
+
+def make_observation(dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    mask = rng.random((B, N, A)) < 0.7
+    mask[..., 1] |= ~mask.any(-1)
+    mask[FREE] = True
+    return Observation(jnp.asarray(rng.normal(size=(B, N, O)), dtype), jnp.asarray(mask), jnp.asarray(ALIVE))
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def act(policy, obs):
+    return policy.act((), obs, RESET, jax.random.split(jax.random.key(0), B))[1]
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def evaluate(policy, obs, action, order):
+    return policy.evaluate((), obs, action, order, RESET)
+
+
+@dataclass
+class Subject:
+    """A layout in double precision, so that no tolerance hides a small mistake behind rounding."""
+
+    policy: SequencePolicy
+    obs: Observation
+    output: PolicyOutput
+    evaluation: Evaluation
+
+    def evaluate(self, action=None, policy=None):
+        action = self.output.action if action is None else jnp.asarray(action, jnp.int32)
+        with jax.enable_x64(True):
+            return jax.device_get(evaluate(policy or self.policy, self.obs, action, self.output.order))
+
+
+@functools.cache
+def subject(layout):
+    with jax.enable_x64(True):
+        policy, obs = make(layout, jnp.float64), make_observation(jnp.float64)
+        output = jax.device_get(act(policy, obs))
+        return Subject(policy, obs, output, jax.device_get(evaluate(policy, obs, output.action, output.order)))
+
+
+@every_layout
+def test_evaluate_repeats_act(layout):
+    actual, expected = subject(layout).evaluation, subject(layout).output
+    np.testing.assert_allclose(actual.log_prob, expected.log_prob, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(actual.value, expected.value, rtol=1e-10, atol=1e-10)
+
+
+@every_layout
+def test_illegal_actions_are_never_chosen(layout):
+    mask, chosen = np.asarray(subject(layout).obs.action_mask), subject(layout).output.action
+    assert np.all(np.take_along_axis(mask, chosen[..., None], axis=-1))
+    impossible = subject(layout).evaluate(mask.argmin(-1)).log_prob[~mask.all(-1)]
+    np.testing.assert_array_equal(np.exp(impossible), 0.0)
+
+
+@every_layout
+def test_later_agents_heed_earlier_ones_and_no_others(layout):
+    before = subject(layout).evaluation
+    for agent in range(N):
+        action = np.array(subject(layout).output.action)
+        action[:, agent] = (action[:, agent] + 1) % A
+        after = subject(layout).evaluate(action)
+        moved = np.abs(after.entropy - before.entropy)[FREE].max(axis=0)
+        assert np.all(moved[: agent + 1] == 0.0)
+        assert np.all(moved[agent + 1 :] > 1e-6)
+        np.testing.assert_array_equal(after.value, before.value)
+
+
+@every_layout
+def test_every_parameter_has_a_part(layout):
+    leaves, structure = jax.tree.flatten(subject(layout).policy)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(subject(layout).policy)]
+    rng = np.random.default_rng(2)
+    for index, name in enumerate(names):
+        moved = [leaf + rng.normal(size=leaf.shape) if i == index else leaf for i, leaf in enumerate(leaves)]
+        after = subject(layout).evaluate(policy=jax.tree.unflatten(structure, moved))
+        moves = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), after, subject(layout).evaluation)
+        assert max(jax.tree.leaves(moves)) > 1e-6, name
+
+
+@pytest.mark.parametrize(("letter", "name"), [("A", "mat"), ("M", "mam"), ("2", "mam2")])
+def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
+    """The same structure and, from the same key, the same parameters: so the same in everything."""
+
+    def build(name, sizes):
+        make = functools.partial(make_policy, name, SPEC, sizes)
+        return jax.jit(lambda key: make(key=key), compiler_options=QUICK)(jax.random.key(0))
+
+    named = build(name, replace(SIZES, num_blocks=2))
+    laid_out = build("mat" if name == "mam" else "mam", sizes_of(2 * letter))
+    assert jax.tree.structure(laid_out) == jax.tree.structure(named)
+    jax.tree.map(np.testing.assert_array_equal, laid_out, named)
+
+
+def letters_of(name, sizes):
+    layout = Layout.of(LETTERS[name].letter, sizes)
+    return tuple("".join(family.letter for family in role) for role in (layout.encoder, layout.decoder, layout.cross))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "cross", "expected"),
+    [
+        (None, None, None, ("MM", "MM", "MM")),
+        ("A2A", None, None, ("A2A", "MM", "MM")),
+        (None, "2", None, ("MM", "2", "2")),
+        (None, None, "A2", ("MM", "MM", "A2")),
+        ("A", "2M", "MA", ("A", "2M", "MA")),
+    ],
+)
+def test_what_is_not_laid_out_is_the_policys_own(encoder, decoder, cross, expected):
+    sizes = NetworkConfig(num_blocks=2, encoder=EncoderConfig(encoder), decoder=DecoderConfig(decoder, cross))
+    assert letters_of("M", sizes) == expected
+
+
+@pytest.mark.parametrize(("decoder", "cross"), [("AM", "A"), ("A", "AM"), (None, "AA")])
+def test_layouts_of_the_decoder_are_equally_long(decoder, cross):
+    sizes = replace(SIZES, decoder=DecoderConfig(decoder, cross))
+    blocks = len(decoder or "M")
+    with pytest.raises(UserError) as refused:
+        make_policy("mam", SPEC, sizes, key=jax.random.key(0))
+    assert str(refused.value) == (
+        f"network.decoder.cross must have a letter for each of the decoder's {blocks} blocks, got {cross!r}"
+    )
+
+
+@pytest.mark.parametrize("name", ["ippo", "rec_mappo"])
+@pytest.mark.parametrize(
+    ("changes", "decoding", "said"),
+    [
+        ({"encoder": EncoderConfig("A")}, Decoding(), "network.encoder.layout"),
+        ({"decoder": DecoderConfig("A")}, Decoding(), "network.decoder.layout"),
+        ({"decoder": DecoderConfig(cross="A")}, Decoding(), "sequence policies"),
+        ({}, Decoding("fixed_point"), "decode is for sequence policies"),
+    ],
+)
+def test_independent_policies_have_no_layout_and_decode_nothing(name, changes, decoding, said):
+    with pytest.raises(UserError, match=said) as refused:
+        make_policy(name, replace(SPEC, state_dim=2), replace(SIZES, **changes), decoding, key=jax.random.key(0))
+    assert "\n" not in str(refused.value)
+    assert all(policy in str(refused.value) for policy in sequence_policies())
+
+
+def sequence_policies():
+    spec, key = replace(SPEC, state_dim=2), jax.random.key(0)
+    policies = {name: jax.eval_shape(functools.partial(make_policy, name, spec, SIZES), key=key) for name in POLICIES}
+    return [name for name, policy in policies.items() if isinstance(policy, SequencePolicy)]
+
+
+def make_action(obs):
+    """Legal ones."""
+    return jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def loss_and_gradient(policy, obs):
+    """Of a weighted sum of all that `evaluate` says."""
+    weights = np.random.default_rng(3).normal(size=(3, B, N)).astype(np.float32)
+
+    def loss(policy):
+        result = policy.evaluate((), obs, make_action(obs), jnp.asarray(ORDER), RESET)
+        return sum(jnp.sum(w * v) for w, v in zip(weights, jax.tree.leaves(result), strict=True))
+
+    return jax.value_and_grad(loss)(policy)
+
+
+@pytest.mark.parametrize("layout", ["2M", "MA/A2"])
+def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(layout):
+    loss, gradient = loss_and_gradient(make(layout), make_observation())
+    again, recomputed = loss_and_gradient(make(layout, remat=True), make_observation())
+    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient))
+    pairs = zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(recomputed), strict=True)
+    for (path, leaf), other in pairs:
+        name = jax.tree_util.keystr(path)
+        assert np.max(np.abs(leaf)) > 1e-6 * largest, name
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=1e-6 * largest, err_msg=name)
+
+
+HALF = {"dtype": "bfloat16"}
+halved = pytest.mark.parametrize("layout", LAYOUT_LETTERS)
+
+
+@halved
+def test_half_precision_is_that_of_activations_alone(layout):
+    """Scan states, values and the decoder's outputs stay single."""
+    policy, obs = make(layout, **HALF), make_observation()
+
+    def run(policy, obs):
+        encoded = policy.encode(obs, jnp.asarray(ORDER))
+        context = policy.decoder.read(encoded.obs_rep)
+        state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
+        embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(policy.decoder.embed.previous(make_action(obs)))
+        after, out = policy.decoder.extend(state, embedded, context)
+        return {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)}, state, after
+
+    types, state, after = jax.tree.map(lambda v: v.dtype, jax.eval_shape(run, policy, obs))
+    assert set(jax.tree.leaves(types["half"])) == {jnp.dtype(jnp.bfloat16)}
+    assert set(jax.tree.leaves(types["single"])) == {jnp.dtype(jnp.float32)}
+    assert after == state
+    for path, dtype in jax.tree_util.tree_leaves_with_path(after):
+        field = getattr(path[-1], "name", "conv_state")
+        assert dtype == {"ssm_state": jnp.float32, "length": jnp.int32}.get(field, jnp.bfloat16), field
+
+
+@halved
+def test_in_half_precision_evaluate_repeats_act_up_to_rounding(layout):
+    """And learning from it is possible."""
+    policy, obs = make(layout, **HALF), make_observation()
+    output = act(policy, obs)
+    evaluation, exact = (jax.device_get(evaluate(p, obs, output.action, output.order)) for p in (policy, make(layout)))
+    np.testing.assert_allclose(evaluation.log_prob, output.log_prob, atol=0.2)
+    np.testing.assert_allclose(evaluation.log_prob, exact.log_prob, atol=0.2)
+    assert np.max(np.abs(evaluation.log_prob - exact.log_prob)) > 1e-4  # it is half precision
+    assert output.log_prob.dtype == evaluation.log_prob.dtype == np.float32
+    for leaf in jax.tree.leaves(loss_and_gradient(policy, obs)):
+        assert leaf.dtype == np.float32
+        assert np.all(np.isfinite(leaf))
