@@ -28,7 +28,7 @@ ALIVE = np.array([[1, 1, 1]] * 6 + [[0, 1, 1], [0, 1, 0]], bool)
 B = len(ALIVE)
 FREE = slice(4)  # environments in which all live and may do anything, so that the order is that of the agents
 ORDER = np.argsort(~ALIVE, axis=-1, stable=True).astype(np.int32)
-RESET = np.zeros(B, bool)
+RESET = jnp.zeros(B, bool)
 
 # Of both encoder and decoder; and where the decoder reads the observations by another mixer.
 LAYOUTS = ["".join(letters) for length in (1, 2, 3) for letters in product(LAYOUT_LETTERS, repeat=length)]
@@ -125,11 +125,11 @@ def test_later_agents_heed_earlier_ones_and_no_others(layout):
 
 @every_layout
 def test_every_parameter_has_a_part(layout):
-    leaves, structure = jax.tree.flatten(subject(layout).policy)
+    leaves, structure = jax.tree.flatten(jax.device_get(subject(layout).policy))
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(subject(layout).policy)]
     rng = np.random.default_rng(2)
     for index, name in enumerate(names):
-        moved = [leaf + rng.normal(size=leaf.shape) if i == index else leaf for i, leaf in enumerate(leaves)]
+        moved = [*leaves[:index], leaves[index] + rng.normal(size=leaves[index].shape), *leaves[index + 1 :]]
         after = subject(layout).evaluate(policy=jax.tree.unflatten(structure, moved))
         moves = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), after, subject(layout).evaluation)
         assert max(jax.tree.leaves(moves)) > 1e-6, name
@@ -220,7 +220,7 @@ def loss_and_gradient(policy, obs):
     return jax.value_and_grad(loss)(policy)
 
 
-@pytest.mark.parametrize("layout", ["2M", "MA/A2"])
+@pytest.mark.parametrize("layout", ["2", "MA/A2"])
 def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(layout):
     loss, gradient = loss_and_gradient(make(layout), make_observation())
     again, recomputed = loss_and_gradient(make(layout, remat=True), make_observation())

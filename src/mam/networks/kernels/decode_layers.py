@@ -208,7 +208,7 @@ class Network:
     out: Linear
 
     def init_state(self, columns: Columns) -> tuple[tuple[State, State], ...]:
-        return tuple(tuple(m.ssm.init_state(columns) for m in (block.mixer, block.cross)) for block in self.blocks)
+        return tuple((b.mixer.ssm.init_state(columns), b.cross.ssm.init_state(columns)) for b in self.blocks)
 
     def advance(
         self,

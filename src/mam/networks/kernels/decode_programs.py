@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mam.networks.actions import ILLEGAL
@@ -33,6 +34,7 @@ class Tiling:
 
     num_envs: int  # per program: 1, 2, 4 or 8
     num_warps: int
+    shared_memory: int = SHARED_MEMORY  # in which matrices are kept, as far as they fit
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     @classmethod
     def of(cls, decoder: Decoder, d_state: int, tiling: Tiling, dtype: Any, interpret: bool) -> "Plan":
         """Merges Δ's projections where all matrices fit or are smaller, and keeps the first ones that do fit."""
-        columns, room = Columns(tiling.num_envs, d_state, interpret), SHARED_MEMORY - EXCHANGE
+        columns, room = Columns(tiling.num_envs, d_state, interpret), tiling.shared_memory - EXCHANGE
         itemsize = jnp.dtype(dtype).itemsize
         shapes = {merge: matrix_shapes(decoder, merge) for merge in (True, False)}
         sizes = {merge: [math.prod(shape) * itemsize for shape in shapes[merge]] for merge in shapes}
@@ -183,11 +185,11 @@ def _decide(decoder, matrices, inputs, action, out, *, plan):
         own = (state_envs, jnp.full(states.shape, index, jnp.int32), states)
         C = [split_rows(block[own].astype(jnp.float32)) for block in inputs.C]
         state, logits = network.advance(columns, state, token, obs_rep, C)
-        chosen = jnp.argmax(jnp.where(score > ILLEGAL / 2, logits + score, score), axis=0).astype(jnp.int32)
+        chosen = lax.argmax(jnp.where(score > ILLEGAL / 2, logits + score, score), 0, jnp.int32)
         # Columns of one environment write the same.
         action[envs, here] = chosen
         out[envs, here] = logits.T
         return state, chosen
 
     start = jnp.full((COLUMNS,), decoder.embed.table.shape[0] - 1, jnp.int32)
-    jax.lax.fori_loop(0, inputs.score.shape[1], agent, (network.init_state(columns), start))
+    lax.fori_loop(0, inputs.score.shape[1], agent, (network.init_state(columns), start))
