@@ -46,7 +46,7 @@ NUM_ACTIONS, BATCH = 5, 3
 
 
 def work(jaxpr):
-    """Multiplications in the matrix products of a program, in all branches, times the turns of the loops around them."""
+    """Multiplications in the matrix products of a program, all branches counted, times the turns of their loops."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -93,7 +93,7 @@ def work_of_recomputing(name, num_agents):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
-    """Defect 3. Twice the agents are twice the work (what is quadratic, and what is done once, is small), not four times."""
+    """Defect 3. Twice the agents are twice the work, not four times: what is quadratic, or done once, is small."""
     few, many = 10, 20
     growth = work_of_acting(name, many) / work_of_acting(name, few)
     assert 1.9 < growth < 2.2 if isinstance(setup(name, few)[0], SequencePolicy) else growth == 2
