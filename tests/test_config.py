@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig, from_json, to_json
+from mam.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    EvalConfig,
+    NetworkConfig,
+    PPOConfig,
+    from_json,
+    to_json,
+)
 from mam.errors import UserError
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -87,6 +96,12 @@ def test_nothing_can_be_changed():
         name = dataclasses.fields(part)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, name, getattr(part, name))
+
+
+def test_an_algorithm_is_named_after_its_policy_and_layout():
+    assert Config(policy="mat").algorithm == "mat"
+    network = NetworkConfig(encoder=EncoderConfig(layout="MA"), decoder=DecoderConfig(layout="M2", cross="AA"))
+    assert Config(policy="mam", network=network).algorithm == "mam-encMA-decM2-crossAA"
 
 
 def test_derived_sizes():

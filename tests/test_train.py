@@ -80,9 +80,18 @@ class Counting(Linear):
         return super().value(memory, obs) + memory[..., None]
 
 
+class Imprecise(Linear):
+    """Acts with less precise log-probabilities than it learns with, and says how little it thought."""
+
+    def act(self, memory, obs, reset, key, *, greedy=False):
+        memory, output = super().act(memory, obs, reset, key, greedy=greedy)
+        metrics = {"passes": jnp.full(reset.shape, 3.0)}
+        return memory, replace(output, log_prob=output.log_prob + 0.5, metrics=metrics)
+
+
 def make_linear(name, spec, sizes, decoding, *, key):
     critic = jax.random.normal(key, (spec.obs_dim,))
-    kind = Counting if name == "counting" else Linear
+    kind = {"counting": Counting, "imprecise": Imprecise}.get(name, Linear)
     return kind(0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), critic, tag=jnp.zeros(()))
 
 
@@ -138,6 +147,15 @@ def test_a_state_has_one_leading_axis_of_seeds(trainer):
     np.testing.assert_array_equal(state.num_updates, 0)
     np.testing.assert_array_equal(state.best_return, -np.inf)
     assert state.actors.reset.all()
+
+
+@pytest.mark.parametrize(("recompute", "deviation"), [(False, 1 - np.exp(-0.5)), (True, 0.0)])
+def test_log_probabilities_of_acting_may_be_replaced_by_the_learners(recompute, deviation):
+    ppo = replace(CONFIG.ppo, recompute_log_prob=recompute)
+    trainer = make_train(replace(CONFIG, policy="imprecise", ppo=ppo))
+    _, values = trainer.train_step(trainer.init(SEEDS))
+    np.testing.assert_allclose(values["first_ratio_deviation"], deviation, atol=1e-5)
+    np.testing.assert_array_equal(values["passes"], 3.0)  # what the policy reports of itself
 
 
 def test_values_are_one_per_seed_and_finite(trainer):
