@@ -76,7 +76,12 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
         return _one_by_one(chooser, start, ahead)[1]
     if decoding.method == "kernel":
         return _in_one_kernel(chooser, start, ahead)
-    # Windows of equal size; agents past the last one are decided too, and forgotten.
+    return _in_windows(chooser, start, ahead, size, decoding.max_passes or size)
+
+
+def _in_windows(chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int) -> Decision:
+    """Fixed points of equal size; agents past the last one are decided too, and forgotten."""
+    *batch, num_agents, _ = ahead.mask.shape
     axis = len(batch)
     windows = jax.tree.map(
         lambda v: jnp.moveaxis(_padded(v, axis, size).reshape(*batch, -1, size, *v.shape[axis + 1 :]), axis, 0), ahead
@@ -85,7 +90,7 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
 
     def window(progress, inputs):
         ahead, real = inputs
-        return _fixed_point(chooser, progress, ahead, real, decoding.max_passes or size)
+        return _fixed_point(chooser, progress, ahead, real, max_passes)
 
     _, decisions = lax.scan(window, start, (windows, real))
     action, out = (
@@ -146,7 +151,7 @@ def _fixed_point(
     """Passes over all agents of a window until what they read is what they do.
 
     Agent k reads agents before it only, so the first k agents are right after k passes, and M passes always suffice;
-    coupling decides how many are needed. Whatever the batch waits for its slowest element.
+    coupling decides how many are needed. The whole batch waits for its slowest element.
     """
     *batch, size, _ = ahead.mask.shape
 
