@@ -49,22 +49,36 @@ def ppo_configs(draw):
     )
 
 
+layouts = st.none() | st.text("AM2", min_size=1, max_size=3)
+decodings = st.fixed_dictionaries({"decode": st.sampled_from(["sequential", "kernel"])}) | st.fixed_dictionaries(
+    {"decode": st.just("fixed_point"), "decode_window": st.none() | sizes, "decode_max_passes": st.none() | sizes}
+)
+
+
 @st.composite
 def network_configs(draw):
-    num_heads = draw(sizes)
+    num_heads, expand = draw(st.tuples(sizes, sizes))
+    d_model = num_heads * draw(sizes)
     return NetworkConfig(
-        d_model=num_heads * draw(sizes),
+        d_model=d_model,
         num_blocks=draw(sizes),
         num_heads=num_heads,
         d_state=draw(sizes),
         d_conv=draw(sizes),
-        expand=draw(sizes),
+        expand=expand,
         dt_rank=draw(st.none() | sizes),
+        head_dim=draw(st.sampled_from([None, 1, d_model, d_model * expand])),
+        encoder=EncoderConfig(layout=draw(layouts)),
+        decoder=DecoderConfig(layout=draw(layouts), cross=draw(layouts)),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        remat=draw(st.booleans()),
+        scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),
     )
 
 
 configs = st.builds(
-    Config,
+    lambda decoding, **others: Config(**decoding, **others),
+    decoding=decodings,
     policy=st.text(),
     env=st.text(),
     seed=st.integers(0, 10**6),
@@ -112,6 +126,23 @@ def test_derived_sizes():
     assert replace(network, dt_rank=7).resolved_dt_rank == 7
 
 
+@pytest.mark.parametrize(
+    ("d_inner", "head_dim", "heads"),
+    [
+        (60, None, 1),
+        (128, None, 2),
+        (130, None, 5),
+        (134, None, 67),
+        (64, None, 1),
+        (60, 20, 3),
+        (60, 1, 60),
+        (60, 60, 1),
+    ],
+)
+def test_heads_are_as_wide_as_said_or_as_may_be_up_to_64(d_inner, head_dim, heads):
+    assert NetworkConfig(d_model=d_inner, expand=1, head_dim=head_dim).num_ssm_heads == heads
+
+
 @pytest.mark.parametrize(("total", "updates"), [(1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
 def test_steps_are_rounded_up_to_whole_updates(total, updates):
     config = Config(total_timesteps=total, num_seeds=5, ppo=PPOConfig(num_envs=4, rollout_length=8))
@@ -149,7 +180,7 @@ def nested(key, value):
         *(
             (key, 0, "must be positive")
             for key in (
-                "num_workers",
+                *("num_workers", "decode_window", "decode_max_passes"),
                 *("network.d_state", "network.d_conv", "network.expand", "network.dt_rank"),
                 *("ppo.num_envs", "ppo.rollout_length", "ppo.num_epochs", "ppo.num_minibatches"),
                 *("eval.num_evaluations", "eval.num_episodes", "eval.num_absolute_episodes"),
@@ -173,6 +204,7 @@ def nested(key, value):
         ("seed", -1, "must not be negative"),
         ("ppo.num_minibatches", 3, r"must divide ppo.num_envs × ppo.rollout_length = 8192"),
         ("network.num_heads", 3, r"must divide network.d_model = 64"),
+        *(("network.head_dim", value, "must divide the inner width 128") for value in (0, -1, 3, 256)),
     ],
 )
 def test_impossible_values_are_refused(key, value, rule):
@@ -205,6 +237,14 @@ def test_limits_themselves_are_allowed(key, value):
         ("num_workers", 1.5, "must be int or null, got 1.5"),
         ("agent_id", None, "must be one of one_hot, sinusoid, none, got None"),
         ("network.dt_rank", True, "must be int or null, got True"),
+        ("network.head_dim", 1.5, "must be int or null, got 1.5"),
+        ("network.remat", 1, "must be bool, got 1"),
+        ("network.encoder.layout", 2, "must be str or null, got 2"),
+        ("network.encoder", "MA", "must be a group of keys, got 'MA'"),
+        ("network.dtype", "float16", "must be one of float32, bfloat16, got 'float16'"),
+        ("network.scan", True, "must be one of auto, sequential, associative, pairwise, pallas, got True"),
+        ("decode", "parallel", "must be one of sequential, fixed_point, kernel, got 'parallel'"),
+        ("decode_window", True, "must be int or null, got True"),
         ("network", 3, "must be a group of keys, got 3"),
         ("network", None, "must be a group of keys, got None"),
     ],
@@ -222,7 +262,14 @@ def test_an_integer_passes_for_a_float():
 
 @pytest.mark.parametrize(
     ("key", "nearest"),
-    [("sed", "seed"), ("ppo.learning_rate", None), ("ppo.gama", "ppo.gamma"), ("network.d_modle", "network.d_model")],
+    [
+        ("sed", "seed"),
+        ("ppo.learning_rate", None),
+        ("ppo.gama", "ppo.gamma"),
+        ("network.d_modle", "network.d_model"),
+        ("network.encoder.layuot", "network.encoder.layout"),
+        ("decode_widow", "decode_window"),
+    ],
 )
 def test_unknown_keys_are_named_with_the_nearest_valid_one(key, nearest):
     with pytest.raises(UserError, match=rf"^unknown key '{key}'") as refused:
@@ -245,3 +292,21 @@ def test_choices():
     assert from_json(Choice, {"mode": "exact"}).mode == "exact"
     with pytest.raises(UserError, match=r"^mode must be one of fast, exact, got 'slow'$"):
         from_json(Choice, {"mode": "slow"})
+
+
+@pytest.mark.parametrize("key", ["network.encoder.layout", "network.decoder.layout", "network.decoder.cross"])
+@pytest.mark.parametrize("layout", ["", "X", "am", "M A", "A1"])
+def test_layouts_are_of_known_letters(key, layout):
+    with pytest.raises(UserError) as refused:
+        from_json(Config, nested(key, layout))
+    assert str(refused.value) == (
+        f"{key} must be letters of A, M, 2 (attention, Mamba, Mamba-2), one per block, got {layout!r}"
+    )
+
+
+@pytest.mark.parametrize("decode", ["sequential", "kernel"])
+@pytest.mark.parametrize("limit", [{"decode_window": 4}, {"decode_max_passes": 2}])
+def test_windows_and_passes_are_of_the_fixed_point(decode, limit):
+    with pytest.raises(UserError, match=r"^decode_window and decode_max_passes belong to --decode fixed_point$"):
+        Config(decode=decode, **limit)
+    assert Config(decode="fixed_point", **limit).decode == "fixed_point"

@@ -41,7 +41,7 @@ def sizes_of(layout, **others):
     return replace(SIZES, encoder=EncoderConfig(own), decoder=DecoderConfig(own, cross or None), **others)
 
 
-def make(layout, dtype=jnp.float32, **others):
+def make(layout, parameters=jnp.float32, **others):
     """A policy with large random parameters: under the initial ones agents hardly heed one another."""
     rng = np.random.default_rng(0)
     sizes = sizes_of(layout, **others)
@@ -49,7 +49,7 @@ def make(layout, dtype=jnp.float32, **others):
 
     def draw(path, leaf):
         centre, spread = 1.0 if path[-1].name == "scale" else 0.0, 0.6 if leaf.ndim > 1 else 0.4
-        return jnp.asarray(rng.normal(centre, spread, leaf.shape), dtype)
+        return jnp.asarray(rng.normal(centre, spread, leaf.shape), parameters)
 
     return jax.tree_util.tree_map_with_path(draw, empty)
 
@@ -67,72 +67,82 @@ def act(policy, obs):
     return policy.act((), obs, RESET, jax.random.split(jax.random.key(0), B))[1]
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
 def evaluate(policy, obs, action, order):
     return policy.evaluate((), obs, action, order, RESET)
 
 
+evaluate_one = jax.jit(evaluate, compiler_options=QUICK)
+evaluate_many = jax.jit(jax.vmap(evaluate, (0, None, 0, None)), compiler_options=QUICK)
+
+
 @dataclass
 class Subject:
-    """A layout in double precision, so that no tolerance hides a small mistake behind rounding."""
+    """A layout that has acted, and what it says of actions.
 
-    policy: SequencePolicy
-    obs: Observation
+    In double precision, so that no tolerance hides a small mistake behind rounding. One program evaluates everything.
+    """
+
+    mask: np.ndarray
     output: PolicyOutput
-    evaluation: Evaluation
-
-    def evaluate(self, action=None, policy=None):
-        action = self.output.action if action is None else jnp.asarray(action, jnp.int32)
-        with jax.enable_x64(True):
-            return jax.device_get(evaluate(policy or self.policy, self.obs, action, self.output.order))
+    repeated: Evaluation  # the actions it took
+    impossible: Evaluation  # illegal actions, where there are some
+    after: list[Evaluation]  # where each of the agents acts otherwise
+    moved: dict[str, Evaluation]  # where each of the parameters is another
 
 
 @functools.cache
 def subject(layout):
     with jax.enable_x64(True):
         policy, obs = make(layout, jnp.float64), make_observation(jnp.float64)
-        output = jax.device_get(act(policy, obs))
-        return Subject(policy, obs, output, jax.device_get(evaluate(policy, obs, output.action, output.order)))
+        output, mask = jax.device_get((act(policy, obs), obs.action_mask))
+        others = [(output.action + (np.arange(N) == agent)) % A for agent in range(N)]
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(policy)]
+        actions = np.stack([output.action, mask.argmin(-1), *others, *[output.action] * len(names)]).astype(np.int32)
+        evaluations = evaluate_many(one_by_one_moved(policy, 2 + N), obs, actions, output.order)
+    rows = [jax.tree.map(lambda v, k=k: np.asarray(v[k]), evaluations) for k in range(len(actions))]
+    return Subject(mask, output, rows[0], rows[1], rows[2 : 2 + N], dict(zip(names, rows[2 + N :], strict=True)))
+
+
+def one_by_one_moved(policy, start):
+    """Copies of a policy; from `start` on each has another one of its leaves changed."""
+    leaves, structure = jax.tree.flatten(jax.device_get(policy))
+    rng = np.random.default_rng(2)
+    copies = [np.repeat(leaf[None], start + len(leaves), axis=0) for leaf in leaves]
+    for index, copy in enumerate(copies):
+        copy[start + index] += rng.normal(size=copy.shape[1:])
+    return jax.tree.unflatten(structure, [jnp.asarray(copy) for copy in copies])
 
 
 @every_layout
 def test_evaluate_repeats_act(layout):
-    actual, expected = subject(layout).evaluation, subject(layout).output
+    actual, expected = subject(layout).repeated, subject(layout).output
     np.testing.assert_allclose(actual.log_prob, expected.log_prob, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(actual.value, expected.value, rtol=1e-10, atol=1e-10)
 
 
 @every_layout
 def test_illegal_actions_are_never_chosen(layout):
-    mask, chosen = np.asarray(subject(layout).obs.action_mask), subject(layout).output.action
-    assert np.all(np.take_along_axis(mask, chosen[..., None], axis=-1))
-    impossible = subject(layout).evaluate(mask.argmin(-1)).log_prob[~mask.all(-1)]
-    np.testing.assert_array_equal(np.exp(impossible), 0.0)
+    mask = subject(layout).mask
+    assert np.all(np.take_along_axis(mask, subject(layout).output.action[..., None], axis=-1))
+    np.testing.assert_array_equal(np.exp(subject(layout).impossible.log_prob[~mask.all(-1)]), 0.0)
 
 
 @every_layout
 def test_later_agents_heed_earlier_ones_and_no_others(layout):
-    before = subject(layout).evaluation
-    for agent in range(N):
-        action = np.array(subject(layout).output.action)
-        action[:, agent] = (action[:, agent] + 1) % A
-        after = subject(layout).evaluate(action)
-        moved = np.abs(after.entropy - before.entropy)[FREE].max(axis=0)
-        assert np.all(moved[: agent + 1] == 0.0)
-        assert np.all(moved[agent + 1 :] > 1e-6)
-        np.testing.assert_array_equal(after.value, before.value)
+    before = subject(layout).repeated
+    for agent, after in enumerate(subject(layout).after):
+        change = np.abs(after.entropy - before.entropy)[FREE].max(axis=0)
+        assert np.all(change[: agent + 1] < 1e-12)
+        assert np.all(change[agent + 1 :] > 1e-6)
+        np.testing.assert_allclose(after.value, before.value, rtol=1e-12, atol=1e-12)
 
 
 @every_layout
 def test_every_parameter_has_a_part(layout):
-    leaves, structure = jax.tree.flatten(jax.device_get(subject(layout).policy))
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(subject(layout).policy)]
-    rng = np.random.default_rng(2)
-    for index, name in enumerate(names):
-        moved = [*leaves[:index], leaves[index] + rng.normal(size=leaves[index].shape), *leaves[index + 1 :]]
-        after = subject(layout).evaluate(policy=jax.tree.unflatten(structure, moved))
-        moves = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), after, subject(layout).evaluation)
-        assert max(jax.tree.leaves(moves)) > 1e-6, name
+    before = subject(layout).repeated
+    for name, after in subject(layout).moved.items():
+        changes = (np.max(np.abs(a - b)) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))
+        assert max(changes) > 1e-6, name
 
 
 @pytest.mark.parametrize(("letter", "name"), [("A", "mat"), ("M", "mam"), ("2", "mam2")])
@@ -147,6 +157,10 @@ def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
     laid_out = build("mat" if name == "mam" else "mam", sizes_of(2 * letter))
     assert jax.tree.structure(laid_out) == jax.tree.structure(named)
     jax.tree.map(np.testing.assert_array_equal, laid_out, named)
+
+
+def test_every_kind_of_mixer_has_a_letter():
+    assert set(LETTERS) == set(LAYOUT_LETTERS)
 
 
 def letters_of(name, sizes):
@@ -222,15 +236,17 @@ def loss_and_gradient(policy, obs):
 
 @pytest.mark.parametrize("layout", ["2", "MA/A2"])
 def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(layout):
-    loss, gradient = loss_and_gradient(make(layout), make_observation())
-    again, recomputed = loss_and_gradient(make(layout, remat=True), make_observation())
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
+    with jax.enable_x64(True):
+        policies = (make(layout, jnp.float64, remat=remat) for remat in (False, True))
+        results = [loss_and_gradient(policy, make_observation(jnp.float64)) for policy in policies]
+    (loss, gradient), (again, recomputed) = jax.device_get(results)
+    np.testing.assert_allclose(again, loss, rtol=1e-12)
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient))
     pairs = zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(recomputed), strict=True)
     for (path, leaf), other in pairs:
         name = jax.tree_util.keystr(path)
         assert np.max(np.abs(leaf)) > 1e-6 * largest, name
-        np.testing.assert_allclose(other, leaf, rtol=0, atol=1e-6 * largest, err_msg=name)
+        np.testing.assert_allclose(other, leaf, rtol=0, atol=1e-12 * largest, err_msg=name)
 
 
 HALF = {"dtype": "bfloat16"}
@@ -264,7 +280,9 @@ def test_in_half_precision_evaluate_repeats_act_up_to_rounding(layout):
     """And learning from it is possible."""
     policy, obs = make(layout, **HALF), make_observation()
     output = act(policy, obs)
-    evaluation, exact = (jax.device_get(evaluate(p, obs, output.action, output.order)) for p in (policy, make(layout)))
+    evaluation, exact = (
+        jax.device_get(evaluate_one(p, obs, output.action, output.order)) for p in (policy, make(layout))
+    )
     np.testing.assert_allclose(evaluation.log_prob, output.log_prob, atol=0.2)
     np.testing.assert_allclose(evaluation.log_prob, exact.log_prob, atol=0.2)
     assert np.max(np.abs(evaluation.log_prob - exact.log_prob)) > 1e-4  # it is half precision

@@ -9,8 +9,8 @@ of a few environments, and nothing leaves its multiprocessor but actions and out
 * Matrices stay in shared memory, as float16: at d_model 64, d_state 16 and one block they take 176 KB with `mam` and
   124 KB with `mam2`, and 2 to 4 KB are for exchanges between warps; an H100 has 227 KB. So there is one program per
   multiprocessor. Where they do not fit, those at the end are read from the L2 cache at every use.
-* Δ's two projections are merged into one matrix where that fits, or is smaller: a product less in the chain of
-  products, each of which ends in an exchange between all warps.
+* Δ's two projections are merged into one matrix where that fits: a product less in the chain of products, each of
+  which ends in an exchange between all warps.
 * States, convolutions' inputs and vectors stay in registers: 64 of a thread's 255 are for states. With one warp per 16
   channels (the height of a matrix instruction) and at most 8, that is 4 environments per program at the sizes above.
   Fewer environments are faster, so there are no more of them than are needed to occupy the GPU.

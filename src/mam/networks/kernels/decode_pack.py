@@ -44,6 +44,7 @@ class Packer:
     """Makes layers of modules whose parameters are references (or arrays)."""
 
     columns: Columns
+    dtype: Any  # of the matrices
     merge: bool  # one matrix for Δ in place of a product of two
     place: Callable[[Make], Any]  # given what makes a weight, what the layer is to have; in order
 
@@ -96,7 +97,7 @@ class Packer:
         B, C = ((dt_rank + i * d_state, dt_rank + (i + 1) * d_state) for i in range(2))
         weight, dt = ssm.x_proj.weight, ssm.dt_proj
         if self.merge:
-            merged = self.place(lambda: _product(_matrix(dt.weight), _matrix(weight, (0, dt_rank))))
+            merged = self.place(lambda: self.product(_matrix(dt.weight), _matrix(weight, (0, dt_rank))))
             steps = (Linear(merged, _vector(dt.bias)),)
         else:
             steps = (self.linear(weight, (0, dt_rank)), self.dense(dt))
@@ -150,10 +151,13 @@ class Packer:
         """What such a layer makes of the columns of an operand."""
 
         def make():
-            product = _product(_matrix(weight, cut, repeat), operand())
+            product = self.product(_matrix(weight, cut, repeat), operand())
             return product if bias is None else product + bias
 
         return Linear(self.place(make))
+
+    def product(self, a: Float[Array, "O H"], b: Float[Array, "H I"]) -> Float[Array, "O I"]:
+        return Linear(a.astype(self.dtype))(b)
 
 
 def _states(ssm: DualSSM) -> dict[str, Cut]:
@@ -197,10 +201,6 @@ def _pick(v: Any, index: tuple[Array, ...], there: Array | None) -> Array:
         return v[index].astype(jnp.float32)
     inside = tuple(jnp.where(there, i, 0) for i in index)
     return jnp.where(there, v[inside], 0.0).astype(jnp.float32)
-
-
-def _product(a: Array, b: Array) -> Array:
-    return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _iota(shape: tuple[int, ...], axis: int) -> Array:

@@ -50,12 +50,12 @@ class Plan:
 
     @classmethod
     def of(cls, decoder: Decoder, d_state: int, tiling: Tiling, dtype: Any, interpret: bool) -> "Plan":
-        """Merges Δ's projections where all matrices fit or are smaller, and keeps the first ones that do fit."""
+        """Merges Δ's projections where all matrices fit, and keeps the first ones that do."""
         columns, room = Columns(tiling.num_envs, d_state, interpret), tiling.shared_memory - EXCHANGE
         itemsize = jnp.dtype(dtype).itemsize
         shapes = {merge: matrix_shapes(decoder, merge) for merge in (True, False)}
         sizes = {merge: [math.prod(shape) * itemsize for shape in shapes[merge]] for merge in shapes}
-        merge = sum(sizes[True]) <= max(room, sum(sizes[False]))
+        merge = sum(sizes[True]) <= room
         if sum(sizes[merge]) > room:
             room -= max(sizes[merge])  # what is read at every use passes through shared memory
         kept = []
@@ -75,7 +75,7 @@ def matrix_shapes(decoder: Decoder, merge: bool) -> list[tuple[int, ...]]:
         return make
 
     def network(decoder):
-        Packer(Columns(COLUMNS, COLUMNS, interpret=True), merge, place).network(decoder)
+        Packer(Columns(COLUMNS, COLUMNS, interpret=True), jnp.float32, merge, place).network(decoder)
 
     jax.eval_shape(network, jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), decoder))
     return shapes
@@ -156,7 +156,7 @@ def _make_matrices(decoder, *outputs, plan):
         makes.append(make)
         return make
 
-    Packer(plan.columns, plan.merge, place).network(decoder)
+    Packer(plan.columns, plan.dtype, plan.merge, place).network(decoder)
     for index, (make, output) in enumerate(zip(makes, outputs, strict=True)):
 
         @pl.when(pl.program_id(0) == index)
@@ -172,7 +172,7 @@ def _decide(decoder, matrices, inputs, action, out, *, plan):
         matrix, kept = next(places)
         return matrix[...] if kept else lambda: matrix[...]
 
-    network = Packer(columns, plan.merge, place).network(decoder)
+    network = Packer(columns, plan.dtype, plan.merge, place).network(decoder)
     envs = columns.env((COLUMNS,))
     state_envs, states = columns.env((columns.own_states, COLUMNS)), columns.state((columns.own_states, COLUMNS))
 
