@@ -1,5 +1,7 @@
 """Every test runs with shapes and types checked at run time, and with the compilation cache on."""
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("mam", "beartype.beartype")
@@ -7,3 +9,10 @@ install_import_hook("mam", "beartype.beartype")
 from mam.runtime import enable_compilation_cache  # noqa: E402
 
 enable_compilation_cache()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """What a file compiled is not needed by the next: kept, programs of all files take many gigabytes."""
+    yield
+    jax.clear_caches()
