@@ -1,6 +1,8 @@
 import logging
+import shutil
 import subprocess
 import sys
+import threading
 
 import equinox as eqx
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from mam.checkpoint import CheckpointError, read_meta, restore, save
+from mam.checkpoint import CheckpointError, Writer, newest
 
 
 class Layer(eqx.Module):
@@ -46,17 +48,32 @@ def assert_same(actual, expected):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
+def save(folder, *states, keep=2, after=None):
+    """Saves states one after another; the metadata of each is its place."""
+    with Writer(folder, keep=keep, after=after) as writer:
+        for number, state in enumerate(states):
+            writer.save(state, {"number": number})
+    return newest(folder)
+
+
+def flip(file, position, bit=0):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1 << bit
+    file.write_bytes(bytes(data))
+
+
 def test_round_trip_is_exact(tmp_path):
-    state = make_state(1)
-    save(tmp_path / "run" / "checkpoint", state, {"update": 7, "nested": {"a": [1, 2.5, None]}})
-    assert_same(restore(tmp_path / "run" / "checkpoint", make_state(0)), state)
-    assert read_meta(tmp_path / "run" / "checkpoint") == {"update": 7, "nested": {"a": [1, 2.5, None]}}
+    state, meta = make_state(1), {"update": 7, "nested": {"a": [1, 2.5, None]}}
+    with Writer(tmp_path / "run" / "checkpoint") as writer:
+        writer.save(state, meta)
+    found = newest(tmp_path / "run" / "checkpoint")
+    assert_same(found.restore(make_state(0)), state)
+    assert found.meta == meta
 
 
 def test_restores_into_shapes_alone(tmp_path):
     state = {"key": jax.random.key(3), "w": jnp.ones((2, 2)), "none": jnp.zeros((0,))}
-    save(tmp_path, state, {})
-    assert_same(restore(tmp_path, jax.eval_shape(lambda: state)), state)
+    assert_same(save(tmp_path, state).restore(jax.eval_shape(lambda: state)), state)
 
 
 def test_arrays_return_where_like_has_them(tmp_path):
@@ -64,39 +81,108 @@ def test_arrays_return_where_like_has_them(tmp_path):
     placed = jax.sharding.NamedSharding(jax.make_mesh((1,), ("envs",)), jax.P("envs"))
     state = {"free": jnp.ones(2), "device": jax.device_put(jnp.ones(2), device), "mesh": jnp.ones(2)}
     state["mesh"] = jax.device_put(state["mesh"], placed)
-    save(tmp_path, state, {})
-    restored = restore(tmp_path, state)
+    restored = save(tmp_path, state).restore(state)
     assert [restored[name].committed for name in ("free", "device", "mesh")] == [False, True, True]
     assert restored["mesh"].sharding == placed
 
 
-def test_only_the_newest_is_kept(tmp_path):
-    for update in range(3):
-        folder = save(tmp_path, make_state(update), {"update": update})
-    assert list(tmp_path.iterdir()) == [folder]
-    assert read_meta(tmp_path) == {"update": 2}
-    assert_same(restore(tmp_path, make_state()), make_state(2))
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_are_kept(tmp_path, keep):
+    found = save(tmp_path, *(make_state(number) for number in range(5)), keep=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [str(n) for n in range(6 - keep, 6)]
+    assert found.meta == {"number": 4}
+    assert_same(found.restore(make_state()), make_state(4))
+    after = save(tmp_path, make_state(9), keep=keep, after=found)
+    assert after.path.name == "6"
 
 
-@pytest.mark.parametrize("step", ["rename", "write"])
+def test_the_state_may_be_donated_and_changed_while_it_is_written(tmp_path, monkeypatch):
+    begin = threading.Event()
+    write = Writer._write
+    monkeypatch.setattr(Writer, "_write", lambda *args: begin.wait() and write(*args))
+    state = {"jax": jnp.arange(1000.0), "numpy": np.arange(1000)}
+    expected = jax.tree.map(np.array, state)
+    with Writer(tmp_path) as writer:
+        writer.save(state, {})
+        jax.jit(lambda x: x + 1, donate_argnums=0)(state["jax"]).block_until_ready()
+        state["numpy"][:] = 0
+        assert state["jax"].is_deleted()
+        writer.wait(timeout=0.01)  # returns without it
+        assert not (tmp_path / "1").exists()
+        begin.set()
+    restored = newest(tmp_path).restore(expected)
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+
+
+@pytest.mark.parametrize("step", ["rename", "write", "manifest"])
 def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch, step):
-    save(tmp_path, make_state(1), {"update": 1})
+    first = save(tmp_path, make_state(1))
+    target = {
+        "rename": "pathlib.Path.rename",
+        "write": "orbax.checkpoint.StandardCheckpointHandler.finalize",
+        "manifest": "mam.checkpoint._checksum",
+    }[step]
     with monkeypatch.context() as patch:
-        if step == "rename":
-            patch.setattr("os.rename", _fail)
-        else:
-            patch.setattr("orbax.checkpoint.StandardCheckpointHandler.finalize", _fail)
-        with pytest.raises(OSError, match="disk full"):
-            save(tmp_path, make_state(2), {"update": 2})
-    assert read_meta(tmp_path) == {"update": 1}
-    assert_same(restore(tmp_path, make_state()), make_state(1))
-    save(tmp_path, make_state(3), {"update": 3})  # tidies up what the failure left
-    assert read_meta(tmp_path) == {"update": 3}
-    assert len(list(tmp_path.iterdir())) == 1
+        patch.setattr(target, _fail)
+        writer = Writer(tmp_path, after=first)
+        writer.save(make_state(2), {})
+        with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*: .*disk full"):
+            writer.close()
+    assert_same(newest(tmp_path).restore(make_state()), make_state(1))
+    assert_same(save(tmp_path, make_state(3), after=first).restore(make_state()), make_state(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # what the failure left is gone
 
 
 def _fail(*_, **__):
     raise OSError("disk full")
+
+
+def test_a_failed_save_shows_at_the_next(tmp_path, monkeypatch):
+    writer = Writer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", _fail)
+        writer.save(make_state(), {})
+        with pytest.raises(CheckpointError, match="disk full"):
+            writer.save(make_state(), {})
+
+
+def test_every_flipped_bit_is_detected_and_the_save_before_it_is_used(tmp_path):
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    save(original, make_state(1), make_state(2))
+    files = sorted(f.relative_to(original) for f in (original / "2").rglob("*") if f.is_file())
+    rng, warnings = np.random.default_rng(0), []
+    for trial in range(200):
+        shutil.copytree(original, copy)
+        file = copy / files[trial % len(files)]
+        if size := file.stat().st_size:
+            flip(file, rng.integers(size), rng.integers(8))
+        else:
+            file.write_bytes(b"x")
+        found = newest(copy, warn=warnings.append)
+        assert (found.path, found.meta) == (copy / "1", {"number": 0})
+        if trial == 0:
+            assert_same(found.restore(make_state()), make_state(1))
+        shutil.rmtree(copy)
+    assert len(warnings) == 200
+    assert all("is damaged: " in line and "using the one before it, " in line and "\n" not in line for line in warnings)
+
+
+@pytest.mark.parametrize("damage", ["missing file", "empty folder", "cut manifest"])
+def test_other_damage_is_detected_too(tmp_path, damage):
+    save(tmp_path, make_state(1), make_state(2))
+    manifest = tmp_path / "2" / "manifest.json"
+    if damage == "missing file":
+        max((tmp_path / "2" / "state").rglob("*"), key=lambda file: file.is_file()).unlink()
+    elif damage == "empty folder":
+        shutil.rmtree(tmp_path / "2")
+        (tmp_path / "2").mkdir()
+    else:
+        manifest.write_bytes(manifest.read_bytes()[:70])
+    found = newest(tmp_path)
+    assert found.path.name == "1"
+    # Who goes on from there clears the damaged one away, and does not count it among those to keep.
+    assert save(tmp_path, make_state(3), after=found).path.name == "2"
+    assert_same(newest(tmp_path).restore(make_state()), make_state(3))
 
 
 @pytest.mark.parametrize(
@@ -110,26 +196,25 @@ def _fail(*_, **__):
     ],
 )
 def test_refuses_what_does_not_fit(tmp_path, name, value, message):
-    save(tmp_path, make_state(), {})
+    found = save(tmp_path, make_state())
     with pytest.raises(CheckpointError, match=message):
-        restore(tmp_path, make_state() | {name: value})
+        found.restore(make_state() | {name: value})
 
 
-def test_refuses_a_missing_or_damaged_checkpoint(tmp_path):
-    for read in (lambda: restore(tmp_path / "none", {}), lambda: read_meta(tmp_path / "none")):
-        with pytest.raises(CheckpointError, match="no checkpoint in"):
-            read()
-    folder = save(tmp_path, make_state(), {})
-    for file in (folder / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        restore(tmp_path, make_state())
+def test_refuses_a_folder_without_an_intact_save(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        newest(tmp_path / "none")
+    save(tmp_path, make_state(1), make_state(2))
+    for path in tmp_path.iterdir():
+        flip(path / "manifest.json", 5)
+    with pytest.raises(CheckpointError, match=r"2 is damaged: manifest.json has changed; .*1 is damaged"):
+        newest(tmp_path)
 
 
 def test_refuses_a_leaf_that_is_no_array(tmp_path):
+    writer = Writer(tmp_path)
     with pytest.raises(CheckpointError, match=r"state\['name'\] is neither an array nor a number"):
-        save(tmp_path, {"name": "x"}, {})
+        writer.save({"name": "x"}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -137,8 +222,7 @@ def test_logs_nothing_and_leaves_the_logger_alone(tmp_path, caplog):
     logger = logging.getLogger("absl")
     level = logger.level
     with caplog.at_level(logging.DEBUG, logger="absl"):
-        save(tmp_path, make_state(), {})
-        restore(tmp_path, make_state())
+        save(tmp_path, make_state()).restore(make_state())
     assert [record for record in caplog.records if record.name == "absl"] == []
     assert logger.level == level
 

@@ -282,7 +282,7 @@ def test_two_updates(host, policy):
         assert all(np.isfinite(value).all() for value in values.values())
         assert values["first_ratio_deviation"].max() <= 1e-5
         np.testing.assert_array_equal(state.num_updates, update)
-    adam = state.opt_state[1][0]
+    adam = state.opt_state[1].inner_state[0]
     for path, square in jax.tree.leaves_with_path(adam.nu):
         assert (square > 0).reshape(NUM_SEEDS, -1).any(axis=1).all(), jax.tree_util.keystr(path)
     changed = jax.tree.map(lambda new, old: (new != old).any(), state.policy, before)

@@ -44,7 +44,7 @@ def _same(a, b):
 def whole(tmp_path_factory):
     """A run of six updates, never interrupted."""
     folder, trainer = runs.start(CONFIG, tmp_path_factory.mktemp("whole"))
-    assert runs.run(CONFIG, folder, trainer)
+    assert runs.run(CONFIG, folder, trainer) == "finished"
     return folder
 
 
@@ -70,12 +70,12 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_after, whole
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(runs.JsonLines, "write", write_then_interrupt)
-    assert not runs.run(CONFIG, folder, trainer)
-    assert "stopping after this update" in capsys.readouterr().out
+    assert runs.run(CONFIG, folder, trainer) == "stopped"
+    assert "stopping after this step" in capsys.readouterr().out
     assert _rows(folder)[-1]["update"] == stop_after
     monkeypatch.undo()
 
-    assert runs.run(CONFIG, *runs.resume(folder.path, CONFIG))
+    assert runs.run(CONFIG, *runs.resume(folder.path, CONFIG)) == "finished"
     assert _rows(folder) == _rows(whole)
     assert _same(_state(folder), _state(whole))
 

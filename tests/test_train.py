@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mam import train
-from mam.checkpoint import restore, save
+from mam.checkpoint import Writer, newest
 from mam.config import Config, EvalConfig, PPOConfig
 from mam.envs import probes
 from mam.envs.probes import Identity
@@ -122,6 +122,11 @@ def run(trainer, seeds, script="tt"):
     return state, values
 
 
+def save(folder, state):
+    with Writer(folder) as writer:
+        writer.save(state, {})
+
+
 def on_host(tree):
     """NumPy arrays, with keys as their bits."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
@@ -164,6 +169,7 @@ def test_values_are_one_per_seed_and_finite(trainer):
         *PPOLoss.__dataclass_fields__,
         *("grad_norm", "first_ratio_deviation", "explained_variance"),
         *("num_episodes", "episode_return", "episode_length"),
+        *("learning_rate", "non_finite"),
     }
     for values in (first, second):
         assert {np.shape(value) for value in values.values()} == {(3,)}
@@ -213,8 +219,8 @@ def test_one_compilation_whatever_the_state_went_through(trainer, tmp_path):
     state = use(trainer.init(SEEDS))
     sizes = [function._cache_size() for function in functions]
     state = use(use(state))
-    save(tmp_path, state, {})
-    state = use(restore(tmp_path, trainer.init(SEEDS + 1)))
+    save(tmp_path, state)
+    state = use(newest(tmp_path).restore(trainer.init(SEEDS + 1)))
     leaves, structure = jax.tree.flatten(state)
     use(jax.tree.unflatten(structure, [jax.device_put(leaf) for leaf in leaves]))
     assert [function._cache_size() for function in functions] == sizes
@@ -234,17 +240,17 @@ def test_training_takes_over_the_memory_of_its_state_and_evaluating_does_not(tra
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     trainer.train_step(state)
     assert state.policy.actor.is_deleted()
-    assert state.opt_state[1][0].mu.actor.is_deleted()
+    assert state.opt_state[1].inner_state[0].mu.actor.is_deleted()
 
 
 def test_resuming_equals_going_on(trainer, tmp_path):
     """Defect 10: the whole state is saved, the optimiser's too, and nothing outside it matters."""
     whole, values = run(trainer, SEEDS, "teteete")
     half, _ = run(trainer, SEEDS, "tet")
-    save(tmp_path, half, {})
-    resumed = restore(tmp_path, trainer.init(SEEDS + 7))
+    save(tmp_path, half)
+    resumed = newest(tmp_path).restore(trainer.init(SEEDS + 7))
     assert_same(resumed, half)
-    assert np.abs(np.asarray(resumed.opt_state[1][0].mu.actor)).max() > 0
+    assert np.abs(np.asarray(resumed.opt_state[1].inner_state[0].mu.actor)).max() > 0
     for letter, expected in zip("eete", values[3:], strict=True):
         resumed, new = (trainer.train_step if letter == "t" else trainer.evaluate_step)(resumed)
         assert_same(new, expected)
@@ -355,9 +361,9 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     """
     seen = []
 
-    def recording(transitions, advantages):
+    def recording(transitions, advantages, shard):
         jax.debug.callback(lambda *numbers: seen.append(jax.tree.map(np.asarray, numbers)), transitions, advantages)
-        return make_batch(transitions, advantages)
+        return make_batch(transitions, advantages, shard)
 
     monkeypatch.setattr(train, "make_batch", recording)
     monkeypatch.setitem(probes.PROBES, "identity", partial(Mortal, team_reward=team_reward))

@@ -254,7 +254,7 @@ def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
         return jax.device_get(update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
 
     state, metrics = run(batch)
-    assert optax.tree.get(state, "count") == 3 * 4
+    assert optax.tree.get(state, "ScaleByAdamState").count == 3 * 4
     assert all(np.isfinite(leaf) and np.shape(leaf) == () for leaf in jax.tree.leaves(metrics))
     assert metrics.first_ratio_deviation <= 1e-6
     assert metrics.losses.ratio_deviation > 0.1

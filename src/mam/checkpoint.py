@@ -1,143 +1,259 @@
-"""Whole train state in, whole train state out, atomically, by Orbax.
+"""Whole train state in, whole train state out: written in the background, complete or not there, and checked.
 
-A checkpoint folder holds numbered saves, `<folder>/<n>/`, each with three items: the arrays of the
-state, the list of its leaves (what `restore` compares before it reads anything), and the caller's own
-metadata. Only the newest save is kept. Orbax writes a save next to its final place and renames it when
-it is complete, and deletes the older one only after that: whoever is killed at any moment leaves a
-checkpoint that can be read.
+    <folder>/<n>/state/           the arrays, by Orbax
+    <folder>/<n>/manifest.json    checksums of all files, what the leaves are, the caller's own metadata
+
+A save is written as `<n>.partial` and renamed when its manifest is in place; older saves are deleted
+only after that. Whoever is killed at any moment leaves saves that can be read. What a disk did to a save
+later on shows in the checksums, and the save before it is used.
 """
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from mam.errors import UserError
+from mam.errors import RunError
 
-if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
-
-_STATE, _LEAVES, _META = "state", "leaves", "meta"
+_STATE, _MANIFEST, _PARTIAL = "state", "manifest.json", ".partial"
 
 
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or of something else than what it is restored into."""
+class CheckpointError(RunError):
+    """A checkpoint is missing, damaged, cannot be written, or is of something else than what it is restored into."""
 
 
-def save(folder: Path, state: PyTree, meta: dict[str, Any]) -> Path:
-    """Writes a checkpoint, then removes the one before it.
+class Writer:
+    """Saves to a folder, one after another, while the caller goes on.
 
     Args:
-        folder: the run's checkpoint folder; made if missing.
-        state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers.
-        meta: whatever is to be known before the state is restored, as JSON (`read_meta`).
-
-    Returns:
-        Folder of this save.
-
-    Raises:
-        CheckpointError: if a leaf of `state` is neither an array nor a number.
+        folder: the run's checkpoint folder; made if missing, and cleared of what a killed save left behind.
+        keep: how many of the newest saves to keep.
+        after: the save to go on from; damaged ones that are newer are deleted. None begins anew.
     """
-    import orbax.checkpoint as ocp
 
-    leaves = _named_leaves(state)
-    # Orbax refuses arrays without elements; their shape, in the list of leaves, says all there is.
-    arrays = {name: _to_array(leaf) for name, leaf in leaves.items() if np.size(leaf)}
-    items = ocp.args.Composite(
-        **{
-            _STATE: ocp.args.StandardSave(arrays),
-            _LEAVES: ocp.args.JsonSave({name: _describe(name, leaf) for name, leaf in leaves.items()}),
-            _META: ocp.args.JsonSave(meta),
-        }
-    )
-    with _open(folder, write=True) as manager:
-        number = (manager.latest_step() or 0) + 1
-        manager.save(number, args=items)
-    return folder / str(number)
+    def __init__(self, folder: Path, *, keep: int = 2, after: "Save | None" = None):
+        self._folder, self._keep = folder, keep
+        self._number = 0 if after is None else int(after.path.name)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            newer = [folder / str(number) for number in _numbers(folder) if number > self._number]
+            for left in (*folder.glob(f"*{_PARTIAL}"), *newer):
+                shutil.rmtree(left)
+
+    def save(self, state: PyTree, meta: dict[str, Any]) -> None:
+        """Begins to write a save, once the one before it is done.
+
+        Args:
+            state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be changed or
+                donated as soon as this returns.
+            meta: whatever is to be known before the state is restored, as JSON.
+
+        Raises:
+            CheckpointError: if a leaf of `state` is neither an array nor a number, or the save before this failed.
+        """
+        leaves = _named_leaves(state)
+        described = {name: _describe(name, leaf) for name, leaf in leaves.items()}
+        # Orbax refuses arrays without elements; their shape, in the manifest, says all there is.
+        arrays = _copy({name: _to_array(leaf) for name, leaf in leaves.items() if np.size(leaf)})
+        self.wait()
+        self._number += 1
+        self._pending = self._pool.submit(self._write, self._number, arrays, {"leaves": described, "meta": meta})
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when everything is on disk, or after so many seconds.
+
+        Raises:
+            CheckpointError: if the last save failed; those before it are intact.
+        """
+        if self._pending is not None:
+            try:
+                self._pending.result(timeout)
+                self._pending = None
+            except TimeoutError:
+                return
+            except (OSError, ValueError, RuntimeError) as error:  # Orbax wraps what the system says
+                raise CheckpointError(f"cannot write a checkpoint to {self._folder}: {_one_line(error)}") from error
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _write(self, number: int, arrays: dict[str, Any], contents: dict[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        path = self._folder / f"{number}{_PARTIAL}"
+        first = jax.process_index() == 0
+        if first:
+            path.mkdir()
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:  # all processes write their share
+            orbax.save(path.resolve() / _STATE, args=ocp.args.StandardSave(arrays))
+        if not first:
+            return
+        files = {str(f.relative_to(path)): _checksum(f) for f in _files(path)}
+        _write_manifest(path / _MANIFEST, {"files": files, **contents})
+        path.rename(self._folder / str(number))
+        _sync(self._folder)
+        for old in _numbers(self._folder)[self._keep :]:
+            shutil.rmtree(self._folder / str(old))
 
 
-def restore(folder: Path, like: PyTree) -> PyTree:
-    """Reads the newest checkpoint, bit for bit.
+@dataclass(frozen=True)
+class Save:
+    """One complete save, its files as they were written."""
+
+    path: Path
+    leaves: dict[str, str]  # name → dtype and shape
+    meta: dict[str, Any]
+
+    def restore(self, like: PyTree) -> PyTree:
+        """Reads the state, bit for bit.
+
+        Args:
+            like: pytree of the structure, shapes and dtypes to expect, for instance a freshly initialised
+                state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the sharding they have here,
+                whatever it was when they were saved.
+
+        Returns:
+            The state, with the containers of `like` and the values of the save.
+
+        Raises:
+            CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
+        """
+        import orbax.checkpoint as ocp
+
+        leaves = _named_leaves(like)
+        _compare(self.path, self.leaves, {name: _describe(name, leaf) for name, leaf in leaves.items()})
+        targets = {name: _target(leaf) for name, leaf in leaves.items()}
+        stored = {name: target for name, target in targets.items() if target.size}
+        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            arrays = orbax.restore(self.path.resolve() / _STATE, args=ocp.args.StandardRestore(stored))
+        empty = {name: np.empty(target.shape, target.dtype) for name, target in targets.items() if not target.size}
+        values = [_from_array((arrays | empty)[name], leaf) for name, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def newest(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> Save:
+    """The newest save that is intact.
 
     Args:
         folder: the run's checkpoint folder.
-        like: pytree of the structure, shapes and dtypes to expect, for instance a freshly initialised
-            state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the sharding they have here.
-
-    Returns:
-        The state, with the containers of `like` and the values of the checkpoint.
+        warn: hears about each newer one that is not.
 
     Raises:
-        CheckpointError: if there is no checkpoint, it cannot be read, or it does not fit `like`;
-            the message names the first leaf that differs.
+        CheckpointError: if there is none.
     """
-    import orbax.checkpoint as ocp
+    damaged = []
+    for number in _numbers(folder):
+        try:
+            save = _open(folder / str(number))
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for problem in damaged:
+            warn(f"{problem}; using the one before it, {save.path}")
+        return save
+    raise CheckpointError("; ".join(damaged) or f"no checkpoint in {folder}")
 
-    leaves = _named_leaves(like)
-    with _open(folder) as manager:
-        saved = _read(manager, folder, **{_LEAVES: ocp.args.JsonRestore()})[_LEAVES]
-        _compare(folder, saved, {name: _describe(name, leaf) for name, leaf in leaves.items()})
-        targets = {name: _target(leaf) for name, leaf in leaves.items()}
-        stored = {name: target for name, target in targets.items() if target.size}
-        arrays = _read(manager, folder, **{_STATE: ocp.args.StandardRestore(stored)})[_STATE]
-    empty = {name: np.empty(target.shape, target.dtype) for name, target in targets.items() if not target.size}
-    values = [_from_array((arrays | empty)[name], leaf) for name, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), values)
+
+def _open(path: Path) -> Save:
+    """A save whose files are all there and as they were written."""
+    try:
+        manifest = _read_manifest(path / _MANIFEST)
+        for name, checksum in manifest["files"].items():
+            if _checksum(path / name) != checksum:
+                raise ValueError(f"{name} has changed")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: {_one_line(error)}") from error
+    return Save(path, manifest["leaves"], manifest["meta"])
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """What was passed to `save` as `meta`.
+def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
+    """JSON on two lines: the contents, and their checksum."""
+    text = json.dumps(contents)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+        file.flush()
+        os.fsync(file.fileno())
 
-    Raises:
-        CheckpointError: if there is no checkpoint or it cannot be read.
-    """
-    import orbax.checkpoint as ocp
 
-    with _open(folder) as manager:
-        return _read(manager, folder, **{_META: ocp.args.JsonRestore()})[_META]
+def _read_manifest(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    text = data[: -len("\n") * 2 - 64]
+    if data != text + f"\n{hashlib.sha256(text).hexdigest()}\n".encode():
+        raise ValueError(f"{path.name} has changed")
+    return json.loads(text)
+
+
+def _numbers(folder: Path) -> list[int]:
+    """Of all complete saves, newest first."""
+    return sorted((int(f.name) for f in folder.glob("*") if f.name.isdecimal()), reverse=True)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager
-def _open(folder: Path, *, write: bool = False) -> Iterator["ocp.CheckpointManager"]:
-    """Orbax's manager of the folder, silent below warnings while it is open."""
-    import orbax.checkpoint as ocp
-
-    if not write and not folder.is_dir():
-        raise CheckpointError(f"no checkpoint in {folder}")
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(1),
-        create=write,
-        cleanup_tmp_directories=write,  # what a killed save left behind; never while another process may be saving
-        enable_async_checkpointing=False,
-        lightweight_initialize=True,
-    )
+def _quiet() -> Iterator[None]:
+    """Orbax, silent below warnings."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(max(level, logging.WARNING))
     try:
-        with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
-            yield manager
+        yield
     finally:
         logger.setLevel(level)
 
 
-def _read(manager: "ocp.CheckpointManager", folder: Path, **items: Any) -> Any:
-    """Items of the newest save; every way in which that fails becomes one error."""
-    import orbax.checkpoint as ocp
+def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays that stay what they are when the originals are donated or changed."""
+    on_device = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
+    return {name: np.array(x) for name, x in arrays.items() if name not in on_device} | _copy_on_device(on_device)
 
-    number = manager.latest_step()
-    if number is None:
-        raise CheckpointError(f"no checkpoint in {folder}")
-    try:
-        return manager.restore(number, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, TypeError, OSError) as error:  # a damaged file shows itself as any of these
-        raise CheckpointError(f"the checkpoint {folder / str(number)} cannot be read: {error}") from error
+
+_copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command: `mam train | evaluate | play | list | check-env | bench`."""
+"""The command: `mam train | plan | evaluate | play | list | check-env | bench`."""
 
 import contextlib
 import os
@@ -17,6 +17,7 @@ from mam.bench import Bench
 from mam.config import Config
 from mam.errors import UserError, unknown_name
 from mam.presets import PRESETS, preset, preset_for
+from mam.runtime import Hosts
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Train:
     """Train a policy on a task.
 
     Starts from the preset of the task (see `mam list`); every setting below overrides it.
-    Ctrl-C saves the run; `--resume` goes on with it.
+    Ctrl-C saves the run; `--resume` goes on with it, to the same numbers. Exit codes: 0 finished, or stopped by Ctrl-C
+    or SIGTERM; 75 stopped by SIGUSR1, to be queued again; 1 failed, with what was saved intact; 2 wrongly asked for.
     """
 
     preset: str | None = None
@@ -32,7 +34,20 @@ class Train:
     out: Path | None = None
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None
-    """Folder of a run to go on with; only --total-timesteps may be given besides."""
+    """Folder of a run to go on with. --total-timesteps, --checkpoint and --num-devices may be given besides."""
+    hosts: Hosts = field(default_factory=Hosts)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class PlanRun:
+    """Say what memory a run would need, and what to change if that is too much.
+
+    Takes the settings of `mam train`, compiles its train step, and runs nothing.
+    """
+
+    preset: str | None = None
+    """Settings to start from, in place of the task's own preset."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -79,6 +94,19 @@ class List:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Compare runs: curves, statistics with intervals and tables, as a page that needs nothing else.
+
+    Writes report.html, report.md, tables.tex, figures/*.png and data/*.csv.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs, or folders that contain them."""
+    out: Path = Path("report")
+    """Folder of the report, which is written over."""
+
+
+@dataclass(frozen=True)
 class CheckEnv:
     """Play an environment for half a minute and say what is wrong with it."""
 
@@ -98,28 +126,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_overview()
             return 0
         if args[0] == "--version":
-            print(f"mam {metadata.version('mam')}")
+            from mam.networks.kernels import native
+
+            print(f"mam {metadata.version('mam')}, {native.description()}")
             return 0
         if args[0] not in COMMANDS:
             raise unknown_name("command", args[0], COMMANDS, see="mam --help")
         kind, command = COMMANDS[args[0]]
-        default = _train_default(args[1:]) if kind is Train else None
+        default = _default(kind, args[1:]) if kind in (Train, PlanRun) else None
         return command(parse(args[0], kind, args[1:], default)) or 0
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
-def _train_default(args: Sequence[str]) -> Train:
+def _default(kind: type, args: Sequence[str]) -> Any:
     """The settings to start from: those of the run to resume, of the preset asked for, or of the task's preset."""
     resume, name, env = (value_of(args, flag) for flag in ("--resume", "--preset", "--env"))
     if resume:
         from mam.run import RunFolder
 
-        return Train(config=RunFolder(Path(resume)).load_config())
+        return kind(config=RunFolder(Path(resume)).load_config())
     if name:
-        return Train(config=preset(name))
-    return Train(config=preset_for(env or Config.env)[0])
+        return kind(config=preset(name))
+    return kind(config=preset_for(env or Config.env)[0])
 
 
 def _print_overview() -> None:
@@ -129,42 +159,78 @@ def _print_overview() -> None:
     print("\n`mam COMMAND --help` explains its options; `mam --version` says which version this is.")
 
 
-def _train(args: Train) -> None:
+def _train(args: Train) -> int:
+    import jax
+
     from mam import run as runs
     from mam import runtime
+    from mam.stop import PREEMPTED
 
     runtime.configure()
+    runtime.join(args.hosts)
     config = args.config
     if args.resume:
         if args.out or args.preset:
             raise UserError("--resume goes on in the run's own folder with its own settings: drop --out and --preset")
         folder, trainer = runs.resume(args.resume, config)
+    elif jax.process_count() > 1 and args.out is None:
+        raise UserError("several processes write one run: give them the same --out")
     else:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
-    print(_plan(config, trainer, folder.path))
+    print(_headline(config, trainer, folder.path))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
-    finished = runs.run(config, folder, trainer)
+    outcome = runs.run(config, folder, trainer)
+    if jax.process_index() > 0:
+        return 0
     _print_results(config, folder)
-    if not finished:
+    if outcome != "finished":
         print(f"saved; go on with: mam train --resume {folder.path}")
+    return PREEMPTED if outcome == "preempted" else 0
 
 
-def _plan(config: Config, trainer: Any, path: Path) -> str:
+def _headline(config: Config, trainer: Any, path: Path) -> str:
     """One line: what is about to happen, and where its results go."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
-    policy = jax.eval_shape(trainer.init, jnp.zeros(1, jnp.int32)).policy
+    policy = trainer.shapes(np.zeros(1, np.int32)).policy
     parameters = sum(leaf.size for leaf in jax.tree.leaves(policy))
-    device = jax.devices()[0]
+    device, count = jax.devices()[0], trainer.devices.num_devices
+    devices = f"{count} × {device.platform}" if count > 1 else device.platform
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""
     return (
         f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
-        f"{device.platform} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
+        f"{devices} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
         f"in {config.num_updates} updates · results in {path}"
     )
+
+
+def _plan(args: PlanRun) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mam import runtime
+    from mam.plan import ROOM, device_memory, gigabytes, plan
+
+    runtime.configure(keep_programs=False)  # how long compiling takes is one of the results
+    room = device_memory()
+    table = Table("settings", "state", "temporary", "in all", "compile s")
+    fitting = None
+    for found in plan(args.config):
+        need = found.footprint
+        sizes = (gigabytes(size) for size in (need.state, need.temporary, need.total))
+        table.add_row(found.changes, *sizes, f"{found.compile_seconds:.1f}")
+        if fitting is None and need.total <= ROOM * room:
+            fitting = found
+    Console(highlight=False).print(table)
+    print(f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}")
+    if fitting is None:
+        raise UserError(
+            "nothing tried fits: take fewer --ppo.num-envs or --num-seeds, or a shorter --ppo.rollout-length"
+        )
+    print("fits as asked for" if fitting.changes == "as asked for" else f"fits with {fitting.changes}")
 
 
 def _print_results(config: Config, folder: Any) -> None:
@@ -321,6 +387,17 @@ def _print_specs() -> None:
         print(f"{suite}: {message}")
 
 
+def _report(args: Report) -> None:
+    from mam.report.checks import load
+    from mam.report.page import write_report
+
+    results, warnings = load(args.runs)
+    write_report(args.out, results, warnings)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+
+
 def _check_env(args: CheckEnv) -> int:
     from mam import runtime
     from mam.envs.check import check_environment
@@ -348,9 +425,11 @@ def _bench(args: Bench) -> None:
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, _train),
+    "plan": (PlanRun, _plan),
     "evaluate": (Evaluate, _evaluate),
     "play": (Play, _play),
     "list": (List, _list),
+    "report": (Report, _report),
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),
 }

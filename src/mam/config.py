@@ -59,7 +59,7 @@ class NetworkConfig:
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory for more time, for very many agents."""
-    scan: Literal["auto", "sequential", "associative", "pairwise", "pallas"] = "auto"
+    scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
     """How mam's scan is computed: auto takes what is fastest; associative is the published form."""
 
     @property
@@ -124,6 +124,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Saves of a running run, besides those at its end and when it is stopped. They change no numbers."""
+
+    seconds: float = 300.0
+    """Time between two saves; 0 saves after every update."""
+    keep: int = 2
+    """The newest saves that are kept, in case the last one is damaged."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run: everything that decides its numbers."""
 
@@ -148,9 +158,15 @@ class Config:
     """Agents in one fixed point; all of them if None."""
     decode_max_passes: int | None = None
     """Passes over a window before its agents decide one after another; no limit if None."""
+    num_devices: int | None = None
+    """Devices the environments are spread over; all there are if None."""
+    on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do with an update in which a number is NaN or infinite, after which the state is that of before: end the
+    run, go on with other random numbers, or do so with half the learning rate."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
         _validate(self)
@@ -183,12 +199,13 @@ _POSITIVE = (
     ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
     ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
     ("num_evaluations", "num_episodes", "num_absolute_episodes"),
+    ("keep",),
 )
 
 
 def _validate(config: Config) -> None:
     """Refuses values that no run could have, naming the key and what is allowed."""
-    groups = (("", config), ("network.", config.network), ("ppo.", config.ppo), ("eval.", config.eval))
+    groups = [("", config), *((f"{name}.", getattr(config, name)) for name in ("network", "ppo", "eval", "checkpoint"))]
     for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
         for name in names:
             if not getattr(group, name) > 0:
@@ -199,7 +216,7 @@ def _validate(config: Config) -> None:
             allowed = typing.get_args(annotation)
             if typing.get_origin(annotation) is Literal and getattr(group, name) not in allowed:
                 raise UserError(f"{prefix}{name} must be one of {', '.join(allowed)}, got {getattr(group, name)!r}")
-    for name in ("num_workers", "decode_window", "decode_max_passes"):
+    for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")
     if config.decode != "fixed_point" and (config.decode_window or config.decode_max_passes):
@@ -211,6 +228,8 @@ def _validate(config: Config) -> None:
                 f"network.{name} must be letters of {', '.join(LAYOUT_LETTERS)} "
                 f"(attention, Mamba, Mamba-2), one per block, got {layout!r}"
             )
+    if not config.checkpoint.seconds >= 0:
+        raise UserError(f"checkpoint.seconds must not be negative, got {config.checkpoint.seconds}")
     if config.seed < 0:
         raise UserError(f"seed must not be negative, got {config.seed}")
     for name in ("gamma", "gae_lambda"):

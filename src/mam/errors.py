@@ -10,6 +10,14 @@ class UserError(Exception):
     Where a user's own code failed, the last lines of its traceback follow.
     """
 
+    exit_code = 2
+
+
+class RunError(UserError):
+    """A run that was well asked for could not go on; what it had saved is as it was."""
+
+    exit_code = 1
+
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
+from mam.devices import WHOLE, Shard
 from mam.types import Environment, EnvState, Memory, Policy, TimeStep
 
 
@@ -21,7 +22,13 @@ class Episodes(eqx.Module):
 
 
 def evaluate(
-    env: Environment, policy: Policy, key: Key[Array, ""], num_episodes: int, *, greedy: bool = False
+    env: Environment,
+    policy: Policy,
+    key: Key[Array, ""],
+    num_episodes: int,
+    *,
+    greedy: bool = False,
+    shard: Shard = WHOLE,
 ) -> dict[str, Float[Array, "M"]]:
     """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over.
 
@@ -31,17 +38,23 @@ def evaluate(
         key: decides everything random.
         num_episodes: M.
         greedy: take the most likely actions instead of sampling.
+        shard: plays its share of the episodes; all devices return those of all.
 
     Returns:
         The environment's metrics at the end of each episode: `episode_return`, `episode_length`, …
     """
+    share = -(-num_episodes // shard.num_shards)
+
+    def keys_of(key: Key[Array, ""]) -> Key[Array, "M"]:
+        return shard.part(jax.random.split(key, share * shard.num_shards))
+
     reset_key, play_key = jax.random.split(key)
-    env_state, timestep = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
+    env_state, timestep = jax.vmap(env.reset)(keys_of(reset_key))
     episodes = Episodes(
         env_state=env_state,
         timestep=timestep,
-        memory=policy.init_memory((num_episodes,)),
-        over=jnp.zeros(num_episodes, bool),
+        memory=policy.init_memory((share,)),
+        over=jnp.zeros(share, bool),
         metrics=timestep.metrics,
         key=play_key,
     )
@@ -50,14 +63,12 @@ def evaluate(
         act_key, env_key, next_key = jax.random.split(episodes.key, 3)
         before = episodes.timestep
         first = episodes.metrics["episode_length"] == 0
-        memory, output = policy.act(
-            episodes.memory, before.observation, first, jax.random.split(act_key, num_episodes), greedy=greedy
-        )
-        keys = jax.random.split(env_key, num_episodes)
-        env_state, timestep = jax.vmap(env.step)(episodes.env_state, output.action, keys)
+        memory, output = policy.act(episodes.memory, before.observation, first, keys_of(act_key), greedy=greedy)
+        env_state, timestep = jax.vmap(env.step)(episodes.env_state, output.action, keys_of(env_key))
         metrics = {
             name: jnp.where(episodes.over, episodes.metrics[name], timestep.metrics[name]) for name in timestep.metrics
         }
         return Episodes(env_state, timestep, memory, episodes.over | timestep.ended, metrics, next_key)
 
-    return lax.while_loop(lambda e: ~jnp.all(e.over), step, episodes).metrics
+    metrics = lax.while_loop(lambda e: ~jnp.all(e.over), step, episodes).metrics
+    return {name: shard.gather(value)[:num_episodes] for name, value in metrics.items()}

@@ -69,28 +69,39 @@ class JsonLines:
 
     Args:
         path: the file, by custom `metrics.jsonl`.
-        append_after_update: None starts the file anew. A number, the checkpoint's update on a resume, keeps
-            the rows up to that update and drops the later ones, which the resumed run writes again.
+        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume, cuts the file
+            there: the resumed run writes the rest again.
     """
 
-    def __init__(self, path: Path, *, append_after_update: int | None):
+    def __init__(self, path: Path, *, append_at: int | None):
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if append_after_update is not None and path.exists():
-            kept = [line for line, record in _parse(path) if record.update <= append_after_update]
-        write_atomically(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        if append_at is None:
+            write_atomically(path, "")
+        self._file = path.open("ab")
+        if append_at is not None:
+            self._file.truncate(_end_of_line(path, append_at))
 
     def write(self, record: Record) -> None:
         """Appends one line and hands it to the operating system."""
         row = {"kind": record.kind, "update": int(record.update), "step_count": int(record.step_count)}
         row |= {"elapsed": float(record.elapsed)} | {name: to_json(value) for name, value in record.values.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
+
+    def sync(self) -> int:
+        """Puts everything on disk; returns the position behind it, in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _end_of_line(path: Path, position: int) -> int:
+    """The position, or the end of the last whole line before it in a file that has lost its tail."""
+    with path.open("rb") as file:
+        return file.read(position).rfind(b"\n") + 1
 
 
 def read_records(path: Path) -> list[Record]:
@@ -134,23 +145,39 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, seeds: Sequence[int], *, append_after_step: int | None = None):
-        from tensorboardX import SummaryWriter
+        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence on a full disk.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        purge = None if append_after_step is None else append_after_step + 1
-        self._writers = [SummaryWriter(str(folder / f"seed_{seed}"), purge_step=purge) for seed in seeds]
+        self._event, self._summary = Event, Summary
+        self._writers = []
+        for seed in seeds:
+            path = folder / f"seed_{seed}"
+            path.mkdir(parents=True, exist_ok=True)
+            self._writers.append(EventsWriter(str(path / "events"), f".{os.getpid()}.{append_after_step or 0}"))
+            if append_after_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._writers[-1].write_event(Event(step=append_after_step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
         """Adds one point per metric and seed."""
+        points = {}
         for name, value in record.values.items():
-            series = {name: seed_means(value)}
+            points[name] = seed_means(value)
             if np.ndim(value) > 1:
-                series[f"{name}_std"] = np.std(value, axis=1)
-            for tag, points in series.items():
-                for writer, point in zip(self._writers, points, strict=True):
-                    writer.add_scalar(f"{record.kind}/{tag}", float(point), record.step_count)
+                points[f"{name}_std"] = np.std(value, axis=1)
+        for index, writer in enumerate(self._writers):
+            values = [
+                self._summary.Value(tag=f"{record.kind}/{name}", simple_value=float(of_seeds[index]))
+                for name, of_seeds in points.items()
+            ]
+            summary = self._summary(value=values)
+            writer.write_event(self._event(wall_time=time.time(), step=record.step_count, summary=summary))
+            writer.flush()
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Closes the files."""
         for writer in self._writers:
             writer.close()
 

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mam.devices import WHOLE, Shard
 from mam.types import Evaluation
 
 
@@ -30,6 +31,7 @@ def ppo_loss(
     clip_eps: float,
     ent_coef: float,
     vf_coef: float,
+    shard: Shard = WHOLE,
 ) -> PPOLoss:
     """Clipped PPO with one ratio per agent, over the agents that were alive.
 
@@ -47,17 +49,19 @@ def ppo_loss(
         clip_eps: ε.
         ent_coef: c_H.
         vf_coef: c_V.
+        shard: where the minibatch lies on several devices, this one's share. What returns is then its share of every
+            mean, and the largest deviation of its own agents.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT (arXiv 2205.14953), eq. 5.
     """
-    count = jnp.maximum(alive.sum(), 1)
+    count = jnp.maximum(shard.sum(alive.sum()), 1)
 
     def mean(x):
         return jnp.sum(jnp.where(alive, x, 0.0)) / count
 
     # 1. Normalised advantages.
-    centred = advantage - mean(advantage)
-    advantage = centred / (jnp.sqrt(mean(jnp.square(centred))) + 1e-8)
+    centred = advantage - shard.sum(mean(advantage))
+    advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
     # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it can overflow.
     log_ratio = jnp.where(alive, new.log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)

@@ -7,6 +7,7 @@ import jax
 from jax import lax
 from jaxtyping import Bool, Key
 
+from mam.devices import WHOLE, Shard
 from mam.types import Action, Array, EnvState, Memory, Observation, Policy, TimeStep, Transition
 
 
@@ -42,9 +43,9 @@ def init_actors(env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]) ->
 
 
 def rollout(
-    env: BatchedEnvironment, policy: Policy, actors: Actors, key: Key[Array, ""], length: int
+    env: BatchedEnvironment, policy: Policy, actors: Actors, key: Key[Array, ""], length: int, shard: Shard = WHOLE
 ) -> tuple[Actors, Transition]:
-    """Takes `length` steps in every environment with sampled actions.
+    """Takes `length` steps in every environment (of the share of this device) with sampled actions.
 
     Returns:
         The actors after the last step, and the transitions, time first: [T, B, …].
@@ -52,7 +53,7 @@ def rollout(
 
     def step(actors: Actors, key: Key[Array, ""]):
         act_key, env_key = jax.random.split(key)
-        act_keys = jax.random.split(act_key, env.num_envs)
+        act_keys = shard.part(jax.random.split(act_key, env.num_envs * shard.num_shards))
         memory, output = policy.act(actors.memory, actors.observation, actors.reset, act_keys)
         env_state, timestep = env.step(actors.env_state, output.action, env_key)
         transition = Transition(

@@ -2,34 +2,37 @@
 
 RUN/config.json        what was run           RUN/metrics.jsonl       every number it reported
 RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
-RUN/checkpoint/        the whole train state  RUN/marl_eval.json      the same for marl-eval
+RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
                                               RUN/learning_curve.png  the same to look at
 """
 
 import json
 import platform
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from mam import checkpoint
+from mam.checkpoint import Save, Writer, newest
 from mam.config import Config, from_json, to_json
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
+from mam.plan import footprint, out_of_memory
 from mam.report import plot_learning_curve, write_marl_eval
-from mam.train import Trainer, TrainState, Values, make_train
+from mam.stop import GRACE, Stop, stop_on_signals
+from mam.train import NON_FINITE, Trainer, TrainState, Values, make_train
 
-CHECKPOINT_SECONDS = 300.0  # a running run is saved this often, besides at its end and when it is stopped
+Outcome = Literal["finished", "stopped", "preempted"]
+FREE = ("total_timesteps", "num_devices", "num_workers", "checkpoint")  # settings a resumed run may change
+MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,8 @@ class RunFolder:
             raise UserError(f"{self.config} is damaged: {error}") from error
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
-        """The saved train state, one leading axis of seeds."""
-        like = jax.eval_shape(trainer.init, jnp.asarray(seeds_of(config)))
-        return checkpoint.restore(self.checkpoint, like)
+        """The newest train state that is intact, one leading axis of seeds."""
+        return newest(self.checkpoint, warn=print).restore(trainer.shapes(np.asarray(seeds_of(config))))
 
     def records(self) -> list[Record]:
         """Everything the run has reported."""
@@ -89,13 +91,15 @@ def start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
         UserError: for a task or policy that does not exist, or a folder that holds a run already.
     """
     folder = RunFolder(path)
-    if folder.config.exists():
+    if folder.config.exists() and jax.process_index() == 0:
         raise UserError(f"{path} already holds a run: go on with `mam train --resume {path}`, or choose another --out")
     trainer = make_train(config)
-    jax.eval_shape(trainer.init, jnp.asarray(seeds_of(config)))  # builds the networks, on paper
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder.config, json.dumps(to_json(config), indent=2))
-    write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
+    trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
+    if jax.process_index() == 0:
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.config, json.dumps(to_json(config), indent=2))
+            write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
     return folder, trainer
 
 
@@ -103,17 +107,19 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     """Opens a run to go on with it, possibly for longer.
 
     Raises:
-        UserError: if the configuration differs from the run's in anything but total_timesteps.
+        UserError: if the configuration differs from the run's in anything but the settings that are FREE.
     """
     folder = RunFolder(path)
     saved = folder.load_config()
-    differing = differences(replace(saved, total_timesteps=config.total_timesteps), config)
+    differing = differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config)
     if differing:
         raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
     if config.total_timesteps < saved.total_timesteps:
         raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
     trainer = make_train(config)
-    write_atomically(folder.config, json.dumps(to_json(config), indent=2))
+    if jax.process_index() == 0:
+        with _writing(path):
+            write_atomically(folder.config, json.dumps(to_json(config), indent=2))
     return folder, trainer
 
 
@@ -129,79 +135,181 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def run(config: Config, folder: RunFolder, trainer: Trainer) -> bool:
-    """Trains from where the folder's checkpoint stands (from scratch if there is none) to the end, or to a stop.
+def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
+    """Trains from where the folder's newest intact checkpoint stands, or from scratch, to the end or to a stop.
 
     Returns:
-        Whether the run reached its end. If not, it was interrupted, is saved, and can be resumed.
+        How it ended: whoever was stopped is saved and can be resumed.
+
+    Raises:
+        RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
     """
-    seeds = seeds_of(config)
-    done = checkpoint.read_meta(folder.checkpoint) if folder.checkpoint.exists() else None
-    update = done["update"] if done else 0
-    loop = _Loop(config, folder, begun=time.monotonic() - (done["elapsed"] if done else 0.0), update=update)
-    total = config.num_updates * config.steps_per_update
+    seeds = np.asarray(seeds_of(config))
+    save = newest(folder.checkpoint, warn=print) if folder.checkpoint.exists() else None
     with ExitStack() as stack:
         stack.callback(trainer.close)
-        progress = stack.enter_context(
-            Progress(total, num_seeds=config.num_seeds, step_count=update * config.steps_per_update)
-        )
-        stopping = stack.enter_context(_stop_on_signals(progress.log))
+        loop = _Loop(config, folder, save)
+        total = config.num_updates * config.steps_per_update
+        progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
+        stop = stack.enter_context(stop_on_signals(progress.log, loop.last_words))
+        stack.enter_context(out_of_memory(config))
         with progress.compiling("the update and the evaluation"):
-            state = folder.load_state(config, trainer) if done else trainer.init(jnp.asarray(seeds))
+            state = save.restore(trainer.shapes(seeds)) if save else trainer.init(seeds)
             trainer = trainer.compile(state)
-        loop.sinks = [
-            JsonLines(folder.metrics, append_after_update=update if done else None),
-            TensorBoard(folder.path / "tensorboard", seeds, append_after_step=loop.step_count if done else None),
-            progress,
-        ]
-        for sink in loop.sinks:
-            stack.callback(sink.close)
-        while loop.update < config.num_updates and not stopping():
-            state, values = trainer.train_step(state)
-            loop.update += 1
-            loop.write("train", values)
-            if config.evaluate_after(loop.update):
+        if line := footprint(trainer):
+            progress.log(line)
+        loop.open(stack, progress)
+        while not loop.agreed(stop):
+            begun = time.monotonic()
+            if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
                 state, values = trainer.evaluate_step(state)
+                loop.evaluated = loop.update
                 loop.write("evaluation", values)
-            if time.monotonic() - loop.saved > CHECKPOINT_SECONDS:
+            elif loop.update < config.num_updates:
+                state, values = trainer.train_step(state)
+                if not loop.healthy(trainer, state, values):
+                    loop.save(state)
+                    raise RunError(loop.diagnosis)
+                loop.update += 1
+                loop.write("train", values)
+            else:
+                break
+            if loop.agreed_to_save(time.monotonic() - begun):
                 loop.save(state)
-        finished = loop.update >= config.num_updates
+        finished = loop.update >= config.num_updates and loop.evaluated >= loop.update
         loop.save(state)
         if finished:
             progress.log(f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…")
             loop.write("absolute", trainer.absolute_metric(state))
-    _write_results(config, folder)
-    return finished
+        loop.finish()
+    if jax.process_index() == 0:
+        with _writing(folder.path):
+            _write_results(config, folder)
+    return "finished" if finished else "preempted" if stop.preempted else "stopped"
 
 
-@dataclass
 class _Loop:
     """Where the loop stands, and where its numbers go."""
 
-    config: Config
-    folder: RunFolder
-    begun: float  # on the monotonic clock, as if the run had never been interrupted
-    update: int
-    sinks: Sequence[Sink] = ()
-    saved: float = 0.0
-
-    def __post_init__(self):
-        self.saved = time.monotonic()
+    def __init__(self, config: Config, folder: RunFolder, save: Save | None):
+        meta = save.meta if save else {"update": 0, "evaluated": 0, "elapsed": 0.0}
+        self.update, self.evaluated = meta["update"], meta["evaluated"]
+        self.diagnosis = ""  # of what was not finite
+        self._config, self._folder, self._resumed = config, folder, save
+        self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
+        self._saved, self._saved_at = (self.update, self.evaluated) if save else None, time.monotonic()
+        self._sinks: list[Sink] = []
+        self._writer: Writer | None = None
+        self._metrics: JsonLines | None = None  # in the process that writes them
+        self._skipped = 0
+        self._log: Callable[[str], None] = print
 
     @property
     def step_count(self) -> int:
-        return self.update * self.config.steps_per_update
+        return self.update * self._config.steps_per_update
+
+    def open(self, stack: ExitStack, progress: Progress) -> None:
+        """Opens the files, which `stack` closes."""
+        self._log, meta = progress.log, self._resumed.meta if self._resumed else None
+        with _writing(self._folder.path):
+            self._writer = Writer(self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed)
+            stack.callback(_try, self._writer.close)
+            if jax.process_index() > 0:
+                return
+            self._metrics = JsonLines(self._folder.metrics, append_at=meta["metrics_bytes"] if meta else None)
+            tensorboard = TensorBoard(
+                self._folder.path / "tensorboard",
+                seeds_of(self._config),
+                append_after_step=self.step_count if meta else None,
+            )
+        self._sinks = [self._metrics, tensorboard, progress]
+        for sink in self._sinks:
+            stack.callback(_try, sink.close)
 
     def write(self, kind: Any, values: Values) -> None:
-        numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items()}
-        record = Record(kind, self.update, self.step_count, time.monotonic() - self.begun, numbers)
-        for sink in self.sinks:
-            sink.write(record)
+        numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
+        record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
+        with _writing(self._folder.path):
+            for sink in self._sinks:
+                sink.write(record)
 
     def save(self, state: TrainState) -> None:
-        meta = {"update": self.update, "step_count": self.step_count, "elapsed": time.monotonic() - self.begun}
-        checkpoint.save(self.folder.checkpoint, state, meta)
-        self.saved = time.monotonic()
+        """Begins a save, unless the state is that of the last one; at the end of the run, ends it."""
+        stands, self._saved_at = (self.update, self.evaluated), time.monotonic()
+        if self._saved == stands:
+            return
+        with _writing(self._folder.path):
+            position = self._metrics.sync() if self._metrics else 0
+            meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
+            meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
+            cast(Writer, self._writer).save(state, meta)
+        self._saved = stands
+
+    def healthy(self, trainer: Trainer, state: TrainState, values: Values) -> bool:
+        """Whether to go on after a train step; says what was not finite in it."""
+        bad = trainer.first_bad(state, values)
+        self._skipped = self._skipped + 1 if bad else 0
+        if not bad:
+            return True
+        first, seeds = next(iter(bad.values())), [seeds_of(self._config)[index] for index in bad]
+        who = f" (seed {', '.join(map(str, seeds))})" if self._config.num_seeds > 1 else ""
+        self.diagnosis = f"update {self.update + 1} met numbers that are not finite{who}, first in: {first}"
+        if self._config.on_non_finite == "stop":
+            self.diagnosis += (
+                "; the state before it is saved. If the environment is not to blame (mam check-env), "
+                "lower --ppo.lr, or take --on-non-finite skip or rollback"
+            )
+            return False
+        if self._skipped == MOST_SKIPPED:
+            self.diagnosis += f", as in the {MOST_SKIPPED - 1} updates before; the state before them is saved"
+            return False
+        how = "left out" if self._config.on_non_finite == "skip" else "left out, and the learning rate halved"
+        self._log(f"{self.diagnosis}: {how}")
+        return True
+
+    def agreed(self, stop: Stop) -> bool:
+        """Whether to stop: where there are several processes, as soon as one of them is asked to."""
+        if jax.process_count() == 1:
+            return stop.signal is not None
+        signals = multihost_utils.process_allgather(np.asarray(stop.signal or 0))
+        stop.signal = int(signals.max()) or None
+        return stop.signal is not None
+
+    def agreed_to_save(self, step_seconds: float) -> bool:
+        """Whether it is time: at intervals, and where a signal's deadline would come before the end of a step."""
+        since = time.monotonic() - self._saved_at
+        due = since >= self._config.checkpoint.seconds or step_seconds > GRACE / 2
+        if jax.process_count() == 1:
+            return due
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
+
+    def finish(self) -> None:
+        """Waits until everything is on disk."""
+        with _writing(self._folder.path):
+            if self._writer:
+                self._writer.wait()
+
+    def last_words(self) -> str:
+        """What is saved, once the save being written is done."""
+        if self._writer:
+            self._writer.wait(timeout=4.0)
+        return f"the run is saved up to update {self._saved[0]}" if self._saved else "nothing is saved yet"
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns whatever keeps the run's files from being written into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"cannot write the run to {path}: {reason}; what was saved before is intact") from error
+
+
+def _try(close: Callable[[], None]) -> None:
+    """Closes a file; what goes wrong then went wrong before, and was said."""
+    with suppress(OSError, RunError):
+        close()
 
 
 def _write_results(config: Config, folder: RunFolder) -> None:
@@ -213,25 +321,6 @@ def _write_results(config: Config, folder: RunFolder) -> None:
     write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds)
     if any(record.kind == "evaluation" for record in records):
         plot_learning_curve(folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds)
-
-
-@contextmanager
-def _stop_on_signals(log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a question to ask between two updates; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        log("stopping after this update; press Ctrl-C again to stop at once and lose what is not saved")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def versions() -> dict[str, Any]:

@@ -1,9 +1,26 @@
-"""Settings of the whole process, made before JAX starts: the compilation cache and the allocator."""
+"""Settings of the whole process, made before JAX starts: the compilation cache, the allocator, the other hosts."""
 
 import ctypes
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
+
+from mam.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Several processes as one run, started with the same command on each of them."""
+
+    join: bool = False
+    """Find the others by what Slurm, Open MPI or Kubernetes say of them."""
+    coordinator: str | None = None
+    """Address and port of the first process, such as node0:1234, where nobody says."""
+    num_processes: int | None = None
+    """How many there are, with a coordinator."""
+    process_id: int | None = None
+    """Which of them this is, from 0, with a coordinator."""
 
 
 def configure(*, keep_programs: bool = True) -> None:
@@ -42,3 +59,22 @@ def _keep_freed_memory() -> None:
     libc.mallopt(m_trim_threshold, -1)
     libc.mallopt(m_top_pad, 64 * 1024 * 1024)
     libc.mallopt(m_arena_max, 1)
+
+
+def join(hosts: Hosts) -> None:
+    """Makes this process one of several, if it is to be.
+
+    Raises:
+        UserError: if the others are not described, or not there.
+    """
+    given = (hosts.coordinator, hosts.num_processes, hosts.process_id)
+    if not hosts.join and all(value is None for value in given):
+        return
+    if not hosts.join and any(value is None for value in given):
+        raise UserError("--hosts.coordinator, --hosts.num-processes and --hosts.process-id go together")
+    import jax
+
+    try:
+        jax.distributed.initialize(*given)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error

@@ -17,14 +17,20 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from mam.advantages import Advantages, generalised_advantages, with_the_dead
 from mam.config import Config
+from mam.devices import AXIS, WHOLE, Devices, Shard
 from mam.envs.registry import lives_on_host, make_batched, make_host
+from mam.envs.wrappers import AutoReset
+from mam.errors import UserError
 from mam.evaluate import evaluate
+from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
 from mam.host import blank_actors, host_evaluate, host_rollout, make_act, seed_of, start_actors
 from mam.networks.decode import Decoding
 from mam.networks.policy import make_policy
 from mam.rollout import Actors, init_actors, rollout
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
-from mam.update import UpdateMetrics, make_batch, make_optimiser, update
+from mam.update import UpdateMetrics, make_batch, make_optimiser, update, update_names
+
+P = jax.P
 
 
 class TrainState(eqx.Module):
@@ -39,6 +45,7 @@ class TrainState(eqx.Module):
     num_updates: Int[Array, "*seeds"]
 
 
+NON_FINITE = "non_finite"  # the value that says which of `watched` went bad first
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
 
 
@@ -51,13 +58,21 @@ class Trainer:
     """
 
     spec: EnvSpec
-    init: Callable[[Int[Array, "seeds"]], TrainState]
+    init: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
     train_step: Callable[[TrainState], tuple[TrainState, Values]]  # one rollout and the update on it
     evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]  # current weights; remembers the best
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
     evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics
+    shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]  # of what `init` returns, and where its arrays lie
     env: Environment | HostEnvironments  # as played: one that does not reset itself, or all of them on the host
+    devices: Devices
     close: Callable[[], None] = lambda: None  # ends what lives on the host
+
+    def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
+        """What was the first array with a number that is not finite in a train step, for each seed that had one."""
+        bad = {seed: int(index) for seed, index in enumerate(np.asarray(values[NON_FINITE])) if index != FINE}
+        names = watched(state.policy) if bad else []
+        return {seed: names[index] for seed, index in bad.items()}
 
     def compile(self, state: TrainState) -> "Trainer":
         """The same with `train_step` and `evaluate_step` compiled ahead of their first call, where they can be."""
@@ -77,12 +92,18 @@ def make_train(config: Config) -> Trainer:
     return _train_on_host(config) if lives_on_host(config.env) else _train_on_device(config)
 
 
+def watched(policy: Policy) -> list[str]:
+    """Everything in a train step that has to be finite, in the order in which it is computed."""
+    return [*leaf_names(policy, "parameter"), *ROLLOUT_NAMES, *update_names(policy)]
+
+
 @dataclass(frozen=True)
 class Learner:
     """What training does besides acting, for one seed: the same wherever the environments live."""
 
     config: Config
     spec: EnvSpec
+    shard: Shard = WHOLE
 
     @property
     def optimiser(self) -> optax.GradientTransformation:
@@ -107,21 +128,26 @@ class Learner:
         self, state: TrainState, actors: Actors, transitions: Transition, key: Key[Array, ""]
     ) -> tuple[TrainState, Values]:
         """Learns from a rollout [T, B, …] that ended with `actors`."""
-        ppo = self.config.ppo
+        ppo, shard = self.config.ppo, self.shard
+        flags = [*bad_leaves(state.policy), *bad_in_rollout(transitions)]
+        bad = first_bad(flags, shard)
         # 1. Estimate advantages.
         advantages = self._advantages(state.policy, actors, transitions)
         # 2. Learn.
         if ppo.recompute_log_prob:
             transitions = self._reevaluated(state.policy, transitions)
-        policy, opt_state, metrics = update(
-            state.policy, state.opt_state, make_batch(transitions, advantages), key, self.optimiser, ppo
-        )
-        alive = transitions.observation.alive
+        batch = make_batch(transitions, advantages, shard)
+        policy, opt_state, metrics = update(state.policy, state.opt_state, batch, key, self.optimiser, ppo, shard)
+        # 3. What one watches.
+        alive, value, target = shard.gather((transitions.observation.alive, transitions.value, advantages.target), 1)
+        in_update = jnp.where(metrics.bad == FINE, FINE, len(flags) + metrics.bad)
         values = {
             **_update_values(metrics),
-            **_episode_values(transitions),
-            **{name: value.mean() for name, value in transitions.policy_metrics.items()},
-            "explained_variance": _explained_variance(transitions.value, advantages.target, alive),
+            **_episode_values(transitions, shard),
+            **{name: x.mean() for name, x in shard.gather(transitions.policy_metrics, 1).items()},
+            "explained_variance": _explained_variance(value, target, alive),
+            "learning_rate": optax.tree.get(opt_state, "learning_rate"),
+            NON_FINITE: jnp.where(bad == FINE, in_update, bad),
         }
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
@@ -166,20 +192,32 @@ class Learner:
 
 
 def _train_on_device(config: Config) -> Trainer:
-    """Environments are pure functions: each step of the run is one program."""
-    envs = make_batched(config.env, config.ppo.num_envs, config.agent_id)
-    learner = Learner(config, envs.spec)
+    """Environments are pure functions: each step of the run is one program, in which every device has its share."""
+    num_envs, devices = config.ppo.num_envs, Devices(config.num_devices or jax.device_count())
+    if devices.num_devices > jax.device_count():
+        raise UserError(f"num_devices = {devices.num_devices}, but there are {jax.device_count()}")
+    if num_envs % devices.num_devices:
+        raise UserError(
+            f"ppo.num_envs must be a multiple of the {devices.num_devices} devices, got {num_envs}; "
+            "num_devices takes fewer of them"
+        )
+    everywhere, shard = make_batched(config.env, num_envs, config.agent_id), devices.shard
+    learner = Learner(config, everywhere.spec, shard)
+
+    def here() -> AutoReset:
+        share = num_envs // devices.num_devices
+        return replace(everywhere, num_envs=share, first=shard.index * share)
 
     def init(seed: Int[Array, ""]) -> TrainState:
-        return learner.init(seed, lambda policy, key: init_actors(envs, policy, key))
+        return learner.init(seed, lambda policy, key: init_actors(here(), policy, key))
 
     def train_step(state: TrainState) -> tuple[TrainState, Values]:
         rollout_key, update_key = jax.random.split(_stream(state, 0))
-        actors, transitions = rollout(envs, state.policy, state.actors, rollout_key, config.ppo.rollout_length)
+        actors, transitions = rollout(here(), state.policy, state.actors, rollout_key, config.ppo.rollout_length, shard)
         return learner.learn(state, actors, transitions, update_key)
 
     def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: bool) -> Values:
-        return evaluate(envs.env, policy, key, num_episodes, greedy=greedy)
+        return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, shard=shard)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         values = play(state.policy, _stream(state, 1), config.eval.num_episodes, config.eval.greedy)
@@ -188,20 +226,58 @@ def _train_on_device(config: Config) -> Trainer:
     def absolute_metric(state: TrainState) -> Values:
         return play(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes, config.eval.greedy)
 
+    def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
+        seeds = jax.vmap(lambda policy, key: play(policy, key, num_episodes, greedy))
+        return devices.share(seeds, (P(), P()), P())(policy, key)
+
+    alone = Learner(config, everywhere.spec)
+    shape = jax.eval_shape(lambda: alone.init(jnp.zeros((), int), lambda *args: init_actors(everywhere, *args)))
+    specs = eqx.tree_at(
+        lambda s: s.actors, jax.tree.map(lambda _: P(), shape), jax.tree.map(lambda _: P(None, AXIS), shape.actors)
+    )
+    init_seeds = jax.jit(devices.share(_one_after_the_other(init), (P(),), specs))
+    step_seeds = devices.share(jax.vmap(train_step), (specs,), (specs, P()))
     return Trainer(
         spec=learner.spec,
-        init=_one_after_the_other(init),
-        train_step=jax.jit(jax.vmap(train_step), donate_argnums=0),
-        evaluate_step=jax.jit(jax.vmap(evaluate_step)),
-        absolute_metric=jax.jit(jax.vmap(absolute_metric)),
-        evaluate=jax.jit(jax.vmap(play, in_axes=(0, 0, None, None)), static_argnums=(2, 3)),
-        env=envs.env,
+        init=init_seeds,
+        train_step=jax.jit(_guarded(step_seeds, config), donate_argnums=0),
+        evaluate_step=jax.jit(devices.share(jax.vmap(evaluate_step), (specs,), (specs, P()))),
+        absolute_metric=jax.jit(devices.share(jax.vmap(absolute_metric), (specs,), P())),
+        evaluate=jax.jit(evaluate_policies, static_argnums=(2, 3)),
+        shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
+        env=everywhere.env,
+        devices=devices,
     )
+
+
+def _guarded(step: Callable[..., tuple[TrainState, Values]], config: Config, *, on_host: bool = False) -> Callable:
+    """Takes back what a step did to the seeds in which a number was not finite; if that ends the run, to all seeds.
+
+    What happened in an environment on the host cannot be taken back.
+    """
+
+    def guarded(state: TrainState, *args: Any) -> tuple[TrainState, Values]:
+        new, values = step(state, *args)
+        bad, old = values[NON_FINITE] != FINE, state
+        if config.on_non_finite == "stop":
+            bad = jnp.broadcast_to(bad.any(), bad.shape)
+        else:  # on with other random numbers
+            old = eqx.tree_at(lambda s: s.num_updates, old, new.num_updates)
+        if config.on_non_finite == "rollback":
+            half = 0.5 * optax.tree.get(old.opt_state, "learning_rate")
+            old = eqx.tree_at(lambda s: s.opt_state, old, optax.tree.set(old.opt_state, learning_rate=half))
+        if on_host:
+            old = eqx.tree_at(lambda s: s.actors, old, new.actors)
+        return kept(bad, old, new), values
+
+    return guarded
 
 
 def _train_on_host(config: Config) -> Trainer:
     """Environments are processes beside this one. A resumed run begins new episodes: theirs cannot be saved."""
     num_seeds, ppo, settings = config.num_seeds, config.ppo, config.eval
+    if jax.process_count() > 1:
+        raise UserError(f"{config.env} lives in processes of one host: only environments in JAX run on several")
     per_round = min(settings.num_episodes, ppo.num_envs)
 
     def start(num_envs: int) -> HostEnvironments:
@@ -214,7 +290,8 @@ def _train_on_host(config: Config) -> Trainer:
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner.init(seed, lambda policy, key: blank_actors(policy, played.spec, ppo.num_envs))
 
-    learn = jax.jit(jax.vmap(learner.learn), donate_argnums=0)
+    learn = jax.jit(_guarded(jax.vmap(learner.learn), config, on_host=True), donate_argnums=0)
+    init_seeds = jax.jit(_one_after_the_other(init))
     remember = jax.jit(jax.vmap(learner.remember))
     streams = jax.jit(jax.vmap(lambda state: [jax.random.split(_stream(state, s)) for s in range(3)]))
 
@@ -245,23 +322,25 @@ def _train_on_host(config: Config) -> Trainer:
 
     return Trainer(
         spec=learner.spec,
-        init=_one_after_the_other(init),
+        init=init_seeds,
         train_step=train_step,
         evaluate_step=evaluate_step,
         absolute_metric=absolute_metric,
         evaluate=play,
+        shapes=lambda seeds: jax.eval_shape(init_seeds, seeds),
         env=played,
+        devices=Devices(),
         close=close,
     )
 
 
 def _one_after_the_other(init: Callable[[Int[Array, ""]], TrainState]) -> Callable:
-    """Jits `init` for many seeds, without `vmap`.
+    """`init` for many seeds, without `vmap`.
 
     On CPU two batched QR factorisations (of orthogonal weights) at the same time wait for each other for ever:
     each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2, two cores).
     """
-    return jax.jit(lambda seeds: jax.lax.map(init, seeds))
+    return lambda seeds: jax.lax.map(init, seeds)
 
 
 def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
@@ -277,11 +356,11 @@ def _update_values(metrics: UpdateMetrics) -> Values:
     return losses | {"grad_norm": metrics.grad_norm, "first_ratio_deviation": metrics.first_ratio_deviation}
 
 
-def _episode_values(transitions: Transition) -> Values:
+def _episode_values(transitions: Transition, shard: Shard) -> Values:
     """Means of the environment's metrics over the episodes that ended in this rollout; NaN if none did."""
-    ended = transitions.terminated | transitions.truncated
+    ended, metrics = shard.gather((transitions.terminated | transitions.truncated, transitions.metrics), 1)
     count = ended.sum()
-    values = {name: jnp.sum(jnp.where(ended, x, 0.0)) / count for name, x in transitions.metrics.items()}
+    values = {name: jnp.sum(jnp.where(ended, x, 0.0)) / count for name, x in metrics.items()}
     return values | {"num_episodes": count}
 
 

@@ -142,6 +142,7 @@ class AutoReset:
 
     env: Environment
     num_envs: int
+    first: Int[Array, ""] | int = 0  # the number of the first one, where others stand elsewhere
 
     @property
     def spec(self) -> EnvSpec:
@@ -149,12 +150,12 @@ class AutoReset:
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         """Starts an episode in every environment; all leaves gain a leading axis B."""
-        return jax.vmap(self.env.reset)(_key_per_env(key, jnp.arange(self.num_envs)))
+        return jax.vmap(self.env.reset)(self._key_per_env(key, jnp.arange(self.num_envs)))
 
     def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         """Applies one joint action per environment and resets those whose episode ended."""
         step_key, reset_key = jax.random.split(key)
-        step_keys = _key_per_env(step_key, jnp.arange(self.num_envs))
+        step_keys = self._key_per_env(step_key, jnp.arange(self.num_envs))
         state, timestep = jax.vmap(self.env.step)(state, action, step_keys)
         state, observation = self._reset_ended(state, timestep.observation, timestep.ended, reset_key)
         return state, replace(timestep, observation=observation)
@@ -168,7 +169,7 @@ class AutoReset:
 
         def reset_chunk(carry: _Restarts) -> _Restarts:
             index = jax.lax.dynamic_slice_in_dim(queue, carry.num_done, chunk)
-            fresh_state, fresh = jax.vmap(self.env.reset)(_key_per_env(key, index))
+            fresh_state, fresh = jax.vmap(self.env.reset)(self._key_per_env(key, index))
 
             def write(batch: Array, rows: Array) -> Array:
                 return batch.at[index].set(rows, mode="drop")
@@ -184,6 +185,5 @@ class AutoReset:
         carry = jax.lax.while_loop(lambda carry: carry.num_done < num_ended, reset_chunk, carry)
         return carry.state, carry.observation
 
-
-def _key_per_env(key: Key[Array, ""], index: Int[Array, "n"]) -> Key[Array, "n"]:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    def _key_per_env(self, key: Key[Array, ""], index: Int[Array, "n"]) -> Key[Array, "n"]:
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, self.first + index)
