@@ -25,6 +25,7 @@ from mam.evaluate import evaluate
 from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
 from mam.host import blank_actors, host_evaluate, host_rollout, make_act, seed_of, start_actors
 from mam.networks.decode import Decoding
+from mam.networks.mixers.ssm import largest_step_size
 from mam.networks.policy import make_policy
 from mam.rollout import Actors, init_actors, rollout
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
@@ -149,6 +150,8 @@ class Learner:
             "learning_rate": optax.tree.get(opt_state, "learning_rate"),
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
         }
+        if (step_size := largest_step_size(policy)) is not None:
+            values["step_size_max"] = step_size
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,

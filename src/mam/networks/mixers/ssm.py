@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from mam.config import NetworkConfig
-from mam.networks.layers import LayerNorm, RMSNorm
+from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
@@ -96,6 +96,8 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 
 class AbstractSSM(eqx.Module):
     """A state-space block from in-projection to out-projection, without norms and residual."""
+
+    dt_proj: eqx.AbstractVar[Dense]  # to the step sizes, before the softplus
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
@@ -218,6 +220,16 @@ def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
     """softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
     dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(DT_MIN), maxval=jnp.log(DT_MAX)))
     return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def largest_step_size(policy: PyTree) -> Float[Array, ""] | None:
+    """The largest Δ that an input of zeros gets in any state-space mixer; None where there is none.
+
+    Where Δ drifts upward in training, it is seen here, long before anything is NaN.
+    """
+    found = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractSSM))
+    biases = [node.dt_proj.bias for node in found if isinstance(node, AbstractSSM)]
+    return jnp.stack([step_size(bias).max() for bias in biases]).max() if biases else None
 
 
 def step_size(x: Float[Array, "..."]) -> Float[Array, "..."]:
