@@ -156,6 +156,11 @@ class Save:
         return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
+def has_saves(folder: Path) -> bool:
+    """Whether a save was ever completed there."""
+    return bool(_numbers(folder))
+
+
 def newest(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> Save:
     """The newest save that is intact.
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mam.checkpoint import Save, Writer, newest
+from mam.checkpoint import Save, Writer, has_saves, newest
 from mam.config import Config, from_json, to_json
 from mam.errors import RunError, UserError
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
@@ -145,7 +145,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
     """
     seeds = np.asarray(seeds_of(config))
-    save = newest(folder.checkpoint, warn=print) if folder.checkpoint.exists() else None
+    save = newest(folder.checkpoint, warn=print) if has_saves(folder.checkpoint) else None
     with ExitStack() as stack:
         stack.callback(trainer.close)
         loop = _Loop(config, folder, save)

@@ -52,7 +52,7 @@ Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] o
 
 @dataclass(frozen=True)
 class Trainer:
-    """The functions of a run. Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
+    """The functions of a run. Seed k's numbers are the same whichever seeds are beside it; on CPU to the last bit.
 
     `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with environments on the host,
     where the last three are loops around jitted functions.
@@ -230,7 +230,7 @@ def _train_on_device(config: Config) -> Trainer:
         return play(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes, config.eval.greedy)
 
     def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
-        seeds = jax.vmap(lambda policy, key: play(policy, key, num_episodes, greedy))
+        seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
         return devices.share(seeds, (P(), P()), P())(policy, key)
 
     alone = Learner(config, everywhere.spec)
@@ -239,13 +239,13 @@ def _train_on_device(config: Config) -> Trainer:
         lambda s: s.actors, jax.tree.map(lambda _: P(), shape), jax.tree.map(lambda _: P(None, AXIS), shape.actors)
     )
     init_seeds = jax.jit(devices.share(_one_after_the_other(init), (P(),), specs))
-    step_seeds = devices.share(jax.vmap(train_step), (specs,), (specs, P()))
+    step_seeds = devices.share(_over_seeds(train_step), (specs,), (specs, P()))
     return Trainer(
         spec=learner.spec,
         init=init_seeds,
         train_step=jax.jit(_guarded(step_seeds, config), donate_argnums=0),
-        evaluate_step=jax.jit(devices.share(jax.vmap(evaluate_step), (specs,), (specs, P()))),
-        absolute_metric=jax.jit(devices.share(jax.vmap(absolute_metric), (specs,), P())),
+        evaluate_step=jax.jit(devices.share(_over_seeds(evaluate_step), (specs,), (specs, P()))),
+        absolute_metric=jax.jit(devices.share(_over_seeds(absolute_metric), (specs,), P())),
         evaluate=jax.jit(evaluate_policies, static_argnums=(2, 3)),
         shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
         env=everywhere.env,
@@ -293,7 +293,7 @@ def _train_on_host(config: Config) -> Trainer:
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner.init(seed, lambda policy, key: blank_actors(policy, played.spec, ppo.num_envs))
 
-    learn = jax.jit(_guarded(jax.vmap(learner.learn), config, on_host=True), donate_argnums=0)
+    learn = jax.jit(_guarded(_over_seeds(learner.learn), config, on_host=True), donate_argnums=0)
     init_seeds = jax.jit(_one_after_the_other(init))
     remember = jax.jit(jax.vmap(learner.remember))
     streams = jax.jit(jax.vmap(lambda state: [jax.random.split(_stream(state, s)) for s in range(3)]))
@@ -335,6 +335,17 @@ def _train_on_host(config: Config) -> Trainer:
         devices=Devices(),
         close=close,
     )
+
+
+def _over_seeds(step: Callable) -> Callable:
+    """A function of one seed for arguments with a leading axis of seeds.
+
+    On CPU one seed after another: one keeps the cores busy, the memory is that of one, and a seed's bits are those of
+    its run alone. Elsewhere all at once, with sums in another order.
+    """
+    if jax.default_backend() == "cpu":
+        return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
+    return jax.vmap(step)
 
 
 def _one_after_the_other(init: Callable[[Int[Array, ""]], TrainState]) -> Callable:
