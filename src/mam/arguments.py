@@ -42,7 +42,8 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
         text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
         if text.startswith("Required options"):
             name = dataclasses.fields(kind)[0].name
-            what = {"run": "the folder of a run", "env": "the name of an environment", "what": "what to time"}[name]
+            what = {"run": "the folder of a run", "env": "the name of an environment", "what": "what to time"}
+            what = (what | {"file": "a file that lists runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
 

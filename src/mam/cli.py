@@ -1,4 +1,4 @@
-"""The command: `mam train | plan | evaluate | play | list | check-env | bench`."""
+"""The command: `mam train | plan | evaluate | play | experiment | sweep | report | list | check-env | bench`."""
 
 import contextlib
 import os
@@ -16,8 +16,10 @@ from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config
 from mam.errors import UserError, unknown_name
+from mam.experiment import Experiment, run_experiment
 from mam.presets import PRESETS, preset, preset_for
 from mam.runtime import Hosts
+from mam.sweep import Sweep, run_sweep
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args[0] not in COMMANDS:
             raise unknown_name("command", args[0], COMMANDS, see="mam --help")
         kind, command = COMMANDS[args[0]]
-        default = _default(kind, args[1:]) if kind in (Train, PlanRun) else None
+        default = _default(kind, args[1:]) if kind in (Train, PlanRun, Sweep) else None
         return command(parse(args[0], kind, args[1:], default)) or 0
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
@@ -429,6 +431,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "evaluate": (Evaluate, _evaluate),
     "play": (Play, _play),
     "list": (List, _list),
+    "experiment": (Experiment, run_experiment),
+    "sweep": (Sweep, run_sweep),
     "report": (Report, _report),
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),

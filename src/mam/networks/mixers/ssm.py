@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from mam.config import NetworkConfig
+from mam.networks.kernels.native import use_native
+from mam.networks.kernels.native_conv import native_conv_silu, native_conv_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
 
@@ -43,7 +45,7 @@ class CausalConv(eqx.Module):
         num_new, before = x.shape[-2], self.weight.shape[0] - 1
         if state:
             x = jnp.concatenate([jnp.stack(state, axis=-2), x], axis=-2)
-        y = _conv_silu(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype))[..., -num_new:, :]
+        y = _convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype))[..., -num_new:, :]
         last = [x[..., -k, :] if k <= x.shape[-2] else jnp.zeros_like(x[..., 0, :]) for k in range(before, 0, -1)]
         return tuple(last), y
 
@@ -52,6 +54,13 @@ class CausalConv(eqx.Module):
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
         return window[1:], jax.nn.silu(y)
+
+
+def _convolve(x: Array, weight: Array, bias: Array) -> Array:
+    """SiLU of the convolution: natively on CPU, where that is installed and takes it."""
+    if not use_native() or not native_conv_supports(x, weight):
+        return _conv_silu(x, weight, bias)
+    return lax.platform_dependent(x, weight, bias, cpu=native_conv_silu, default=_conv_silu)
 
 
 @jax.custom_vjp
@@ -228,7 +237,7 @@ def largest_step_size(policy: PyTree) -> Float[Array, ""] | None:
     Where Δ drifts upward in training, it is seen here, long before anything is NaN.
     """
     found = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractSSM))
-    biases = [node.dt_proj.bias for node in found if isinstance(node, AbstractSSM)]
+    biases = [required(node.dt_proj.bias) for node in found if isinstance(node, AbstractSSM)]
     return jnp.stack([step_size(bias).max() for bias in biases]).max() if biases else None
 
 

@@ -11,31 +11,25 @@ from jaxtyping import Float
 from rich.table import Table
 
 from mam.logging import RETURN, Record, mean_and_spread, seed_means, to_json, write_atomically
+from mam.report.statistics import CONFIDENCE, MIN_SEEDS, interval, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MIN_SEEDS = 3  # below this many seeds an interval over them says nothing
-
 
 def bootstrap_interval(
-    values: Float[np.ndarray, "seeds *rest"], *, confidence: float = 0.95, num_resamples: int = 10_000
+    values: Float[np.ndarray, "seeds *rest"], *, confidence: float = CONFIDENCE
 ) -> Float[np.ndarray, "2 *rest"]:
     """Percentile bootstrap interval of the mean over seeds, the same at every call.
 
     Args:
         values: one number per seed; further axes are treated one by one, with the same resamples.
         confidence: probability mass between the two ends.
-        num_resamples: how often the seeds are drawn, with replacement.
 
     Returns:
         Lower and upper end.
     """
-    num_seeds = len(values)
-    # Drawing seeds with replacement only changes how often each of them counts.
-    counts = np.random.default_rng(0).multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
-    tail = (1 - confidence) / 2
-    return np.quantile(np.tensordot(counts / num_seeds, values, axes=1), [tail, 1 - tail], axis=0)
+    return interval(mean, [np.moveaxis(values, 0, -1)], confidence=confidence)
 
 
 def evaluation_returns(records: Sequence[Record]) -> tuple[np.ndarray, Float[np.ndarray, "evaluations seeds"]]:

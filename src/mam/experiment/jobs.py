@@ -1,0 +1,130 @@
+"""The runs of an experiment, each with its folder and the command that brings it to its end."""
+
+import runpy
+import shlex
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mam.config import Config
+from mam.errors import UserError
+from mam.experiment.follow import Follower
+from mam.experiment.grid import flags
+from mam.presets import preset_for
+from mam.run import FREE, RunFolder, differences
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    name: str
+    config: Config
+    path: Path
+
+    @property
+    def budget(self) -> int:
+        """Environment steps per seed at its end."""
+        return self.config.num_updates * self.config.steps_per_update
+
+    @property
+    def log(self) -> Path:
+        """What the process prints."""
+        return self.path / "output.log"
+
+    def follow(self) -> Follower:
+        """A reader of its metrics, from the beginning."""
+        return Follower(self.path / "metrics.jsonl")
+
+    def finished(self) -> bool:
+        """Whether the absolute metric was measured at the end of the budget, which exit codes do not tell."""
+        follower = self.follow()
+        follower.poll()
+        return follower.finished(self.budget)
+
+    def started(self) -> bool:
+        """Whether there is something to go on with."""
+        return (self.path / "config.json").exists()
+
+    def command(self) -> list[str]:
+        """Arguments of `mam`: start it, or resume it.
+
+        Raises:
+            UserError: if its folder holds a run with other settings.
+        """
+        if not self.started():
+            preset, _ = preset_for(self.config.env)
+            options = flags(self.config, preset)
+            return ["train", "--env", self.config.env, *options, "--out", str(self.path)]
+        saved = RunFolder(self.path).load_config()
+        if unlike := differences(saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})):
+            raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
+        return ["train", "--resume", str(self.path), *flags(self.config, saved)]
+
+    def command_line(self) -> str:
+        """The same for a shell."""
+        return shlex.join(["mam", *self.command()])
+
+    def last_words(self) -> str:
+        """The last line it printed."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1].strip() if lines else "it printed nothing"
+
+
+def load_runs(file: Path) -> list[Any]:
+    """What a file defines as `runs`.
+
+    Raises:
+        UserError: if it cannot be run, with the end of its traceback, or defines none.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        found = runpy.run_path(str(file)).get("runs")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:
+        last = "".join(traceback.format_exception(error)[-3:]).strip()
+        raise UserError(f"{file} failed:\n{last}") from error
+    if not isinstance(found, Iterable) or not (runs := list(found)):
+        raise UserError(f"{file} defines no `runs`: a list of Config or (name, Config), see mam.experiment.grid")
+    return runs
+
+
+def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
+    """One job per run; a configuration without a name is called by its task and algorithm.
+
+    Raises:
+        UserError: if something is no configuration, or two runs have one name.
+    """
+    jobs = dict[Path, Job]()
+    for run in runs:
+        match run:
+            case Config():
+                name, config = f"{run.env}/{run.algorithm}", run
+            case (str(name), Config() as config):
+                pass
+            case _:
+                raise UserError(f"runs must be Config or (name, Config), got {run!r}")
+        path = out / _file_name(name)
+        if path in jobs:
+            raise UserError(f"two runs are called {name}: give them names, as (name, Config)")
+        jobs[path] = Job(name, config, path)
+    return list(jobs.values())
+
+
+def _file_name(name: str) -> Path:
+    """A name without what file systems do not like, the same on every machine."""
+    parts = ["".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")]
+    return Path(*(part for part in parts if part.strip(".")))
+
+
+def python_command(arguments: list[str]) -> list[str]:
+    """The command for a process of its own, with this interpreter."""
+    return [sys.executable, "-m", "mam.cli", *arguments]
