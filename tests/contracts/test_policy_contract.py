@@ -7,6 +7,8 @@ rollouts of length 1, after a step that put something into the memory of those p
 import functools
 from dataclasses import replace
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -420,6 +422,22 @@ def test_it_does_not_matter_which_agents_are_dead(name):
     for values in jax.tree.leaves(evaluation):
         living = np.asarray(values)[rows, places]
         np.testing.assert_allclose(living, np.broadcast_to(living[0], living.shape), rtol=1e-5, atol=1e-6)
+
+
+@every_policy
+@hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
+@hypothesis.given(names=st.permutations(range(NUM_AGENTS)), seed=st.integers(0, 2**16))
+def test_agents_may_be_called_otherwise(name, names, seed):
+    """Agents under other numbers, who decide in the same order: the same evaluation, under other numbers."""
+    obs, names, order = make_observation(ALIVE, seed=seed), np.array(names), decision_order(jnp.asarray(ALIVE))
+    action = jnp.asarray(np.random.default_rng(seed).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32)
+    renamed = replace(jax.tree.map(lambda v: v[:, names], replace(obs, state=None)), state=obs.state)
+    new_order = jnp.asarray(np.argsort(names)[np.asarray(order)], jnp.int32)
+    expected = evaluate(get_policy(name), obs, action, order)
+    found = evaluate(get_policy(name), renamed, action[:, names], new_order)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        alive = ALIVE[:, names]
+        np.testing.assert_allclose(np.asarray(a)[alive], np.asarray(b)[:, names][alive], rtol=1e-5, atol=1e-5)
 
 
 @every_policy

@@ -104,6 +104,19 @@ def test_choices_are_as_frequent_as_their_probabilities_and_greedy_ones_the_like
     assert greedy.dtype == chosen.dtype == np.int32
 
 
+def test_illegal_choices_are_never_made_however_likely_they_would_be():
+    """A million draws over random masks, with logits that all but insist on what is illegal."""
+    rng = np.random.default_rng(0)
+    shape = (1000, 1000, 4)
+    mask = rng.random(shape) < 0.5
+    mask[..., 0] |= ~mask.any(axis=-1)
+    logits = np.where(mask, -100.0, 1e4).astype(np.float32)
+    noise = np.asarray(draw_noise(Categorical(), jax.random.split(jax.random.key(3), 1000), 1000, 4))
+    chosen = np.asarray(choose(Categorical(), logits, mask, noise))
+    assert chosen.size == 10**6
+    assert np.take_along_axis(mask, chosen[..., None], axis=-1).all()
+
+
 def test_gradients_are_finite_and_zero_for_illegal_choices():
     for _, gradient in (
         entropy_gradient(Categorical(), LOGITS, MASK),
