@@ -157,7 +157,7 @@ def _default(kind: type, args: Sequence[str]) -> Any:
 def _print_overview() -> None:
     print("usage: mam COMMAND [OPTIONS]\n\nMulti-Agent Mamba: cooperative agents as a sequence.\n")
     for name, (kind, _) in COMMANDS.items():
-        print(f"  {name:<10}{(kind.__doc__ or '').splitlines()[0]}")
+        print(f"  {name:<12}{(kind.__doc__ or '').splitlines()[0]}")
     print("\n`mam COMMAND --help` explains its options; `mam --version` says which version this is.")
 
 

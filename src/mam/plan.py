@@ -85,7 +85,7 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     for count in counts:
         yield f"--ppo.num-minibatches {count}", replace(config, ppo=replace(ppo, num_minibatches=count))
     if not config.network.remat and jax.default_backend() != "cpu":  # XLA's CPU compiler undoes it
-        yield "--network.remat True", replace(config, network=replace(config.network, remat=True))
+        yield "--network.remat", replace(config, network=replace(config.network, remat=True))
 
 
 def _compiled(config: Config, changes: str) -> Plan:
