@@ -4,13 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The CPU kernels (native/) are built where there is a C++ compiler; everything works without them, only slower.
+COMPILER := $(firstword $(foreach name,$(CXX) c++ g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+CMAKE = $(or $(shell command -v cmake 2>/dev/null),$(BIN)/uvx cmake)
+NATIVE := $(VENV)/.native
+NATIVE_SOURCES := $(wildcard native/*.* native/src/*/*.*)
+NATIVE_TESTS := build/native-tests
 
-.PHONY: train test lint check clean
+.PHONY: train test lint check native native-test clean
 
-train: $(READY)  ## train Multi-Agent Mamba on Level-Based Foraging until it solves it
+train: $(READY) $(NATIVE)  ## train Multi-Agent Mamba on Level-Based Foraging until it solves it
 	$(BIN)/mam train
 
-test: $(READY)  ## run the tests
+test: $(READY) $(NATIVE)  ## run the tests
 	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(READY)  ## style, types, and who may import whom
@@ -21,8 +27,29 @@ lint: $(READY)  ## style, types, and who may import whom
 
 check: lint test
 
+native: $(READY)  ## build and install the CPU kernels; `make train` and `make test` do it, and go on if it fails
+	@test -n '$(COMPILER)' || echo 'no C++ compiler: going on without the native CPU kernels (slower)'
+	@test -z '$(COMPILER)' || { { $(native_install); } && touch $(NATIVE); }
+
+native-test: $(READY)  ## the kernels' own tests, with sanitizers
+	@test -n '$(COMPILER)' || echo 'no C++ compiler: the native kernels are not tested'
+	@test -z '$(COMPILER)' || { CXX=$(COMPILER) $(CMAKE) -S native -B $(NATIVE_TESTS) -DMAM_NATIVE_TESTS=ON \
+		-DMAM_NATIVE_SANITIZE=address,undefined >/dev/null && $(CMAKE) --build $(NATIVE_TESTS) --parallel 2 \
+		&& $(NATIVE_TESTS)/test_kernels; }
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build
+
+# Built with the pinned versions, too.
+native_install = CXX=$(COMPILER) $(BIN)/uv pip install --quiet --python $(BIN)/python --reinstall-package mam-native \
+	--constraint constraints.txt --build-constraint constraints.txt ./native \
+	|| CXX=$(COMPILER) PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
+	--disable-pip-version-check --force-reinstall --no-deps ./native
+
+$(NATIVE): $(READY) $(NATIVE_SOURCES)
+	@$(MAKE) --no-print-directory native 2>$(VENV)/native.log \
+		|| echo 'the native CPU kernels did not build: going on without them (slower); `make native` says why'
+	@touch $@
 
 # Installed again only when the pins change. uv does it in seconds, pip in a minute.
 $(READY): pyproject.toml constraints.txt

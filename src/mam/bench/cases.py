@@ -25,6 +25,7 @@ from mam.bench.rivals import act_uncached, matched_sizes
 from mam.config import Config, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.networks.kernels.native import use_native, without_native
 from mam.networks.kernels.scan import kernel_supports
 from mam.networks.mixers import MIXERS
 from mam.networks.scan import has_cuda, selective_scan
@@ -35,7 +36,7 @@ from mam.types import EnvSpec, Policy
 from mam.update import Batch, make_optimiser, update
 
 POLICIES = ("mam", "mam2", "mat")  # those that see agents as a sequence
-SCANS = ("associative", "sequential", "pairwise", "pallas")
+SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
 
@@ -57,6 +58,8 @@ def _scan(implementation: str, cell: Cell) -> Contender:
     d_inner, d_state = cell.network.d_inner, cell.network.d_state
     if implementation == "pallas" and not has_cuda():
         raise Skip("made for CUDA")
+    if implementation == "native" and not use_native():
+        raise Skip("no native kernels, or not only CPUs")
     if implementation == "pallas" and not kernel_supports(cell.num_agents, d_inner, d_state):
         raise Skip(f"takes no d_inner = {d_inner} with d_state = {d_state}")
     A = -jnp.broadcast_to(jnp.arange(1.0, d_state + 1), (d_inner, d_state))
@@ -130,6 +133,19 @@ def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig,
     return Contender(learn, args, baseline=baseline, parameters=count(policy))
 
 
+def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
+    """A contender without native kernels."""
+    if not use_native():
+        raise Skip("there are no native kernels to do without")
+    contender = build(cell)
+
+    def run(*args: Any) -> Any:
+        with without_native():
+            return contender.function(*args)
+
+    return replace(contender, function=run)
+
+
 def _train(name: str, part: str | None, cell: Cell) -> Contender:
     """A whole train step, or the part of it that acts, or the part that updates."""
     config = Config(name, network=cell.network, ppo=PPOConfig(num_envs=cell.batch, rollout_length=ROLLOUT_LENGTH))
@@ -176,7 +192,9 @@ CASES = {
         tokens=8192,
     ),
     "act": Case(
-        {name: partial(_act, name) for name in POLICIES} | {"mat-uncached": partial(_act, "mat", cached=False)},
+        {name: partial(_act, name) for name in POLICIES}
+        | {f"{name}-xla": partial(_through_xla, partial(_act, name)) for name in ("mam", "mam2")}
+        | {"mat-uncached": partial(_act, "mat", cached=False)},
         num_agents=(4, 16, 64, 256),
         batch=64,
         derived={"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents},
@@ -184,6 +202,7 @@ CASES = {
     "update": Case(
         {name: partial(_update, name) for name in POLICIES}
         | {
+            "mam-xla": partial(_through_xla, partial(_update, "mam")),
             "mat-matched": partial(_update_matched, "mat", "mam"),
             "mam-published": partial(_update, "mam", scan="associative"),
         },

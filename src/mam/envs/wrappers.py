@@ -3,7 +3,7 @@
 The order is fixed: `AutoReset(EpisodeStatistics(AgentId(env)), num_envs)`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -142,7 +142,7 @@ class AutoReset:
 
     env: Environment
     num_envs: int
-    first: Int[Array, ""] | int = 0  # the number of the first one, where others stand elsewhere
+    first: Int[Array, ""] | int = field(default=0, kw_only=True)  # number of the first, where others stand elsewhere
 
     @property
     def spec(self) -> EnvSpec:

@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float
 from mam.networks.actions import ActionKind
 from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Token
 from mam.networks.kernels.decode import decode_kernel, kernel_supports
+from mam.networks.kernels.native import use_native
+from mam.networks.kernels.native_decode import native_decode, native_supports
 from mam.networks.scan import has_cuda
 from mam.types import Action
 
@@ -72,8 +74,8 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
         state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
         token=decoder.embed.start(tuple(batch)),
     )
-    if decoding.method == "sequential":
-        return _one_by_one(chooser, start, ahead)[1]
+    if decoding.method == "sequential" or (decoding.method == "kernel" and not has_cuda()):
+        return _in_order(chooser, start, ahead)
     if decoding.method == "kernel":
         return _in_one_kernel(chooser, start, ahead)
     return _in_windows(chooser, start, ahead, size, decoding.max_passes or size)
@@ -120,6 +122,21 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
     return progress, decision
 
 
+def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision:
+    """The loop over agents; on CPU one call of native code, where that is installed and takes the decoder."""
+
+    def loop(ahead: Ahead) -> Decision:
+        return _one_by_one(chooser, start, ahead)[1]
+
+    def native(ahead: Ahead) -> Decision:
+        action, out = native_decode(chooser.decoder, ahead)
+        return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
+
+    if not use_native() or not native_supports(chooser.decoder, ahead):
+        return loop(ahead)
+    return lax.platform_dependent(ahead, cpu=native, default=loop)
+
+
 def _in_one_kernel(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision:
     """The whole loop as one kernel on CUDA, where it takes the decoder; elsewhere the loop itself."""
 
@@ -130,7 +147,7 @@ def _in_one_kernel(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision
         action, out = decode_kernel(chooser.decoder, ahead)
         return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
 
-    if not kernel_supports(chooser.decoder) or not has_cuda():
+    if not kernel_supports(chooser.decoder):
         return loop(ahead)
     return lax.platform_dependent(ahead, cuda=kernel, default=loop)
 

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mam.networks.kernels.native import use_native
+from mam.networks.kernels.native_scan import ScanInputs, native_final_state, native_outputs
 from mam.networks.kernels.scan import kernel_supports, scan_kernel
 
 # A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
@@ -56,14 +58,15 @@ def selective_scan(
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
             (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
-            agents, quadratic in N), `"pallas"` (kernels for CUDA), `"interpret"` (the same, run on any device to be
-            tested), or None for the fastest.
+            agents, quadratic in N), `"native"` (kernels for CPU, in float32, if installed), `"pallas"` (kernels for
+            CUDA), `"interpret"` (the same, run on any device to be tested), or None for the fastest.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
 
     Raises:
-        ValueError: for an unknown implementation, or sizes that the kernels do not take.
+        ValueError: for an unknown implementation, or sizes or types that the kernels do not take.
+        UserError: for kernels that are not installed.
     """
     if implementation is not None and implementation not in _SCANS:
         raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
@@ -76,9 +79,8 @@ def selective_scan(
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
     # 2. The recurrence, and the skip connection.
     scan: Callable[..., Any] = _automatic if implementation is None else _SCANS[implementation]
-    y, h = scan(*flat, A.T, keep, h0, reverse)
-    y = y.reshape(x.shape) + D * x.astype(wide)
-    return y.astype(x.dtype), h.reshape(*batch, s, d)
+    y, h = scan(*flat, A.T, D, keep, h0, reverse)
+    return y.reshape(x.shape).astype(x.dtype), h.reshape(*batch, s, d)
 
 
 def selective_step(
@@ -103,18 +105,43 @@ def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*ba
     return total
 
 
-def _automatic(x, dt, B, C, A, keep, h0, reverse):
-    """The kernels on CUDA where they take the sizes; elsewhere what is fastest on CPU."""
-    xla = partial(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential, reverse=reverse)
-    args = (x, dt, B, C, A, keep, h0)
+def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the skip connection to a recurrence."""
+
+    def run(x, dt, B, C, A, D, keep, h0, reverse):
+        y, h = scan(x, dt, B, C, A, keep, h0, reverse)
+        return y + D * x, h
+
+    return run
+
+
+def _automatic(x, dt, B, C, A, D, keep, h0, reverse):
+    """The kernels of the device that is there, where they take sizes and types; elsewhere what is fastest on CPU."""
+    xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse)
+    args = (x, dt, B, C, A, D, keep, h0)
+    if x.dtype == jnp.float32 and use_native():
+        native = partial(_native, reverse=reverse)
+        # One by one: then the one that nobody reads is not computed.
+        y, h = (
+            lax.platform_dependent(*args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: xla(*a)[i])
+            for i in range(2)
+        )
+        return y, h
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
-    return lax.platform_dependent(*args, cuda=partial(_pallas, reverse=reverse), default=xla)
+    return lax.platform_dependent(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)
 
 
 def has_cuda() -> bool:
     """Whether this process has such a device: on others kernels are not even traced, which takes time."""
     return any(device.platform == "gpu" for device in jax.devices())
+
+
+def _native(x, dt, B, C, A, D, keep, h0, reverse):
+    if x.dtype != jnp.float32:
+        raise ValueError(f"the native scan is for float32, not {x.dtype}")
+    inputs = ScanInputs(x, dt, A, B, C, D.astype(x.dtype), keep, h0)
+    return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
 
 
 def _pallas(x, dt, B, C, A, keep, h0, reverse, *, interpret=False):
@@ -317,9 +344,10 @@ _decayed_product.defvjp(_decayed_product_fwd, _decayed_product_bwd)
 
 
 _SCANS: dict[str, Callable[..., Any]] = {
-    "sequential": _sequential,
-    "associative": _associative,
-    "pairwise": _pairwise,
-    "pallas": _pallas,
-    "interpret": partial(_pallas, interpret=True),
+    "sequential": _with_skip(_sequential),
+    "associative": _with_skip(_associative),
+    "pairwise": _with_skip(_pairwise),
+    "native": _native,
+    "pallas": _with_skip(_pallas),
+    "interpret": _with_skip(partial(_pallas, interpret=True)),
 }

@@ -1,0 +1,164 @@
+// The selective scan as XLA calls it. Leading axes before those named below are vmap's: all buffers have the same.
+#include <cstdint>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "shapes.h"
+
+namespace mam {
+namespace {
+
+constexpr int64_t kWorkPerWorker = 1 << 15;  // states: about 10 microseconds, and as long as waking a thread takes
+
+class ScanCall {
+ public:
+  ScanCall(const char* kernel, Floats x, Floats A, bool reverse, int64_t blocks, int64_t tiles, Scan& scan)
+      : checks(kernel), scan_(scan) {
+    const auto dims = x.dimensions();
+    checks.demand(dims.size() >= 3, "x must have axes [sequences, agents, channels]");
+    checks.demand(A.dimensions().size() + 1 == dims.size(), "A must have axes [states, channels]");
+    if (!checks.passed()) return;
+    lead_.assign(dims.begin(), dims.end() - 3);
+    scan.groups = 1;
+    for (const int64_t size : lead_) scan.groups *= size;
+    scan.sequences = dims[dims.size() - 3];
+    scan.agents = dims[dims.size() - 2];
+    scan.channels = dims[dims.size() - 1];
+    scan.states = A.dimensions()[dims.size() - 3];
+    scan.reverse = reverse;
+    scan.blocks = blocks;
+    scan.tiles = tiles;
+    checks.demand(scan.agents > 0 && scan.channels > 0 && scan.states > 0, "agents, channels and states must be there");
+    checks.demand(blocks >= 0 && tiles > 0 && (tiles - 1) * scan.tile_width() < scan.channels, "no such tiles");
+    checks.demand(blocks > 0 || scan.sequences == 0, "no such blocks");
+  }
+
+  template <class Buffer>
+  auto data(const char* name, Buffer&& buffer, const Shape& own) {
+    Shape shape = lead_;
+    shape.insert(shape.end(), own.begin(), own.end());
+    return checks.data(name, buffer, shape);
+  }
+
+  // Null for a buffer without elements, which stands for none.
+  template <class Buffer>
+  auto optional(const char* name, Buffer&& buffer, const Shape& own) {
+    return buffer.element_count() ? data(name, buffer, own) : nullptr;
+  }
+
+  void read_inputs(Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep, Floats initial) {
+    scan_.x = data("x", x, wide());
+    scan_.dt = data("dt", dt, wide());
+    scan_.A = data("A", A, {scan_.states, scan_.channels});
+    scan_.B = data("B", B, narrow());
+    scan_.C = data("C", C, narrow());
+    scan_.D = data("D", D, {scan_.channels});
+    scan_.keep = optional("keep", keep, {scan_.sequences, scan_.agents});
+    scan_.initial = optional("initial_state", initial, state());
+  }
+
+  // Runs all tasks, with at most as many workers as there is scratch for.
+  template <class Kernel, class Full>
+  ffi::Error run(ffi::ThreadPool& pool, const Kernel& kernel, const Full& scan, FloatsOut scratch) {
+    const int64_t size = scan.scratch_size();
+    const int64_t work = scan.groups * scan.sequences * scan.agents * scan.channels * scan.states;
+    const int64_t workers = std::min<int64_t>(scratch->element_count() / size, 1 + work / kWorkPerWorker);
+    checks.demand(workers > 0 || scan.tasks() == 0, "scratch must have " + std::to_string(size) + " elements");
+    if (!checks.passed()) return checks.error();
+    float* const memory = scratch->typed_data();
+    for_all_tasks(pool, scan.tasks(), workers,
+                  [&](int64_t task, int64_t worker) { kernel(scan, task, memory + worker * size); });
+    return ffi::Error::Success();
+  }
+
+  Shape wide() const { return {scan_.sequences, scan_.agents, scan_.channels}; }
+  Shape narrow() const { return {scan_.sequences, scan_.agents, scan_.states}; }
+  Shape state() const { return {scan_.sequences, scan_.states, scan_.channels}; }
+  Shape kept() const { return {scan_.sequences, scan_.kept_states(), scan_.states, scan_.channels}; }
+
+  Checks checks;
+
+ private:
+  Scan& scan_;
+  Shape lead_;
+};
+
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep,
+                   Floats initial, FloatsOut y, FloatsOut last, FloatsOut starts, FloatsOut scratch, bool reverse,
+                   int64_t blocks, int64_t tiles) {
+  ScanForward scan;
+  ScanCall call("scan", x, A, reverse, blocks, tiles, scan);
+  if (!call.checks.passed()) return call.checks.error();
+  call.read_inputs(x, dt, A, B, C, D, keep, initial);
+  scan.y = call.optional("y", *y, call.wide());
+  scan.last = call.optional("final state", *last, call.state());
+  scan.starts = call.optional("kept states", *starts, call.kept());
+  return call.run(pool, kernels().scan_forward, scan, scratch);
+}
+
+ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep,
+                    Floats initial, Floats starts, Floats gy, Floats g_last, FloatsOut gx, FloatsOut gdt, FloatsOut gA,
+                    FloatsOut gB, FloatsOut gC, FloatsOut gD, FloatsOut g_initial, FloatsOut scratch, bool reverse,
+                    int64_t blocks, int64_t tiles) {
+  ScanBackward scan;
+  ScanCall call("scan's gradient", x, A, reverse, blocks, tiles, scan);
+  if (!call.checks.passed()) return call.checks.error();
+  call.read_inputs(x, dt, A, B, C, D, keep, initial);
+  Shape shared = call.narrow();
+  shared.insert(shared.begin(), tiles);
+  scan.starts = scan.kept_states() ? call.data("kept states", starts, call.kept()) : nullptr;
+  scan.gy = call.optional("y's gradient", gy, call.wide());
+  scan.g_last = call.optional("the final state's gradient", g_last, call.state());
+  scan.gx = call.data("x's gradient", *gx, call.wide());
+  scan.gdt = call.data("dt's gradient", *gdt, call.wide());
+  scan.gA = call.data("A's gradient", *gA, {blocks, scan.states, scan.channels});
+  scan.gB = call.data("B's gradient", *gB, shared);
+  scan.gC = call.data("C's gradient", *gC, shared);
+  scan.gD = call.data("D's gradient", *gD, {blocks, scan.channels});
+  scan.g_initial = call.optional("the initial state's gradient", *g_initial, call.state());
+  return call.run(pool, kernels().scan_backward, scan, scratch);
+}
+
+}  // namespace
+}  // namespace mam
+
+using xla::ffi::Ffi;
+using xla::ffi::ThreadPool;
+using mam::Floats;
+
+// clang-format off
+#define MAM_SCAN_INPUTS \
+  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+#define MAM_SCAN_ATTRIBUTES .Attr<bool>("reverse").Attr<int64_t>("blocks").Attr<int64_t>("tiles")
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_scan, mam::forward, Ffi::Bind().Ctx<ThreadPool>()
+  MAM_SCAN_INPUTS
+  .Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>()
+  MAM_SCAN_ATTRIBUTES);
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_scan_backward, mam::backward, Ffi::Bind().Ctx<ThreadPool>()
+  MAM_SCAN_INPUTS
+  .Arg<Floats>().Arg<Floats>().Arg<Floats>()
+  .Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>()
+  MAM_SCAN_ATTRIBUTES);
+// clang-format on
+
+// What Python asks for besides (mam_native/__init__.py).
+extern "C" {
+const char* mam_native_isa() { return mam::kernels().name; }
+
+const char* mam_native_available(int index) {
+  const mam::Kernels* kernels = mam::available(index);
+  return kernels ? kernels->name : nullptr;
+}
+
+bool mam_native_choose(const char* name) { return mam::choose_kernels(name); }
+
+int64_t mam_native_scan_scratch(int64_t channels, int64_t states, int64_t tiles) {
+  mam::ScanBackward backward{};
+  backward.channels = channels;
+  backward.states = states;
+  backward.tiles = tiles;
+  return backward.scratch_size();  // the larger one
+}
+}

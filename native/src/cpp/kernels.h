@@ -1,0 +1,87 @@
+// What the kernels are asked to do, and the table of them that exists per instruction set (dispatch.h chooses one).
+#pragma once
+
+#include <cstdint>
+
+namespace mam {
+
+constexpr int64_t kChunk = 16;         // agents between two states that are kept for the backward pass
+constexpr int64_t kMaxLanes = 16;      // floats in the widest vector
+constexpr int64_t kMaxStateGroup = 16; // states that are in registers together
+
+// The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
+// How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
+struct Scan {
+  int64_t groups;     // of sequences that share A and D: what vmap maps over
+  int64_t sequences;  // per group
+  int64_t agents, channels, states;
+  int64_t blocks;  // of sequences, per group
+  int64_t tiles;   // of channels
+  bool reverse;
+  const float *x, *dt;   // [groups, sequences, agents, channels]
+  const float *B, *C;    // [groups, sequences, agents, states]
+  const float* A;        // [groups, states, channels]
+  const float* D;        // [groups, channels]
+  const float* keep;     // [groups, sequences, agents]: 0 where the state is zeroed first; or null
+  const float* initial;  // [groups, sequences, states, channels], or null
+
+  int64_t tasks() const { return groups * blocks * tiles; }
+  int64_t kept_states() const { return (agents - 1) / kChunk; }
+  // Channels of a tile; the last one may have fewer.
+  int64_t tile_width() const { return ((channels + tiles - 1) / tiles + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+};
+
+struct ScanForward : Scan {
+  float* y;       // as x, or null
+  float* last;    // as initial, or null
+  float* starts;  // [groups, sequences, kept_states, states, channels]: before each chunk but the first; or null
+
+  int64_t scratch_size() const { return 2 * tile_width() * states; }  // floats, per worker
+};
+
+struct ScanBackward : Scan {
+  const float *starts, *gy, *g_last;  // gy, g_last or both null: zeros
+  float *gx, *gdt;                    // as x
+  float *gB, *gC;                     // [groups, tiles, sequences, agents, states]: to be summed over tiles
+  float* gA;                          // [groups, blocks, states, channels]: to be summed over blocks
+  float* gD;                          // [groups, blocks, channels]: likewise
+  float* g_initial;                   // as initial, or null
+
+  int64_t scratch_size() const {
+    const int64_t group = kMaxStateGroup * kMaxLanes;
+    return (3 * states + 1) * tile_width() + (2 * kChunk + 1) * group + 2 * kChunk * states * kMaxLanes;
+  }
+};
+
+constexpr int64_t kMaxTaps = 4;
+
+// SiLU of a causal depthwise convolution: forward, or with `gy` backward. A task is a block of sequences.
+struct Convolution {
+  int64_t groups;  // of sequences that share weights: what vmap maps over
+  int64_t sequences, agents, channels, taps;
+  int64_t blocks;  // of sequences, per group
+  const float* x;       // [groups, sequences, agents, channels]
+  const float* weight;  // [groups, taps, channels]; the last row is for the agent itself
+  const float* bias;    // [groups, channels]
+  float* y;             // as x
+  const float* gy;      // as x, as is gx
+  float* gx;
+  float* g_weight;  // [groups, blocks, taps, channels]: to be summed over blocks
+  float* g_bias;    // [groups, blocks, channels]: likewise
+
+  int64_t tasks() const { return groups * blocks; }
+};
+
+struct Decode;  // decode.h
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  void (*scan_forward)(const ScanForward&, int64_t task, float* scratch);
+  void (*scan_backward)(const ScanBackward&, int64_t task, float* scratch);
+  void (*convolution)(const Convolution&, int64_t task);
+  void (*decode)(const Decode&, int64_t task, float* scratch);
+  void (*exp2)(const float* x, float* y, int64_t size);  // size a multiple of kMaxLanes; for the tests
+};
+
+}  // namespace mam

@@ -1,0 +1,114 @@
+// How the scan is cut: into tasks, sequences, chunks of agents and groups of states. A part of kernels.cc.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using mam::kChunk;
+using mam::Scan;
+
+// States in registers: of 32 registers 16, of 16 registers 8.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGroup = 16;
+#else
+constexpr int kGroup = 8;
+#endif
+static_assert(kGroup <= mam::kMaxStateGroup && kLanes <= mam::kMaxLanes, "scratch is sized for the largest");
+
+template <int N>
+struct Size {
+  static constexpr int value = N;
+};
+
+// Calls f(Size<G>, first state) for groups that together are all states.
+template <class F>
+MAM_INLINE void for_state_groups(int64_t states, F f) {
+  int64_t s = 0;
+  for (; states - s >= kGroup; s += kGroup) f(Size<kGroup>{}, s);
+  if (kGroup > 8 && states - s >= 8) f(Size<8>{}, s), s += 8;
+  if (states - s >= 4) f(Size<4>{}, s), s += 4;
+  if (states - s >= 2) f(Size<2>{}, s), s += 2;
+  if (states - s >= 1) f(Size<1>{}, s);
+}
+
+// What one task does.
+struct Task {
+  int64_t group, block, tile;
+  int64_t begin, end;       // sequences
+  int64_t channel, width;   // the first channel, and how many
+  int64_t vectors;
+
+  Task(const Scan& scan, int64_t index) {
+    tile = index % scan.tiles;
+    block = index / scan.tiles % scan.blocks;
+    group = index / scan.tiles / scan.blocks;
+    begin = scan.sequences * block / scan.blocks;
+    end = scan.sequences * (block + 1) / scan.blocks;
+    channel = tile * scan.tile_width();
+    width = scan.channels - channel < scan.tile_width() ? scan.channels - channel : scan.tile_width();
+    vectors = (width + kLanes - 1) / kLanes;
+  }
+};
+
+// Some agents of one sequence, in the order in which they are read. Pointers are to the first one.
+struct Agents {
+  int64_t count;
+  int64_t step;           // from one agent to the next: 1 or -1
+  int64_t wide, narrow;   // the same in arrays over channels, and over states
+  int64_t from_wide, from_narrow;  // places of the first one in those arrays
+  const float *x, *dt, *B, *C, *keep;
+
+  Agents(const Scan& scan, const Task& task, int64_t sequence, int64_t first) {
+    count = scan.agents - first < kChunk ? scan.agents - first : kChunk;
+    step = scan.reverse ? -1 : 1;
+    wide = step * scan.channels;
+    narrow = step * scan.states;
+    const int64_t row = task.group * scan.sequences + sequence;
+    const int64_t agent = row * scan.agents + (scan.reverse ? scan.agents - 1 - first : first);
+    from_wide = agent * scan.channels + task.channel;
+    from_narrow = agent * scan.states;
+    x = scan.x + from_wide;
+    dt = scan.dt + from_wide;
+    B = scan.B + from_narrow;
+    C = scan.C + from_narrow;
+    keep = scan.keep ? scan.keep + agent : nullptr;
+  }
+
+  // How far away those are that come next, in arrays over channels: to be fetched in time.
+  int64_t until(const Agents& next) const { return next.from_wide - from_wide; }
+
+  MAM_INLINE bool reset(int64_t i) const { return keep && keep[i * step] == 0.0f; }
+};
+
+// States [states, channels] of a sequence; null stands for zeros when read, and for nowhere when written.
+template <class T>
+struct States {
+  T* from;
+  int64_t stride;
+
+  template <int G>
+  MAM_INLINE void read(V (&h)[G], int64_t state, int64_t channel, int64_t lanes) const {
+    MAM_UNROLL
+    for (int s = 0; s < G; ++s) h[s] = from ? load(from + (state + s) * stride + channel, lanes) : V{};
+  }
+
+  template <int G>
+  MAM_INLINE void write(const V (&h)[G], int64_t state, int64_t channel, int64_t lanes) const {
+    if (!from) return;
+    MAM_UNROLL
+    for (int s = 0; s < G; ++s) store(from + (state + s) * stride + channel, h[s], lanes);
+  }
+};
+
+// Each vector of channels has its rates A / ln 2 one state after another.
+MAM_INLINE void read_rates(const Scan& scan, const Task& task, float* rates) {
+  const float* A = scan.A + task.group * scan.states * scan.channels + task.channel;
+  for (int64_t e = 0; e < task.vectors; ++e)
+    for (int64_t s = 0; s < scan.states; ++s)
+      store(rates + (e * scan.states + s) * kLanes,
+            load(A + s * scan.channels + e * kLanes, task.width - e * kLanes) * kLog2E);
+}
+
+}  // namespace

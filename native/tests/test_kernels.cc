@@ -1,0 +1,203 @@
+// The kernels without XLA: against loops in double precision, in every instruction set that this processor has.
+#include "dispatch.h"
+#include "harness.h"
+#include "parallel.h"
+#include "test_decode.h"
+
+namespace {
+
+// Units in the last place: the error over the distance between floats at the exact value.
+double ulps(float value, double exact) {
+  const float rounded = static_cast<float>(exact);
+  return std::abs(value - exact) / (std::nextafter(std::abs(rounded), INFINITY) - std::abs(rounded));
+}
+
+void test_exp2() {
+  const int64_t size = 1 << 20;
+  Array x(size), y(size);
+  for (int64_t i = 0; i < size; ++i) x[i] = -126.0f + 253.9f * static_cast<float>(i) / size;
+  mam::kernels().exp2(x.data(), y.data(), size);
+  double worst = 0;
+  for (int64_t i = 0; i < size; ++i) worst = std::max(worst, ulps(y[i], std::exp2(static_cast<double>(x[i]))));
+  std::printf("  exp2: %.2f units in the last place\n", worst);
+  EXPECT(worst <= 2.1, "error of %f", worst);
+  x.assign({0.0f, -127.0f, -1e30f, -INFINITY, NAN, 1.0f, -1.0f, 2.0f, 0, 0, 0, 0, 0, 0, 0, 0});
+  mam::kernels().exp2(x.data(), y.data(), mam::kMaxLanes);
+  EXPECT(y[0] == 1.0f && y[5] == 2.0f && y[6] == 0.5f && y[7] == 4.0f, "powers of two are exact");
+  for (int i = 1; i < 4; ++i) EXPECT(y[i] >= 0.0f && y[i] <= 1.2e-38f, "2^%g is %g", x[i], y[i]);
+  EXPECT(std::isnan(y[4]), "not a number is %g", y[4]);
+}
+
+struct Problem {
+  mam::Scan sizes;
+  Array x, dt, A, B, C, D, keep, initial, gy, g_last;
+
+  Problem(mam::Scan s, bool has_keep, bool has_initial) : sizes(s) {
+    const int64_t rows = s.groups * s.sequences;
+    const int64_t wide = rows * s.agents * s.channels, narrow = rows * s.agents * s.states;
+    x = normal(wide), dt = normal(wide, 0.5f), B = normal(narrow), C = normal(narrow), gy = normal(wide);
+    A = normal(s.groups * s.states * s.channels), D = normal(s.groups * s.channels);
+    g_last = normal(rows * s.states * s.channels);
+    for (float& v : dt) v = std::abs(v);
+    for (float& v : A) v = -std::exp(v - 1.0f);
+    if (has_initial) initial = normal(rows * s.states * s.channels);
+    if (has_keep)
+      for (float v : normal(rows * s.agents)) keep.push_back(v > -0.8f);
+  }
+
+  template <class Scan>
+  void give(Scan& scan) const {
+    static_cast<mam::Scan&>(scan) = sizes;
+    scan.x = x.data(), scan.dt = dt.data(), scan.A = A.data(), scan.B = B.data(), scan.C = C.data(), scan.D = D.data();
+    scan.keep = keep.empty() ? nullptr : keep.data();
+    scan.initial = initial.empty() ? nullptr : initial.data();
+  }
+};
+
+struct Results {
+  Array y, last, starts, gx, gdt, gA, gB, gC, gD, g_initial;
+};
+
+template <class Scan>
+void run(const Scan& scan, void (*kernel)(const Scan&, int64_t, float*), int64_t threads) {
+  Threads pool{threads};
+  std::vector<Array> scratch(threads, Array(scan.scratch_size(), NAN));
+  mam::for_all_tasks(pool, scan.tasks(), threads,
+                     [&](int64_t task, int64_t worker) { kernel(scan, task, scratch[worker].data()); });
+}
+
+Results compute(const Problem& problem, int64_t threads) {
+  const mam::Scan& s = problem.sizes;
+  const int64_t rows = s.groups * s.sequences, state = s.states * s.channels;
+  Results r;
+  r.y = r.gx = r.gdt = Array(problem.x.size(), NAN);
+  r.last = r.g_initial = Array(rows * state, NAN);
+  r.starts = Array(rows * s.kept_states() * state, NAN);
+  r.gB = r.gC = Array(s.tiles * problem.B.size(), NAN);
+  r.gA = Array(s.blocks * problem.A.size(), NAN), r.gD = Array(s.blocks * problem.D.size(), NAN);
+  mam::ScanForward forward;
+  problem.give(forward);
+  forward.y = r.y.data(), forward.last = r.last.data(), forward.starts = r.starts.data();
+  run(forward, mam::kernels().scan_forward, threads);
+  mam::ScanBackward backward;
+  problem.give(backward);
+  backward.starts = r.starts.data(), backward.gy = problem.gy.data(), backward.g_last = problem.g_last.data();
+  backward.gx = r.gx.data(), backward.gdt = r.gdt.data(), backward.gA = r.gA.data(), backward.gB = r.gB.data();
+  backward.gC = r.gC.data(), backward.gD = r.gD.data(), backward.g_initial = r.g_initial.data();
+  run(backward, mam::kernels().scan_backward, threads);
+  return r;
+}
+
+// The recurrence as it is written; the gradients per agent are compared in tests/networks/test_native_scan.py.
+void check(const Problem& p, const Results& r) {
+  const mam::Scan& s = p.sizes;
+  double worst = 0;
+  const auto compare = [&](const Array& actual, int64_t first, int64_t parts, int64_t apart, double exact) {
+    double sum = 0;
+    for (int64_t i = 0; i < parts; ++i) sum += actual[first + i * apart];
+    worst = std::max(worst, std::isnan(sum) ? INFINITY : std::abs(sum - exact) / (10 + std::abs(exact)));
+  };
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int64_t d = 0; d < s.channels; ++d) {
+      double gD = 0;
+      for (int64_t k = 0; k < s.states; ++k) {
+        double gA = 0;
+        const double A = p.A[(g * s.states + k) * s.channels + d];
+        for (int64_t m = 0; m < s.sequences; ++m) {
+          const int64_t row = g * s.sequences + m, state = (row * s.states + k) * s.channels + d;
+          std::vector<double> h = {p.initial.empty() ? 0.0 : p.initial[state]};
+          const auto agent = [&](int64_t i) { return row * s.agents + (s.reverse ? s.agents - 1 - i : i); };
+          const auto decay = [&](int64_t i) {
+            return (p.keep.empty() || p.keep[agent(i)]) ? std::exp(A * p.dt[agent(i) * s.channels + d]) : 0.0;
+          };
+          for (int64_t i = 0; i < s.agents; ++i) {
+            const int64_t at = agent(i) * s.channels + d;
+            h.push_back(decay(i) * h[i] + double(p.dt[at]) * p.x[at] * p.B[agent(i) * s.states + k]);
+          }
+          compare(r.last, state, 1, 0, h.back());
+          double later = p.g_last[state];
+          for (int64_t i = s.agents - 1; i >= 0; --i) {
+            const int64_t at = agent(i) * s.channels + d, own = agent(i) * s.states + k;
+            const double G = later + double(p.gy[at]) * p.C[own];
+            later = G * decay(i);
+            gA += later * h[i] * p.dt[at];
+            if (k == 0) gD += double(p.gy[at]) * p.x[at];
+          }
+          compare(r.g_initial, state, 1, 0, later);
+        }
+        compare(r.gA, (g * s.blocks * s.states + k) * s.channels + d, s.blocks, s.states * s.channels, gA);
+      }
+      compare(r.gD, g * s.blocks * s.channels + d, s.blocks, s.channels, gD);
+    }
+  EXPECT(worst < 1e-4, "error of %g with N, D, S = %ld, %ld, %ld", worst, long(s.agents), long(s.channels),
+         long(s.states));
+}
+
+bool same(const Results& a, const Results& b) {
+  const auto equal = [](const Array& x, const Array& y) {
+    return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(float)));
+  };
+  return equal(a.y, b.y) && equal(a.last, b.last) && equal(a.gx, b.gx) && equal(a.gdt, b.gdt) && equal(a.gA, b.gA) &&
+         equal(a.gB, b.gB) && equal(a.gC, b.gC) && equal(a.gD, b.gD) && equal(a.g_initial, b.g_initial);
+}
+
+void test_scan() {
+  for (int i = 0; i < 60; ++i) {
+    mam::Scan s{};
+    s.groups = draw(1, 2), s.sequences = draw(1, 5), s.agents = draw(1, i % 3 ? 18 : 50);
+    s.channels = draw(1, 70), s.states = draw(1, 35), s.reverse = draw(0, 1);
+    s.blocks = draw(1, s.sequences), s.tiles = (s.channels + 31) / 32;
+    const Problem problem(s, draw(0, 1), draw(0, 1));
+    const Results results = compute(problem, 1);
+    check(problem, results);
+    EXPECT(same(results, compute(problem, 3)), "one thread and three");
+    for (const Array* a : {&results.y, &results.gx, &results.gdt, &results.gB, &results.gC})
+      for (const float v : *a) EXPECT(std::isfinite(v), "an element was not written");
+  }
+}
+
+// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_conv.py).
+void test_convolution() {
+  for (int i = 0; i < 40; ++i) {
+    mam::Convolution c{};
+    c.groups = draw(1, 2), c.sequences = draw(1, 5), c.agents = draw(1, 9), c.channels = draw(1, 70);
+    c.taps = draw(1, 4), c.blocks = draw(1, c.sequences);
+    const int64_t size = c.groups * c.sequences * c.agents * c.channels, taps = c.groups * c.taps * c.channels;
+    const Array x = normal(size), weight = normal(taps), bias = normal(c.groups * c.channels), gy = normal(size);
+    Array y(size, NAN), gx(size, NAN), g_weight(taps * c.blocks, NAN), g_bias(c.groups * c.channels * c.blocks, NAN);
+    c.x = x.data(), c.weight = weight.data(), c.bias = bias.data(), c.y = y.data();
+    const auto run = [&] {
+      for (int64_t task = 0; task < c.tasks(); ++task) mam::kernels().convolution(c, task);
+    };
+    run();
+    c.gy = gy.data(), c.gx = gx.data(), c.g_weight = g_weight.data(), c.g_bias = g_bias.data();
+    run();
+    double worst = 0;
+    for (int64_t place = 0; place < size; ++place) {
+      const int64_t d = place % c.channels, agent = place / c.channels % c.agents;
+      const int64_t group = place / c.channels / c.agents / c.sequences;
+      double sum = bias[group * c.channels + d];
+      for (int64_t k = 0; k < c.taps && k <= agent; ++k)
+        sum += double(weight[(group * c.taps + c.taps - 1 - k) * c.channels + d]) * x[place - k * c.channels];
+      worst = std::max(worst, std::abs(y[place] - sum / (1 + std::exp(-sum))));
+    }
+    EXPECT(worst < 1e-5, "error of %g", worst);
+    for (const Array* a : {&y, &gx, &g_weight, &g_bias})
+      for (const float v : *a) EXPECT(std::isfinite(v), "an element was not written");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int i = 0; mam::available(i); ++i) {
+    mam::choose_kernels(mam::available(i)->name);
+    std::printf("%s\n", mam::kernels().name);
+    test_exp2();
+    test_scan();
+    test_convolution();
+    test_decode();
+  }
+  std::printf(failures ? "%d failures\n" : "all is well\n", failures);
+  return failures != 0;
+}

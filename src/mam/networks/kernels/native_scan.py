@@ -1,0 +1,120 @@
+"""The selective scan of `mam.networks.scan` on CPU, forward and backward, by the package `mam_native`.
+
+The package keeps one state per chunk of agents, none for sequences of one chunk, and computes the others again. How the
+work is cut depends on sizes only, not on the number of threads: a call gives the same bits every time.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mam.networks.kernels.native import library
+
+CHUNK = 16  # agents between two states that are kept: kChunk in native/src/cpp/kernels.h
+MAX_BLOCKS = 32  # of sequences: each has its own sums for the gradients of A and D
+MIN_TASKS = 8  # where there are fewer sequences, channels are cut, too
+LANES = 16  # floats in the widest vector; tiles of channels are multiples
+
+
+class ScanInputs(NamedTuple):
+    """What the recurrence reads, in float32."""
+
+    x: Float[Array, "M N D"]
+    dt: Float[Array, "M N D"]
+    A: Float[Array, "S D"]
+    B: Float[Array, "M N S"]
+    C: Float[Array, "M N S"]
+    D: Float[Array, "D"]
+    keep: Float[Array, "M N"] | None  # 0 where the state is zeroed before agent i reads its input, else 1 (None: 1)
+    h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
+
+
+def native_outputs(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M N D"]:
+    """The outputs, the skip connection included; agents are read from the last to the first if `reverse`."""
+    return _scan(reverse, "y", inputs)
+
+
+def native_final_state(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M S D"]:
+    """The state after the last agent read. A call of its own, which is not made where nobody asks for the state.
+
+    Together with outputs it would be written always, and is as large as the inputs of S / 2 agents.
+    """
+    return _scan(reverse, "h", inputs)
+
+
+def _run_forward(reverse: bool, output: str, inputs: ScanInputs, *, keep_starts: bool) -> Sequence[Array]:
+    """The output, no or all final states, and the states between chunks."""
+    m, n, d = inputs.x.shape
+    s = inputs.A.shape[0]
+    cut = _Cut.of(m, d)
+    starts = (m, (n - 1) // CHUNK, s, d) if keep_starts else (0,)
+    shapes = ((m, n, d) if output == "y" else (0,), (m, s, d) if output == "h" else (0,), starts, cut.scratch(d, s))
+    return _call("mam_native_scan", shapes, inputs, reverse, cut)
+
+
+def _primal(reverse: bool, output: str, inputs: ScanInputs) -> Array:
+    y, last, *_ = _run_forward(reverse, output, inputs, keep_starts=False)
+    return y if output == "y" else last
+
+
+def _scan_fwd(reverse: bool, output: str, inputs: ScanInputs) -> tuple[Array, Any]:
+    y, last, starts, _ = _run_forward(reverse, output, inputs, keep_starts=True)
+    return y if output == "y" else last, (inputs, starts)
+
+
+def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tuple[ScanInputs]:
+    inputs, starts = residuals
+    m, n, d = inputs.x.shape
+    s = inputs.A.shape[0]
+    cut = _Cut.of(m, d)
+    none = jnp.zeros(0, jnp.float32)
+    gradients = (gradient, none) if output == "y" else (none, gradient)
+    shapes = (
+        *((m, n, d), (m, n, d)),
+        *((cut.blocks, s, d), (cut.tiles, m, n, s), (cut.tiles, m, n, s), (cut.blocks, d)),
+        *((0,) if inputs.h0 is None else (m, s, d), cut.scratch(d, s)),
+    )
+    arguments = (starts, *gradients)
+    gx, gdt, gA, gB, gC, gD, gh0, _ = _call("mam_native_scan_backward", shapes, inputs, reverse, cut, *arguments)
+    gA, gB, gC, gD = (jnp.sum(g, axis=0) if g.shape[0] != 1 else g[0] for g in (gA, gB, gC, gD))
+    g_keep = None if inputs.keep is None else jnp.zeros_like(inputs.keep)
+    return (ScanInputs(gx, gdt, gA, gB, gC, gD, g_keep, None if inputs.h0 is None else gh0),)
+
+
+_scan = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+class _Cut(NamedTuple):
+    """How the work is cut into tasks: blocks of sequences times tiles of channels."""
+
+    blocks: int
+    tiles: int
+
+    @classmethod
+    def of(cls, m: int, d: int) -> "_Cut":
+        blocks = min(m, MAX_BLOCKS)
+        wanted = -(-MIN_TASKS // max(blocks, 1))
+        width = -(-math.ceil(d / wanted) // LANES) * LANES
+        return cls(blocks, -(-d // width))
+
+    def scratch(self, d: int, s: int) -> tuple[int, int]:
+        """Memory to work in, for each thread that may take part."""
+        workers = min(self.blocks * self.tiles, os.cpu_count() or 1)
+        return workers, library().scan_scratch(d, s, self.tiles)
+
+
+def _call(name: str, shapes: Any, inputs: ScanInputs, reverse: bool, cut: _Cut, *arguments: Array) -> Sequence[Array]:
+    """An array without elements stands for none."""
+    present = [jnp.zeros(0, jnp.float32) if v is None else v for v in inputs]
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    # Mapped over, kernels take all leading axes as one batch, of which each element has its own A and D.
+    call = partial(jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all"), reverse=reverse)
+    return call(*present, *arguments, blocks=np.int64(cut.blocks), tiles=np.int64(cut.tiles))
