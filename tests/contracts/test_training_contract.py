@@ -220,7 +220,7 @@ def test_all_metrics_are_finite(learned):
 
 def test_every_parameter_learns(learned):
     """Defect 5, through the whole loss: Adam has seen a gradient of every array after one update."""
-    adam = learned.states[0].opt_state[1][0]
+    adam = learned.states[0].opt_state[1].inner_state[0]
     for path, square in jax.tree.leaves_with_path(adam.nu):
         assert (np.asarray(square)[runs_of(learned.name).index("mortal")] > 0).any(), jax.tree_util.keystr(path)
 
