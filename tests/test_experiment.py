@@ -314,6 +314,7 @@ def test_without_ray_there_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'mam[experiment]'")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray starts its processes by forking this one
 def test_ray_runs_resumes_and_stops(tmp_path, monkeypatch):
     """One cluster of two cores: a run told to stop, and the same run to its end."""
     from mam.experiment.cluster import RayPool

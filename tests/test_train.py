@@ -193,11 +193,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(trainer):
 
 
 def test_a_seed_does_not_depend_on_its_neighbours(trainer):
-    """Seed k beside others is seed k alone: on CPU, where seeds take turns, bit for bit."""
+    """Seed k beside others is seed k alone, up to rounding: of a single seed XLA makes another program."""
     together = run(trainer, SEEDS, "tte")
     for k in (0, 2):
+        alone = run(trainer, SEEDS[k : k + 1], "tte")
         kth = jax.tree.map(lambda x, k=k: x[k : k + 1], on_host(together))
-        assert_same(kth, run(trainer, SEEDS[k : k + 1], "tte"))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kth, on_host(alone))
+
+
+def test_a_seed_has_the_same_bits_beside_any_others(trainer):
+    """On CPU, where seeds take turns."""
+    together, others = run(trainer, SEEDS, "tte"), run(trainer, jnp.array([7, 2, 0]), "tte")
+    for k, place in ((0, 2), (2, 1)):
+        assert_same(*(jax.tree.map(lambda x, i=i: x[i], on_host(of)) for of, i in ((together, k), (others, place))))
 
 
 def test_evaluating_does_not_change_training(trainer):

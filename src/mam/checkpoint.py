@@ -73,6 +73,8 @@ class Writer:
         self.wait()
         self._number += 1
         self._pending = self._pool.submit(self._write, self._number, arrays, {"leaves": described, "meta": meta})
+        if jax.process_count() > 1:
+            self.wait()  # Orbax's barriers between processes must not meet the train step's collectives
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when everything is on disk, or after so many seconds.

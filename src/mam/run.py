@@ -325,7 +325,7 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
-    packages = ("mam", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy", "jumanji", "jaxmarl")
+    packages = ("mam", "mam-native", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy", "jumanji", "jaxmarl")
     found = {}
     for name in packages:
         try:

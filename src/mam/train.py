@@ -52,7 +52,7 @@ Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] o
 
 @dataclass(frozen=True)
 class Trainer:
-    """The functions of a run. Seed k's numbers are the same whichever seeds are beside it; on CPU to the last bit.
+    """The functions of a run. Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
 
     `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with environments on the host,
     where the last three are loops around jitted functions.
@@ -340,8 +340,7 @@ def _train_on_host(config: Config) -> Trainer:
 def _over_seeds(step: Callable) -> Callable:
     """A function of one seed for arguments with a leading axis of seeds.
 
-    On CPU one seed after another: one keeps the cores busy, the memory is that of one, and a seed's bits are those of
-    its run alone. Elsewhere all at once, with sums in another order.
+    On CPU one seed after another: one keeps the cores busy, and the memory is that of one. Elsewhere all at once.
     """
     if jax.default_backend() == "cpu":
         return lambda *args: jax.lax.map(lambda arg: step(*arg), args)

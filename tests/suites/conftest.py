@@ -90,7 +90,8 @@ def check_two_updates():
             actors = state.actors
             values = {name: float(value[0]) for name, value in values.items() if name not in timestep.metrics}
             assert np.isfinite([*values.values()]).all(), values
-            assert values["first_ratio_deviation"] <= 1e-5
+            # A sum over dimensions of what is not small: the weights are large, the standard deviations are not.
+            assert values["first_ratio_deviation"] <= (3e-5 if envs.spec.continuous else 1e-5)
         assert learn._cache_size() == 1
         for (path, before), after in zip(
             jax.tree_util.tree_leaves_with_path(first.policy), jax.tree.leaves(state.policy), strict=True
