@@ -325,9 +325,9 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
-    packages = ("mam", "mam-native", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy", "jumanji", "jaxmarl")
+    own, suites = ("mam", "mam-native"), ("jumanji", "jaxmarl")
     found = {}
-    for name in packages:
+    for name in (*own, "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy", *suites):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
