@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from mam.devices import WHOLE, Shard
 from mam.types import Observation, Transition
@@ -73,8 +73,3 @@ def kept(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:
         return jnp.where(bad.reshape(-1, *[1] * (new.ndim - 1)), old, new)
 
     return jax.tree.map(choose, old, new)
-
-
-def halved(learning_rate: Float[Array, "seeds"], bad: Bool[Array, "seeds"]) -> Float[Array, "seeds"]:
-    """Half the learning rate for the seeds that are bad."""
-    return jnp.where(bad, 0.5 * learning_rate, learning_rate)

@@ -233,12 +233,14 @@ def _train_on_device(config: Config) -> Trainer:
         seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
         return devices.share(seeds, (P(), P()), P())(policy, key)
 
-    alone = Learner(config, everywhere.spec)
-    shape = jax.eval_shape(lambda: alone.init(jnp.zeros((), int), lambda *args: init_actors(everywhere, *args)))
-    specs = eqx.tree_at(
-        lambda s: s.actors, jax.tree.map(lambda _: P(), shape), jax.tree.map(lambda _: P(None, AXIS), shape.actors)
-    )
-    init_seeds = jax.jit(devices.share(_one_after_the_other(init), (P(),), specs))
+    specs = None  # which axes of the state are dealt out: none to a single device
+    if devices.num_devices > 1:
+        alone = Learner(config, everywhere.spec)
+        shape = jax.eval_shape(lambda: alone.init(jnp.zeros((), int), lambda *args: init_actors(everywhere, *args)))
+        specs = eqx.tree_at(
+            lambda s: s.actors, jax.tree.map(lambda _: P(), shape), jax.tree.map(lambda _: P(None, AXIS), shape.actors)
+        )
+    init_seeds = jax.jit(devices.share(_in_turn(init), (P(),), specs))
     step_seeds = devices.share(_over_seeds(train_step), (specs,), (specs, P()))
     return Trainer(
         spec=learner.spec,
@@ -294,7 +296,7 @@ def _train_on_host(config: Config) -> Trainer:
         return learner.init(seed, lambda policy, key: blank_actors(policy, played.spec, ppo.num_envs))
 
     learn = jax.jit(_guarded(_over_seeds(learner.learn), config, on_host=True), donate_argnums=0)
-    init_seeds = jax.jit(_one_after_the_other(init))
+    init_seeds = jax.jit(_in_turn(init))
     remember = jax.jit(jax.vmap(learner.remember))
     streams = jax.jit(jax.vmap(lambda state: [jax.random.split(_stream(state, s)) for s in range(3)]))
 
@@ -342,18 +344,17 @@ def _over_seeds(step: Callable) -> Callable:
 
     On CPU one seed after another: one keeps the cores busy, and the memory is that of one. Elsewhere all at once.
     """
-    if jax.default_backend() == "cpu":
-        return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
-    return jax.vmap(step)
+    return _in_turn(step) if jax.default_backend() == "cpu" else jax.vmap(step)
 
 
-def _one_after_the_other(init: Callable[[Int[Array, ""]], TrainState]) -> Callable:
-    """`init` for many seeds, without `vmap`.
+def _in_turn(step: Callable) -> Callable:
+    """A function of one seed for many, one after another.
 
-    On CPU two batched QR factorisations (of orthogonal weights) at the same time wait for each other for ever:
-    each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2, two cores).
+    `init` needs it everywhere: on CPU two batched QR factorisations (of orthogonal weights) at the same time wait for
+    each other for ever: each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2,
+    two cores).
     """
-    return lambda seeds: jax.lax.map(init, seeds)
+    return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
 
 
 def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
