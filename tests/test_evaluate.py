@@ -58,7 +58,7 @@ class Scripted(eqx.Module):
         jax.debug.callback(lambda _: self.calls.append(1), memory[0])
         count = jnp.where(reset, 0, memory)
         preferred = jnp.broadcast_to((self.weight + count)[:, None], (count.size, 2))
-        action = preferred if greedy else jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 100))(key)
+        action = jnp.where(greedy, preferred, jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 100))(key))
         blank = jnp.zeros(action.shape)
         return count + 1, PolicyOutput(action.astype(jnp.int32), blank, blank, jnp.zeros(action.shape, jnp.int32))
 

@@ -14,7 +14,7 @@ import pytest
 
 from mam import train
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.host import host_evaluate, host_rollout, make_act, seed_of, start_actors
+from mam.host import host_evaluate, host_rollout, seed_of, start_actors
 from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -82,7 +82,7 @@ class Counter(eqx.Module):
     def act(self, memory, obs, reset, key, *, greedy=False):
         count = jnp.where(reset, 0, memory)
         logits = jax.nn.log_softmax(self.taste[count][..., None, :] + obs.agents_view[..., :1])
-        action = logits.argmax(-1) if greedy else jax.vmap(jax.random.categorical)(key, logits)
+        action = jnp.where(greedy, logits.argmax(-1), jax.vmap(jax.random.categorical)(key, logits))
         log_prob = jnp.take_along_axis(logits, action[..., None], -1)[..., 0]
         value = jnp.broadcast_to(count[..., None], action.shape).astype(float)
         order = jnp.broadcast_to(jnp.arange(NUM_AGENTS, dtype=jnp.int32)[::-1], action.shape)
@@ -98,7 +98,6 @@ class Counter(eqx.Module):
 POLICY = Counter(jax.random.normal(jax.random.key(0), (NUM_SEEDS, 100, NUM_ACTIONS)))  # one per seed
 KEYS = [jax.random.split(jax.random.key(k), NUM_SEEDS) for k in (1, 2)]  # of two rollouts
 SEED = 5  # of the environments
-ACT = {greedy: make_act(greedy=greedy) for greedy in (False, True)}
 act_alone = jax.jit(lambda policy, *args, greedy: policy.act(*args, greedy=greedy), static_argnames="greedy")
 
 
@@ -131,7 +130,7 @@ def roll_out(num_seeds=NUM_SEEDS, first_seed=0):
     actors = [start_actors(envs, blank_memory(num_seeds), num_seeds, SEED)[0]]
     rollouts = []
     for keys in KEYS:
-        after, transitions = host_rollout(envs, ACT[False], policy, actors[-1], keys[seeds], LENGTH)
+        after, transitions = host_rollout(envs, policy, actors[-1], keys[seeds], LENGTH)
         actors.append(after)
         rollouts.append(transitions)
     return envs, actors, jax.tree.map(lambda *x: np.concatenate(x, axis=1), *rollouts)
@@ -193,7 +192,7 @@ def test_every_episode_equals_one_played_by_hand():
     """In rounds of one episode per environment, each from a reset to its end and no further."""
     num_episodes = 2 * NUM_ENVS + 1
     envs = Dice(NUM_SEEDS * NUM_ENVS)
-    metrics = host_evaluate(envs, ACT[True], POLICY, blank_memory(), KEYS[0], num_episodes)
+    metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], num_episodes, greedy=True)
     assert {x.shape for x in metrics.values()} == {(NUM_SEEDS, num_episodes)}
     first = seed_of(KEYS[0])
     assert envs.seeds == [first, first + NUM_ENVS, first + 2 * NUM_ENVS]
@@ -208,7 +207,7 @@ def test_every_episode_equals_one_played_by_hand():
 
 def test_a_round_stops_when_its_last_episode_is_over():
     envs = Dice(NUM_SEEDS * NUM_ENVS)
-    metrics = host_evaluate(envs, ACT[True], POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS)
+    metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS, greedy=True)
     rounds = metrics["episode_length"].reshape(NUM_SEEDS, 2, NUM_ENVS)
     assert len(envs.actions) == rounds.max(axis=(0, 2)).sum()
 
@@ -218,7 +217,7 @@ def test_sampled_episodes_depend_on_the_key_and_on_the_round():
 
     def first_actions(key):
         envs = Dice(NUM_SEEDS * NUM_ENVS)
-        host_evaluate(envs, ACT[False], POLICY, blank_memory(), key, 2 * NUM_ENVS)
+        host_evaluate(envs, POLICY, blank_memory(), key, 2 * NUM_ENVS)
         lengths = np.cumsum([0, len(envs.actions) - 1])
         return np.stack([envs.actions[t] for t in lengths])
 
@@ -249,9 +248,9 @@ class Host:
         self.made.append(Dice(num_envs))
         return self.made[-1]
 
-    def host_rollout(self, envs, act, policy, actors, key, length):
+    def host_rollout(self, envs, policy, actors, key, length):
         self.actors.append(jax.device_get(actors))
-        return host_rollout(envs, act, policy, actors, key, length)
+        return host_rollout(envs, policy, actors, key, length)
 
     def make_train(self, policy):
         with pytest.MonkeyPatch.context() as patch:

@@ -46,7 +46,7 @@ class Linear(eqx.Module):
 
     def act(self, memory, obs, reset, key, *, greedy=False):
         logits = obs.agents_view @ self.actor
-        action = logits.argmax(-1) if greedy else jax.vmap(jax.random.categorical)(key, logits)
+        action = jnp.where(greedy, logits.argmax(-1), jax.vmap(jax.random.categorical)(key, logits))
         action = action.astype(jnp.int32)
         order = jnp.broadcast_to(jnp.arange(action.shape[-1], dtype=jnp.int32), action.shape)
         return memory, PolicyOutput(action, self._log_prob(obs, action), self.value(memory, obs), order)
@@ -313,13 +313,16 @@ def test_the_absolute_metric_is_of_the_best_weights_on_fresh_episodes(trainer):
     assert not np.isin(fresh["episode_return"], known["episode_return"]).all()
 
 
-def test_evaluation_samples_unless_asked_to_be_greedy(trainer):
+def test_evaluation_samples_unless_asked_to_be_greedy_and_reports_the_other_beside(trainer):
     state = eqx.tree_at(
         lambda s: s.policy.actor, scripted(trainer.init(SEEDS), [1, 1, 1]), replace_fn=lambda x: x / 1e3
     )
     greedy = make_train(replace(CONFIG, eval=replace(CONFIG.eval, greedy=True)))
-    assert (trainer.evaluate_step(state)[1]["episode_return"] < OPTIMUM).any()
-    assert (greedy.evaluate_step(state)[1]["episode_return"] == OPTIMUM).all()
+    sampled, greedy = (made.evaluate_step(state)[1] for made in (trainer, greedy))
+    assert (sampled["episode_return"] < OPTIMUM).any()
+    assert (greedy["episode_return"] == OPTIMUM).all()
+    np.testing.assert_array_equal(sampled["greedy_episode_return"], greedy["episode_return"])
+    np.testing.assert_array_equal(greedy["sampled_episode_return"], sampled["episode_return"])
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class EvalConfig:
     num_absolute_episodes: int = 320
     """Fresh episodes played by the best weights after training: the absolute metric."""
     greedy: bool = False
-    """Take the most likely actions instead of sampling them."""
+    """What counts is the return of the most likely actions instead of sampled ones; the other is reported beside."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def evaluate(
     key: Key[Array, ""],
     num_episodes: int,
     *,
-    greedy: bool = False,
+    greedy: bool | Bool[Array, ""] = False,
     shard: Shard = WHOLE,
 ) -> dict[str, Float[Array, "M"]]:
     """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over.
@@ -37,7 +37,7 @@ def evaluate(
         policy: the weights to evaluate.
         key: decides everything random.
         num_episodes: M.
-        greedy: take the most likely actions instead of sampling.
+        greedy: take the most likely actions instead of sampling; the rest is the same for the same key.
         shard: plays its share of the episodes; all devices return those of all.
 
     Returns:

@@ -4,30 +4,27 @@ The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act 
 and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mam.rollout import Actors
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
 LAST_STEP = 2**31 - 1  # that nobody reaches
 
-# Jitted: the policies of all seeds, where acting stands, and one key per seed, at step t.
-Act = Callable[[Policy, Actors, Key[Array, "seeds"], int], tuple[Memory, PolicyOutput]]
 
-
-def make_act(*, greedy: bool = False) -> Act:
-    """Compiles `policy.act` for all seeds, each environment with a key of its own."""
-
-    def act(policy: Policy, actors: Actors, key: Key[Array, ""], step: Int[Array, ""]) -> tuple[Memory, PolicyOutput]:
-        keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
-        return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
-
-    return jax.jit(jax.vmap(act, in_axes=(0, 0, 0, None)))
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, None, None))
+def act(
+    policy: Policy, actors: Actors, key: Key[Array, ""], step: Int[Array, ""], greedy: Bool[Array, ""]
+) -> tuple[Memory, PolicyOutput]:
+    """`policy.act` of all seeds at step t, each environment with a key of its own."""
+    keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
+    return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
 
 
 def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
@@ -52,7 +49,7 @@ def start_actors(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: i
 
 
 def host_rollout(
-    envs: HostEnvironments, act: Act, policy: Policy, actors: Actors, key: Key[Array, "seeds"], length: int
+    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], length: int
 ) -> tuple[Actors, Transition]:
     """Takes `length` steps in every environment with sampled actions.
 
@@ -61,7 +58,7 @@ def host_rollout(
     """
     transitions = []
     for step in range(length):
-        memory, output, timestep = _advance(envs, act, policy, actors, key, step)
+        memory, output, timestep = _advance(envs, policy, actors, key, step)
         transitions.append(
             Transition(
                 observation=actors.observation,
@@ -84,7 +81,13 @@ def host_rollout(
 
 
 def host_evaluate(
-    envs: HostEnvironments, act: Act, policy: Policy, memory: Memory, key: Key[Array, "seeds"], num_episodes: int
+    envs: HostEnvironments,
+    policy: Policy,
+    memory: Memory,
+    key: Key[Array, "seeds"],
+    num_episodes: int,
+    *,
+    greedy: bool = False,
 ) -> dict[str, np.ndarray]:
     """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
@@ -100,7 +103,7 @@ def host_evaluate(
         actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
         over, metrics = timestep.ended, timestep.metrics
         while not over.all():
-            after, _, timestep = _advance(envs, act, policy, actors, key, step)
+            after, _, timestep = _advance(envs, policy, actors, key, step, greedy)
             metrics = {name: np.where(over, metrics[name], value) for name, value in timestep.metrics.items()}
             over = over | timestep.ended
             actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
@@ -115,10 +118,10 @@ def seed_of(key: Key[Array, "..."]) -> int:
 
 
 def _advance(
-    envs: HostEnvironments, act: Act, policy: Policy, actors: Actors, key: Key[Array, "seeds"], step: int
+    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], step: int, greedy: bool = False
 ) -> tuple[Memory, PolicyOutput, TimeStep]:
     """One step of the policy and of every environment."""
-    memory, output = act(policy, actors, key, step)
+    memory, output = act(policy, actors, key, step, greedy)
     output = jax.device_get(output)
     action = output.action.reshape(envs.num_envs, *output.action.shape[2:])
     return memory, output, _by_seed(envs.step(action), key.shape[0])

@@ -23,7 +23,7 @@ from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.evaluate import evaluate
 from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
-from mam.host import blank_actors, host_evaluate, host_rollout, make_act, seed_of, start_actors
+from mam.host import blank_actors, host_evaluate, host_rollout, seed_of, start_actors
 from mam.networks.decode import Decoding
 from mam.networks.mixers.ssm import largest_step_size
 from mam.networks.policy import make_policy
@@ -219,18 +219,22 @@ def _train_on_device(config: Config) -> Trainer:
         actors, transitions = rollout(here(), state.policy, state.actors, rollout_key, config.ppo.rollout_length, shard)
         return learner.learn(state, actors, transitions, update_key)
 
-    def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: bool) -> Values:
+    def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: Bool[Array, ""]) -> Values:
         return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, shard=shard)
 
+    def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
+        modes = jnp.array([config.eval.greedy, not config.eval.greedy])
+        return _both_modes(jax.lax.map(lambda greedy: play(policy, key, num_episodes, greedy), modes), config)
+
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
-        values = play(state.policy, _stream(state, 1), config.eval.num_episodes, config.eval.greedy)
+        values = play_both(state.policy, _stream(state, 1), config.eval.num_episodes)
         return learner.remember(state, values), values
 
     def absolute_metric(state: TrainState) -> Values:
-        return play(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes, config.eval.greedy)
+        return play_both(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes)
 
     def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
-        seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
+        seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, jnp.asarray(greedy)))
         return devices.share(seeds, (P(), P()), P())(policy, key)
 
     specs = None  # which axes of the state are dealt out: none to a single device
@@ -290,7 +294,7 @@ def _train_on_host(config: Config) -> Trainer:
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
-    learner, act = Learner(config, played.spec), {greedy: make_act(greedy=greedy) for greedy in (False, True)}
+    learner = Learner(config, played.spec)
 
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner.init(seed, lambda policy, key: blank_actors(policy, played.spec, ppo.num_envs))
@@ -306,20 +310,23 @@ def _train_on_host(config: Config) -> Trainer:
         if not running:
             running.append(start(ppo.num_envs))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
-        actors, transitions = host_rollout(running[0], act[False], state.policy, actors, keys[:, 0], ppo.rollout_length)
+        actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
         return learn(state, actors, transitions, keys[:, 1])
 
     def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         memory = jax.vmap(lambda policy: policy.init_memory((per_round,)))(policy)
-        return host_evaluate(played, act[greedy], policy, memory, key, num_episodes)
+        return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy)
+
+    def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
+        modes = [play(policy, key, num_episodes, greedy) for greedy in (settings.greedy, not settings.greedy)]
+        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *modes), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
-        values = play(state.policy, streams(state)[1][:, 0], settings.num_episodes, settings.greedy)
+        values = play_both(state.policy, streams(state)[1][:, 0], settings.num_episodes)
         return remember(state, values), values
 
     def absolute_metric(state: TrainState) -> Values:
-        key = streams(state)[2][:, 0]
-        return play(state.best_policy, key, settings.num_absolute_episodes, settings.greedy)
+        return play_both(state.best_policy, streams(state)[2][:, 0], settings.num_absolute_episodes)
 
     def close() -> None:
         for envs in (played, *running):
@@ -363,6 +370,12 @@ def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
     Evaluating draws nothing from training's stream, so how often a run is evaluated does not change it.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
+
+
+def _both_modes(values: Values, config: Config) -> Values:
+    """Metrics [2, …] of the mode that counts and of the other one, which is named in front."""
+    other = "sampled" if config.eval.greedy else "greedy"
+    return {name: x[0] for name, x in values.items()} | {f"{other}_{name}": x[1] for name, x in values.items()}
 
 
 def _update_values(metrics: UpdateMetrics) -> Values:

@@ -174,9 +174,12 @@ class Policy(Protocol):
         reset: Bool[Array, "*batch"],
         key: Key[Array, "*batch"],
         *,
-        greedy: bool = False,
+        greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses one joint action per batch element; `reset` marks the first step of an episode."""
+        """Chooses one joint action per batch element: a sample, or the most likely one if `greedy`.
+
+        `reset` marks the first step of an episode.
+        """
         ...
 
     def evaluate(

@@ -235,6 +235,30 @@ def test_evaluate_repeats_act_over_time(name):
     assert not close[reset & living.any(-1)].all()
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def gradient_norm(policy, obs):
+    """Of all that is learned from one step."""
+    order = decision_order(obs.alive)
+
+    def loss(policy):
+        action = jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)
+        evaluation = evaluate_step(policy, policy.init_memory(order.shape[:-1]), obs, action, order)
+        return jnp.sum(jnp.where(obs.alive, evaluation.log_prob + evaluation.value, 0.0))
+
+    leaves = jax.tree.leaves(jax.grad(loss)(policy))
+    return jnp.sqrt(sum(jnp.vdot(leaf, leaf) for leaf in leaves))
+
+
+@every_policy
+def test_equal_features_do_not_make_gradients_explode(name):
+    """An agent that sees nothing, in new networks of two blocks, whose other biases are zero."""
+    obs, sizes = make_observation(ALIVE), replace(SIZES, num_blocks=2)
+    policy = make_policy(name, make_spec("discrete"), sizes, key=jax.random.key(0))
+    usual = gradient_norm(policy, obs)
+    flat = replace(obs, agents_view=obs.agents_view.at[:, 1].set(0.0))
+    assert gradient_norm(policy, flat) < 3 * usual
+
+
 @every_policy
 def test_the_living_decide_first_and_by_index(name):
     """Where all decide at once, the order means nothing and is that of the agents."""

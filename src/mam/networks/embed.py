@@ -11,6 +11,7 @@ from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.types import EnvSpec, Observation
 
 SMALL_PICTURE = 8  # rows and columns a picture is reduced to, at most
+BIAS_SCALE = 0.1  # of the embedding's bias at the start, uniform; inputs contribute numbers of order 1
 
 
 class Conv(eqx.Module):
@@ -60,6 +61,9 @@ class ObservationEmbedding(eqx.Module):
     """x = LN(GELU(Dense(LN(features)))), for each agent by itself (MAT, §3); a picture's numbers join the features.
 
     The rows of dead agents are read as zeros: whatever stands there, NaN included, goes nowhere.
+
+    Difference: the bias does not start at zero. An agent whose features are all equal would be a row of zeros to every
+    norm of the network, each of which multiplies its gradient by 1/√ε = 1000, beyond any float.
     """
 
     obs_norm: LayerNorm | None  # None where there are no features
@@ -68,14 +72,16 @@ class ObservationEmbedding(eqx.Module):
     norm: LayerNorm
 
     def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
-        picture_key, dense_key = jax.random.split(key)
+        picture_key, dense_key, bias_key = jax.random.split(key, 3)
         self.obs_norm = LayerNorm(spec.obs_dim) if spec.obs_dim else None
         self.picture = None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
         num_features = spec.obs_dim
         if self.picture is not None:
             picture = jax.ShapeDtypeStruct((1, *(spec.grid_shape or ())), jnp.float32)
             num_features += jax.eval_shape(self.picture, picture).shape[1]
-        self.dense = Dense(num_features, d_model, key=dense_key, gain=HIDDEN_GAIN)
+        dense = Dense(num_features, d_model, key=dense_key, gain=HIDDEN_GAIN)
+        bias = jax.random.uniform(bias_key, (d_model,), minval=-BIAS_SCALE, maxval=BIAS_SCALE)
+        self.dense = eqx.tree_at(lambda dense: dense.bias, dense, bias)
         self.norm = LayerNorm(d_model)
 
     def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:

@@ -191,13 +191,13 @@ class IndependentPolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
         key: Key[Array, "*batch"],
         *,
-        greedy: bool = False,
+        greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses all agents' actions at once; see `mam.types.Policy`."""
         num_agents, num_actions = obs.action_mask.shape[-2:]
         actor_memory, out = self.actor.step(memory.actor, obs, reset)
         critic_memory, value = self.critic.step(memory.critic, obs, reset)
-        noise = jnp.zeros(out.shape) if greedy else agent_noise(self.kind, key, num_agents, num_actions)
+        noise = jnp.where(greedy, 0.0, agent_noise(self.kind, key, num_agents, num_actions))
         action = self.kind.choose(out, obs.action_mask, noise)
         return ActorCriticMemory(actor=actor_memory, critic=critic_memory), PolicyOutput(
             action=action,

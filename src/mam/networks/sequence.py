@@ -76,7 +76,7 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
         key: Key[Array, "*batch"],
         *,
-        greedy: bool = False,
+        greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses one joint action per batch element; see `mam.types.Policy`."""
         num_agents, num_actions = obs.action_mask.shape[-2:]
@@ -84,9 +84,8 @@ class SequencePolicy(eqx.Module):
         order = decision_order(obs.alive)
         encoded = self.encode(obs, order)
         mask = _rows(obs.action_mask, order)
-        noise = jnp.zeros(mask.shape)
-        if not greedy:
-            noise = _rows(agent_noise(self.kind, key, num_agents, num_actions), order)
+        noise = _rows(agent_noise(self.kind, key, num_agents, num_actions), order)
+        noise = jnp.where(greedy, 0.0, noise)
         ahead = Ahead(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
         # 2. The actions.
         decision = decide(self.decoder, self.kind, ahead, self.decoding)

@@ -41,17 +41,18 @@ def evaluation_returns(records: Sequence[Record]) -> tuple[np.ndarray, Float[np.
     return steps, np.array([seed_means(record.values[RETURN]) for record in evaluations])
 
 
-def absolute_returns(records: Sequence[Record]) -> Float[np.ndarray, "seeds"] | None:
+def absolute_returns(records: Sequence[Record], metric: str = RETURN) -> Float[np.ndarray, "seeds"] | None:
     """Each seed's absolute metric, if the run got that far; the last one, should it have been measured twice."""
-    found = [record for record in records if record.kind == "absolute"]
-    return seed_means(found[-1].values[RETURN]) if found else None
+    found = [record for record in records if record.kind == "absolute" and metric in record.values]
+    return seed_means(found[-1].values[metric]) if found else None
 
 
 def summary_table(records: Sequence[Record], *, seeds: Sequence[int], title: str | None = None) -> Table:
     """The outcome of a run, finished or not, as a table for `rich.print`.
 
-    One row per seed: its last and best mean evaluation return and its absolute metric; then mean ±
-    standard deviation over seeds and, from three seeds on, the 95 % bootstrap interval of that mean.
+    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the same weights with
+    greedy actions (or with sampled ones, if greedy ones are what counts); then mean ± standard deviation over seeds
+    and, from three seeds on, the 95 % bootstrap interval of that mean.
 
     Args:
         records: all records of the run.
@@ -65,6 +66,9 @@ def summary_table(records: Sequence[Record], *, seeds: Sequence[int], title: str
         "best return": returns.max(axis=0) if len(returns) else None,
         "absolute metric": absolute,
     }
+    for mode in ("greedy", "sampled"):
+        if (beside := absolute_returns(records, f"{mode}_{RETURN}")) is not None:
+            columns[mode] = beside
     table = Table(title=title, caption=_effort(records, len(seeds)))
     table.add_column("seed")
     for name in columns:

@@ -10,7 +10,12 @@ from mam.logging import RETURN
 from mam.report.results import Results
 from mam.report.statistics import ENOUGH_RUNS, Estimate
 
-_METRICS = {RETURN: "mean episode return", "won": "share of episodes won"}
+_METRICS = {
+    RETURN: "Absolute metric: mean episode return",
+    f"greedy_{RETURN}": "Absolute metric with the most likely actions",
+    f"sampled_{RETURN}": "Absolute metric with sampled actions",
+    "won": "Win rate: share of episodes won",
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,7 @@ def _per_task(results: Results, metric: str) -> Table:
         if any(scores):
             rows.append([Cell(task), *_compared(scores)])
     note = f"The best checkpoint's fresh episodes, mean over seeds and 95 % bootstrap interval. {_BOLD}"
-    title = "Absolute metric" if metric == RETURN else "Win rate"
-    return Table(f"{title}: {_METRICS[metric]}", ["task", *results.compared], rows, note)
+    return Table(_METRICS[metric], ["task", *results.compared], rows, note)
 
 
 def _compared(estimates: Sequence[Estimate | None], *, less_is_better: bool = False) -> list[Cell]:
