@@ -1,4 +1,4 @@
-"""Level-Based Foraging on CPU cores: the smallest tasks, five seeds, one million steps with small networks.
+"""Level-Based Foraging on CPU cores: the smallest tasks, five seeds, half a million steps with small networks.
 
 mam experiment experiments/lbf.py
 mam report runs/lbf --out report
@@ -12,5 +12,6 @@ runs = grid(
     env=["lbf/2s-8x8-2p-2f-coop", "lbf/8x8-2p-2f-coop", "lbf/2s-10x10-3p-3f"],
     policy=["mam", "mat", "mappo"],
     num_seeds=5,
-    total_timesteps=1_000_000,
+    total_timesteps=500_000,
+    **{"ppo.lr": 1e-3},
 )

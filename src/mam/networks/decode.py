@@ -74,11 +74,9 @@ def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding)
         state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
         token=decoder.embed.start(tuple(batch)),
     )
-    if decoding.method == "sequential" or (decoding.method == "kernel" and not has_cuda()):
-        return _in_order(chooser, start, ahead)
-    if decoding.method == "kernel":
-        return _in_one_kernel(chooser, start, ahead)
-    return _in_windows(chooser, start, ahead, size, decoding.max_passes or size)
+    if decoding.method == "fixed_point":
+        return _in_windows(chooser, start, ahead, size, decoding.max_passes or size)
+    return _in_order(chooser, start, ahead, kernel=decoding.method == "kernel")
 
 
 def _in_windows(chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int) -> Decision:
@@ -122,34 +120,28 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
     return progress, decision
 
 
-def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision:
-    """The loop over agents; on CPU one call of native code, where that is installed and takes the decoder."""
+def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool) -> Decision:
+    """One agent after another: a loop, or one call of what is made for the platform and takes the decoder.
+
+    On CPU that is native code, where it is installed; on CUDA a kernel, if asked for.
+    """
 
     def loop(ahead: Ahead) -> Decision:
         return _one_by_one(chooser, start, ahead)[1]
 
-    def native(ahead: Ahead) -> Decision:
-        action, out = native_decode(chooser.decoder, ahead)
-        return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
+    def in_one_call(decode: Callable[[Decoder, Ahead], tuple[Action, Array]]) -> Callable[[Ahead], Decision]:
+        def call(ahead: Ahead) -> Decision:
+            action, out = decode(chooser.decoder, ahead)
+            return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
 
-    if not use_native() or not native_supports(chooser.decoder, ahead):
-        return loop(ahead)
-    return lax.platform_dependent(ahead, cpu=native, default=loop)
+        return call
 
-
-def _in_one_kernel(chooser: _Chooser, start: Progress, ahead: Ahead) -> Decision:
-    """The whole loop as one kernel on CUDA, where it takes the decoder; elsewhere the loop itself."""
-
-    def loop(ahead: Ahead) -> Decision:
-        return _one_by_one(chooser, start, ahead)[1]
-
-    def kernel(ahead: Ahead) -> Decision:
-        action, out = decode_kernel(chooser.decoder, ahead)
-        return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
-
-    if not kernel_supports(chooser.decoder):
-        return loop(ahead)
-    return lax.platform_dependent(ahead, cuda=kernel, default=loop)
+    calls = {}
+    if use_native() and native_supports(chooser.decoder, ahead):
+        calls["cpu"] = in_one_call(native_decode)
+    if kernel and has_cuda() and kernel_supports(chooser.decoder):
+        calls["cuda"] = in_one_call(decode_kernel)
+    return lax.platform_dependent(ahead, **calls, default=loop) if calls else loop(ahead)
 
 
 class _Attempt(eqx.Module):
