@@ -43,7 +43,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
         if text.startswith("Required options"):
             name = dataclasses.fields(kind)[0].name
             what = {"run": "the folder of a run", "env": "the name of an environment", "what": "what to time"}
-            what = (what | {"file": "a file that lists runs"})[name]
+            what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
 

@@ -1,4 +1,4 @@
-"""The command: `mam train | plan | evaluate | play | experiment | sweep | report | list | check-env | bench`."""
+"""The command: `mam train | plan | evaluate | play | experiment | sweep | report | dashboard | list | …`."""
 
 import contextlib
 import os
@@ -15,6 +15,7 @@ import tyro
 from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config
+from mam.dashboard import Dashboard, serve
 from mam.errors import UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.presets import PRESETS, preset, preset_for
@@ -71,14 +72,14 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Play:
-    """Write a GIF of one episode played by the best weights of a run."""
+    """Write a GIF of one episode played by the best weights of a run, and what every agent decided, as JSON."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     env: str | None = None
     """Task to play in place of the run's own."""
     out: Path | None = None
-    """The GIF; RUN/episode.gif if None."""
+    """The GIF; RUN/episode.gif if None. What was decided goes to the same name with .json."""
     seed: int = 0
     """Decides the episode."""
     policy_seed: int | None = None
@@ -284,7 +285,7 @@ def _play(args: Play) -> None:
     import numpy as np
 
     from mam import runtime
-    from mam.play import play, play_on_host
+    from mam.play import play, play_on_host, trace_path
     from mam.types import HostEnvironments
 
     runtime.configure()
@@ -296,20 +297,22 @@ def _play(args: Play) -> None:
     else:
         raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {args.policy_seed}")
     path = args.out or args.run / "episode.gif"
+    if path == trace_path(path):
+        raise UserError(f"--out is the GIF; {path} is where what was decided goes")
     print(f"playing seed {seeds[index]} into {path}…")
     policy = jax.tree.map(lambda x: x[index], policies)
+    how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
     try:
         if isinstance(trainer.env, HostEnvironments):
             trainer.close()
-            how = (config.env, config.agent_id, policy, args.seed, path)
-            episode_return = play_on_host(*how, greedy=args.greedy)
+            episode = play_on_host(config.env, config.agent_id, policy, args.seed, path, **how)
         else:
-            episode_return = play(trainer.env, policy, args.seed, path, greedy=args.greedy)
-    except NotImplementedError as error:
-        raise UserError(str(error)) from error
+            episode = play(trainer.env, policy, args.seed, path, **how)
     finally:
         trainer.close()
-    print(f"return {episode_return:.3f}")
+    if episode.undrawn:
+        print(f"{episode.undrawn}: no picture, only {trace_path(path)}")
+    print(f"return {episode.episode_return:.3f}")
 
 
 def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]]:
@@ -434,6 +437,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "experiment": (Experiment, run_experiment),
     "sweep": (Sweep, run_sweep),
     "report": (Report, _report),
+    "dashboard": (Dashboard, serve),
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),
 }

@@ -1,0 +1,152 @@
+"""Episodes that were played: finding them, reading them, and playing another one in a process of its own."""
+
+import asyncio
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mam.dashboard.runs import LiveRun
+from mam.errors import RunError, UserError
+
+_OTHERS = ("config.json", "versions.json", "marl_eval.json")  # of a run's folder that are no traces
+_ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A played episode: what `mam play` wrote, see `mam.play.write_trace`."""
+
+    about: dict[str, Any]  # everything but the arrays
+    trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, A]
+    frames: list[bytes]  # PNG of each state, fewer or none where nothing was drawn
+    moments: np.ndarray  # [num_frames], which of `frames` shows each state
+
+    @property
+    def length(self) -> int:
+        """Steps of the episode, T."""
+        return len(self.trace["reward"])
+
+    @property
+    def last(self) -> int:
+        """The last state that can be looked at: T, after the last action, unless there is no picture of it."""
+        return max(len(self.moments) - 1, 0) if len(self.moments) else self.length
+
+    def reward_so_far(self, state: int) -> float:
+        """The team's reward before a state, averaged over agents."""
+        return float(self.trace["reward"][:state].mean(axis=1).sum()) if state else 0.0
+
+    def frame(self, state: int) -> int | None:
+        """Which of the frames shows a state; None without pictures."""
+        return int(self.moments[min(state, len(self.moments) - 1)]) if len(self.moments) else None
+
+
+def replays_of(run: LiveRun) -> dict[str, Path]:
+    """The traces of a run by name, the newest first."""
+    found = [path for path in run.path.glob("*.json") if path.name not in _OTHERS]
+    found += run.path.glob("replays/*.json")
+    return {path.stem: path for path in sorted(found, key=lambda path: -path.stat().st_mtime)}
+
+
+def load(path: Path) -> Replay:
+    """Reads a trace and its picture.
+
+    Raises:
+        UserError: if either cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        trace = {name: np.array(data.pop(name), np.float64) for name in _ARRAYS}
+        if not len(trace["reward"]) or any(array.shape[:2] != trace["reward"].shape for array in trace.values()):
+            raise ValueError("its arrays do not fit each other")
+        picture = data.get("picture")
+        frames, durations = _frames(path.parent / Path(picture).name) if picture else ([], np.empty(0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path.name} cannot be shown: {error}") from error
+    count = int(data.get("num_frames", 0)) if frames else 0
+    # A GIF shows a state that looks like the one before it by showing that one longer.
+    ends = np.cumsum(durations)
+    middles = (np.arange(count) + 0.5) / max(count, 1) * (ends[-1] if len(ends) else 0)
+    moments = np.minimum(np.searchsorted(ends, middles), max(len(frames) - 1, 0))
+    return Replay(about=data, trace=trace, frames=frames, moments=moments)
+
+
+def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
+    from PIL import Image, ImageSequence
+
+    frames, durations = [], []
+    with Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            durations.append(frame.info.get("duration", 100))
+            file = io.BytesIO()
+            frame.convert("RGB").save(file, "PNG", compress_level=1)
+            frames.append(file.getvalue())
+    return frames, np.array(durations, np.float64)
+
+
+class Players:
+    """Processes that play episodes; the page's own process compiles nothing."""
+
+    def __init__(self):
+        self._processes: set[asyncio.subprocess.Process] = set()
+
+    async def play(
+        self, run: LiveRun, *, policy_seed: int, greedy: bool, seed: int, say: Callable[[str], None]
+    ) -> Path:
+        """Plays one episode with `mam play`, on the CPU: what trains keeps its devices.
+
+        Args:
+            run: whose best weights play.
+            policy_seed: which of the run's seeds.
+            greedy: take the most likely actions.
+            seed: decides the episode.
+            say: called with every line that `mam play` prints.
+
+        Returns:
+            The trace.
+
+        Raises:
+            RunError: if it fails, with the last line it printed.
+        """
+        out = run.path / "replays" / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
+        options = ["--seed", str(seed), "--policy-seed", str(policy_seed), *(["--greedy"] if greedy else [])]
+        try:
+            out.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write to {out.parent}: {error.strerror}") from error
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "mam.cli", "play", str(run.path), "--out", str(out), *options),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
+            start_new_session=True,  # Ctrl-C is for the page, which ends it
+        )
+        self._processes.add(process)
+        last = "it printed nothing"
+        try:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                if text := line.decode(errors="replace").strip():
+                    last = text
+                    say(text)
+            code = await process.wait()
+        finally:
+            self._processes.discard(process)
+            if process.returncode is None:
+                process.kill()
+        if code:
+            raise RunError(last.removeprefix("mam: "))
+        return out.with_suffix(".json")
+
+    def close(self) -> None:
+        """Ends what still plays."""
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()
