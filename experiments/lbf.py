@@ -12,6 +12,4 @@ runs = grid(
     env=["lbf/2s-8x8-2p-2f-coop", "lbf/8x8-2p-2f-coop", "lbf/2s-10x10-3p-3f"],
     policy=["mam", "mat", "mappo"],
     num_seeds=5,
-    total_timesteps=500_000,
-    **{"ppo.lr": 1e-3},
 )

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mam.networks.kernels.native import is_installed, without_native
 from mam.networks.ssd import CHUNK, ssd, ssd_step
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+needs_native = pytest.mark.skipif(not is_installed(), reason="the native kernels are not installed: make native")
+IMPLEMENTATIONS = ("native", "products")
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 
@@ -37,15 +40,15 @@ def make_arguments(rng, n, batch=(), heads=2, channels=3, s=4):
     return arguments
 
 
-def run(arguments, chunk=CHUNK):
-    *xs, initial_state = arguments
-    return ssd(*xs, initial_state=initial_state, chunk=chunk)
-
-
-@functools.partial(jax.jit, static_argnames="chunk", compiler_options=QUICK)
-def value_and_gradients(arguments, cotangents=None, chunk=CHUNK):
+@functools.partial(jax.jit, static_argnames=("chunk", "implementation"), compiler_options=QUICK)
+def value_and_gradients(arguments, cotangents=None, chunk=CHUNK, implementation="products"):
     """y, the final state, and the gradients of all arguments through both."""
-    outputs, pull_back = jax.vjp(lambda *a: run(a, chunk), *arguments)
+
+    def run(*arguments):
+        *xs, initial_state = arguments
+        return ssd(*xs, initial_state=initial_state, chunk=chunk, implementation=implementation)
+
+    outputs, pull_back = jax.vjp(run, *arguments)
     return outputs, pull_back(outputs if cotangents is None else cotangents)
 
 
@@ -102,6 +105,31 @@ def test_chunks_of_any_size_give_the_same(chunk):
         actual, expected = (value_and_gradients(arguments, chunk=size) for size in (chunk, CHUNK))
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert_close(a, np.asarray(b), 1e-12)
+
+
+@needs_native
+@pytest.mark.parametrize(("n", "sizes"), [(1, {}), (5, {"heads": 3, "channels": 7, "s": 17}), (40, {"channels": 20})])
+def test_the_native_recurrence_equals_the_products(n, sizes):
+    rng = np.random.default_rng(n)
+    arguments = [a.astype(np.float32) for a in make_arguments(rng, n, batch=(3, 2), **sizes)]
+    cotangents = [rng.normal(size=arguments[k].shape).astype(np.float32) for k in (0, -1)]
+    native, products = (value_and_gradients(arguments, tuple(cotangents), implementation=i) for i in IMPLEMENTATIONS)
+    for name, a, b in zip(("y", "final state", *NAMES), *map(jax.tree.leaves, (native, products)), strict=True):
+        assert_close(a, np.asarray(b), 1e-5, name)
+
+
+@needs_native
+def test_the_native_recurrence_is_chosen_on_cpu():
+    *xs, _ = (jnp.asarray(a, jnp.float32) for a in make_arguments(np.random.default_rng(0), 3))
+    assert "mam_native_scan" in str(jax.make_jaxpr(ssd)(*xs))
+    with without_native():
+        assert "mam_native_scan" not in str(jax.make_jaxpr(ssd)(*xs))
+
+
+@needs_native
+def test_the_native_recurrence_is_for_single_precision():
+    with jax.enable_x64(True), pytest.raises(ValueError, match="float32"):
+        value_and_gradients(make_arguments(np.random.default_rng(0), 3), implementation="native")
 
 
 @pytest.mark.parametrize("n", [7, CHUNK + 7])

@@ -12,11 +12,12 @@ constexpr int64_t kWorkPerWorker = 1 << 15;  // states: about 10 microseconds, a
 
 class ScanCall {
  public:
-  ScanCall(const char* kernel, Floats x, Floats A, bool reverse, int64_t blocks, int64_t tiles, Scan& scan)
+  ScanCall(const char* kernel, Floats x, Floats A, Floats B, bool reverse, int64_t blocks, int64_t tiles, Scan& scan)
       : checks(kernel), scan_(scan) {
     const auto dims = x.dimensions();
     checks.demand(dims.size() >= 3, "x must have axes [sequences, agents, channels]");
-    checks.demand(A.dimensions().size() + 1 == dims.size(), "A must have axes [states, channels]");
+    checks.demand(A.dimensions().size() + 1 == dims.size(), "A must have axes [states or 1, channels]");
+    checks.demand(B.dimensions().size() == dims.size(), "B must have axes [sequences, agents, states]");
     if (!checks.passed()) return;
     lead_.assign(dims.begin(), dims.end() - 3);
     scan.groups = 1;
@@ -24,7 +25,8 @@ class ScanCall {
     scan.sequences = dims[dims.size() - 3];
     scan.agents = dims[dims.size() - 2];
     scan.channels = dims[dims.size() - 1];
-    scan.states = A.dimensions()[dims.size() - 3];
+    scan.states = B.dimensions()[dims.size() - 1];
+    scan.rates = A.dimensions()[dims.size() - 3] == 1 ? 1 : scan.states;
     scan.reverse = reverse;
     scan.blocks = blocks;
     scan.tiles = tiles;
@@ -49,7 +51,7 @@ class ScanCall {
   void read_inputs(Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep, Floats initial) {
     scan_.x = data("x", x, wide());
     scan_.dt = data("dt", dt, wide());
-    scan_.A = data("A", A, {scan_.states, scan_.channels});
+    scan_.A = data("A", A, {scan_.rates, scan_.channels});
     scan_.B = data("B", B, narrow());
     scan_.C = data("C", C, narrow());
     scan_.D = data("D", D, {scan_.channels});
@@ -87,7 +89,7 @@ ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B
                    Floats initial, FloatsOut y, FloatsOut last, FloatsOut starts, FloatsOut scratch, bool reverse,
                    int64_t blocks, int64_t tiles) {
   ScanForward scan;
-  ScanCall call("scan", x, A, reverse, blocks, tiles, scan);
+  ScanCall call("scan", x, A, B, reverse, blocks, tiles, scan);
   if (!call.checks.passed()) return call.checks.error();
   call.read_inputs(x, dt, A, B, C, D, keep, initial);
   scan.y = call.optional("y", *y, call.wide());
@@ -101,7 +103,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats 
                     FloatsOut gB, FloatsOut gC, FloatsOut gD, FloatsOut g_initial, FloatsOut scratch, bool reverse,
                     int64_t blocks, int64_t tiles) {
   ScanBackward scan;
-  ScanCall call("scan's gradient", x, A, reverse, blocks, tiles, scan);
+  ScanCall call("scan's gradient", x, A, B, reverse, blocks, tiles, scan);
   if (!call.checks.passed()) return call.checks.error();
   call.read_inputs(x, dt, A, B, C, D, keep, initial);
   Shape shared = call.narrow();
@@ -111,7 +113,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats 
   scan.g_last = call.optional("the final state's gradient", g_last, call.state());
   scan.gx = call.data("x's gradient", *gx, call.wide());
   scan.gdt = call.data("dt's gradient", *gdt, call.wide());
-  scan.gA = call.data("A's gradient", *gA, {blocks, scan.states, scan.channels});
+  scan.gA = call.data("A's gradient", *gA, {blocks, scan.rates, scan.channels});
   scan.gB = call.data("B's gradient", *gB, shared);
   scan.gC = call.data("C's gradient", *gC, shared);
   scan.gD = call.data("D's gradient", *gD, {blocks, scan.channels});

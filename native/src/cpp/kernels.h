@@ -15,12 +15,13 @@ struct Scan {
   int64_t groups;     // of sequences that share A and D: what vmap maps over
   int64_t sequences;  // per group
   int64_t agents, channels, states;
+  int64_t rates;   // per channel: as many as states, or one for all of them (Mamba-2)
   int64_t blocks;  // of sequences, per group
   int64_t tiles;   // of channels
   bool reverse;
   const float *x, *dt;   // [groups, sequences, agents, channels]
   const float *B, *C;    // [groups, sequences, agents, states]
-  const float* A;        // [groups, states, channels]
+  const float* A;        // [groups, rates, channels]
   const float* D;        // [groups, channels]
   const float* keep;     // [groups, sequences, agents]: 0 where the state is zeroed first; or null
   const float* initial;  // [groups, sequences, states, channels], or null
@@ -43,7 +44,7 @@ struct ScanBackward : Scan {
   const float *starts, *gy, *g_last;  // gy, g_last or both null: zeros
   float *gx, *gdt;                    // as x
   float *gB, *gC;                     // [groups, tiles, sequences, agents, states]: to be summed over tiles
-  float* gA;                          // [groups, blocks, states, channels]: to be summed over blocks
+  float* gA;                          // [groups, blocks, rates, channels]: to be summed over blocks
   float* gD;                          // [groups, blocks, channels]: likewise
   float* g_initial;                   // as initial, or null
 

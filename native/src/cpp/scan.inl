@@ -15,7 +15,7 @@ using mam::ScanBackward;
 using mam::ScanForward;
 
 // One vector of channels and one group of states, over a chunk; `ahead` is how far away the next chunk is.
-template <int G>
+template <int G, bool kShared>
 MAM_INLINE void advance(const Agents& agents, int64_t channel, int64_t lanes, int64_t state, const float* rates,
                         const float* D, States<const float> before, States<float> after, float* y, int64_t ahead) {
   V h[G];
@@ -33,10 +33,12 @@ MAM_INLINE void advance(const Agents& agents, int64_t channel, int64_t lanes, in
       MAM_UNROLL
       for (int s = 0; s < G; ++s) h[s] = V{};
     }
-    V sum[2] = {state ? V{} : skip * x, V{}};
+    V sum[2] = {state ? V{} : skip * x, V{}}, a = V{};
+    if (kShared) a = exp2(dt * load(own_rates));
     MAM_UNROLL
     for (int s = 0; s < G; ++s) {
-      h[s] = exp2(dt * load(own_rates + s * kLanes)) * h[s] + u * B[s];
+      if (!kShared) a = exp2(dt * load(own_rates + s * kLanes));
+      h[s] = a * h[s] + u * B[s];
       sum[s % 2] += h[s] * C[s];
     }
     if (y) store(y + here, state ? load(y + here, lanes) + sum[0] + sum[1] : sum[0] + sum[1], lanes);
@@ -62,11 +64,11 @@ void scan_forward(const ScanForward& scan, int64_t index, float* scratch) {
       else if (scan.starts)
         after = {scan.starts + (row * scan.kept_states() + first / kChunk) * size + task.channel, scan.channels};
       for (int64_t e = 0; e < task.vectors; ++e)
-        for_state_groups(scan.states, [&](auto group, int64_t state) {
-          advance<decltype(group)::value>(agents, e * kLanes, task.width - e * kLanes, state,
-                                          rates + (e * scan.states + state) * kLanes,
-                                          scan.D + task.group * scan.channels + task.channel, before, after,
-                                          scan.y ? scan.y + agents.from_wide : nullptr, ahead);
+        for_state_groups(scan, [&](auto group, int64_t state, auto shared) {
+          advance<decltype(group)::value, decltype(shared)::value>(
+              agents, e * kLanes, task.width - e * kLanes, state, rates + rate_of(scan, e, state),
+              scan.D + task.group * scan.channels + task.channel, before, after,
+              scan.y ? scan.y + agents.from_wide : nullptr, ahead);
         });
       before = {after.from, after.stride};
     }
@@ -75,8 +77,8 @@ void scan_forward(const ScanForward& scan, int64_t index, float* scratch) {
 
 // Where a task gathers gradients that are sums, and holds what it computes again.
 struct Gathered {
-  float *rates;         // [vectors, states] vectors, as are the next two
-  float *later;         // a_{i+1} G_{i+1} between chunks
+  float *rates;         // [vectors, rates] vectors, as is gA
+  float *later;         // [vectors, states]: a_{i+1} G_{i+1} between chunks
   float *gA;
   float *gD;            // [vectors]
   float *decays;        // [kChunk, kGroup]
@@ -107,11 +109,12 @@ struct Outer {
 };
 
 // One vector of channels and one group of states, over a chunk.
-template <int G>
+template <int G, bool kShared>
 MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64_t lanes, int64_t state, const float* D,
                         States<const float> before, States<const float> later_in, States<float> later_out,
                         const Gathered& to, const Outer& outer, int64_t ahead) {
-  const int64_t channel = e * kLanes, own = (e * scan.states + state) * kLanes;
+  constexpr int kRates = kShared ? 1 : G;
+  const int64_t channel = e * kLanes, own = rate_of(scan, e, state);
   const float* rates = to.rates + own;
   float* gA = to.gA + own;
   // 1. The decays and the states, again.
@@ -122,16 +125,19 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     const V dt = load(agents.dt + here, lanes), u = dt * load(agents.x + here, lanes);
     const float *B = opaque(agents.B + i * agents.narrow + state), *own_rates = opaque(rates);
     const bool reset = agents.reset(i);
-    float *decays = opaque(to.decays + i * G * kLanes), *states = opaque(to.states + i * G * kLanes);
+    float *decays = opaque(to.decays + i * kRates * kLanes), *states = opaque(to.states + i * G * kLanes);
     prefetch(agents.x + here + ahead);
     prefetch(agents.dt + here + ahead);
     if (outer.gy) prefetch(outer.gy + here + ahead);
     prefetch(outer.gx + here + ahead);
     prefetch(outer.gdt + here + ahead);
+    V a = V{};
     MAM_UNROLL
     for (int s = 0; s < G; ++s) {
-      const V a = reset ? V{} : exp2(dt * load(own_rates + s * kLanes));
-      store(decays + s * kLanes, a);
+      if (s < kRates) {
+        a = reset ? V{} : exp2(dt * load(own_rates + s * kLanes));
+        store(decays + s * kLanes, a);
+      }
       store(states + s * kLanes, h[s]);
       h[s] = a * h[s] + u * B[s];
     }
@@ -147,22 +153,25 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     const V dt = load(agents.dt + here, lanes), x = load(agents.x + here, lanes), u = dt * x;
     const V gy = outer.gy ? load(outer.gy + here, lanes) : V{};
     const float *B = opaque(agents.B + i * agents.narrow + state), *C = opaque(agents.C + i * agents.narrow + state);
-    const float *decays = opaque(to.decays + i * G * kLanes), *states = opaque(to.states + i * G * kLanes);
+    const float *decays = opaque(to.decays + i * kRates * kLanes), *states = opaque(to.states + i * G * kLanes);
     float* gB = opaque(to.gB + (i * scan.states + state) * kLanes);
     float* gC = opaque(to.gC + (i * scan.states + state) * kLanes);
     const float* own_rates = opaque(rates);
     float* own_gA = opaque(gA);
-    V gu = V{}, g_rate = V{};
+    V gu = V{}, g_rate = V{}, ag_h = V{};
     MAM_UNROLL
     for (int s = 0; s < G; ++s) {
       const V g = gy * C[s] + later[s];
       add(gC + s * kLanes, gy * load(states + (G + s) * kLanes));
       add(gB + s * kLanes, g * u);
       gu += g * B[s];
-      later[s] = g * load(decays + s * kLanes);
-      const V ag_h = later[s] * load(states + s * kLanes);
-      g_rate += ag_h * load(own_rates + s * kLanes);
-      add(own_gA + s * kLanes, ag_h * dt);
+      later[s] = g * load(decays + (kShared ? 0 : s) * kLanes);
+      const V own_ag_h = later[s] * load(states + s * kLanes);
+      ag_h = kShared ? ag_h + own_ag_h : own_ag_h;
+      if (!kShared || s == G - 1) {
+        g_rate += ag_h * load(own_rates + (kShared ? 0 : s) * kLanes);
+        add(own_gA + (kShared ? 0 : s) * kLanes, ag_h * dt);
+      }
     }
     V gx = gu * dt, gdt = gu * x + g_rate * kLn2;
     if (state) {
@@ -184,7 +193,7 @@ void scan_backward(const ScanBackward& scan, int64_t index, float* scratch) {
   const Gathered to(scan, scratch);
   const int64_t size = scan.states * scan.channels, last_chunk = scan.kept_states();
   read_rates(scan, task, to.rates);
-  zero(to.gA, task.vectors * scan.states * kLanes);
+  zero(to.gA, task.vectors * scan.rates * kLanes);
   zero(to.gD, task.vectors * kLanes);
   for (int64_t sequence = task.begin; sequence < task.end; ++sequence) {
     const int64_t row = task.group * scan.sequences + sequence;
@@ -204,10 +213,10 @@ void scan_backward(const ScanBackward& scan, int64_t index, float* scratch) {
       zero(to.gB, agents.count * scan.states * kLanes);
       zero(to.gC, agents.count * scan.states * kLanes);
       for (int64_t e = 0; e < task.vectors; ++e)
-        for_state_groups(scan.states, [&](auto group, int64_t state) {
-          retreat<decltype(group)::value>(scan, agents, e, task.width - e * kLanes, state,
-                                          scan.D + task.group * scan.channels + task.channel, before, later_in,
-                                          later_out, to, outer, ahead);
+        for_state_groups(scan, [&](auto group, int64_t state, auto shared) {
+          retreat<decltype(group)::value, decltype(shared)::value>(
+              scan, agents, e, task.width - e * kLanes, state, scan.D + task.group * scan.channels + task.channel,
+              before, later_in, later_out, to, outer, ahead);
         });
       // The tile's own share of gB and gC.
       const int64_t shift = (task.group * (scan.tiles - 1) + task.tile) * scan.sequences * scan.agents * scan.states;
@@ -220,12 +229,12 @@ void scan_backward(const ScanBackward& scan, int64_t index, float* scratch) {
       later_in = {later_out.from, later_out.stride};
     }
   }
-  float* gA = scan.gA + (task.group * scan.blocks + task.block) * size + task.channel;
+  float* gA = scan.gA + (task.group * scan.blocks + task.block) * scan.rates * scan.channels + task.channel;
   float* gD = scan.gD + (task.group * scan.blocks + task.block) * scan.channels + task.channel;
   for (int64_t e = 0; e < task.vectors; ++e) {
     const int64_t channel = e * kLanes, lanes = task.width - channel;
-    for (int64_t s = 0; s < scan.states; ++s)
-      store(gA + s * scan.channels + channel, load(to.gA + (e * scan.states + s) * kLanes), lanes);
+    for (int64_t s = 0; s < scan.rates; ++s)
+      store(gA + s * scan.channels + channel, load(to.gA + (e * scan.rates + s) * kLanes), lanes);
     store(gD + channel, load(to.gD + channel), lanes);
   }
 }

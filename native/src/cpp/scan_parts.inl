@@ -1,6 +1,8 @@
 // How the scan is cut: into tasks, sequences, chunks of agents and groups of states. A part of kernels.cc.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -24,13 +26,22 @@ struct Size {
 
 // Calls f(Size<G>, first state) for groups that together are all states.
 template <class F>
-MAM_INLINE void for_state_groups(int64_t states, F f) {
+MAM_INLINE void for_groups(int64_t states, F f) {
   int64_t s = 0;
   for (; states - s >= kGroup; s += kGroup) f(Size<kGroup>{}, s);
   if (kGroup > 8 && states - s >= 8) f(Size<8>{}, s), s += 8;
   if (states - s >= 4) f(Size<4>{}, s), s += 4;
   if (states - s >= 2) f(Size<2>{}, s), s += 2;
   if (states - s >= 1) f(Size<1>{}, s);
+}
+
+// The same; f's last argument says whether a channel's states share one rate.
+template <class F>
+MAM_INLINE void for_state_groups(const Scan& scan, F f) {
+  if (scan.rates < scan.states)
+    for_groups(scan.states, [&](auto group, int64_t state) { f(group, state, std::true_type{}); });
+  else
+    for_groups(scan.states, [&](auto group, int64_t state) { f(group, state, std::false_type{}); });
 }
 
 // What one task does.
@@ -102,12 +113,17 @@ struct States {
   }
 };
 
+// Where a vector of channels has its rates from some state on.
+MAM_INLINE int64_t rate_of(const Scan& scan, int64_t vector, int64_t state) {
+  return (vector * scan.rates + (scan.rates < scan.states ? 0 : state)) * kLanes;
+}
+
 // Each vector of channels has its rates A / ln 2 one state after another.
 MAM_INLINE void read_rates(const Scan& scan, const Task& task, float* rates) {
-  const float* A = scan.A + task.group * scan.states * scan.channels + task.channel;
+  const float* A = scan.A + task.group * scan.rates * scan.channels + task.channel;
   for (int64_t e = 0; e < task.vectors; ++e)
-    for (int64_t s = 0; s < scan.states; ++s)
-      store(rates + (e * scan.states + s) * kLanes,
+    for (int64_t s = 0; s < scan.rates; ++s)
+      store(rates + (e * scan.rates + s) * kLanes,
             load(A + s * scan.channels + e * kLanes, task.width - e * kLanes) * kLog2E);
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -70,10 +70,16 @@ def _scan(implementation: str, cell: Cell) -> Contender:
     return _scan_contender(scan, cell, A, heads=d_inner)
 
 
-def _ssd(cell: Cell) -> Contender:
+def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Contender:
     """Mamba-2's scan, forward and backward."""
+    if implementation == "native" and not use_native():
+        raise Skip("no native kernels, or not only CPUs")
     heads = cell.network.num_ssm_heads
-    return _scan_contender(lambda *args: ssd(*args)[0], cell, -jnp.arange(1.0, heads + 1), heads=heads)
+
+    def scan(*args: Array) -> Array:
+        return ssd(*args, implementation=implementation)[0]
+
+    return _scan_contender(scan, cell, -jnp.arange(1.0, heads + 1), heads=heads)
 
 
 def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: int) -> Contender:
@@ -178,7 +184,8 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
 
 CASES = {
     "scan": Case(
-        {name: partial(_scan, name) for name in SCANS} | {"ssd": _ssd},
+        {name: partial(_scan, name) for name in SCANS}
+        | {"ssd": partial(_ssd, "products"), "ssd native": partial(_ssd, "native")},
         num_agents=(2, 8, 32, 128, 512),
         tokens=16_384,
     ),

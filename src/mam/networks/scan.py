@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mam.networks.kernels.native import use_native
+from mam.networks.kernels.native import on_cpu, use_native
 from mam.networks.kernels.native_scan import ScanInputs, native_final_state, native_outputs
 from mam.networks.kernels.scan import kernel_supports, scan_kernel
 
@@ -120,13 +120,7 @@ def _automatic(x, dt, B, C, A, D, keep, h0, reverse):
     xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse)
     args = (x, dt, B, C, A, D, keep, h0)
     if x.dtype == jnp.float32 and use_native():
-        native = partial(_native, reverse=reverse)
-        # One by one: then the one that nobody reads is not computed.
-        y, h = (
-            lax.platform_dependent(*args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: xla(*a)[i])
-            for i in range(2)
-        )
-        return y, h
+        return on_cpu(partial(_native, reverse=reverse), xla, *args)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
     return lax.platform_dependent(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)

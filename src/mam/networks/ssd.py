@@ -1,4 +1,4 @@
-"""State space duality: the scan of Mamba-2 as matrix products.
+"""State space duality: the scan of Mamba-2, as matrix products or, on CPU with native kernels, as the recurrence.
 
     h_i = exp(Δ_i A) h_{i-1} + (Δ_i x_i) ⊗ B_i
     y_i = h_i C_i + D x_i,      Δ_i, A and D one number per head
@@ -8,11 +8,16 @@ L_ij = exp(A (Δ_{j+1} + … + Δ_i)) for j ≤ i. A short sequence is one such 
 hand a state on. Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
 """
 
+from functools import partial
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from mam.networks.kernels.native import on_cpu, use_native
+from mam.networks.kernels.native_scan import ScanInputs, native_final_state, native_outputs
 from mam.networks.scan import sum_over_states
 
 # Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64 agents on.
@@ -29,6 +34,7 @@ def ssd(
     D: Float[Array, "H"],
     *,
     initial_state: Float[Array, "*batch S D"] | None = None,
+    implementation: Literal["products", "native"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
     """Runs the recurrence along the agent axis, in float32 or wider; head k has channels k·P to (k+1)·P, P = D / H.
@@ -41,11 +47,43 @@ def ssd(
         C: output vectors, shared by all heads.
         D: skip weight per head.
         initial_state: h before the first agent (zeros if None).
+        implementation: `"products"`, `"native"` (kernels for CPU, in float32, if installed), or None for the fastest.
         chunk: longest sequence handled as one product.
 
     Returns:
         The outputs, and the state after the last agent.
+
+    Raises:
+        ValueError: for types that the kernels do not take.
+        UserError: for kernels that are not installed.
     """
+    if implementation == "native":
+        return _native(x, dt, A, B, C, D, initial_state)
+    products = partial(_products, chunk=chunk)
+    if implementation == "products" or not use_native() or not _is_single(x, dt, B, C):
+        return products(x, dt, A, B, C, D, initial_state)
+    return on_cpu(_native, products, x, dt, A, B, C, D, initial_state)
+
+
+def _native(x, dt, A, B, C, D, initial_state):
+    """The recurrence, with one rate for all states of a channel."""
+    if not _is_single(x, dt, B, C):
+        raise ValueError("the native scan is for float32")
+    *batch, n, d = x.shape
+    channels, s = d // A.shape[0], B.shape[-1]
+    x_, dt_, B_, C_ = (v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C))
+    h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
+    inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), keep=None, h0=h0)
+    y, h = (run(inputs, reverse=False) for run in (native_outputs, native_final_state))
+    return y.reshape(x.shape), h.reshape(*batch, s, d)
+
+
+def _is_single(*arrays: Array) -> bool:
+    return all(v.dtype == jnp.float32 for v in arrays)
+
+
+def _products(x, dt, A, B, C, D, initial_state, *, chunk):
+    """The dual form."""
     *batch, n, d = x.shape
     heads, s = A.shape[0], B.shape[-1]
     channels, size = d // heads, min(chunk, n)

@@ -6,12 +6,16 @@ What a kernel may not be part of, such as a program that is exported, is traced 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
+from jax import lax
 
 from mam.errors import UserError
 
+VERSION = "0.2"  # of the package; with others kernels take other arguments
 _allowed = jax.make_user_context(True)  # a part of every jitted function's key
 
 
@@ -25,10 +29,26 @@ def use_native() -> bool:
     return bool(_allowed.value) and is_installed() and all(device.platform == "cpu" for device in jax.devices())
 
 
+def on_cpu(native: Callable[..., Sequence], other: Callable[..., Sequence], *args: Any) -> tuple:
+    """The two results of `native` on CPU, of `other` elsewhere; one that nobody reads is not computed."""
+    return tuple(
+        lax.platform_dependent(*args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i])
+        for i in range(2)
+    )
+
+
 @functools.cache
 def is_installed() -> bool:
-    """Whether the package is there; does not import it."""
-    return importlib.util.find_spec("mam_native") is not None
+    """Whether the package is there, in the version whose kernels are called here; does not import it."""
+    return installed_version().startswith(f"{VERSION}.")
+
+
+def installed_version() -> str:
+    """Of the package; empty if it is not there."""
+    try:
+        return metadata.version("mam-native") if importlib.util.find_spec("mam_native") else ""
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache
@@ -39,7 +59,7 @@ def library() -> Any:
         UserError: where it is not installed.
     """
     if not is_installed():
-        raise UserError("the native kernels are not installed: run `make native`, which needs a C++ compiler")
+        raise UserError(f"{description()}: run `make native`, which needs a C++ compiler")
     package = importlib.import_module("mam_native")
     for name, handler in package.HANDLERS.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
@@ -49,6 +69,7 @@ def library() -> Any:
 def description() -> str:
     """In a few words what there is, for `mam --version`."""
     if not is_installed():
-        return "no native kernels"
+        version = installed_version()
+        return f"native kernels {version}, not {VERSION}" if version else "no native kernels"
     package = library()
     return f"native kernels {package.__version__} ({package.isa()})"

@@ -28,7 +28,7 @@ class ScanInputs(NamedTuple):
 
     x: Float[Array, "M N D"]
     dt: Float[Array, "M N D"]
-    A: Float[Array, "S D"]
+    A: Float[Array, "S D"] | Float[Array, "1 D"]  # one rate for all states of a channel: Mamba-2
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
@@ -52,7 +52,7 @@ def native_final_state(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M 
 def _run_forward(reverse: bool, output: str, inputs: ScanInputs, *, keep_starts: bool) -> Sequence[Array]:
     """The output, no or all final states, and the states between chunks."""
     m, n, d = inputs.x.shape
-    s = inputs.A.shape[0]
+    s = inputs.B.shape[-1]
     cut = _Cut.of(m, d)
     starts = (m, (n - 1) // CHUNK, s, d) if keep_starts else (0,)
     shapes = ((m, n, d) if output == "y" else (0,), (m, s, d) if output == "h" else (0,), starts, cut.scratch(d, s))
@@ -72,13 +72,13 @@ def _scan_fwd(reverse: bool, output: str, inputs: ScanInputs) -> tuple[Array, An
 def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tuple[ScanInputs]:
     inputs, starts = residuals
     m, n, d = inputs.x.shape
-    s = inputs.A.shape[0]
+    s = inputs.B.shape[-1]
     cut = _Cut.of(m, d)
     none = jnp.zeros(0, jnp.float32)
     gradients = (gradient, none) if output == "y" else (none, gradient)
     shapes = (
         *((m, n, d), (m, n, d)),
-        *((cut.blocks, s, d), (cut.tiles, m, n, s), (cut.tiles, m, n, s), (cut.blocks, d)),
+        *((cut.blocks, *inputs.A.shape), (cut.tiles, m, n, s), (cut.tiles, m, n, s), (cut.blocks, d)),
         *((0,) if inputs.h0 is None else (m, s, d), cut.scratch(d, s)),
     )
     arguments = (starts, *gradients)
