@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mam import host
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
 from mam.host import blank_actors, host_rollout, start_actors
@@ -61,8 +62,10 @@ def draw(path, leaf):
     return jnp.asarray(np.random.default_rng(leaf.size).normal(centre, 0.3, leaf.shape), leaf.dtype)
 
 
-@pytest.fixture(scope="session")
-def check_two_updates():
+@pytest.fixture
+def check_two_updates(monkeypatch):
+    monkeypatch.setattr(host, "act", quick_jit(host.act.__wrapped__))
+
     def check(task, name):
         """Nothing is compiled twice, all numbers are finite, ratios begin at 1, and every parameter moves."""
         envs = environments(task)
@@ -76,16 +79,10 @@ def check_two_updates():
         first = state = replace(state, key=jax.random.split(jax.random.key(1), 1))
         actors, timestep = start_actors(envs, state.actors.memory, num_seeds=1, seed=0)
 
-        @quick_jit
-        @partial(jax.vmap, in_axes=(0, 0, 0, None))
-        def act(policy, actors, key, step):
-            keys = jax.random.split(jax.random.fold_in(key, step), envs.num_envs)
-            return policy.act(actors.memory, actors.observation, actors.reset, keys)
-
         learn = quick_jit(jax.vmap(learner.learn))
         for update in range(2):
             keys = jax.random.split(jax.random.key(2 + update))
-            actors, transitions = host_rollout(envs, act, state.policy, actors, keys[:1], CONFIG.ppo.rollout_length)
+            actors, transitions = host_rollout(envs, state.policy, actors, keys[:1], CONFIG.ppo.rollout_length)
             state, values = learn(state, actors, transitions, keys[1:])
             actors = state.actors
             values = {name: float(value[0]) for name, value in values.items() if name not in timestep.metrics}
