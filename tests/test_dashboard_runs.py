@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from mam.config import to_json
-from mam.dashboard.runs import LiveRun, differing, flat, tail
+from mam.config import flat, to_json
+from mam.dashboard.runs import LiveRun, differing, tail
 from mam.dashboard.watch import Watcher
 from report_runs import CONFIG, write_run
 

@@ -256,6 +256,14 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dots in its keys, as in `ppo.lr`."""
+    found = {}
+    for name, value in data.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
     """Builds a config from what `to_json` wrote; missing keys take their defaults.
 

@@ -45,6 +45,21 @@ def seed_means(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1).mean(axis=1)
 
 
+def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
+    """Environment steps per second between some updates: the median, which neither compiling nor evaluating moves.
+
+    Args:
+        steps: environment steps done at each update.
+        elapsed: seconds at each update.
+
+    Returns:
+        NaN before the second update.
+    """
+    steps, seconds = np.diff(steps), np.diff(elapsed)
+    timed = seconds > 0
+    return float(np.median(steps[timed] / seconds[timed])) if timed.any() else float("nan")
+
+
 def to_json(values: np.ndarray) -> Any:
     """An array as nested lists of plain numbers; NaN and infinity, which JSON lacks, become None."""
     array = np.asarray(values)

@@ -219,7 +219,7 @@ def _train_on_device(config: Config) -> Trainer:
         actors, transitions = rollout(here(), state.policy, state.actors, rollout_key, config.ppo.rollout_length, shard)
         return learner.learn(state, actors, transitions, update_key)
 
-    def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: Bool[Array, ""]) -> Values:
+    def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: bool | Bool[Array, ""]) -> Values:
         return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, shard=shard)
 
     def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
@@ -234,7 +234,7 @@ def _train_on_device(config: Config) -> Trainer:
         return play_both(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes)
 
     def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
-        seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, jnp.asarray(greedy)))
+        seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
         return devices.share(seeds, (P(), P()), P())(policy, key)
 
     specs = None  # which axes of the state are dealt out: none to a single device

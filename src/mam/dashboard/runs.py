@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mam.config import Config, from_json, to_json
+from mam.config import Config, flat, from_json, to_json
 from mam.dashboard.reading import Metrics, Reader
 from mam.errors import UserError
-from mam.logging import RETURN
+from mam.logging import RETURN, median_speed
 
 _RECENT = 100  # updates whose median speed is shown
 _PATIENCE = 10.0  # times the longest silence so far, after which a run counts as stopped
@@ -102,9 +102,7 @@ class LiveRun:
         """
         rows = self.metrics.train.rows(())
         begin = 0 if recent is None else max(len(rows.steps) - recent, 0)
-        steps, seconds = np.diff(rows.steps[begin:]), np.diff(rows.elapsed[begin:])
-        timed = seconds > 0
-        return float(np.median(steps[timed] / seconds[timed])) * self.num_seeds if timed.any() else float("nan")
+        return median_speed(rows.steps[begin:], rows.elapsed[begin:]) * self.num_seeds
 
     def state(self, now: float | None = None) -> State:
         """Whether it goes on, as far as its files tell; no process is asked, which may live on another machine.
@@ -157,14 +155,6 @@ def differing(of_runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for one in of_runs for name in one)
     rows = {name: [one.get(name) for one in of_runs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dots in its keys."""
-    found = {}
-    for name, value in data.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
 
 
 def tail(path: Path, size: int = _TAIL_BYTES) -> str:

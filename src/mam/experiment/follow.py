@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.logging import RETURN
+from mam.logging import RETURN, median_speed
 
 
 class Follower:
@@ -48,9 +48,7 @@ class Follower:
         self._kind, self.step_count = row["kind"], row["step_count"]
         if self._kind == "train":
             self._times = [*self._times[-9:], (self.step_count, row["elapsed"])]
-            steps, seconds = np.diff(self._times, axis=0).T if len(self._times) > 1 else (np.empty(0), np.empty(0))
-            if (seconds > 0).any():
-                self.speed = float(np.median(steps[seconds > 0] / seconds[seconds > 0]))
+            self.speed = median_speed(*zip(*self._times, strict=True))
         elif RETURN in row:
             self.returns = seed_returns(row)
 

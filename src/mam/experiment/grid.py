@@ -1,10 +1,9 @@
 """Configurations side by side."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
-from mam.config import Config, from_json, to_json
+from mam.config import Config, flat, from_json, to_json
 from mam.presets import preset_for
 
 
@@ -54,9 +53,9 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 
 def flags(config: Config, base: Config) -> list[str]:
     """The options of `mam train` that make `config` out of `base`."""
-    before = dict(_leaves(to_json(base)))
+    before = flat(to_json(base))
     found = []
-    for key, value in _leaves(to_json(config)):
+    for key, value in flat(to_json(config)).items():
         if value == before[key]:
             continue
         head, dot, last = key.replace("_", "-").rpartition(".")
@@ -65,11 +64,3 @@ def flags(config: Config, base: Config) -> list[str]:
         else:
             found += [f"--{head}{dot}{last}", str(value)]
     return found
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.config import Config, to_json
+from mam.config import Config, flat, to_json
 from mam.errors import UserError
 from mam.report.collect import Run, SeedRun, find_runs, read_run
 from mam.report.results import Results
@@ -109,17 +109,10 @@ def _evaluation(config: Config) -> str:
 def _settings(results: Results) -> Iterator[str]:
     """One algorithm's runs on a task that learn in different ways."""
     for task, name in results.cells:
-        configs = [_flat(to_json(seed.run.config)) for seed in results.runs_of(task, name)]
+        configs = [flat(to_json(seed.run.config)) for seed in results.runs_of(task, name)]
         unlike = [key for key in configs[0] if key.startswith(_LEARNING) and len({str(c[key]) for c in configs}) > 1]
         if unlike:
             yield f"{name} on {task} is of several settings, taken as one, that differ in {_listed(unlike)}"
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _listed(items: Sequence[str]) -> str:

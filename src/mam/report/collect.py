@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from mam.config import Config, from_json
 from mam.errors import UserError
-from mam.logging import RETURN, Record, read_records, seed_means
+from mam.logging import RETURN, Record, median_speed, read_records, seed_means
 from mam.report.single import evaluation_returns
 
 
@@ -116,11 +116,9 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
 
 
 def _training_speed(records: Sequence[Record]) -> float:
-    """Environment steps per second and seed: the median over updates, which neither compiling nor evaluating moves."""
+    """Environment steps per second and seed."""
     train = [record for record in records if record.kind == "train"]
-    steps, seconds = (np.diff([getattr(record, name) for record in train]) for name in ("step_count", "elapsed"))
-    timed = seconds > 0
-    return float(np.median(steps[timed] / seconds[timed])) if timed.any() else float("nan")
+    return median_speed([record.step_count for record in train], [record.elapsed for record in train])
 
 
 def _versions(path: Path) -> dict[str, Any]:
