@@ -31,6 +31,7 @@ void test_exp2() {
 struct Problem {
   mam::Scan sizes;
   Array x, dt, A, B, C, D, keep, initial, gy, g_last;
+  Array features, weight, gate, alive;  // of a gated scan: dt is made of them
 
   Problem(mam::Scan s, bool has_keep, bool has_initial) : sizes(s) {
     const int64_t rows = s.groups * s.sequences;
@@ -43,6 +44,22 @@ struct Problem {
     if (has_initial) initial = normal(rows * s.states * s.channels);
     if (has_keep)
       for (float v : normal(rows * s.agents)) keep.push_back(v > -0.8f);
+    if (!s.rank) return;
+    features = normal(rows * s.agents * s.rank), weight = normal(s.groups * (s.rank + 1) * s.channels);
+    gate = normal(wide);
+    if (has_keep)
+      for (float v : normal(rows * s.agents)) alive.push_back(v > -0.8f);
+    for (int64_t place = 0; place < wide; ++place) dt[place] = std::min(std::log1p(std::exp(before(place))), 20.0);
+  }
+
+  // What the softplus is taken of; a dead agent's is as good as -infinity.
+  double before(int64_t place) const {
+    const int64_t d = place % sizes.channels, agent = place / sizes.channels;
+    if (!alive.empty() && !alive[agent]) return -INFINITY;
+    const float* w = weight.data() + agent / sizes.agents / sizes.sequences * (sizes.rank + 1) * sizes.channels + d;
+    double sum = w[sizes.rank * sizes.channels];
+    for (int64_t r = 0; r < sizes.rank; ++r) sum += double(features[agent * sizes.rank + r]) * w[r * sizes.channels];
+    return sum;
   }
 
   template <class Scan>
@@ -51,11 +68,14 @@ struct Problem {
     scan.x = x.data(), scan.dt = dt.data(), scan.A = A.data(), scan.B = B.data(), scan.C = C.data(), scan.D = D.data();
     scan.keep = keep.empty() ? nullptr : keep.data();
     scan.initial = initial.empty() ? nullptr : initial.data();
+    if (!sizes.rank) return;
+    scan.dt = features.data(), scan.weight = weight.data(), scan.gate = gate.data();
+    scan.alive = alive.empty() ? nullptr : alive.data();
   }
 };
 
 struct Results {
-  Array y, last, starts, gx, gdt, gA, gB, gC, gD, g_initial;
+  Array y, last, starts, gx, gdt, gA, gB, gC, gD, g_initial, g_weight, g_gate;
 };
 
 template <class Scan>
@@ -75,6 +95,8 @@ Results compute(const Problem& problem, int64_t threads) {
   r.starts = Array(rows * s.kept_states() * state, NAN);
   r.gB = r.gC = Array(s.tiles * problem.B.size(), NAN);
   r.gA = Array(s.blocks * problem.A.size(), NAN), r.gD = Array(s.blocks * problem.D.size(), NAN);
+  if (s.rank) r.gdt = Array(s.tiles * problem.features.size(), NAN);
+  r.g_weight = Array(s.blocks * problem.weight.size(), NAN), r.g_gate = Array(problem.gate.size(), NAN);
   mam::ScanForward forward;
   problem.give(forward);
   forward.y = r.y.data(), forward.last = r.last.data(), forward.starts = r.starts.data();
@@ -84,6 +106,7 @@ Results compute(const Problem& problem, int64_t threads) {
   backward.starts = r.starts.data(), backward.gy = problem.gy.data(), backward.g_last = problem.g_last.data();
   backward.gx = r.gx.data(), backward.gdt = r.gdt.data(), backward.gA = r.gA.data(), backward.gB = r.gB.data();
   backward.gC = r.gC.data(), backward.gD = r.gD.data(), backward.g_initial = r.g_initial.data();
+  backward.g_weight = r.g_weight.data(), backward.g_gate = r.g_gate.data();
   run(backward, mam::kernels().scan_backward, threads);
   return r;
 }
@@ -135,12 +158,57 @@ void check(const Problem& p, const Results& r) {
          long(s.states));
 }
 
+// A gated scan against the scan that it has inside.
+void check_gated(const Problem& gated, const Results& r) {
+  const mam::Scan& s = gated.sizes;
+  Problem inner = gated;
+  inner.sizes.rank = 0;
+  for (size_t i = 0; i < inner.gy.size(); ++i) inner.gy[i] *= gated.gate[i];
+  const Results q = compute(inner, 1);
+  check(inner, q);
+  double worst = 0;
+  const auto compare = [&](float actual, double exact) {
+    worst = std::max(worst, std::isnan(actual) ? INFINITY : std::abs(actual - exact) / (10 + std::abs(exact)));
+  };
+  const auto compare_all = [&](const Array& actual, const Array& exact) {
+    for (size_t i = 0; i < exact.size(); ++i) compare(actual[i], exact[i]);
+  };
+  compare_all(r.last, q.last), compare_all(r.gx, q.gx), compare_all(r.g_initial, q.g_initial);
+  compare_all(r.gA, q.gA), compare_all(r.gB, q.gB), compare_all(r.gC, q.gC), compare_all(r.gD, q.gD);
+  std::vector<double> g_features(gated.features.size()), g_weight(gated.weight.size());
+  for (size_t place = 0; place < gated.gate.size(); ++place) {
+    compare(r.y[place], double(q.y[place]) * gated.gate[place]);
+    compare(r.g_gate[place], double(q.y[place]) * gated.gy[place]);
+    const int64_t d = place % s.channels, agent = place / s.channels;
+    const int64_t first = agent / s.agents / s.sequences * (s.rank + 1) * s.channels + d;
+    const double sum = gated.before(place), g = sum < 20 ? q.gdt[place] / (1 + std::exp(-sum)) : 0;
+    for (int64_t k = 0; k < s.rank; ++k) {
+      g_weight[first + k * s.channels] += g * gated.features[agent * s.rank + k];
+      g_features[agent * s.rank + k] += g * gated.weight[first + k * s.channels];
+    }
+    g_weight[first + s.rank * s.channels] += g;
+  }
+  const auto compare_parts = [&](const Array& parts, const std::vector<double>& exact, int64_t groups, int64_t apart) {
+    const int64_t size = exact.size() / groups;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      float sum = 0;
+      for (int64_t k = 0; k < apart; ++k) sum += parts[(i / size * apart + k) * size + i % size];
+      compare(sum, exact[i]);
+    }
+  };
+  compare_parts(r.gdt, g_features, s.groups, s.tiles);
+  compare_parts(r.g_weight, g_weight, s.groups, s.blocks);
+  EXPECT(worst < 1e-4, "gated: error of %g with N, D, S, R = %ld, %ld, %ld, %ld", worst, long(s.agents),
+         long(s.channels), long(s.states), long(s.rank));
+}
+
 bool same(const Results& a, const Results& b) {
   const auto equal = [](const Array& x, const Array& y) {
     return x.size() == y.size() && (x.empty() || !std::memcmp(x.data(), y.data(), x.size() * sizeof(float)));
   };
   return equal(a.y, b.y) && equal(a.last, b.last) && equal(a.gx, b.gx) && equal(a.gdt, b.gdt) && equal(a.gA, b.gA) &&
-         equal(a.gB, b.gB) && equal(a.gC, b.gC) && equal(a.gD, b.gD) && equal(a.g_initial, b.g_initial);
+         equal(a.gB, b.gB) && equal(a.gC, b.gC) && equal(a.gD, b.gD) && equal(a.g_initial, b.g_initial) &&
+         equal(a.g_weight, b.g_weight) && equal(a.g_gate, b.g_gate);
 }
 
 void test_scan() {
@@ -149,12 +217,13 @@ void test_scan() {
     s.groups = draw(1, 2), s.sequences = draw(1, 5), s.agents = draw(1, i % 3 ? 18 : 50);
     s.channels = draw(1, 70), s.states = draw(1, 35), s.reverse = draw(0, 1);
     s.rates = draw(0, 2) ? s.states : 1;
+    if (s.rates == s.states) s.rank = draw(0, 1) * draw(1, 6);
     s.blocks = draw(1, s.sequences), s.tiles = (s.channels + 31) / 32;
     const Problem problem(s, draw(0, 1), draw(0, 1));
     const Results results = compute(problem, 1);
-    check(problem, results);
+    s.rank ? check_gated(problem, results) : check(problem, results);
     EXPECT(same(results, compute(problem, 3)), "one thread and three");
-    for (const Array* a : {&results.y, &results.gx, &results.gdt, &results.gB, &results.gC})
+    for (const Array* a : {&results.y, &results.gx, &results.gdt, &results.gB, &results.gC, &results.g_gate})
       for (const float v : *a) EXPECT(std::isfinite(v), "an element was not written");
   }
 }

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax import export
 
 from mam.errors import UserError
 from mam.networks.kernels import native, native_scan
-from mam.networks.scan import selective_scan
+from mam.networks.layers import Dense
+from mam.networks.scan import gated_scan, selective_scan
 
 mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
 
@@ -154,6 +156,56 @@ def test_leading_axes():
     np.testing.assert_array_equal(run_outputs(folded).reshape(6, 5, 20), run_outputs(arguments))
     one = [v[0] if v.ndim == 3 else v for v in arguments]
     np.testing.assert_array_equal(run_outputs(one), run_outputs(arguments)[0])
+
+
+@functools.partial(jax.jit, static_argnames="implementation", compiler_options=QUICK)
+def run_gated(arguments, alive, gradients, *, implementation="native"):
+    """Both outputs, and the gradients of all arguments."""
+
+    def scan(*arguments):
+        *xs, h = arguments
+        return gated_scan(*xs, alive=alive, initial_state=h, implementation=implementation)
+
+    outputs, pull_back = jax.vjp(scan, *arguments)
+    return outputs, pull_back(gradients)
+
+
+def make_gated_problem(seed, m, n, d, s, rank):
+    (x, _, A, B, C, D, h), reset, gradients = make_problem(seed, m, n, d, s)
+    rng = np.random.default_rng(seed)
+    features, gate = (rng.normal(size=(m, n, size)).astype(np.float32) for size in (rank, d))
+    dt_proj = Dense(rank, d, key=jax.random.key(seed))
+    dt_proj = eqx.tree_at(lambda proj: proj.bias, dt_proj, jnp.asarray(rng.normal(size=d), jnp.float32))
+    return (x, features, dt_proj, A, B, C, D, gate, h), ~reset, tuple(gradients)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_gated_in_one_pass_and_in_several(seed):
+    """30 random shapes, some with more features than the kernel takes."""
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        m, d, s, rank = (int(v) for v in rng.integers(1, [9, 70, 34, native_scan.MAX_RANK + 3]))
+        n = int(rng.choice([1, 2, rng.integers(3, 16), 16, rng.integers(17, 70)]))
+        problem = make_gated_problem(seed, m, n, d, s, rank)
+        actual, expected = run_gated(*problem), run_gated(*problem, implementation="sequential")
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), 1e-3), f"with {m, n, d, s, rank}"
+
+
+def test_gated_with_weights_of_each_seed():
+    problems = [make_gated_problem(k, 6, 18, 20, 5, 3) for k in range(3)]
+    together = jax.jit(jax.vmap(run_gated.__wrapped__))(*jax.tree.map(lambda *v: jnp.stack(v), *problems))
+    for k, problem in enumerate(problems):
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run_gated(*problem)), strict=True):
+            np.testing.assert_allclose(a[k], b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [native_scan.MAX_RANK, native_scan.MAX_RANK + 1])
+def test_gated_in_one_pass_where_the_features_are_few(rank):
+    (*arguments, _), _, _ = make_gated_problem(0, 2, 5, 20, 5, rank)
+    text = jax.jit(lambda *a: gated_scan(*a)[0]).lower(*arguments).compile().as_text()
+    assert text.count('custom_call_target="mam_native_scan"') == 1
+    assert ("log-plus-one" in text) == (rank > native_scan.MAX_RANK)  # XLA's softplus
 
 
 def primitives(jaxpr):

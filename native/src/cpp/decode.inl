@@ -10,11 +10,11 @@ namespace {
 
 using mam::Block;
 using mam::Decode;
+using mam::kDtLimit;
 using mam::Kind;
 using mam::Mixer;
 
 constexpr float kIllegal = -1e9f;  // mam.networks.actions.ILLEGAL
-constexpr float kDtLimit = 20.0f;  // mam.networks.mixers.ssm.DT_LIMIT
 
 // One agent's step of the recurrence: kSelective has a decay per channel and state, kDual one per channel.
 template <bool kSelective>

@@ -9,8 +9,12 @@ constexpr int64_t kChunk = 16;         // agents between two states that are kep
 constexpr int64_t kMaxLanes = 16;      // floats in the widest vector
 constexpr int64_t kMaxStateGroup = 16; // states that are in registers together
 
+constexpr float kDtLimit = 20.0f;      // DT_LIMIT in mam/networks/scan.py
+
 // The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
 // How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
+//
+// With rank > 0 it is gated: dt has so many features, of which the step sizes are made, and y is multiplied by the gate.
 struct Scan {
   int64_t groups;     // of sequences that share A and D: what vmap maps over
   int64_t sequences;  // per group
@@ -18,13 +22,18 @@ struct Scan {
   int64_t rates;   // per channel: as many as states, or one for all of them (Mamba-2)
   int64_t blocks;  // of sequences, per group
   int64_t tiles;   // of channels
+  int64_t rank;
   bool reverse;
-  const float *x, *dt;   // [groups, sequences, agents, channels]
+  const float* x;        // [groups, sequences, agents, channels]
+  const float* dt;       // as x; gated: [groups, sequences, agents, rank]
   const float *B, *C;    // [groups, sequences, agents, states]
   const float* A;        // [groups, rates, channels]
   const float* D;        // [groups, channels]
   const float* keep;     // [groups, sequences, agents]: 0 where the state is zeroed first; or null
   const float* initial;  // [groups, sequences, states, channels], or null
+  const float* weight;   // gated: [groups, rank + 1, channels], from dt to the step sizes before the softplus; then bias
+  const float* gate;     // gated: as x
+  const float* alive;    // gated: [groups, sequences, agents]: 0 where the step size is 0; or null
 
   int64_t tasks() const { return groups * blocks * tiles; }
   int64_t kept_states() const { return (agents - 1) / kChunk; }
@@ -37,20 +46,25 @@ struct ScanForward : Scan {
   float* last;    // as initial, or null
   float* starts;  // [groups, sequences, kept_states, states, channels]: before each chunk but the first; or null
 
-  int64_t scratch_size() const { return 2 * tile_width() * states; }  // floats, per worker
+  // Floats, per worker.
+  int64_t scratch_size() const { return (2 * states + (rank ? kChunk : 0)) * tile_width(); }
 };
 
 struct ScanBackward : Scan {
   const float *starts, *gy, *g_last;  // gy, g_last or both null: zeros
-  float *gx, *gdt;                    // as x
+  float* gx;                          // as x
+  float* gdt;                         // as x; gated: [groups, tiles, sequences, agents, rank], to be summed over tiles
   float *gB, *gC;                     // [groups, tiles, sequences, agents, states]: to be summed over tiles
   float* gA;                          // [groups, blocks, rates, channels]: to be summed over blocks
   float* gD;                          // [groups, blocks, channels]: likewise
   float* g_initial;                   // as initial, or null
+  float* g_weight;                    // gated: [groups, blocks, rank + 1, channels]: to be summed over blocks
+  float* g_gate;                      // gated: as x
 
   int64_t scratch_size() const {
-    const int64_t group = kMaxStateGroup * kMaxLanes;
-    return (3 * states + 1) * tile_width() + (2 * kChunk + 1) * group + 2 * kChunk * states * kMaxLanes;
+    const int64_t group = kMaxStateGroup * kMaxLanes, gated = rank ? 3 * kChunk + rank + 1 : 0;
+    return (3 * states + 1 + gated) * tile_width() + (2 * kChunk + 1) * group +
+           (2 * states + rank) * kChunk * kMaxLanes;
   }
 };
 

@@ -35,13 +35,21 @@ MAM_INLINE void for_groups(int64_t states, F f) {
   if (states - s >= 1) f(Size<1>{}, s);
 }
 
-// The same; f's last argument says whether a channel's states share one rate.
+// What a channel's states share: one rate (Mamba-2), nothing, or nothing and the scan is gated (Mamba-1).
+enum class Form { kShared, kOwn, kGated };
+
+// The same; f's last argument is the form.
 template <class F>
 MAM_INLINE void for_state_groups(const Scan& scan, F f) {
-  if (scan.rates < scan.states)
-    for_groups(scan.states, [&](auto group, int64_t state) { f(group, state, std::true_type{}); });
+  const auto all = [&](auto form) {
+    for_groups(scan.states, [&](auto group, int64_t state) { f(group, state, form); });
+  };
+  if (scan.rank)
+    all(std::integral_constant<Form, Form::kGated>{});
+  else if (scan.rates < scan.states)
+    all(std::integral_constant<Form, Form::kShared>{});
   else
-    for_groups(scan.states, [&](auto group, int64_t state) { f(group, state, std::false_type{}); });
+    all(std::integral_constant<Form, Form::kOwn>{});
 }
 
 // What one task does.
@@ -66,31 +74,43 @@ struct Task {
 // Some agents of one sequence, in the order in which they are read. Pointers are to the first one.
 struct Agents {
   int64_t count;
+  int64_t first;          // of all agents of all sequences
   int64_t step;           // from one agent to the next: 1 or -1
   int64_t wide, narrow;   // the same in arrays over channels, and over states
-  int64_t from_wide, from_narrow;  // places of the first one in those arrays
-  const float *x, *dt, *B, *C, *keep;
+  int64_t from_wide;      // the place of the first one in arrays over channels
+  const float *x, *B, *C, *keep;
+  const float* dt;
+  int64_t dt_step;        // from one agent to the next in dt and its gradient
+  const float* features;  // gated: what dt is made of
+  const float *gate, *alive;
 
-  Agents(const Scan& scan, const Task& task, int64_t sequence, int64_t first) {
-    count = scan.agents - first < kChunk ? scan.agents - first : kChunk;
+  Agents(const Scan& scan, const Task& task, int64_t sequence, int64_t begin) {
+    count = scan.agents - begin < kChunk ? scan.agents - begin : kChunk;
     step = scan.reverse ? -1 : 1;
     wide = step * scan.channels;
     narrow = step * scan.states;
     const int64_t row = task.group * scan.sequences + sequence;
-    const int64_t agent = row * scan.agents + (scan.reverse ? scan.agents - 1 - first : first);
-    from_wide = agent * scan.channels + task.channel;
-    from_narrow = agent * scan.states;
+    first = row * scan.agents + (scan.reverse ? scan.agents - 1 - begin : begin);
+    from_wide = first * scan.channels + task.channel;
     x = scan.x + from_wide;
-    dt = scan.dt + from_wide;
-    B = scan.B + from_narrow;
-    C = scan.C + from_narrow;
-    keep = scan.keep ? scan.keep + agent : nullptr;
+    dt = scan.dt + (scan.rank ? 0 : from_wide);
+    dt_step = wide;
+    features = scan.dt + first * scan.rank;
+    gate = scan.rank ? scan.gate + from_wide : nullptr;
+    alive = scan.alive ? scan.alive + first : nullptr;
+    B = scan.B + first * scan.states;
+    C = scan.C + first * scan.states;
+    keep = scan.keep ? scan.keep + first : nullptr;
   }
 
   // How far away those are that come next, in arrays over channels: to be fetched in time.
   int64_t until(const Agents& next) const { return next.from_wide - from_wide; }
 
+  // The array over channels that is read besides x: it is fetched in time, too.
+  MAM_INLINE const float* second() const { return gate ? gate : dt; }
+
   MAM_INLINE bool reset(int64_t i) const { return keep && keep[i * step] == 0.0f; }
+  MAM_INLINE bool dead(int64_t i) const { return alive && alive[i * step] == 0.0f; }
 };
 
 // States [states, channels] of a sequence; null stands for zeros when read, and for nowhere when written.
@@ -125,6 +145,17 @@ MAM_INLINE void read_rates(const Scan& scan, const Task& task, float* rates) {
     for (int64_t s = 0; s < scan.rates; ++s)
       store(rates + (e * scan.rates + s) * kLanes,
             load(A + s * scan.channels + e * kLanes, task.width - e * kLanes) * kLog2E);
+}
+
+MAM_INLINE void zero(float* to, int64_t size) { __builtin_memset(to, 0, size * sizeof(float)); }
+
+MAM_INLINE void add(float* to, V v) { store(to, load(to) + v); }
+
+// Of some agents' features [kChunk, size] with lanes still apart, the sums, into an array over all agents.
+MAM_INLINE void sum_all_lanes(const float* from, const Agents& agents, int64_t size, float* to) {
+  for (int64_t i = 0; i < agents.count; ++i)
+    for (int64_t k = 0; k < size; ++k)
+      to[(agents.first + i * agents.step) * size + k] = sum_lanes(from + (i * size + k) * kLanes);
 }
 
 }  // namespace

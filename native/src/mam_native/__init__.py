@@ -17,7 +17,7 @@ _library.mam_native_isa.restype = ctypes.c_char_p
 _library.mam_native_available.restype = ctypes.c_char_p
 _library.mam_native_choose.restype = ctypes.c_bool
 _library.mam_native_scan_scratch.restype = ctypes.c_int64
-_library.mam_native_scan_scratch.argtypes = [ctypes.c_int64] * 3
+_library.mam_native_scan_scratch.argtypes = [ctypes.c_int64] * 4
 
 HANDLERS = {
     f"mam_native_{name}": getattr(_library, f"mam_native_{name}")
@@ -42,9 +42,9 @@ def choose(name: str) -> None:
         raise ValueError(f"no kernels for {name!r} here: choose one of {', '.join(available())}")
 
 
-def scan_scratch(channels: int, states: int, tiles: int) -> int:
+def scan_scratch(channels: int, states: int, rank: int, tiles: int) -> int:
     """How many floats of memory to work in a thread needs for a scan of this size, forward or backward."""
-    return _library.mam_native_scan_scratch(channels, states, tiles)
+    return _library.mam_native_scan_scratch(channels, states, rank, tiles)
 
 
 if wanted := os.environ.get("MAM_NATIVE_ISA"):

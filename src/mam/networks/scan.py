@@ -19,8 +19,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from mam.networks.kernels.native import on_cpu, use_native
-from mam.networks.kernels.native_scan import ScanInputs, native_final_state, native_outputs
+from mam.networks.kernels.native_scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
 from mam.networks.kernels.scan import kernel_supports, scan_kernel
+from mam.networks.layers import Dense
+
+DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
 
 # A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
 # the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
@@ -83,6 +86,56 @@ def selective_scan(
     return y.reshape(x.shape).astype(x.dtype), h.reshape(*batch, s, d)
 
 
+def gated_scan(
+    x: Float[Array, "*batch N D"],
+    features: Float[Array, "*batch N R"],
+    dt_proj: Dense,
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch N S"],
+    C: Float[Array, "*batch N S"],
+    D: Float[Array, "D"],
+    gate: Float[Array, "*batch N D"],
+    *,
+    alive: Bool[Array, "*batch N"] | None = None,
+    initial_state: Float[Array, "*batch S D"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
+    """`selective_scan` with step sizes made of features, Δ = softplus(W δ + b), and outputs multiplied by a gate.
+
+    The native kernels do all of it in one pass: neither step sizes nor outputs before the gate are written.
+
+    Args:
+        x: inputs.
+        features: δ.
+        dt_proj: W and b.
+        A: as in `selective_scan`, as are B, C, D, initial_state and implementation.
+        B: input vectors.
+        C: output vectors.
+        D: skip weights.
+        gate: multiplies the outputs.
+        alive: False where Δ = 0, so that the state stays as it was (all alive if None).
+        initial_state: h before the first agent.
+        implementation: of the scan.
+    """
+
+    def composed(x, features, dt_proj, A, B, C, D, gate, alive, initial_state):
+        dt = step_size(dt_proj(features), alive)
+        y, h = selective_scan(x, dt, A, B, C, D, initial_state=initial_state, implementation=implementation)
+        return y * gate, h
+
+    args = (x, features, dt_proj, A, B, C, D, gate, alive, initial_state)
+    fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
+    if implementation in (None, "native") and fits and use_native():
+        return on_cpu(_native_gated, composed, *args)
+    return composed(*args)
+
+
+def step_size(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch F"]:
+    """Δ = softplus(x), bounded by DT_LIMIT, and 0 for the dead; in float32 or wider."""
+    dt = jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
+    return dt if alive is None else jnp.where(alive[..., None], dt, 0.0)
+
+
 def selective_step(
     state: Float[Array, "*batch S D"],
     x: Float[Array, "*batch D"],
@@ -136,6 +189,26 @@ def _native(x, dt, B, C, A, D, keep, h0, reverse):
         raise ValueError(f"the native scan is for float32, not {x.dtype}")
     inputs = ScanInputs(x, dt, A, B, C, D.astype(x.dtype), keep, h0)
     return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
+
+
+def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0):
+    *batch, n, d = x.shape
+
+    inputs = ScanInputs(
+        x=x.reshape(-1, n, d),
+        dt=features.reshape(-1, *features.shape[-2:]),
+        A=A.T,
+        B=B.reshape(-1, *B.shape[-2:]),
+        C=C.reshape(-1, *C.shape[-2:]),
+        D=D,
+        keep=None,
+        h0=None if h0 is None else h0.reshape(-1, *A.T.shape),
+        weight=jnp.concatenate([dt_proj.weight, dt_proj.bias[None]]),
+        gate=gate.reshape(-1, n, d),
+        alive=None if alive is None else alive.reshape(-1, n).astype(x.dtype),
+    )
+    y, h = native_outputs(inputs, reverse=False), native_final_state(inputs, reverse=False)
+    return y.reshape(x.shape), h.reshape(*batch, *A.T.shape)
 
 
 def _pallas(x, dt, B, C, A, keep, h0, reverse, *, interpret=False):

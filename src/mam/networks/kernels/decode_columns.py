@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mam.networks.kernels.launch import _instruction, exp2, multiply_add
-from mam.networks.mixers.ssm import DT_LIMIT
+from mam.networks.scan import DT_LIMIT
 
 COLUMNS = 8  # the matrix units' narrowest product; Triton takes no narrower one
 LOG2_E = 1.4426950408889634
@@ -113,7 +113,7 @@ class Columns:
         return jnp.clip(x, -MAX_FLOAT16, MAX_FLOAT16)
 
     def step_size(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
-        """`ssm.step_size`; log(1 + e) = 2 artanh(e / (2 + e)), which keeps small Δ exact without a library call."""
+        """`scan.step_size`; log(1 + e) = 2 artanh(e / (2 + e)), which keeps small Δ exact without a library call."""
         e = self.exp2(-LOG2_E * jnp.abs(x))
         s = e * self.reciprocal(2 + e)
         series = jnp.float32(2 / (2 * LOG1P_TERMS - 1))

@@ -15,7 +15,7 @@ from jax import lax
 
 from mam.errors import UserError
 
-VERSION = "0.2"  # of the package; with others kernels take other arguments
+VERSION = "0.3"  # of the package; with others kernels take other arguments
 _allowed = jax.make_user_context(True)  # a part of every jitted function's key
 
 

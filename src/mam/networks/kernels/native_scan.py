@@ -21,19 +21,24 @@ CHUNK = 16  # agents between two states that are kept: kChunk in native/src/cpp/
 MAX_BLOCKS = 32  # of sequences: each has its own sums for the gradients of A and D
 MIN_TASKS = 8  # where there are fewer sequences, channels are cut, too
 LANES = 16  # floats in the widest vector; tiles of channels are multiples
+MAX_RANK = 16  # features of which step sizes are made: more are better multiplied by XLA
 
 
 class ScanInputs(NamedTuple):
     """What the recurrence reads, in float32."""
 
     x: Float[Array, "M N D"]
-    dt: Float[Array, "M N D"]
+    dt: Float[Array, "M N D"] | Float[Array, "M N R"]  # step sizes, or what they are made of
     A: Float[Array, "S D"] | Float[Array, "1 D"]  # one rate for all states of a channel: Mamba-2
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
     keep: Float[Array, "M N"] | None  # 0 where the state is zeroed before agent i reads its input, else 1 (None: 1)
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
+    # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
+    weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b
+    gate: Float[Array, "M N D"] | None = None  # multiplies the outputs
+    alive: Float[Array, "M N"] | None = None  # 0 where Δ = 0, else 1 (None: 1)
 
 
 def native_outputs(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M N D"]:
@@ -55,7 +60,10 @@ def _run_forward(reverse: bool, output: str, inputs: ScanInputs, *, keep_starts:
     s = inputs.B.shape[-1]
     cut = _Cut.of(m, d)
     starts = (m, (n - 1) // CHUNK, s, d) if keep_starts else (0,)
-    shapes = ((m, n, d) if output == "y" else (0,), (m, s, d) if output == "h" else (0,), starts, cut.scratch(d, s))
+    shapes = (
+        *((m, n, d) if output == "y" else (0,), (m, s, d) if output == "h" else (0,)),
+        *(starts, cut.scratch(inputs)),
+    )
     return _call("mam_native_scan", shapes, inputs, reverse, cut)
 
 
@@ -71,21 +79,40 @@ def _scan_fwd(reverse: bool, output: str, inputs: ScanInputs) -> tuple[Array, An
 
 def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tuple[ScanInputs]:
     inputs, starts = residuals
-    m, n, d = inputs.x.shape
-    s = inputs.B.shape[-1]
-    cut = _Cut.of(m, d)
+    cut = _Cut.of(inputs.x.shape[0], inputs.x.shape[2])
     none = jnp.zeros(0, jnp.float32)
     gradients = (gradient, none) if output == "y" else (none, gradient)
+    x, dt, A, B, C, D, keep, h0, weight, gate, alive = inputs
     shapes = (
-        *((m, n, d), (m, n, d)),
-        *((cut.blocks, *inputs.A.shape), (cut.tiles, m, n, s), (cut.tiles, m, n, s), (cut.blocks, d)),
-        *((0,) if inputs.h0 is None else (m, s, d), cut.scratch(d, s)),
+        *(x.shape, dt.shape if weight is None else (cut.tiles, *dt.shape)),
+        *((cut.blocks, *A.shape), (cut.tiles, *B.shape), (cut.tiles, *C.shape), (cut.blocks, *D.shape)),
+        (0,) if h0 is None else h0.shape,
+        (0,) if weight is None else (cut.blocks, *weight.shape),
+        (0,) if gate is None else gate.shape,
+        cut.scratch(inputs),
     )
     arguments = (starts, *gradients)
-    gx, gdt, gA, gB, gC, gD, gh0, _ = _call("mam_native_scan_backward", shapes, inputs, reverse, cut, *arguments)
-    gA, gB, gC, gD = (jnp.sum(g, axis=0) if g.shape[0] != 1 else g[0] for g in (gA, gB, gC, gD))
-    g_keep = None if inputs.keep is None else jnp.zeros_like(inputs.keep)
-    return (ScanInputs(gx, gdt, gA, gB, gC, gD, g_keep, None if inputs.h0 is None else gh0),)
+    results = _call("mam_native_scan_backward", shapes, inputs, reverse, cut, *arguments)
+    gx, gdt, gA, gB, gC, gD, gh0, g_weight, g_gate, _ = results
+    g = ScanInputs(
+        x=gx,
+        dt=gdt if weight is None else _total(gdt),
+        A=_total(gA),
+        B=_total(gB),
+        C=_total(gC),
+        D=_total(gD),
+        keep=None if keep is None else jnp.zeros_like(keep),
+        h0=None if h0 is None else gh0,
+        weight=None if weight is None else _total(g_weight),
+        gate=None if gate is None else g_gate,
+        alive=None if alive is None else jnp.zeros_like(alive),
+    )
+    return (g,)
+
+
+def _total(parts: Array) -> Array:
+    """The sum over the first axis."""
+    return jnp.sum(parts, axis=0) if parts.shape[0] != 1 else parts[0]
 
 
 _scan = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
@@ -105,10 +132,11 @@ class _Cut(NamedTuple):
         width = -(-math.ceil(d / wanted) // LANES) * LANES
         return cls(blocks, -(-d // width))
 
-    def scratch(self, d: int, s: int) -> tuple[int, int]:
+    def scratch(self, inputs: ScanInputs) -> tuple[int, int]:
         """Memory to work in, for each thread that may take part."""
         workers = min(self.blocks * self.tiles, os.cpu_count() or 1)
-        return workers, library().scan_scratch(d, s, self.tiles)
+        rank = 0 if inputs.weight is None else inputs.dt.shape[-1]
+        return workers, library().scan_scratch(inputs.x.shape[-1], inputs.B.shape[-1], rank, self.tiles)
 
 
 def _call(name: str, shapes: Any, inputs: ScanInputs, reverse: bool, cut: _Cut, *arguments: Array) -> Sequence[Array]:

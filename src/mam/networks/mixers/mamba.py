@@ -15,9 +15,8 @@ from mam.networks.mixers.ssm import (
     init_ssm_state,
     initial_dt_bias,
     living,
-    step_size,
 )
-from mam.networks.scan import selective_scan, selective_step
+from mam.networks.scan import gated_scan, selective_step, step_size
 
 
 class SelectiveInputs(eqx.Module):
@@ -79,28 +78,32 @@ class SelectiveSSM(AbstractSSM):
 
     def advance(self, state, inputs, C):
         conv_state, x = self.conv.advance(state.conv_state[0], inputs.x)
-        dt, B, C = self._select(x, C)
+        features, B, C = self._select(x, C)
+        dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), self.out_proj(y * inputs.gate)
 
     def extend(self, state, inputs, C, alive):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
         conv_state, x = self.conv.extend(before, living(inputs.x, alive))
-        dt, B, C = self._select(x, C)
-        y, ssm_state = selective_scan(
+        features, B, C = self._select(x, C)
+        y, ssm_state = gated_scan(
             x,
-            living(dt, alive),
+            features,
+            self.dt_proj,
             -jnp.exp(self.A_log),
             B,
             C,
             self.skip,
+            inputs.gate,
+            alive=alive,
             initial_state=start,
             implementation=self.scan,
         )
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), self.out_proj(y * inputs.gate)
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), self.out_proj(y)
 
     def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
-        """Δ, B and C."""
+        """δ, B and C."""
         dt_rank, d_state = self.dt_proj.weight.shape[0], self.A_log.shape[1]
-        delta, B, *own = jnp.split(self.x_proj(x), [dt_rank, dt_rank + d_state], axis=-1)
-        return step_size(self.dt_proj(delta)), B, own[0] if C is None else C
+        features, B, *own = jnp.split(self.x_proj(x), [dt_rank, dt_rank + d_state], axis=-1)
+        return features, B, own[0] if C is None else C

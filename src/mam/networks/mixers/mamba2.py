@@ -15,8 +15,8 @@ from mam.networks.mixers.ssm import (
     init_ssm_state,
     initial_dt_bias,
     living,
-    step_size,
 )
+from mam.networks.scan import step_size
 from mam.networks.ssd import ssd, ssd_step
 
 NORM_EPS = 1e-5
@@ -97,7 +97,7 @@ class DualSSM(AbstractSSM):
         conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive))
         conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive))
         B, C = self._split(BC, C)
-        dt = living(step_size(inputs.dt), alive)
+        dt = step_size(inputs.dt, alive)
         y, ssm_state = ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, initial_state=start)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.out_proj(self.norm(y * inputs.gate))
 

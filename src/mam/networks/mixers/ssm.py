@@ -14,10 +14,9 @@ from mam.networks.kernels.native import use_native
 from mam.networks.kernels.native_conv import native_conv_silu, native_conv_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
+from mam.networks.scan import step_size
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
-DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
-
 
 Before = tuple[Float[Array, "..."], ...]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
 
@@ -239,8 +238,3 @@ def largest_step_size(policy: PyTree) -> Float[Array, ""] | None:
     found = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractSSM))
     biases = [required(node.dt_proj.bias) for node in found if isinstance(node, AbstractSSM)]
     return jnp.stack([step_size(bias).max() for bias in biases]).max() if biases else None
-
-
-def step_size(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Δ = softplus(x), bounded by DT_LIMIT; in float32 or wider."""
-    return jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
