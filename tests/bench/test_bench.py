@@ -43,6 +43,7 @@ def test_every_contender_is_a_program(what, name):
         ("scan", ("sequential", "associative", "pairwise")),
         ("block", ("attention/encoder", "attention/cross")),
         ("act", ("mat", "mat-uncached")),
+        ("decode", ("mam", "mat")),
         ("update", ("mat",)),
         ("train", ("mat/acting",)),
     ],
@@ -68,7 +69,7 @@ def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
         assert (row["rounds"], row["extrapolated"], row["jax"]) == ("2", "False", jax.__version__)
         assert bool(row["ratio"]) == (row["baseline"] in contenders)
         assert bool(row["parameters"]) == (what != "scan")
-        assert bool(row["per_agent_us"]) == (what == "act")
+        assert bool(row["per_agent_us"]) == (what in ("act", "decode"))
         assert bool(row["env_steps_per_s"]) == (what == "train")
     options = json.loads((tmp_path / "out" / "options.json").read_text())
     assert (options["what"], options["network"]["d_model"]) == (what, 8)

@@ -28,13 +28,14 @@ class Bench:
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WHAT")]
     """scan: the selective scan, forward and backward, in every implementation;
     block: one mixer of every family in every role, forward and backward;
-    act: one joint action per environment, encoder included;
+    act: one joint action per environment;
+    decode: the same without the encoder;
     update: one gradient step of a whole policy;
     train: whole train steps on a probe environment, and acting and the update apart."""
     num_agents: tuple[int, ...] = ()
     """Numbers of agents N; several of the bench's own unless given."""
     batch: int | None = None
-    """Environments, the same at every N; 64 for act and train."""
+    """Environments, the same at every N; 64 for act, decode and train."""
     tokens: int | None = None
     """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block and update."""
     contenders: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from mam.bench.rivals import act_uncached, matched_sizes
 from mam.config import Config, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.kernels.native import use_native, without_native
 from mam.networks.kernels.scan import kernel_supports
 from mam.networks.mixers import MIXERS
@@ -112,6 +113,19 @@ def _act(name: str, cell: Cell, *, cached: bool = True) -> Contender:
     if cached:
         return Contender(lambda policy, obs, keys: policy.act((), obs, reset, keys)[1], **shared)
     return Contender(act_uncached, steps=cell.num_agents, **shared)
+
+
+def _decode(name: str, cell: Cell) -> Contender:
+    """The same without the encoder: given what it put out, and the noise."""
+    policy: Any = random_policy(name, synthetic_task(cell.num_agents), cell.network)
+    obs_rep = normal(cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
+    noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
+
+    def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
+        ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
+        return decide(policy.decoder, policy.kind, ahead, Decoding())
+
+    return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
 
 
 def _update(name: str, cell: Cell, **changes: Any) -> Contender:
@@ -202,6 +216,13 @@ CASES = {
         {name: partial(_act, name) for name in POLICIES}
         | {f"{name}-xla": partial(_through_xla, partial(_act, name)) for name in ("mam", "mam2")}
         | {"mat-uncached": partial(_act, "mat", cached=False)},
+        num_agents=(4, 16, 64, 256),
+        batch=64,
+        derived={"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents},
+    ),
+    "decode": Case(
+        {name: partial(_decode, name) for name in POLICIES}
+        | {f"{name}-xla": partial(_through_xla, partial(_decode, name)) for name in ("mam", "mam2")},
         num_agents=(4, 16, 64, 256),
         batch=64,
         derived={"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents},
