@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -62,6 +65,14 @@ def test_overview_version_and_list(capsys):
     out = capsys.readouterr().out
     for word in ("usage: mam", *cli.COMMANDS, "lbf/2s-8x8-2p-2f-coop", "rware/xlarge-4ag-hard", *PRESETS):
         assert word in out
+
+
+def test_a_reader_that_goes_away():
+    command = [sys.executable, "-m", "mam", "list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 def test_help_shows_the_defaults_of_the_tasks_preset(capsys):

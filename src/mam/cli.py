@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,27 +121,38 @@ class CheckEnv:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where package.module:factory is looked for
-    try:
-        if not args or args[0] in ("-h", "--help"):
-            _print_overview()
-            return 0
-        if args[0] == "--version":
-            from mam.networks.kernels import native
+    """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked.
 
-            print(f"mam {metadata.version('mam')}, {native.description()}")
-            return 0
-        if args[0] not in COMMANDS:
-            raise unknown_name("command", args[0], COMMANDS, see="mam --help")
-        kind, command = COMMANDS[args[0]]
-        default = _default(kind, args[1:]) if kind in (Train, PlanRun, Sweep) else None
-        return command(parse(args[0], kind, args[1:], default)) or 0
+    141 if whatever read the output went away.
+    """
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who reads this has seen enough: `mam list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(args: list[str]) -> int:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where package.module:factory is looked for
+    if not args or args[0] in ("-h", "--help"):
+        _print_overview()
+        return 0
+    if args[0] == "--version":
+        from mam.networks.kernels import native
+
+        print(f"mam {metadata.version('mam')}, {native.description()}")
+        return 0
+    if args[0] not in COMMANDS:
+        raise unknown_name("command", args[0], COMMANDS, see="mam --help")
+    kind, command = COMMANDS[args[0]]
+    default = _default(kind, args[1:]) if kind in (Train, PlanRun, Sweep) else None
+    return command(parse(args[0], kind, args[1:], default)) or 0
 
 
 def _default(kind: type, args: Sequence[str]) -> Any:
