@@ -8,13 +8,12 @@ namespace mam {
 constexpr int64_t kChunk = 16;         // agents between two states that are kept for the backward pass
 constexpr int64_t kMaxLanes = 16;      // floats in the widest vector
 constexpr int64_t kMaxStateGroup = 16; // states that are in registers together
-
-constexpr float kDtLimit = 20.0f;      // DT_LIMIT in mam/networks/scan.py
+constexpr float kDtLimit = 20.0f;      // of step sizes: DT_LIMIT in mam/networks/scan.py
 
 // The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
 // How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
 //
-// With rank > 0 it is gated: dt has so many features, of which the step sizes are made, and y is multiplied by the gate.
+// With a rank it is gated: step sizes are made of so many features, which dt then has, and y is multiplied by the gate.
 struct Scan {
   int64_t groups;     // of sequences that share A and D: what vmap maps over
   int64_t sequences;  // per group
@@ -22,7 +21,7 @@ struct Scan {
   int64_t rates;   // per channel: as many as states, or one for all of them (Mamba-2)
   int64_t blocks;  // of sequences, per group
   int64_t tiles;   // of channels
-  int64_t rank;
+  int64_t rank;    // of what step sizes are made of; 0: they are given
   bool reverse;
   const float* x;        // [groups, sequences, agents, channels]
   const float* dt;       // as x; gated: [groups, sequences, agents, rank]

@@ -18,8 +18,9 @@ using mam::ScanForward;
 
 // One vector of channels and one group of states, over a chunk; `ahead` is how far away the next chunk is.
 template <int G, Form kForm>
-MAM_INLINE void advance(const Scan& scan, const Agents& agents, int64_t channel, int64_t lanes, int64_t state, const float* rates,
-                        const float* D, States<const float> before, States<float> after, float* y, int64_t ahead) {
+MAM_INLINE void advance(const Scan& scan, const Agents& agents, int64_t channel, int64_t lanes, int64_t state,
+                        const float* rates, const float* D, States<const float> before, States<float> after, float* y,
+                        int64_t ahead) {
   constexpr bool kShared = kForm == Form::kShared;
   V h[G];
   before.read(h, state, channel, lanes);
