@@ -40,6 +40,7 @@ POLICIES = ("mam", "mam2", "mat")  # those that see agents as a sequence
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
+PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
 
 
 def _both_ways(function: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
@@ -218,14 +219,14 @@ CASES = {
         | {"mat-uncached": partial(_act, "mat", cached=False)},
         num_agents=(4, 16, 64, 256),
         batch=64,
-        derived={"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents},
+        derived=PER_AGENT,
     ),
     "decode": Case(
         {name: partial(_decode, name) for name in POLICIES}
         | {f"{name}-xla": partial(_through_xla, partial(_decode, name)) for name in ("mam", "mam2")},
         num_agents=(4, 16, 64, 256),
         batch=64,
-        derived={"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents},
+        derived=PER_AGENT,
     ),
     "update": Case(
         {name: partial(_update, name) for name in POLICIES}
