@@ -116,6 +116,8 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="mat").algorithm == "mat"
     network = NetworkConfig(encoder=EncoderConfig(layout="MA"), decoder=DecoderConfig(layout="M2", cross="AA"))
     assert Config(policy="mam", network=network).algorithm == "mam-encMA-decM2-crossAA"
+    published = NetworkConfig(encoder=EncoderConfig(combine="product"))
+    assert Config(policy="mam", network=published).algorithm == "mam-product"
 
 
 def test_derived_sizes():

@@ -163,6 +163,14 @@ def test_log_probabilities_of_acting_may_be_replaced_by_the_learners(recompute, 
     np.testing.assert_array_equal(values["passes"], 3.0)  # what the policy reports of itself
 
 
+def test_the_learning_rate_falls_to_nothing_if_asked_to(trainer):
+    annealed = make_train(replace(CONFIG, ppo=replace(CONFIG.ppo, anneal_lr=True)))  # four updates
+    _, values = run(annealed, SEEDS, "tttt")
+    rates = np.stack([v["learning_rate"] for v in values])
+    np.testing.assert_allclose(rates, np.tile([[0.1], [0.075], [0.05], [0.025]], 3), rtol=1e-6)
+    np.testing.assert_allclose(run(trainer, SEEDS, "t")[1][0]["learning_rate"], 0.1)
+
+
 def test_values_are_one_per_seed_and_finite(trainer):
     state, (first, second, evaluation) = run(trainer, SEEDS, "tte")
     assert set(first) == {

@@ -21,6 +21,9 @@ class EncoderConfig:
 
     layout: str | None = None
     """A letter per block: A attention, M Mamba, 2 Mamba-2, such as MA; num_blocks times the policy's own if None."""
+    combine: Literal["sum", "product"] = "sum"
+    """The two directions of M and 2: both read the observations and are added, or as published the second reads the
+    first and they are multiplied, which learns less."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class PPOConfig:
     """Proximal policy optimisation on joint actions, with a ratio per agent."""
 
     lr: float = 5e-4
-    """Adam's learning rate, constant."""
+    """Adam's learning rate."""
+    anneal_lr: bool = False
+    """Lower the learning rate with every update, linearly, to nothing after the last; constant if not."""
     num_envs: int = 64
     """Environments stepped side by side, per seed."""
     rollout_length: int = 128
@@ -174,9 +179,10 @@ class Config:
     @property
     def algorithm(self) -> str:
         """The policy's name in tables and files, with its layout if that is not the policy's own."""
-        encoder, decoder = self.network.encoder.layout, self.network.decoder
-        parts = (("enc", encoder), ("dec", decoder.layout), ("cross", decoder.cross))
-        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout)])
+        encoder, decoder = self.network.encoder, self.network.decoder
+        parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
+        published = ["product"] * (encoder.combine == "product")
+        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *published])
 
     @property
     def steps_per_update(self) -> int:
@@ -211,7 +217,7 @@ def _validate(config: Config) -> None:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
-    for prefix, group in groups[:2]:
+    for prefix, group in [*groups[:2], ("network.encoder.", network.encoder)]:
         for name, annotation in type(group).__annotations__.items():
             allowed = typing.get_args(annotation)
             if typing.get_origin(annotation) is Literal and getattr(group, name) not in allowed:

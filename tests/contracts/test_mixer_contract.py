@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mam.config import NetworkConfig
+from mam.config import EncoderConfig, NetworkConfig
 from mam.networks.mixers import MIXERS, AbstractCausalMixer, MixerFamily
 from mam.networks.ssd import CHUNK
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 ROLES = [role.name for role in dataclasses.fields(MixerFamily) if role.name != "letter"]
-every_mixer = pytest.mark.parametrize(("family", "role"), [(f, r) for f in MIXERS for r in ROLES])
+PUBLISHED = [(f, "published encoder") for f in ("mamba", "mamba2")]  # whose passes are multiplied
+every_mixer = pytest.mark.parametrize(("family", "role"), [*((f, r) for f in MIXERS for r in ROLES), *PUBLISHED])
 every_causal_mixer = pytest.mark.parametrize(
     ("family", "role"), [(f, r) for f in MIXERS for r in ROLES if r != "encoder"]
 )
@@ -37,11 +38,17 @@ def double_precision():
         yield
 
 
+def build_mixer(family, role, key):
+    if role == "published encoder":
+        published = dataclasses.replace(SIZES, encoder=EncoderConfig(combine="product"))
+        return MIXERS[family].encoder(published, key=key)
+    return getattr(MIXERS[family], role)(SIZES, key=key)
+
+
 @functools.cache
 def make_mixer(family, role):
     """A mixer with large random parameters: under the initial ones agents hardly heed one another."""
-    build = getattr(MIXERS[family], role)
-    empty = jax.eval_shape(lambda key: build(SIZES, key=key), jax.random.key(0))
+    empty = jax.eval_shape(lambda key: build_mixer(family, role, key), jax.random.key(0))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -111,7 +118,7 @@ def sees(gradient):
 @every_mixer
 def test_the_roles_are_what_they_say(family, role):
     mixer = make_mixer(family, role)
-    assert isinstance(mixer, AbstractCausalMixer) or role == "encoder"
+    assert isinstance(mixer, AbstractCausalMixer) or "encoder" in role
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 31, 128])
@@ -159,12 +166,18 @@ def test_who_sees_whom(family, role):
     """Causal mixers see the past and themselves, exactly; the encoder's see everyone."""
     _, _, *gradients = influence_of(family, role)
     x_gradient, context_gradient = gradients
-    expected = np.ones((N, N), bool) if role == "encoder" else np.tri(N, dtype=bool)
+    expected = np.ones((N, N), bool) if "encoder" in role else np.tri(N, dtype=bool)
     np.testing.assert_array_equal(sees(x_gradient), expected)
     if role == "cross":
         seen = sees(context_gradient)
         assert not np.any(seen & ~expected)
         assert np.all(np.diagonal(seen)[1:])  # the first agent's context may have only one answer to choose from
+
+
+@pytest.mark.parametrize("family", MIXERS)
+def test_encoders_know_no_direction(family):
+    mixer, (x, _) = make_mixer(family, "encoder"), make_inputs("encoder", (2, N))
+    close(parallel(mixer, x[:, ::-1], None)[:, ::-1], parallel(mixer, x, None))
 
 
 @every_mixer
@@ -180,7 +193,7 @@ def test_no_parameter_is_dead(family, role):
 @every_mixer
 def test_every_leaf_is_an_array(family, role):
     def build(key):
-        mixer = getattr(MIXERS[family], role)(SIZES, key=key)
+        mixer = build_mixer(family, role, key)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mixer))
         return mixer
 
@@ -228,7 +241,7 @@ def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role)
         assert expected.dtype == jnp.float32
         assert 0.5 < np.std(expected) < 2
         np.testing.assert_allclose(parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6)
-        if role != "encoder":
+        if "encoder" not in role:
             steps = recurrent(mixer, *loud)[:LIVING]
             np.testing.assert_allclose(steps, recurrent(mixer, *alone), rtol=0, atol=1e-6)
 

@@ -22,7 +22,7 @@ from mam.bench.inputs import (
 )
 from mam.bench.measure import Case, Cell, Contender, Skip
 from mam.bench.rivals import act_uncached, matched_sizes
-from mam.config import Config, PPOConfig
+from mam.config import Config, EncoderConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.networks.decode import Ahead, Decoding, decide
@@ -233,7 +233,7 @@ CASES = {
         | {
             "mam-xla": partial(_through_xla, partial(_update, "mam")),
             "mat-matched": partial(_update_matched, "mat", "mam"),
-            "mam-published": partial(_update, "mam", scan="associative"),
+            "mam-published": partial(_update, "mam", scan="associative", encoder=EncoderConfig(combine="product")),
         },
         num_agents=(4, 16, 64, 256),
         tokens=8192,

@@ -81,7 +81,7 @@ class SelectiveSSM(AbstractSSM):
         features, B, C = self._select(x, C)
         dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), self.out_proj(y * inputs.gate)
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * inputs.gate
 
     def extend(self, state, inputs, C, alive):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
@@ -100,7 +100,7 @@ class SelectiveSSM(AbstractSSM):
             initial_state=start,
             implementation=self.scan,
         )
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), self.out_proj(y)
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
     def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
         """δ, B and C."""

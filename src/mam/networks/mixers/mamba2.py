@@ -90,7 +90,7 @@ class DualSSM(AbstractSSM):
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt)
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.out_proj(self.norm(y * inputs.gate))
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * inputs.gate)
 
     def extend(self, state, inputs, C, alive):
         start, (conv_x, conv_BC) = (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
@@ -99,7 +99,7 @@ class DualSSM(AbstractSSM):
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt, alive)
         y, ssm_state = ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, initial_state=start)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.out_proj(self.norm(y * inputs.gate))
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * inputs.gate)
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
         """B and C, which may come from elsewhere."""

@@ -103,9 +103,10 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 
 
 class AbstractSSM(eqx.Module):
-    """A state-space block from in-projection to out-projection, without norms and residual."""
+    """A state-space block without norms and residual. Its out-projection is for the mixers to apply."""
 
     dt_proj: eqx.AbstractVar[Dense]  # to the step sizes, before the softplus
+    out_proj: eqx.AbstractVar[Dense]
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
@@ -122,7 +123,7 @@ class AbstractSSM(eqx.Module):
     @abstractmethod
     def advance(
         self, state: SSMState, inputs: MixerInputs, C: Float[Array, "*batch S"] | None
-    ) -> tuple[SSMState, Float[Array, "*batch E"]]:
+    ) -> tuple[SSMState, Float[Array, "*batch D"]]:
         """The next agent; C is read from the agent itself if None."""
 
     @abstractmethod
@@ -132,7 +133,7 @@ class AbstractSSM(eqx.Module):
         inputs: MixerInputs,
         C: Float[Array, "*batch M S"] | None,
         alive: Bool[Array, "*batch M"] | None,
-    ) -> tuple[SSMState, Float[Array, "*batch M E"]]:
+    ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
         """The next M agents."""
 
 
@@ -140,30 +141,40 @@ MakeSSM = Callable[..., AbstractSSM]  # make(sizes, key=key, cross=cross)
 
 
 class BidirectionalSSM(AbstractMixer):
-    """One set of weights, two passes, cascaded and multiplied: the encoder's mixer.
+    """One set of weights, a pass in each direction: the encoder's mixer.
 
-        f = SSM(x);  r = flip(SSM(flip(f)));  out = LayerNorm(x + f ⊙ r),  with x after RMSNorm inside
+        u = RMSNorm(x);  f = SSM(u);  r = flip(SSM(flip(u)));  out = LayerNorm(x + f + r)
 
-    The reverse pass reads the forward pass's output, so agent 1 sees every agent through it.
+    Difference: as published (`cascade`) the reverse pass reads the forward pass's output, and they are multiplied,
+    r = flip(SSM(flip(f))) and out = LayerNorm(x + f ⊙ r). That starts near 0 with hardly a gradient and grows with a
+    high power of x: in training it first mixes nothing and then drowns x. The sum is also cheaper: both passes read
+    the same in-projections, and share the out-projection.
     """
 
     pre_norm: RMSNorm
     ssm: AbstractSSM
     post_norm: LayerNorm
+    cascade: bool = eqx.field(static=True)
 
     def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""]):
         self.pre_norm = RMSNorm(sizes.d_model)
         self.ssm = make(sizes, key=key, cross=False)
         self.post_norm = LayerNorm(sizes.d_model)
+        self.cascade = sizes.encoder.combine == "product"
 
     def __call__(self, x, context=None, *, alive=None):
-        forward = self._pass(self.pre_norm(x), None)  # the dead come last: the living do not see them yet
-        flipped_alive = None if alive is None else jnp.flip(alive, axis=-1)
-        backward = jnp.flip(self._pass(jnp.flip(forward, axis=-2), flipped_alive), axis=-2)
-        return self.post_norm(x + forward * backward)
+        u = self.pre_norm(x)
+        if self.cascade:
+            forward = self._pass(u, None)  # the dead come last: the living do not see them yet
+            alive = None if alive is None else jnp.flip(alive, axis=-1)
+            return self.post_norm(x + forward * jnp.flip(self._pass(jnp.flip(forward, axis=-2), alive), axis=-2))
+        both = jax.tree.map(lambda v: jnp.stack([v, jnp.flip(v, axis=-2)]), self.ssm.project(u))
+        alive = None if alive is None else jnp.stack([alive, jnp.flip(alive, axis=-1)])
+        forward, backward = self.ssm.extend(None, both, None, alive)[1]
+        return self.post_norm(x + self.ssm.out_proj(forward + jnp.flip(backward, axis=-2)))
 
     def _pass(self, x: Array, alive: Array | None) -> Array:
-        return self.ssm.extend(None, self.ssm.project(x), None, alive)[1]
+        return self.ssm.out_proj(self.ssm.extend(None, self.ssm.project(x), None, alive)[1])
 
 
 class NormedInputs(eqx.Module):
@@ -202,11 +213,14 @@ class CausalSSM(AbstractCausalMixer):
 
     def advance(self, state, inputs, context):
         state, y = self.ssm.advance(state, inputs.ssm, context)
-        return state, self.post_norm(inputs.x + y)
+        return state, self._out(inputs.x, y)
 
     def extend(self, state, inputs, context, alive=None):
         state, y = self.ssm.extend(state, inputs.ssm, context, alive)
-        return state, self.post_norm(inputs.x + y)
+        return state, self._out(inputs.x, y)
+
+    def _out(self, x: Float[Array, "*batch E"], y: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        return self.post_norm(x + self.ssm.out_proj(y))
 
 
 def init_ssm_state(
