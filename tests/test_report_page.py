@@ -121,9 +121,20 @@ def test_duplicates_and_mixed_settings_are_said_and_counted_once(tmp_path):
     (tmp_path / "broken" / "config.json").write_text("{")
     text = warnings_of(tmp_path)
     assert f"mam on lbf/small, seed 0: {tmp_path / 'two'} instead of {tmp_path / 'one'}" in text
-    assert "mam on lbf/small is of several settings, taken as one, that differ in ppo.lr" in text
+    assert "mam on lbf/small is of several settings, taken as one (--by ppo.lr tells them apart)" in text
     assert f"left out: {tmp_path / 'broken'} is damaged" in text
     assert len(load([tmp_path])[0].cells["lbf/small", "mam"]) == 10
+
+
+def test_settings_may_make_algorithms(tmp_path):
+    write_run(tmp_path / "one")
+    write_run(tmp_path / "two", replace(CONFIG, ppo=replace(CONFIG.ppo, lr=1.0)))
+    assert f"{tmp_path / 'two'} instead of {tmp_path / 'one'} (--by ppo.lr tells them apart)" in warnings_of(tmp_path)
+    results, warnings = load([tmp_path], by=["ppo.lr"])
+    assert results.algorithms == [f"mam lr={CONFIG.ppo.lr}", "mam lr=1.0"]
+    assert not any("lr" in line or "more than once" in line for line in warnings)
+    with pytest.raises(UserError, match=r"did you mean ppo\.lr"):
+        load([tmp_path], by=["ppo.lrr"])
 
 
 def test_curves_go_as_far_as_any_seed(tmp_path):

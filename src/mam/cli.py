@@ -108,6 +108,8 @@ class Report:
     """Folders of runs, or folders that contain them."""
     out: Path = Path("report")
     """Folder of the report, which is written over."""
+    by: tuple[str, ...] = ()
+    """Settings, such as ppo.lr, that make algorithms of their own out of runs of one."""
 
 
 @dataclass(frozen=True)
@@ -408,7 +410,7 @@ def _report(args: Report) -> None:
     from mam.report.checks import load
     from mam.report.page import write_report
 
-    results, warnings = load(args.runs)
+    results, warnings = load(args.runs, args.by)
     write_report(args.out, results, warnings)
     for warning in warnings:
         print(f"warning: {warning}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mam.config import Config, flat, to_json
-from mam.errors import UserError
+from mam.errors import UserError, unknown_name
 from mam.report.collect import Run, SeedRun, find_runs, read_run
 from mam.report.results import Results
 from mam.report.statistics import ENOUGH_RUNS, MIN_SEEDS
@@ -16,16 +16,25 @@ _SHOWN = 4  # items named in one warning
 _LEARNING = ("agent_id", "decode", "network.", "ppo.")  # settings that decide what is learned
 
 
-def load(paths: Iterable[Any]) -> tuple[Results, list[str]]:
+def load(paths: Iterable[Any], by: Sequence[str] = ()) -> tuple[Results, list[str]]:
     """All runs among and below some folders, and every reason for doubt.
 
+    Args:
+        paths: the folders.
+        by: dotted settings whose values belong to the name of an algorithm: runs of one in which they differ are told
+            apart.
+
     Raises:
-        UserError: if there are no runs.
+        UserError: if there are no runs, or no such settings.
     """
+    known = flat(to_json(Config()))
+    for key in by:
+        if key not in known:
+            raise unknown_name("setting", key, list(known), see="mam train --help")
     seeds, warnings = list[SeedRun](), list[str]()
     for path in find_runs(paths):
         try:
-            seeds += read_run(path)
+            seeds += read_run(path, by)
         except UserError as error:
             warnings.append(f"left out: {error}")
     if not seeds:
@@ -40,8 +49,12 @@ def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[s
     ordered = sorted(seeds, key=lambda seed: (seed.run.finished, seed.run.step_count, str(seed.run.path)))
     kept = {(seed.task, seed.algorithm, seed.seed): seed for seed in ordered}
     dropped = [seed for seed in ordered if kept[seed.task, seed.algorithm, seed.seed] is not seed]
-    used = {(seed.name, seed.run.path, kept[seed.task, seed.algorithm, seed.seed].run.path) for seed in dropped}
-    lines = [f"{name}: {other} instead of {path}" for name, path, other in sorted(used, key=str)]
+    lines = []
+    for seed in sorted(dropped, key=lambda seed: (seed.name, str(seed.run.path))):
+        used = kept[seed.task, seed.algorithm, seed.seed].run
+        unlike = _unlike([seed.run.config, used.config])
+        hint = f" ({_apart(unlike)})" if unlike else ""
+        lines.append(f"{seed.name}: {used.path} instead of {seed.run.path}{hint}")
     return list(kept.values()), [f"runs found more than once: {_listed(lines)}"] if lines else []
 
 
@@ -109,10 +122,18 @@ def _evaluation(config: Config) -> str:
 def _settings(results: Results) -> Iterator[str]:
     """One algorithm's runs on a task that learn in different ways."""
     for task, name in results.cells:
-        configs = [flat(to_json(seed.run.config)) for seed in results.runs_of(task, name)]
-        unlike = [key for key in configs[0] if key.startswith(_LEARNING) and len({str(c[key]) for c in configs}) > 1]
-        if unlike:
-            yield f"{name} on {task} is of several settings, taken as one, that differ in {_listed(unlike)}"
+        if unlike := _unlike([seed.run.config for seed in results.runs_of(task, name)]):
+            yield f"{name} on {task} is of several settings, taken as one ({_apart(unlike)})"
+
+
+def _unlike(configs: Sequence[Config]) -> list[str]:
+    """Settings in which they differ that decide what is learned."""
+    flats = [flat(to_json(config)) for config in configs]
+    return [key for key in flats[0] if key.startswith(_LEARNING) and len({str(c[key]) for c in flats}) > 1]
+
+
+def _apart(unlike: Sequence[str]) -> str:
+    return f"--by {' '.join(unlike)} tells them apart"
 
 
 def _listed(items: Sequence[str]) -> str:

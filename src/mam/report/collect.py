@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from mam.config import Config, from_json
+from mam.config import Config, flat, from_json, to_json
 from mam.errors import UserError
 from mam.logging import RETURN, Record, median_speed, read_records, seed_means
 from mam.report.single import evaluation_returns
@@ -73,8 +73,8 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def read_run(path: Path) -> list[SeedRun]:
-    """The seeds of a run, finished or not.
+def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
+    """The seeds of a run, finished or not; settings named in `by` are part of its algorithm's name.
 
     Raises:
         UserError: if the configuration or the metrics cannot be read.
@@ -87,10 +87,12 @@ def read_run(path: Path) -> list[SeedRun]:
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
     absolute = {name: seed_means(value) for name, value in records[-1].values.items()} if run.finished else {}
+    settings = flat(to_json(config))
+    algorithm = " ".join([config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)])
     return [
         SeedRun(
             task=config.env,
-            algorithm=config.algorithm,
+            algorithm=algorithm,
             seed=config.seed + index,
             steps=steps,
             returns=returns[:, index] if len(steps) else np.empty(0),
