@@ -71,7 +71,10 @@ class Golden:
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def output_and_gradients(block, x, cotangent):
-    output, pull_back = jax.vjp(lambda block, x: block.extend(None, block.project(x), None, None)[1], block, x)
+    def run(block, x):
+        return block.out_proj(block.extend(None, block.project(x), None, None)[1])
+
+    output, pull_back = jax.vjp(run, block, x)
     return output, *pull_back(cotangent)
 
 
@@ -83,7 +86,7 @@ def decode(block, x):
         return block.advance(state, block.project(x), None)
 
     state, y = lax.scan(step, block.init_state(x.shape[:1], x.dtype), jnp.swapaxes(x, 0, 1))
-    return state, jnp.swapaxes(y, 0, 1)
+    return state, block.out_proj(jnp.swapaxes(y, 0, 1))
 
 
 def assert_close(actual, expected, what):
