@@ -178,7 +178,7 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        """The policy's name in tables and files, with what is not the policy's own: its layout, the published encoder."""
+        """The policy's name in tables and files, with what is not its own: another layout, the published encoder."""
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         published = ["product"] * (encoder.combine == "product")
