@@ -1,4 +1,4 @@
-"""Level-Based Foraging on CPU cores: the smallest tasks, five seeds, a million steps, small networks, two learning rates.
+"""Level-Based Foraging on CPU cores: the smallest tasks, small networks, two learning rates, five seeds, 10⁶ steps.
 
 mam experiment experiments/lbf.py
 mam report runs/lbf --by ppo.lr --out report
