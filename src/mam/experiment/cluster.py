@@ -1,7 +1,7 @@
 """Runs as tasks of a Ray cluster, one process each; all machines see the same folders."""
 
-import math
 import os
+import signal
 import time
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,8 +11,6 @@ from typing import Any
 from mam.errors import UserError
 from mam.experiment.jobs import Job
 from mam.experiment.pools import KILLED, End, launch
-
-ASK_AGAIN = 5.0  # seconds: Ray promises no more than to try to cancel a task
 
 
 class RayPool:
@@ -46,7 +44,6 @@ class RayPool:
             raise UserError(f"a run asks for more than the cluster has: {have}")
         self._work = ray.remote(num_cpus=cpus, num_gpus=self._needs["GPU"], max_retries=0)(_work)
         self._running: dict[Any, Job] = {}
-        self._cancelled: dict[Any, float] = {}  # when each task was asked to stop
 
     def _has(self, resource: str) -> float:
         return self._ray.cluster_resources().get(resource, 0.0)
@@ -67,10 +64,7 @@ class RayPool:
     def ended(self) -> list[End]:
         if not self._running:
             return []
-        ready, others = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
-        for task in others:
-            if time.monotonic() > self._cancelled.get(task, math.inf) + ASK_AGAIN:
-                self._cancel(task)
+        ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         return [self._end(self._running.pop(task), task) for task in ready]
 
     def _end(self, job: Job, task: Any) -> End:
@@ -84,15 +78,13 @@ class RayPool:
     def stop(self, job: Job) -> None:
         for task, running in self._running.items():
             if running == job:
-                self._cancel(task)
-
-    def _cancel(self, task: Any) -> None:
-        self._cancelled[task] = time.monotonic()
-        self._ray.cancel(task)
+                self._ray.cancel(task)
 
 
 def _work(command: list[str], log: Path, cwd: str) -> int:
     """The task: one process. A cancelled task is interrupted, and passes the first interruption on as SIGTERM."""
+    # What a shell starts in the background ignores SIGINT, and so would this: Ray's interruptions are none then.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = launch(command, log, cwd)
     told = False
     while True:
