@@ -243,6 +243,7 @@ def test_limits_themselves_are_allowed(key, value):
         ("network.remat", 1, "must be bool, got 1"),
         ("network.encoder.layout", 2, "must be str or null, got 2"),
         ("network.encoder", "MA", "must be a group of keys, got 'MA'"),
+        ("network.encoder.combine", "max", "must be one of sum, product, got 'max'"),
         ("network.dtype", "float16", "must be one of float32, bfloat16, got 'float16'"),
         ("network.scan", True, "must be one of auto, sequential, associative, pairwise, native, pallas, got True"),
         ("decode", "parallel", "must be one of sequential, fixed_point, kernel, got 'parallel'"),

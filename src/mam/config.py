@@ -217,11 +217,7 @@ def _validate(config: Config) -> None:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
-    for prefix, group in [*groups[:2], ("network.encoder.", network.encoder)]:
-        for name, annotation in type(group).__annotations__.items():
-            allowed = typing.get_args(annotation)
-            if typing.get_origin(annotation) is Literal and getattr(group, name) not in allowed:
-                raise UserError(f"{prefix}{name} must be one of {', '.join(allowed)}, got {getattr(group, name)!r}")
+    _check_choices(config)
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")
@@ -255,6 +251,16 @@ def _validate(config: Config) -> None:
         raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
+
+
+def _check_choices(group: Any, prefix: str = "") -> None:
+    """Refuses values that are none of a few words, in this group and all below it."""
+    for setting in dataclasses.fields(group):
+        value = getattr(group, setting.name)
+        if dataclasses.is_dataclass(value):
+            _check_choices(value, f"{prefix}{setting.name}.")
+        elif typing.get_origin(setting.type) is Literal:
+            _checked(prefix + setting.name, value, setting.type)
 
 
 def to_json(config: Any) -> dict[str, Any]:

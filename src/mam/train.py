@@ -138,7 +138,7 @@ class Learner:
         if ppo.recompute_log_prob:
             transitions = self._reevaluated(state.policy, transitions)
         batch = make_batch(transitions, advantages, shard)
-        lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else None
+        lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else 1.0
         policy, opt_state, metrics = update(
             state.policy, state.opt_state, batch, key, self.optimiser, ppo, shard, lr_scale
         )
@@ -150,7 +150,7 @@ class Learner:
             **_episode_values(transitions, shard),
             **{name: x.mean() for name, x in shard.gather(transitions.policy_metrics, 1).items()},
             "explained_variance": _explained_variance(value, target, alive),
-            "learning_rate": optax.tree.get(opt_state, "learning_rate") * (1 if lr_scale is None else lr_scale),
+            "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
         }
         if (step_size := largest_step_size(policy)) is not None:

@@ -92,11 +92,11 @@ def update(
     optimiser: optax.GradientTransformation,
     ppo: PPOConfig,
     shard: Shard = WHOLE,
-    lr_scale: Float[Array, ""] | None = None,
+    lr_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
     """Takes num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
 
-    All of them are taken with lr_scale times the learning rate in the optimiser's state, if given.
+    All of them are taken with lr_scale times the learning rate in the optimiser's state.
     Where there are several devices, all of them have the whole batch, and each computes its share of every minibatch.
 
     Raises:
@@ -135,9 +135,7 @@ def update(
         grads, losses = shard.sum((grads, shares))
         losses = replace(losses, ratio_deviation=shard.max(shares.ratio_deviation))
         updates, opt_state = optimiser.update(grads, opt_state, policy)
-        if lr_scale is not None:
-            updates = optax.tree.scale(lr_scale, updates)
-        policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
+        policy = cast(Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates)))
         found = first_bad([is_bad(losses.loss), *bad_leaves(grads), *bad_leaves(policy)])
         return (policy, opt_state, jnp.where(bad == FINE, found, bad)), (losses, optax.tree.norm(grads))
 
