@@ -163,7 +163,8 @@ void check_gated(const Problem& gated, const Results& r) {
   const mam::Scan& s = gated.sizes;
   Problem inner = gated;
   inner.sizes.rank = 0;
-  for (size_t i = 0; i < inner.gy.size(); ++i) inner.gy[i] *= gated.gate[i];
+  const auto sigmoid = [&](size_t place) { return 1 / (1 + std::exp(-double(gated.gate[place]))); };
+  for (size_t i = 0; i < inner.gy.size(); ++i) inner.gy[i] *= gated.gate[i] * sigmoid(i);
   const Results q = compute(inner, 1);
   check(inner, q);
   double worst = 0;
@@ -177,8 +178,9 @@ void check_gated(const Problem& gated, const Results& r) {
   compare_all(r.gA, q.gA), compare_all(r.gB, q.gB), compare_all(r.gC, q.gC), compare_all(r.gD, q.gD);
   std::vector<double> g_features(gated.features.size()), g_weight(gated.weight.size());
   for (size_t place = 0; place < gated.gate.size(); ++place) {
-    compare(r.y[place], double(q.y[place]) * gated.gate[place]);
-    compare(r.g_gate[place], double(q.y[place]) * gated.gy[place]);
+    const double z = gated.gate[place], open = sigmoid(place);
+    compare(r.y[place], q.y[place] * z * open);
+    compare(r.g_gate[place], double(q.y[place]) * gated.gy[place] * open * (1 + z * (1 - open)));
     const int64_t d = place % s.channels, agent = place / s.channels;
     const int64_t first = agent / s.agents / s.sequences * (s.rank + 1) * s.channels + d;
     const double sum = gated.before(place), g = sum < 20 ? q.gdt[place] / (1 + std::exp(-sum)) : 0;
@@ -233,7 +235,7 @@ void test_convolution() {
   for (int i = 0; i < 40; ++i) {
     mam::Convolution c{};
     c.groups = draw(1, 2), c.sequences = draw(1, 5), c.agents = draw(1, 9), c.channels = draw(1, 70);
-    c.taps = draw(1, 4), c.blocks = draw(1, c.sequences);
+    c.taps = draw(1, 4), c.blocks = draw(1, c.sequences), c.reverse = draw(0, 1);
     const int64_t size = c.groups * c.sequences * c.agents * c.channels, taps = c.groups * c.taps * c.channels;
     const Array x = normal(size), weight = normal(taps), bias = normal(c.groups * c.channels), gy = normal(size);
     Array y(size, NAN), gx(size, NAN), g_weight(taps * c.blocks, NAN), g_bias(c.groups * c.channels * c.blocks, NAN);
@@ -249,13 +251,53 @@ void test_convolution() {
       const int64_t d = place % c.channels, agent = place / c.channels % c.agents;
       const int64_t group = place / c.channels / c.agents / c.sequences;
       double sum = bias[group * c.channels + d];
-      for (int64_t k = 0; k < c.taps && k <= agent; ++k)
-        sum += double(weight[(group * c.taps + c.taps - 1 - k) * c.channels + d]) * x[place - k * c.channels];
+      for (int64_t k = 0; k < c.taps && k <= (c.reverse ? c.agents - 1 - agent : agent); ++k)
+        sum += double(weight[(group * c.taps + c.taps - 1 - k) * c.channels + d]) * x[place - k * c.step()];
       worst = std::max(worst, std::abs(y[place] - sum / (1 + std::exp(-sum))));
     }
     EXPECT(worst < 1e-5, "error of %g", worst);
     for (const Array* a : {&y, &gx, &g_weight, &g_bias})
       for (const float v : *a) EXPECT(std::isfinite(v), "an element was not written");
+  }
+}
+
+// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_norm.py).
+void test_normalisation() {
+  for (int i = 0; i < 20; ++i) {
+    mam::Normalisation n{};
+    n.groups = draw(1, 2), n.rows = draw(1, 9), n.size = mam::kMaxLanes * draw(1, 5), n.blocks = draw(1, n.rows);
+    n.eps = 1e-5f;
+    const bool has_plus = draw(0, 1), has_offset = draw(0, 1);
+    const int64_t size = n.groups * n.rows * n.size;
+    const Array x = normal(size), plus = normal(size), gy = normal(size);
+    const Array scale = normal(n.groups * n.size), offset = normal(n.groups * n.size);
+    Array y(size, NAN), gx(size, NAN), g_scale(n.groups * n.blocks * n.size, NAN), g_offset = g_scale;
+    n.x = x.data(), n.plus = has_plus ? plus.data() : nullptr, n.y = y.data();
+    n.scale = scale.data(), n.offset = has_offset ? offset.data() : nullptr;
+    const auto run = [&] {
+      for (int64_t task = 0; task < n.tasks(); ++task) mam::kernels().normalisation(n, task);
+    };
+    run();
+    n.gy = gy.data(), n.gx = gx.data(), n.g_scale = g_scale.data(), n.g_offset = has_offset ? g_offset.data() : nullptr;
+    run();
+    double worst = 0;
+    for (int64_t row = 0; row < n.groups * n.rows; ++row) {
+      const auto element = [&](int64_t e) {
+        return x[row * n.size + e] + (has_plus ? double(plus[row * n.size + e]) : 0.0);
+      };
+      double mean = 0, variance = 0;
+      for (int64_t e = 0; has_offset && e < n.size; ++e) mean += element(e) / n.size;
+      for (int64_t e = 0; e < n.size; ++e) variance += (element(e) - mean) * (element(e) - mean) / n.size;
+      for (int64_t e = 0; e < n.size; ++e) {
+        const int64_t own = row / n.rows * n.size + e;
+        const double exact = (element(e) - mean) / std::sqrt(variance + n.eps) * scale[own];
+        worst = std::max(worst, std::abs(y[row * n.size + e] - exact - (has_offset ? offset[own] : 0.0)));
+      }
+    }
+    EXPECT(worst < 1e-5, "error of %g", worst);
+    for (const Array* a : {&y, &gx, &g_scale})
+      for (const float v : *a) EXPECT(std::isfinite(v), "an element was not written");
+    for (const float v : g_offset) EXPECT(std::isfinite(v) == has_offset, "written where there is an offset");
   }
 }
 
@@ -268,6 +310,7 @@ int main() {
     test_exp2();
     test_scan();
     test_convolution();
+    test_normalisation();
     test_decode();
   }
   std::printf(failures ? "%d failures\n" : "all is well\n", failures);

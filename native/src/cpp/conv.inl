@@ -14,8 +14,9 @@ template <class F>
 MAM_INLINE void for_sequences(const Convolution& c, int64_t task, F f) {
   const int64_t group = task / c.blocks, block = task % c.blocks;
   const int64_t begin = c.sequences * block / c.blocks, end = c.sequences * (block + 1) / c.blocks;
+  const int64_t size = c.agents * c.channels, first = c.reverse ? size - c.channels : 0;
   for (int64_t row = group * c.sequences + begin; row < group * c.sequences + end; ++row)
-    for (int64_t e = 0; e < c.channels; e += kLanes) f(row * c.agents * c.channels + e, e, c.channels - e);
+    for (int64_t e = 0; e < c.channels; e += kLanes) f(row * size + first + e, e, c.channels - e);
 }
 
 // Moves every element one place on; a new one comes first.
@@ -47,12 +48,12 @@ struct Weights {
 
 template <int K>
 void convolve_forward(const Convolution& c, int64_t task) {
-  const int64_t next = c.agents * c.channels;
+  const int64_t next = c.agents * c.channels, step = c.step();
   for_sequences(c, task, [&](int64_t first, int64_t channel, int64_t lanes) {
     const Weights<K> weights(c, task / c.blocks, channel, lanes);
     V x[K] = {};
     for (int64_t i = 0; i < c.agents; ++i) {
-      const int64_t here = first + i * c.channels;
+      const int64_t here = first + i * step;
       shift(x, load(c.x + here, lanes));
       prefetch(c.x + here + next);
       prefetch(c.y + here + next);
@@ -63,7 +64,7 @@ void convolve_forward(const Convolution& c, int64_t task) {
 
 template <int K>
 void convolve_backward(const Convolution& c, int64_t task) {
-  const int64_t next = c.agents * c.channels;
+  const int64_t next = c.agents * c.channels, step = c.step();
   float *g_weight = c.g_weight + task * K * c.channels, *g_bias = c.g_bias + task * c.channels;
   __builtin_memset(g_weight, 0, K * c.channels * sizeof(float));
   __builtin_memset(g_bias, 0, c.channels * sizeof(float));
@@ -73,7 +74,7 @@ void convolve_backward(const Convolution& c, int64_t task) {
     MAM_UNROLL
     for (int k = 0; k < K; ++k) sums[k] = load(g_weight + (K - 1 - k) * c.channels + channel, lanes);
     for (int64_t i = 0; i < c.agents + K - 1; ++i) {
-      const int64_t here = first + i * c.channels;
+      const int64_t here = first + i * step;
       shift(gx, V{});
       if (i < c.agents) {
         shift(x, load(c.x + here, lanes));
@@ -90,7 +91,7 @@ void convolve_backward(const Convolution& c, int64_t task) {
         sum += g;
       }
       // No agent from here on has read the input of K - 1 agents ago.
-      if (i >= K - 1) store(c.gx + here - (K - 1) * c.channels, gx[K - 1], lanes);
+      if (i >= K - 1) store(c.gx + here - (K - 1) * step, gx[K - 1], lanes);
     }
     MAM_UNROLL
     for (int k = 0; k < K; ++k) store(g_weight + (K - 1 - k) * c.channels + channel, sums[k], lanes);

@@ -5,22 +5,11 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace mam {
 
 constexpr int64_t kMaxRows = 16;  // environments that go through the layers together
-
-struct Matrix {
-  const float* weight;  // [in, out]
-  const float* bias;    // [out] or null
-  int64_t in, out;
-};
-
-struct Norm {
-  const float* scale;
-  const float* offset;  // null: RMSNorm
-  int64_t size;
-  float eps;
-};
 
 struct Conv {
   const float* weight;  // [taps, features]; the last row is for the newest input
@@ -56,7 +45,7 @@ struct Block {
 
 // Of each token: its embedding, and what the first block's mixer projects of it.
 struct Table {
-  const float *x, *in, *gate, *state, *dt;  // [tokens, features]; state and dt for kDual only
+  const float *x, *in, *gate, *state, *dt;  // [tokens, features]; the gate after its SiLU; state, dt: kDual only
 };
 
 struct Decode {

@@ -9,7 +9,7 @@ namespace mam {
 namespace {
 
 // Forward, or with all that belongs to the backward pass that.
-ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, Floats x, Floats weight, Floats bias, Floats* y, Floats* gy,
+ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats x, Floats weight, Floats bias, Floats* y, Floats* gy,
                     Floats* gx, Floats* g_weight, Floats* g_bias) {
   Checks checks("convolution");
   const auto dims = x.dimensions();
@@ -27,6 +27,7 @@ ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, Floats x, Floats weig
   c.sequences = dims[dims.size() - 3], c.agents = dims[dims.size() - 2], c.channels = dims[dims.size() - 1];
   c.taps = weight.dimensions()[dims.size() - 3];
   c.blocks = blocks;
+  c.reverse = reverse;
   checks.demand(c.taps >= 1 && c.taps <= kMaxTaps, "between 1 and 4 taps");
   checks.demand(blocks > 0 || (blocks == 0 && c.sequences == 0), "no such blocks");
   const Shape wide = with({c.sequences, c.agents, c.channels});
@@ -49,13 +50,14 @@ ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, Floats x, Floats weig
   return ffi::Error::Success();
 }
 
-ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, FloatsOut y, int64_t blocks) {
-  return convolve(pool, blocks, x, weight, bias, &*y, nullptr, nullptr, nullptr, nullptr);
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, FloatsOut y, int64_t blocks,
+                   bool reverse) {
+  return convolve(pool, blocks, reverse, x, weight, bias, &*y, nullptr, nullptr, nullptr, nullptr);
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, Floats gy, FloatsOut gx,
-                    FloatsOut g_weight, FloatsOut g_bias, int64_t blocks) {
-  return convolve(pool, blocks, x, weight, bias, nullptr, &gy, &*gx, &*g_weight, &*g_bias);
+                    FloatsOut g_weight, FloatsOut g_bias, int64_t blocks, bool reverse) {
+  return convolve(pool, blocks, reverse, x, weight, bias, nullptr, &gy, &*gx, &*g_weight, &*g_bias);
 }
 
 }  // namespace
@@ -67,9 +69,9 @@ using xla::ffi::ThreadPool;
 
 // clang-format off
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_conv, mam::forward, Ffi::Bind().Ctx<ThreadPool>()
-  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("blocks"));
+  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("blocks").Attr<bool>("reverse"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_conv_backward, mam::backward, Ffi::Bind().Ctx<ThreadPool>()
   .Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>()
-  .Attr<int64_t>("blocks"));
+  .Attr<int64_t>("blocks").Attr<bool>("reverse"));
 // clang-format on

@@ -3,6 +3,8 @@
 
 #include "conv.inl"
 #include "decode.inl"
+#include "multiply.inl"
+#include "norm.inl"
 #include "scan.inl"
 #include "simd.h"
 
@@ -23,6 +25,6 @@ namespace mam {
 
 extern const Kernels MAM_JOIN(kernels_, MAM_ISA);
 const Kernels MAM_JOIN(kernels_, MAM_ISA) = {
-    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, decode, exp2_all};
+    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, normalisation, weight_gradient, decode, exp2_all};
 
 }  // namespace mam

@@ -13,7 +13,7 @@ constexpr float kDtLimit = 20.0f;      // of step sizes: DT_LIMIT in mam/network
 // The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
 // How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
 //
-// With a rank it is gated: step sizes are made of so many features, which dt then has, and y is multiplied by the gate.
+// With a rank it is gated: step sizes are made of so many features, which dt then has, and y is multiplied by the gate's SiLU.
 struct Scan {
   int64_t groups;     // of sequences that share A and D: what vmap maps over
   int64_t sequences;  // per group
@@ -74,6 +74,7 @@ struct Convolution {
   int64_t groups;  // of sequences that share weights: what vmap maps over
   int64_t sequences, agents, channels, taps;
   int64_t blocks;  // of sequences, per group
+  bool reverse;    // agents are read from the last to the first
   const float* x;       // [groups, sequences, agents, channels]
   const float* weight;  // [groups, taps, channels]; the last row is for the agent itself
   const float* bias;    // [groups, channels]
@@ -82,6 +83,52 @@ struct Convolution {
   float* gx;
   float* g_weight;  // [groups, blocks, taps, channels]: to be summed over blocks
   float* g_bias;    // [groups, blocks, channels]: likewise
+
+  int64_t tasks() const { return groups * blocks; }
+  // From one agent to the next.
+  int64_t step() const { return reverse ? -channels : channels; }
+};
+
+struct Matrix {
+  const float* weight;  // [in, out]
+  const float* bias;    // [out] or null
+  int64_t in, out;
+};
+
+// The sums over rows of x ⊗ g: a dense layer's gradient by its weight. A task is a block of rows.
+struct WeightGradient {
+  int64_t groups;  // of rows with a weight of their own: what vmap maps over
+  int64_t rows, in, out;  // out is a multiple of kMaxLanes
+  int64_t blocks;  // of rows, per group
+  const float* x;  // [groups, rows, in]
+  const float* g;  // [groups, rows, out]
+  float* y;        // [groups, blocks, in, out]: to be summed over blocks
+
+  int64_t tasks() const { return groups * blocks; }
+};
+
+struct Norm {
+  const float* scale;
+  const float* offset;  // null: RMSNorm
+  int64_t size;
+  float eps;
+};
+
+// LayerNorm or RMSNorm of rows: forward, or with `gy` backward. A task is a block of rows.
+struct Normalisation {
+  int64_t groups;  // of rows that share scale and offset: what vmap maps over
+  int64_t rows, size;
+  int64_t blocks;  // of rows, per group
+  float eps;
+  const float* x;       // [groups, rows, size]
+  const float* plus;    // as x, and added to it first; or null
+  const float* scale;   // [groups, size]
+  const float* offset;  // as scale, or null: RMSNorm
+  float* y;             // as x
+  const float* gy;      // as x, as is gx
+  float* gx;            // of x, and of what is added
+  float* g_scale;       // [groups, blocks, size]: to be summed over blocks
+  float* g_offset;      // likewise
 
   int64_t tasks() const { return groups * blocks; }
 };
@@ -94,6 +141,8 @@ struct Kernels {
   void (*scan_forward)(const ScanForward&, int64_t task, float* scratch);
   void (*scan_backward)(const ScanBackward&, int64_t task, float* scratch);
   void (*convolution)(const Convolution&, int64_t task);
+  void (*normalisation)(const Normalisation&, int64_t task);
+  void (*weight_gradient)(const WeightGradient&, int64_t task);
   void (*decode)(const Decode&, int64_t task, float* scratch);
   void (*exp2)(const float* x, float* y, int64_t size);  // size a multiple of kMaxLanes; for the tests
 };

@@ -47,7 +47,7 @@ MAM_INLINE void advance(const Scan& scan, const Agents& agents, int64_t channel,
     }
     if (!y) continue;
     V own = state ? load(y + here, lanes) + sum[0] + sum[1] : sum[0] + sum[1];
-    if (kForm == Form::kGated && state + G == scan.states) own *= load(agents.gate + here, lanes);
+    if (kForm == Form::kGated && state + G == scan.states) own *= silu(load(agents.gate + here, lanes));
     store(y + here, own, lanes);
   }
   after.write(h, state, channel, lanes);
@@ -127,6 +127,7 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
   const int64_t channel = e * kLanes, own = rate_of(scan, e, state);
   const float* rates = to.rates + own;
   float* gA = to.gA + own;
+  V open[kGated ? kChunk : 1];  // sigmoids of the gate: made here, because later an agent would wait for its own
   // 1. The decays and the states, again.
   V h[G];
   before.read(h, state, channel, lanes);
@@ -141,6 +142,7 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     if (outer.gy) prefetch(outer.gy + here + ahead);
     prefetch(outer.gx + here + ahead);
     prefetch(outer.second() + here + ahead);
+    if (kGated) open[i] = 1.0f / (1.0f + exp(-load(agents.gate + here, lanes)));
     V a = V{};
     MAM_UNROLL
     for (int s = 0; s < G; ++s) {
@@ -162,7 +164,8 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     const int64_t here = i * agents.wide + channel;
     const V dt = load(agents.dt + i * agents.dt_step + channel, lanes), x = load(agents.x + here, lanes), u = dt * x;
     const V g_out = outer.gy ? load(outer.gy + here, lanes) : V{};
-    const V gy = kGated ? g_out * load(agents.gate + here, lanes) : g_out;
+    const V gate = kGated ? load(agents.gate + here, lanes) * open[i] : splat(1.0f);
+    const V gy = kGated ? g_out * gate : g_out;
     const float *B = opaque(agents.B + i * agents.narrow + state), *C = opaque(agents.C + i * agents.narrow + state);
     const float *decays = opaque(to.decays + i * kRates * kLanes), *states = opaque(to.states + i * G * kLanes);
     float* gB = opaque(to.gB + (i * scan.states + state) * kLanes);
@@ -197,7 +200,8 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     }
     store(outer.gx + here, gx, lanes);
     store(outer.gdt + i * agents.dt_step + channel, gdt, kGated ? kLanes : lanes);
-    if (kGated) store(outer.g_gate + here, state + G == scan.states ? y * g_out : y, lanes);
+    if (kGated && state + G == scan.states) y *= g_out * (open[i] + gate * (1.0f - open[i]));
+    if (kGated) store(outer.g_gate + here, y, lanes);
   }
   store(to.gD + channel, gD);
   later_out.write(later, state, channel, lanes);

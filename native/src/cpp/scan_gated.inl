@@ -1,5 +1,5 @@
-// What a gated scan has around the recurrence: its step sizes, min(softplus(W dt + b), limit), 0 for the dead; and the way
-// back to dt, W and b. The gate itself is applied where y is written. A part of kernels.cc.
+// What a gated scan has around the recurrence: its step sizes, min(softplus(W dt + b), limit), 0 for the dead; the way
+// back to dt, W and b; and the gate, which is applied where y is written. A part of kernels.cc.
 #pragma once
 
 #include "kernels.h"

@@ -76,6 +76,12 @@ MAM_INLINE float sum_lanes(const float* v) {
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
+MAM_INLINE float sum_lanes(V v) {
+  float values[kLanes];
+  store(values, v);
+  return sum_lanes(values);
+}
+
 // 2^x within 2.1 units in the last place (1.8 with multiply-add; tests/test_kernels.cc) for -126 <= x < 128; below,
 // at most 2^-126 where a subnormal number would stand. x = n + r with |r| <= 1/2; a polynomial gives 2^r, the exponent
 // bits 2^n. Without AVX-512 rounding is done by adding 1.5 * 2^23, which -ffast-math would undo: never compile with it.

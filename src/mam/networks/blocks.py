@@ -28,8 +28,8 @@ class EncoderBlock(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"] | None = None
     ) -> Float[Array, "*batch N E"]:
-        x = self.mixer_norm(x + self.mixer(x, alive=alive))
-        return self.mlp_norm(x + self.mlp(x))
+        x = self.mixer_norm(x, self.mixer(x, alive=alive))
+        return self.mlp_norm(x, self.mlp(x))
 
 
 class DecoderState(eqx.Module):
@@ -88,7 +88,7 @@ class DecoderBlock(eqx.Module):
 
         mixer_state, cross_state = (None, None) if state is None else (state.mixer, state.cross)
         mixer_state, mixed = run(self.mixer, mixer_state, inputs, None)
-        x = self.mixer_norm(x + mixed)
+        x = self.mixer_norm(x, mixed)
         cross_state, crossed = run(self.cross, cross_state, self.cross.project(x), context)
-        x = self.cross_norm(obs_rep + crossed)
-        return DecoderState(mixer=mixer_state, cross=cross_state), self.mlp_norm(x + self.mlp(x))
+        x = self.cross_norm(obs_rep, crossed)
+        return DecoderState(mixer=mixer_state, cross=cross_state), self.mlp_norm(x, self.mlp(x))

@@ -3,12 +3,18 @@
 Activations have the type of the input, whatever the type of the parameters; norms compute in float32 or wider.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int, Key, PyTree
+
+from mam.networks.kernels.native import use_native
+from mam.networks.kernels.native_dense import native_product, native_product_supports
+from mam.networks.kernels.native_norm import native_norm, native_norm_supports
 
 HIDDEN_GAIN = 2**0.5  # orthogonal gain before a GELU
 SMALL_GAIN = 0.01  # of layers whose output should start near zero
@@ -28,12 +34,17 @@ class Dense(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
-        y = (x.reshape(-1, x.shape[-1]) @ self.weight.astype(x.dtype)).reshape(*x.shape[:-1], self.weight.shape[1])
+        y = _product(x.reshape(-1, x.shape[-1]), self.weight.astype(x.dtype))
+        y = y.reshape(*x.shape[:-1], self.weight.shape[1])
         return y if self.bias is None else y + self.bias.astype(x.dtype)
 
 
+def _product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
+    return native_product(x, weight) if use_native() and native_product_supports(x, weight) else x @ weight
+
+
 class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then scale and offset."""
+    """Zero mean and unit variance over the last axis, then scale and offset: of x, or of a residual stream x + plus."""
 
     scale: Float[Array, "E"]
     offset: Float[Array, "E"]
@@ -42,9 +53,10 @@ class LayerNorm(eqx.Module):
     def __init__(self, dim: int, eps: float = 1e-6):
         self.scale, self.offset, self.eps = jnp.ones(dim), jnp.zeros(dim), eps
 
-    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-        y = _normalise(x.reshape(-1, x.shape[-1]), self.scale, self.offset, self.eps)
-        return y.reshape(x.shape).astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "*batch E"], plus: Float[Array, "*batch E"] | None = None
+    ) -> Float[Array, "*batch E"]:
+        return _norm(x, plus, self.scale, self.offset, self.eps)
 
 
 class RMSNorm(eqx.Module):
@@ -57,8 +69,20 @@ class RMSNorm(eqx.Module):
         self.scale, self.eps = jnp.ones(dim), eps
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-        y = _normalise(x.reshape(-1, x.shape[-1]), self.scale, None, self.eps)
-        return y.reshape(x.shape).astype(x.dtype)
+        return _norm(x, None, self.scale, None, self.eps)
+
+
+def _norm(x: Array, plus: Array | None, scale: Array, offset: Array | None, eps: float) -> Array:
+    """Natively on CPU, where that is installed and takes it."""
+
+    def plain(x, plus, scale, offset):
+        x = x if plus is None else x + plus
+        return _normalise(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
+
+    args = (x, plus, scale, offset)
+    if not use_native() or not native_norm_supports(*args):
+        return plain(*args)
+    return lax.platform_dependent(*args, cpu=partial(native_norm, eps=eps), default=plain)
 
 
 @jax.custom_vjp

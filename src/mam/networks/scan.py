@@ -98,9 +98,10 @@ def gated_scan(
     *,
     alive: Bool[Array, "*batch N"] | None = None,
     initial_state: Float[Array, "*batch S D"] | None = None,
+    reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
-    """`selective_scan` with step sizes made of features, Δ = softplus(W δ + b), and outputs multiplied by a gate.
+    """`selective_scan` with step sizes made of features, Δ = softplus(W δ + b), and outputs multiplied by SiLU(gate).
 
     The native kernels do all of it in one pass: neither step sizes nor outputs before the gate are written.
 
@@ -108,25 +109,27 @@ def gated_scan(
         x: inputs.
         features: δ.
         dt_proj: W and b.
-        A: as in `selective_scan`, as are B, C, D, initial_state and implementation.
+        A: as in `selective_scan`, as are B, C, D, initial_state, reverse and implementation.
         B: input vectors.
         C: output vectors.
         D: skip weights.
-        gate: multiplies the outputs.
+        gate: its SiLU multiplies the outputs.
         alive: False where Δ = 0, so that the state stays as it was (all alive if None).
         initial_state: h before the first agent.
+        reverse: run from the last agent to the first.
         implementation: of the scan.
     """
 
     def composed(x, features, dt_proj, A, B, C, D, gate, alive, initial_state):
         dt = step_size(dt_proj(features), alive)
-        y, h = selective_scan(x, dt, A, B, C, D, initial_state=initial_state, implementation=implementation)
-        return y * gate, h
+        scan = partial(selective_scan, initial_state=initial_state, reverse=reverse, implementation=implementation)
+        y, h = scan(x, dt, A, B, C, D)
+        return y * jax.nn.silu(gate), h
 
     args = (x, features, dt_proj, A, B, C, D, gate, alive, initial_state)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
     if implementation in (None, "native") and fits and use_native():
-        return on_cpu(_native_gated, composed, *args)
+        return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
     return composed(*args)
 
 
@@ -191,9 +194,8 @@ def _native(x, dt, B, C, A, D, keep, h0, reverse):
     return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
 
 
-def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0):
+def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0, *, reverse):
     *batch, n, d = x.shape
-
     inputs = ScanInputs(
         x=x.reshape(-1, n, d),
         dt=features.reshape(-1, *features.shape[-2:]),
@@ -207,7 +209,7 @@ def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0):
         gate=gate.reshape(-1, n, d),
         alive=None if alive is None else alive.reshape(-1, n).astype(x.dtype),
     )
-    y, h = native_outputs(inputs, reverse=False), native_final_state(inputs, reverse=False)
+    y, h = native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
     return y.reshape(x.shape), h.reshape(*batch, *A.T.shape)
 
 

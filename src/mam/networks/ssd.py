@@ -34,6 +34,7 @@ def ssd(
     D: Float[Array, "H"],
     *,
     initial_state: Float[Array, "*batch S D"] | None = None,
+    reverse: bool = False,
     implementation: Literal["products", "native"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
@@ -47,25 +48,26 @@ def ssd(
         C: output vectors, shared by all heads.
         D: skip weight per head.
         initial_state: h before the first agent (zeros if None).
+        reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         implementation: `"products"`, `"native"` (kernels for CPU, in float32, if installed), or None for the fastest.
         chunk: longest sequence handled as one product.
 
     Returns:
-        The outputs, and the state after the last agent.
+        The outputs, and the state after the last agent read (the first one if `reverse`).
 
     Raises:
         ValueError: for types that the kernels do not take.
         UserError: for kernels that are not installed.
     """
+    native, products = partial(_native, reverse=reverse), partial(_products, reverse=reverse, chunk=chunk)
     if implementation == "native":
-        return _native(x, dt, A, B, C, D, initial_state)
-    products = partial(_products, chunk=chunk)
+        return native(x, dt, A, B, C, D, initial_state)
     if implementation == "products" or not use_native() or not _is_single(x, dt, B, C):
         return products(x, dt, A, B, C, D, initial_state)
-    return on_cpu(_native, products, x, dt, A, B, C, D, initial_state)
+    return on_cpu(native, products, x, dt, A, B, C, D, initial_state)
 
 
-def _native(x, dt, A, B, C, D, initial_state):
+def _native(x, dt, A, B, C, D, initial_state, *, reverse):
     """The recurrence, with one rate for all states of a channel."""
     if not _is_single(x, dt, B, C):
         raise ValueError("the native scan is for float32")
@@ -74,7 +76,7 @@ def _native(x, dt, A, B, C, D, initial_state):
     x_, dt_, B_, C_ = (v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C))
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
     inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), keep=None, h0=h0)
-    y, h = (run(inputs, reverse=False) for run in (native_outputs, native_final_state))
+    y, h = (run(inputs, reverse=reverse) for run in (native_outputs, native_final_state))
     return y.reshape(x.shape), h.reshape(*batch, s, d)
 
 
@@ -82,8 +84,11 @@ def _is_single(*arrays: Array) -> bool:
     return all(v.dtype == jnp.float32 for v in arrays)
 
 
-def _products(x, dt, A, B, C, D, initial_state, *, chunk):
+def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     """The dual form."""
+    if reverse:
+        y, h = _products(*_flip(x, dt), A, *_flip(B, C), D, initial_state, reverse=False, chunk=chunk)
+        return *_flip(y), h
     *batch, n, d = x.shape
     heads, s = A.shape[0], B.shape[-1]
     channels, size = d // heads, min(chunk, n)
@@ -122,6 +127,10 @@ def _products(x, dt, A, B, C, D, initial_state, *, chunk):
         states.append(ends)
     y = jnp.concatenate(outputs, axis=-1).reshape(num_sequences, -1, d)[:, :n].reshape(x.shape)
     return y.astype(x.dtype), jnp.concatenate(states, axis=-1).reshape(*batch, s, d)
+
+
+def _flip(*sequences):
+    return [jnp.flip(v, axis=-2) for v in sequences]
 
 
 def _chunks(v, size):

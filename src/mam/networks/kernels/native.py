@@ -11,11 +11,15 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Array
 
 from mam.errors import UserError
 
-VERSION = "0.3"  # of the package; with others kernels take other arguments
+VERSION = "0.4"  # of the package; with others kernels take other arguments
+MAX_BLOCKS = 32  # of sequences or rows: each has its own sums for the gradients of weights
 _allowed = jax.make_user_context(True)  # a part of every jitted function's key
 
 
@@ -64,6 +68,27 @@ def library() -> Any:
     for name, handler in package.HANDLERS.items():
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
     return package
+
+
+def call(name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any) -> Sequence[Array]:
+    """A kernel's outputs, of these shapes; an array without elements stands for none.
+
+    Mapped over, kernels take all leading axes as one batch, of which each element has its own weights.
+    """
+    library()
+    present = [jnp.zeros(0, jnp.float32) if v is None else v for v in arguments]
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all")(*present, **attributes)
+
+
+def num_blocks(x: Array) -> np.int64:
+    """Into how many blocks the first axis is cut."""
+    return np.int64(min(x.shape[0], MAX_BLOCKS))
+
+
+def block_sums(x: Array, weight: Array | None) -> tuple[int, ...]:
+    """The shape of the sums of a weight's gradient over blocks."""
+    return (0,) if weight is None else (int(num_blocks(x)), *weight.shape)
 
 
 def description() -> str:

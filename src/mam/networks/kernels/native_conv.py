@@ -4,16 +4,14 @@ One pass over the inputs each way, which are all that is kept for the gradient.
 """
 
 import math
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from mam.networks.kernels.native import library
+from mam.networks.kernels.native import block_sums, call, num_blocks
 
-MAX_BLOCKS = 32  # of sequences: each has its own sums for the weights' gradients
 MAX_TAPS = 4  # kMaxTaps in native/src/cpp/kernels.h
 
 
@@ -23,39 +21,28 @@ def native_conv_supports(x: Array, weight: Array) -> bool:
 
 
 def native_conv_silu(
-    x: Float[Array, "*batch N F"], weight: Float[Array, "K F"], bias: Float[Array, "F"]
+    x: Float[Array, "*batch N F"], weight: Float[Array, "K F"], bias: Float[Array, "F"], *, reverse: bool
 ) -> Float[Array, "*batch N F"]:
-    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent."""
+    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent; i + k and the last one if `reverse`."""
     *batch, n, features = x.shape
-    return _conv_silu(x.reshape(math.prod(batch), n, features), weight, bias).reshape(x.shape)
+    return _conv_silu(reverse, x.reshape(math.prod(batch), n, features), weight, bias).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _conv_silu(x, weight, bias):
-    return _call("mam_native_conv", x.shape, arguments=(x, weight, bias))[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_silu(reverse, x, weight, bias):
+    return call("mam_native_conv", [x.shape], x, weight, bias, blocks=num_blocks(x), reverse=reverse)[0]
 
 
-def _conv_silu_fwd(x, weight, bias):
-    return _conv_silu(x, weight, bias), (x, weight, bias)
+def _conv_silu_fwd(reverse, x, weight, bias):
+    return _conv_silu(reverse, x, weight, bias), (x, weight, bias)
 
 
-def _conv_silu_bwd(residuals, gy):
-    x, weight, bias = residuals
-    blocks = _blocks(x)
-    shapes = x.shape, (blocks, *weight.shape), (blocks, *bias.shape)
-    gx, g_weight, g_bias = _call("mam_native_conv_backward", *shapes, arguments=(x, weight, bias, gy))
-    return gx, jnp.sum(g_weight, axis=0), jnp.sum(g_bias, axis=0)
+def _conv_silu_bwd(reverse, inputs, gy):
+    x, *weights = inputs
+    shapes = x.shape, *(block_sums(x, v) for v in weights)
+    grads = call("mam_native_conv_backward", shapes, *inputs, gy, blocks=num_blocks(x), reverse=reverse)
+    gx, g_weight, g_bias = grads
+    return gx, g_weight.sum(axis=0), g_bias.sum(axis=0)
 
 
 _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
-
-
-def _blocks(x: Array) -> int:
-    return min(x.shape[0], MAX_BLOCKS)
-
-
-def _call(name: str, *shapes: tuple[int, ...], arguments: tuple[Array, ...]) -> Any:
-    library()
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    call = jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all")
-    return call(*arguments, blocks=np.int64(_blocks(arguments[0])))

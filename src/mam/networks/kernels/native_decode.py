@@ -161,7 +161,7 @@ class _Pack:
         """All tokens' embeddings, and what the first mixer reads of them."""
         own = inputs.ssm
         assert isinstance(own, SelectiveInputs | DualInputs)
-        self.arrays += [x, own.x, own.gate]
+        self.arrays += [x, own.x, jax.nn.silu(own.gate)]
         if isinstance(own, DualInputs):
             self.arrays += [_padded(own.BC), _padded(own.dt)]
 

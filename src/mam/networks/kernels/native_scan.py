@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mam.networks.kernels.native import library
+from mam.networks.kernels.native import MAX_BLOCKS, call, library
 
 CHUNK = 16  # agents between two states that are kept: kChunk in native/src/cpp/kernels.h
-MAX_BLOCKS = 32  # of sequences: each has its own sums for the gradients of A and D
 MIN_TASKS = 8  # where there are fewer sequences, channels are cut, too
 LANES = 16  # floats in the widest vector; tiles of channels are multiples
 MAX_RANK = 16  # features of which step sizes are made: more are better multiplied by XLA
@@ -37,7 +36,7 @@ class ScanInputs(NamedTuple):
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
     # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
     weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b
-    gate: Float[Array, "M N D"] | None = None  # multiplies the outputs
+    gate: Float[Array, "M N D"] | None = None  # its SiLU multiplies the outputs
     alive: Float[Array, "M N"] | None = None  # 0 where Δ = 0, else 1 (None: 1)
 
 
@@ -64,7 +63,7 @@ def _run_forward(reverse: bool, output: str, inputs: ScanInputs, *, keep_starts:
         *((m, n, d) if output == "y" else (0,), (m, s, d) if output == "h" else (0,)),
         *(starts, cut.scratch(inputs)),
     )
-    return _call("mam_native_scan", shapes, inputs, reverse, cut)
+    return call("mam_native_scan", shapes, *inputs, **cut.attributes(), reverse=reverse)
 
 
 def _primal(reverse: bool, output: str, inputs: ScanInputs) -> Array:
@@ -80,8 +79,7 @@ def _scan_fwd(reverse: bool, output: str, inputs: ScanInputs) -> tuple[Array, An
 def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tuple[ScanInputs]:
     inputs, starts = residuals
     cut = _Cut.of(inputs.x.shape[0], inputs.x.shape[2])
-    none = jnp.zeros(0, jnp.float32)
-    gradients = (gradient, none) if output == "y" else (none, gradient)
+    gradients = (gradient, None) if output == "y" else (None, gradient)
     x, dt, A, B, C, D, keep, h0, weight, gate, alive = inputs
     shapes = (
         *(x.shape, dt.shape if weight is None else (cut.tiles, *dt.shape)),
@@ -91,8 +89,8 @@ def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tu
         (0,) if gate is None else gate.shape,
         cut.scratch(inputs),
     )
-    arguments = (starts, *gradients)
-    results = _call("mam_native_scan_backward", shapes, inputs, reverse, cut, *arguments)
+    arguments = (*inputs, starts, *gradients)
+    results = call("mam_native_scan_backward", shapes, *arguments, **cut.attributes(), reverse=reverse)
     gx, gdt, gA, gB, gC, gD, gh0, g_weight, g_gate, _ = results
     g = ScanInputs(
         x=gx,
@@ -132,17 +130,12 @@ class _Cut(NamedTuple):
         width = -(-math.ceil(d / wanted) // LANES) * LANES
         return cls(blocks, -(-d // width))
 
+    def attributes(self) -> dict[str, np.int64]:
+        """As the kernels are told."""
+        return {"blocks": np.int64(self.blocks), "tiles": np.int64(self.tiles)}
+
     def scratch(self, inputs: ScanInputs) -> tuple[int, int]:
         """Memory to work in, for each thread that may take part."""
         workers = min(self.blocks * self.tiles, os.cpu_count() or 1)
         rank = 0 if inputs.weight is None else inputs.dt.shape[-1]
         return workers, library().scan_scratch(inputs.x.shape[-1], inputs.B.shape[-1], rank, self.tiles)
-
-
-def _call(name: str, shapes: Any, inputs: ScanInputs, reverse: bool, cut: _Cut, *arguments: Array) -> Sequence[Array]:
-    """An array without elements stands for none."""
-    present = [jnp.zeros(0, jnp.float32) if v is None else v for v in inputs]
-    outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    # Mapped over, kernels take all leading axes as one batch, of which each element has its own A and D.
-    call = partial(jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all"), reverse=reverse)
-    return call(*present, *arguments, blocks=np.int64(cut.blocks), tiles=np.int64(cut.tiles))

@@ -23,7 +23,7 @@ class SelectiveInputs(eqx.Module):
     """The two in-projections: the convolution's input, and the gate."""
 
     x: Float[Array, "*batch D"]
-    gate: Float[Array, "*batch D"]  # after the SiLU
+    gate: Float[Array, "*batch D"]  # before the SiLU
 
 
 class SelectiveSSM(AbstractSSM):
@@ -68,7 +68,7 @@ class SelectiveSSM(AbstractSSM):
         self.scan = None if sizes.scan == "auto" else sizes.scan
 
     def project(self, x):
-        return SelectiveInputs(x=self.in_proj(x), gate=jax.nn.silu(self.gate_proj(x)))
+        return SelectiveInputs(x=self.in_proj(x), gate=self.gate_proj(x))
 
     def project_context(self, context):
         return required(self.context_proj)(context)
@@ -81,11 +81,11 @@ class SelectiveSSM(AbstractSSM):
         features, B, C = self._select(x, C)
         dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * inputs.gate
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * jax.nn.silu(inputs.gate)
 
-    def extend(self, state, inputs, C, alive):
+    def extend(self, state, inputs, C, alive, *, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
-        conv_state, x = self.conv.extend(before, living(inputs.x, alive))
+        conv_state, x = self.conv.extend(before, living(inputs.x, alive), reverse=reverse)
         features, B, C = self._select(x, C)
         y, ssm_state = gated_scan(
             x,
@@ -98,6 +98,7 @@ class SelectiveSSM(AbstractSSM):
             inputs.gate,
             alive=alive,
             initial_state=start,
+            reverse=reverse,
             implementation=self.scan,
         )
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y

@@ -25,7 +25,7 @@ NORM_EPS = 1e-5
 class DualInputs(eqx.Module):
     """The in-projections."""
 
-    gate: Float[Array, "*batch D"]  # after the SiLU
+    gate: Float[Array, "*batch D"]  # before the SiLU
     x: Float[Array, "*batch D"]  # the convolutions' inputs
     BC: Float[Array, "*batch F"]
     dt: Float[Array, "*batch H"]  # step sizes before the softplus
@@ -74,8 +74,7 @@ class DualSSM(AbstractSSM):
         self.d_state = d_state
 
     def project(self, x):
-        gate = jax.nn.silu(self.gate_proj(x))
-        return DualInputs(gate=gate, x=self.in_proj(x), BC=self.state_proj(x), dt=self.dt_proj(x))
+        return DualInputs(gate=self.gate_proj(x), x=self.in_proj(x), BC=self.state_proj(x), dt=self.dt_proj(x))
 
     def project_context(self, context):
         return required(self.context_proj)(context)
@@ -90,16 +89,16 @@ class DualSSM(AbstractSSM):
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt)
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * inputs.gate)
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
 
-    def extend(self, state, inputs, C, alive):
+    def extend(self, state, inputs, C, alive, *, reverse=False):
         start, (conv_x, conv_BC) = (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
-        conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive))
-        conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive))
+        conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive), reverse=reverse)
+        conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive), reverse=reverse)
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt, alive)
-        y, ssm_state = ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, initial_state=start)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * inputs.gate)
+        y, ssm_state = ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, initial_state=start, reverse=reverse)
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
         """B and C, which may come from elsewhere."""
