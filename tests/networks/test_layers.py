@@ -140,6 +140,15 @@ def in_pieces(cuts, x, weight, bias):
     return jnp.concatenate(outputs, axis=1), state
 
 
+def from_the_end(cuts, x, weight, bias):
+    """The same of x flipped, read in reverse."""
+    state, outputs, conv = None, [], make_conv(weight, bias)
+    for piece in jnp.split(x, cuts, axis=1):
+        state, y = conv.extend(state, jnp.flip(piece, axis=1), reverse=True)
+        outputs.append(jnp.flip(y, axis=1))
+    return jnp.concatenate(outputs, axis=1), state
+
+
 def agent_by_agent(x, weight, bias):
     state, outputs, conv = (jnp.zeros((x.shape[0], x.shape[2])),) * (weight.shape[0] - 1), [], make_conv(weight, bias)
     for i in range(x.shape[1]):
@@ -162,7 +171,8 @@ def test_the_convolution_is_its_sum_and_its_gradient_too(d_conv):
 
     with jax.enable_x64(True):
         y, gradients, _ = output_state_and_gradients(lambda *a: (silu_of_sum(*a), ()), x, weight, bias)
-        for f in (*(functools.partial(in_pieces, cuts) for cuts in ([], [5], [1, 3])), agent_by_agent):
+        pieces = [functools.partial(f, cuts) for f in (in_pieces, from_the_end) for cuts in ([], [5], [1, 3])]
+        for f in (*pieces, agent_by_agent):
             actual = output_state_and_gradients(f, x, weight, bias)
             np.testing.assert_allclose(actual[0], y, rtol=1e-12, atol=1e-12)
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual[1], gradients)

@@ -158,13 +158,13 @@ def test_leading_axes():
     np.testing.assert_array_equal(run_outputs(one), run_outputs(arguments)[0])
 
 
-@functools.partial(jax.jit, static_argnames="implementation", compiler_options=QUICK)
-def run_gated(arguments, alive, gradients, *, implementation="native"):
+@functools.partial(jax.jit, static_argnames=("implementation", "reverse"), compiler_options=QUICK)
+def run_gated(arguments, alive, gradients, *, reverse=False, implementation="native"):
     """Both outputs, and the gradients of all arguments."""
 
     def scan(*arguments):
         *xs, h = arguments
-        return gated_scan(*xs, alive=alive, initial_state=h, implementation=implementation)
+        return gated_scan(*xs, alive=alive, initial_state=h, reverse=reverse, implementation=implementation)
 
     outputs, pull_back = jax.vjp(scan, *arguments)
     return outputs, pull_back(gradients)
@@ -186,8 +186,8 @@ def test_gated_in_one_pass_and_in_several(seed):
     for _ in range(3):
         m, d, s, rank = (int(v) for v in rng.integers(1, [9, 70, 34, native_scan.MAX_RANK + 3]))
         n = int(rng.choice([1, 2, rng.integers(3, 16), 16, rng.integers(17, 70)]))
-        problem = make_gated_problem(seed, m, n, d, s, rank)
-        actual, expected = run_gated(*problem), run_gated(*problem, implementation="sequential")
+        run = functools.partial(run_gated, *make_gated_problem(seed, m, n, d, s, rank), reverse=bool(rng.integers(2)))
+        actual, expected = run(), run(implementation="sequential")
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), 1e-3), f"with {m, n, d, s, rank}"
 

@@ -40,13 +40,13 @@ def make_arguments(rng, n, batch=(), heads=2, channels=3, s=4):
     return arguments
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "implementation"), compiler_options=QUICK)
-def value_and_gradients(arguments, cotangents=None, chunk=CHUNK, implementation="products"):
+@functools.partial(jax.jit, static_argnames=("chunk", "reverse", "implementation"), compiler_options=QUICK)
+def value_and_gradients(arguments, cotangents=None, chunk=CHUNK, reverse=False, implementation="products"):
     """y, the final state, and the gradients of all arguments through both."""
 
     def run(*arguments):
         *xs, initial_state = arguments
-        return ssd(*xs, initial_state=initial_state, chunk=chunk, implementation=implementation)
+        return ssd(*xs, initial_state=initial_state, chunk=chunk, reverse=reverse, implementation=implementation)
 
     outputs, pull_back = jax.vjp(run, *arguments)
     return outputs, pull_back(outputs if cotangents is None else cotangents)
@@ -107,13 +107,27 @@ def test_chunks_of_any_size_give_the_same(chunk):
             assert_close(a, np.asarray(b), 1e-12)
 
 
+@pytest.mark.parametrize("n", [3, CHUNK + 3])
+def test_reverse_is_the_flipped_sequence(n):
+    x, dt, A, B, C, D, state = make_arguments(np.random.default_rng(0), n, batch=(2,))
+    flipped = [np.flip(v, axis=-2) for v in (x, dt, B, C)]
+    with jax.enable_x64(True):
+        (y, h), _ = value_and_gradients((x, dt, A, B, C, D, state), reverse=True)
+        (z, g), _ = value_and_gradients((*flipped[:2], A, *flipped[2:], D, state))
+    np.testing.assert_array_equal(y, np.flip(z, axis=-2))
+    np.testing.assert_array_equal(h, g)
+
+
 @needs_native
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("n", "sizes"), [(1, {}), (5, {"heads": 3, "channels": 7, "s": 17}), (40, {"channels": 20})])
-def test_the_native_recurrence_equals_the_products(n, sizes):
+def test_the_native_recurrence_equals_the_products(n, sizes, reverse):
     rng = np.random.default_rng(n)
     arguments = [a.astype(np.float32) for a in make_arguments(rng, n, batch=(3, 2), **sizes)]
     cotangents = [rng.normal(size=arguments[k].shape).astype(np.float32) for k in (0, -1)]
-    native, products = (value_and_gradients(arguments, tuple(cotangents), implementation=i) for i in IMPLEMENTATIONS)
+    native, products = (
+        value_and_gradients(arguments, tuple(cotangents), reverse=reverse, implementation=i) for i in IMPLEMENTATIONS
+    )
     for name, a, b in zip(("y", "final state", *NAMES), *map(jax.tree.leaves, (native, products)), strict=True):
         assert_close(a, np.asarray(b), 1e-5, name)
 

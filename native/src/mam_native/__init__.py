@@ -21,7 +21,7 @@ _library.mam_native_scan_scratch.argtypes = [ctypes.c_int64] * 4
 
 HANDLERS = {
     f"mam_native_{name}": getattr(_library, f"mam_native_{name}")
-    for name in "scan scan_backward conv conv_backward norm norm_backward weight_gradient decode".split()
+    for name in ["scan", "scan_backward", "conv", "conv_backward", "norm", "norm_backward", "weight_gradient", "decode"]
 }
 
 

@@ -22,7 +22,7 @@ def native_product_supports(x: Array, weight: Array) -> bool:
 
 @jax.custom_vjp
 def native_product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
-    """x W."""
+    """X W."""
     return x @ weight
 
 

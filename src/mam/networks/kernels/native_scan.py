@@ -7,7 +7,6 @@ work is cut depends on sizes only, not on the number of threads: a call gives th
 import math
 import os
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
