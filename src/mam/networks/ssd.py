@@ -87,8 +87,9 @@ def _is_single(*arrays: Array) -> bool:
 def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     """The dual form."""
     if reverse:
-        y, h = _products(*_flip(x, dt), A, *_flip(B, C), D, initial_state, reverse=False, chunk=chunk)
-        return *_flip(y), h
+        x, dt, B, C = (jnp.flip(v, axis=-2) for v in (x, dt, B, C))
+        y, h = _products(x, dt, A, B, C, D, initial_state, reverse=False, chunk=chunk)
+        return jnp.flip(y, axis=-2), h
     *batch, n, d = x.shape
     heads, s = A.shape[0], B.shape[-1]
     channels, size = d // heads, min(chunk, n)
@@ -127,10 +128,6 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
         states.append(ends)
     y = jnp.concatenate(outputs, axis=-1).reshape(num_sequences, -1, d)[:, :n].reshape(x.shape)
     return y.astype(x.dtype), jnp.concatenate(states, axis=-1).reshape(*batch, s, d)
-
-
-def _flip(*sequences):
-    return [jnp.flip(v, axis=-2) for v in sequences]
 
 
 def _chunks(v, size):

@@ -4,7 +4,6 @@ One pass over the inputs each way, which are all that is kept for the gradient.
 """
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,12 @@ def native_conv_silu(
     return _conv_silu(reverse, x.reshape(math.prod(batch), n, features), weight, bias).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _conv_silu(reverse, x, weight, bias):
+def _primal(reverse: bool, x: Array, weight: Array, bias: Array) -> Array:
     return call("mam_native_conv", [x.shape], x, weight, bias, blocks=num_blocks(x), reverse=reverse)[0]
 
 
 def _conv_silu_fwd(reverse, x, weight, bias):
-    return _conv_silu(reverse, x, weight, bias), (x, weight, bias)
+    return _primal(reverse, x, weight, bias), (x, weight, bias)
 
 
 def _conv_silu_bwd(reverse, inputs, gy):
@@ -45,4 +43,5 @@ def _conv_silu_bwd(reverse, inputs, gy):
     return gx, g_weight.sum(axis=0), g_bias.sum(axis=0)
 
 
+_conv_silu = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)

@@ -3,7 +3,6 @@
 One pass over memory each way. Inputs are all that is kept for the gradient; the moments are computed again.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -34,13 +33,12 @@ def native_norm(
     return _norm(eps, *rows, scale, offset).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _norm(eps, x, plus, scale, offset):
+def _primal(eps: float, x: Array, plus: Array | None, scale: Array, offset: Array | None) -> Array:
     return _call("mam_native_norm", eps, [x.shape], x, plus, scale, offset)[0]
 
 
 def _norm_fwd(eps, x, plus, scale, offset):
-    return _norm(eps, x, plus, scale, offset), (x, plus, scale, offset)
+    return _primal(eps, x, plus, scale, offset), (x, plus, scale, offset)
 
 
 def _norm_bwd(eps, inputs, gy):
@@ -50,6 +48,7 @@ def _norm_bwd(eps, inputs, gy):
     return gx, None if plus is None else gx, g_scale.sum(axis=0), None if offset is None else g_offset.sum(axis=0)
 
 
+_norm = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 _norm.defvjp(_norm_fwd, _norm_bwd)
 
 
