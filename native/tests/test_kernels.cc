@@ -301,6 +301,28 @@ void test_normalisation() {
   }
 }
 
+void test_weight_gradient() {
+  for (int i = 0; i < 20; ++i) {
+    mam::WeightGradient w{};
+    w.groups = draw(1, 2), w.rows = draw(1, 150), w.in = draw(1, 15), w.out = mam::kMaxLanes * draw(1, 6);
+    w.blocks = draw(1, std::min<int64_t>(w.rows, 3));
+    const Array x = normal(w.groups * w.rows * w.in), g = normal(w.groups * w.rows * w.out);
+    Array y(w.groups * w.blocks * w.in * w.out, NAN);
+    w.x = x.data(), w.g = g.data(), w.y = y.data();
+    for (int64_t task = 0; task < w.tasks(); ++task) mam::kernels().weight_gradient(w, task);
+    double worst = 0;
+    for (int64_t place = 0; place < w.groups * w.in * w.out; ++place) {
+      const int64_t size = w.in * w.out, group = place / size, own = place % size;
+      double sum = 0;
+      for (int64_t block = 0; block < w.blocks; ++block) sum += y[(group * w.blocks + block) * size + own];
+      for (int64_t row = group * w.rows; row < (group + 1) * w.rows; ++row)
+        sum -= double(x[row * w.in + own / w.out]) * g[row * w.out + own % w.out];
+      worst = std::max(worst, std::isnan(sum) ? INFINITY : std::abs(sum));
+    }
+    EXPECT(worst < 1e-4, "error of %g", worst);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -311,6 +333,7 @@ int main() {
     test_scan();
     test_convolution();
     test_normalisation();
+    test_weight_gradient();
     test_decode();
   }
   std::printf(failures ? "%d failures\n" : "all is well\n", failures);

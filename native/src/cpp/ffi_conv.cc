@@ -9,38 +9,33 @@ namespace mam {
 namespace {
 
 // Forward, or with all that belongs to the backward pass that.
-ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats x, Floats weight, Floats bias, Floats* y, Floats* gy,
-                    Floats* gx, Floats* g_weight, Floats* g_bias) {
+ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats x, Floats weight, Floats bias,
+                    Floats* y, Floats* gy, Floats* gx, Floats* g_weight, Floats* g_bias) {
   Checks checks("convolution");
   const auto dims = x.dimensions();
   checks.demand(dims.size() >= 3, "x must have axes [sequences, agents, channels]");
   checks.demand(weight.dimensions().size() + 1 == dims.size(), "weight must have axes [taps, channels]");
   if (!checks.passed()) return checks.error();
-  const Shape lead(dims.begin(), dims.end() - 3);
-  const auto with = [&](Shape own) {
-    own.insert(own.begin(), lead.begin(), lead.end());
-    return own;
-  };
+  const Lead lead(dims, 3);
   Convolution c{};
-  c.groups = 1;
-  for (const int64_t size : lead) c.groups *= size;
+  c.groups = lead.groups;
   c.sequences = dims[dims.size() - 3], c.agents = dims[dims.size() - 2], c.channels = dims[dims.size() - 1];
   c.taps = weight.dimensions()[dims.size() - 3];
   c.blocks = blocks;
   c.reverse = reverse;
   checks.demand(c.taps >= 1 && c.taps <= kMaxTaps, "between 1 and 4 taps");
   checks.demand(blocks > 0 || (blocks == 0 && c.sequences == 0), "no such blocks");
-  const Shape wide = with({c.sequences, c.agents, c.channels});
+  const Shape wide = lead.with({c.sequences, c.agents, c.channels});
   c.x = checks.data("x", x, wide);
-  c.weight = checks.data("weight", weight, with({c.taps, c.channels}));
-  c.bias = checks.data("bias", bias, with({c.channels}));
+  c.weight = checks.data("weight", weight, lead.with({c.taps, c.channels}));
+  c.bias = checks.data("bias", bias, lead.with({c.channels}));
   if (y) {
     c.y = checks.data("y", *y, wide);
   } else {
     c.gy = checks.data("y's gradient", *gy, wide);
     c.gx = checks.data("x's gradient", *gx, wide);
-    c.g_weight = checks.data("weight's gradient", *g_weight, with({blocks, c.taps, c.channels}));
-    c.g_bias = checks.data("bias's gradient", *g_bias, with({blocks, c.channels}));
+    c.g_weight = checks.data("weight's gradient", *g_weight, lead.with({blocks, c.taps, c.channels}));
+    c.g_bias = checks.data("bias's gradient", *g_bias, lead.with({blocks, c.channels}));
   }
   if (!checks.passed()) return checks.error();
   // A vector takes some ten nanoseconds; waking a thread takes ten microseconds.

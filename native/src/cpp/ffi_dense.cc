@@ -15,21 +15,16 @@ ffi::Error run(ffi::ThreadPool pool, Floats x, Floats g, FloatsOut y, int64_t bl
   checks.demand(dims.size() >= 2, "x must have axes [rows, in]");
   checks.demand(out.size() == dims.size(), "y's gradient must have axes [rows, out]");
   if (!checks.passed()) return checks.error();
-  const Shape lead(dims.begin(), dims.end() - 2);
-  const auto with = [&](Shape own) {
-    own.insert(own.begin(), lead.begin(), lead.end());
-    return own;
-  };
+  const Lead lead(dims, 2);
   WeightGradient w{};
-  w.groups = 1;
-  for (const int64_t size : lead) w.groups *= size;
+  w.groups = lead.groups;
   w.rows = dims[dims.size() - 2], w.in = dims[dims.size() - 1], w.out = out[dims.size() - 1];
   w.blocks = blocks;
   checks.demand(w.out % kMaxLanes == 0, "its width must be a multiple of " + std::to_string(kMaxLanes));
   checks.demand(blocks > 0 || (blocks == 0 && w.rows == 0), "no such blocks");
-  w.x = checks.data("x", x, with({w.rows, w.in}));
-  w.g = checks.data("y's gradient", g, with({w.rows, w.out}));
-  w.y = checks.data("the weight's gradient", *y, with({blocks, w.in, w.out}));
+  w.x = checks.data("x", x, lead.with({w.rows, w.in}));
+  w.g = checks.data("y's gradient", g, lead.with({w.rows, w.out}));
+  w.y = checks.data("the weight's gradient", *y, lead.with({blocks, w.in, w.out}));
   if (!checks.passed()) return checks.error();
   // A multiply-add of a vector takes a third of a nanosecond; waking a thread takes ten microseconds.
   const int64_t workers = 1 + w.groups * w.rows * w.in * w.out / (1 << 19);

@@ -15,20 +15,15 @@ ffi::Error normalise(ffi::ThreadPool& pool, int64_t blocks, float eps, Floats x,
   const auto dims = x.dimensions();
   checks.demand(dims.size() >= 2, "x must have axes [rows, size]");
   if (!checks.passed()) return checks.error();
-  const Shape lead(dims.begin(), dims.end() - 2);
-  const auto with = [&](Shape own) {
-    own.insert(own.begin(), lead.begin(), lead.end());
-    return own;
-  };
+  const Lead lead(dims, 2);
   Normalisation n{};
-  n.groups = 1;
-  for (const int64_t size : lead) n.groups *= size;
+  n.groups = lead.groups;
   n.rows = dims[dims.size() - 2], n.size = dims[dims.size() - 1];
   n.blocks = blocks;
   n.eps = eps;
   checks.demand(n.size > 0 && n.size % kMaxLanes == 0, "rows must be multiples of " + std::to_string(kMaxLanes));
   checks.demand(blocks > 0 || (blocks == 0 && n.rows == 0), "no such blocks");
-  const Shape wide = with({n.rows, n.size}), narrow = with({n.size}), sums = with({blocks, n.size});
+  const Shape wide = lead.with({n.rows, n.size}), narrow = lead.with({n.size}), sums = lead.with({blocks, n.size});
   n.x = checks.data("x", x, wide);
   n.plus = plus.element_count() ? checks.data("what is added", plus, wide) : nullptr;
   n.scale = checks.data("scale", scale, narrow);

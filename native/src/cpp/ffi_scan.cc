@@ -21,9 +21,8 @@ class ScanCall {
     checks.demand(B.dimensions().size() == dims.size(), "B must have axes [sequences, agents, states]");
     checks.demand(dt.dimensions().size() == dims.size(), "dt must have axes [sequences, agents, channels or rank]");
     if (!checks.passed()) return;
-    lead_.assign(dims.begin(), dims.end() - 3);
-    scan.groups = 1;
-    for (const int64_t size : lead_) scan.groups *= size;
+    lead_ = Lead(dims, 3);
+    scan.groups = lead_.groups;
     scan.sequences = dims[dims.size() - 3];
     scan.agents = dims[dims.size() - 2];
     scan.channels = dims[dims.size() - 1];
@@ -41,9 +40,7 @@ class ScanCall {
 
   template <class Buffer>
   auto data(const char* name, Buffer&& buffer, const Shape& own) {
-    Shape shape = lead_;
-    shape.insert(shape.end(), own.begin(), own.end());
-    return checks.data(name, buffer, shape);
+    return checks.data(name, buffer, lead_.with(own));
   }
 
   // Null for a buffer without elements, which stands for none.
@@ -92,7 +89,7 @@ class ScanCall {
 
  private:
   Scan& scan_;
-  Shape lead_;
+  Lead lead_{Shape{}, 0};
 };
 
 ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep,

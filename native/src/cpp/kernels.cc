@@ -25,6 +25,7 @@ namespace mam {
 
 extern const Kernels MAM_JOIN(kernels_, MAM_ISA);
 const Kernels MAM_JOIN(kernels_, MAM_ISA) = {
-    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, normalisation, weight_gradient, decode, exp2_all};
+    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, normalisation, weight_gradient, decode,
+    exp2_all};
 
 }  // namespace mam

@@ -13,7 +13,8 @@ constexpr float kDtLimit = 20.0f;      // of step sizes: DT_LIMIT in mam/network
 // The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
 // How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
 //
-// With a rank it is gated: step sizes are made of so many features, which dt then has, and y is multiplied by the gate's SiLU.
+// With a rank it is gated: step sizes are made of so many features, which dt then has, and y is multiplied by the
+// gate's SiLU.
 struct Scan {
   int64_t groups;     // of sequences that share A and D: what vmap maps over
   int64_t sequences;  // per group
@@ -30,7 +31,7 @@ struct Scan {
   const float* D;        // [groups, channels]
   const float* keep;     // [groups, sequences, agents]: 0 where the state is zeroed first; or null
   const float* initial;  // [groups, sequences, states, channels], or null
-  const float* weight;   // gated: [groups, rank + 1, channels], from dt to the step sizes before the softplus; then bias
+  const float* weight;   // gated: [groups, rank + 1, channels], from dt to step sizes before the softplus; then bias
   const float* gate;     // gated: as x
   const float* alive;    // gated: [groups, sequences, agents]: 0 where the step size is 0; or null
 

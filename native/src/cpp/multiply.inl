@@ -17,7 +17,8 @@ struct Rows {
   float* operator[](int64_t row) const { return from + row * stride; }
 };
 
-// Rows to read from, of which elements are `step` apart: 1, or for a transposed matrix the width of what it is stored as.
+// Rows to read from, of which elements are `step` apart: 1, or if it is the transposed of what is stored, that one's
+// width.
 struct Factor {
   const float* from;
   int64_t stride, step;

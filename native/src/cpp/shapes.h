@@ -22,6 +22,23 @@ inline std::string to_string(const Shape& shape) {
   return text + "]";
 }
 
+// vmap's axes: all before the last `own` ones.
+struct Lead {
+  Shape axes;
+  int64_t groups = 1;  // how many elements they have
+
+  template <class Dimensions>
+  Lead(const Dimensions& dims, size_t own) : axes(dims.begin(), dims.end() - own) {
+    for (const int64_t size : axes) groups *= size;
+  }
+
+  Shape with(const Shape& own) const {
+    Shape all = axes;
+    all.insert(all.end(), own.begin(), own.end());
+    return all;
+  }
+};
+
 // Remembers the first thing that is wrong.
 class Checks {
  public:

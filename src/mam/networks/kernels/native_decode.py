@@ -17,14 +17,13 @@ from jaxtyping import Array, Float, Int
 from mam.networks.blocks import DecoderBlock
 from mam.networks.decoder import Decoder, Embedded
 from mam.networks.kernels.decode import AheadLike
-from mam.networks.kernels.native import library
+from mam.networks.kernels.native import LANES, library
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers import AbstractCausalMixer
 from mam.networks.mixers.mamba import SelectiveInputs, SelectiveSSM
 from mam.networks.mixers.mamba2 import DualInputs, DualSSM
 from mam.networks.mixers.ssm import CausalConv, CausalSSM, NormedInputs
 
-LANES = 16  # floats in the widest vector: matrices' columns are filled up to multiples
 MAX_ROWS = 16  # environments that go through the layers together: kMaxRows in native/src/cpp/decode.h
 ROWS_IN_WORK = 8  # Decode::kRowsInWork there
 LOG2_E = math.log2(math.e)

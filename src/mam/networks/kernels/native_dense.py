@@ -9,9 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from mam.networks.kernels.native import MAX_BLOCKS, call
+from mam.networks.kernels.native import LANES, MAX_BLOCKS, call
 
-LANES = 16  # one side of a weight is a multiple: kMaxLanes in native/src/cpp/kernels.h
 BLOCK = 1024  # rows, at least, between sums that are kept apart
 
 
@@ -22,7 +21,7 @@ def native_product_supports(x: Array, weight: Array) -> bool:
 
 @jax.custom_vjp
 def native_product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
-    """X W."""
+    """The product x W."""
     return x @ weight
 
 

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mam.networks.kernels.native import block_sums, call, num_blocks
-
-LANES = 16  # rows are multiples: kMaxLanes in native/src/cpp/kernels.h
+from mam.networks.kernels.native import LANES, block_sums, call, num_blocks
 
 
 def native_norm_supports(x: Array, *others: Array | None) -> bool:

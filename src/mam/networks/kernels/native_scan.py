@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mam.networks.kernels.native import MAX_BLOCKS, call, library
+from mam.networks.kernels.native import LANES, MAX_BLOCKS, call, library
 
 CHUNK = 16  # agents between two states that are kept: kChunk in native/src/cpp/kernels.h
 MIN_TASKS = 8  # where there are fewer sequences, channels are cut, too
-LANES = 16  # floats in the widest vector; tiles of channels are multiples
 MAX_RANK = 16  # features of which step sizes are made: more are better multiplied by XLA
 
 
