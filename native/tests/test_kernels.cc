@@ -261,7 +261,7 @@ void test_convolution() {
   }
 }
 
-// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_norm.py).
+// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_layers.py).
 void test_normalisation() {
   for (int i = 0; i < 20; ++i) {
     mam::Normalisation n{};

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "share.inl"
 #include "simd.h"
 
 namespace {
@@ -12,10 +13,9 @@ using mam::Convolution;
 // Sequence by sequence and vector by vector: f(place of the first agent, channel, lanes).
 template <class F>
 MAM_INLINE void for_sequences(const Convolution& c, int64_t task, F f) {
-  const int64_t group = task / c.blocks, block = task % c.blocks;
-  const int64_t begin = c.sequences * block / c.blocks, end = c.sequences * (block + 1) / c.blocks;
+  const Share own(c.sequences, c.blocks, task);
   const int64_t size = c.agents * c.channels, first = c.reverse ? size - c.channels : 0;
-  for (int64_t row = group * c.sequences + begin; row < group * c.sequences + end; ++row)
+  for (int64_t row = own.begin; row < own.end; ++row)
     for (int64_t e = 0; e < c.channels; e += kLanes) f(row * size + first + e, e, c.channels - e);
 }
 

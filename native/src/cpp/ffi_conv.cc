@@ -24,7 +24,7 @@ ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats 
   c.blocks = blocks;
   c.reverse = reverse;
   checks.demand(c.taps >= 1 && c.taps <= kMaxTaps, "between 1 and 4 taps");
-  checks.demand(blocks > 0 || (blocks == 0 && c.sequences == 0), "no such blocks");
+  checks.demand_blocks(blocks, c.sequences);
   const Shape wide = lead.with({c.sequences, c.agents, c.channels});
   c.x = checks.data("x", x, wide);
   c.weight = checks.data("weight", weight, lead.with({c.taps, c.channels}));

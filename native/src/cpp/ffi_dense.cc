@@ -21,7 +21,7 @@ ffi::Error run(ffi::ThreadPool pool, Floats x, Floats g, FloatsOut y, int64_t bl
   w.rows = dims[dims.size() - 2], w.in = dims[dims.size() - 1], w.out = out[dims.size() - 1];
   w.blocks = blocks;
   checks.demand(w.out % kMaxLanes == 0, "its width must be a multiple of " + std::to_string(kMaxLanes));
-  checks.demand(blocks > 0 || (blocks == 0 && w.rows == 0), "no such blocks");
+  checks.demand_blocks(blocks, w.rows);
   w.x = checks.data("x", x, lead.with({w.rows, w.in}));
   w.g = checks.data("y's gradient", g, lead.with({w.rows, w.out}));
   w.y = checks.data("the weight's gradient", *y, lead.with({blocks, w.in, w.out}));

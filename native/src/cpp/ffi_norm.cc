@@ -22,12 +22,12 @@ ffi::Error normalise(ffi::ThreadPool& pool, int64_t blocks, float eps, Floats x,
   n.blocks = blocks;
   n.eps = eps;
   checks.demand(n.size > 0 && n.size % kMaxLanes == 0, "rows must be multiples of " + std::to_string(kMaxLanes));
-  checks.demand(blocks > 0 || (blocks == 0 && n.rows == 0), "no such blocks");
+  checks.demand_blocks(blocks, n.rows);
   const Shape wide = lead.with({n.rows, n.size}), narrow = lead.with({n.size}), sums = lead.with({blocks, n.size});
   n.x = checks.data("x", x, wide);
-  n.plus = plus.element_count() ? checks.data("what is added", plus, wide) : nullptr;
+  n.plus = checks.optional("what is added", plus, wide);
   n.scale = checks.data("scale", scale, narrow);
-  n.offset = offset.element_count() ? checks.data("offset", offset, narrow) : nullptr;
+  n.offset = checks.optional("offset", offset, narrow);
   if (y) {
     n.y = checks.data("y", *y, wide);
   } else {

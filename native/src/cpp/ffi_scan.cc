@@ -34,8 +34,8 @@ class ScanCall {
     scan.tiles = tiles;
     checks.demand(scan.agents > 0 && scan.channels > 0 && scan.states > 0, "agents, channels and states must be there");
     checks.demand(!scan.rank || scan.rates == scan.states, "a gated scan has a rate for each state");
-    checks.demand(blocks >= 0 && tiles > 0 && (tiles - 1) * scan.tile_width() < scan.channels, "no such tiles");
-    checks.demand(blocks > 0 || scan.sequences == 0, "no such blocks");
+    checks.demand(tiles > 0 && (tiles - 1) * scan.tile_width() < scan.channels, "no such tiles");
+    checks.demand_blocks(blocks, scan.sequences);
   }
 
   template <class Buffer>
@@ -43,10 +43,9 @@ class ScanCall {
     return checks.data(name, buffer, lead_.with(own));
   }
 
-  // Null for a buffer without elements, which stands for none.
   template <class Buffer>
   auto optional(const char* name, Buffer&& buffer, const Shape& own) {
-    return buffer.element_count() ? data(name, buffer, own) : nullptr;
+    return checks.optional(name, buffer, lead_.with(own));
   }
 
   void read_inputs(Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep, Floats initial,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "share.inl"
 #include "simd.h"
 
 namespace {
@@ -77,13 +78,11 @@ void multiply(const Factor& x, const Matrix& m, const Rows& y) {
 // Some rows at a time, which then are in the cache.
 void weight_gradient(const WeightGradient& w, int64_t task) {
   constexpr int64_t kRows = 64;
-  const int64_t group = task / w.blocks, block = task % w.blocks;
-  const int64_t begin = group * w.rows + w.rows * block / w.blocks;
-  const int64_t end = group * w.rows + w.rows * (block + 1) / w.blocks;
+  const Share own(w.rows, w.blocks, task);
   const Rows y = {w.y + task * w.in * w.out, w.out, w.in};
   __builtin_memset(y.from, 0, w.in * w.out * sizeof(float));
-  for (int64_t row = begin; row < end; row += kRows) {
-    const int64_t count = end - row < kRows ? end - row : kRows;
+  for (int64_t row = own.begin; row < own.end; row += kRows) {
+    const int64_t count = own.end - row < kRows ? own.end - row : kRows;
     multiply<true>({w.x + row * w.in, 1, w.in}, {w.g + row * w.out, nullptr, count, w.out}, y);
   }
 }

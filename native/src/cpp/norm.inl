@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "share.inl"
 #include "simd.h"
 
 namespace {
@@ -61,14 +62,13 @@ MAM_INLINE void normalise_row_backward(const Norm& norm, const float* x, const f
 }
 
 void normalisation(const Normalisation& n, int64_t task) {
-  const int64_t group = task / n.blocks, block = task % n.blocks, size = n.size;
-  const Norm norm = {n.scale + group * size, n.offset ? n.offset + group * size : nullptr, size, n.eps};
+  const Share own(n.rows, n.blocks, task);
+  const int64_t size = n.size, group = own.group * size;
+  const Norm norm = {n.scale + group, n.offset ? n.offset + group : nullptr, size, n.eps};
   float *const g_scale = n.g_scale + task * size, *const g_offset = n.g_offset + task * size;
   if (n.gy) __builtin_memset(g_scale, 0, size * sizeof(float));
   if (n.gy && n.offset) __builtin_memset(g_offset, 0, size * sizeof(float));
-  const int64_t begin = group * n.rows + n.rows * block / n.blocks;
-  const int64_t end = group * n.rows + n.rows * (block + 1) / n.blocks;
-  for (int64_t at = begin * size; at < end * size; at += size) {
+  for (int64_t at = own.begin * size; at < own.end * size; at += size) {
     const float* plus = n.plus ? n.plus + at : nullptr;
     if (n.gy)
       normalise_row_backward(norm, n.x + at, plus, n.gy + at, n.gx + at, g_scale, g_offset);

@@ -57,6 +57,17 @@ class Checks {
     return buffer.typed_data();
   }
 
+  // Null for a buffer without elements, which stands for none.
+  template <class Buffer>
+  auto optional(const char* name, Buffer&& buffer, const Shape& shape) {
+    return buffer.element_count() ? data(name, buffer, shape) : nullptr;
+  }
+
+  // Rows, or sequences, are cut into at least one block if there are any.
+  void demand_blocks(int64_t blocks, int64_t rows) {
+    demand(blocks > 0 || (blocks == 0 && rows == 0), "no such blocks");
+  }
+
   bool passed() const { return message_.empty(); }
   ffi::Error error() const { return ffi::Error::InvalidArgument(message_); }
 

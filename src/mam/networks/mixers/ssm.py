@@ -53,9 +53,9 @@ class CausalConv(eqx.Module):
             x = jnp.concatenate([x, known] if reverse else [known, x], axis=-2)
         y = _convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), reverse=reverse)
         y = y[..., :num_new, :] if reverse else y[..., -num_new:, :]
-        place = (lambda k: k - 1) if reverse else (lambda k: -k)  # of the agent read k-th from the end
-        read = range(before, 0, -1)
-        return tuple(x[..., place(k), :] if k <= x.shape[-2] else jnp.zeros_like(x[..., 0, :]) for k in read), y
+        places = [k - 1 if reverse else -k for k in range(before, 0, -1)]  # of the last ones read
+        zeros = (jnp.zeros_like(x[..., 0, :]),) * max(before - x.shape[-2], 0)
+        return zeros + tuple(x[..., place, :] for place in places[len(zeros) :]), y
 
     def advance(self, state: Before, x: Float[Array, "*batch F"]) -> tuple[Before, Float[Array, "*batch F"]]:
         """The next output."""
