@@ -11,7 +11,7 @@ NATIVE := $(VENV)/.native
 NATIVE_SOURCES := $(wildcard native/*.* native/src/*/*.*)
 NATIVE_TESTS := build/native-tests
 
-.PHONY: train test lint check native native-test clean
+.PHONY: train test lint check native native-test gpu-bundle clean
 
 train: $(READY) $(NATIVE)  ## train Multi-Agent Mamba on Level-Based Foraging until it solves it
 	$(BIN)/mam train
@@ -36,6 +36,17 @@ native-test: $(READY)  ## the kernels' own tests, with sanitizers
 	@test -z '$(COMPILER)' || { CXX=$(COMPILER) $(CMAKE) -S native -B $(NATIVE_TESTS) -DMAM_NATIVE_TESTS=ON \
 		-DMAM_NATIVE_SANITIZE=address,undefined >/dev/null && $(CMAKE) --build $(NATIVE_TESTS) --parallel 2 \
 		&& $(NATIVE_TESTS)/test_kernels; }
+
+# For a machine with a GPU that has JAX and the usual scientific packages, and no network: see benchmarks/gpu.py.
+GPU_WHEELS := tyro docstring-parser typeguard rich markdown-it-py mdurl tensorboardx equinox jaxtyping wadler-lindig \
+	jumanji esquilax jax-tqdm dm-env dm-tree gymnasium farama-notifications jaxmarl gymnax
+GPU_PLATFORMS := $(foreach n,28 27 24 17,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
+
+gpu-bundle: $(READY)  ## wheels for Python 3.12 on x86-64 Linux that such a machine may lack, in .wheels (about 4 MB)
+	rm -rf .wheels
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp $(GPU_PLATFORMS) --constraint constraints.txt --dest .wheels $(GPU_WHEELS)
+	@echo 'there: python -m pip install --no-index --no-deps --target site .wheels/*.whl, and PYTHONPATH=site:src'
 
 clean:
 	rm -rf $(VENV) build

@@ -26,6 +26,7 @@ from mam.config import Config, EncoderConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.networks.decode import Ahead, Decoding, decide
+from mam.networks.kernels.decode import kernel_supports as decode_kernel_supports
 from mam.networks.kernels.native import use_native, without_native
 from mam.networks.kernels.scan import kernel_supports
 from mam.networks.mixers import MIXERS
@@ -38,6 +39,7 @@ from mam.update import Batch, make_optimiser, update
 
 POLICIES = ("mam", "mam2", "mat")  # those that see agents as a sequence
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
+DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
 PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
@@ -105,10 +107,11 @@ def _block(family: str, role: str, cell: Cell) -> Contender:
     return Contender(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
 
 
-def _act(name: str, cell: Cell, *, cached: bool = True) -> Contender:
+def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential") -> Contender:
     """One joint action per environment, encoder included."""
     spec = synthetic_task(cell.num_agents)
-    policy, obs = random_policy(name, spec, cell.network), random_observation(spec, cell.batch)
+    policy = random_policy(name, spec, cell.network, _decoding(name, spec, cell, decode))
+    obs = random_observation(spec, cell.batch)
     keys, reset = jax.random.split(jax.random.key(0), cell.batch), jnp.zeros(cell.batch, bool)
     shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
     if cached:
@@ -116,17 +119,30 @@ def _act(name: str, cell: Cell, *, cached: bool = True) -> Contender:
     return Contender(act_uncached, steps=cell.num_agents, **shared)
 
 
-def _decode(name: str, cell: Cell) -> Contender:
+def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Contender:
     """The same without the encoder: given what it put out, and the noise."""
-    policy: Any = random_policy(name, synthetic_task(cell.num_agents), cell.network)
+    spec = synthetic_task(cell.num_agents)
+    policy: Any = random_policy(name, spec, cell.network)
+    decoding = _decoding(name, spec, cell, decode)
     obs_rep = normal(cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
     noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
         ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
-        return decide(policy.decoder, policy.kind, ahead, Decoding())
+        return decide(policy.decoder, policy.kind, ahead, decoding)
 
     return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
+
+
+def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Decoding:
+    """The way to decode; raises Skip for a kernel where there is none."""
+    if decode == "kernel":
+        if not has_cuda():
+            raise Skip("made for CUDA")
+        policy: Any = policy_shapes(name, spec, cell.network)
+        if not decode_kernel_supports(policy.decoder):
+            raise Skip("no decode kernel for these sizes")
+    return Decoding(decode)
 
 
 def _update(name: str, cell: Cell, **changes: Any) -> Contender:
@@ -155,7 +171,9 @@ def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig,
 
 
 def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
-    """A contender without native kernels."""
+    """A contender without the kernels made for the device: native ones, or CUDA's scan."""
+    if has_cuda():
+        return build(replace(cell, network=replace(cell.network, scan="sequential")))
     if not use_native():
         raise Skip("there are no native kernels to do without")
     contender = build(cell)
@@ -197,6 +215,16 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     return Contender(act if part else step, (state, key), baseline=name if part else "mat", parameters=count(policy))
 
 
+def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
+    """Every policy, and the state-space ones through XLA, in one kernel, and as a fixed point."""
+    found: dict[str, Callable[[Cell], Contender]] = {name: partial(act, name) for name in POLICIES}
+    for name in ("mam", "mam2"):
+        found[f"{name}-xla"] = partial(_through_xla, partial(act, name))
+        for method in ("kernel", "fixed_point"):
+            found[f"{name}-{method.replace('_', '-')}"] = partial(act, name, decode=method)
+    return found
+
+
 CASES = {
     "scan": Case(
         {name: partial(_scan, name) for name in SCANS}
@@ -214,20 +242,12 @@ CASES = {
         tokens=8192,
     ),
     "act": Case(
-        {name: partial(_act, name) for name in POLICIES}
-        | {f"{name}-xla": partial(_through_xla, partial(_act, name)) for name in ("mam", "mam2")}
-        | {"mat-uncached": partial(_act, "mat", cached=False)},
+        _ways_to_act(_act) | {"mat-uncached": partial(_act, "mat", cached=False)},
         num_agents=(4, 16, 64, 256),
         batch=64,
         derived=PER_AGENT,
     ),
-    "decode": Case(
-        {name: partial(_decode, name) for name in POLICIES}
-        | {f"{name}-xla": partial(_through_xla, partial(_decode, name)) for name in ("mam", "mam2")},
-        num_agents=(4, 16, 64, 256),
-        batch=64,
-        derived=PER_AGENT,
-    ),
+    "decode": Case(_ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT),
     "update": Case(
         {name: partial(_update, name) for name in POLICIES}
         | {

@@ -1,12 +1,16 @@
 """What contenders are run on: random numbers, a synthetic task, and policies without training."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mam.config import NetworkConfig
-from mam.networks.policy import make_policy
+from mam.networks.decode import Decoding
+from mam.networks.policy import SEQUENTIAL, make_policy
 from mam.types import EnvSpec, Observation, Policy
 from mam.update import Batch
 
@@ -14,8 +18,9 @@ OBS_DIM, NUM_ACTIONS = 32, 8  # of the synthetic task
 
 
 def normal(*shape: int, seed: int = 0) -> Float[Array, "..."]:
-    """Standard normal numbers, float32, the same at every call."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    """Standard normal numbers, float32, the same at every call; beyond a million they repeat."""
+    drawn = np.random.default_rng(seed).standard_normal(min(math.prod(shape), 1 << 20), np.float32)
+    return jnp.asarray(np.resize(drawn, shape))
 
 
 def random_like(shapes: PyTree) -> PyTree:
@@ -33,14 +38,15 @@ def count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def policy_shapes(name: str, spec: EnvSpec, sizes: NetworkConfig) -> PyTree:
+def policy_shapes(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> PyTree:
     """A policy with shapes in place of arrays; nothing is computed."""
-    return jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
+    build = partial(make_policy, name, spec, sizes, decoding)
+    return jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
 
 
-def random_policy(name: str, spec: EnvSpec, sizes: NetworkConfig) -> Policy:
+def random_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> Policy:
     """A named policy with numbers in it."""
-    return random_like(policy_shapes(name, spec, sizes))
+    return random_like(policy_shapes(name, spec, sizes, decoding))
 
 
 def synthetic_task(num_agents: int) -> EnvSpec:
