@@ -1,15 +1,30 @@
-"""Reading small JSON files that anyone may have written."""
+"""Reading files that anyone may have written."""
 
 import json
 import math
+import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mam.errors import UserError
 
 MAX_BYTES = 2**24
 MAX_DEPTH = 32
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read it, unless it is a pipe or a device, of which reading may never end.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise ValueError(f"{path.name} is not a regular file")
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
@@ -20,12 +35,11 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
             what is in it.
     """
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device may never end
-            raise ValueError("not a regular file")
-        if about.st_size > max_bytes:
+        with open_regular(path) as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
             raise ValueError(f"longer than {max_bytes} bytes")
-        return parse_object(path.read_bytes())
+        return parse_object(data)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -324,7 +324,7 @@ def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
     own, suites = ("mam", "mam-native"), ("jumanji", "jaxmarl")
     found = {}
-    for name in (*own, "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy", *suites):
+    for name in (*own, "jax", "jaxlib", "equinox", "optax", "numpy", *suites):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
