@@ -229,9 +229,9 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
     return checksum.hexdigest()
 
 
-def _bytes(array: np.ndarray) -> np.ndarray:
-    """The memory of an array, a view where it is contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _bytes(array: np.ndarray) -> memoryview:
+    """The memory of an array, or of a copy where it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write_manifest(path: Path, contents: dict[str, Any]) -> None:

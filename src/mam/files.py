@@ -4,8 +4,9 @@ import json
 import math
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mam.errors import UserError
 
@@ -13,7 +14,7 @@ MAX_BYTES = 2**24
 MAX_DEPTH = 32
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file to read it, unless it is a pipe or a device, of which reading may never end.
 
     Raises:
