@@ -83,7 +83,7 @@ def test_metrics_that_cannot_be_written(start, path, monkeypatch):
 
 def test_a_checkpoint_that_cannot_be_written(start, path, monkeypatch):
     monkeypatch.setattr(
-        runs.JsonLines, "write", at_update(4, lambda: monkeypatch.setattr("mam.checkpoint._checksum", full_disk))
+        runs.JsonLines, "write", at_update(4, lambda: monkeypatch.setattr("mam.checkpoint._write_arrays", full_disk))
     )
     with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*: .*No space left on device"):
         start()
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_cannot_be_written(start, path, monkeypatch):
 
 def test_the_last_checkpoint_that_cannot_be_written(start, monkeypatch):
     monkeypatch.setattr(
-        runs.JsonLines, "write", at_update(6, lambda: monkeypatch.setattr("mam.checkpoint._checksum", full_disk))
+        runs.JsonLines, "write", at_update(6, lambda: monkeypatch.setattr("mam.checkpoint._write_arrays", full_disk))
     )
     with pytest.raises(CheckpointError, match="No space left on device"):
         start()
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_goes_on_to_the_same_
         patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
         assert start() == "stopped"
     damaged = newest(path / "checkpoint").path
-    file = max((f for f in (damaged / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    file = damaged / "arrays.bin"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     capsys.readouterr()
     assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"

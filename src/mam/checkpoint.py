@@ -1,34 +1,34 @@
 """Whole train state in, whole train state out: written in the background, complete or not there, and checked.
 
-    <folder>/<n>/state/           the arrays, by Orbax
-    <folder>/<n>/manifest.json    checksums of all files, what the leaves are, the caller's own metadata
+    <folder>/<n>/arrays.bin       the arrays' bytes, one after another
+    <folder>/<n>/manifest.json    their checksum, what the leaves are, the caller's own metadata
 
-A save is written as `<n>.partial` and renamed when its manifest is in place; older saves are deleted
-only after that. Whoever is killed at any moment leaves saves that can be read. What a disk did to a save
-later on shows in the checksums, and the save before it is used.
+A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after that. A process
+that is killed at any moment leaves saves that can be read. What a disk did to a save later on shows in the
+checksums, and the save before it is used.
 """
 
 import hashlib
 import json
-import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from mam.errors import RunError
+from mam.files import open_regular, parse_object
 
-_STATE, _MANIFEST, _PARTIAL = "state", "manifest.json", ".partial"
+_ARRAYS, _MANIFEST, _PARTIAL = "arrays.bin", "manifest.json", ".partial"
 
 
 class CheckpointError(RunError):
@@ -47,13 +47,13 @@ class Writer:
     def __init__(self, folder: Path, *, keep: int = 2, after: "Save | None" = None):
         self._folder, self._keep = folder, keep
         self._number = 0 if after is None else int(after.path.name)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pool = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: futures.Future[None] | None = None
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             newer = [folder / str(number) for number in _numbers(folder) if number > self._number]
             for left in (*folder.glob(f"*{_PARTIAL}"), *newer):
-                shutil.rmtree(left)
+                _remove(left)
 
     def save(self, state: PyTree, meta: dict[str, Any]) -> None:
         """Begins to write a save, once the one before it is done.
@@ -68,13 +68,12 @@ class Writer:
         """
         leaves = _named_leaves(state)
         described = {name: _describe(name, leaf) for name, leaf in leaves.items()}
-        # Orbax refuses arrays without elements; their shape, in the manifest, says all there is.
-        arrays = _copy({name: _to_array(leaf) for name, leaf in leaves.items() if np.size(leaf)})
+        arrays = _copy({name: _to_array(leaf) for name, leaf in leaves.items()})
         self.wait()
         self._number += 1
-        self._pending = self._pool.submit(self._write, self._number, arrays, {"leaves": described, "meta": meta})
-        if jax.process_count() > 1:
-            self.wait()  # Orbax's barriers between processes must not meet the train step's collectives
+        if jax.process_index() == 0:
+            contents = {"number": self._number, "leaves": described, "meta": meta}
+            self._pending = self._pool.submit(self._write, arrays, contents)
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when everything is on disk, or after so many seconds.
@@ -82,14 +81,13 @@ class Writer:
         Raises:
             CheckpointError: if the last save failed; those before it are intact.
         """
-        if self._pending is not None:
-            try:
-                self._pending.result(timeout)
-                self._pending = None
-            except TimeoutError:
-                return
-            except (OSError, ValueError, RuntimeError) as error:  # Orbax wraps what the system says
-                raise CheckpointError(f"cannot write a checkpoint to {self._folder}: {_one_line(error)}") from error
+        if self._pending is None or not futures.wait([self._pending], timeout).done:
+            return
+        written, self._pending = self._pending, None
+        if (error := written.exception()) is not None:
+            if not isinstance(error, OSError):
+                raise error
+            raise CheckpointError(f"cannot write a checkpoint to {self._folder}: {error.strerror or error}") from error
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -104,23 +102,19 @@ class Writer:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _write(self, number: int, arrays: dict[str, Any], contents: dict[str, Any]) -> None:
-        import orbax.checkpoint as ocp
-
-        path = self._folder / f"{number}{_PARTIAL}"
-        first = jax.process_index() == 0
-        if first:
-            path.mkdir()
-        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:  # all processes write their share
-            orbax.save(path.resolve() / _STATE, args=ocp.args.StandardSave(arrays))
-        if not first:
-            return
-        files = {str(f.relative_to(path)): _checksum(f) for f in _files(path)}
-        _write_manifest(path / _MANIFEST, {"files": files, **contents})
-        path.rename(self._folder / str(number))
+    def _write(self, arrays: dict[str, Any], contents: dict[str, Any]) -> None:
+        number = contents["number"]
+        path, final = self._folder / f"{number}{_PARTIAL}", self._folder / str(number)
+        path.mkdir()
+        checksum = _write_arrays(path / _ARRAYS, arrays)
+        _write_manifest(path / _MANIFEST, {"sha256": checksum, **contents})
+        _open(path, number)  # what cannot be read again is no save, and no reason to delete one
+        if os.path.lexists(final):  # not a save, which would have been continued or deleted
+            _remove(final)
+        path.rename(final)
         _sync(self._folder)
         for old in _numbers(self._folder)[self._keep :]:
-            shutil.rmtree(self._folder / str(old))
+            _remove(self._folder / str(old))
 
 
 @dataclass(frozen=True)
@@ -145,16 +139,18 @@ class Save:
         Raises:
             CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
         """
-        import orbax.checkpoint as ocp
-
         leaves = _named_leaves(like)
         _compare(self.path, self.leaves, {name: _describe(name, leaf) for name, leaf in leaves.items()})
-        targets = {name: _target(leaf) for name, leaf in leaves.items()}
-        stored = {name: target for name, target in targets.items() if target.size}
-        with _quiet(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-            arrays = orbax.restore(self.path.resolve() / _STATE, args=ocp.args.StandardRestore(stored))
-        empty = {name: np.empty(target.shape, target.dtype) for name, target in targets.items() if not target.size}
-        values = [_from_array((arrays | empty)[name], leaf) for name, leaf in leaves.items()]
+        arrays = {}
+        try:
+            with open_regular(self.path / _ARRAYS) as file:
+                for name in self.leaves:
+                    arrays[name] = array = _empty(leaves[name])
+                    if file.readinto(_bytes(array)) != array.nbytes:
+                        raise ValueError("its arrays end too early")
+        except (OSError, ValueError) as error:
+            raise _damaged(self.path, error) from error
+        values = [_from_array(arrays[name], leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
 
 
@@ -163,11 +159,17 @@ def has_saves(folder: Path) -> bool:
     return bool(_numbers(folder))
 
 
-def newest(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> Save:
+def newest(
+    folder: Path,
+    *,
+    valid: Callable[[dict[str, Any]], bool] = lambda meta: True,
+    warn: Callable[[str], None] = lambda line: None,
+) -> Save:
     """The newest save that is intact.
 
     Args:
         folder: the run's checkpoint folder.
+        valid: whether metadata is of the kind that the caller writes; what has other metadata is damaged.
         warn: hears about each newer one that is not.
 
     Raises:
@@ -176,7 +178,9 @@ def newest(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> 
     damaged = []
     for number in _numbers(folder):
         try:
-            save = _open(folder / str(number))
+            save = _open(folder / str(number), number)
+            if not valid(save.meta):
+                raise _damaged(save.path, "it is not from a run")
         except CheckpointError as error:
             damaged.append(str(error))
             continue
@@ -186,16 +190,48 @@ def newest(folder: Path, *, warn: Callable[[str], None] = lambda line: None) -> 
     raise CheckpointError("; ".join(damaged) or f"no checkpoint in {folder}")
 
 
-def _open(path: Path) -> Save:
-    """A save whose files are all there and as they were written."""
+def _open(path: Path, number: int) -> Save:
+    """The save of that number, whose files are all there and as they were written."""
     try:
         manifest = _read_manifest(path / _MANIFEST)
-        for name, checksum in manifest["files"].items():
-            if _checksum(path / name) != checksum:
-                raise ValueError(f"{name} has changed")
+        match manifest:
+            case {"sha256": str(checksum), "number": int(written), "leaves": dict(leaves), "meta": dict(meta)} if all(
+                isinstance(leaf, str) for leaf in leaves.values()
+            ):
+                pass
+            case _:
+                raise ValueError(f"{_MANIFEST} is of another kind, or of an older version")
+        if written != number:
+            raise ValueError(f"it is save {written}, renamed")
+        with open_regular(path / _ARRAYS) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                raise ValueError(f"{_ARRAYS} has changed")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {_one_line(error)}") from error
-    return Save(path, manifest["leaves"], manifest["meta"])
+        raise _damaged(path, error) from error
+    return Save(path, leaves, meta)
+
+
+def _damaged(path: Path, why: object) -> CheckpointError:
+    reason = (why.strerror or str(why)) if isinstance(why, OSError) else why
+    return CheckpointError(f"the checkpoint {path} is damaged: {reason}")
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
+    """Writes arrays one after another; returns the checksum of what should be there."""
+    checksum = hashlib.sha256()
+    with path.open("wb") as file:
+        for array in arrays.values():
+            data = _bytes(np.asarray(array))
+            checksum.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return checksum.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """The memory of an array, or of a copy where it is not contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
@@ -208,25 +244,26 @@ def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read()
     text = data[: -len("\n") * 2 - 64]
     if data != text + f"\n{hashlib.sha256(text).hexdigest()}\n".encode():
         raise ValueError(f"{path.name} has changed")
-    return json.loads(text)
+    return parse_object(text)
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of all complete saves, newest first."""
-    return sorted((int(f.name) for f in folder.glob("*") if f.name.isdecimal()), reverse=True)
+    """Of all complete saves, newest first; names that a `Writer` would not give are passed over."""
+    names = [path.name for path in folder.glob("*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+def _remove(path: Path) -> None:
+    """Deletes a folder, a file, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(folder: Path) -> None:
@@ -238,26 +275,18 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax, silent below warnings."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays that stay what they are when the originals are donated or changed."""
+    """Arrays that stay what they are when the originals are donated or changed, whole in every process."""
     on_device = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
-    return {name: np.array(x) for name, x in arrays.items() if name not in on_device} | _copy_on_device(on_device)
+    copies = {name: np.array(x) for name, x in arrays.items() if name not in on_device} | _copy_on_device(on_device)
+    return {name: _whole(copies[name]) for name in arrays}
+
+
+def _whole(array: Any) -> Any:
+    """An array with the parts that other processes hold."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return array
 
 
 _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
@@ -292,29 +321,29 @@ def _compare(folder: Path, saved: dict[str, str], expected: dict[str, str]) -> N
 
 
 def _to_array(leaf: Any) -> Any:
-    """A leaf as Orbax stores it: keys as their bits, numbers as arrays."""
+    """A leaf as it is stored: keys as their bits, numbers as arrays."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
-def _target(leaf: Any) -> Any:
-    """What Orbax is asked for: a JAX array if `leaf` is bound to devices, otherwise a NumPy array."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return np.asarray(leaf)
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) else jax.eval_shape(jax.random.key_data, leaf)
-    bound = leaf.committed if isinstance(leaf, jax.Array) else leaf.sharding is not None
-    if bound:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return np.empty(leaf.shape, leaf.dtype)
-
-
-def _from_array(array: Any, like: Any) -> Any:
-    """A stored array as the kind of leaf that `like` is."""
+def _empty(like: Any) -> np.ndarray:
+    """An array for what is stored of a leaf such as `like`."""
     if _is_key(like):
-        return jax.random.wrap_key_data(jnp.asarray(array), dtype=like.dtype)
-    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return jnp.asarray(array)  # what came as NumPy is bound to no device, just as `like` is not
-    array = np.asarray(array)
-    return array if isinstance(like, np.ndarray) else array[()] if isinstance(like, np.generic) else array.item()
+        like = jax.eval_shape(jax.random.key_data, like)
+    elif not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        like = np.asarray(like)
+    return np.empty(like.shape, like.dtype)
+
+
+def _from_array(array: np.ndarray, like: Any) -> Any:
+    """A stored array as the kind of leaf that `like` is: a JAX array on the devices that `like` is bound to, if any."""
+    if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        return array if isinstance(like, np.ndarray) else array[()] if isinstance(like, np.generic) else array.item()
+    bound, dtype = like.committed if isinstance(like, jax.Array) else like.sharding is not None, cast(Any, like.dtype)
+    on_device = (
+        jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
+        if bound
+        else jnp.asarray(array)
+    )
+    return jax.random.wrap_key_data(on_device, dtype=dtype) if _is_key(like) else on_device
