@@ -74,13 +74,13 @@ CALLS = []
 
 
 @partial(jax.jit, static_argnames="greedy")
-def _play(weight, key, greedy):
-    return evaluate(ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy)
+def _play(weight, key, greedy, max_steps):
+    return evaluate(ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy, max_steps=max_steps)
 
 
-def play(weight=3, seed=0, *, greedy=True):
+def play(weight=3, seed=0, *, greedy=True, max_steps=100):
     CALLS.clear()
-    metrics = jax.device_get(_play(jnp.asarray(weight), jax.random.key(seed), greedy))
+    metrics = jax.device_get(_play(jnp.asarray(weight), jax.random.key(seed), greedy, max_steps))
     jax.effects_barrier()
     return metrics
 
@@ -94,6 +94,20 @@ def by_hand(weight, length):
         if timestep.terminated or timestep.truncated:
             return total, time + 1
     raise AssertionError
+
+
+def test_what_does_not_end_is_cut_off_and_counted():
+    """No more steps are taken, and what ended in time is what it was."""
+    limit = 3
+    whole, cut = play(), play(max_steps=limit)
+    assert len(CALLS) == limit
+    late = whole["drawn"] > limit
+    np.testing.assert_array_equal(cut["unfinished"], late)
+    assert 0 < late.sum() < NUM_EPISODES
+    assert not whole["unfinished"].any()
+    np.testing.assert_array_equal(cut["episode_length"], np.minimum(whole["episode_length"], limit))
+    np.testing.assert_array_equal(cut["episode_return"][~late], whole["episode_return"][~late])
+    assert (cut["episode_return"][late] < whole["episode_return"][late]).all()
 
 
 def test_every_episode_equals_one_played_by_hand():

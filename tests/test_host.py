@@ -212,6 +212,17 @@ def test_a_round_stops_when_its_last_episode_is_over():
     assert len(envs.actions) == rounds.max(axis=(0, 2)).sum()
 
 
+def test_what_does_not_end_is_cut_off_and_counted():
+    envs = Dice(NUM_SEEDS * NUM_ENVS)
+    whole = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True)
+    cut = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True, max_steps=2)
+    late = whole["episode_length"] > 2
+    np.testing.assert_array_equal(cut["unfinished"], late)
+    assert 0 < late.sum() < late.size
+    np.testing.assert_array_equal(cut["episode_length"], np.minimum(whole["episode_length"], 2))
+    np.testing.assert_array_equal(cut["episode_return"][~late], whole["episode_return"][~late])
+
+
 def test_sampled_episodes_depend_on_the_key_and_on_the_round():
     """Were the environments' seeds the same, their actions would still differ."""
 
@@ -244,7 +255,7 @@ class Host:
     def __init__(self):
         self.made, self.actors = [], []
 
-    def make_host(self, name, num_envs, agent_id, num_workers):
+    def make_host(self, name, num_envs, agent_id, num_workers, limits):
         self.made.append(Dice(num_envs))
         return self.made[-1]
 

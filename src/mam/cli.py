@@ -15,7 +15,7 @@ import tyro
 
 from mam.arguments import parse, value_of
 from mam.bench import Bench
-from mam.config import Config
+from mam.config import Config, WorkerConfig
 from mam.dashboard import Dashboard, serve
 from mam.errors import UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
@@ -268,6 +268,7 @@ def _evaluate(args: Evaluate) -> None:
     from rich.table import Table
 
     from mam import runtime
+    from mam.evaluate import UNFINISHED
     from mam.logging import RETURN, mean_and_spread
 
     runtime.configure()
@@ -279,6 +280,7 @@ def _evaluate(args: Evaluate) -> None:
         metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
     finally:
         trainer.close()
+    metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
     mode = "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
@@ -316,6 +318,7 @@ def _play(args: Play) -> None:
     print(f"playing seed {seeds[index]} into {path}…")
     policy = jax.tree.map(lambda x: x[index], policies)
     how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
+    how |= {"max_steps": config.eval.max_episode_steps}
     try:
         if isinstance(trainer.env, HostEnvironments):
             trainer.close()
@@ -425,7 +428,7 @@ def _check_env(args: CheckEnv) -> int:
     runtime.configure()
     with contextlib.ExitStack() as stack:
         if lives_on_host(args.env):
-            env = make_host(args.env, num_envs=4, agent_id="none")
+            env = make_host(args.env, num_envs=4, agent_id="none", limits=WorkerConfig(max_restarts=0))
             stack.callback(env.close)
         else:
             env = make_plain(args.env)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from mam.config import EvalConfig
+from mam.evaluate import UNFINISHED
 from mam.rollout import Actors
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
@@ -88,13 +90,15 @@ def host_evaluate(
     num_episodes: int,
     *,
     greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
 ) -> dict[str, np.ndarray]:
     """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
     Each environment plays one episode a round, so short episodes do not count for more than long ones.
 
     Returns:
-        The environments' metrics at the end of each episode, [seeds, num_episodes].
+        The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
+        [seeds, num_episodes].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds
@@ -102,13 +106,14 @@ def host_evaluate(
     for first in range(0, num_episodes, per_round):
         actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
         over, metrics = timestep.ended, timestep.metrics
-        while not over.all():
+        last = step + max_steps
+        while not over.all() and step < last:
             after, _, timestep = _advance(envs, policy, actors, key, step, greedy)
             metrics = {name: np.where(over, metrics[name], value) for name, value in timestep.metrics.items()}
             over = over | timestep.ended
             actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
             step += 1
-        rounds.append(metrics)
+        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))})
     return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
 
 

@@ -223,7 +223,8 @@ def _train_on_device(config: Config) -> Trainer:
         return learner.learn(state, actors, transitions, update_key)
 
     def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: bool | Bool[Array, ""]) -> Values:
-        return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, shard=shard)
+        limit = config.eval.max_episode_steps
+        return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
 
     def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
         modes = jnp.array([config.eval.greedy, not config.eval.greedy])
@@ -293,7 +294,7 @@ def _train_on_host(config: Config) -> Trainer:
     per_round = min(settings.num_episodes, ppo.num_envs)
 
     def start(num_envs: int) -> HostEnvironments:
-        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers)
+        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers, config.worker)
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
@@ -318,7 +319,8 @@ def _train_on_host(config: Config) -> Trainer:
 
     def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         memory = jax.vmap(lambda policy: policy.init_memory((per_round,)))(policy)
-        return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy)
+        limit = settings.max_episode_steps
+        return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
 
     def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
         modes = [play(policy, key, num_episodes, greedy) for greedy in (settings.greedy, not settings.greedy)]

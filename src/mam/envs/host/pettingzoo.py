@@ -108,9 +108,28 @@ class PettingZooEnv:
         )
 
     def frame(self) -> np.ndarray | None:
-        """A picture [Y, X, RGB] of how things stand, if the environment was made with render_mode="rgb_array"."""
-        picture = self._env.render()
-        return picture if isinstance(picture, np.ndarray) else None
+        """A picture [Y, X, RGB] of how things stand, None where nothing is drawn.
+
+        Raises:
+            UserError: what is drawn is no picture.
+        """
+        drawn = self._env.render()
+        if drawn is None:
+            return None
+        picture = np.asarray(drawn)
+        picture = picture[-1] if picture.ndim == 4 and len(picture) else picture  # several since the last time
+        grey_or_colour = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] in (3, 4))
+        if picture.dtype.kind not in "biuf" or not grey_or_colour or not picture.size:
+            what = (
+                f"an array {picture.shape} of {picture.dtype}"
+                if isinstance(drawn, np.ndarray)
+                else type(drawn).__name__
+            )
+            raise UserError(f"{self.name} cannot be drawn: render() returns {what}, not [rows, columns, 3] numbers")
+        if picture.dtype.kind != "f":
+            return picture.astype(np.uint8)
+        unit = np.nanmax(picture) <= 1
+        return np.nan_to_num(np.clip(picture * (255 if unit else 1), 0, 255)).astype(np.uint8)
 
     def close(self) -> None:
         """Ends the environment."""
