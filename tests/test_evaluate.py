@@ -113,7 +113,7 @@ def test_what_does_not_end_is_cut_off_and_counted():
 def test_every_episode_equals_one_played_by_hand():
     """Returns, lengths and the task's own metrics; memory is reset at the first step (defect 9), and only there."""
     metrics = play()
-    assert set(metrics) == {"episode_return", "episode_length", "drawn"}
+    assert set(metrics) == {"episode_return", "episode_length", "drawn", "unfinished"}
     assert all(values.shape == (NUM_EPISODES,) for values in metrics.values())
     assert set(metrics["drawn"]) == {1, 2, 3, 4, 5}
     expected = {length: by_hand(3, length) for length in range(1, 6)}

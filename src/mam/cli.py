@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import signal
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,9 @@ from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config, WorkerConfig
 from mam.dashboard import Dashboard, serve
-from mam.errors import UserError, unknown_name
+from mam.errors import RunError, UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
+from mam.output import discard, lasting, make_printable
 from mam.presets import PRESETS, preset, preset_for
 from mam.runtime import Hosts
 from mam.sweep import Sweep, run_sweep
@@ -125,17 +126,24 @@ class CheckEnv:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked.
 
-    141 if whatever read the output went away.
+    141 if whatever read the output went away; what takes long goes on without.
     """
+    args = list(sys.argv[1:] if argv is None else argv)
+    make_printable()
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        with lasting() if args[:1] and args[0] in _LASTING else contextlib.nullcontext():
+            code = _run(args)
+            sys.stdout.flush()
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # who reads this has seen enough: `mam list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        discard(sys.stdout)
+        return 141  # 128 + SIGPIPE, which not every system has
+    except OSError as error:
+        discard(sys.stdout)
+        print(f"mam: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return RunError.exit_code
     return code
 
 
@@ -194,7 +202,7 @@ def _train(args: Train) -> int:
         raise UserError("several processes write one run: give them the same --out")
     else:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
+        folder, trainer = runs.start(config, args.out or _default_folder(config) / stamp)
     print(_headline(config, trainer, folder.path))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
@@ -205,6 +213,11 @@ def _train(args: Train) -> int:
     if outcome != "finished":
         print(f"saved; go on with: mam train --resume {folder.path}")
     return PREEMPTED if outcome == "preempted" else 0
+
+
+def _default_folder(config: Config) -> Path:
+    """Where runs of this kind go; every file system takes the name."""
+    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
 
 
 def _headline(config: Config, trainer: Any, path: Path) -> str:
@@ -458,6 +471,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),
 }
+_LASTING = ("train", "experiment", "sweep", "dashboard")  # nobody has to watch these to their end
 
 
 if __name__ == "__main__":

@@ -238,7 +238,6 @@ def _validate(config: Config) -> None:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
     _check_choices(config)
-    _check_finite(config)
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")
@@ -277,6 +276,7 @@ def _validate(config: Config) -> None:
         raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
+    _check_finite(config)
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:

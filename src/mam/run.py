@@ -271,8 +271,8 @@ class _Loop:
             self._said_unfinished = True
             limit = self._config.eval.max_episode_steps
             self._log(
-                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended after {limit:,} steps and count with what "
-                "they had returned by then; --eval.max-episode-steps sets the limit"
+                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended after {limit:,} steps "
+                "and count with what they had returned by then; --eval.max-episode-steps sets the limit"
             )
 
     def save(self, state: TrainState) -> None:

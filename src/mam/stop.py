@@ -1,9 +1,9 @@
 """Asking a run to stop: signals become a question between two updates, with a deadline.
 
-SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's) say that the machine is
-needed for something else and the run should be queued again (Slurm: `--signal=USR1@60`), which the exit code reports.
-Before the first update there is nothing to save: the process ends at once. Imports nothing heavy: `mam train` listens
-before it loads anything else.
+SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's) say
+that the machine is needed for something else and the run should be queued again (Slurm:
+`--signal=USR1@60`), which the exit code reports. Before the first update there is nothing to save:
+the process ends at once. Imports nothing heavy: `mam train` listens before it loads anything else.
 """
 
 import os

@@ -120,12 +120,8 @@ class PettingZooEnv:
         picture = picture[-1] if picture.ndim == 4 and len(picture) else picture  # several since the last time
         grey_or_colour = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] in (3, 4))
         if picture.dtype.kind not in "biuf" or not grey_or_colour or not picture.size:
-            what = (
-                f"an array {picture.shape} of {picture.dtype}"
-                if isinstance(drawn, np.ndarray)
-                else type(drawn).__name__
-            )
-            raise UserError(f"{self.name} cannot be drawn: render() returns {what}, not [rows, columns, 3] numbers")
+            what = f"{type(drawn).__name__} of shape {picture.shape}, {picture.dtype}"
+            raise UserError(f"{self.name} cannot be drawn: render() returns {what}, not numbers [rows, columns, 3]")
         if picture.dtype.kind != "f":
             return picture.astype(np.uint8)
         unit = np.nanmax(picture) <= 1

@@ -195,10 +195,8 @@ class HostPool:
                 _log.warning("%s; starting %s again", what, worker)
                 continue
             if most:
-                row = worker.failures > MAX_FAILURES
-                what += (
-                    f", {worker.failures} times in a row" if row else f", after {most} restarts (--worker.max-restarts)"
-                )
+                in_a_row = f"{worker.failures} times in a row" if worker.failures > MAX_FAILURES else ""
+                what += f", {in_a_row or f'after {most} restarts (--worker.max-restarts)'}"
             raise RunError("\n".join([what, *traceback]))
         return answers, list(lost)
 
