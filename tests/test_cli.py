@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import pytest
 
 from mam import cli
@@ -316,3 +317,20 @@ def test_numbers_that_no_run_can_have(options, message, capsys):
 def test_seeds_of_32_bits_everywhere(command, capsys):
     assert cli.main([*command.split(), "--seed", "4294967296"]) == 2
     assert "--seed must lie in 0 … 4,294,967,295" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu':\nno TPU"), "Unable to initialize backend 'tpu': no TPU"),
+        (AssertionError(), "JAX finds no such device here"),
+    ],
+)
+def test_a_device_that_is_not_there(error, reason, monkeypatch, capsys):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert cli.main(["train", "--env", "probe/matrix"]) == 2
+    assert capsys.readouterr().err == f"mam: JAX_PLATFORMS=tpu: {reason}; leave it out, or set it to cpu\n"

@@ -191,8 +191,7 @@ def _train(args: Train) -> int:
     from mam import runtime
     from mam.stop import PREEMPTED
 
-    runtime.configure()
-    runtime.join(args.hosts)
+    runtime.configure(hosts=args.hosts)
     config = args.config
     if args.resume:
         if args.out or args.preset:

@@ -190,7 +190,7 @@ class Learner:
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
         """Keeps the evaluated weights if none were better before."""
-        mean_return = values["episode_return"].mean()
+        mean_return = values["episode_return"].mean(dtype=state.best_return.dtype)
         better = mean_return >= state.best_return  # of equals the later: it has learned for longer
         best_policy = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.policy, state.best_policy)
         best = (best_policy, jnp.where(better, mean_return, state.best_return))
