@@ -216,7 +216,7 @@ def doubled(rows):
 
 
 def changed(index, **values):
-    return lambda rows: rows[:index] + [rows[index] | values] + rows[index + 1 :]
+    return lambda rows: [*rows[:index], rows[index] | values, *rows[index + 1 :]]
 
 
 @pytest.mark.parametrize(

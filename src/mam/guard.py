@@ -28,7 +28,8 @@ def is_bad(x: Array, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array
         return jnp.zeros((), bool)
     if alive is not None:
         x = jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - alive.ndim)), x, 0)
-    # A product, because XLA's reductions are slow on CPU, and with small numbers, so that no sum of finite ones overflows.
+    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of finite
+    # ones do not overflow.
     return ~jnp.isfinite(jnp.vdot(x, jnp.full_like(x, 1e-20)))
 
 
