@@ -23,7 +23,7 @@ from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.evaluate import evaluate
 from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
-from mam.host import blank_actors, host_evaluate, host_rollout, seed_of, start_actors
+from mam.host import aligned, blank_actors, host_evaluate, host_rollout, seed_of, start_actors, take_infos
 from mam.networks.decode import Decoding
 from mam.networks.mixers.ssm import largest_step_size
 from mam.networks.policy import make_policy
@@ -315,7 +315,9 @@ def _train_on_host(config: Config) -> Trainer:
             running.append(start(ppo.num_envs))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
         actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
-        return learn(state, actors, transitions, keys[:, 1])
+        transitions, infos = take_infos(transitions)
+        state, values = learn(state, actors, transitions, keys[:, 1])
+        return state, {**values, **infos}
 
     def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         memory = jax.vmap(lambda policy: policy.init_memory((per_round,)))(policy)
@@ -324,7 +326,7 @@ def _train_on_host(config: Config) -> Trainer:
 
     def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
         modes = [play(policy, key, num_episodes, greedy) for greedy in (settings.greedy, not settings.greedy)]
-        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *modes), config)
+        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *aligned(modes)), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         values = play_both(state.policy, streams(state)[1][:, 0], settings.num_episodes)

@@ -178,6 +178,23 @@ def test_mpe2(make_pool):
     )
 
 
+@pytest.mark.parametrize("most", [32, 1])
+def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(make_pool, monkeypatch, caplog, most):
+    monkeypatch.setattr("mam.envs.host.pool.MAX_INFOS", most)
+    pool = make_pool(hosts.Informed, num_envs=2)
+    pool.reset(0)
+    timesteps = [pool.step(action) for action in ACTIONS[: 2 * LIMIT, :2]]
+    expected = dict([("info_won", 1.0), ("info_steps", LIMIT)][:most])
+    assert caplog.messages == [f"test: numbers in infos are recorded as metrics: {', '.join(expected)}"]
+    for step, timestep in enumerate(timesteps, start=1):
+        infos = {name: x.tolist() for name, x in timestep.metrics.items() if name.startswith("info_")}
+        if step % LIMIT == 0:
+            assert infos == {name: [value] * 2 for name, value in expected.items()}
+        else:
+            assert np.isnan(list(infos.values())).all()
+            assert set(infos) == (set() if step < LIMIT else set(expected))
+
+
 # Workers that are lost.
 
 

@@ -6,7 +6,7 @@ Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `
 import importlib
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Outcome:
     reward: np.ndarray  # [N]
     terminated: bool
     truncated: bool
+    metrics: dict[str, float] = field(default_factory=dict)  # of the infos, at the end of an episode
 
 
 class PettingZooEnv:
@@ -105,6 +106,7 @@ class PettingZooEnv:
             reward=np.array([rewards.get(agent, 0.0) if agent in acted else 0.0 for agent in self._index], np.float32),
             terminated=over and not truncated,
             truncated=over and bool(truncated),
+            metrics=_info_metrics(infos) if over else {},
         )
 
     def frame(self) -> np.ndarray | None:
@@ -237,6 +239,16 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         state_dim=math.prod(state.shape) if isinstance(state, spaces.Box) and not is_picture(state) else None,
         notes=tuple(notes),
     )
+
+
+def _info_metrics(infos: Mapping) -> dict[str, float]:
+    """Numbers of all agents' infos, such as a win rate: `info_<key>`, the mean over the agents that have it."""
+    found: dict[str, list[float]] = {}
+    for info in infos.values():
+        for key, value in info.items() if isinstance(info, Mapping) else ():
+            if isinstance(value, bool | int | float | np.number | np.bool_) and isinstance(key, str):
+                found.setdefault(f"info_{key}", []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _span(sizes: list[int]) -> str:

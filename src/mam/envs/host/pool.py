@@ -16,12 +16,13 @@ import numpy as np
 
 from mam.config import WorkerConfig
 from mam.envs.host import worker as child
-from mam.envs.host.process import Deadline, WorkerProcess, end_all, pickle_factory, wait_for_answers
+from mam.envs.host.process import Answer, Deadline, WorkerProcess, end_all, pickle_factory, wait_for_answers
 from mam.envs.host.shared import RESETTING, Layout, SharedMemory, Slab, map_slab, slab_size
 from mam.envs.wrappers import IdEncoding, agent_ids
 from mam.errors import RunError, UserError
 from mam.types import EnvSpec, Observation, TimeStep
 
+MAX_INFOS = 32  # metrics that are made of infos
 MAX_FAILURES = 3  # how often in a row a worker is started again
 
 _log = logging.getLogger("mam")
@@ -64,6 +65,7 @@ class HostPool:
             raise UserError(f"{name}: num_envs and num_workers must be positive, got {num_envs} and {num_workers}")
         self._name, self._num_envs, self._limits = name, num_envs, limits
         self._restarts = 0
+        self._infos: dict[str, np.ndarray] = {}  # by name, as of the last step
         self._agent_id: IdEncoding = agent_id
         self._workers = _share_out(name, pickle_factory(name, factory), num_envs, min(num_envs, num_workers))
         self._memory = SharedMemory()
@@ -127,6 +129,7 @@ class HostPool:
             for worker in self._workers:
                 worker.send(child.STEP)
             answered, lost = self._answers(self._workers, self._deadline)
+            self._read_infos(list(answered.values()))
             for worker in answered:
                 worker.failures = 0
             for worker in lost:
@@ -169,7 +172,7 @@ class HostPool:
                 worker.start()
             layouts, workers = self._answers(workers, self._start_deadline)
             for worker, layout in layouts.items():
-                assert layout is not None
+                assert isinstance(layout, Layout)
                 self._share(worker, layout)
 
     def _reset(self, workers: list[WorkerProcess]) -> None:
@@ -182,7 +185,7 @@ class HostPool:
 
     def _answers(
         self, workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
-    ) -> tuple[dict[WorkerProcess, Layout | None], list[WorkerProcess]]:
+    ) -> tuple[dict[WorkerProcess, Answer], list[WorkerProcess]]:
         """Waits for everybody's answer; returns the answers, and who is lost."""
         most = self._limits.max_restarts
         answers, lost = wait_for_answers(workers, deadline)
@@ -199,6 +202,17 @@ class HostPool:
                 what += f", {in_a_row or f'after {most} restarts (--worker.max-restarts)'}"
             raise RunError("\n".join([what, *traceback]))
         return answers, list(lost)
+
+    def _read_infos(self, finished: list[Any]) -> None:
+        """Numbers of the infos of episodes that this step ended; NaN elsewhere. Names come up one by one."""
+        episodes = {place: metrics for answer in finished if answer for place, metrics in answer.items()}
+        names = dict.fromkeys(name for metrics in episodes.values() for name in metrics)
+        if new := [name for name in names if name not in self._infos][: MAX_INFOS - len(self._infos)]:
+            _log.warning("%s: numbers in infos are recorded as metrics: %s", self._name, ", ".join(new))
+        self._infos = {name: np.full(self._num_envs, np.nan, np.float32) for name in (*self._infos, *new)}
+        for place, metrics in episodes.items():
+            for name in metrics.keys() & self._infos.keys():
+                self._infos[name][place] = metrics[name]
 
     def _deadline(self, worker: WorkerProcess) -> Deadline:
         doing = self._slab.doing[worker.rows]
@@ -246,7 +260,7 @@ class HostPool:
             "reward": slab.reward.copy(),
             "terminated": slab.terminated.copy(),
             "truncated": slab.truncated.copy(),
-            "metrics": {"episode_return": self._episode_return, "episode_length": self._episode_length},
+            "metrics": {"episode_return": self._episode_return, "episode_length": self._episode_length} | self._infos,
         }
         return TimeStep(observation=observation, final_observation=final, **fields)
 

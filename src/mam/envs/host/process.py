@@ -18,6 +18,7 @@ from mam.envs.host.shared import Layout, SharedMemory
 from mam.errors import RunError, UserError
 
 _EXIT_TIMEOUT = 5.0  # seconds that workers may take to close their environments
+Answer = Layout | dict[int, dict[str, float]] | None  # when made; metrics of episodes that ended; done
 _PATIENCE = 1.0  # seconds; see `wait_for_answers`
 
 
@@ -61,7 +62,7 @@ class WorkerProcess:
         with suppress(OSError):
             self.connection.send_bytes(command)
 
-    def receive(self) -> Layout | None:
+    def receive(self) -> Answer:
         """Reads the answer.
 
         Raises:
@@ -111,7 +112,7 @@ class Deadline:
 
 def wait_for_answers(
     workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
-) -> tuple[dict[WorkerProcess, Layout | None], dict[WorkerProcess, str | RunError]]:
+) -> tuple[dict[WorkerProcess, Answer], dict[WorkerProcess, str | RunError]]:
     """Waits for everybody's answer; ends those who do not give one in time.
 
     Time is counted in pieces in which nobody answered, so that it stands still while the program does (Ctrl-Z).

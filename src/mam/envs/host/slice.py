@@ -21,6 +21,7 @@ class EnvSlice:
         self._places = places
         self._envs: list[PettingZooEnv] = []
         self._seeds: list[np.random.Generator] = []
+        self.finished: dict[int, dict[str, float]] = {}  # metrics of the episodes that the last step ended, by place
         self._slab: Slab
         self._rows: list[Arrays] = []  # where each of them writes what it observes
 
@@ -69,7 +70,7 @@ class EnvSlice:
 
     def step(self) -> None:
         """Applies the actions in shared memory and writes what comes of them there."""
-        slab = self._slab
+        slab, self.finished = self._slab, {}
         for k, place in enumerate(self._places):
             self.doing = f"stepping environment {place}"
             slab.doing[place] = STEPPING
@@ -77,6 +78,8 @@ class EnvSlice:
             slab.reward[place] = outcome.reward
             slab.terminated[place] = outcome.terminated
             slab.truncated[place] = outcome.truncated
+            if outcome.metrics:
+                self.finished[place] = outcome.metrics
             if outcome.terminated or outcome.truncated:
                 for name, array in slab.observation.items():
                     slab.final_observation[name][place] = array[place]

@@ -1,7 +1,7 @@
 """The worker process: it steps its share of a pool's environments when the pool says so.
 
 First it makes its environments, sends their `Layout`, and gets the memory that it shares with the pool. From then on
-commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by a pickled error after which the worker ends:
+commands are bytes on a pipe, `step` or `reset`, answered by nothing, by the metrics of episodes that ended, or by a pickled error after which the worker ends:
 a `RunError` if an environment raised something in the middle of a run, which another worker may survive, a `UserError`
 if it will not do. Actions and observations are in shared memory.
 
@@ -86,11 +86,13 @@ def _serve(connection: Connection, envs: "EnvSlice") -> None:
             envs.share(memory, *map(int, numbers))
             os.close(memory)
             continue
+        finished = {}
         if command == STEP:
             envs.step()
+            finished = envs.finished
         else:
             envs.reset(*map(int, numbers))
-        connection.send_bytes(DONE)
+        connection.send_bytes(pickle.dumps(finished) if finished else DONE)
 
 
 def _receive(connection: Connection) -> bytes | None:
