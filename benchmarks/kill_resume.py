@@ -53,7 +53,7 @@ def command(policy: str, updates: int) -> list[str]:
     line = (
         f"train --env probe/identity --policy {policy} --num-seeds 2 --total-timesteps {32 * updates} {sizes} {ending}"
     )
-    return [sys.executable, "-m", "mam.cli", *line.split()]
+    return [sys.executable, "-m", "mam", *line.split()]
 
 
 def train(args: list[str], log: Path) -> subprocess.Popen:
@@ -152,7 +152,7 @@ def kill_until_done(
     while True:
         start = [*command(policy, updates), "--out", str(run)]
         if (run / "config.json").exists():
-            start = [sys.executable, "-m", "mam.cli", "train", "--resume", str(run)]
+            start = [sys.executable, "-m", "mam", "train", "--resume", str(run)]
         process = train(start, log)
         doing = None
         if tally.kills < wanted:

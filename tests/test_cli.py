@@ -1,5 +1,6 @@
 """What a person types, and what they read."""
 
+import io
 import json
 import re
 import signal
@@ -7,9 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
 import pytest
 
 from mam import cli
+from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.presets import PRESETS, preset, preset_for
@@ -231,3 +234,103 @@ def test_resume_refuses_other_settings_and_names_them(finished, capsys):
     assert "seed was 0, is 3" in err
     assert cli.main(["train", "--resume", str(finished), "--total-timesteps", "16"]) == 2
     assert "cannot shrink" in capsys.readouterr().err
+
+
+def test_output_in_any_encoding(monkeypatch):
+    """What it cannot express becomes a question mark."""
+    written = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+        assert cli.main([]) == 0
+        print("→ ≥ × \udcff")
+        sys.stdout.flush()
+        assert written.getvalue().decode("cp1252").endswith("? ? × ?\n")
+
+
+class Deaf(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+class Full(io.StringIO):
+    """A stream to a full disk, noticed when it is flushed."""
+
+    def flush(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("stream", "code", "said"), [(Deaf, 141, ""), (Full, 1, "mam: No space left on device\n")])
+def test_short_commands_end_with_their_reader(stream, code, said, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream())
+        assert cli.main([]) == code
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("stream", [Deaf, Full])
+def test_long_commands_go_on_without_theirs(stream, monkeypatch, capsys):
+    reached = []
+
+    def work(args):
+        for _ in range(2):
+            print("line", flush=True)
+        reached.append(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream())
+        patch.setitem(cli.COMMANDS, "dashboard", (cli.List, work))
+        assert cli.main(["dashboard"]) == 0
+    assert reached
+    assert capsys.readouterr().err.startswith("mam: nobody reads the output any more")
+
+
+def test_default_folders_suit_every_file_system():
+    config = Config(env="pettingzoo/mpe2:spread:N=3", policy="ippo")
+    assert str(cli._default_folder(config)) == "runs/pettingzoo/mpe2_spread_N=3/ippo"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed 99999999999999999999", "--seed must lie in 0"),
+        ("--seed 4294967296", "--seed must lie in 0 … 4,294,967,295"),
+        ("--seed -1", "--seed must lie in 0"),
+        ("--seed 4294967295 --num-seeds 2", "seed must lie in 0 … 4,294,967,294 with 2 seeds"),
+        ("--total-timesteps 99999999999999999999", "--total-timesteps must lie within"),
+        ("--ppo.lr inf", "ppo.lr must be finite, got inf"),
+        ("--ppo.ent-coef inf", "ppo.ent_coef must be finite, got inf"),
+        ("--checkpoint.seconds nan", "checkpoint.seconds must not be negative, got nan"),
+        ("--checkpoint.seconds inf", "checkpoint.seconds must be finite, got inf"),
+        ("--worker.step-timeout 0", "worker.step_timeout must be positive, got 0"),
+    ],
+)
+def test_numbers_that_no_run_can_have(options, message, capsys):
+    assert cli.main(["train", *options.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"mam: {message}")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate RUN", "play RUN", "check-env probe/matrix"])
+def test_seeds_of_32_bits_everywhere(command, capsys):
+    assert cli.main([*command.split(), "--seed", "4294967296"]) == 2
+    assert "--seed must lie in 0 … 4,294,967,295" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize backend 'tpu':\nno TPU"), "Unable to initialize backend 'tpu': no TPU"),
+        (AssertionError(), "JAX finds no such device here"),
+    ],
+)
+def test_a_device_that_is_not_there(error, reason, monkeypatch, capsys):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert cli.main(["train", "--env", "probe/matrix"]) == 2
+    assert capsys.readouterr().err == f"mam: JAX_PLATFORMS=tpu: {reason}; leave it out, or set it to cpu\n"

@@ -203,7 +203,7 @@ def nested(key, value):
             for name in ("ent_coef", "vf_coef")
             for value in (-1e-9, float("nan"))
         ),
-        ("seed", -1, "must not be negative"),
+        ("seed", -1, "must lie in 0"),
         ("ppo.num_minibatches", 3, r"must divide ppo.num_envs × ppo.rollout_length = 8192"),
         ("network.num_heads", 3, r"must divide network.d_model = 64"),
         *(("network.head_dim", value, "must divide the inner width 128") for value in (0, -1, 3, 256)),

@@ -74,13 +74,13 @@ CALLS = []
 
 
 @partial(jax.jit, static_argnames="greedy")
-def _play(weight, key, greedy):
-    return evaluate(ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy)
+def _play(weight, key, greedy, max_steps):
+    return evaluate(ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy, max_steps=max_steps)
 
 
-def play(weight=3, seed=0, *, greedy=True):
+def play(weight=3, seed=0, *, greedy=True, max_steps=100):
     CALLS.clear()
-    metrics = jax.device_get(_play(jnp.asarray(weight), jax.random.key(seed), greedy))
+    metrics = jax.device_get(_play(jnp.asarray(weight), jax.random.key(seed), greedy, max_steps))
     jax.effects_barrier()
     return metrics
 
@@ -96,10 +96,24 @@ def by_hand(weight, length):
     raise AssertionError
 
 
+def test_what_does_not_end_is_cut_off_and_counted():
+    """No more steps are taken, and what ended in time is what it was."""
+    limit = 3
+    whole, cut = play(), play(max_steps=limit)
+    assert len(CALLS) == limit
+    late = whole["drawn"] > limit
+    np.testing.assert_array_equal(cut["unfinished"], late)
+    assert 0 < late.sum() < NUM_EPISODES
+    assert not whole["unfinished"].any()
+    np.testing.assert_array_equal(cut["episode_length"], np.minimum(whole["episode_length"], limit))
+    np.testing.assert_array_equal(cut["episode_return"][~late], whole["episode_return"][~late])
+    assert (cut["episode_return"][late] < whole["episode_return"][late]).all()
+
+
 def test_every_episode_equals_one_played_by_hand():
     """Returns, lengths and the task's own metrics; memory is reset at the first step (defect 9), and only there."""
     metrics = play()
-    assert set(metrics) == {"episode_return", "episode_length", "drawn"}
+    assert set(metrics) == {"episode_return", "episode_length", "drawn", "unfinished"}
     assert all(values.shape == (NUM_EPISODES,) for values in metrics.values())
     assert set(metrics["drawn"]) == {1, 2, 3, 4, 5}
     expected = {length: by_hand(3, length) for length in range(1, 6)}

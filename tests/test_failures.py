@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -183,7 +184,81 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_goes_on_to_the_same_
     assert all(np.array_equal(a, b) for a, b in zip(*keyless, strict=True))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 75)])
+def failing(step, update, error):
+    """A step that fails after so many updates."""
+
+    def fail(state):
+        if int(state.num_updates[0]) == update:
+            raise error
+        return step(state)
+
+    return fail
+
+
+@pytest.mark.parametrize("what", ["train_step", "evaluate_step", "absolute_metric"])
+def test_an_environment_that_fails_ends_the_run_with_a_save(start, path, trainer, what):
+    update = {"train_step": 3, "evaluate_step": 4, "absolute_metric": 6}[what]
+    error = UserError("task: stepping environment 3 raised ValueError: no cheese\n  File mine.py")
+    with pytest.raises(RunError) as told:
+        start(
+            replace(CONFIG, checkpoint=CheckpointConfig(seconds=1e9)),
+            **{what: failing(getattr(trainer, what), update, error)},
+        )
+    first, *rest = str(told.value).splitlines()
+    assert first == f"{str(error).splitlines()[0]}; the run is saved up to update {update}"
+    assert rest == ["  File mine.py"]
+    assert told.value.exit_code == 1
+    assert saved_updates(path) == update
+
+
+def test_other_mistakes_are_saved_too(start, path, trainer):
+    with pytest.raises(ZeroDivisionError):
+        start(
+            replace(CONFIG, checkpoint=CheckpointConfig(seconds=1e9)),
+            evaluate_step=failing(trainer.evaluate_step, 4, ZeroDivisionError()),
+        )
+    assert saved_updates(path) == 4
+
+
+def test_a_save_comes_before_the_first_evaluation(start, path, trainer, capsys):
+    def endless(state):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(replace(CONFIG, checkpoint=CheckpointConfig(seconds=1e9)), evaluate_step=endless)
+    assert saved_updates(path) == 2
+    assert "evaluating: 3 episodes" in capsys.readouterr().out
+
+
+def test_unfinished_episodes_are_said_once(start, trainer, capsys):
+    def cut(state):
+        state, values = trainer.evaluate_step(state)
+        return state, dict(values) | {"unfinished": np.array([[1.0, 0.0, 1.0]])}
+
+    assert start(evaluate_step=cut) == "finished"
+    said = [line for line in capsys.readouterr().out.splitlines() if "evaluated episodes" in line]
+    assert len(said) == 1
+    assert said[0].startswith("2 of 6 evaluated episodes had not ended after 10,000 steps")
+
+
+def test_a_resume_says_where_it_goes_on(start, path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
+        start()
+    assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
+    assert "going on after update 4 of 6 (64 steps)" in capsys.readouterr().out
+
+
+def test_a_resume_without_a_save_says_so(start, path, capsys):
+    start()
+    shutil.rmtree(path / "checkpoint")
+    runs.resume(path, CONFIG)
+    assert "holds no checkpoint: the run starts again at step 0, and metrics.jsonl is written anew" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 75)])
 def test_exit_codes_of_signals(start, path, monkeypatch, number, code, capsys):
     monkeypatch.setattr(runs.JsonLines, "write", at_update(2, lambda: signal.raise_signal(number)))
     options = "--policy ippo --env probe/matrix --total-timesteps 96 --network.d-model 8 --ppo.num-envs 4"

@@ -175,3 +175,11 @@ def test_the_dead_may_see_anything():
     assert not bool(is_bad(x, alive))
     assert not bool(is_bad(x[..., None], alive))
     assert not bool(is_bad(jnp.arange(3)))
+
+
+@pytest.mark.parametrize("number", [1e30, -1e38, np.float32(3.4e38)])
+def test_what_is_large_is_finite(number):
+    x = jnp.full(1000, number, jnp.float32)
+    assert not bool(is_bad(x))
+    assert bool(is_bad(x.at[7].set(jnp.inf)))
+    assert bool(is_bad(x.at[7].set(jnp.nan)))

@@ -14,7 +14,7 @@ import pytest
 
 from mam import train
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.host import host_evaluate, host_rollout, seed_of, start_actors
+from mam.host import host_evaluate, host_rollout, seed_of, start_actors, take_infos
 from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -212,6 +212,41 @@ def test_a_round_stops_when_its_last_episode_is_over():
     assert len(envs.actions) == rounds.max(axis=(0, 2)).sum()
 
 
+def test_what_does_not_end_is_cut_off_and_counted():
+    envs = Dice(NUM_SEEDS * NUM_ENVS)
+    whole = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True)
+    cut = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True, max_steps=2)
+    late = whole["episode_length"] > 2
+    np.testing.assert_array_equal(cut["unfinished"], late)
+    assert 0 < late.sum() < late.size
+    np.testing.assert_array_equal(cut["episode_length"], np.minimum(whole["episode_length"], 2))
+    np.testing.assert_array_equal(cut["episode_return"][~late], whole["episode_return"][~late])
+
+
+class Talkative(Dice):
+    """Says after a while how often it won."""
+
+    def _metrics(self):
+        late = {"info_won": np.where(self.time == self.length, self.length, np.nan)} if len(self.actions) > 2 else {}
+        return super()._metrics() | late
+
+
+def test_metrics_that_come_up_late(monkeypatch):
+    """They are NaN before, and means over the episodes that say them afterwards."""
+    envs = Talkative(NUM_SEEDS * NUM_ENVS)
+    actors, _ = start_actors(envs, blank_memory(), NUM_SEEDS, SEED)
+    _, whole = host_rollout(envs, POLICY, actors, KEYS[0], LENGTH)
+    transitions, means = take_infos(whole)
+    assert set(transitions.metrics) == {"episode_return", "episode_length"}
+    won = whole.metrics["info_won"]
+    assert np.isnan(won[:, :2]).all()
+    np.testing.assert_allclose(means["info_won"], np.nanmean(won, axis=(1, 2)), rtol=1e-6)
+    metrics = host_evaluate(Talkative(NUM_SEEDS * NUM_ENVS), POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS)
+    late = np.isfinite(metrics["info_won"])
+    assert late.any()
+    np.testing.assert_array_equal(metrics["info_won"][late], metrics["episode_length"][late])
+
+
 def test_sampled_episodes_depend_on_the_key_and_on_the_round():
     """Were the environments' seeds the same, their actions would still differ."""
 
@@ -244,7 +279,7 @@ class Host:
     def __init__(self):
         self.made, self.actors = [], []
 
-    def make_host(self, name, num_envs, agent_id, num_workers):
+    def make_host(self, name, num_envs, agent_id, num_workers, limits):
         self.made.append(Dice(num_envs))
         return self.made[-1]
 

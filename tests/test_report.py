@@ -92,9 +92,11 @@ def test_summary_of_nothing():
 
 
 @pytest.mark.parametrize(("num_seeds", "absolute"), [(1, False), (2, True), (3, True)])
-def test_learning_curve_is_a_png_of_the_promised_size(tmp_path, num_seeds, absolute):
+@pytest.mark.parametrize("name", ["t", "$_$", r"$\frac{$ $^$", "_^\\{}%"])
+def test_learning_curve_is_a_png_of_the_promised_size(tmp_path, num_seeds, absolute, name):
+    """Whatever the names are."""
     records = make_records(num_seeds, absolute=absolute)
-    plot_learning_curve(tmp_path / "c.png", records, title="t", seeds=range(num_seeds), reference={"other": 0.9})
+    plot_learning_curve(tmp_path / "c.png", records, title=name, seeds=range(num_seeds), reference={name: 0.9})
     data = (tmp_path / "c.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (1200, 750)

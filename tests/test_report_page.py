@@ -209,3 +209,37 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "pip install 'mam[report]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def doubled(rows):
+    return rows[:4] + rows[2:]
+
+
+def changed(index, **values):
+    return lambda rows: [*rows[:index], rows[index] | values, *rows[index + 1 :]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        doubled,
+        changed(2, episode_return=[[0.5]]),
+        changed(2, episode_return=0.5),
+        changed(2, episode_return=[["a"]] * CONFIG.num_seeds),
+        changed(2, episode_return=[{}] * CONFIG.num_seeds),
+        changed(2, episode_return=[[]] * CONFIG.num_seeds),
+        changed(2, episode_return=[[0.5], [0.5, 0.5], [0.5], [0.5], [0.5]]),
+        changed(2, step_count="16"),
+        changed(2, elapsed=None),
+    ],
+)
+def test_runs_that_cannot_be_are_left_out_and_said(damage, tmp_path):
+    write_run(tmp_path / "good", replace(CONFIG, policy="mat"))
+    metrics = write_run(tmp_path / "bad") / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in damage(rows)))
+    results, warnings = load([tmp_path])
+    assert results.algorithms == ["mat"]
+    (said,) = [line for line in warnings if "left out" in line]
+    assert str(tmp_path / "bad") in said
+    assert "metrics.jsonl" in said

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mam import stop as stops
-from mam.stop import INTERRUPTED, PREEMPTED, stop_on_signals
+from mam.stop import INTERRUPTED, PREEMPTED, SIGNALS, listen, stop_on_signals
 
 
 class Ended(BaseException):
@@ -20,18 +20,33 @@ def lines():
     return []
 
 
-@pytest.mark.parametrize(
-    ("number", "preempted"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGUSR1, True)]
-)
+@pytest.fixture
+def codes(monkeypatch):
+    """The exit codes of a process that ends at once, again and again."""
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        raise Ended
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    return codes
+
+
+PREEMPTING = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.mark.parametrize(("number", "preempted"), [(number, number in PREEMPTING) for number in SIGNALS])
 def test_a_signal_is_a_question(lines, number, preempted):
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     with stop_on_signals(lines.append, lambda: "") as stop:
         assert stop.signal is None
         signal.raise_signal(number)
         assert (stop.signal, stop.preempted) == (number, preempted)
         _wait(lambda: lines)
     assert "stopping after this step" in lines[0]
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -43,16 +58,8 @@ def test_a_signal_is_a_question(lines, number, preempted):
         ((signal.SIGINT, signal.SIGINT), 60, INTERRUPTED, "interrupted"),
     ],
 )
-def test_a_step_that_does_not_end_is_ended(lines, monkeypatch, signals, grace, code, why):
-    codes = []
-
-    def leave(code):
-        codes.append(code)
-        raise Ended
-
+def test_a_step_that_does_not_end_is_ended(lines, codes, monkeypatch, signals, grace, code, why):
     monkeypatch.setattr(stops, "GRACE", grace)
-    monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     with stop_on_signals(lines.append, lambda: "saved up to update 7"):
         for number in signals:
             signal.raise_signal(number)
@@ -71,6 +78,59 @@ def test_more_signals_do_not_hurry(lines, monkeypatch):
         assert stop.signal == signal.SIGTERM
         _wait(lambda: lines)
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_before_there_is_a_run_a_signal_ends_the_process(codes, number, capfd):
+    _, end = listen()
+    try:
+        signal.raise_signal(number)
+        _wait(lambda: codes)
+    finally:
+        end()
+    assert codes == [PREEMPTED if number in PREEMPTING else INTERRUPTED if number == signal.SIGINT else 0]
+    assert capfd.readouterr().err == "asked to stop before the first update: stopped at once; nothing was changed\n"
+
+
+def test_after_a_run_a_signal_waits_for_the_end(lines, codes, capfd):
+    _, end = listen()
+    try:
+        with stop_on_signals(lines.append, lambda: "saved"):
+            pass
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+    finally:
+        end()
+    assert not codes
+    assert "stopping" in capfd.readouterr().err
+    assert not lines
+
+
+def test_what_libraries_take_over_is_taken_back(lines):
+    _, end = listen()
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with stop_on_signals(lines.append, lambda: "") as stop:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    finally:
+        end()
+
+
+def test_nohup_is_respected(lines):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(lines.append, lambda: "") as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+def test_systems_without_these_signals(monkeypatch):
+    monkeypatch.delattr(signal, "SIGUSR1")
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert stops._existing("SIGINT", "SIGHUP", "SIGUSR1") == (signal.SIGINT,)
 
 
 def test_outside_the_main_thread_there_are_no_signals(lines):

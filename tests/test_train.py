@@ -163,6 +163,16 @@ def test_log_probabilities_of_acting_may_be_replaced_by_the_learners(recompute, 
     np.testing.assert_array_equal(values["passes"], 3.0)  # what the policy reports of itself
 
 
+def test_steps_keep_the_types_of_the_state_in_double_precision():
+    """Else the programs that were compiled for the first would not take the next (JAX_ENABLE_X64)."""
+    with jax.enable_x64(True):
+        trainer = make_train(CONFIG)
+        before = trainer.shapes(np.arange(2))
+        for step in (trainer.train_step, trainer.evaluate_step):
+            after, _ = jax.eval_shape(step, before)
+            assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, before)
+
+
 def test_the_learning_rate_falls_to_nothing_if_asked_to(trainer):
     annealed = make_train(replace(CONFIG, ppo=replace(CONFIG.ppo, anneal_lr=True)))  # four updates
     _, values = run(annealed, SEEDS, "tttt")

@@ -1,8 +1,18 @@
-"""`python -m mam`: the command, for where its script is not on the path."""
+"""The command: `mam`, or `python -m mam` where its script is not on the path."""
 
 import sys
 
-from mam.cli import main
+from mam.stop import listen
+
+
+def main() -> int:
+    """Runs the command; training listens to signals before anything heavy is imported, and until its last moment."""
+    if sys.argv[1:2] == ["train"]:
+        listen()
+    from mam import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from mam.config import Config
+from mam.config import MAX_INT, MAX_SEED, Config
 from mam.errors import UserError, unknown_name
 
 
@@ -87,7 +87,11 @@ def _check_value(name: str, value: str, expected: Any) -> None:
         return
     for option in options:
         with contextlib.suppress(ValueError, TypeError):
-            option(value)
+            number = option(value)
+            if name == "--seed" and not 0 <= number <= MAX_SEED:
+                raise UserError(f"--seed must lie in 0 … {MAX_SEED:,}, got {value}")
+            if option is int and abs(number) > MAX_INT:
+                raise UserError(f"{name} must lie within ±{MAX_INT:,}, got {value}")
             return
     names = {int: "a whole number", float: "a number", type(None): "None"}
     raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import signal
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +15,11 @@ import tyro
 
 from mam.arguments import parse, value_of
 from mam.bench import Bench
-from mam.config import Config
+from mam.config import Config, WorkerConfig
 from mam.dashboard import Dashboard, serve
-from mam.errors import UserError, unknown_name
+from mam.errors import RunError, UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
+from mam.output import discard, lasting, make_printable
 from mam.presets import PRESETS, preset, preset_for
 from mam.runtime import Hosts
 from mam.sweep import Sweep, run_sweep
@@ -125,17 +126,24 @@ class CheckEnv:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 if `check-env` found errors, 2 for a mistake in what was asked.
 
-    141 if whatever read the output went away.
+    141 if whatever read the output went away; what takes long goes on without.
     """
+    args = list(sys.argv[1:] if argv is None else argv)
+    make_printable()
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        with lasting() if args[:1] and args[0] in _LASTING else contextlib.nullcontext():
+            code = _run(args)
+            sys.stdout.flush()
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # who reads this has seen enough: `mam list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        discard(sys.stdout)
+        return 141  # 128 + SIGPIPE, which not every system has
+    except OSError as error:
+        discard(sys.stdout)
+        print(f"mam: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        return RunError.exit_code
     return code
 
 
@@ -183,8 +191,7 @@ def _train(args: Train) -> int:
     from mam import runtime
     from mam.stop import PREEMPTED
 
-    runtime.configure()
-    runtime.join(args.hosts)
+    runtime.configure(hosts=args.hosts)
     config = args.config
     if args.resume:
         if args.out or args.preset:
@@ -194,7 +201,7 @@ def _train(args: Train) -> int:
         raise UserError("several processes write one run: give them the same --out")
     else:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
+        folder, trainer = runs.start(config, args.out or _default_folder(config) / stamp)
     print(_headline(config, trainer, folder.path))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
@@ -205,6 +212,11 @@ def _train(args: Train) -> int:
     if outcome != "finished":
         print(f"saved; go on with: mam train --resume {folder.path}")
     return PREEMPTED if outcome == "preempted" else 0
+
+
+def _default_folder(config: Config) -> Path:
+    """Where runs of this kind go; every file system takes the name."""
+    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
 
 
 def _headline(config: Config, trainer: Any, path: Path) -> str:
@@ -268,6 +280,7 @@ def _evaluate(args: Evaluate) -> None:
     from rich.table import Table
 
     from mam import runtime
+    from mam.evaluate import UNFINISHED
     from mam.logging import RETURN, mean_and_spread
 
     runtime.configure()
@@ -279,6 +292,7 @@ def _evaluate(args: Evaluate) -> None:
         metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
     finally:
         trainer.close()
+    metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
     mode = "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
@@ -316,6 +330,7 @@ def _play(args: Play) -> None:
     print(f"playing seed {seeds[index]} into {path}…")
     policy = jax.tree.map(lambda x: x[index], policies)
     how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
+    how |= {"max_steps": config.eval.max_episode_steps}
     try:
         if isinstance(trainer.env, HostEnvironments):
             trainer.close()
@@ -425,7 +440,7 @@ def _check_env(args: CheckEnv) -> int:
     runtime.configure()
     with contextlib.ExitStack() as stack:
         if lives_on_host(args.env):
-            env = make_host(args.env, num_envs=4, agent_id="none")
+            env = make_host(args.env, num_envs=4, agent_id="none", limits=WorkerConfig(max_restarts=0))
             stack.callback(env.close)
         else:
             env = make_plain(args.env)
@@ -455,6 +470,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),
 }
+_LASTING = ("train", "experiment", "sweep", "dashboard")  # nobody has to watch these to their end
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from mam.files import read_object
 T = TypeVar("T")
 
 LAYOUT_LETTERS = "AM2"  # of the mixers, see mam.networks.mixers
+MAX_SEED = 2**32 - 1  # a random key is made of 32 bits: what lies above would be one of the seeds below
+MAX_INT = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class EvalConfig:
     """Episodes per evaluation."""
     num_absolute_episodes: int = 320
     """Fresh episodes played by the best weights after training: the absolute metric."""
+    max_episode_steps: int = 10_000
+    """Steps after which an episode that has not ended is cut off, and counted as unfinished."""
     greedy: bool = False
     """What counts is the return of the most likely actions instead of sampled ones; the other is reported beside."""
 
@@ -138,6 +143,18 @@ class CheckpointConfig:
     """Time between two saves; 0 saves after every update."""
     keep: int = 2
     """The newest saves that are kept, in case the last one is damaged."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Processes that step environments outside JAX: how long they may take, and how often they may fail."""
+
+    step_timeout: float = 60.0
+    """Seconds that one step of one environment may take before its process is taken for dead."""
+    reset_timeout: float = 300.0
+    """Seconds that making or resetting one environment may take."""
+    max_restarts: int = 100
+    """Restarts, after crashes and exceptions, before the run is saved and ended with exit code 1."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +191,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    worker: WorkerConfig = field(default_factory=WorkerConfig)
 
     def __post_init__(self):
         _validate(self)
@@ -206,14 +224,16 @@ _POSITIVE = (
     ("total_timesteps", "num_seeds"),
     ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
     ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
-    ("num_evaluations", "num_episodes", "num_absolute_episodes"),
+    ("num_evaluations", "num_episodes", "num_absolute_episodes", "max_episode_steps"),
     ("keep",),
+    ("step_timeout", "reset_timeout"),
 )
+_GROUPS = ("network", "ppo", "eval", "checkpoint", "worker")
 
 
 def _validate(config: Config) -> None:
     """Refuses values that no run could have, naming the key and what is allowed."""
-    groups = [("", config), *((f"{name}.", getattr(config, name)) for name in ("network", "ppo", "eval", "checkpoint"))]
+    groups = [("", config), *((f"{name}.", getattr(config, name)) for name in _GROUPS)]
     for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
         for name in names:
             if not getattr(group, name) > 0:
@@ -232,10 +252,15 @@ def _validate(config: Config) -> None:
                 f"network.{name} must be letters of {', '.join(LAYOUT_LETTERS)} "
                 f"(attention, Mamba, Mamba-2), one per block, got {shown(layout)}"
             )
-    if not config.checkpoint.seconds >= 0:
-        raise UserError(f"checkpoint.seconds must not be negative, got {config.checkpoint.seconds}")
-    if config.seed < 0:
-        raise UserError(f"seed must not be negative, got {config.seed}")
+    for name, value in (
+        ("checkpoint.seconds", config.checkpoint.seconds),
+        ("worker.max_restarts", config.worker.max_restarts),
+    ):
+        if not value >= 0:
+            raise UserError(f"{name} must not be negative, got {value}")
+    if not 0 <= config.seed <= MAX_SEED - config.num_seeds + 1:
+        last = MAX_SEED - config.num_seeds + 1
+        raise UserError(f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}")
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise UserError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
@@ -253,6 +278,7 @@ def _validate(config: Config) -> None:
         raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
+    _check_finite(config)
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:
@@ -276,6 +302,15 @@ def read_config(path: Path) -> Config:
         return from_json(Config, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _check_finite(group: Any) -> None:
+    """Refuses numbers that are infinite or none, and whole numbers that no array can hold."""
+    for name, value in flat(to_json(group)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} must be finite, got {value}")
+        if type(value) is int and abs(value) > MAX_INT:
+            raise UserError(f"{name} must lie within ±{MAX_INT:,}, got {value}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -4,10 +4,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from mam.config import EvalConfig
 from mam.devices import WHOLE, Shard
 from mam.types import Environment, EnvState, Memory, Policy, TimeStep
+
+UNFINISHED = "unfinished"  # the metric that is 1 for an episode that was cut off by the evaluation's own limit
 
 
 class Episodes(eqx.Module):
@@ -28,9 +31,10 @@ def evaluate(
     num_episodes: int,
     *,
     greedy: bool | Bool[Array, ""] = False,
+    max_steps: int | Int[Array, ""] = EvalConfig.max_episode_steps,
     shard: Shard = WHOLE,
 ) -> dict[str, Float[Array, "M"]]:
-    """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over.
+    """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over or cut off.
 
     Args:
         env: one environment that reports its metrics, such as `EpisodeStatistics`; it need not reset itself.
@@ -38,10 +42,11 @@ def evaluate(
         key: decides everything random.
         num_episodes: M.
         greedy: take the most likely actions instead of sampling; the rest is the same for the same key.
+        max_steps: steps after which what has not ended is cut off.
         shard: plays its share of the episodes; all devices return those of all.
 
     Returns:
-        The environment's metrics at the end of each episode: `episode_return`, `episode_length`, …
+        The environment's metrics at the end of each episode: `episode_return`, `episode_length`, …; and UNFINISHED.
     """
     share = -(-num_episodes // shard.num_shards)
 
@@ -70,5 +75,9 @@ def evaluate(
         }
         return Episodes(env_state, timestep, memory, episodes.over | timestep.ended, metrics, next_key)
 
-    metrics = lax.while_loop(lambda e: ~jnp.all(e.over), step, episodes).metrics
+    def goes_on(episodes: Episodes) -> Bool[Array, ""]:
+        return jnp.any(~episodes.over & (episodes.metrics["episode_length"] < max_steps))
+
+    episodes = lax.while_loop(goes_on, step, episodes)
+    metrics = episodes.metrics | {UNFINISHED: (~episodes.over).astype(jnp.float32)}
     return {name: shard.gather(value)[:num_episodes] for name, value in metrics.items()}

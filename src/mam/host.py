@@ -4,6 +4,8 @@ The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act 
 and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from mam.config import EvalConfig
+from mam.evaluate import UNFINISHED
 from mam.rollout import Actors
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
@@ -56,7 +60,7 @@ def host_rollout(
     Returns:
         The actors after the last step, and the transitions [seeds, T, B, …], as NumPy arrays.
     """
-    transitions = []
+    transitions, metrics = [], []
     for step in range(length):
         memory, output, timestep = _advance(envs, policy, actors, key, step)
         transitions.append(
@@ -72,12 +76,39 @@ def host_rollout(
                 terminated=timestep.terminated,
                 truncated=timestep.truncated,
                 final_observation=timestep.final_observation,
-                metrics=timestep.metrics,
+                metrics={},
                 policy_metrics=output.metrics,
             )
         )
+        metrics.append(timestep.metrics)
         actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=memory)
+    transitions = [replace(step, metrics=values) for step, values in zip(transitions, aligned(metrics), strict=True)]
     return actors, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *transitions)
+
+
+def aligned(metrics: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
+    names = dict.fromkeys(name for one in metrics for name in one)
+    blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
+    return [{name: one.get(name, nan) for name in names} for one, nan in zip(metrics, blank, strict=True)]
+
+
+def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarray]]:
+    """Takes the metrics that environments made of infos out of a rollout [seeds, T, B].
+
+    Their names come up one by one, and for each of them the update would be compiled anew.
+
+    Returns:
+        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if none did.
+    """
+    infos = {name: x for name, x in transitions.metrics.items() if name.startswith("info_")}
+    rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
+    means = {}
+    for name, x in infos.items():
+        there = np.isfinite(x)
+        count, total = there.sum(axis=(1, 2)), np.where(there, x, 0).sum(axis=(1, 2))
+        means[name] = np.divide(total, count, out=np.full(len(x), np.nan, np.float32), where=count > 0)
+    return replace(transitions, metrics=rest), means
 
 
 def host_evaluate(
@@ -88,13 +119,15 @@ def host_evaluate(
     num_episodes: int,
     *,
     greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
 ) -> dict[str, np.ndarray]:
     """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
     Each environment plays one episode a round, so short episodes do not count for more than long ones.
 
     Returns:
-        The environments' metrics at the end of each episode, [seeds, num_episodes].
+        The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
+        [seeds, num_episodes].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds
@@ -102,13 +135,16 @@ def host_evaluate(
     for first in range(0, num_episodes, per_round):
         actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
         over, metrics = timestep.ended, timestep.metrics
-        while not over.all():
+        last = step + max_steps
+        while not over.all() and step < last:
             after, _, timestep = _advance(envs, policy, actors, key, step, greedy)
-            metrics = {name: np.where(over, metrics[name], value) for name, value in timestep.metrics.items()}
+            before, now = aligned([metrics, timestep.metrics])
+            metrics = {name: np.where(over, before[name], value) for name, value in now.items()}
             over = over | timestep.ended
             actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
             step += 1
-        rounds.append(metrics)
+        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))})
+    rounds = aligned(rounds)
     return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
 
 

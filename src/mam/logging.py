@@ -256,6 +256,14 @@ class Progress:
         self._compile_seconds += seconds
         self.log(f"compiled {what} in {seconds:.1f} s")
 
+    def evaluating(self, num_episodes: int) -> None:
+        """Says that an evaluation runs; where nothing is live, the first time."""
+        what = f"evaluating: {num_episodes} episodes, sampled and greedy…"
+        if self._live:
+            self._bar.update(self._task, description=what)
+        elif not self._evaluated:
+            self.log(what)
+
     def write(self, record: Record) -> None:
         """Moves the bar; prints a line at an evaluation where nothing is live."""
         if self._last is not None:

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
+from mam.config import EvalConfig
 from mam.envs.wrappers import IdEncoding, agent_ids
+from mam.errors import UserError
 from mam.logging import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
 
@@ -49,7 +51,16 @@ def trace_path(picture: Path) -> Path:
     return picture.with_suffix(".json")
 
 
-def play(env: Environment, policy: Policy, seed: int, path: Path, *, greedy: bool = False, **about: Any) -> Episode:
+def play(
+    env: Environment,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    *,
+    greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
+    **about: Any,
+) -> Episode:
     """Plays an episode and writes it as a GIF and a trace.
 
     Args:
@@ -59,6 +70,7 @@ def play(env: Environment, policy: Policy, seed: int, path: Path, *, greedy: boo
         path: GIF to write, of the T + 1 states, and beside it, as .json, the trace; see `write_trace`. Of an
             environment that nothing can draw there is the trace alone.
         greedy: take the most likely actions instead of sampling.
+        max_steps: steps after which an episode that has not ended is cut off.
         about: what else the trace should say, such as the run's own seed.
     """
     reset_key, key = jax.random.split(jax.random.key(seed))
@@ -73,7 +85,7 @@ def play(env: Environment, policy: Policy, seed: int, path: Path, *, greedy: boo
     state, timestep = jax.jit(env.reset)(reset_key)
     memory, first, states, notes = policy.init_memory(), np.True_, [state], []
     ended = False
-    while not ended:
+    while not ended and len(notes) < max_steps:
         state, timestep, memory, first, key, note = step(state, timestep, memory, first, key)
         states.append(state)
         notes.append(note)
@@ -95,7 +107,15 @@ def play(env: Environment, policy: Policy, seed: int, path: Path, *, greedy: boo
 
 
 def play_on_host(
-    name: str, agent_id: IdEncoding, policy: Policy, seed: int, path: Path, *, greedy: bool = False, **about: Any
+    name: str,
+    agent_id: IdEncoding,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    *,
+    greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
+    **about: Any,
 ) -> Episode:
     """Plays an episode of an environment that JAX does not step, in this process, and writes it as GIF and trace.
 
@@ -106,6 +126,7 @@ def play_on_host(
         seed: as for `play`.
         path: as for `play`, of the T states that were acted on; without a GIF where the environment draws nothing.
         greedy: as for `play`.
+        max_steps: as for `play`.
         about: as for `play`.
     """
     from PIL import Image
@@ -117,14 +138,17 @@ def play_on_host(
     ids = agent_ids(env.layout.num_agents, agent_id)
     act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
     key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
-    arrays, terminated = env.reset(seed), False
-    while not over:
+    arrays, terminated, undrawn = env.reset(seed), False, ""
+    while not over and len(notes) < max_steps:
         view = np.concatenate([ids, arrays["agents_view"]], axis=1)
         inputs: dict[str, Any] = arrays | {"agents_view": view}
         observation = Observation(**inputs)
         memory, output = act(memory, observation, np.array(not notes), key)
-        if (frame := env.frame()) is not None:
-            frames.append(Image.fromarray(np.asarray(frame, np.uint8)))
+        try:
+            if not undrawn and (frame := env.frame()) is not None:
+                frames.append(Image.fromarray(frame))
+        except UserError as error:
+            frames, undrawn = [], str(error)
         output = jax.device_get(output)
         outcome = env.step(np.asarray(output.action))
         notes.append(_note(observation, output, outcome.reward))
@@ -132,7 +156,8 @@ def play_on_host(
         terminated = outcome.terminated
         over = terminated or outcome.truncated
     env.close()
-    undrawn = "" if frames else f'{name} cannot be drawn: it does not take render_mode="rgb_array"'
+    if not frames and not undrawn:
+        undrawn = f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
     if frames:
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
     trace = Trace.of(notes)

@@ -10,7 +10,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib import metadata
@@ -24,6 +24,7 @@ from jax.experimental import multihost_utils
 from mam.checkpoint import Save, Writer, has_saves, newest
 from mam.config import Config, read_config, to_json
 from mam.errors import RunError, UserError
+from mam.evaluate import UNFINISHED
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
 from mam.plan import footprint, out_of_memory
 from mam.report import plot_learning_curve, write_marl_eval
@@ -31,7 +32,7 @@ from mam.stop import GRACE, Stop, stop_on_signals
 from mam.train import NON_FINITE, Trainer, TrainState, Values, make_train
 
 Outcome = Literal["finished", "stopped", "preempted"]
-FREE = ("total_timesteps", "num_devices", "num_workers", "checkpoint")  # settings a resumed run may change
+FREE = ("total_timesteps", "num_devices", "num_workers", "worker", "checkpoint")  # settings a resumed run may change
 MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
 
 
@@ -115,6 +116,9 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
     trainer = make_train(config)
     if jax.process_index() == 0:
+        if not has_saves(folder.checkpoint):
+            lost = ", and metrics.jsonl is written anew" if folder.metrics.exists() else ""
+            print(f"{path} holds no checkpoint: the run starts again at step 0{lost}")
         with _writing(path):
             write_atomically(folder.config, json.dumps(to_json(config), indent=2))
     return folder, trainer
@@ -155,15 +159,20 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
             trainer = trainer.compile(state)
         if line := footprint(trainer):
             progress.log(line)
+        if save:
+            progress.log(f"going on after update {loop.update} of {config.num_updates} ({loop.step_count:,} steps)")
         loop.open(stack, progress)
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
-                state, values = trainer.evaluate_step(state)
+                if not loop.has_saved:
+                    loop.save(state)  # however long the first evaluation takes, what was learned before it is safe
+                progress.evaluating(config.eval.num_episodes)
+                state, values = loop.take(trainer.evaluate_step, state)
                 loop.evaluated = loop.update
                 loop.write("evaluation", values)
             elif loop.update < config.num_updates:
-                state, values = trainer.train_step(state)
+                state, values = loop.take(trainer.train_step, state)
                 if not loop.healthy(trainer, state, values):
                     loop.save(state)
                     raise RunError(loop.diagnosis)
@@ -177,7 +186,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         loop.save(state)
         if finished:
             progress.log(f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…")
-            loop.write("absolute", trainer.absolute_metric(state))
+            loop.write("absolute", loop.take(trainer.absolute_metric, state))
         loop.finish()
     if jax.process_index() == 0:
         with _writing(folder.path):
@@ -199,11 +208,16 @@ class _Loop:
         self._writer: Writer | None = None
         self._metrics: JsonLines | None = None  # in the process that writes them
         self._skipped = 0
+        self._said_unfinished = False
         self._log: Callable[[str], None] = print
 
     @property
     def step_count(self) -> int:
         return self.update * self._config.steps_per_update
+
+    @property
+    def has_saved(self) -> bool:
+        return self._saved is not None
 
     def open(self, stack: ExitStack, progress: Progress) -> None:
         """Opens the files, which `stack` closes."""
@@ -223,12 +237,40 @@ class _Loop:
         for sink in self._sinks:
             stack.callback(_try, sink.close)
 
+    def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
+        """Takes a step; if it fails, the state before it is saved.
+
+        Raises:
+            RunError: an environment failed.
+        """
+        try:
+            return step(state)
+        except Exception as error:
+            with suppress(Exception):  # of a state that was given away to the step nothing is left
+                self.save(state)
+            if not isinstance(error, UserError):
+                raise
+            what, *traceback = str(error).split("\n")
+            raise RunError("\n".join([f"{what}; {self.last_words()}", *traceback])) from error
+
     def write(self, kind: Any, values: Values) -> None:
         numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
         with _writing(self._folder.path):
             for sink in self._sinks:
                 sink.write(record)
+        if not self._said_unfinished:
+            self._say_unfinished(numbers)
+
+    def _say_unfinished(self, values: Mapping[str, np.ndarray]) -> None:
+        cut = np.concatenate([x.ravel() for name, x in values.items() if name.endswith(UNFINISHED)] or [np.zeros(0)])
+        if cut.any():
+            self._said_unfinished = True
+            limit = self._config.eval.max_episode_steps
+            self._log(
+                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended after {limit:,} steps "
+                "and count with what they had returned by then; --eval.max-episode-steps sets the limit"
+            )
 
     def save(self, state: TrainState) -> None:
         """Begins a save, unless the state is that of the last one; at the end of the run, ends it."""

@@ -23,12 +23,33 @@ class Hosts:
     """Which of them this is, from 0, with a coordinator."""
 
 
-def configure(*, keep_programs: bool = True) -> None:
-    """Turns on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import."""
+def configure(*, keep_programs: bool = True, hosts: Hosts = Hosts()) -> None:
+    """Turns on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import.
+
+    Args:
+        keep_programs: whether compiled programs are kept on disk.
+        hosts: the other processes of this run.
+
+    Raises:
+        UserError: the other processes are not there, or the devices that JAX_PLATFORMS asks for are not.
+    """
     if keep_programs and os.environ.get("MAM_COMPILATION_CACHE") != "0":
         enable_compilation_cache()
     if platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
+    join(hosts)
+    if asked := os.environ.get("JAX_PLATFORMS"):
+        _check_devices(asked)
+
+
+def _check_devices(asked: str) -> None:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # of a platform without its plugin JAX says nothing more
+        reason = " ".join(str(error).split()) or "JAX finds no such device here"
+        raise UserError(f"JAX_PLATFORMS={asked}: {reason}; leave it out, or set it to cpu") from error
 
 
 def cache_folder() -> Path:

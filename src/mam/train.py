@@ -23,7 +23,7 @@ from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.evaluate import evaluate
 from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
-from mam.host import blank_actors, host_evaluate, host_rollout, seed_of, start_actors
+from mam.host import aligned, blank_actors, host_evaluate, host_rollout, seed_of, start_actors, take_infos
 from mam.networks.decode import Decoding
 from mam.networks.mixers.ssm import largest_step_size
 from mam.networks.policy import make_policy
@@ -190,7 +190,7 @@ class Learner:
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
         """Keeps the evaluated weights if none were better before."""
-        mean_return = values["episode_return"].mean()
+        mean_return = values["episode_return"].mean(dtype=state.best_return.dtype)
         better = mean_return >= state.best_return  # of equals the later: it has learned for longer
         best_policy = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.policy, state.best_policy)
         best = (best_policy, jnp.where(better, mean_return, state.best_return))
@@ -223,7 +223,8 @@ def _train_on_device(config: Config) -> Trainer:
         return learner.learn(state, actors, transitions, update_key)
 
     def play(policy: Policy, key: Key[Array, ""], num_episodes: int, greedy: bool | Bool[Array, ""]) -> Values:
-        return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, shard=shard)
+        limit = config.eval.max_episode_steps
+        return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
 
     def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
         modes = jnp.array([config.eval.greedy, not config.eval.greedy])
@@ -293,7 +294,7 @@ def _train_on_host(config: Config) -> Trainer:
     per_round = min(settings.num_episodes, ppo.num_envs)
 
     def start(num_envs: int) -> HostEnvironments:
-        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers)
+        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers, config.worker)
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
@@ -314,15 +315,18 @@ def _train_on_host(config: Config) -> Trainer:
             running.append(start(ppo.num_envs))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
         actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
-        return learn(state, actors, transitions, keys[:, 1])
+        transitions, infos = take_infos(transitions)
+        state, values = learn(state, actors, transitions, keys[:, 1])
+        return state, {**values, **infos}
 
     def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         memory = jax.vmap(lambda policy: policy.init_memory((per_round,)))(policy)
-        return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy)
+        limit = settings.max_episode_steps
+        return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
 
     def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
         modes = [play(policy, key, num_episodes, greedy) for greedy in (settings.greedy, not settings.greedy)]
-        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *modes), config)
+        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *aligned(modes)), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         values = play_both(state.policy, streams(state)[1][:, 0], settings.num_episodes)

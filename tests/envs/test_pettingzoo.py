@@ -332,6 +332,35 @@ def test_frames():
     assert PettingZooEnv(Lives(), "test").frame() is None
 
 
+PICTURE = np.zeros((2, 3, 3))
+PICTURE[0] = 0.9
+
+
+@pytest.mark.parametrize(
+    ("drawn", "brightest"),
+    [
+        (PICTURE, 229),  # floats from 0 to 1
+        (PICTURE * 200, 180),
+        ((PICTURE * 200).astype(np.uint8), 180),
+        ([np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), 7, np.uint8)], 7),  # frames since the last time
+        (PICTURE[..., 0], 229),
+    ],
+)
+def test_pictures_of_any_kind_are_drawn(drawn, brightest, monkeypatch):
+    env = Lives(render_mode="rgb_array")
+    monkeypatch.setattr(env, "render", lambda: drawn)
+    frame = PettingZooEnv(env, "test").frame()
+    assert (frame.dtype, frame.max()) == (np.uint8, brightest)
+
+
+@pytest.mark.parametrize("drawn", ["text", np.zeros((2, 3, 5)), np.zeros(4), [], object()])
+def test_what_is_no_picture_is_said(drawn, monkeypatch):
+    env = Lives(render_mode="rgb_array")
+    monkeypatch.setattr(env, "render", lambda: drawn)
+    with pytest.raises(UserError, match=r"^test cannot be drawn: render\(\) returns "):
+        PettingZooEnv(env, "test").frame()
+
+
 # The real thing.
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from host_environments import EXITS, KILLED, LIMIT, LIVES, RAISES, STUCK, Faulty, Lives
 
+from mam.config import WorkerConfig
 from mam.envs.host import process as parent_end
+from mam.envs.host import worker as child
 from mam.envs.host.factories import find_factory
 from mam.envs.host.pettingzoo import PettingZooEnv
 from mam.envs.host.pool import HostPool
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.types import Environment, HostEnvironments
 
 NUM_ENVS = 4
@@ -176,6 +178,23 @@ def test_mpe2(make_pool):
     )
 
 
+@pytest.mark.parametrize("most", [32, 1])
+def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(make_pool, monkeypatch, caplog, most):
+    monkeypatch.setattr("mam.envs.host.pool.MAX_INFOS", most)
+    pool = make_pool(hosts.Informed, num_envs=2)
+    pool.reset(0)
+    timesteps = [pool.step(action) for action in ACTIONS[: 2 * LIMIT, :2]]
+    expected = dict([("info_won", 1.0), ("info_steps", LIMIT)][:most])
+    assert caplog.messages == [f"test: numbers in infos are recorded as metrics: {', '.join(expected)}"]
+    for step, timestep in enumerate(timesteps, start=1):
+        infos = {name: x.tolist() for name, x in timestep.metrics.items() if name.startswith("info_")}
+        if step % LIMIT == 0:
+            assert infos == {name: [value] * 2 for name, value in expected.items()}
+        else:
+            assert np.isnan(list(infos.values())).all()
+            assert set(infos) == (set() if step < LIMIT else set(expected))
+
+
 # Workers that are lost.
 
 
@@ -197,7 +216,8 @@ def test_worker_that_is_killed_in_the_middle_of_a_step(pool, caplog):
     before = pool.step(fates())
     noise = before.observation.state[:, 1]
     timestep = pool.step(fates(at3=KILLED))
-    assert caplog.messages == ["test: worker 1 (environments 2 to 3) was killed by SIGKILL; starting it again"]
+    who = "worker 1 (environments 2 to 3)"
+    assert caplog.messages == [f"test: {who} was killed by SIGKILL; starting {who} again"]
     assert_cut_short(timestep, before, rows=[2, 3], others=[0, 1])
     np.testing.assert_array_equal(timestep.metrics["episode_length"], 2)
     np.testing.assert_allclose(
@@ -225,9 +245,9 @@ def test_worker_that_died_between_steps(pool, caplog):
 def test_worker_that_hangs(pool, monkeypatch, caplog):
     before = pool.reset(0)
     stuck = pids(pool)[0]
-    monkeypatch.setattr(pool, "_step_timeout", 2.0)
+    monkeypatch.setattr(pool, "_limits", WorkerConfig(step_timeout=2.0))
     assert_cut_short(pool.step(fates(at0=STUCK)), before, rows=[0, 1], others=[2, 3])
-    assert "worker 0 (environments 0 to 1) did not answer within 2 s; starting it again" in caplog.text
+    assert "worker 0 (environments 0 to 1) did not answer within 2 s; starting" in caplog.text
     assert stuck not in pids(pool)
     with pytest.raises(ProcessLookupError):
         os.kill(stuck, 0)
@@ -241,7 +261,7 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
     for fate in (KILLED, 0, KILLED):  # a step in between, and the count begins anew
         action[:, 0] = fate
         assert pool.step(action).ended.all() == (fate == KILLED)
-    with pytest.raises(UserError, match=r"^test: worker 0 \(environment 0\) was killed by SIGKILL, 2 times in a row$"):
+    with pytest.raises(RunError, match=r"^test: worker 0 \(environment 0\) was killed by SIGKILL, 2 times in a row$"):
         pool.step(action)
     assert len(caplog.messages) == 2
 
@@ -249,7 +269,7 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
 def test_worker_that_dies_at_birth(make_pool, monkeypatch):
     before = children()
     monkeypatch.setattr("mam.envs.host.pool.MAX_FAILURES", 1)
-    with pytest.raises(UserError, match=r"^test: worker 0 \(environment 0\) ended with exit code 7, 2 times in a row$"):
+    with pytest.raises(RunError, match=r"^test: worker 0 \(environment 0\) ended with exit code 7, 2 times in a row$"):
         make_pool(hosts.stillborn, num_envs=1)
     assert children() == before
 
@@ -257,20 +277,46 @@ def test_worker_that_dies_at_birth(make_pool, monkeypatch):
 # Environments with bugs.
 
 
-@pytest.mark.parametrize(("fate", "what"), [(RAISES, "ValueError: out of cheese"), (EXITS, "SystemExit: 3")])
-def test_what_an_environment_raises_is_shown_and_ends_the_pool(make_pool, caplog, fate, what):
+RAISING = pytest.mark.parametrize(("fate", "what"), [(RAISES, "ValueError: out of cheese"), (EXITS, "SystemExit: 3")])
+
+
+@RAISING
+def test_environment_that_raises_is_started_again(pool, caplog, fate, what):
+    before = pool.reset(0)
+    assert_cut_short(pool.step(fates(at3=fate)), before, rows=[2, 3], others=[0, 1])
+    who = "worker 1 (environments 2 to 3)"
+    assert caplog.messages == [f"test: stepping environment 3 raised {what}; starting {who} again"]
+    assert not pool.step(fates()).ended.any()
+
+
+@RAISING
+def test_but_not_for_ever(make_pool, fate, what):
+    """What it raised is shown, and the pool is closed."""
     before = children()
-    pool = make_pool(Faulty)
+    pool = make_pool(Faulty, num_envs=1, limits=WorkerConfig(max_restarts=1))
     pool.reset(0)
-    with pytest.raises(UserError) as error:
-        pool.step(fates(at3=fate))
+    pool.step(fates(at0=fate)[:1])
+    pool.step(fates()[:1])
+    with pytest.raises(RunError) as error:
+        pool.step(fates(at0=fate)[:1])
     first, *rest = str(error.value).splitlines()
-    assert first == f"test: stepping environment 3 raised {what}"
+    assert first == f"test: stepping environment 0 raised {what}, after 1 restarts (--worker.max-restarts)"
     assert any("host_environments.py" in line for line in rest)
     assert children() == before
     with pytest.raises(RuntimeError, match=r"^test: the pool is closed$"):
-        pool.step(fates())
-    assert not caplog.messages
+        pool.step(fates()[:1])
+
+
+@pytest.mark.parametrize(("doing", "seconds"), [("aaaa", 3), ("aabbbb", 5), ("abcabcdddd", 9)])
+def test_time_starts_anew_with_every_environment(monkeypatch, doing, seconds):
+    """Three seconds for one environment, not for all that a worker has."""
+    seen, waits = iter(doing), []
+    worker = parent_end.WorkerProcess(0, child.Share("test", b"", 0, 1, quiet=True))
+    worker.connection = None
+    monkeypatch.setattr(parent_end, "wait", lambda *args: waits.append(args) or [])
+    _, lost = parent_end.wait_for_answers([worker], lambda _: parent_end.Deadline(3.0, next(seen).encode()))
+    assert lost == {worker: "did not answer within 3 s"}
+    assert len(waits) == seconds
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mam.networks.scan import CHUNK, TILE, selective_scan, selective_step
+from mam.networks.layers import Dense
+from mam.networks.scan import CHUNK, TILE, gated_scan, selective_scan, selective_step
+from mam.networks.ssd import ssd
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
@@ -237,6 +239,34 @@ def test_training_keeps_no_states():
     assert kept <= states // CHUNK
     assert formed <= states // (n // CHUNK)
     assert largest("associative")[0] >= states  # what the check is sensitive to
+
+
+@pytest.mark.parametrize(("m", "n"), [(0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize("scan", ["selective", "gated", "ssd"])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "native", None])
+def test_nothing_to_read_leaves_the_state(scan, implementation, m, n):
+    """No agents, or no sequences: values and gradients."""
+    d, s = 4, 2
+    x, B, state = jnp.ones((m, n, d)), jnp.ones((m, n, s)), jnp.full((m, s, d), 3.0)
+    how = {"initial_state": state, "implementation": implementation}
+    if scan == "ssd":
+        how["implementation"] = implementation if implementation in ("native", None) else "products"
+
+    def run(x):
+        if scan == "ssd":
+            return ssd(x, x[..., :2], -jnp.ones(2), B, B, jnp.ones(2), **how)
+        if scan == "selective":
+            return selective_scan(x, x, -jnp.ones((d, s)), B, B, jnp.ones(d), **how)
+        return gated_scan(x, x[..., :1], PROJECTION, -jnp.ones((d, s)), B, B, jnp.ones(d), x, **how)
+
+    (y, h), pull_back = jax.vjp(run, x)
+    assert y.shape == x.shape
+    np.testing.assert_array_equal(h, state)
+    (gradient,) = pull_back((y, h))
+    assert gradient.shape == x.shape
+
+
+PROJECTION = Dense(1, 4, key=jax.random.key(0))
 
 
 def test_unknown_implementation():

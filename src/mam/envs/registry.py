@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from mam.config import WorkerConfig
 from mam.envs import jaxmarl, jumanji, probes, smax
 from mam.envs.host.factories import PREFIX, EnvFactory, find_factory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
@@ -98,7 +99,11 @@ def lives_on_host(name: str) -> bool:
 
 
 def make_host(
-    name: str, num_envs: int, agent_id: IdEncoding = "one_hot", num_workers: int | None = None
+    name: str,
+    num_envs: int,
+    agent_id: IdEncoding = "one_hot",
+    num_workers: int | None = None,
+    limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
 ) -> HostEnvironments:
     """Starts worker processes and makes environments in them.
 
@@ -107,13 +112,14 @@ def make_host(
         num_envs: environments in all, B.
         agent_id: as for `make`.
         num_workers: processes; one per CPU core if None.
+        limits: how long an environment may take, and how often a worker is started again.
 
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
     """
     from mam.envs.host.pool import HostPool
 
-    return HostPool(name, find_factory(name), num_envs, num_workers, agent_id)
+    return HostPool(name, find_factory(name), num_envs, num_workers, agent_id, limits)
 
 
 def _is_own(name: str) -> bool:

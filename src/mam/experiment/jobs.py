@@ -127,4 +127,4 @@ def _file_name(name: str) -> Path:
 
 def python_command(arguments: list[str]) -> list[str]:
     """The command for a process of its own, with this interpreter."""
-    return [sys.executable, "-m", "mam.cli", *arguments]
+    return [sys.executable, "-m", "mam", *arguments]

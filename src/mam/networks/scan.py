@@ -75,6 +75,8 @@ def selective_scan(
         raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
     *batch, n, d = x.shape
     s = A.shape[1]
+    if not x.size:
+        return without_agents(x, initial_state, (*batch, s, d))
     # 1. One batch axis, and channels minor in the state: [batch, S, D].
     wide = jnp.promote_types(x.dtype, jnp.float32)
     flat = [v.reshape(-1, n, v.shape[-1]).astype(wide) for v in (x, dt, B, C)]
@@ -128,9 +130,16 @@ def gated_scan(
 
     args = (x, features, dt_proj, A, B, C, D, gate, alive, initial_state)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
-    if implementation in (None, "native") and fits and use_native():
+    if implementation in (None, "native") and fits and x.size and use_native():
         return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
     return composed(*args)
+
+
+def without_agents(
+    x: Array, initial_state: Float[Array, "*batch S D"] | None, shape: tuple[int, ...]
+) -> tuple[Array, Float[Array, "*batch S D"]]:
+    """Outputs and state where there is nothing to read, no agent or no sequence: the state stays as it was."""
+    return x, jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32)) if initial_state is None else initial_state
 
 
 def step_size(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch F"]:

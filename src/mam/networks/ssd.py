@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from mam.networks.kernels.native import on_cpu, use_native
 from mam.networks.kernels.native_scan import ScanInputs, native_final_state, native_outputs
-from mam.networks.scan import sum_over_states
+from mam.networks.scan import sum_over_states, without_agents
 
 # Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64 agents on.
 CHUNK = 32
@@ -59,6 +59,8 @@ def ssd(
         ValueError: for types that the kernels do not take.
         UserError: for kernels that are not installed.
     """
+    if not x.size:
+        return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
     native, products = partial(_native, reverse=reverse), partial(_products, reverse=reverse, chunk=chunk)
     if implementation == "native":
         return native(x, dt, A, B, C, D, initial_state)

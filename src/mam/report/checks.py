@@ -8,6 +8,7 @@ import numpy as np
 
 from mam.config import Config, flat, to_json
 from mam.errors import UserError, unknown_name
+from mam.logging import RETURN
 from mam.report.collect import Run, SeedRun, find_runs, read_run
 from mam.report.results import Results
 from mam.report.statistics import ENOUGH_RUNS, MIN_SEEDS
@@ -68,7 +69,9 @@ def doubts(results: Results) -> Iterator[str]:
     yield from _settings(results)
     if unlike := [task for task, (low, high) in results.bounds.items() if low == high]:
         yield f"every return is the same, so that every score counts as 1: {_listed(unlike)}"
-    broken = [seed.name for seed in results.seeds if not np.isfinite([*seed.returns, *seed.absolute.values()]).all()]
+    absolute = [[seed.absolute[RETURN]] if seed.absolute else [] for seed in results.seeds]
+    returns = zip(results.seeds, absolute, strict=True)
+    broken = [seed.name for seed, last in returns if not np.isfinite([*seed.returns, *last]).all()]
     if broken:
         yield f"returns that are no numbers, left out: {_listed(broken)}"
     if len(devices := sorted({run.device for run in runs})) > 1:

@@ -82,6 +82,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     config = read_config(path / "config.json")
     try:
         records = read_records(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
+        _check(records, config.num_seeds)
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     run = _describe(path, config, records)
@@ -101,6 +102,32 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
         )
         for index in range(config.num_seeds)
     ]
+
+
+def _check(records: Sequence[Record], num_seeds: int) -> None:
+    """Refuses records that no single run can have written.
+
+    Raises:
+        ValueError: naming the first one that does not fit.
+    """
+    updates: dict[str, int] = {}
+    for number, record in enumerate(records, start=1):
+        clock = {"update": record.update, "step_count": record.step_count, "elapsed": record.elapsed}
+        broken = [name for name, value in clock.items() if type(value) not in (int, float)]
+        broken += [
+            name
+            for name, values in record.values.items()
+            if values.dtype.kind not in "biuf" or values.shape[:1] != (num_seeds,) or not values.size
+        ]
+        if broken:
+            raise ValueError(f"{broken[0]} in row {number} of metrics.jsonl is no number per seed ({num_seeds})")
+        before = updates.get(record.kind, -1)
+        if record.update < before or (record.update == before and record.kind != "absolute"):
+            raise ValueError(
+                f"row {number} of metrics.jsonl is of update {record.update}, after one of update {before}: "
+                "two processes have written it"
+            )
+        updates[record.kind] = record.update
 
 
 def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:

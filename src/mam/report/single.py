@@ -168,24 +168,26 @@ def plot_learning_curve(
     Raises:
         ValueError: if no record is an evaluation.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps, returns = evaluation_returns(records)
     if not len(steps):
         raise ValueError("nothing to plot: the run has no evaluation yet")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _draw_curves(axes, steps, returns, len(seeds))
-    absolute = absolute_returns(records)
-    if absolute is not None:
-        label = f"absolute metric {mean_and_spread(absolute)}"
-        axes.axhline(float(absolute.mean()), color=_GREEN, linestyle=":", linewidth=2, label=label)
-    for (name, value), colour in zip((reference or {}).items(), _REFERENCES * len(reference or {}), strict=False):
-        axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=f"{name} {value:.3g}")
-    _decorate(axes, title)
-    figure.savefig(path)
+    with rc_context({"text.parse_math": False}):  # names are a user's, and may hold dollars
+        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _draw_curves(axes, steps, returns, len(seeds))
+        absolute = absolute_returns(records)
+        if absolute is not None:
+            label = f"absolute metric {mean_and_spread(absolute)}"
+            axes.axhline(float(absolute.mean()), color=_GREEN, linestyle=":", linewidth=2, label=label)
+        for (name, value), colour in zip((reference or {}).items(), _REFERENCES * len(reference or {}), strict=False):
+            axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=f"{name} {value:.3g}")
+        _decorate(axes, title)
+        figure.savefig(path)
 
 
 # Okabe and Ito's palette: distinct with any kind of colour vision, and in grey.

@@ -6,7 +6,7 @@ Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `
 import importlib
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ class Outcome:
     reward: np.ndarray  # [N]
     terminated: bool
     truncated: bool
+    metrics: dict[str, float] = field(default_factory=dict)  # of the infos, at the end of an episode
 
 
 class PettingZooEnv:
@@ -105,12 +106,28 @@ class PettingZooEnv:
             reward=np.array([rewards.get(agent, 0.0) if agent in acted else 0.0 for agent in self._index], np.float32),
             terminated=over and not truncated,
             truncated=over and bool(truncated),
+            metrics=_info_metrics(infos) if over else {},
         )
 
     def frame(self) -> np.ndarray | None:
-        """A picture [Y, X, RGB] of how things stand, if the environment was made with render_mode="rgb_array"."""
-        picture = self._env.render()
-        return picture if isinstance(picture, np.ndarray) else None
+        """A picture [Y, X, RGB] of how things stand, None where nothing is drawn.
+
+        Raises:
+            UserError: what is drawn is no picture.
+        """
+        drawn = self._env.render()
+        if drawn is None:
+            return None
+        picture = np.asarray(drawn)
+        picture = picture[-1] if picture.ndim == 4 and len(picture) else picture  # several since the last time
+        grey_or_colour = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] in (3, 4))
+        if picture.dtype.kind not in "biuf" or not grey_or_colour or not picture.size:
+            what = f"{type(drawn).__name__} of shape {picture.shape}, {picture.dtype}"
+            raise UserError(f"{self.name} cannot be drawn: render() returns {what}, not numbers [rows, columns, 3]")
+        if picture.dtype.kind != "f":
+            return picture.astype(np.uint8)
+        unit = np.nanmax(picture) <= 1
+        return np.nan_to_num(np.clip(picture * (255 if unit else 1), 0, 255)).astype(np.uint8)
 
     def close(self) -> None:
         """Ends the environment."""
@@ -222,6 +239,16 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         state_dim=math.prod(state.shape) if isinstance(state, spaces.Box) and not is_picture(state) else None,
         notes=tuple(notes),
     )
+
+
+def _info_metrics(infos: Mapping) -> dict[str, float]:
+    """Numbers of all agents' infos, such as a win rate: `info_<key>`, the mean over the agents that have it."""
+    found: dict[str, list[float]] = {}
+    for info in infos.values():
+        for key, value in info.items() if isinstance(info, Mapping) else ():
+            if isinstance(value, bool | int | float | np.number | np.bool_) and isinstance(key, str):
+                found.setdefault(f"info_{key}", []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _span(sizes: list[int]) -> str:

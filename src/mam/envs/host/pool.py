@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from mam.config import WorkerConfig
 from mam.envs.host import worker as child
-from mam.envs.host.process import WorkerProcess, end_all, pickle_factory, wait_for_answers
-from mam.envs.host.shared import Layout, SharedMemory, Slab, map_slab, slab_size
+from mam.envs.host.process import Answer, Deadline, WorkerProcess, end_all, pickle_factory, wait_for_answers
+from mam.envs.host.shared import RESETTING, Layout, SharedMemory, Slab, map_slab, slab_size
 from mam.envs.wrappers import IdEncoding, agent_ids
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.types import EnvSpec, Observation, TimeStep
 
+MAX_INFOS = 32  # metrics that are made of infos
 MAX_FAILURES = 3  # how often in a row a worker is started again
-START_TIMEOUT = 300.0  # seconds that a worker may take to make its environments
 
 _log = logging.getLogger("mam")
 
@@ -32,9 +33,9 @@ class HostPool:
 
     What happens in an environment depends on the seed, its place and the actions, not on the number of workers.
 
-    A worker that dies, or does not answer in time, is started again, with a warning: its episodes are reported as
-    truncated where they were last seen, without reward for the action that is lost, and new ones begin. What an
-    environment raises is a `UserError`. After an exception the pool is closed.
+    A worker that dies, does not answer in time, or whose environment raises something is started again, with a warning:
+    its episodes are reported as truncated where they were last seen, without reward for the action that is lost, and
+    new ones begin. What happens too often is a `RunError`. After an exception the pool is closed.
     """
 
     def __init__(
@@ -44,8 +45,7 @@ class HostPool:
         num_envs: int,
         num_workers: int | None = None,
         agent_id: IdEncoding = "one_hot",
-        *,
-        step_timeout: float = 60.0,
+        limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
     ):
         """Starts the workers and waits until they have made their environments.
 
@@ -55,7 +55,7 @@ class HostPool:
             num_envs: B.
             num_workers: processes; by default one per CPU core, and never more than environments.
             agent_id: how agents see who they are; see `mam.envs.wrappers.agent_ids`.
-            step_timeout: seconds after which a worker that has not answered is given up.
+            limits: how long an environment may take, and how often a worker is started again.
 
         Raises:
             UserError: an environment cannot be made, or has spaces that are not supported.
@@ -63,7 +63,9 @@ class HostPool:
         num_workers = _num_cores() if num_workers is None else num_workers
         if num_envs < 1 or num_workers < 1:
             raise UserError(f"{name}: num_envs and num_workers must be positive, got {num_envs} and {num_workers}")
-        self._name, self._num_envs, self._step_timeout = name, num_envs, step_timeout
+        self._name, self._num_envs, self._limits = name, num_envs, limits
+        self._restarts = 0
+        self._infos: dict[str, np.ndarray] = {}  # by name, as of the last step
         self._agent_id: IdEncoding = agent_id
         self._workers = _share_out(name, pickle_factory(name, factory), num_envs, min(num_envs, num_workers))
         self._memory = SharedMemory()
@@ -126,7 +128,8 @@ class HostPool:
         with self._closed_by_exceptions():
             for worker in self._workers:
                 worker.send(child.STEP)
-            answered, lost = self._answers(self._workers, self._step_timeout)
+            answered, lost = self._answers(self._workers, self._deadline)
+            self._read_infos(list(answered.values()))
             for worker in answered:
                 worker.failures = 0
             for worker in lost:
@@ -167,9 +170,9 @@ class HostPool:
         while workers:
             for worker in workers:
                 worker.start()
-            layouts, workers = self._answers(workers, START_TIMEOUT)
+            layouts, workers = self._answers(workers, self._start_deadline)
             for worker, layout in layouts.items():
-                assert layout is not None
+                assert isinstance(layout, Layout)
                 self._share(worker, layout)
 
     def _reset(self, workers: list[WorkerProcess]) -> None:
@@ -177,21 +180,47 @@ class HostPool:
         while workers:
             for worker in workers:
                 worker.send(b"%b %d %d" % (child.RESET, self._seed, worker.generation))
-            _, workers = self._answers(workers, self._step_timeout)
+            _, workers = self._answers(workers, self._deadline)
             self._start(workers)
 
     def _answers(
-        self, workers: list[WorkerProcess], timeout: float
-    ) -> tuple[dict[WorkerProcess, Layout | None], list[WorkerProcess]]:
+        self, workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
+    ) -> tuple[dict[WorkerProcess, Answer], list[WorkerProcess]]:
         """Waits for everybody's answer; returns the answers, and who is lost."""
-        answers, lost = wait_for_answers(workers, timeout)
+        most = self._limits.max_restarts
+        answers, lost = wait_for_answers(workers, deadline)
         for worker, fate in lost.items():
             worker.failures += 1
             worker.generation += 1
-            if worker.failures > MAX_FAILURES:
-                raise UserError(f"{self._name}: {worker} {fate}, {worker.failures} times in a row")
-            _log.warning("%s: %s %s; starting it again", self._name, worker, fate)
+            self._restarts += 1
+            what, *traceback = str(fate if isinstance(fate, RunError) else f"{self._name}: {worker} {fate}").split("\n")
+            if worker.failures <= MAX_FAILURES and self._restarts <= most:
+                _log.warning("%s; starting %s again", what, worker)
+                continue
+            if most:
+                in_a_row = f"{worker.failures} times in a row" if worker.failures > MAX_FAILURES else ""
+                what += f", {in_a_row or f'after {most} restarts (--worker.max-restarts)'}"
+            raise RunError("\n".join([what, *traceback]))
         return answers, list(lost)
+
+    def _read_infos(self, finished: list[Any]) -> None:
+        """Numbers of the infos of episodes that this step ended; NaN elsewhere. Names come up one by one."""
+        episodes = {place: metrics for answer in finished if answer for place, metrics in answer.items()}
+        names = dict.fromkeys(name for metrics in episodes.values() for name in metrics)
+        if new := [name for name in names if name not in self._infos][: MAX_INFOS - len(self._infos)]:
+            _log.warning("%s: numbers in infos are recorded as metrics: %s", self._name, ", ".join(new))
+        self._infos = {name: np.full(self._num_envs, np.nan, np.float32) for name in (*self._infos, *new)}
+        for place, metrics in episodes.items():
+            for name in metrics.keys() & self._infos.keys():
+                self._infos[name][place] = metrics[name]
+
+    def _deadline(self, worker: WorkerProcess) -> Deadline:
+        doing = self._slab.doing[worker.rows]
+        limits = self._limits
+        return Deadline(limits.reset_timeout if (doing == RESETTING).any() else limits.step_timeout, doing.tobytes())
+
+    def _start_deadline(self, worker: WorkerProcess) -> Deadline:
+        return Deadline(self._limits.reset_timeout * (worker.share.stop - worker.share.first))
 
     def _share(self, worker: WorkerProcess, layout: Layout) -> None:
         """Gives a worker the memory, whose size the first one's environments decide."""
@@ -231,7 +260,7 @@ class HostPool:
             "reward": slab.reward.copy(),
             "terminated": slab.terminated.copy(),
             "truncated": slab.truncated.copy(),
-            "metrics": {"episode_return": self._episode_return, "episode_length": self._episode_length},
+            "metrics": {"episode_return": self._episode_return, "episode_length": self._episode_length} | self._infos,
         }
         return TimeStep(observation=observation, final_observation=final, **fields)
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.reduction import send_handle
 from types import ModuleType
@@ -14,9 +15,10 @@ from typing import Any
 
 from mam.envs.host import worker as child
 from mam.envs.host.shared import Layout, SharedMemory
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 
 _EXIT_TIMEOUT = 5.0  # seconds that workers may take to close their environments
+Answer = Layout | dict[int, dict[str, float]] | None  # when made; metrics of episodes that ended; done
 _PATIENCE = 1.0  # seconds; see `wait_for_answers`
 
 
@@ -60,11 +62,11 @@ class WorkerProcess:
         with suppress(OSError):
             self.connection.send_bytes(command)
 
-    def receive(self) -> Layout | None:
+    def receive(self) -> Answer:
         """Reads the answer.
 
         Raises:
-            UserError: an environment raised something.
+            UserError: an environment will not do; a `RunError` if it raised something while it was used.
             EOFError: the worker is gone.
         """
         try:
@@ -100,33 +102,51 @@ class WorkerProcess:
         return f"ended with exit code {code}"
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """How long a worker may be busy with what it does now, and what that is: time starts anew when it changes."""
+
+    seconds: float
+    doing: bytes = b""
+
+
 def wait_for_answers(
-    workers: list[WorkerProcess], timeout: float
-) -> tuple[dict[WorkerProcess, Layout | None], dict[WorkerProcess, str]]:
+    workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
+) -> tuple[dict[WorkerProcess, Answer], dict[WorkerProcess, str | RunError]]:
     """Waits for everybody's answer; ends those who do not give one in time.
 
     Time is counted in pieces in which nobody answered, so that it stands still while the program does (Ctrl-Z).
 
     Returns:
-        The answers, and what happened to those who are lost.
+        The answers, and what happened to those who are lost: an error that an environment raised, or words.
 
     Raises:
-        UserError: an environment raised something.
+        UserError: an environment will not do.
     """
     waiting: dict[Any, WorkerProcess] = {worker.connection: worker for worker in workers}
-    answers, lost, patience = {}, {}, timeout
-    while waiting and patience > 0:
-        ready = wait(list(waiting), min(patience, _PATIENCE))
-        patience -= 0 if ready else _PATIENCE
+    answers, lost = {}, {}
+    silent = {worker: (deadline(worker), 0.0) for worker in workers}
+    while waiting:
+        patience = min(silent[worker][0].seconds - silent[worker][1] for worker in waiting.values())
+        ready = wait(list(waiting), max(0.0, min(patience, _PATIENCE)))
         for connection in ready:
             worker = waiting.pop(connection)
             try:
                 answers[worker] = worker.receive()
             except EOFError:
                 lost[worker] = worker.end(_PATIENCE)
-    for worker in waiting.values():
-        worker.end(0.0)
-        lost[worker] = f"did not answer within {timeout:g} s"
+            except RunError as error:
+                worker.end(_PATIENCE)
+                lost[worker] = error
+        if ready:
+            continue
+        for connection, worker in list(waiting.items()):
+            (before, seconds), now = silent[worker], deadline(worker)
+            silent[worker] = now, seconds + _PATIENCE if now == before else 0.0
+            if silent[worker][1] >= now.seconds:
+                del waiting[connection]
+                worker.end(0.0)
+                lost[worker] = f"did not answer within {now.seconds:g} s"
     return answers, lost
 
 

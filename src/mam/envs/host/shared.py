@@ -64,6 +64,10 @@ class Slab:
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    doing: np.ndarray  # IDLE, STEPPING or RESETTING: what its worker does with an environment right now
+
+
+IDLE, STEPPING, RESETTING = range(3)
 
 
 class SharedMemory:
@@ -108,6 +112,7 @@ def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
         reward=arrays["reward"],
         terminated=arrays["terminated"],
         truncated=arrays["truncated"],
+        doing=arrays["doing"],
     )
 
 
@@ -119,6 +124,7 @@ def _fields(layout: Layout, num_envs: int) -> dict[str, Field]:
         "reward": ((layout.num_agents,), np.dtype(np.float32)),
         "terminated": ((), np.dtype(bool)),
         "truncated": ((), np.dtype(bool)),
+        "doing": ((), np.dtype(np.uint8)),
     }
     return {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in fields.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mam.envs.host.pettingzoo import PettingZooEnv
-from mam.envs.host.shared import Arrays, Layout, Slab, map_slab
+from mam.envs.host.shared import IDLE, RESETTING, STEPPING, Arrays, Layout, Slab, map_slab
 from mam.errors import UserError
 
 
@@ -21,6 +21,7 @@ class EnvSlice:
         self._places = places
         self._envs: list[PettingZooEnv] = []
         self._seeds: list[np.random.Generator] = []
+        self.finished: dict[int, dict[str, float]] = {}  # metrics of the episodes that the last step ended, by place
         self._slab: Slab
         self._rows: list[Arrays] = []  # where each of them writes what it observes
 
@@ -63,22 +64,27 @@ class EnvSlice:
         self._seeds = [
             np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(place, generation))) for place in self._places
         ]
-        for k in range(len(self._envs)):
+        for k, place in enumerate(self._places):
             self._start_episode(k)
+            self._slab.doing[place] = IDLE
 
     def step(self) -> None:
         """Applies the actions in shared memory and writes what comes of them there."""
-        slab = self._slab
+        slab, self.finished = self._slab, {}
         for k, place in enumerate(self._places):
             self.doing = f"stepping environment {place}"
+            slab.doing[place] = STEPPING
             outcome = self._envs[k].step(slab.action[place], into=self._rows[k])
             slab.reward[place] = outcome.reward
             slab.terminated[place] = outcome.terminated
             slab.truncated[place] = outcome.truncated
+            if outcome.metrics:
+                self.finished[place] = outcome.metrics
             if outcome.terminated or outcome.truncated:
                 for name, array in slab.observation.items():
                     slab.final_observation[name][place] = array[place]
                 self._start_episode(k)
+            slab.doing[place] = IDLE
 
     def close(self) -> None:
         """Ends all environments, whatever they say to it."""
@@ -88,4 +94,5 @@ class EnvSlice:
 
     def _start_episode(self, k: int) -> None:
         self.doing = f"resetting environment {self._places[k]}"
+        self._slab.doing[self._places[k]] = RESETTING
         self._envs[k].reset(int(self._seeds[k].integers(2**31)), into=self._rows[k])

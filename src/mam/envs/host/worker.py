@@ -1,8 +1,9 @@
 """The worker process: it steps its share of a pool's environments when the pool says so.
 
 First it makes its environments, sends their `Layout`, and gets the memory that it shares with the pool. From then on
-commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by a pickled `UserError` if an environment
-raised something; actions and observations are in shared memory.
+commands are bytes on a pipe, `step` or `reset`, answered by nothing, by the metrics of episodes that ended, or by a pickled error after which the worker ends:
+a `RunError` if an environment raised something in the middle of a run, which another worker may survive, a `UserError`
+if it will not do. Actions and observations are in shared memory.
 
 Free of JAX, whose start takes longer than everything else here.
 """
@@ -22,7 +23,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import TYPE_CHECKING, Any
 
-from mam.errors import UserError
+from mam.errors import RunError, UserError
+from mam.stop import SIGNALS
 
 if TYPE_CHECKING:
     from mam.envs.host.slice import EnvSlice
@@ -49,7 +51,8 @@ class Share:
 
 def main(connection: Connection, share: Share) -> None:
     """Serves the pool until it closes its end of the pipe, or is no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool decides what Ctrl-C means
+    for number in set(SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)  # the pool decides what Ctrl-C, or a batch system's signal, means
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -62,13 +65,14 @@ def main(connection: Connection, share: Share) -> None:
         missing = UserError(f"{share.name}: {error.name} is not installed: pip install pettingzoo")
         connection.send_bytes(pickle.dumps(missing))
         return
-    envs = EnvSlice(share.name, range(share.first, share.stop))
+    envs, raised = EnvSlice(share.name, range(share.first, share.stop)), UserError
     try:
         envs.make(_unpickle(share))
+        raised = RunError
         _serve(connection, envs)
     except BaseException as error:  # SystemExit, too: an environment has no business ending us
         with suppress(OSError):
-            connection.send_bytes(pickle.dumps(_explain(error, envs)))
+            connection.send_bytes(pickle.dumps(_explain(error, envs, raised)))
     finally:
         envs.close()
 
@@ -82,11 +86,13 @@ def _serve(connection: Connection, envs: "EnvSlice") -> None:
             envs.share(memory, *map(int, numbers))
             os.close(memory)
             continue
+        finished = {}
         if command == STEP:
             envs.step()
+            finished = envs.finished
         else:
             envs.reset(*map(int, numbers))
-        connection.send_bytes(DONE)
+        connection.send_bytes(pickle.dumps(finished) if finished else DONE)
 
 
 def _receive(connection: Connection) -> bytes | None:
@@ -104,13 +110,13 @@ def _unpickle(share: Share) -> Callable[[], Any]:
         raise UserError(f"{share.name}: worker processes cannot import what makes it: {error}") from None
 
 
-def _explain(error: BaseException, envs: "EnvSlice") -> UserError:
+def _explain(error: BaseException, envs: "EnvSlice", kind: type[UserError]) -> UserError:
     """What went wrong in somebody's environment, with the end of the traceback."""
     if isinstance(error, UserError):
         return error
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     frames = traceback.format_tb(error.__traceback__)[-_QUOTED_FRAMES:]
-    return UserError(f"{envs.name}: {envs.doing} raised {what}\n{''.join(frames).rstrip()}")
+    return kind(f"{envs.name}: {envs.doing} raised {what}\n{''.join(frames).rstrip()}")
 
 
 def _leave_with_parent() -> None:
