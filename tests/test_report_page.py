@@ -122,7 +122,7 @@ def test_duplicates_and_mixed_settings_are_said_and_counted_once(tmp_path):
     text = warnings_of(tmp_path)
     assert f"mam on lbf/small, seed 0: {tmp_path / 'two'} instead of {tmp_path / 'one'}" in text
     assert "mam on lbf/small is of several settings, taken as one (--by ppo.lr tells them apart)" in text
-    assert f"left out: {tmp_path / 'broken'} is damaged" in text
+    assert f"left out: {tmp_path / 'broken' / 'config.json'} is damaged" in text
     assert len(load([tmp_path])[0].cells["lbf/small", "mam"]) == 10
 
 

@@ -6,9 +6,11 @@ The docstring under a field is its help text on the command line.
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mam.errors import UserError, unknown_name
+from mam.errors import UserError, shown, unknown_name
+from mam.files import read_object
 
 T = TypeVar("T")
 
@@ -228,7 +230,7 @@ def _validate(config: Config) -> None:
         if layout is not None and (not layout or set(layout) - set(LAYOUT_LETTERS)):
             raise UserError(
                 f"network.{name} must be letters of {', '.join(LAYOUT_LETTERS)} "
-                f"(attention, Mamba, Mamba-2), one per block, got {layout!r}"
+                f"(attention, Mamba, Mamba-2), one per block, got {shown(layout)}"
             )
     if not config.checkpoint.seconds >= 0:
         raise UserError(f"checkpoint.seconds must not be negative, got {config.checkpoint.seconds}")
@@ -263,6 +265,19 @@ def _check_choices(group: Any, prefix: str = "") -> None:
             _checked(prefix + setting.name, value, setting.type)
 
 
+def read_config(path: Path) -> Config:
+    """Read the configuration in a file, whatever the file holds.
+
+    Raises:
+        UserError: in one line that names the file, if there is none in it.
+    """
+    data = read_object(path)
+    try:
+        return from_json(Config, data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as plain dictionaries."""
     return dataclasses.asdict(config)
@@ -290,7 +305,7 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
         expected = types[name]
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, dict):
-                raise UserError(f"{prefix}{name} must be a group of keys, got {value!r}")
+                raise UserError(f"{prefix}{name} must be a group of keys, got {shown(value)}")
             values[name] = from_json(typing.cast(type, expected), value, f"{prefix}{name}.")
         else:
             values[name] = _checked(prefix + name, value, expected)
@@ -302,11 +317,11 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
     allowed = typing.get_args(expected) or (expected,)
     if typing.get_origin(expected) is Literal:
         if value not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}")
         return value
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
-        raise UserError(f"{name} must be {names}, got {value!r}")
+        raise UserError(f"{name} must be {names}, got {shown(value)}")
     return value

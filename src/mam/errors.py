@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,9 +20,15 @@ class RunError(UserError):
     exit_code = 1
 
 
+def shown(value: Any) -> str:
+    """Write a value that may be anything, in part of a line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}…"
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""
     names = list(valid)
     near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f": did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"unknown {kind} '{name}'{hint} (see `{see}`)")
+    return UserError(f"unknown {kind} {shown(name)}{hint} (see `{see}`)")

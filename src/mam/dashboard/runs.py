@@ -1,6 +1,5 @@
 """A run as the live view sees it: what it is, how far it has got, and whether it is still going."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mam.config import Config, flat, from_json, to_json
+from mam.config import Config, flat, read_config, to_json
 from mam.dashboard.reading import Metrics, Reader
 from mam.errors import UserError
+from mam.files import read_object
 from mam.logging import RETURN, median_speed
 
 _RECENT = 100  # updates whose median speed is shown
@@ -90,9 +90,9 @@ class LiveRun:
             return False
         self._config_time = changed
         try:
-            self.config, self.problem = from_json(Config, json.loads(path.read_text(encoding="utf-8"))), ""
-        except (UserError, ValueError, OSError) as error:
-            self.config, self.problem = None, f"config.json: {error}"
+            self.config, self.problem = read_config(path), ""
+        except UserError as error:
+            self.config, self.problem = None, str(error)
         return True
 
     def median_speed(self, recent: int | None = None) -> float:
@@ -141,8 +141,8 @@ class LiveRun:
     def versions(self) -> dict[str, Any]:
         """What it ran with: flat, such as packages.jax; empty if unknown."""
         try:
-            return flat(json.loads((self.path / "versions.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return flat(read_object(self.path / "versions.json"))
+        except UserError:
             return {}
 
     def settings(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Finding runs and reading them, seed by seed."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from mam.config import Config, flat, from_json, to_json
+from mam.config import Config, flat, read_config, to_json
 from mam.errors import UserError
+from mam.files import read_object
 from mam.logging import RETURN, Record, median_speed, read_records, seed_means
 from mam.report.single import evaluation_returns
 
@@ -79,8 +79,8 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     Raises:
         UserError: if the configuration or the metrics cannot be read.
     """
+    config = read_config(path / "config.json")
     try:
-        config = from_json(Config, json.loads((path / "config.json").read_text(encoding="utf-8")))
         records = read_records(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
@@ -125,6 +125,6 @@ def _training_speed(records: Sequence[Record]) -> float:
 
 def _versions(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "versions.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path / "versions.json")
+    except UserError:
         return {}

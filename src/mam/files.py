@@ -1,0 +1,76 @@
+"""Reading small JSON files that anyone may have written."""
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+from mam.errors import UserError
+
+MAX_BYTES = 2**24
+MAX_DEPTH = 32
+
+
+def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file, which may hold anything.
+
+    Raises:
+        UserError: in one line, if it cannot be read, is no regular file or a longer one, or if `parse_object` refuses
+            what is in it.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device may never end
+            raise ValueError("not a regular file")
+        if about.st_size > max_bytes:
+            raise ValueError(f"longer than {max_bytes} bytes")
+        return parse_object(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object whose numbers are finite and fit into 64 bits, and which is of sane depth.
+
+    Raises:
+        ValueError: in one line, if it is anything else.
+    """
+    try:
+        value = json.loads(data, parse_int=_integer, parse_float=_number, parse_constant=_number)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+        _check_depth(value, MAX_DEPTH)
+    except RecursionError as error:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which nothing can print
+        raise ValueError("not UTF-8") from error
+    return value
+
+
+def _integer(text: str) -> int:
+    value = int(text) if len(text) <= 20 else 2**64
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"a number of {len(text)} digits")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return value
+
+
+def _check_depth(value: Any, levels: int) -> None:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if levels == 0 and children:
+        raise RecursionError
+    for child in children:
+        _check_depth(child, levels - 1)
