@@ -17,7 +17,7 @@ from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config
 from mam.dashboard import Dashboard, serve
-from mam.errors import UserError, unknown_name
+from mam.errors import UserError, printable, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.presets import PRESETS, preset, preset_for
 from mam.runtime import Hosts
@@ -413,7 +413,7 @@ def _report(args: Report) -> None:
     results, warnings = load(args.runs, args.by)
     write_report(args.out, results, warnings)
     for warning in warnings:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

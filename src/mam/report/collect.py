@@ -113,7 +113,7 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
         steps_per_second=_training_speed(records) * config.num_seeds,
-        device=_versions(path).get("device", "unknown"),
+        device=str(_versions(path).get("device", "unknown")),
     )
 
 
