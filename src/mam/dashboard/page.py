@@ -26,8 +26,8 @@ class Shared:
     """What all open pages have in common."""
 
     watcher: Watcher
+    players: Players
     curves: Curves = field(default_factory=Curves)
-    players: Players = field(default_factory=Players)
     replays: dict[str, Replay] = field(default_factory=dict)  # the newest few, by key
 
     def replay(self, path: Path) -> tuple[str, Replay]:

@@ -86,6 +86,9 @@ class Player:
         one = self._chosen
         seeds = list(range(one.config.seed, one.config.seed + one.num_seeds)) if one and one.config else []
         self._seed.set_options(seeds, value=seeds[0] if seeds else None)
+        refusal = self._players.refusal(one) if one else ""
+        self._said.text = refusal
+        self._play.set_enabled(not refusal)
         self._replays = {}
         self._list()
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mam.dashboard.runs import LiveRun
-from mam.errors import RunError, UserError
+from mam.envs.host.factories import names_code
+from mam.errors import RunError, UserError, shown
 
 _OTHERS = ("config.json", "versions.json", "marl_eval.json")  # of a run's folder that are no traces
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
@@ -91,10 +92,26 @@ def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 
 class Players:
-    """Processes that play episodes; the page's own process compiles nothing."""
+    """Processes that play episodes; the page's own process compiles nothing and imports nothing that a run names.
 
-    def __init__(self):
+    Args:
+        trust: play runs whose environment is code that their folder names, too.
+    """
+
+    def __init__(self, *, trust: bool = False):
+        self._trust = trust
         self._processes: set[asyncio.subprocess.Process] = set()
+
+    def refusal(self, run: LiveRun) -> str:
+        """Why a run is not played here, with what would be imported; empty if it may be."""
+        if run.config is None:
+            return "its config.json cannot be read"
+        if self._trust or not names_code(run.config.env):
+            return ""
+        return (
+            f"playing it would import {shown(run.config.env)}, which the folder names: if you trust that code, start "
+            f"the page with --trust"
+        )
 
     async def play(
         self, run: LiveRun, *, policy_seed: int, greedy: bool, seed: int, say: Callable[[str], None]
@@ -112,10 +129,16 @@ class Players:
             The trace.
 
         Raises:
+            UserError: if it is not to be played here.
             RunError: if it fails, with the last line it printed.
         """
+        if refusal := self.refusal(run):
+            raise UserError(refusal)
+        assert run.config is not None
         out = run.path / "replays" / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
         options = ["--seed", str(seed), "--policy-seed", str(policy_seed), *(["--greedy"] if greedy else [])]
+        if names_code(env := run.config.env):  # what was shown is what is imported, whatever the folder says by then
+            options += ["--env", env]
         try:
             out.parent.mkdir(exist_ok=True)
         except OSError as error:
