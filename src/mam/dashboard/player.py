@@ -145,7 +145,7 @@ class Player:
         how = "greedy" if about.get("greedy") else "sampled"
         self._about.text = (
             f"{about.get('algorithm', '')} on {about.get('env', '')} · seed {about.get('policy_seed', '–')}, {how}, "
-            f"episode {about.get('seed', '–')} · return {about.get('episode_return') or 0:.3f}"
+            f"episode {about.get('seed', '–')} · return {about['episode_return']:.3f}"
         )
         drawn = bool(self._replay.frames)
         self._missing.text = "" if drawn else f"{about.get('undrawn') or 'there is no picture'}: only what was decided"

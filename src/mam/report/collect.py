@@ -82,7 +82,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     config = read_config(path / "config.json")
     try:
         records = read_records(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
