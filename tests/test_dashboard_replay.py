@@ -14,7 +14,8 @@ from mam.dashboard.runs import LiveRun
 from mam.errors import RunError, UserError
 from report_runs import write_run
 
-ARRAYS = {name: [[0.5, 1.5]] * 3 for name in ("reward", "value", "action", "log_prob", "order", "alive")}
+ARRAYS = {name: [[0.5, 1.5]] * 3 for name in ("reward", "value", "action", "log_prob", "alive")}
+ARRAYS["order"] = [[1, 0]] * 3
 
 
 @pytest.fixture
@@ -48,7 +49,18 @@ def test_states_that_look_alike_share_a_frame(tmp_path):
     assert (len(replay.frames), replay.last) == (2, 3)
 
 
-@pytest.mark.parametrize("changes", [{"reward": [[1.0]]}, {"picture": "missing.gif"}, {"value": None}, {"order": "no"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": [[1.0]]},
+        {"picture": "missing.gif"},
+        {"value": None},
+        {"order": "no"},
+        {"order": [[0, 5]] * 3},
+        {"action": [0, 1, 2]},
+        {"episode_return": [1]},
+    ],
+)
 def test_a_trace_that_is_damaged_is_said(tmp_path, changes):
     with pytest.raises(UserError, match=r"e\.json cannot be shown"):
         load(write(tmp_path / "e.json", **changes))

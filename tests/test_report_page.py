@@ -167,7 +167,7 @@ def test_the_report_needs_nothing_else_and_is_the_same_every_time(matrix, tmp_pa
     assert {"aggregate_iqm.png", "curve_lbf_a_b.png", "sample_efficiency.png"} <= pictures
     markdown = (tmp_path / "one" / "report.md").read_text()
     assert all(f"figures/{name}" in markdown for name in pictures)
-    assert re.search(r"\| lbf/a\\_b \| \*\*0\.\d+ \[", markdown)
+    assert re.search(r"\| lbf/a\\_b \| \*\*0\.\d+ \\\[", markdown)
     tex = (tmp_path / "one" / "tables.tex").read_text()
     assert re.search(r"lbf/a\\_b & \\textbf\{0\.\d+ \[.*\} & .* \\\\", tex)
     assert tex.count(r"\begin{tabular}") == tex.count(r"\bottomrule") == len(tables(results))

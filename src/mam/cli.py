@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,8 @@ from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config, WorkerConfig
 from mam.dashboard import Dashboard, serve
-from mam.errors import RunError, UserError, unknown_name
+from mam.envs.host.factories import names_code
+from mam.errors import RunError, UserError, printable, shown, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.output import discard, lasting, make_printable
 from mam.presets import PRESETS, preset, preset_for
@@ -40,6 +42,8 @@ class Train:
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None
     """Folder of a run to go on with. --total-timesteps, --checkpoint and --num-devices may be given besides."""
+    trust: bool = False
+    """Import the environment that the resumed folder names, where that is code of yours, without naming it here."""
     hosts: Hosts = field(default_factory=Hosts)
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
@@ -70,6 +74,8 @@ class Evaluate:
     """Take the most likely actions instead of sampling them."""
     seed: int = 0
     """Decides the episodes."""
+    trust: bool = False
+    """Import the environment that the folder names, where that is code, without naming it as --env."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class Play:
     """Which of the run's seeds plays; the one with the best evaluation if None."""
     greedy: bool = False
     """Take the most likely actions instead of sampling them."""
+    trust: bool = False
+    """Import the environment that the folder names, where that is code, without naming it as --env."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,23 @@ def _run(args: list[str]) -> int:
         raise unknown_name("command", args[0], COMMANDS, see="mam --help")
     kind, command = COMMANDS[args[0]]
     default = _default(kind, args[1:]) if kind in (Train, PlanRun, Sweep) else None
-    return command(parse(args[0], kind, args[1:], default)) or 0
+    options = parse(args[0], kind, args[1:], default)
+    if isinstance(options, Train):
+        _agreed(options.config.env, typed=value_of(args, "--env"), trust=options.trust)
+    return command(options) or 0
+
+
+def _agreed(env: str, *, typed: str | None, trust: bool) -> None:
+    """Refuse a task that is code if a folder named it, which may be a stranger's, and not the user.
+
+    Raises:
+        UserError: with the name, and what would agree to it.
+    """
+    if names_code(env) and env != typed and not trust:
+        raise UserError(
+            f"the folder names the environment {shown(env)}, which is code to import and run: "
+            f"if you trust it, add --env {shlex.quote(printable(env))} or --trust"
+        )
 
 
 def _default(kind: type, args: Sequence[str]) -> Any:
@@ -189,6 +213,7 @@ def _train(args: Train) -> int:
 
     from mam import run as runs
     from mam import runtime
+    from mam.run import resume_options
     from mam.stop import PREEMPTED
 
     runtime.configure(hosts=args.hosts)
@@ -210,7 +235,7 @@ def _train(args: Train) -> int:
         return 0
     _print_results(config, folder)
     if outcome != "finished":
-        print(f"saved; go on with: mam train --resume {folder.path}")
+        print(f"saved; go on with: mam train {shlex.join(resume_options(config, folder.path))}")
     return PREEMPTED if outcome == "preempted" else 0
 
 
@@ -286,7 +311,7 @@ def _evaluate(args: Evaluate) -> None:
     runtime.configure()
     if args.episodes < 1:
         raise UserError(f"--episodes must be positive, got {args.episodes}")
-    config, trainer, policies, _, seeds = _load(args.run, args.env)
+    config, trainer, policies, _, seeds = _load(args.run, args.env, trust=args.trust)
     keys = jax.random.split(jax.random.key(args.seed), len(seeds))
     try:
         metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
@@ -317,7 +342,7 @@ def _play(args: Play) -> None:
     from mam.types import HostEnvironments
 
     runtime.configure()
-    config, trainer, policies, best_return, seeds = _load(args.run, args.env)
+    config, trainer, policies, best_return, seeds = _load(args.run, args.env, trust=args.trust)
     if args.policy_seed is None:
         index = int(np.argmax(best_return))
     elif args.policy_seed in seeds:
@@ -344,7 +369,7 @@ def _play(args: Play) -> None:
     print(f"return {episode.episode_return:.3f}")
 
 
-def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]]:
+def _load(path: Path, env: str | None, *, trust: bool) -> tuple[Config, Any, Any, Any, list[int]]:
     """What playing needs of a run: configuration, trainer, best policies and their returns, seeds."""
     from mam.networks.policy import refit
     from mam.run import RunFolder, seeds_of
@@ -352,10 +377,11 @@ def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]
 
     folder = RunFolder(path)
     config = folder.load_config()
+    _agreed(config.env, typed=env, trust=trust)
     trainer = make_train(config)
     state = folder.load_state(config, trainer)
     policies = state.best_policy
-    if env is not None:
+    if env is not None and env != config.env:
         trainer.close()
         config, spec = replace(config, env=env), trainer.spec
         trainer = make_train(config)
@@ -428,7 +454,7 @@ def _report(args: Report) -> None:
     results, warnings = load(args.runs, args.by)
     write_report(args.out, results, warnings)
     for warning in warnings:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
 
 

@@ -240,6 +240,9 @@ def _validate(config: Config) -> None:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
     _check_choices(config)
+    for name in ("policy", "env"):  # which stand in messages, pages and file names
+        if not (value := getattr(config, name)).isprintable():
+            raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")

@@ -26,6 +26,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
+def printable(text: object) -> str:
+    r"""Write text of unknown origin so that a terminal, a page or a file shows it and nothing else happens.
+
+    Control characters, marks that turn the direction of writing, and the bytes of names that are not UTF-8 become
+    escapes such as `\x1b`; what is different stays different.
+    """
+    letters = (
+        c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode() for c in str(text)
+    )
+    return "".join(letters)
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""
     names = list(valid)

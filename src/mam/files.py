@@ -4,9 +4,8 @@ import json
 import math
 import os
 import stat
-from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mam.errors import UserError
 
@@ -14,18 +13,18 @@ MAX_BYTES = 2**24
 MAX_DEPTH = 32
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read it, unless it is a pipe or a device, of which reading may never end.
+def open_regular(path: Path) -> IO[bytes]:
+    """Open a file for reading, without waiting for the other end of a pipe.
 
     Raises:
-        OSError: if it cannot be opened.
-        ValueError: if it is no regular file.
+        OSError: if it cannot be opened, or is a pipe or a device, which may never end.
     """
+    # A pipe opens at once with O_NONBLOCK; only Windows knows O_BINARY.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise ValueError(f"{path.name} is not a regular file")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is no regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

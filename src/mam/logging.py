@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from mam.files import open_regular
+
 RETURN = "episode_return"  # the metric every environment reports
 
 
@@ -129,7 +131,8 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _parse(path: Path) -> Iterator[tuple[str, Record]]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with open_regular(path) as file:
+        lines = file.read().decode(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -8,6 +8,7 @@ RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same f
 
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from jax.experimental import multihost_utils
 
 from mam.checkpoint import Save, Writer, has_saves, newest
 from mam.config import Config, read_config, to_json
+from mam.envs.host.factories import names_code
 from mam.errors import RunError, UserError
 from mam.evaluate import UNFINISHED
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
@@ -90,7 +92,8 @@ def start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
     """
     folder = RunFolder(path)
     if folder.config.exists() and jax.process_index() == 0:
-        raise UserError(f"{path} already holds a run: go on with `mam train --resume {path}`, or choose another --out")
+        command = shlex.join(["mam", "train", *resume_options(config, path)])
+        raise UserError(f"{path} already holds a run: go on with `{command}`, or choose another --out")
     trainer = make_train(config)
     trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
     if jax.process_index() == 0:
@@ -99,6 +102,11 @@ def start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
             write_atomically(folder.config, json.dumps(to_json(config), indent=2))
             write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
     return folder, trainer
+
+
+def resume_options(config: Config, path: Path) -> list[str]:
+    """The options of `mam train` that resume a run; a task that is code has to be named by the user."""
+    return ["--resume", str(path), *(["--env", config.env] if names_code(config.env) else [])]
 
 
 def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:

@@ -27,6 +27,8 @@ class Dashboard:
     """Address to listen on. Whoever reaches it sees all runs, and can play episodes."""
     open: bool = False
     """Open the page in a browser."""
+    trust: bool = False
+    """Let the page play runs whose environment is code that their folder names; it is imported."""
 
 
 def serve(options: Dashboard) -> int:
@@ -46,4 +48,4 @@ def serve(options: Dashboard) -> int:
         raise UserError('mam dashboard needs its extra: pip install "mam[dashboard]"') from error
     from mam.dashboard.server import run
 
-    return run(options.runs, host=options.host, port=options.port, open_browser=options.open)
+    return run(options.runs, host=options.host, port=options.port, trust=options.trust, open_browser=options.open)

@@ -166,7 +166,8 @@ def _series(label: str, curve: Curve | None, colour: str) -> list[dict[str, Any]
     """A line and its band, which ECharts stacks of its lower edge and its height."""
     assert curve is not None
     x, middle, low, high = (_numbers(array) for array in (curve.x, curve.mean, curve.low, curve.high))
-    height = _numbers(curve.high - curve.low)
+    with np.errstate(invalid="ignore"):
+        height = _numbers(curve.high - curve.low)
     common = {"type": "line", "name": label, "animation": False, "color": colour}
     edge = common | {
         "symbol": "none",

@@ -74,6 +74,7 @@ def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:
     return Series(x, rows.values[name].astype(np.float64))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of numbers near the largest there are
 def curve_of(series: Sequence[Series], *, points: int = POINTS, window: Window | None = None) -> Curve | None:
     """The mean of some runs, all their seeds weighing the same; at each x those that have got there.
 

@@ -26,8 +26,8 @@ class Shared:
     """What all open pages have in common."""
 
     watcher: Watcher
+    players: Players
     curves: Curves = field(default_factory=Curves)
-    players: Players = field(default_factory=Players)
     replays: dict[str, Replay] = field(default_factory=dict)  # the newest few, by key
 
     def replay(self, path: Path) -> tuple[str, Replay]:
@@ -53,7 +53,7 @@ class Page:
 
     def __init__(self, shared: Shared):
         self._shared, self._watcher = shared, shared.watcher
-        self._seen = (-1, ())  # version and selection of what is shown
+        self._seen = (-1, (), "")  # version, selection and trouble of what is shown
         self._busy = False
 
     def build(self) -> None:
@@ -67,6 +67,7 @@ class Page:
                 ui.label(str(self._watcher.root)).classes("mam-faint mam-path")
                 ui.space()
                 self._summary = ui.label().classes("mam-faint").mark("summary")
+            self._trouble = ui.label().classes("mam-trouble").mark("trouble")
             self._table = Table(self._watcher, self._selected)
             with ui.tabs().props("dense no-caps align=left inline-label").classes("mam-tabs") as self._tabs:
                 names = ("Curves", "Speed", "Settings", "Logs", "Replay")
@@ -89,19 +90,22 @@ class Page:
         ui.timer(_INTERVAL, self._refresh)
 
     async def _selected(self) -> None:
-        self._seen = (-1, ())
+        self._seen = (-1, (), "")
         await self._refresh()
 
     async def _refresh(self) -> None:
         version, view = self._watcher.version, self._tabs.value or "Curves"
-        unchanged = self._seen == (version, self._table.selection)
+        now = (version, self._table.selection, self._watcher.trouble)
+        unchanged = self._seen == now
         if self._busy or (unchanged and view != "Logs"):  # what a run prints is no metric
             return
         self._busy = True
         try:
-            self._seen = (version, self._table.selection)
+            self._seen = now
             self._table.refresh()
             self._summary.text = self._summarise()
+            self._trouble.text = now[-1]
+            self._trouble.set_visibility(bool(now[-1]))
             await self._views[view].refresh(self._runs())
         finally:
             self._busy = False

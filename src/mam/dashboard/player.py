@@ -86,6 +86,9 @@ class Player:
         one = self._chosen
         seeds = list(range(one.config.seed, one.config.seed + one.num_seeds)) if one and one.config else []
         self._seed.set_options(seeds, value=seeds[0] if seeds else None)
+        refusal = self._players.refusal(one) if one else ""
+        self._said.text = refusal
+        self._play.set_enabled(not refusal)
         self._replays = {}
         self._list()
 
@@ -142,7 +145,7 @@ class Player:
         how = "greedy" if about.get("greedy") else "sampled"
         self._about.text = (
             f"{about.get('algorithm', '')} on {about.get('env', '')} · seed {about.get('policy_seed', '–')}, {how}, "
-            f"episode {about.get('seed', '–')} · return {about.get('episode_return') or 0:.3f}"
+            f"episode {about.get('seed', '–')} · return {about['episode_return']:.3f}"
         )
         drawn = bool(self._replay.frames)
         self._missing.text = "" if drawn else f"{about.get('undrawn') or 'there is no picture'}: only what was decided"

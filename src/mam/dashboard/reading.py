@@ -10,9 +10,13 @@ import numpy as np
 import orjson
 from jaxtyping import Float, Int
 
+from mam.files import open_regular
 from mam.logging import seed_means
 
-CHUNK = 1 << 18  # bytes parsed at once: other threads wait no longer than that takes
+CHUNK = 1 << 20  # bytes parsed at once: other threads wait no longer than that takes
+MAX_LINE = 1 << 23  # bytes of a line; longer ones are skipped and counted
+MAX_READ = 1 << 26  # bytes read of a file before the next one's turn
+MAX_BYTES = 1 << 28  # held per run and kind, beyond which rows are dropped as beyond MAX_ROWS
 MAX_ROWS = 1 << 18  # rows kept per run and kind; beyond them every second one is dropped, then every second of those …
 _TAIL = 1024  # bytes before the position that are remembered, to see whether the file was cut and written again
 _HEAD = ("kind", "update", "step_count", "elapsed")
@@ -69,11 +73,18 @@ class Columns:
         """Says whether rows can be appended.
 
         Raises:
-            ValueError: if a metric has another number of seeds than before.
+            ValueError: if a metric has another number of seeds than before, or a row has too many numbers.
         """
+        if 2 * self._row_bytes(new) > MAX_BYTES:
+            raise ValueError("a row of more numbers than can be kept")
         for name, values in new.values.items():
             if name in self._values and self._values[name].shape[1:] != values.shape[1:]:
                 raise ValueError(f"{name} has {values.shape[1]} seeds, and had {self._values[name].shape[1]}")
+
+    def _row_bytes(self, new: Rows) -> int:
+        """Memory of a row once it has the new metrics, too."""
+        widths = {name: values.shape[1] for name, values in (*self._values.items(), *new.values.items())}
+        return 16 + np.dtype(self._dtype).itemsize * sum(widths.values())
 
     def append(self, new: Rows) -> None:
         """Adds rows that were checked; metrics that either side lacks are NaN there."""
@@ -81,8 +92,8 @@ class Columns:
             self._append(new)
 
     def _append(self, new: Rows) -> None:
-        count = len(new.steps)
-        while -(-(self._seen + count) // self._stride) > MAX_ROWS:
+        count, most = len(new.steps), min(MAX_ROWS, MAX_BYTES // self._row_bytes(new))
+        while -(-(self._seen + count) // self._stride) > most:
             self._thin()
         kept = np.arange(-self._seen % self._stride, count, self._stride)
         self._seen += count
@@ -124,7 +135,7 @@ class Metrics:
     step_count: int = 0  # of the newest row
     elapsed: float = 0.0  # of the newest row
     longest_gap: float = 0.0  # seconds between two rows
-    damaged: int = 0  # lines that could not be read
+    damaged: int = 0  # lines that could not be read, or were too long to be
 
     def of(self, kind: str) -> Columns:
         """The columns of a kind of record.
@@ -145,8 +156,8 @@ class Metrics:
 class Reader:
     """Follows a metrics.jsonl from the position last read.
 
-    A half-written last line waits for its end. A file that was cut, as a resumed run does, or replaced is read anew:
-    which shows in its size, or in other bytes before the position.
+    A half-written last line waits for its end; one without end is skipped. A file that was cut, as a resumed run does,
+    or replaced is read anew: which shows in its size, or in other bytes before the position.
 
     Attributes:
         metrics: what was read.
@@ -159,9 +170,10 @@ class Reader:
     def _begin(self) -> None:
         self.metrics = Metrics()
         self._position, self._tail, self._stat = 0, b"", (-1, -1, -1)
+        self._skipping = False  # within a line that is too long
 
     def poll(self) -> bool:
-        """Reads what is new; says whether there was anything."""
+        """Reads what is new, of very much the next part; says whether there was anything."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -169,7 +181,7 @@ class Reader:
         if (now := (stat.st_ino, stat.st_size, stat.st_mtime_ns)) == self._stat:
             return False
         try:
-            with self._path.open("rb") as file:
+            with open_regular(self._path) as file:
                 return self._read(file, stat.st_size, anew=self._stat[0] not in (-1, stat.st_ino), stat=now)
         except OSError:
             return False
@@ -179,35 +191,52 @@ class Reader:
             self._begin()
         self._stat = stat
         file.seek(self._position)
-        text = b""
+        pending, stop = bytearray(), self._position + MAX_READ
         while more := file.read(CHUNK):
-            text += more
-            end = text.rfind(b"\n") + 1
-            if not end:
+            pending += more
+            end = pending.rfind(b"\n", len(pending) - len(more)) + 1
+            if not end and len(pending) <= MAX_LINE:
                 continue
-            self._take(text[:end].splitlines())
-            self._position += end
-            self._tail = (self._tail + text[:end])[-_TAIL:]
-            text, changed = text[end:], True
+            self._take(bytes(pending[: end or None]), whole=end > 0)
+            del pending[: end or None]
+            changed = True
+            if self._position >= stop:
+                self._stat = (stat[0], -1, -1)  # there may be more
+                break
         return changed
+
+    def _take(self, text: bytes, *, whole: bool) -> None:
+        """Reads lines; what is not whole is a part of one that is too long."""
+        self._position += len(text)
+        self._tail = (self._tail + text)[-_TAIL:]
+        lines = text.split(b"\n")[: -1 if whole else 0]
+        if self._skipping and whole:
+            lines[0] = b" " * (MAX_LINE + 1)
+        self._skipping = not whole
+        self.metrics.damaged += sum(len(line) > MAX_LINE for line in lines)
+        self._parse([line for line in lines if len(line) <= MAX_LINE])
 
     def _goes_on(self, file: IO[bytes]) -> bool:
         file.seek(self._position - len(self._tail))
         return file.read(len(self._tail)) == self._tail
 
-    def _take(self, lines: Sequence[bytes]) -> None:
+    def _parse(self, lines: Sequence[bytes]) -> None:
         try:
             self._add(orjson.loads(b"[" + b",".join(lines) + b"]"))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except Exception:  # whatever a line may hold
             for line in lines:  # all but the damaged ones
                 try:
                     self._add([orjson.loads(line)])
-                except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                except Exception:
                     self.metrics.damaged += 1
 
     def _add(self, rows: Sequence[dict[str, Any]]) -> None:
+        if not rows:
+            return
         metrics = self.metrics
         elapsed = np.array([row["elapsed"] for row in rows], np.float64)
+        if not (np.isfinite(elapsed).all() and all(type(row["step_count"]) is int for row in rows)):
+            raise ValueError("no time, or no number of steps")
         kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
         parsed = [(metrics.of(kind), _columns(of_kind)) for kind, of_kind in kinds.items()]
         for columns, new in parsed:
@@ -223,18 +252,22 @@ class Reader:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> Rows:
-    first = rows[0].keys()
-    alike = all(row.keys() == first for row in rows)
-    names = first if alike else dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _HEAD]
     return Rows(
         steps=np.array([row["step_count"] for row in rows], np.int64),
         elapsed=np.array([row["elapsed"] for row in rows], np.float64),
-        values={
-            name: _means([row[name] for row in rows] if alike else [row.get(name) for row in rows])
-            for name in names
-            if name not in _HEAD
-        },
+        values=_values(rows, names),
     )
+
+
+def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Float[np.ndarray, "rows seeds"]]:
+    """All metrics at once where they are alike, which many of them need, or one by one."""
+    try:
+        block = np.array([[row[name] for name in names] for row in rows], np.float64)
+        block = block.reshape(*block.shape[:3], -1).mean(axis=-1) if block.ndim > 3 else block
+        return dict(zip(names, block.reshape(len(rows), len(names), -1).swapaxes(0, 1), strict=True))
+    except (KeyError, ValueError):  # not in every row, or of other numbers of seeds or episodes
+        return {name: _means([row.get(name) for row in rows]) for name in names}
 
 
 def _means(values: Sequence[Any]) -> Float[np.ndarray, "rows seeds"]:

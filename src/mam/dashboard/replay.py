@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,10 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mam.dashboard.runs import LiveRun
-from mam.errors import RunError, UserError
+from mam.dashboard.runs import LiveRun, changed
+from mam.envs.host.factories import names_code
+from mam.errors import RunError, UserError, printable, shown
+from mam.files import open_regular, read_object
 
 _OTHERS = ("config.json", "versions.json", "marl_eval.json")  # of a run's folder that are no traces
+_MOST_BYTES = 1 << 28  # of a trace
+_MOST_PIXELS = 1 << 30  # of all frames of a picture
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
 
 
@@ -51,7 +54,7 @@ def replays_of(run: LiveRun) -> dict[str, Path]:
     """The traces of a run by name, the newest first."""
     found = [path for path in run.path.glob("*.json") if path.name not in _OTHERS]
     found += run.path.glob("replays/*.json")
-    return {path.stem: path for path in sorted(found, key=lambda path: -path.stat().st_mtime)}
+    return {printable(path.stem): path for path in sorted(found, key=changed, reverse=True)}
 
 
 def load(path: Path) -> Replay:
@@ -61,15 +64,15 @@ def load(path: Path) -> Replay:
         UserError: if either cannot be read.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_object(path, max_bytes=_MOST_BYTES)
         trace = {name: np.array(data.pop(name), np.float64) for name in _ARRAYS}
-        if not len(trace["reward"]) or any(array.shape[:2] != trace["reward"].shape for array in trace.values()):
-            raise ValueError("its arrays do not fit each other")
+        _check(trace)
+        data["episode_return"] = float(data.get("episode_return") or 0)
         picture = data.get("picture")
         frames, durations = _frames(path.parent / Path(picture).name) if picture else ([], np.empty(0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path.name} cannot be shown: {error}") from error
-    count = int(data.get("num_frames", 0)) if frames else 0
+        count = min(int(data.get("num_frames") or 0), len(trace["reward"]) + 1) if frames else 0
+    except Exception as error:  # whatever the files hold: Pillow has errors of its own
+        raise UserError(f"{printable(path.name)} cannot be shown: {printable(error)}") from error
     # A GIF shows a state that looks like the one before it by showing that one longer.
     ends = np.cumsum(durations)
     middles = (np.arange(count) + 0.5) / max(count, 1) * (ends[-1] if len(ends) else 0)
@@ -77,12 +80,24 @@ def load(path: Path) -> Replay:
     return Replay(about=data, trace=trace, frames=frames, moments=moments)
 
 
+def _check(trace: dict[str, np.ndarray]) -> None:
+    shape = trace["reward"].shape
+    fit = all(array.shape[:2] == shape and array.ndim <= 2 + (name == "action") for name, array in trace.items())
+    if len(shape) != 2 or not all(shape) or not fit:
+        raise ValueError("its arrays do not fit each other")
+    if (np.sort(trace["order"]) != np.arange(shape[1])).any():
+        raise ValueError("its order is none")
+
+
 def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
     from PIL import Image, ImageSequence
 
-    frames, durations = [], []
-    with Image.open(path) as image:
+    frames, durations, pixels = [], [], 0
+    with open_regular(path) as gif, Image.open(gif) as image:
         for frame in ImageSequence.Iterator(image):
+            pixels += frame.width * frame.height
+            if pixels > _MOST_PIXELS:
+                raise ValueError("its picture is too large")
             durations.append(frame.info.get("duration", 100))
             file = io.BytesIO()
             frame.convert("RGB").save(file, "PNG", compress_level=1)
@@ -91,10 +106,26 @@ def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 
 class Players:
-    """Processes that play episodes; the page's own process compiles nothing."""
+    """Processes that play episodes; the page's own process compiles nothing and imports nothing that a run names.
 
-    def __init__(self):
+    Args:
+        trust: play runs whose environment is code that their folder names, too.
+    """
+
+    def __init__(self, *, trust: bool = False):
+        self._trust = trust
         self._processes: set[asyncio.subprocess.Process] = set()
+
+    def refusal(self, run: LiveRun) -> str:
+        """Why a run is not played here, with what would be imported; empty if it may be."""
+        if run.config is None:
+            return "its config.json cannot be read"
+        if self._trust or not names_code(run.config.env):
+            return ""
+        return (
+            f"playing it would import {shown(run.config.env)}, which the folder names: if you trust that code, start "
+            f"the page with --trust"
+        )
 
     async def play(
         self, run: LiveRun, *, policy_seed: int, greedy: bool, seed: int, say: Callable[[str], None]
@@ -112,10 +143,16 @@ class Players:
             The trace.
 
         Raises:
+            UserError: if it is not to be played here.
             RunError: if it fails, with the last line it printed.
         """
+        if refusal := self.refusal(run):
+            raise UserError(refusal)
+        assert run.config is not None
         out = run.path / "replays" / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
         options = ["--seed", str(seed), "--policy-seed", str(policy_seed), *(["--greedy"] if greedy else [])]
+        if names_code(env := run.config.env):  # what was shown is what is imported, whatever the folder says by then
+            options += ["--env", env]
         try:
             out.parent.mkdir(exist_ok=True)
         except OSError as error:

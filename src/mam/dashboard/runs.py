@@ -11,7 +11,7 @@ from jaxtyping import Float
 from mam.config import Config, flat, read_config, to_json
 from mam.dashboard.reading import Metrics, Reader
 from mam.errors import UserError
-from mam.files import read_object
+from mam.files import open_regular, read_object
 from mam.logging import RETURN, median_speed
 
 _RECENT = 100  # updates whose median speed is shown
@@ -73,22 +73,22 @@ class LiveRun:
     @property
     def last_sign(self) -> float:
         """When it last wrote a row, or began; seconds since 1970."""
-        return max(_changed(self.path / "metrics.jsonl"), self._config_time)
+        return max(changed(self.path / "metrics.jsonl"), self._config_time)
 
     def poll(self) -> bool:
         """Reads what is new; says whether there was anything."""
-        changed = self._read_config()
-        changed |= self._reader.poll()
-        if changed:
+        anything = self._read_config()
+        anything |= self._reader.poll()
+        if anything:
             self.speed = self.median_speed(_RECENT)
             self.version += 1
-        return changed
+        return anything
 
     def _read_config(self) -> bool:
         path = self.path / "config.json"
-        if (changed := _changed(path)) in (0.0, self._config_time):
+        if (written := changed(path)) in (0.0, self._config_time):
             return False
-        self._config_time = changed
+        self._config_time = written
         try:
             self.config, self.problem = read_config(path), ""
         except UserError as error:
@@ -120,7 +120,7 @@ class LiveRun:
             return State("finished")
         if error := self._error():
             return State("failed", error)
-        if _changed(self.path / "marl_eval.json") >= self.last_sign:
+        if changed(self.path / "marl_eval.json") >= self.last_sign:
             return State("stopped", "saved itself and ended")
         patience = max(_PATIENCE * metrics.longest_gap, _LEAST_PATIENCE) if metrics.last_kind else _FIRST_PATIENCE
         if now - self.last_sign > patience:
@@ -130,7 +130,7 @@ class LiveRun:
     def _error(self) -> str:
         """The error that its output ends with, if it is newer than everything else; empty if none."""
         log = self.path / "output.log"
-        if _changed(log) < self.last_sign:
+        if changed(log) < self.last_sign:
             return ""
         text = tail(log)
         start = text.rfind(_HEADLINE)  # of the last of several attempts
@@ -160,10 +160,10 @@ def differing(of_runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def tail(path: Path, size: int = _TAIL_BYTES) -> str:
     """The end of a text file, from the beginning of a line; empty if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             length = file.seek(0, 2)
             file.seek(max(length - size, 0))
-            text = file.read()
+            text = file.read(size)
     except OSError:
         return ""
     if length > size:
@@ -171,7 +171,8 @@ def tail(path: Path, size: int = _TAIL_BYTES) -> str:
     return text.decode("utf-8", errors="replace")
 
 
-def _changed(path: Path) -> float:
+def changed(path: Path) -> float:
+    """When a file was written, in seconds since 1970; 0 if there is none."""
     try:
         return path.stat().st_mtime
     except OSError:

@@ -10,13 +10,14 @@ from nicegui import app, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mam.dashboard.page import Page, Shared
+from mam.dashboard.replay import Players
 from mam.dashboard.watch import Watcher
 from mam.errors import UserError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def run(root: Path, *, host: str, port: int, open_browser: bool = False) -> int:
+def run(root: Path, *, host: str, port: int, trust: bool = False, open_browser: bool = False) -> int:
     """Serves the page until Ctrl-C; returns the exit code.
 
     Args:
@@ -24,6 +25,7 @@ def run(root: Path, *, host: str, port: int, open_browser: bool = False) -> int:
         host: address to listen on. On the loopback one, requests for other names are refused: a web page elsewhere
             could otherwise ask through the browser.
         port: to listen on; any free one if 0.
+        trust: play runs whose environment is code.
         open_browser: open the page.
 
     Raises:
@@ -34,7 +36,7 @@ def run(root: Path, *, host: str, port: int, open_browser: bool = False) -> int:
     url = f"http://{name}:{listening.getsockname()[1]}"
     watcher = Watcher(root)
     server = uvicorn.Server(
-        uvicorn.Config(_application(watcher, host), log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(_application(watcher, host, trust), log_level="warning", timeout_graceful_shutdown=1)
     )
     watcher.start()
     print(f"{root} at {url} (Ctrl-C ends it)", flush=True)
@@ -65,11 +67,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _application(watcher: Watcher, host: str) -> FastAPI:
+def _application(watcher: Watcher, host: str, trust: bool) -> FastAPI:
     application = FastAPI(openapi_url=None)
     if host in _LOOPBACK:
         application.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, "[::1]"])
-    shared = Shared(watcher)
+    shared = Shared(watcher, Players(trust=trust))
 
     @application.get("/frames/{key}/{index}.png")
     def frame(key: str, index: int) -> Response:

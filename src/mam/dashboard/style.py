@@ -18,6 +18,7 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
 .mam-head { width: 100%; align-items: baseline; gap: 12px; }
 .mam-title { font-size: 1.25rem; font-weight: 650; letter-spacing: .02em; }
 .mam-faint { color: var(--mam-faint); font-size: .85rem; }
+.mam-trouble { width: 100%; padding: 6px 12px; border-left: 4px solid #D55E00; background: var(--mam-card); }
 .mam-path { overflow-wrap: anywhere; }
 .mam-table-frame { width: 100%; }
 .mam-table { width: 100%; height: 100%;  --ag-font-size: 13px;

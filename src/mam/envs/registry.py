@@ -14,7 +14,7 @@ from typing import Any
 
 from mam.config import WorkerConfig
 from mam.envs import jaxmarl, jumanji, probes, smax
-from mam.envs.host.factories import PREFIX, EnvFactory, find_factory
+from mam.envs.host.factories import PREFIX, EnvFactory, find_factory, names_code
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
 from mam.types import Environment, HostEnvironments
@@ -95,7 +95,7 @@ def lives_on_host(name: str) -> bool:
     Raises:
         UserError: the name is one of somebody's own environment, and there is none.
     """
-    return _is_own(name) and isinstance(_own(name), EnvFactory)
+    return names_code(name) and isinstance(_own(name), EnvFactory)
 
 
 def make_host(
@@ -122,10 +122,6 @@ def make_host(
     return HostPool(name, find_factory(name), num_envs, num_workers, agent_id, limits)
 
 
-def _is_own(name: str) -> bool:
-    return ":" in name and name.partition("/")[0] not in _SUITES
-
-
 @cache
 def _own(name: str) -> Environment | EnvFactory:
     """What a name with a colon stands for: the environment, or what makes it in worker processes."""
@@ -141,7 +137,7 @@ def make_plain(name: str) -> Environment:
     if name in task_names():
         suite, task = name.split("/")
         return _SUITES[suite].make(task)
-    if _is_own(name):
+    if names_code(name):
         env = _own(name)
         if isinstance(env, EnvFactory):
             raise UserError(f"{name} lives on the host: it has no JAX program")

@@ -14,7 +14,7 @@ from mam.errors import UserError
 from mam.experiment.follow import Follower
 from mam.experiment.grid import flags
 from mam.presets import preset_for
-from mam.run import FREE, RunFolder, differences
+from mam.run import FREE, RunFolder, differences, resume_options
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
         saved = RunFolder(self.path).load_config()
         if unlike := differences(saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})):
             raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
-        return ["train", "--resume", str(self.path), *flags(self.config, saved)]
+        return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
 
     def command_line(self) -> str:
         """The same for a shell."""

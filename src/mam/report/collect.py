@@ -83,7 +83,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     try:
         records = read_records(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else []
         _check(records, config.num_seeds)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
@@ -140,7 +140,7 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
         steps_per_second=_training_speed(records) * config.num_seeds,
-        device=_versions(path).get("device", "unknown"),
+        device=str(_versions(path).get("device", "unknown")),
     )
 
 

@@ -3,10 +3,12 @@
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mam.errors import printable
 from mam.logging import RETURN
 from mam.report.results import THRESHOLDS, Curve, Results
 from mam.report.statistics import Estimate
@@ -64,11 +66,19 @@ def _curve_rows(
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as text; NaN is an empty field."""
+    """Rows as text."""
     rows = list(rows)
     file = io.StringIO()
     if rows:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if v != v else v for k, v in row.items()} for row in rows)
+        writer.writerows({name: _field(value) for name, value in row.items()} for row in rows)
     return file.getvalue()
+
+
+def _field(value: Any) -> Any:
+    """NaN is an empty field; text that a spreadsheet would compute stands behind an apostrophe."""
+    if isinstance(value, str | Path):
+        text = printable(value)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return "" if value != value else value

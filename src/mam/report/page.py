@@ -6,26 +6,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mam.errors import UserError
+from mam.errors import UserError, printable
 from mam.logging import write_atomically
+from mam.report.escape import markdown, tex
 from mam.report.figures import Figure, aggregate_figures, comparison_figures, render, task_figures
 from mam.report.numbers import csv_files
 from mam.report.results import Results
-from mam.report.tables import Table, tables
-
-_TEX = str.maketrans(
-    {letter: f"\\{letter}" for letter in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    | {
-        "\N{NO-BREAK SPACE}": "~",
-        "–": "--",
-        "…": r"\ldots{}",
-        ">": r"$>$",
-        "<": r"$<$",
-        "½": r"$\frac{1}{2}$",
-        "τ": r"$\tau$",
-    }
-)
+from mam.report.tables import tables
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ def write_report(out: Path, results: Results, warnings: Sequence[str]) -> None:
     Raises:
         UserError: if Jinja2 is missing.
     """
-    templates = _templates()
+    templates = {name: _template(name) for name in _WRITTEN}
     for folder in ("figures", "data"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     sections = _sections(results)
@@ -63,8 +50,8 @@ def write_report(out: Path, results: Results, warnings: Sequence[str]) -> None:
         "sections": sections,
         "tables": tables(results),
     }
-    for name in ("report.html", "report.md", "tables.tex"):
-        write_atomically(out / name, templates.get_template(name).render(context))
+    for name, template in templates.items():
+        write_atomically(out / name, template.render(context))
 
 
 def _sections(results: Results) -> list[Section]:
@@ -105,35 +92,34 @@ def _facts(results: Results) -> str:
     )
 
 
-def _templates() -> Any:
+def _template(name: str) -> Any:
+    """A template whose every value is escaped for its language; what may stand as it is says so, as Markup."""
     try:
         import jinja2
+        from markupsafe import Markup
     except ImportError as error:
         raise UserError("mam report needs Jinja2: pip install 'mam[report]'") from error
+    escape = _WRITTEN[name]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mam.report"),
-        autoescape=jinja2.select_autoescape(["html"]),
+        autoescape=name.endswith(".html"),
+        finalize=lambda value: value if isinstance(value, Markup) else escape(value),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"svg": _svg, "tex": lambda text: text.translate(_TEX), "md": _markdown, "align": _alignment}
-    return environment
+    environment.filters["svg"] = _svg
+    return environment.get_template(name)
+
+
+_WRITTEN = {"report.html": printable, "report.md": markdown, "tables.tex": tex}  # and what escapes besides Jinja
 
 
 def _svg(figure: Figure) -> str:
     """The picture for a page: without the file's head, as wide as there is room, and with a name for who cannot see."""
-    import markupsafe
+    from markupsafe import Markup
 
     text = render(figure, "svg").decode()
-    picture = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{figure.title}"', 1)
-    return markupsafe.Markup(picture)
-
-
-def _markdown(text: str) -> str:
-    return text.replace("|", r"\|").replace("*", r"\*").replace("_", r"\_")
-
-
-def _alignment(table: Table) -> str:
-    return "l" + "r" * (len(table.header) - 1)
+    picture = text[text.index("<svg") + len("<svg") :]
+    return Markup('<svg role="img" aria-label="{}"').format(figure.title) + Markup(picture)

@@ -53,7 +53,8 @@ class Results:
     @cached_property
     def common_tasks(self) -> list[str]:
         """Tasks that every algorithm with a finished run has finished: those that are summed up."""
-        return [task for task in self.tasks if all(len(self.absolute(task, name)) for name in self.compared)]
+        names = self.compared
+        return [task for task in self.tasks if names and all(len(self.absolute(task, name)) for name in names)]
 
     @cached_property
     def compared(self) -> list[str]:
@@ -112,12 +113,17 @@ class Results:
         }
 
     @cached_property
-    def improvements(self) -> dict[tuple[str, str], Estimate]:
-        """Probability that a run of the first algorithm, the one with the higher IQM, beats one of the second."""
+    def pairs(self) -> list[tuple[str, str]]:
+        """Any two compared algorithms, the one with the higher IQM first."""
         if not self.common_tasks:
-            return {}
-        pairs = combinations(sorted(self.compared, key=lambda name: -self.aggregates["IQM"][name].value), 2)
-        return {(x, y): estimate(improvement, self.scores(x) + self.scores(y)) for x, y in pairs}
+            return []
+        return list(combinations(sorted(self.compared, key=lambda name: -self.aggregates["IQM"][name].value), 2))
+
+    @cached_property
+    def improvements(self) -> dict[tuple[str, str], Estimate]:
+        """Probability that a run of the first algorithm beats one of the second, in both directions."""
+        there = {(x, y): estimate(improvement, self.scores(x) + self.scores(y)) for x, y in self.pairs}
+        return there | {(y, x): value.complement() for (x, y), value in there.items()}
 
     @cached_property
     def curves(self) -> dict[tuple[str, str], Curve]:

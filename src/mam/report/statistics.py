@@ -75,6 +75,11 @@ class Estimate:
     high: Float[np.ndarray, "*rest"]
     runs: int = 0  # behind it: the seeds of all tasks
 
+    def complement(self) -> "Estimate":
+        """Of a probability: that of the opposite."""
+        value, low, high = (np.asarray(1 - x) for x in (self.value, self.high, self.low))
+        return Estimate(value, low, high, self.runs)
+
     def above(self, other: "Estimate") -> bool:
         """Whether this interval lies wholly above the other; never where either is of too few runs to tell."""
         return min(self.runs, other.runs) >= ENOUGH_RUNS and bool(np.all(self.low > other.high))

@@ -32,6 +32,7 @@ class Table:
 
     title: str
     header: Sequence[str]
+    align: str  # a letter per column: l for text, r for numbers
     rows: Sequence[Sequence[Cell]]
     note: str = ""
 
@@ -54,7 +55,7 @@ def _aggregates(results: Results) -> Table:
     tasks = results.common_tasks
     where = ", ".join(tasks) if len(tasks) <= 6 else f"{len(tasks)} tasks"
     note = f"Scores, normalised per task, on {where}; 95 % stratified bootstrap intervals. {_BOLD}"
-    return Table("Aggregates", ["algorithm", *columns], rows, note)
+    return Table("Aggregates", ["algorithm", *columns], "l" + "r" * len(columns), rows, note)
 
 
 def _per_task(results: Results, metric: str) -> Table:
@@ -64,7 +65,7 @@ def _per_task(results: Results, metric: str) -> Table:
         if any(scores):
             rows.append([Cell(task), *_compared(scores)])
     note = f"The best checkpoint's fresh episodes, mean over seeds and 95 % bootstrap interval. {_BOLD}"
-    return Table(_METRICS[metric], ["task", *results.compared], rows, note)
+    return Table(_METRICS[metric], ["task", *results.compared], "l" + "r" * len(results.compared), rows, note)
 
 
 def _compared(estimates: Sequence[Estimate | None], *, less_is_better: bool = False) -> list[Cell]:
@@ -93,11 +94,18 @@ def number(value: float) -> str:
 
 def _improvements(results: Results) -> Table:
     rows = []
-    for (x, y), value in results.improvements.items():
-        clear = value.runs >= 2 * ENOUGH_RUNS and bool(value.low > 0.5 or value.high < 0.5)
-        rows.append([Cell(f"{x} > {y}"), Cell(shown(value), bold=clear)])
-    note = "Probability that a run of X beats one of Y on the same task. Bold: the interval leaves out ½."
-    return Table("Probability of improvement", ["X > Y", "P(X > Y)"], rows, note)
+    names = results.compared if results.pairs else []
+    for x in names:
+        cells = [Cell(x)]
+        for value in (results.improvements.get((x, y)) for y in names):
+            clear = value is not None and value.runs >= 2 * ENOUGH_RUNS and bool(value.low > 0.5 or value.high < 0.5)
+            cells.append(Cell("–" if value is None else shown(value), bold=clear))
+        rows.append(cells)
+    note = (
+        "Probability that a run of the row's algorithm beats one of the column's on the same task. "
+        "Bold: the interval leaves out ½."
+    )
+    return Table("Probability of improvement", ["row > column", *names], "l" + "r" * len(names), rows, note)
 
 
 def _speeds(results: Results) -> Table:
@@ -117,7 +125,8 @@ def _speeds(results: Results) -> Table:
         "Per run, medians over runs. Steps/s: environment steps of all seeds of the run together, while training; "
         "wall-clock: everything, compiling included."
     )
-    return Table("Speed", ["task", "algorithm", "steps/s", "wall-clock", "seeds side by side", "device"], rows, note)
+    header = ["task", "algorithm", "steps/s", "wall-clock", "seeds side by side", "device"]
+    return Table("Speed", header, "llrrrl", rows, note)
 
 
 def _runs(results: Results) -> Table:
@@ -129,4 +138,4 @@ def _runs(results: Results) -> Table:
             state = "finished" if run.finished else f"{100 * run.step_count / run.budget:.0f} %"
             texts = (str(run.path), task, name, seeds if run.config.num_seeds > 1 else str(run.config.seed))
             rows.append([*map(Cell, texts), Cell(f"{run.step_count:,}"), Cell(state)])
-    return Table("Runs", ["folder", "task", "algorithm", "seeds", "steps", "state"], rows)
+    return Table("Runs", ["folder", "task", "algorithm", "seeds", "steps", "state"], "lllrrl", rows)

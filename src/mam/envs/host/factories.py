@@ -3,12 +3,18 @@
 pettingzoo/module:environment            `parallel_env` of an environment's module, as PettingZoo lays them out
 pettingzoo/module:environment:N=5,…      the same with keyword arguments
 package.module:factory                   one's own: the factory returns the environment
+
+Such a name is code: it is imported and called. If a folder brought it along, the user has to agree
+first, see `names_code`. Nothing of Python's own is called in any case.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -41,13 +47,19 @@ class EnvFactory:
         if render_mode is not None and _takes(make, "render_mode"):
             options["render_mode"] = render_mode
         try:
-            return make(**options)
+            env = make(**options)
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
             raise UserError(f"{self.name}: {error}") from error
         except ImportError as error:  # deprecated versions say so here
             raise UserError(f"{self.name}: {_one_line(error)}") from error
+        if not all(callable(getattr(env, method, None)) for method in ("reset", "step")):
+            raise UserError(
+                f"{self.name} returns a {type(env).__name__}: expected an environment, a subclass of "
+                f"mam.types.Environment or a PettingZoo ParallelEnv"
+            )
+        return env
 
     def find(self) -> Callable[..., Any]:
         """Imports what the name stands for.
@@ -60,6 +72,7 @@ class EnvFactory:
             target = getattr(target, "parallel_env", None) or getattr(target, "env", None)
         if not callable(target):
             raise UserError(f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment")
+        _check_not_standard(self.name, _defining_module(target))  # also where another module passes it on
         return target
 
     def _submodule(self) -> ModuleType | None:
@@ -77,6 +90,11 @@ class EnvFactory:
             raise unknown_name("environment", self.attribute, public, see=f"pydoc {self.module}") from None
 
 
+def names_code(name: str) -> bool:
+    """Whether a task's name is code to import, and no task of the library's suites."""
+    return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
+
+
 def find_factory(name: str) -> EnvFactory:
     """Finds what makes the environment of this name, and imports it.
 
@@ -87,16 +105,31 @@ def find_factory(name: str) -> EnvFactory:
         The factory, which may be sent to worker processes.
 
     Raises:
-        UserError: the name is not of this form, its module is not installed, or there is no such thing in it.
+        UserError: the name is not of this form, its module is not installed or Python's own, or there is no such thing
+            in it.
     """
     module, _, rest = name.removeprefix(PREFIX).partition(":")
     attribute, _, options = rest.partition(":")
     if not module or not attribute.isidentifier():
         example = f"{PREFIX}mpe2:simple_spread_v3" if name.startswith(PREFIX) else "my_package.my_module:make_env"
         raise UserError(f"{name}: expected a module and what to take from it, such as {example}")
+    _check_not_standard(name, module)
     factory = EnvFactory(name, module, attribute, _read_options(name, options))
     factory.find()
     return factory
+
+
+def _check_not_standard(name: str, module: str) -> None:
+    """Refuse modules of Python: some act when imported, many when called, none has environments."""
+    if (top := module.partition(".")[0]) in sys.stdlib_module_names:
+        raise UserError(f"{name}: {top} is part of Python, where there are no environments")
+
+
+def _defining_module(target: Any) -> str:
+    """Where a callable was written; of an object that can be called, where its class was."""
+    while isinstance(target, functools.partial):
+        target = target.func
+    return getattr(target, "__module__", None) or type(target).__module__
 
 
 def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
