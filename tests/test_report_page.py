@@ -207,5 +207,5 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'mam[report]'" in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[report]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from test_experiment import FakePool, row
 from test_run import CONFIG
 
 needs_optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'mam[sweep]'"
+    importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'multi-agent-mamba[sweep]'"
 )
 SEARCH = ("ppo.lr", "network.d_model")
 
@@ -178,6 +178,6 @@ def test_a_real_sweep_of_one_trial(tmp_path, capfd):
 def test_without_optuna_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["sweep", "--env", "probe/matrix", "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'mam[sweep]'" in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[sweep]"' in capsys.readouterr().err
     assert cli.main(["sweep", "--trials", "0"]) == 2
     assert "--trials must be positive" in capsys.readouterr().err

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from mam.arguments import parse, value_of
 from mam.bench import Bench
 from mam.config import Config
 from mam.dashboard import Dashboard, serve
+from mam.distribution import DISTRIBUTION, installed_version
 from mam.errors import UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.presets import PRESETS, preset, preset_for
@@ -148,7 +148,7 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         from mam.networks.kernels import native
 
-        print(f"mam {metadata.version('mam')}, {native.description()}")
+        print(f"mam {installed_version(DISTRIBUTION) or '(not installed)'}, {native.description()}")
         return 0
     if args[0] not in COMMANDS:
         raise unknown_name("command", args[0], COMMANDS, see="mam --help")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from mam.distribution import missing_extra
 from mam.envs.base import Metrics, restart, transition
 from mam.errors import UserError
 from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
@@ -82,7 +83,7 @@ def make_mabrax(task: str) -> "MabraxEnv":
             import mujoco
             from jaxmarl.environments import mabrax
         except ImportError as error:
-            raise UserError('this task needs JaxMARL and brax: pip install "mam[mabrax]"') from error
+            raise missing_extra("this task", "JaxMARL and brax", "mabrax") from error
         # MuJoCo would write what it warns of into a file in the current folder.
         simulator: Any = mujoco  # its functions in C are not known to type checkers
         undo.callback(simulator.set_mju_user_warning, simulator.get_mju_user_warning())
@@ -335,7 +336,7 @@ def import_jaxmarl() -> None:
         with _quietly():
             import jaxmarl  # noqa: F401
     except ImportError as error:
-        raise UserError('this task needs JaxMARL: pip install "mam[jaxmarl]"') from error
+        raise missing_extra("this task", "JaxMARL", "jaxmarl") from error
     finally:
         if held_back:
             del sys.modules[brax_tasks]

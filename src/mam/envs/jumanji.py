@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from mam.distribution import missing_extra
 from mam.envs import jumanji_grids as grids
 from mam.envs.base import Metrics, restart, transition
 from mam.errors import UserError
@@ -319,4 +320,4 @@ def _require_jumanji() -> None:
     try:
         import jumanji  # noqa: F401
     except ImportError as error:
-        raise UserError('this task needs Jumanji: pip install "mam[jumanji]"') from error
+        raise missing_extra("this task", "Jumanji", "jumanji") from error

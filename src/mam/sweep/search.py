@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mam.config import to_json
+from mam.distribution import missing_extra
 from mam.errors import UserError
 from mam.experiment.follow import seed_returns
 from mam.experiment.grid import changed, flags
@@ -53,7 +54,7 @@ class Search:
         try:
             self._optuna: Any = import_module("optuna")
         except ImportError as error:
-            raise UserError("mam sweep needs Optuna: pip install 'mam[sweep]'") from error
+            raise missing_extra("mam sweep", "Optuna", "sweep") from error
         self._options, self._out, self._pool, self._screen = options, out, pool, screen
         self._space = {
             name: self._optuna.distributions.CategoricalDistribution(values)
