@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from mam import cli
+from mam.arguments import parse
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.presets import PRESETS, preset, preset_for
@@ -60,6 +61,27 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)])
+def test_whole_numbers_are_written_as_in_papers(written, meant):
+    for args in (["--total-timesteps", written], [f"--total-timesteps={written}"]):
+        assert parse("train", cli.Train, args, cli.Train()).config.total_timesteps == meant
+
+
+@pytest.mark.parametrize("written", ["1.5e0", "1e-3", "1e400", "nan", "1.0"])
+def test_other_numbers_are_not_whole(written):
+    with pytest.raises(UserError, match="--total-timesteps takes a whole number"):
+        parse("train", cli.Train, ["--total-timesteps", written], cli.Train())
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "--env", "lbf/8x8"], ["check-env", "lbf/8x8"], ["evaluate", "run", "--env", "lbf/8x8"]]
+)
+def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
+    program = "import sys; from mam import cli; code = cli.main(sys.argv[1:]); sys.exit(code + ('jax' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("unknown task 'lbf/8x8'")) == (2, 1)
+
+
 def test_overview_version_and_list(capsys):
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
     out = capsys.readouterr().out
@@ -85,7 +107,7 @@ def test_help_shows_the_defaults_of_the_tasks_preset(capsys):
 
 
 def test_every_preset_names_a_task_it_can_train_on():
-    from mam.envs.registry import task_names
+    from mam.envs.tasks import task_names
 
     for name, make in PRESETS.items():
         assert make().env in task_names()
@@ -170,15 +192,17 @@ class Broken(Identity):
 
 
 def test_list_envs_shows_sizes(capsys, monkeypatch):
-    from mam.envs import registry
+    from mam.envs import registry, tasks
 
-    monkeypatch.setattr(
-        registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(["task"], gone)}
-    )
+    monkeypatch.setattr(registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(gone)})
+    longest = max(tasks.task_names(), key=len).partition("/")[2]
+    monkeypatch.setattr(tasks, "TASKS", {"probe": tasks.TASKS["probe"], "gone": (longest,)})
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"probe/target +│ 3 +│ 2 +│ - +│ 2 continuous +│ 8", out)
-    assert re.search(r"gone/task +│ - ", out)
+    assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(rf"gone/{longest} +- ", out)
+    assert "…" not in out
     assert "gone: it needs a package" in out
 
 

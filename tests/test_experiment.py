@@ -95,7 +95,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["smoke", "lbf", "paper", "scaling"])
 def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
-    from mam.envs.registry import task_names
+    from mam.envs.tasks import task_names
 
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)

@@ -58,6 +58,26 @@ def test_every_value_of_the_ranges_is_valid_on_its_own():
             assert changed(Config(policy="mat"), {name: value})
 
 
+def test_values_of_ones_own():
+    found = space_of(CONFIG, ["ppo.lr", "ppo.gamma=0.9,0.99,0.9", "network.head_dim=None,4", "policy=mam,mat"])
+    own = {"ppo.gamma": (0.9, 0.99), "network.head_dim": (None, 4), "policy": ("mam", "mat")}
+    assert found == {"ppo.lr": RANGES["ppo.lr"]} | own
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("ppo.gamma=2", r"ppo.gamma must lie in \[0, 1\]"),
+        ("ppo.lr=", "ppo.lr must be float"),
+        ("ppo.gama=0.9", "unknown key 'ppo.gama'.*ppo.gamma"),
+        ("network.d_model=many", "network.d_model must be int"),
+    ],
+)
+def test_values_that_a_setting_cannot_have_are_refused(asked, words):
+    with pytest.raises(UserError, match=words):
+        space_of(CONFIG, [asked])
+
+
 class TrialPool(FakePool):
     """Trials whose return is their learning rate, reported evaluation by evaluation; two at a time."""
 
@@ -139,6 +159,14 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
     )
     assert [c[:2] for name, c in pool.commands if name == "trial_0000"] == [["train", "--env"], ["train", "--resume"]]
     assert "failed, mam: the reason · ppo.lr=0.00025" in out
+
+
+@needs_optuna
+def test_no_combination_is_tried_twice_and_then_the_sweep_is_over(sweep, capsys):
+    _, trials = sweep(TrialPool(), trials=50)
+    combinations = {tuple(trial.params.values()) for trial in trials.values()}
+    assert len(trials) == len(combinations) == 12
+    assert "each of the 12 combinations once" in capsys.readouterr().out
 
 
 @needs_optuna

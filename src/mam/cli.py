@@ -17,6 +17,7 @@ from mam.bench import Bench
 from mam.config import Config
 from mam.dashboard import Dashboard, serve
 from mam.distribution import DISTRIBUTION, installed_version
+from mam.envs.tasks import check_task
 from mam.errors import UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.presets import PRESETS, preset, preset_for
@@ -154,7 +155,11 @@ def _run(args: list[str]) -> int:
         raise unknown_name("command", args[0], COMMANDS, see="mam --help")
     kind, command = COMMANDS[args[0]]
     default = _default(kind, args[1:]) if kind in (Train, PlanRun, Sweep) else None
-    return command(parse(args[0], kind, args[1:], default)) or 0
+    options = parse(args[0], kind, args[1:], default)
+    for asked in (options, getattr(options, "config", None)):
+        if env := getattr(asked, "env", None):
+            check_task(env)  # at once: what commands import takes seconds
+    return command(options) or 0
 
 
 def _default(kind: type, args: Sequence[str]) -> Any:
@@ -217,10 +222,12 @@ def _headline(config: Config, trainer: Any, path: Path) -> str:
     device, count = jax.devices()[0], trainer.devices.num_devices
     devices = f"{count} × {device.platform}" if count > 1 else device.platform
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""
+    steps = config.num_updates * config.steps_per_update
+    rounded = "" if steps == config.total_timesteps else f" (asked for: {config.total_timesteps:,})"
     return (
         f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
-        f"{devices} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
-        f"in {config.num_updates} updates · results in {path}"
+        f"{devices} ({device.device_kind}) · {seeds}{steps:,} steps{rounded} "
+        f"in {config.num_updates} updates of {config.steps_per_update:,} · results in {path}"
     )
 
 
@@ -349,7 +356,8 @@ def _load(path: Path, env: str | None) -> tuple[Config, Any, Any, Any, list[int]
 
 
 def _list(args: List) -> None:
-    from mam.envs.registry import auto_options, suites, task_names
+    from mam.envs.registry import auto_options, suites
+    from mam.envs.tasks import task_names
     from mam.networks.policy import POLICIES
 
     if args.envs:
@@ -381,9 +389,11 @@ def _print_specs() -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from mam.envs.registry import auto_options, make, task_names
+    from mam.envs.registry import auto_options, make
+    from mam.envs.tasks import task_names
 
-    table = Table(Column("task", no_wrap=True), "agents", "observation", "state", "actions", "limit")
+    names = ("task", "agents", "observation", "state", "actions", "limit")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, padding=(0, 2, 0, 0))
     missing = {}
     for name in (*task_names(), *auto_options()):
         suite = name.partition("/")[0]
@@ -397,11 +407,12 @@ def _print_specs() -> None:
             continue
         picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
         observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
-        actions = f"{spec.num_actions} {'continuous' if spec.continuous else 'discrete'}"
+        actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
         table.add_row(name, *map(str, sizes))
     Console(highlight=False).print(table)
-    print("observation: features of one agent, without its id, and the picture it sees (rows × columns × channels)")
+    print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
+    print("actions: how many there are to choose from, or real numbers")
     for suite, message in missing.items():
         print(f"{suite}: {message}")
 

@@ -30,12 +30,6 @@ MPE_TIME_LIMIT = 26  # JaxMARL's limit of 25 is compared before the step is coun
 MABRAX_TIME_LIMIT = 1000
 OVERCOOKED_TIME_LIMIT = 400
 
-MPE_TASKS = tuple(f"simple_spread_{agents}{kind}" for kind in ("", "-discrete") for agents in (3, 5, 10, 30))
-MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
-OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
-OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
-HANABI_TASKS = ("2p", "3p", "4p", "5p")
-
 
 def make_mpe(task: str) -> "MpeEnv":
     """Makes a task of `MPE_TASKS`: as many agents as landmarks, which are all to be covered without collisions."""

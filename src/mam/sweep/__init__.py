@@ -28,7 +28,8 @@ class Sweep:
     jobs: int = 1
     """Trials at the same time."""
     search: tuple[str, ...] = ()
-    """Settings to search, such as ppo.lr network.d_model; all that the policy reads of the paper's if none."""
+    """Settings to search, such as ppo.lr network.d_model, or with values of your own, such as ppo.gamma=0.9,0.99; all
+    that the policy reads of the paper's if none."""
     objective: Literal["iqm", "mean"] = "iqm"
     """What counts over seeds: the interquartile mean of the absolute metric, or the mean."""
     prune: bool = True
