@@ -161,8 +161,9 @@ def test_evaluate_reports_every_seed(finished, capsys):
 
 
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
-    from mam.envs import probes
+    from mam.envs import probes, tasks
 
+    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large"))
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
@@ -174,10 +175,11 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
 
 
 def test_check_env(capsys, monkeypatch):
-    from mam.envs import probes
+    from mam.envs import probes, tasks
 
     assert cli.main(["check-env", "probe/identity"]) == 0
     assert "probe/identity: nothing found" in capsys.readouterr().out
+    monkeypatch.setitem(tasks.TASKS, "probe", ("broken",))
     monkeypatch.setitem(probes.PROBES, "broken", Broken)
     assert cli.main(["check-env", "probe/broken"]) == 1
     assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
