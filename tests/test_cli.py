@@ -13,7 +13,8 @@ from mam import cli
 from mam.arguments import parse
 from mam.envs.probes import Identity
 from mam.errors import UserError
-from mam.presets import PRESETS, preset, preset_for
+from mam.presets import PRESETS, origin, preset, preset_for
+from report_runs import CONFIG, write_run
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,10 @@ from mam.presets import PRESETS, preset, preset_for
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
         (["train", "--resume", "nowhere"], ["nowhere", "no run"]),
+        (["train", "--config", "nowhere"], ["no file nowhere"]),
+        (["train", "--config", "a", "--preset", "lbf"], ["one place", "--config and --preset"]),
+        (["show", "nowhere"], ["nowhere", "no run"]),
+        (["show"], ["RUN"]),
         (["train", "extra"], ["extra"]),
         (["evaluate"], ["RUN"]),
         (["evaluate", "nowhere"], ["nowhere", "no run"]),
@@ -158,6 +163,39 @@ def test_evaluate_reports_every_seed(finished, capsys):
     assert "4 episodes" in out
     assert "greedy" in out
     assert "mean ± std" in out
+
+
+def test_evaluate_prints_json_and_nothing_else(finished, capsys):
+    assert cli.main(["evaluate", str(finished), "--episodes", "4", "--greedy", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["env"], found["seeds"], found["greedy"]) == ("probe/matrix", [0, 1], True)
+    assert [len(episodes) for episodes in found["metrics"]["episode_return"]] == [4, 4]
+
+
+def test_show_prints_command_settings_provenance_and_scores(finished, capsys):
+    assert cli.main(["show", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "mam train --env probe/matrix --num-seeds 2 --total-timesteps 64" in out
+    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std"):
+        assert re.search(line, out)
+
+
+def test_settings_start_from_a_run_or_a_file(tmp_path):
+    write_run(tmp_path / "run")
+    for start in (tmp_path / "run", tmp_path / "run" / "config.json"):
+        for kind in (cli.Train, cli.PlanRun, cli.Sweep):
+            assert cli._default(kind, ["--config", str(start)]).config == CONFIG
+    args = ["--config", str(tmp_path / "run"), "--seed", "7"]
+    assert parse("train", cli.Train, args, cli._default(cli.Train, args)).config == replace(CONFIG, seed=7)
+
+
+def test_the_preset_is_named_beside_its_sisters():
+    said = origin("rware/tiny-2ag")
+    assert said.startswith("settings: preset rware/tiny-2ag, with d_model 32, 1 block; ")
+    assert "other tasks of the suite: d_model 128, 1 block" in said
+    assert "rware/tiny-4ag of the suite: d_model 128, 3 blocks" in said
+    assert origin("hanabi") == "settings: preset hanabi, with d_model 128, 1 block"
+    assert origin("defaults") == "settings: defaults, with d_model 64, 1 block"
 
 
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):

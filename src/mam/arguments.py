@@ -111,9 +111,13 @@ def _check_value(name: str, value: str, expected: Any) -> None:
 def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
     flags: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for item in dataclasses.fields(kind):
-        expected, name = hints[item.name], item.name.replace("_", "-")
+        expected, name = hints[item.name], item.name
+        if typing.get_origin(expected) is typing.Annotated:
+            expected, *extras = typing.get_args(expected)
+            name = next((extra.name for extra in extras if getattr(extra, "name", None)), name)
+        name = name.replace("_", "-")
         if dataclasses.is_dataclass(expected):
             # A configuration's fields stand on their own; its groups put their name in front.
             flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")

@@ -1,6 +1,7 @@
-"""The command: `mam train | plan | evaluate | play | experiment | sweep | report | dashboard | list | …`."""
+"""The command: `mam train | plan | evaluate | show | play | experiment | sweep | report | dashboard | list | …`."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -14,13 +15,13 @@ import tyro
 
 from mam.arguments import parse, value_of
 from mam.bench import Bench
-from mam.config import Config
+from mam.config import Config, load_config
 from mam.dashboard import Dashboard, serve
 from mam.distribution import DISTRIBUTION, installed_version
 from mam.envs.tasks import check_task
 from mam.errors import UserError, unknown_name
 from mam.experiment import Experiment, run_experiment
-from mam.presets import PRESETS, preset, preset_for
+from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runtime import Hosts
 from mam.sweep import Sweep, run_sweep
 
@@ -36,6 +37,8 @@ class Train:
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
+    start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json or a sweep's best.json."""
     out: Path | None = None
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None
@@ -53,6 +56,8 @@ class PlanRun:
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
+    start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -70,6 +75,16 @@ class Evaluate:
     """Take the most likely actions instead of sampling them."""
     seed: int = 0
     """Decides the episodes."""
+    json: bool = False
+    """Print one JSON object with every episode instead of a table."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what a run was run with and what came of it: command, settings, provenance, scores."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +178,18 @@ def _run(args: list[str]) -> int:
 
 
 def _default(kind: type, args: Sequence[str]) -> Any:
-    """The settings to start from: those of the run to resume, of the preset asked for, or of the task's preset."""
-    resume, name, env = (value_of(args, flag) for flag in ("--resume", "--preset", "--env"))
-    if resume:
-        from mam.run import RunFolder
-
-        return kind(config=RunFolder(Path(resume)).load_config())
-    if name:
-        return kind(config=preset(name))
-    return kind(config=preset_for(env or Config.env)[0])
+    """The settings to start from: those of a run or a file, of the preset asked for, or of the task's preset."""
+    starts = {flag: value for flag in ("--resume", "--config", "--preset") if (value := value_of(args, flag))}
+    if len(starts) > 1:
+        raise UserError(f"settings start from one place: {' and '.join(starts)} name several")
+    match next(iter(starts.items()), ("", "")):
+        case "--resume", run:
+            return kind(config=load_config(Path(run) / "config.json"))
+        case "--config", path:
+            return kind(config=load_config(Path(path) / "config.json" if Path(path).is_dir() else Path(path)))
+        case "--preset", name:
+            return kind(config=preset(name))
+    return kind(config=preset_for(value_of(args, "--env") or Config.env)[0])
 
 
 def _print_overview() -> None:
@@ -192,8 +210,8 @@ def _train(args: Train) -> int:
     runtime.join(args.hosts)
     config = args.config
     if args.resume:
-        if args.out or args.preset:
-            raise UserError("--resume goes on in the run's own folder with its own settings: drop --out and --preset")
+        if args.out:
+            raise UserError("--resume goes on in the run's own folder: drop --out")
         folder, trainer = runs.resume(args.resume, config)
     elif jax.process_count() > 1 and args.out is None:
         raise UserError("several processes write one run: give them the same --out")
@@ -201,6 +219,8 @@ def _train(args: Train) -> int:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
     print(_headline(config, trainer, folder.path))
+    if not (args.resume or args.start):
+        print(origin(args.preset or preset_for(config.env)[1]))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
     outcome = runs.run(config, folder, trainer)
@@ -275,17 +295,23 @@ def _evaluate(args: Evaluate) -> None:
     from rich.table import Table
 
     from mam import runtime
-    from mam.logging import RETURN, mean_and_spread
+    from mam.logging import RETURN, mean_and_spread, to_json
 
     runtime.configure()
     if args.episodes < 1:
         raise UserError(f"--episodes must be positive, got {args.episodes}")
-    config, trainer, policies, _, seeds = _load(args.run, args.env)
-    keys = jax.random.split(jax.random.key(args.seed), len(seeds))
-    try:
-        metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
-    finally:
-        trainer.close()
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
+        config, trainer, policies, _, seeds = _load(args.run, args.env)
+        keys = jax.random.split(jax.random.key(args.seed), len(seeds))
+        try:
+            metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
+        finally:
+            trainer.close()
+    if args.json:
+        facts = {"run": str(args.run), "env": config.env, "algorithm": config.algorithm, "seeds": seeds}
+        asked = {"greedy": args.greedy, "seed": args.seed}
+        print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
+        return
     mode = "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
@@ -299,6 +325,12 @@ def _evaluate(args: Evaluate) -> None:
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
     Console(highlight=False).print(table)
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+
+
+def _show(args: Show) -> None:
+    from mam.show import show
+
+    show(args.run)
 
 
 def _play(args: Play) -> None:
@@ -457,6 +489,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, _train),
     "plan": (PlanRun, _plan),
     "evaluate": (Evaluate, _evaluate),
+    "show": (Show, _show),
     "play": (Play, _play),
     "list": (List, _list),
     "experiment": (Experiment, run_experiment),

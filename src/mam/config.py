@@ -4,8 +4,10 @@ The docstring under a field is its help text on the command line.
 """
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mam.errors import UserError, unknown_name
@@ -295,6 +297,21 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
         else:
             values[name] = _checked(prefix + name, value, expected)
     return kind(**values)
+
+
+def load_config(path: Path) -> Config:
+    """Read the configuration in a JSON file, such as a run's config.json.
+
+    Raises:
+        UserError: if there is none, or one of an incompatible version.
+    """
+    if not path.is_file():
+        run = path.name == "config.json"
+        raise UserError(f"{path.parent} holds no run: there is no config.json in it" if run else f"no file {path}")
+    try:
+        return from_json(Config, json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def _checked(name: str, value: Any, expected: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mam.checkpoint import Save, Writer, has_saves, newest
-from mam.config import Config, from_json, to_json
+from mam.config import Config, load_config, to_json
 from mam.distribution import DISTRIBUTION, NATIVE, installed_version
 from mam.errors import RunError, UserError
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
@@ -63,12 +63,7 @@ class RunFolder:
         Raises:
             UserError: if the folder holds no run, or one of an incompatible version.
         """
-        if not self.config.is_file():
-            raise UserError(f"{self.path} holds no run: there is no config.json in it")
-        try:
-            return from_json(Config, json.loads(self.config.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config} is damaged: {error}") from error
+        return load_config(self.config)
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
         """The newest train state that is intact, one leading axis of seeds."""

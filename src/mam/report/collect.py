@@ -27,6 +27,7 @@ class Run:
     seconds: float  # wall-clock, compiling and evaluations included
     steps_per_second: float  # environment steps of all seeds together, while training; NaN if unknown
     device: str
+    commit: str  # of the source it ran with; `-dirty` if that was changed
 
     @property
     def budget(self) -> int:
@@ -106,6 +107,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
 def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
     total = config.num_updates * config.steps_per_update
     last = records[-1] if records else None
+    versions = _versions(path)
     return Run(
         path=path,
         config=config,
@@ -113,7 +115,8 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
         steps_per_second=_training_speed(records) * config.num_seeds,
-        device=_versions(path).get("device", "unknown"),
+        device=versions.get("device", "unknown"),
+        commit=str(versions.get("git") or "unknown"),
     )
 
 
