@@ -52,7 +52,7 @@ clean:
 	rm -rf $(VENV) build
 
 # Built with the pinned versions, too.
-native_install = CXX=$(COMPILER) $(BIN)/uv pip install --quiet --python $(BIN)/python --reinstall-package mam-native \
+native_install = CXX=$(COMPILER) $(BIN)/uv pip install --quiet --python $(BIN)/python --reinstall-package multi-agent-mamba-native \
 	--constraint constraints.txt --build-constraint constraints.txt ./native \
 	|| CXX=$(COMPILER) PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet \
 	--disable-pip-version-check --force-reinstall --no-deps ./native
@@ -67,6 +67,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'mam needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip uninstall --quiet --yes mam mam-native 2>/dev/null  # what they were called at first
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv \
 		&& $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]' \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -12,10 +12,12 @@ import jax
 import pytest
 
 from mam import cli
+from mam.arguments import parse
 from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
-from mam.presets import PRESETS, preset, preset_for
+from mam.presets import PRESETS, origin, preset, preset_for
+from report_runs import CONFIG, write_run
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,10 @@ from mam.presets import PRESETS, preset, preset_for
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
         (["train", "--resume", "nowhere"], ["nowhere", "no run"]),
+        (["train", "--config", "nowhere"], ["no file nowhere"]),
+        (["train", "--config", "a", "--preset", "lbf"], ["one place", "--config and --preset"]),
+        (["show", "nowhere"], ["nowhere", "no run"]),
+        (["show"], ["RUN"]),
         (["train", "extra"], ["extra"]),
         (["evaluate"], ["RUN"]),
         (["evaluate", "nowhere"], ["nowhere", "no run"]),
@@ -61,6 +67,27 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypa
     for word in words:
         assert word in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)])
+def test_whole_numbers_are_written_as_in_papers(written, meant):
+    for args in (["--total-timesteps", written], [f"--total-timesteps={written}"]):
+        assert parse("train", cli.Train, args, cli.Train()).config.total_timesteps == meant
+
+
+@pytest.mark.parametrize("written", ["1.5e0", "1e-3", "1e400", "nan", "1.0"])
+def test_other_numbers_are_not_whole(written):
+    with pytest.raises(UserError, match="--total-timesteps takes a whole number"):
+        parse("train", cli.Train, ["--total-timesteps", written], cli.Train())
+
+
+@pytest.mark.parametrize(
+    "args", [["train", "--env", "lbf/8x8"], ["check-env", "lbf/8x8"], ["evaluate", "run", "--env", "lbf/8x8"]]
+)
+def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
+    program = "import sys; from mam import cli; code = cli.main(sys.argv[1:]); sys.exit(code + ('jax' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("unknown task 'lbf/8x8'")) == (2, 1)
 
 
 def test_overview_version_and_list(capsys):
@@ -88,7 +115,7 @@ def test_help_shows_the_defaults_of_the_tasks_preset(capsys):
 
 
 def test_every_preset_names_a_task_it_can_train_on():
-    from mam.envs.registry import task_names
+    from mam.envs.tasks import task_names
 
     for name, make in PRESETS.items():
         assert make().env in task_names()
@@ -141,9 +168,43 @@ def test_evaluate_reports_every_seed(finished, capsys):
     assert "mean ± std" in out
 
 
-def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
-    from mam.envs import probes
+def test_evaluate_prints_json_and_nothing_else(finished, capsys):
+    assert cli.main(["evaluate", str(finished), "--episodes", "4", "--greedy", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["env"], found["seeds"], found["greedy"]) == ("probe/matrix", [0, 1], True)
+    assert [len(episodes) for episodes in found["metrics"]["episode_return"]] == [4, 4]
 
+
+def test_show_prints_command_settings_provenance_and_scores(finished, capsys):
+    assert cli.main(["show", str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "mam train --env probe/matrix --num-seeds 2 --total-timesteps 64" in out
+    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std"):
+        assert re.search(line, out)
+
+
+def test_settings_start_from_a_run_or_a_file(tmp_path):
+    write_run(tmp_path / "run")
+    for start in (tmp_path / "run", tmp_path / "run" / "config.json"):
+        for kind in (cli.Train, cli.PlanRun, cli.Sweep):
+            assert cli._default(kind, ["--config", str(start)]).config == CONFIG
+    args = ["--config", str(tmp_path / "run"), "--seed", "7"]
+    assert parse("train", cli.Train, args, cli._default(cli.Train, args)).config == replace(CONFIG, seed=7)
+
+
+def test_the_preset_is_named_beside_its_sisters():
+    said = origin("rware/tiny-2ag")
+    assert said.startswith("settings: preset rware/tiny-2ag, with d_model 32, 1 block; ")
+    assert "other tasks of the suite: d_model 128, 1 block" in said
+    assert "rware/tiny-4ag of the suite: d_model 128, 3 blocks" in said
+    assert origin("hanabi") == "settings: preset hanabi, with d_model 128, 1 block"
+    assert origin("defaults") == "settings: defaults, with d_model 64, 1 block"
+
+
+def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
+    from mam.envs import probes, tasks
+
+    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large"))
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
@@ -155,10 +216,11 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
 
 
 def test_check_env(capsys, monkeypatch):
-    from mam.envs import probes
+    from mam.envs import probes, tasks
 
     assert cli.main(["check-env", "probe/identity"]) == 0
     assert "probe/identity: nothing found" in capsys.readouterr().out
+    monkeypatch.setitem(tasks.TASKS, "probe", ("broken",))
     monkeypatch.setitem(probes.PROBES, "broken", Broken)
     assert cli.main(["check-env", "probe/broken"]) == 1
     assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
@@ -173,15 +235,17 @@ class Broken(Identity):
 
 
 def test_list_envs_shows_sizes(capsys, monkeypatch):
-    from mam.envs import registry
+    from mam.envs import registry, tasks
 
-    monkeypatch.setattr(
-        registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(["task"], gone)}
-    )
+    monkeypatch.setattr(registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(gone)})
+    longest = max(tasks.task_names(), key=len).partition("/")[2]
+    monkeypatch.setattr(tasks, "TASKS", {"probe": tasks.TASKS["probe"], "gone": (longest,)})
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"probe/target +│ 3 +│ 2 +│ - +│ 2 continuous +│ 8", out)
-    assert re.search(r"gone/task +│ - ", out)
+    assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(rf"gone/{longest} +- ", out)
+    assert "…" not in out
     assert "gone: it needs a package" in out
 
 

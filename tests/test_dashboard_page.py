@@ -41,7 +41,7 @@ def test_mistakes_are_one_line(args, words, capsys):
 def test_a_missing_extra_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "nicegui", None)
     assert cli.main(["dashboard", str(tmp_path)]) == 2
-    assert 'pip install "mam[dashboard]"' in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[dashboard]"' in capsys.readouterr().err
 
 
 def write_episode(run):

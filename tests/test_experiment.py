@@ -95,7 +95,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["smoke", "lbf", "paper", "scaling"])
 def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
-    from mam.envs.registry import task_names
+    from mam.envs.tasks import task_names
 
     root = Path(__file__).parents[1]
     monkeypatch.chdir(root)
@@ -307,7 +307,7 @@ def test_without_ray_there_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file.py").write_text(FILE)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.main(["experiment", str(tmp_path / "file.py"), "--ray", "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'mam[experiment]'" in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[experiment]"' in capsys.readouterr().err
     assert cli.main(["experiment", str(tmp_path / "file.py"), "--ray-address", "auto"]) == 2
     assert "--ray-address needs --ray" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -321,7 +321,9 @@ def in_the_background():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'mam[experiment]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'multi-agent-mamba[experiment]'"
+)
 @pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray starts its processes by forking this one
 def test_ray_runs_resumes_and_stops(tmp_path, monkeypatch, in_the_background):
     """One cluster of two cores: a run told to stop, and the same run to its end."""

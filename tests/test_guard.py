@@ -12,7 +12,7 @@ import pytest
 
 from mam import train
 from mam.config import Config, PPOConfig
-from mam.envs import probes
+from mam.envs import probes, tasks
 from mam.envs.probes import Identity
 from mam.guard import FINE, first_bad, is_bad
 from mam.types import Evaluation, PolicyOutput
@@ -80,6 +80,7 @@ def make_fragile(name, spec, *args, key):
 def trainers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_policy", make_fragile)
+        patch.setitem(tasks.TASKS, "probe", ("fragile",))
         patch.setitem(probes.PROBES, "fragile", partial(Bribed))
         yield {how: train.make_train(replace(CONFIG, on_non_finite=how)) for how in ("stop", "skip", "rollback")}
 

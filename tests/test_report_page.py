@@ -191,6 +191,19 @@ def test_csv_files_hold_every_number(matrix, tmp_path):
     assert len(rows["performance_profiles.csv"]) == 2 * len(THRESHOLDS)
 
 
+def test_commits_and_settings_are_shown(tmp_path):
+    base = replace(CONFIG, ppo=replace(CONFIG.ppo, lr=1e-3))
+    write_run(tmp_path / "a", base)
+    write_run(tmp_path / "b", replace(base, seed=5, ppo=replace(base.ppo, lr=2e-3)))
+    (tmp_path / "b" / "versions.json").write_text(json.dumps({"git": f"{'0123456789ab' + 28 * 'f'}-dirty"}))
+    results, _ = load([tmp_path])
+    (table,) = (table for table in tables(results) if table.title == "Settings")
+    ((task, name, commit, settings),) = ([cell.text for cell in row] for row in table.rows)
+    assert (task, name, commit) == ("lbf/small", "mam", "unknown, 0123456789ab-dirty")
+    assert "ppo.lr=0.001 or 0.002" in settings
+    assert "seed" not in settings
+
+
 @pytest.mark.parametrize("updates", [0, 4])
 def test_a_report_of_unfinished_runs_only(updates, tmp_path, capsys):
     write_run(tmp_path / "run", updates=updates or 1)
@@ -207,7 +220,7 @@ def test_mistakes_get_one_line(tmp_path, capsys, monkeypatch):
     write_run(tmp_path / "run")
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'mam[report]'" in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[report]"' in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ from test_experiment import FakePool, row
 from test_run import CONFIG
 
 needs_optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'mam[sweep]'"
+    importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'multi-agent-mamba[sweep]'"
 )
 SEARCH = ("ppo.lr", "network.d_model")
 
@@ -56,6 +56,26 @@ def test_every_value_of_the_ranges_is_valid_on_its_own():
     for name, values in RANGES.items():
         for value in values:
             assert changed(Config(policy="mat"), {name: value})
+
+
+def test_values_of_ones_own():
+    found = space_of(CONFIG, ["ppo.lr", "ppo.gamma=0.9,0.99,0.9", "network.head_dim=None,4", "policy=mam,mat"])
+    own = {"ppo.gamma": (0.9, 0.99), "network.head_dim": (None, 4), "policy": ("mam", "mat")}
+    assert found == {"ppo.lr": RANGES["ppo.lr"]} | own
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("ppo.gamma=2", r"ppo.gamma must lie in \[0, 1\]"),
+        ("ppo.lr=", "ppo.lr must be float"),
+        ("ppo.gama=0.9", "unknown key 'ppo.gama'.*ppo.gamma"),
+        ("network.d_model=many", "network.d_model must be int"),
+    ],
+)
+def test_values_that_a_setting_cannot_have_are_refused(asked, words):
+    with pytest.raises(UserError, match=words):
+        space_of(CONFIG, [asked])
 
 
 class TrialPool(FakePool):
@@ -142,6 +162,14 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
 
 
 @needs_optuna
+def test_no_combination_is_tried_twice_and_then_the_sweep_is_over(sweep, capsys):
+    _, trials = sweep(TrialPool(), trials=50)
+    combinations = {tuple(trial.params.values()) for trial in trials.values()}
+    assert len(trials) == len(combinations) == 12
+    assert "each of the 12 combinations once" in capsys.readouterr().out
+
+
+@needs_optuna
 def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
     pool = TrialPool(interrupt_after=3)
     _, trials = sweep(pool)
@@ -178,6 +206,6 @@ def test_a_real_sweep_of_one_trial(tmp_path, capfd):
 def test_without_optuna_there_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["sweep", "--env", "probe/matrix", "--out", str(tmp_path / "out")]) == 2
-    assert "pip install 'mam[sweep]'" in capsys.readouterr().err
+    assert 'pip install "multi-agent-mamba[sweep]"' in capsys.readouterr().err
     assert cli.main(["sweep", "--trials", "0"]) == 2
     assert "--trials must be positive" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
 
 def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
     """Lets tyro read the arguments; every mistake becomes one line."""
-    _check_flags(kind, args, see=f"mam {command} --help")
+    args = _checked_args(kind, args, see=f"mam {command} --help")
     extra = {} if default is None else {"default": default}
     errors = io.StringIO()
     try:
@@ -48,9 +48,13 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
         raise UserError(text) from None
 
 
-def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
-    """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type."""
-    flags = _flags(kind)
+def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:
+    """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type.
+
+    Returns:
+        The arguments, with whole numbers such as 1e6 written out.
+    """
+    flags, checked = _flags(kind), list(args)
     for index, arg in enumerate(args):
         if not _is_flag(arg) or arg in ("-h", "--help"):
             continue
@@ -69,12 +73,23 @@ def _check_flags(kind: type, args: Sequence[str], *, see: str) -> None:
             values = [value] if equals else itertools.takewhile(lambda arg: not _is_flag(arg), args[index + 1 :])
             for item in values:
                 _check_value(name, item, typing.get_args(expected)[0])
-        else:
-            _check_value(name, value, expected)
+            continue
+        value = _written_out(value) if int in (expected, *typing.get_args(expected)) else value
+        _check_value(name, value, expected)
+        checked[index if equals else index + 1] = f"{name}={value}" if equals else value
+    return checked
 
 
 def _is_flag(arg: str) -> bool:
     return re.match(r"--?[a-zA-Z]", arg) is not None
+
+
+def _written_out(value: str) -> str:
+    """A whole number in the way papers write it, 1e6 or 2.5e5, with all of its digits; anything else as it is."""
+    with contextlib.suppress(ValueError):
+        if (number := float(value)).is_integer() and "e" in value.lower():
+            return str(int(number))
+    return value
 
 
 def _check_value(name: str, value: str, expected: Any) -> None:
@@ -100,9 +115,13 @@ def _check_value(name: str, value: str, expected: Any) -> None:
 def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
     """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
     flags: dict[str, Any] = {}
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for item in dataclasses.fields(kind):
-        expected, name = hints[item.name], item.name.replace("_", "-")
+        expected, name = hints[item.name], item.name
+        if typing.get_origin(expected) is typing.Annotated:
+            expected, *extras = typing.get_args(expected)
+            name = next((extra.name for extra in extras if getattr(extra, "name", None)), name)
+        name = name.replace("_", "-")
         if dataclasses.is_dataclass(expected):
             # A configuration's fields stand on their own; its groups put their name in front.
             flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")

@@ -1,6 +1,7 @@
-"""The command: `mam train | plan | evaluate | play | experiment | sweep | report | dashboard | list | …`."""
+"""The command: `mam train | plan | evaluate | show | play | experiment | sweep | report | dashboard | list | …`."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -8,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +16,15 @@ import tyro
 
 from mam.arguments import parse, value_of
 from mam.bench import Bench
-from mam.config import Config, WorkerConfig
+from mam.config import Config, WorkerConfig, read_config
 from mam.dashboard import Dashboard, serve
+from mam.distribution import DISTRIBUTION, installed_version
 from mam.envs.host.factories import names_code
+from mam.envs.tasks import check_task
 from mam.errors import RunError, UserError, printable, shown, unknown_name
 from mam.experiment import Experiment, run_experiment
 from mam.output import discard, lasting, make_printable
-from mam.presets import PRESETS, preset, preset_for
+from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runtime import Hosts
 from mam.sweep import Sweep, run_sweep
 
@@ -38,6 +40,8 @@ class Train:
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
+    start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json or a sweep's best.json."""
     out: Path | None = None
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None
@@ -57,6 +61,8 @@ class PlanRun:
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
+    start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -74,8 +80,18 @@ class Evaluate:
     """Take the most likely actions instead of sampling them."""
     seed: int = 0
     """Decides the episodes."""
+    json: bool = False
+    """Print one JSON object with every episode instead of a table."""
     trust: bool = False
     """Import the environment that the folder names, where that is code, without naming it as --env."""
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what a run was run with and what came of it: command, settings, provenance, scores."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,7 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         from mam.networks.kernels import native
 
-        print(f"mam {metadata.version('mam')}, {native.description()}")
+        print(f"mam {installed_version(DISTRIBUTION) or '(not installed)'}, {native.description()}")
         return 0
     if args[0] not in COMMANDS:
         raise unknown_name("command", args[0], COMMANDS, see="mam --help")
@@ -173,6 +189,9 @@ def _run(args: list[str]) -> int:
     options = parse(args[0], kind, args[1:], default)
     if isinstance(options, Train):
         _agreed(options.config.env, typed=value_of(args, "--env"), trust=options.trust)
+    for asked in (options, getattr(options, "config", None)):
+        if env := getattr(asked, "env", None):
+            check_task(env)  # at once: what commands import takes seconds
     return command(options) or 0
 
 
@@ -190,15 +209,18 @@ def _agreed(env: str, *, typed: str | None, trust: bool) -> None:
 
 
 def _default(kind: type, args: Sequence[str]) -> Any:
-    """The settings to start from: those of the run to resume, of the preset asked for, or of the task's preset."""
-    resume, name, env = (value_of(args, flag) for flag in ("--resume", "--preset", "--env"))
-    if resume:
-        from mam.run import RunFolder
-
-        return kind(config=RunFolder(Path(resume)).load_config())
-    if name:
-        return kind(config=preset(name))
-    return kind(config=preset_for(env or Config.env)[0])
+    """The settings to start from: those of a run or a file, of the preset asked for, or of the task's preset."""
+    starts = {flag: value for flag in ("--resume", "--config", "--preset") if (value := value_of(args, flag))}
+    if len(starts) > 1:
+        raise UserError(f"settings start from one place: {' and '.join(starts)} name several")
+    match next(iter(starts.items()), ("", "")):
+        case "--resume", run:
+            return kind(config=read_config(Path(run) / "config.json"))
+        case "--config", path:
+            return kind(config=read_config(Path(path) / "config.json" if Path(path).is_dir() else Path(path)))
+        case "--preset", name:
+            return kind(config=preset(name))
+    return kind(config=preset_for(value_of(args, "--env") or Config.env)[0])
 
 
 def _print_overview() -> None:
@@ -219,8 +241,8 @@ def _train(args: Train) -> int:
     runtime.configure(hosts=args.hosts)
     config = args.config
     if args.resume:
-        if args.out or args.preset:
-            raise UserError("--resume goes on in the run's own folder with its own settings: drop --out and --preset")
+        if args.out:
+            raise UserError("--resume goes on in the run's own folder: drop --out")
         folder, trainer = runs.resume(args.resume, config)
     elif jax.process_count() > 1 and args.out is None:
         raise UserError("several processes write one run: give them the same --out")
@@ -228,6 +250,8 @@ def _train(args: Train) -> int:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder, trainer = runs.start(config, args.out or _default_folder(config) / stamp)
     print(_headline(config, trainer, folder.path))
+    if not (args.resume or args.start):
+        print(origin(args.preset or preset_for(config.env)[1]))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
     outcome = runs.run(config, folder, trainer)
@@ -254,10 +278,12 @@ def _headline(config: Config, trainer: Any, path: Path) -> str:
     device, count = jax.devices()[0], trainer.devices.num_devices
     devices = f"{count} × {device.platform}" if count > 1 else device.platform
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""
+    steps = config.num_updates * config.steps_per_update
+    rounded = "" if steps == config.total_timesteps else f" (asked for: {config.total_timesteps:,})"
     return (
         f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
-        f"{devices} ({device.device_kind}) · {seeds}{config.total_timesteps:,} steps "
-        f"in {config.num_updates} updates · results in {path}"
+        f"{devices} ({device.device_kind}) · {seeds}{steps:,} steps{rounded} "
+        f"in {config.num_updates} updates of {config.steps_per_update:,} · results in {path}"
     )
 
 
@@ -306,18 +332,24 @@ def _evaluate(args: Evaluate) -> None:
 
     from mam import runtime
     from mam.evaluate import UNFINISHED
-    from mam.logging import RETURN, mean_and_spread
+    from mam.logging import RETURN, mean_and_spread, to_json
 
     runtime.configure()
     if args.episodes < 1:
         raise UserError(f"--episodes must be positive, got {args.episodes}")
-    config, trainer, policies, _, seeds = _load(args.run, args.env, trust=args.trust)
-    keys = jax.random.split(jax.random.key(args.seed), len(seeds))
-    try:
-        metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
-    finally:
-        trainer.close()
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
+        config, trainer, policies, _, seeds = _load(args.run, args.env, trust=args.trust)
+        keys = jax.random.split(jax.random.key(args.seed), len(seeds))
+        try:
+            metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
+        finally:
+            trainer.close()
     metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
+    if args.json:
+        facts = {"run": str(args.run), "env": config.env, "algorithm": config.algorithm, "seeds": seeds}
+        asked = {"greedy": args.greedy, "seed": args.seed}
+        print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
+        return
     mode = "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
@@ -331,6 +363,12 @@ def _evaluate(args: Evaluate) -> None:
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
     Console(highlight=False).print(table)
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+
+
+def _show(args: Show) -> None:
+    from mam.show import show
+
+    show(args.run)
 
 
 def _play(args: Play) -> None:
@@ -390,7 +428,8 @@ def _load(path: Path, env: str | None, *, trust: bool) -> tuple[Config, Any, Any
 
 
 def _list(args: List) -> None:
-    from mam.envs.registry import auto_options, suites, task_names
+    from mam.envs.registry import auto_options, suites
+    from mam.envs.tasks import task_names
     from mam.networks.policy import POLICIES
 
     if args.envs:
@@ -422,9 +461,11 @@ def _print_specs() -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from mam.envs.registry import auto_options, make, task_names
+    from mam.envs.registry import auto_options, make
+    from mam.envs.tasks import task_names
 
-    table = Table(Column("task", no_wrap=True), "agents", "observation", "state", "actions", "limit")
+    names = ("task", "agents", "observation", "state", "actions", "limit")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, padding=(0, 2, 0, 0))
     missing = {}
     for name in (*task_names(), *auto_options()):
         suite = name.partition("/")[0]
@@ -438,11 +479,12 @@ def _print_specs() -> None:
             continue
         picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
         observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
-        actions = f"{spec.num_actions} {'continuous' if spec.continuous else 'discrete'}"
+        actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
         table.add_row(name, *map(str, sizes))
     Console(highlight=False).print(table)
-    print("observation: features of one agent, without its id, and the picture it sees (rows × columns × channels)")
+    print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
+    print("actions: how many there are to choose from, or real numbers")
     for suite, message in missing.items():
         print(f"{suite}: {message}")
 
@@ -487,6 +529,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, _train),
     "plan": (PlanRun, _plan),
     "evaluate": (Evaluate, _evaluate),
+    "show": (Show, _show),
     "play": (Play, _play),
     "list": (List, _list),
     "experiment": (Experiment, run_experiment),

@@ -236,3 +236,23 @@ def preset_for(env: str) -> tuple[Config, str]:
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name
     return Config(env=env), "defaults"
+
+
+def origin(name: str) -> str:
+    """Return what a preset is in one line: its network, and those that other tasks of the suite start from."""
+    if name not in PRESETS:
+        return f"settings: {name}, with {_network(Config())}"
+    mine, suite = _network(PRESETS[name]()), name.partition("/")[0]
+    unlike = {}
+    for other in PRESETS:
+        network = _network(PRESETS[other]())
+        if other.partition("/")[0] == suite and network != mine:
+            unlike.setdefault(network, []).append("other tasks" if other == suite else other)
+    others = "".join(f"; {', '.join(names)} of the suite: {network}" for network, names in unlike.items())
+    return f"settings: preset {name}, with {mine}{others}"
+
+
+def _network(config: Config) -> str:
+    """The sizes in which presets differ."""
+    network = config.network
+    return f"d_model {network.d_model}, {network.num_blocks} block{'s' if network.num_blocks > 1 else ''}"

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +23,7 @@ from jax.experimental import multihost_utils
 
 from mam.checkpoint import Save, Writer, has_saves, newest
 from mam.config import Config, read_config, to_json
+from mam.distribution import DISTRIBUTION, NATIVE, installed_version
 from mam.envs.host.factories import names_code
 from mam.errors import RunError, UserError
 from mam.evaluate import UNFINISHED
@@ -372,17 +372,11 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
-    own, suites = ("mam", "mam-native"), ("jumanji", "jaxmarl")
-    found = {}
-    for name in (*own, "jax", "jaxlib", "equinox", "optax", "numpy", *suites):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    others = ("jax", "jaxlib", "equinox", "optax", "numpy", "jumanji", "jaxmarl")
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        "packages": found,
+        "packages": {name: installed_version(name) for name in (DISTRIBUTION, NATIVE, *others)},
         "git": _git_sha(),
         "device": f"{device.platform}: {device.device_kind}",
         "platform": platform.platform(),

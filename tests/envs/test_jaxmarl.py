@@ -407,13 +407,13 @@ def test_options_are_checked():
 @pytest.mark.parametrize("make", [smax.make_smax_auto, jaxmarl.make_mpe_auto])
 def test_missing_jaxmarl_is_one_clear_error(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "jaxmarl", None)
-    with pytest.raises(UserError, match=r'pip install "mam\[jaxmarl\]"'):
+    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[jaxmarl\]"'):
         make()
 
 
 def test_missing_brax_is_one_clear_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "brax", None)
-    with pytest.raises(UserError, match=r'pip install "mam\[mabrax\]"'):
+    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[mabrax\]"'):
         jaxmarl.make_mabrax("hopper_3x1")
 
 

@@ -375,5 +375,5 @@ def test_animate_writes_a_gif(family, request, tmp_path):
 )
 def test_missing_jumanji_is_one_clear_error(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "jumanji", None)
-    with pytest.raises(UserError, match=r'pip install "mam\[jumanji\]"'):
+    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[jumanji\]"'):
         make()

@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import pytest
 
-from mam.envs import registry
-from mam.envs.probes import Identity
+from mam.envs import registry, tasks
+from mam.envs.probes import PROBES, Identity
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.errors import UserError
 
 
+def test_names_and_what_they_stand_for_agree():
+    assert tuple(tasks.TASKS) == registry.suites()
+    assert tuple(f"{suite}/auto" for suite in tasks.MADE_TO_MEASURE) == tuple(registry.auto_options())
+    assert tuple(tasks.TASKS["probe"]) == tuple(PROBES)
+
+
 def test_task_names():
-    names = registry.task_names()
+    names = tasks.task_names()
     assert len(names) == len(set(names))
     assert {name.split("/")[0] for name in names} == set(registry.suites())
     count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in registry.suites()}
@@ -54,7 +60,7 @@ def test_unknown_names_get_one_line_with_suggestions(name, message):
 
 def test_listing_tasks_is_silent_and_imports_no_suite():
     code = (
-        "import sys, mam.envs.registry as registry; registry.task_names(); assert 'jumanji' not in sys.modules;"
+        "import sys, mam.envs.registry; assert 'jumanji' not in sys.modules;"
         "from jax._src import xla_bridge; assert not xla_bridge.backends_are_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -77,10 +83,12 @@ def make_sized(agents: int = 3, wide: bool = False, density: float = 0.5) -> Siz
 def sized(monkeypatch):
     """A suite with one task, and tasks of one's own making; another one without options."""
     suites = registry._SUITES | {
-        "sized": registry._Suite(["small"], lambda task: make_sized(2), auto=make_sized),
-        "plain": registry._Suite([], lambda task: make_sized(), auto=lambda: make_sized(4)),
+        "sized": registry._Suite(lambda task: make_sized(2), auto=make_sized),
+        "plain": registry._Suite(lambda task: make_sized(), auto=lambda: make_sized(4)),
     }
     monkeypatch.setattr(registry, "_SUITES", suites)
+    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS | {"sized": ["small"], "plain": []})
+    monkeypatch.setattr(tasks, "MADE_TO_MEASURE", (*tasks.MADE_TO_MEASURE, "sized", "plain"))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +114,7 @@ def test_options_are_listed_with_their_defaults(sized):
     listed = registry.auto_options()
     assert listed["sized/auto"] == {"agents": 3, "wide": False, "density": 0.5}
     assert listed["plain/auto"] == {}
-    assert not any(name.endswith("/auto") for name in registry.task_names())
+    assert not any(name.endswith("/auto") for name in tasks.task_names())
     for name, options in listed.items():
         assert {type(value) for value in options.values()} <= {int, float, bool}, name  # what can be read
 

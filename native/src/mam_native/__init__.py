@@ -10,7 +10,7 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-__version__ = metadata.version("mam-native")
+__version__ = metadata.version("multi-agent-mamba-native")
 
 _library = ctypes.CDLL(str(Path(__file__).parent / "libmam_native.so"))
 _library.mam_native_isa.restype = ctypes.c_char_p

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from mam.distribution import missing_extra
 from mam.errors import UserError
 
 
@@ -16,7 +17,7 @@ from mam.errors import UserError
 class Dashboard:
     """Show runs while they train: table, curves, settings, logs and replays, as a page on this machine.
 
-    Needs the extra: pip install "mam[dashboard]". Ctrl-C ends it.
+    Needs the extra: pip install "multi-agent-mamba[dashboard]". Ctrl-C ends it.
     """
 
     runs: tyro.conf.Positional[Path]
@@ -45,7 +46,7 @@ def serve(options: Dashboard) -> int:
         import nicegui  # noqa: F401
         import orjson  # noqa: F401
     except ImportError as error:
-        raise UserError('mam dashboard needs its extra: pip install "mam[dashboard]"') from error
+        raise missing_extra("mam dashboard", "NiceGUI and orjson", "dashboard") from error
     from mam.dashboard.server import run
 
     return run(options.runs, host=options.host, port=options.port, trust=options.trust, open_browser=options.open)

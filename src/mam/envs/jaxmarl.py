@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
+from mam.distribution import missing_extra
 from mam.envs.base import Metrics, restart, transition
 from mam.errors import UserError
 from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
@@ -28,12 +29,6 @@ from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
 MPE_TIME_LIMIT = 26  # JaxMARL's limit of 25 is compared before the step is counted, so one more is taken
 MABRAX_TIME_LIMIT = 1000
 OVERCOOKED_TIME_LIMIT = 400
-
-MPE_TASKS = tuple(f"simple_spread_{agents}{kind}" for kind in ("", "-discrete") for agents in (3, 5, 10, 30))
-MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
-OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
-OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
-HANABI_TASKS = ("2p", "3p", "4p", "5p")
 
 
 def make_mpe(task: str) -> "MpeEnv":
@@ -82,7 +77,7 @@ def make_mabrax(task: str) -> "MabraxEnv":
             import mujoco
             from jaxmarl.environments import mabrax
         except ImportError as error:
-            raise UserError('this task needs JaxMARL and brax: pip install "mam[mabrax]"') from error
+            raise missing_extra("this task", "JaxMARL and brax", "mabrax") from error
         # MuJoCo would write what it warns of into a file in the current folder.
         simulator: Any = mujoco  # its functions in C are not known to type checkers
         undo.callback(simulator.set_mju_user_warning, simulator.get_mju_user_warning())
@@ -335,7 +330,7 @@ def import_jaxmarl() -> None:
         with _quietly():
             import jaxmarl  # noqa: F401
     except ImportError as error:
-        raise UserError('this task needs JaxMARL: pip install "mam[jaxmarl]"') from error
+        raise missing_extra("this task", "JaxMARL", "jaxmarl") from error
     finally:
         if held_back:
             del sys.modules[brax_tasks]

@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
+from mam.distribution import missing_extra
 from mam.envs import jumanji_grids as grids
 from mam.envs.base import Metrics, restart, transition
+from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZES
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
@@ -27,29 +29,6 @@ Measure = Callable[[Any], Metrics]  # metrics of Jumanji's state
 
 LBF_TIME_LIMIT = 100
 RWARE_TIME_LIMIT = 500
-
-# In the words of Jumanji's LBF generator; fov = field of view, in cells to each side.
-LBF_TASKS: dict[str, dict[str, Any]] = {
-    "2s-8x8-2p-2f-coop": {"grid_size": 8, "fov": 2, "num_agents": 2, "num_food": 2, "force_coop": True},
-    "8x8-2p-2f-coop": {"grid_size": 8, "fov": 8, "num_agents": 2, "num_food": 2, "force_coop": True},
-    "2s-10x10-3p-3f": {"grid_size": 10, "fov": 2, "num_agents": 3, "num_food": 3},
-    "10x10-3p-3f": {"grid_size": 10, "fov": 10, "num_agents": 3, "num_food": 3},
-    "15x15-3p-5f": {"grid_size": 15, "fov": 15, "num_agents": 3, "num_food": 5},
-    "15x15-4p-3f": {"grid_size": 15, "fov": 15, "num_agents": 4, "num_food": 3},
-    "15x15-4p-5f": {"grid_size": 15, "fov": 15, "num_agents": 4, "num_food": 5},
-}
-
-# Shelf clusters down and across; a task's name adds the number of agents.
-RWARE_SIZES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}
-RWARE_TASKS = (
-    *("tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard"),
-    *("medium-4ag", "medium-4ag-hard", "medium-6ag", "large-4ag", "large-4ag-hard"),
-    *("large-8ag", "large-8ag-hard", "xlarge-4ag", "xlarge-4ag-hard"),
-)
-
-# Rows x columns x agents, and the time limit. Square only: Jumanji's action mask of Cleaner is wrong otherwise.
-CONNECTOR_TASKS = {"5x5x3a": 25, "7x7x5a": 49, "10x10x10a": 100, "15x15x23a": 225}
-CLEANER_TASKS = {"5x5x2a": 25, "10x10x3a": 100, "15x15x5a": 225, "20x20x20a": 400}
 
 
 def make_lbf(task: str) -> "JumanjiEnv":
@@ -319,4 +298,4 @@ def _require_jumanji() -> None:
     try:
         import jumanji  # noqa: F401
     except ImportError as error:
-        raise UserError('this task needs Jumanji: pip install "mam[jumanji]"') from error
+        raise missing_extra("this task", "Jumanji", "jumanji") from error

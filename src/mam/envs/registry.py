@@ -1,4 +1,4 @@
-"""Tasks by name. A new suite is one row of `_SUITES`.
+"""Tasks by name. A new suite is one row of `_SUITES`, and of `TASKS` in `mam.envs.tasks`.
 
 suite/task                         a task of a suite
 suite/auto:agents=64,grid=48       a task of that suite of one's own making
@@ -7,7 +7,7 @@ package.module:factory             one's own environment: the factory returns it
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from mam.config import WorkerConfig
 from mam.envs import jaxmarl, jumanji, probes, smax
 from mam.envs.host.factories import PREFIX, EnvFactory, find_factory, names_code
+from mam.envs.tasks import check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
 from mam.types import Environment, HostEnvironments
@@ -22,33 +23,27 @@ from mam.types import Environment, HostEnvironments
 
 @dataclass(frozen=True)
 class _Suite:
-    tasks: Iterable[str]
     make: Callable[[str], Environment]  # task (without the suite) -> environment; imports what it needs
     auto: Callable[..., Environment] | None = None  # keyword arguments, all with defaults -> environment
 
 
 _SUITES = {
-    "lbf": _Suite(jumanji.LBF_TASKS, jumanji.make_lbf, auto=jumanji.make_lbf_auto),
-    "rware": _Suite(jumanji.RWARE_TASKS, jumanji.make_rware, auto=jumanji.make_rware_auto),
-    "connector": _Suite(jumanji.CONNECTOR_TASKS, jumanji.make_connector),
-    "cleaner": _Suite(jumanji.CLEANER_TASKS, jumanji.make_cleaner),
-    "smax": _Suite(smax.SMAX_TASKS, smax.make_smax, auto=smax.make_smax_auto),
-    "mpe": _Suite(jaxmarl.MPE_TASKS, jaxmarl.make_mpe, auto=jaxmarl.make_mpe_auto),
-    "mabrax": _Suite(jaxmarl.MABRAX_TASKS, jaxmarl.make_mabrax),
-    "overcooked": _Suite(jaxmarl.OVERCOOKED_TASKS, jaxmarl.make_overcooked),
-    "hanabi": _Suite(jaxmarl.HANABI_TASKS, jaxmarl.make_hanabi),
-    "probe": _Suite(probes.PROBES, lambda task: probes.PROBES[task]()),
+    "lbf": _Suite(jumanji.make_lbf, auto=jumanji.make_lbf_auto),
+    "rware": _Suite(jumanji.make_rware, auto=jumanji.make_rware_auto),
+    "connector": _Suite(jumanji.make_connector),
+    "cleaner": _Suite(jumanji.make_cleaner),
+    "smax": _Suite(smax.make_smax, auto=smax.make_smax_auto),
+    "mpe": _Suite(jaxmarl.make_mpe, auto=jaxmarl.make_mpe_auto),
+    "mabrax": _Suite(jaxmarl.make_mabrax),
+    "overcooked": _Suite(jaxmarl.make_overcooked),
+    "hanabi": _Suite(jaxmarl.make_hanabi),
+    "probe": _Suite(lambda task: probes.PROBES[task]()),
 }
 
 
 def suites() -> tuple[str, ...]:
     """Returns the names of all suites."""
     return tuple(_SUITES)
-
-
-def task_names() -> tuple[str, ...]:
-    """Returns the names of all tasks, "suite/task"; imports none of the suites."""
-    return tuple(f"{name}/{task}" for name, suite in _SUITES.items() for task in suite.tasks)
 
 
 def auto_options() -> dict[str, Mapping[str, Any]]:
@@ -134,9 +129,7 @@ def _own(name: str) -> Environment | EnvFactory:
 
 def make_plain(name: str) -> Environment:
     """Makes one environment as it is, without agent ids; what somebody's own factory returns, unchecked."""
-    if name in task_names():
-        suite, task = name.split("/")
-        return _SUITES[suite].make(task)
+    check_task(name)
     if names_code(name):
         env = _own(name)
         if isinstance(env, EnvFactory):
@@ -144,9 +137,9 @@ def make_plain(name: str) -> Environment:
         return env
     suite, _, rest = name.partition("/")
     task, _, options = rest.partition(":")
-    if task == "auto" and suite in _SUITES and (auto := _SUITES[suite].auto):
+    if task == "auto" and (auto := _SUITES[suite].auto):
         return auto(**_parse_options(name, options, _options(auto)))
-    raise unknown_name("task", name, (*task_names(), *auto_options()), see="mam list")
+    return _SUITES[suite].make(task)
 
 
 def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:

@@ -15,10 +15,6 @@ from mam.envs.jaxmarl import JaxMarlEnv, draw_discs, import_jaxmarl, require_pos
 from mam.types import EnvSpec, EnvState, Observation
 
 SMAX_TIME_LIMIT = 101  # JaxMARL's limit of 100 is compared before the step is counted, so one more is taken
-SMAX_TASKS = (
-    *("2s3z", "3s5z", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"),
-    *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
-)
 
 
 def make_smax(task: str) -> "SmaxEnv":

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mam.distribution import missing_extra
 from mam.errors import UserError
 from mam.experiment.jobs import Job
 from mam.experiment.pools import KILLED, End, launch
@@ -29,7 +30,7 @@ class RayPool:
         try:
             ray: Any = import_module("ray")
         except ImportError as error:
-            raise UserError("--ray needs Ray: pip install 'mam[experiment]'") from error
+            raise missing_extra("--ray", "Ray", "experiment") from error
         self._ray = ray
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a run without a GPU keeps its environment
         local = {"include_dashboard": False} if address is None else {}

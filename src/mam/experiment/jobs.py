@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mam.config import Config
+from mam.envs.tasks import check_task
 from mam.errors import UserError
 from mam.experiment.follow import Follower
 from mam.experiment.grid import flags
@@ -101,7 +102,7 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
     """One job per run; a configuration without a name is called by its task and algorithm.
 
     Raises:
-        UserError: if something is no configuration, or two runs have one name.
+        UserError: if something is no configuration, there is no such task, or two runs have one name.
     """
     jobs = dict[Path, Job]()
     for run in runs:
@@ -112,6 +113,7 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
                 pass
             case _:
                 raise UserError(f"runs must be Config or (name, Config), got {run!r}")
+        check_task(config.env)
         path = out / _file_name(name)
         if path in jobs:
             raise UserError(f"two runs are called {name}: give them names, as (name, Config)")

@@ -27,6 +27,7 @@ class Run:
     seconds: float  # wall-clock, compiling and evaluations included
     steps_per_second: float  # environment steps of all seeds together, while training; NaN if unknown
     device: str
+    commit: str  # of the source it ran with; `-dirty` if that was changed
 
     @property
     def budget(self) -> int:
@@ -133,6 +134,7 @@ def _check(records: Sequence[Record], num_seeds: int) -> None:
 def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
     total = config.num_updates * config.steps_per_update
     last = records[-1] if records else None
+    versions = read_versions(path)
     return Run(
         path=path,
         config=config,
@@ -140,7 +142,8 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
         steps_per_second=_training_speed(records) * config.num_seeds,
-        device=str(_versions(path).get("device", "unknown")),
+        device=str(versions.get("device") or "unknown"),
+        commit=str(versions.get("git") or "unknown"),
     )
 
 
@@ -150,7 +153,8 @@ def _training_speed(records: Sequence[Record]) -> float:
     return median_speed([record.step_count for record in train], [record.elapsed for record in train])
 
 
-def _versions(path: Path) -> dict[str, Any]:
+def read_versions(path: Path) -> dict[str, Any]:
+    """Read what a run ran with; nothing where that cannot be read."""
     try:
         return read_object(path / "versions.json")
     except UserError:

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mam.errors import UserError, printable
+from mam.distribution import DISTRIBUTION, installed_version, missing_extra
+from mam.errors import printable
 from mam.logging import write_atomically
 from mam.report.escape import markdown, tex
 from mam.report.figures import Figure, aggregate_figures, comparison_figures, render, task_figures
@@ -85,7 +85,7 @@ def _facts(results: Results) -> str:
     runs = {seed.run.path: seed.run for seed in results.seeds}.values()
     finished = sum(run.finished for run in runs)
     steps = sum(run.step_count * run.config.num_seeds for run in runs)
-    version = metadata.version("mam")
+    version = installed_version(DISTRIBUTION) or "(not installed)"
     return (
         f"{', '.join(results.algorithms)} · {len(runs)} runs, {finished} of them finished · {len(results.seeds)} seeds "
         f"in all · {steps:,} environment steps · mam {version}"
@@ -98,7 +98,7 @@ def _template(name: str) -> Any:
         import jinja2
         from markupsafe import Markup
     except ImportError as error:
-        raise UserError("mam report needs Jinja2: pip install 'mam[report]'") from error
+        raise missing_extra("mam report", "Jinja2", "report") from error
     escape = _WRITTEN[name]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mam.report"),

@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import numpy as np
 
+from mam.config import Config, flat, to_json
 from mam.logging import RETURN
 from mam.report.results import Results
 from mam.report.statistics import ENOUGH_RUNS, Estimate
@@ -43,7 +44,7 @@ _BOLD = "Bold: its interval lies wholly above those of all others."
 def tables(results: Results) -> list[Table]:
     """All tables that there is something to put in."""
     made = (_aggregates(results), *(_per_task(results, metric) for metric in _METRICS), _improvements(results))
-    return [table for table in (*made, _speeds(results), _runs(results)) if table.rows]
+    return [table for table in (*made, _speeds(results), _settings(results), _runs(results)) if table.rows]
 
 
 def _aggregates(results: Results) -> Table:
@@ -127,6 +128,27 @@ def _speeds(results: Results) -> Table:
     )
     header = ["task", "algorithm", "steps/s", "wall-clock", "seeds side by side", "device"]
     return Table("Speed", header, "llrrrl", rows, note)
+
+
+def _settings(results: Results) -> Table:
+    defaults, rows = flat(to_json(Config())), []
+    for task, name in results.cells:
+        runs = [seed.run for seed in results.runs_of(task, name)]
+        settings = [flat(to_json(run.config)) for run in runs]
+        unlike = {
+            key: dict.fromkeys(str(of_run[key]) for of_run in settings)
+            for key, default in defaults.items()
+            if not key.startswith(_NO_SETTINGS) and any(of_run[key] != default for of_run in settings)
+        }
+        text = ", ".join(f"{key}={' or '.join(values)}" for key, values in unlike.items())
+        commits = dict.fromkeys(run.commit[:12] + "-dirty" * run.commit.endswith("-dirty") for run in runs)
+        rows.append([Cell(task), Cell(name), Cell(", ".join(commits)), Cell(text or "–")])
+    note = "Settings that are not the defaults of `mam train` without a preset; the rest is in each run's config.json."
+    return Table(title="Settings", header=["task", "algorithm", "commit", "settings"], rows=rows, note=note)
+
+
+# What is said elsewhere, or changes no numbers.
+_NO_SETTINGS = ("env", "policy", "seed", "checkpoint.", "num_workers", "num_devices")
 
 
 def _runs(results: Results) -> Table:

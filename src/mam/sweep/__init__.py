@@ -21,6 +21,8 @@ class Sweep:
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
+    start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json."""
     out: Path | None = None
     """Folder of the sweep and its runs; sweeps/<task>/<policy> if None."""
     trials: int = 50
@@ -28,7 +30,8 @@ class Sweep:
     jobs: int = 1
     """Trials at the same time."""
     search: tuple[str, ...] = ()
-    """Settings to search, such as ppo.lr network.d_model; all that the policy reads of the paper's if none."""
+    """Settings to search, such as ppo.lr network.d_model, or with values of your own, such as ppo.gamma=0.9,0.99; all
+    that the policy reads of the paper's if none."""
     objective: Literal["iqm", "mean"] = "iqm"
     """What counts over seeds: the interquartile mean of the absolute metric, or the mean."""
     prune: bool = True

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mam.config import to_json
+from mam.distribution import missing_extra
 from mam.errors import UserError
 from mam.experiment.follow import seed_returns
 from mam.experiment.grid import changed, flags
@@ -53,11 +54,11 @@ class Search:
         try:
             self._optuna: Any = import_module("optuna")
         except ImportError as error:
-            raise UserError("mam sweep needs Optuna: pip install 'mam[sweep]'") from error
+            raise missing_extra("mam sweep", "Optuna", "sweep") from error
         self._options, self._out, self._pool, self._screen = options, out, pool, screen
+        self._values = space_of(options.config, options.search)
         self._space = {
-            name: self._optuna.distributions.CategoricalDistribution(values)
-            for name, values in space_of(options.config, options.search).items()
+            name: self._optuna.distributions.CategoricalDistribution(values) for name, values in self._values.items()
         }
         self._rows: dict[Job, TrialRow] = {}
         self._study = self._open()
@@ -76,10 +77,10 @@ class Search:
             load_if_exists=True,
         )
         # A sampler that began anew with the same seed would ask for the same trials again.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=options.config.seed + len(study.trials), n_startup_trials=options.startup_trials
-        )
-        what = {"config": to_json(options.config), "search": sorted(self._space), "objective": options.objective}
+        seed, startup = options.config.seed + len(study.trials), options.startup_trials
+        self._sampler = import_module("mam.sweep.sampler").Untried(self._values, seed=seed, n_startup_trials=startup)
+        study.sampler = self._sampler
+        what = {"config": to_json(options.config), "search": self._values, "objective": options.objective}
         what = json.loads(json.dumps(what))
         if study.user_attrs.get("what", what) != what:
             raise UserError(f"{self._out} holds a sweep of something else: choose another --out")
@@ -98,7 +99,7 @@ class Search:
                     self._screen.log("stopping: every trial is told to save itself; Ctrl-C again kills them")
                     for row in self._running():
                         self._pool.stop(row.job)
-                while not told and self._pool.room() and (waiting or len(self._study.trials) < self._options.trials):
+                while not told and self._pool.room() and (waiting or not self._enough()):
                     row = waiting.pop(0) if waiting else self._row(self._study.ask(self._space))
                     self._start(row)
                 for row in self._running():
@@ -114,7 +115,7 @@ class Search:
                 time.sleep(POLL_SECONDS)
 
     def _enough(self) -> bool:
-        return len(self._study.trials) >= self._options.trials
+        return len(self._study.trials) >= min(self._options.trials, self._sampler.num_combinations)
 
     def _running(self) -> Iterable[TrialRow]:
         return [row for row in self._rows.values() if row.status == "running"]
@@ -184,6 +185,8 @@ class Search:
         shown = [f"{count} {state.name.lower()}" for state, count in counts.items() if count]
         self._screen.conclude(list(self._rows.values()))
         self._screen.log(f"trials: {', '.join(shown)}")
+        if len(self._study.trials) >= self._sampler.num_combinations:
+            self._screen.log(f"that is each of the {self._sampler.num_combinations} combinations once: nothing is left")
         if not counts[states.COMPLETE]:
             self._screen.log("no trial has finished: there is no best one")
             return 1 if counts[states.FAIL] else 0

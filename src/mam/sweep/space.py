@@ -1,10 +1,12 @@
 """What is searched: the paper's ranges, of those settings that a policy reads."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from mam.config import Config
 from mam.errors import unknown_name
+from mam.experiment.grid import changed
 
 RANGES: dict[str, tuple[Any, ...]] = {
     "ppo.lr": (1e-4, 2.5e-4, 5e-4, 1e-3),
@@ -28,10 +30,11 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
 
     Args:
         config: its policy and layout decide what there is to search.
-        names: of the settings; all that the policy reads if empty.
+        names: of the settings, `ppo.lr`, or with values of one's own, `ppo.lr=1e-4,1e-3`; all that the policy reads
+            if empty.
 
     Raises:
-        UserError: for a setting without a range.
+        UserError: for a setting without a range, or a value that it cannot have.
     """
     network = config.network
     layouts = [network.encoder.layout, network.decoder.layout]
@@ -43,7 +46,30 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
         for name, values in RANGES.items()
         if name not in fixed and (name not in _READ_BY or letters & set(_READ_BY[name]))
     }
-    for name in names:
-        if name not in read:
+    if not names:
+        return read
+    space = {}
+    for asked in names:
+        name, given, values = asked.partition("=")
+        if given:
+            space[name] = _own_values(config, name, values)
+        elif name in read:
+            space[name] = read[name]
+        else:
             raise unknown_name(f"setting of {config.algorithm} to search", name, read, see="mam sweep --help")
-    return {name: values for name, values in read.items() if name in names or not names}
+    return space
+
+
+def _own_values(config: Config, name: str, text: str) -> tuple[Any, ...]:
+    """The values in `ppo.gamma=0.9,0.99`, each of which has to be one that the setting can have."""
+    values = tuple(map(_value, text.split(",")))
+    for value in values:
+        changed(config, {name: value})
+    return tuple(dict.fromkeys(values))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text

@@ -7,7 +7,6 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from mam import distribution
 from mam.errors import UserError
 
 VERSION = "0.4"  # of the package; with others kernels take other arguments
@@ -50,10 +50,8 @@ def is_installed() -> bool:
 
 def installed_version() -> str:
     """Of the package; empty if it is not there."""
-    try:
-        return metadata.version("mam-native") if importlib.util.find_spec("mam_native") else ""
-    except metadata.PackageNotFoundError:
-        return ""
+    there = importlib.util.find_spec("mam_native") is not None
+    return (there and distribution.installed_version(distribution.NATIVE)) or ""
 
 
 @functools.cache

@@ -1,0 +1,75 @@
+"""Names of all tasks, as tables that import nothing: a name that is none is refused before JAX is loaded."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from mam.errors import unknown_name
+
+# In the words of Jumanji's LBF generator; fov = field of view, in cells to each side.
+LBF_TASKS: dict[str, dict[str, Any]] = {
+    "2s-8x8-2p-2f-coop": {"grid_size": 8, "fov": 2, "num_agents": 2, "num_food": 2, "force_coop": True},
+    "8x8-2p-2f-coop": {"grid_size": 8, "fov": 8, "num_agents": 2, "num_food": 2, "force_coop": True},
+    "2s-10x10-3p-3f": {"grid_size": 10, "fov": 2, "num_agents": 3, "num_food": 3},
+    "10x10-3p-3f": {"grid_size": 10, "fov": 10, "num_agents": 3, "num_food": 3},
+    "15x15-3p-5f": {"grid_size": 15, "fov": 15, "num_agents": 3, "num_food": 5},
+    "15x15-4p-3f": {"grid_size": 15, "fov": 15, "num_agents": 4, "num_food": 3},
+    "15x15-4p-5f": {"grid_size": 15, "fov": 15, "num_agents": 4, "num_food": 5},
+}
+
+# Shelf clusters down and across; a task's name adds the number of agents.
+RWARE_SIZES = {"tiny": (1, 3), "small": (2, 3), "medium": (2, 5), "large": (3, 5), "xlarge": (4, 5)}
+RWARE_TASKS = (
+    *("tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard"),
+    *("medium-4ag", "medium-4ag-hard", "medium-6ag", "large-4ag", "large-4ag-hard"),
+    *("large-8ag", "large-8ag-hard", "xlarge-4ag", "xlarge-4ag-hard"),
+)
+
+# Rows x columns x agents, and the time limit. Square only: Jumanji's action mask of Cleaner is wrong otherwise.
+CONNECTOR_TASKS = {"5x5x3a": 25, "7x7x5a": 49, "10x10x10a": 100, "15x15x23a": 225}
+CLEANER_TASKS = {"5x5x2a": 25, "10x10x3a": 100, "15x15x5a": 225, "20x20x20a": 400}
+
+SMAX_TASKS = (
+    *("2s3z", "3s5z", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"),
+    *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
+)
+
+MPE_TASKS = tuple(f"simple_spread_{agents}{kind}" for kind in ("", "-discrete") for agents in (3, 5, 10, 30))
+MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
+OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
+OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
+HANABI_TASKS = ("2p", "3p", "4p", "5p")
+
+TASKS: dict[str, Iterable[str]] = {
+    "lbf": LBF_TASKS,
+    "rware": RWARE_TASKS,
+    "connector": CONNECTOR_TASKS,
+    "cleaner": CLEANER_TASKS,
+    "smax": SMAX_TASKS,
+    "mpe": MPE_TASKS,
+    "mabrax": MABRAX_TASKS,
+    "overcooked": OVERCOOKED_TASKS,
+    "hanabi": HANABI_TASKS,
+    "probe": ("identity", "copy", "matrix", "memory", "target"),
+}
+MADE_TO_MEASURE = ("lbf", "rware", "smax", "mpe")  # suites with suite/auto:…
+
+
+def task_names() -> tuple[str, ...]:
+    """Return the names of all tasks, "suite/task"."""
+    return tuple(f"{suite}/{task}" for suite, tasks in TASKS.items() for task in tasks)
+
+
+def check_task(name: str) -> None:
+    """Refuse the name of a task that no suite has; options, and names of one's own environment, are read later.
+
+    Raises:
+        UserError: there is none, with the nearest ones.
+    """
+    suite, _, rest = name.partition("/")
+    if ":" in name and suite not in TASKS:
+        return
+    task, _, options = rest.partition(":")
+    if (task == "auto" and suite in MADE_TO_MEASURE) or (not options and task in TASKS.get(suite, ())):
+        return
+    autos = (f"{suite}/auto" for suite in MADE_TO_MEASURE)
+    raise unknown_name("task", name, (*task_names(), *autos), see="mam list")
