@@ -178,12 +178,13 @@ class Learner:
         next_value = policy.value(next_memory, transitions.final_observation)
         alive, still_alive = transitions.observation.alive, transitions.final_observation.alive
         terminated, team_reward = transitions.terminated[..., None], self.spec.team_reward
+        goes_on = jnp.concatenate([alive[1:], actors.observation.alive[None]])  # who was not truncated alone
         return generalised_advantages(
             transitions.reward,
             with_the_dead(transitions.value, alive, team_reward=team_reward),
             with_the_dead(next_value, still_alive, team_reward=team_reward),
             terminated if team_reward else terminated | ~still_alive,
-            transitions.truncated[..., None],
+            transitions.truncated[..., None] | (still_alive & ~goes_on),
             gamma=self.config.ppo.gamma,
             gae_lambda=self.config.ppo.gae_lambda,
         )

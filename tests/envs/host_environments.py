@@ -72,6 +72,17 @@ class Lives:
         pass
 
 
+class Parting(Lives):
+    """In the second step bob is truncated, alone."""
+
+    def step(self, actions):
+        observations, rewards, terminated, truncated, infos = super().step(actions)
+        if self.steps == 2:
+            truncated["bob"] = True
+            self.agents.remove("bob")
+        return observations, rewards, terminated, truncated, infos
+
+
 # What ann may do to `Faulty`, beside ordinary actions.
 KILLED, STUCK, RAISES, EXITS = range(10, 14)
 

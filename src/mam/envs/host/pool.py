@@ -113,7 +113,7 @@ class HostPool:
         with self._closed_by_exceptions():
             self._reset(self._workers)
         self._slab.reward[:] = 0.0
-        self._slab.terminated[:] = self._slab.truncated[:] = False
+        self._slab.terminated[:] = self._slab.truncated[:] = self._slab.parted[:] = False
         self._episode_return = self._episode_length = np.zeros(self._num_envs, np.float32)
         return self._timestep()
 
@@ -215,6 +215,7 @@ class HostPool:
         slab.reward[rows] = 0.0
         slab.terminated[rows] = False
         slab.truncated[rows] = True
+        slab.parted[rows] = False
 
     def _timestep(self) -> TimeStep:
         """Copies what is in shared memory."""
@@ -222,10 +223,10 @@ class HostPool:
         self._over = slab.terminated | slab.truncated
         self._last = {name: rows.copy() for name, rows in slab.observation.items()}
         observation = final = Observation(**self._last)
-        if self._over.any():
+        if (other := self._over | slab.parted).any():
             last = {name: rows.copy() for name, rows in self._last.items()}
             for name, rows in slab.final_observation.items():
-                last[name][self._over] = rows[self._over]
+                last[name][other] = rows[other]
             final = Observation(**last)
         fields: dict[str, Any] = {
             "reward": slab.reward.copy(),

@@ -60,10 +60,11 @@ class Slab:
 
     action: np.ndarray
     observation: Arrays  # to act on next
-    final_observation: Arrays  # of the ended episode; stale in rows where none has ended
+    final_observation: Arrays  # of the ended episode; stale in rows where none has ended and nobody parted
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    parted: np.ndarray  # an agent was truncated while others go on
 
 
 class SharedMemory:
@@ -108,6 +109,7 @@ def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
         reward=arrays["reward"],
         terminated=arrays["terminated"],
         truncated=arrays["truncated"],
+        parted=arrays["parted"],
     )
 
 
@@ -119,6 +121,7 @@ def _fields(layout: Layout, num_envs: int) -> dict[str, Field]:
         "reward": ((layout.num_agents,), np.dtype(np.float32)),
         "terminated": ((), np.dtype(bool)),
         "truncated": ((), np.dtype(bool)),
+        "parted": ((), np.dtype(bool)),
     }
     return {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in fields.items()}
 

@@ -22,7 +22,8 @@ class EnvSlice:
         self._envs: list[PettingZooEnv] = []
         self._seeds: list[np.random.Generator] = []
         self._slab: Slab
-        self._rows: list[Arrays] = []  # where each of them writes what it observes
+        self._rows: list[Arrays] = []  # where each of them writes what it observes,
+        self._final_rows: list[Arrays] = []  # and where, if that is something else, what an action led to
 
     @property
     def layout(self) -> Layout:
@@ -45,13 +46,13 @@ class EnvSlice:
         """Goes to work in this memory, where `id_dim` features stand in front of every agent's view."""
         layout = replace(self.layout, obs_dim=id_dim + self.layout.obs_dim)
         self._slab = map_slab(memory, layout, num_envs)
-        self._rows = [
-            {
-                name: array[place, :, id_dim:] if name == "agents_view" else array[place]
-                for name, array in self._slab.observation.items()
-            }
-            for place in self._places
-        ]
+        self._rows, self._final_rows = (
+            [
+                {name: array[place, :, id_dim:] if name == "agents_view" else array[place] for name, array in fields}
+                for place in self._places
+            ]
+            for fields in (self._slab.observation.items(), self._slab.final_observation.items())
+        )
 
     def reset(self, seed: int, generation: int) -> None:
         """Starts an episode everywhere. Environment i draws on (seed, i) alone, whoever steps it.
@@ -75,9 +76,12 @@ class EnvSlice:
             slab.reward[place] = outcome.reward
             slab.terminated[place] = outcome.terminated
             slab.truncated[place] = outcome.truncated
-            if outcome.terminated or outcome.truncated:
-                for name, array in slab.observation.items():
-                    slab.final_observation[name][place] = array[place]
+            over = outcome.terminated or outcome.truncated
+            slab.parted[place] = outcome.final_observation is not None
+            if over or outcome.final_observation is not None:
+                for name, array in (outcome.final_observation or self._rows[k]).items():
+                    self._final_rows[k][name][...] = array
+            if over:
                 self._start_episode(k)
 
     def close(self) -> None:
