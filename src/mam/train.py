@@ -293,8 +293,8 @@ def _train_on_host(config: Config) -> Trainer:
         raise UserError(f"{config.env} lives in processes of one host: only environments in JAX run on several")
     per_round = min(settings.num_episodes, ppo.num_envs)
 
-    def start(num_envs: int) -> HostEnvironments:
-        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers)
+    def start(num_envs: int, first: int = 0) -> HostEnvironments:
+        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers, first)
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
@@ -312,7 +312,7 @@ def _train_on_host(config: Config) -> Trainer:
         keys = streams(state)[0]
         actors = state.actors
         if not running:
-            running.append(start(ppo.num_envs))
+            running.append(start(ppo.num_envs, first=played.num_envs))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
         actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
         return learn(state, actors, transitions, keys[:, 1])

@@ -185,6 +185,17 @@ def test_mpe2(make_pool):
     )
 
 
+def test_environments_may_have_children(make_pool):
+    assert make_pool(hosts.Parent, num_envs=1).reset(0).observation.alive.all()
+
+
+def test_environments_know_their_places(make_pool, monkeypatch):
+    pool = make_pool(hosts.numbered, num_workers=2)
+    pool.reset(0)
+    for place in range(NUM_ENVS):
+        assert pool.step(ACTIONS[place]).ended[place:].tolist() == [True] + [False] * (NUM_ENVS - place - 1)
+
+
 # Workers that are lost.
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mam.envs.host.factories import takes
 from mam.envs.host.pettingzoo import PettingZooEnv
 from mam.envs.host.shared import Arrays, Layout, Slab, map_slab
 from mam.errors import UserError
@@ -30,7 +31,7 @@ class EnvSlice:
         """Sizes of every one of the environments."""
         return self._envs[0].layout
 
-    def make(self, factory: Callable[[], Any]) -> None:
+    def make(self, factory: Callable[..., Any]) -> None:
         """Makes the environments.
 
         Raises:
@@ -38,7 +39,8 @@ class EnvSlice:
         """
         for place in self._places:
             self.doing = f"making environment {place}"
-            self._envs.append(PettingZooEnv(factory(), self.name))
+            options = {"index": place} if takes(factory, "index", by_name=True) else {}
+            self._envs.append(PettingZooEnv(factory(**options), self.name))
             if self._envs[-1].layout != self.layout:
                 raise UserError(f"{self.name}: environment {place} has other agents or spaces than the first")
 

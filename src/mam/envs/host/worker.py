@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class Share:
 def main(connection: Connection, share: Share) -> None:
     """Serves the pool until it closes its end of the pipe, or is no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the pool decides what Ctrl-C means
+    current_process().daemon = False  # or environments could have no children; the parent still ends us when it exits
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
