@@ -22,7 +22,7 @@ SECONDS = 30  # what a check may take
 # A task of one step, or without anything to see, is not wrong for it; but warnings are in order.
 STRANGE = {
     "copy": {"keys_ignored", "constant_view"},
-    "matrix": {"keys_ignored", "constant_view", "limit_as_termination"},
+    "matrix": {"keys_ignored", "constant_view"},
 }
 STRANGE |= {"memory": {"limit_as_termination"}}
 
@@ -168,7 +168,7 @@ def _numpy_time_steps():
 
 
 @pytest.mark.usefixtures("_numpy_time_steps")
-@pytest.mark.parametrize(("num_steps", "severity"), [(9, ["warning"]), (recording.STEP_LIMIT, ["error"])])
+@pytest.mark.parametrize(("num_steps", "severity"), [(9, []), (recording.STEP_LIMIT, ["error"])])
 def test_an_episode_without_limit_must_end_in_the_end(num_steps, severity):
     play = make_recording(num_steps, time_limit=None)
     assert [finding.severity for finding in episode_rules.no_end(play)] == severity

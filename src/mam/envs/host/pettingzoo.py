@@ -99,7 +99,7 @@ class PettingZooEnv:
             into: as for `reset`.
         """
         # Who has ended but is still listed is expected to act, too, by the environment that lists it.
-        actions = {agent: self._read_action(agent, action) for agent in self._listed()}
+        actions = {agent: self._read_action(agent, action) for agent in listed_agents(self._env, self.name)}
         result = read_result(self.name, "step", self._env.step(actions), self._index.keys())
         observations, rewards, terminations, truncations, infos = result
 
@@ -107,7 +107,7 @@ class PettingZooEnv:
         terminated = {agent for agent in acted if terminations.get(agent)}
         truncated = {agent for agent in acted if truncations.get(agent)} - terminated
         # Who has ended and is listed again after it was not has come back.
-        self._ended = (self._ended | terminated | truncated) & set(self._listed())
+        self._ended = (self._ended | terminated | truncated) & set(listed_agents(self._env, self.name))
         self._acting = self._going_on()
         over = not self._acting
         final = None
@@ -115,7 +115,7 @@ class PettingZooEnv:
             final = self._observe(observations, infos, self._acting | truncated, over, into=None)
         return Outcome(
             observation=self._observe(observations, infos, truncated if over else self._acting, over, into),
-            reward=self._read_rewards({agent: rewards.get(agent, 0.0) for agent in acted}),
+            reward=self._read_rewards({agent: rewards.get(agent, 0.0) for agent in self._index if agent in acted}),
             terminated=over and not truncated,
             truncated=over and bool(truncated),
             final_observation=final,
@@ -131,22 +131,17 @@ class PettingZooEnv:
         self._env.close()
 
     def _going_on(self) -> set[Hashable]:
-        listed = set(self._listed())
+        listed = set(listed_agents(self._env, self.name))
         if unknown := listed - self._index.keys():
             raise UserError(f"{self.name}: agent '{unknown.pop()}' is in agents but not in possible_agents")
         return listed - self._ended
-
-    def _listed(self) -> list[Hashable]:
-        try:
-            return self._env.agents
-        except AttributeError:
-            raise UserError(f"{self.name}: there is no attribute agents: expected a list of those who go on") from None
 
     def _read_rewards(self, rewards: Mapping[Hashable, Any]) -> np.ndarray:
         for agent, reward in rewards.items():
             if np.ndim(reward) > 0 or reward is None:
                 raise UserError(f"{self.name}: the reward of agent '{agent}' is {reward!r}: expected a number")
-        return np.array([rewards.get(agent, 0.0) for agent in self._index], np.float32)
+        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+            return np.array([rewards.get(agent, 0.0) for agent in self._index], np.float32)
 
     def _observe(
         self, observations: Mapping, infos: Mapping, alive: set[Hashable], over: bool, into: Arrays | None
@@ -233,6 +228,18 @@ def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> t
         if field != "infos" and (unknown := values.keys() - agents):
             raise UserError(f"{name}: {field} of {method}() has an entry '{unknown.pop()}', which is no possible agent")
     return tuple(read.values())
+
+
+def listed_agents(env: Any, name: str) -> list[Hashable]:
+    """Returns those who go on, and perhaps some whose end was told.
+
+    Raises:
+        UserError: the environment does not say.
+    """
+    try:
+        return env.agents
+    except AttributeError:
+        raise UserError(f"{name}: there is no attribute agents: expected a list of those who go on") from None
 
 
 def as_parallel(env: Any, name: str) -> Any:

@@ -49,7 +49,8 @@ def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
         ValueError, LookupError: the value is not of its space.
     """
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        row[:] = shaped(space, value).reshape(-1)
+        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+            row[:] = shaped(space, value).reshape(-1)
     elif isinstance(space, spaces.Discrete):
         choice = int(value) - int(space.start)
         if not 0 <= choice < row.size:

@@ -10,6 +10,7 @@ Free of JAX, whose start takes longer than everything else here.
 import os
 import pickle
 import signal
+import sysconfig
 import threading
 import time
 import traceback
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing import current_process, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mam.errors import UserError
@@ -34,6 +36,7 @@ DONE = b""
 
 _ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
 _QUOTED_FRAMES = 3  # of the traceback of an environment
+_OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which call it
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,14 @@ def _leave_with_parent() -> None:
         parent.join()
         time.sleep(_ORPHAN_GRACE)
         os._exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """The last line of the traceback, and the innermost place in somebody's own code, or else in what is installed."""
+    lines = traceback.format_exception_only(error)[0].strip().splitlines()
+    text = lines[-1] if "Traceback" in lines[0] else lines[0]  # a callback's own traceback is within the message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    theirs = [frame for frame in frames if not _OURS & set(Path(frame.filename).parents)]
+    installed = {Path(path) for path in sysconfig.get_paths().values()}
+    own = [frame for frame in theirs if not installed & set(Path(frame.filename).parents)] or theirs
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else text
