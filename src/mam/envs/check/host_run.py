@@ -32,7 +32,7 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
     one, other = (jax.tree.map(lambda x: x[1 : length + 1, env], r.timestep) for r in (main, run))
 
     def compare(x: Numbers, y: Numbers, num_axes: int) -> Numbers:
-        return differs(x, y).reshape(*x.shape[:num_axes], -1).any(axis=-1)
+        return differs(x, y).any(axis=tuple(range(num_axes, x.ndim)))
 
     sees = compare(one.observation.agents_view, other.observation.agents_view, 2)
     if one.observation.grid is not None:

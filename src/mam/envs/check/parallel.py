@@ -1,7 +1,7 @@
 """`check_environment` for PettingZoo environments, with what shows only where they are stepped."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ def check_parallel(name: str, factory: Callable[..., Any], **kwargs: Any) -> Rep
 
     Args:
         name: of the task.
-        factory: makes one environment, of a given `index`; see `mam.envs.host.factories`.
+        factory: as for `HostPool`.
         kwargs: as for `check_environment`.
 
     Raises:
@@ -42,7 +42,7 @@ def read_findings(folder: str) -> list[Finding]:
     return [*found, *limit_of_one([note[1:] for note in notes if note[0] == END])]
 
 
-def limit_of_one(ends: list[list]) -> Iterator[Finding]:
+def limit_of_one(ends: Sequence[Sequence]) -> Iterator[Finding]:
     """A time limit truncates all agents that it stops, not some of them.
 
     Args:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from mam.envs.host.factories import make_numbered
 from mam.envs.host.pettingzoo import as_parallel, listed_agents, read_result
 from mam.envs.host.spaces import out_of_bounds
 from mam.envs.host.worker import describe
@@ -33,7 +34,7 @@ class Audited:
     folder: str  # where notes are written, one file for each environment
 
     def __call__(self, index: int) -> "Audit":
-        return Audit(as_parallel(self.factory(index=index), self.name), self.name, self.folder)
+        return Audit(as_parallel(make_numbered(self.factory, index), self.name), self.name, self.folder)
 
 
 class Audit:

@@ -175,6 +175,11 @@ def _pip(path: str) -> str:
     return f'is not installed: pip install "pettingzoo[{family}]"' if top == "pettingzoo" and family else ""
 
 
+def make_numbered(factory: Callable[..., Any], index: int) -> Any:
+    """Makes an environment, and tells the factory which one it is if that has a parameter `index`."""
+    return factory(index=index) if takes(factory, "index", by_name=True) else factory()
+
+
 def takes(make: Callable[..., Any], option: str, *, by_name: bool = False) -> bool:
     """Whether a keyword argument may be given; `by_name`: as a parameter of its own, not as one of any."""
     try:

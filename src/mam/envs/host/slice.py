@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.envs.host.factories import takes
+from mam.envs.host.factories import make_numbered
 from mam.envs.host.pettingzoo import PettingZooEnv
 from mam.envs.host.shared import Arrays, Layout, Slab, map_slab
 from mam.errors import UserError
@@ -39,8 +39,7 @@ class EnvSlice:
         """
         for place in self._places:
             self.doing = f"making environment {place}"
-            options = {"index": place} if takes(factory, "index", by_name=True) else {}
-            self._envs.append(PettingZooEnv(factory(**options), self.name))
+            self._envs.append(PettingZooEnv(make_numbered(factory, place), self.name))
             if self._envs[-1].layout != self.layout:
                 raise UserError(f"{self.name}: environment {place} has other agents or spaces than the first")
 
