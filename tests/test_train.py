@@ -348,10 +348,12 @@ class Mortal(Identity):
     """Episodes are cut by the time limit, or terminate there if agent 0 then sees an even cue.
 
     Agent 0 dies in the third step, agent 1 in the fourth, to come back two steps later; what they see meanwhile would
-    be worth a billion. Rewards are a team's, or each agent's own.
+    be worth a billion. Rewards are a team's, or each agent's own. If agent 1 parts, it is truncated in the fourth step,
+    and back one step later.
     """
 
     team_reward: bool = True
+    parts: bool = False
 
     @property
     def spec(self):
@@ -372,20 +374,24 @@ class Mortal(Identity):
 
     def _alive(self, state):
         t = state.step_count
-        return jnp.stack([t < 3, (t < 4) | (t >= 6), t >= 0])
+        return jnp.stack([t < 3, (t < 4) | (t >= (5 if self.parts else 6)), t >= 0])
 
     def _bury(self, state, timestep):
         alive = self._alive(state)
-        view = jnp.where(alive[:, None], timestep.observation.agents_view, 1e9)
-        observation = replace(timestep.observation, alive=alive, agents_view=view)
-        return replace(timestep, observation=observation, final_observation=observation)
+        parts = alive.at[1].set(alive[1] | (self.parts & (state.step_count == 4)))
+
+        def bury(alive):
+            view = jnp.where(alive[:, None], timestep.observation.agents_view, 1e9)
+            return replace(timestep.observation, alive=alive, agents_view=view)
+
+        return replace(timestep, observation=bury(alive), final_observation=bury(parts))
 
 
-@pytest.mark.parametrize("team_reward", [True, False])
-def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_reward):
+@pytest.mark.parametrize(("team_reward", "parts"), [(True, False), (False, False), (False, True)])
+def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_reward, parts):
     """Defect 2, as wired: the value of `final_observation` with the memory after the step, also where a time limit
     struck, and nothing after a termination. The dead are worth what the living are on average, or nothing if rewards
-    are their own: then to die is to terminate.
+    are their own: then to die is to terminate, and to be truncated alone is to be cut off.
     """
     seen = []
 
@@ -394,7 +400,7 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
         return make_batch(transitions, advantages, shard)
 
     monkeypatch.setattr(train, "make_batch", recording)
-    monkeypatch.setitem(probes.PROBES, "identity", partial(Mortal, team_reward=team_reward))
+    monkeypatch.setitem(probes.PROBES, "identity", partial(Mortal, team_reward=team_reward, parts=parts))
     ppo = replace(CONFIG.ppo, rollout_length=12, gamma=0.9, gae_lambda=0.7)
     trainer = make_train(replace(CONFIG, policy="counting", ppo=ppo))
     state = trainer.init(SEEDS[:1])
@@ -417,6 +423,9 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     terminated, ended = (np.broadcast_to(x[..., None], value.shape) for x in (t.terminated, t.terminated | t.truncated))
     if not team_reward:
         terminated, ended = terminated | ~still_alive, ended | ~still_alive
+        parted = still_alive[:-1] & ~alive[1:]
+        assert parted[~ended[:-1]].any() == parts
+        ended[:-1] |= parted
     expected, later = np.zeros(value.shape), 0.0
     for step in reversed(range(12)):
         future = np.where(terminated[step], 0, successor[step] + 0.7 * ~ended[step] * later)

@@ -16,7 +16,7 @@ import tyro
 
 from mam.arguments import parse, value_of
 from mam.bench import Bench
-from mam.config import Config, WorkerConfig, read_config
+from mam.config import Config, read_config
 from mam.dashboard import Dashboard, serve
 from mam.distribution import DISTRIBUTION, installed_version
 from mam.envs.host.factories import names_code
@@ -145,6 +145,8 @@ class CheckEnv:
     """Task as suite/task, pettingzoo/module:env, or your own as package.module:factory."""
     seed: int = 0
     """Decides the episodes."""
+    seconds: float = 25.0
+    """How long to play it; more for a slow simulator."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -503,16 +505,15 @@ def _report(args: Report) -> None:
 def _check_env(args: CheckEnv) -> int:
     from mam import runtime
     from mam.envs.check import check_environment
-    from mam.envs.registry import lives_on_host, make_host, make_plain
+    from mam.envs.check.parallel import check_parallel
+    from mam.envs.host.factories import find_factory
+    from mam.envs.registry import lives_on_host, make_plain
 
     runtime.configure()
-    with contextlib.ExitStack() as stack:
-        if lives_on_host(args.env):
-            env = make_host(args.env, num_envs=4, agent_id="none", limits=WorkerConfig(max_restarts=0))
-            stack.callback(env.close)
-        else:
-            env = make_plain(args.env)
-        report = check_environment(env, seed=args.seed)
+    if lives_on_host(args.env):
+        report = check_parallel(args.env, find_factory(args.env), seed=args.seed, time_budget=args.seconds)
+    else:
+        report = check_environment(make_plain(args.env), seed=args.seed, time_budget=args.seconds)
     print(*report.lines(), sep="\n")
     return 0 if report.passed else 1
 

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mam.errors import UserError
 
@@ -13,7 +14,7 @@ MAX_BYTES = 2**24
 MAX_DEPTH = 32
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, without waiting for the other end of a pipe.
 
     Raises:
@@ -24,7 +25,7 @@ def open_regular(path: Path) -> IO[bytes]:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is no regular file")
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def play_on_host(
     from mam.envs.host.factories import find_factory
     from mam.envs.host.pettingzoo import PettingZooEnv
 
-    env = PettingZooEnv(find_factory(name)(render_mode="rgb_array"), name)
+    env = PettingZooEnv(find_factory(name)(render_mode="rgb_array", index=0), name)
     ids = agent_ids(env.layout.num_agents, agent_id)
     act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
     key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False

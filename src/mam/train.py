@@ -178,12 +178,13 @@ class Learner:
         next_value = policy.value(next_memory, transitions.final_observation)
         alive, still_alive = transitions.observation.alive, transitions.final_observation.alive
         terminated, team_reward = transitions.terminated[..., None], self.spec.team_reward
+        goes_on = jnp.concatenate([alive[1:], actors.observation.alive[None]])  # who was not truncated alone
         return generalised_advantages(
             transitions.reward,
             with_the_dead(transitions.value, alive, team_reward=team_reward),
             with_the_dead(next_value, still_alive, team_reward=team_reward),
             terminated if team_reward else terminated | ~still_alive,
-            transitions.truncated[..., None],
+            transitions.truncated[..., None] | (still_alive & ~goes_on),
             gamma=self.config.ppo.gamma,
             gae_lambda=self.config.ppo.gae_lambda,
         )
@@ -293,8 +294,8 @@ def _train_on_host(config: Config) -> Trainer:
         raise UserError(f"{config.env} lives in processes of one host: only environments in JAX run on several")
     per_round = min(settings.num_episodes, ppo.num_envs)
 
-    def start(num_envs: int) -> HostEnvironments:
-        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers, config.worker)
+    def start(num_envs: int, first: int = 0) -> HostEnvironments:
+        return make_host(config.env, num_seeds * num_envs, config.agent_id, config.num_workers, config.worker, first)
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
@@ -312,7 +313,7 @@ def _train_on_host(config: Config) -> Trainer:
         keys = streams(state)[0]
         actors = state.actors
         if not running:
-            running.append(start(ppo.num_envs))
+            running.append(start(ppo.num_envs, first=played.num_envs))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
         actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
         transitions, infos = take_infos(transitions)

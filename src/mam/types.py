@@ -52,7 +52,8 @@ class TimeStep(eqx.Module):
     """What an environment returns from `reset` and `step`.
 
     `terminated` and `truncated` are never merged: a terminated episode is worth nothing more, a
-    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`.
+    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`. Where the dead earn
+    nothing more, an agent that is alive there but not in `observation` was truncated alone, while others go on.
     """
 
     observation: Observation  # to act on next; the new episode's first one after an auto-reset

@@ -1,11 +1,13 @@
 """Small PettingZoo environments, duck-typed, for tests; worker processes import this module by its name."""
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 
@@ -81,6 +83,17 @@ class Informed(Lives):
         return *outcome, dict.fromkeys(infos, said) | {"all": None}
 
 
+class Parting(Lives):
+    """In the second step bob is truncated, alone."""
+
+    def step(self, actions):
+        observations, rewards, terminated, truncated, infos = super().step(actions)
+        if self.steps == 2:
+            truncated["bob"] = True
+            self.agents.remove("bob")
+        return observations, rewards, terminated, truncated, infos
+
+
 # What ann may do to `Faulty`, beside ordinary actions.
 KILLED, STUCK, RAISES, EXITS = range(10, 14)
 
@@ -126,6 +139,44 @@ class Camera:
 
     def close(self):
         pass
+
+
+class Parent(Lives):
+    """Has a child process of its own."""
+
+    def reset(self, seed=None, options=None):
+        child = multiprocessing.get_context("spawn").Process(target=os.getpid)
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        return super().reset(seed, options)
+
+
+def numbered(index):
+    """A factory that tells its environments apart, the first of which are the shortest."""
+    env = Lives(limit=1 + index)
+    env.index = index
+    return env
+
+
+closed = []
+
+
+class Closing(Lives):
+    """Notes in `closed` that it was closed."""
+
+    def close(self):
+        closed.append(self)
+        raise RuntimeError("closed too early")
+
+
+def alone():
+    """A factory of an environment for one agent."""
+    return gymnasium.make("CartPole-v1")
+
+
+def nothing():
+    """A factory that forgets to return what it makes."""
 
 
 def jaxless():

@@ -619,6 +619,23 @@ class LimitTerminates(Walk):
         return terminated | truncated, jnp.zeros((), bool)
 
 
+@planted("limit_as_termination", "terminated")
+class LimitTerminatesSome(Walk):
+    """The time limit is reported as the task's own end where the first target is even."""
+
+    def ends(self, state):
+        terminated, truncated = super().ends(state)
+        wrong = truncated & (state.target[0] % 2 == 0)
+        return terminated | wrong, truncated & ~wrong
+
+
+@planted("limit_as_termination", "terminated")
+class UnknownLimitTerminates(LimitTerminates):
+    """The same, and the specification knows of no limit."""
+
+    spec = replace(Walk.spec, time_limit=None)
+
+
 @planted("both_flags", "truncated")
 class BothFlags(Walk):
     """Truncated whenever terminated."""
@@ -676,6 +693,17 @@ class FinalIsPrevious(Walk):
     def step(self, state, action, key):
         after, timestep = super().step(state, action, key)
         return after, replace(timestep, final_observation=self.observe(state))
+
+
+@planted("final_is_reset", "final_observation.agents_view")
+class FinalIsReset(Walk):
+    """At the time limit walkers are seen where the next episode might start."""
+
+    def step(self, state, action, key):
+        after, timestep = super().step(state, action, key)
+        fresh = replace(self.start(key), alive=after.alive, count=after.count)
+        seen = self.observe(jax.tree.map(lambda a, b: jnp.where(timestep.truncated, a, b), fresh, after))
+        return after, replace(timestep, observation=seen, final_observation=seen)
 
 
 @planted("episode_metrics", "metrics.episode_length")
@@ -818,6 +846,20 @@ class HostLosesFinal(HostWalk):
         return replace(timestep, final_observation=timestep.observation)
 
 
+@planted("auto_reset", "observation")
+class HostLosesFinalAtLimit(HostWalk):
+    """The same where the time limit strikes, only."""
+
+    def finish(self, reward, terminated, truncated):
+        timestep = super().finish(reward, terminated, truncated)
+
+        def choose(final, first):
+            return np.where(truncated.reshape(-1, *[1] * (final.ndim - 1)), first, final)
+
+        final = jax.tree.map(choose, timestep.final_observation, timestep.observation)
+        return replace(timestep, final_observation=final)
+
+
 @planted("final_is_previous", "final_observation")
 class HostFinalIsPrevious(HostWalk):
     """`final_observation` is what was seen before the last action."""
@@ -879,6 +921,41 @@ class HostOldTargets(HostWalk):
         if self.targets is None:
             self.targets = self.generators[env].integers(0, NUM_CELLS, NUM_AGENTS)
         self.target[env] = self.targets
+
+
+@planted("leak", "reward")
+class HostPaysLate(HostWalk):
+    """A prize for arriving together, which is rare, is paid in the next episode."""
+
+    owed = np.zeros(HostWalk.num_envs)
+
+    def reward(self, was_alive):
+        paid, self.owed = self.owed, (self.cell == self.target).all(axis=1) * self.alive.all(axis=1)
+        return super().reward(was_alive) + paid[:, None]
+
+
+@planted("overwritten", "agents_view")
+class HostTwoBuffers(HostWalk):
+    """Time steps are returned in two sets of arrays in turn."""
+
+    def __init__(self):
+        self.sets = [{}, {}]
+
+    def kept(self, timestep):
+        self.sets.reverse()
+
+        def keep(path, x):
+            kept = self.sets[0].setdefault(jax.tree_util.keystr(path), np.empty_like(x))
+            kept[...] = x
+            return kept
+
+        return jax.tree_util.tree_map_with_path(keep, timestep)
+
+    def reset(self, seed):
+        return self.kept(super().reset(seed))
+
+    def step(self, action):
+        return self.kept(super().step(action))
 
 
 @planted("overwritten", "agents_view")

@@ -12,7 +12,7 @@ import pytest
 from planted_bugs import BUGS, GOOD, LIMIT, Bug, Walk
 
 from mam.envs import check, jumanji, probes
-from mam.envs.check import Finding, Report, check_environment, episode_rules, recording
+from mam.envs.check import Finding, Report, check_environment, episode_rules, host_play, recording
 from mam.envs.check.report import collapse
 from mam.envs.registry import make
 from mam.envs.wrappers import AutoReset
@@ -22,7 +22,7 @@ SECONDS = 30  # what a check may take
 # A task of one step, or without anything to see, is not wrong for it; but warnings are in order.
 STRANGE = {
     "copy": {"keys_ignored", "constant_view"},
-    "matrix": {"keys_ignored", "constant_view", "limit_as_termination"},
+    "matrix": {"keys_ignored", "constant_view"},
 }
 STRANGE |= {"memory": {"limit_as_termination"}}
 
@@ -132,6 +132,19 @@ def test_what_is_no_environment_is_said_to_be_none(env):
     assert (finding.field, finding.severity) == ("spec", "error")
 
 
+@pytest.mark.usefixtures("_numpy_time_steps")
+def test_a_run_for_which_there_was_no_time_shows_nothing():
+    """As there is not, of many agents in a slow simulator, for each of them."""
+    env = GOOD["HostWalk"]()
+    play = recording.Recording(env.spec, True, recording.Influence.none(3))
+    player = host_play._Player(env, env.spec, play)
+    main, other = (player.run(0, 5, deadline, deviates=lambda alive: alive) for deadline in (np.inf, 0.0))
+    assert (main.length, other.length) == (5, 0)
+    for who in range(4):
+        player._measure(main, other, env=0, who=who)
+    assert not play.influence.decisions.any()
+
+
 # Rules on recordings of our own making -------------------------------------------------------------------------------
 
 
@@ -168,7 +181,7 @@ def _numpy_time_steps():
 
 
 @pytest.mark.usefixtures("_numpy_time_steps")
-@pytest.mark.parametrize(("num_steps", "severity"), [(9, ["warning"]), (recording.STEP_LIMIT, ["error"])])
+@pytest.mark.parametrize(("num_steps", "severity"), [(9, []), (recording.STEP_LIMIT, ["error"])])
 def test_an_episode_without_limit_must_end_in_the_end(num_steps, severity):
     play = make_recording(num_steps, time_limit=None)
     assert [finding.severity for finding in episode_rules.no_end(play)] == severity

@@ -9,6 +9,7 @@ from host_environments import LIMIT, LIVES, Lives
 
 from mam.envs.host.factories import find_factory
 from mam.envs.host.pettingzoo import PettingZooEnv
+from mam.envs.host.spaces import out_of_bounds
 from mam.errors import UserError
 
 NUMBERS = spaces.Box(-10, 10, (2,))
@@ -48,6 +49,29 @@ class Scripted:
         self.actions.append(actions)
         rewards, terminated, truncated, self.agents = self.script[len(self.actions) - 1]
         return self.observed, rewards, terminated, truncated, self.infos
+
+
+STEP = "observations, rewards, terminations, truncations, infos"
+
+
+class Odd(Scripted):
+    """One agent of an environment that is odd in what it is given."""
+
+    def __init__(self, **odd):
+        super().__init__({"a": ZEROS})
+        vars(self).update(odd)
+        if "step" in odd:
+            self.agents = ["a"]
+
+
+class OldSpace(spaces.Space):
+    """A space of the package that was before gymnasium."""
+
+    def __str__(self):
+        return "Discrete(3)"
+
+
+OldSpace.__module__ = "gym.spaces.discrete"
 
 
 def adapt(*args, **kwargs):
@@ -141,6 +165,34 @@ def test_agents_may_come_and_go():
     assert [set(actions) for actions in env._env.actions] == [{"a", "b"}, {"a"}, {"a", "b"}]
 
 
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_agents_that_ended_may_come_back(end):
+    leaves = {"terminated": {}, "truncated": {}} | {end: {"b": True}}
+    script = [
+        ({"b": 1}, leaves["terminated"], leaves["truncated"], ["a"]),
+        ({"b": 1}, {}, {}, ["a", "b"]),
+        ({"b": 1}, {}, {}, []),
+    ]
+    outcomes = play(adapt({"a": ZEROS, "b": ZEROS}, script=script))
+    assert [outcome.observation["alive"].tolist() for outcome in outcomes] == [
+        [True, False],
+        [True, True],
+        [False] * 2,
+    ]
+    assert [outcome.reward.tolist() for outcome in outcomes] == [[0, 1], [0, 0], [0, 1]]
+
+
+def test_who_is_truncated_alone_has_a_last_view():
+    script = [({}, {}, {"b": True}, ["a"]), ({}, {"a": True}, {}, [])]
+    first, last = play(adapt({"a": ZEROS + 1, "b": ZEROS + 2}, script=script))
+    assert first.observation["alive"].tolist() == [True, False]
+    assert first.observation["agents_view"].tolist() == [[1, 1], [0, 0]]
+    assert first.final_observation is not None
+    assert first.final_observation["alive"].tolist() == [True, True]
+    assert first.final_observation["agents_view"].tolist() == [[1, 1], [2, 2]]
+    assert (last.terminated, last.final_observation) == (True, None)
+
+
 def test_no_observation_no_life():
     env = adapt({"a": ZEROS, "b": ZEROS})
     env._env.observed.pop("b")
@@ -217,9 +269,24 @@ def test_state_that_is_a_picture_is_left_out():
 # What agents may do.
 
 
-def test_action_mask_beside_the_observation():
-    seen = spaces.Dict({"observation": spaces.Box(0, 9, (2, 2, 1)), "action_mask": spaces.MultiBinary(3)})
-    observed = {"observation": np.ones((2, 2, 1)), "action_mask": np.array([0, 1, 1], np.int8)}
+@pytest.mark.parametrize(
+    ("shape", "grid_shape"), [((3, 12, 10), (12, 10, 3)), ((3, 9, 12), (3, 9, 12)), ((12, 12, 12), (12, 12, 12))]
+)
+def test_channels_of_a_picture_may_come_first(shape, grid_shape):
+    picture = np.arange(np.prod(shape)).reshape(shape)
+    env = adapt({"a": picture}, seen=spaces.Box(0, 9999, shape))
+    (grid,) = env.reset(0)["grid"]
+    assert grid.shape == env.layout.grid_shape == grid_shape
+    moved = shape != grid_shape
+    np.testing.assert_array_equal(grid, np.moveaxis(picture, 0, -1) if moved else picture)
+    note = f"pictures are read channels first: rows, columns and channels are {grid_shape}"
+    assert env.notes == [note] * moved
+
+
+@pytest.mark.parametrize("key", ["observation", "observations"])  # the second is RLlib's
+def test_action_mask_beside_the_observation(key):
+    seen = spaces.Dict({key: spaces.Box(0, 9, (2, 2, 1)), "action_mask": spaces.MultiBinary(3)})
+    observed = {key: np.ones((2, 2, 1)), "action_mask": np.array([0, 1, 1], np.int8)}
     env = adapt({"a": observed}, seen=seen)
     assert env.layout.grid_shape == (2, 2, 1)
     assert env.reset(0)["action_mask"].tolist() == [[False, True, True]]
@@ -257,12 +324,13 @@ def test_continuous_actions_fill_their_limits():
     env = adapt({"a": ZEROS, "b": ZEROS}, done=done, script=[({}, {}, {}, ["a", "b"])] * 2)
     assert env.reset(0)["action_mask"].tolist() == [[True] * 4, [True] + [False] * 3]
     assert env.layout.continuous
+    assert env.notes[-1] == "actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both"
     env.step(np.array([[-1, 0.5, 0.5, -0.5], [0.25, 9, 9, 9]], np.float32))
     env.step(np.array([[1, 1, -1, 1], [1, 9, 9, 9]], np.float32))
     (first, second) = env._env.actions
-    np.testing.assert_array_equal(first["a"], np.array([0, 1, 0.5, 0], np.float32))
+    np.testing.assert_array_equal(first["a"], np.array([0, 1, 0.5, 0.5], np.float32))
     np.testing.assert_array_equal(first["b"], [0.25])
-    np.testing.assert_array_equal(second["a"], [1, 2, -1, 1])
+    np.testing.assert_array_equal(second["a"], [1, 2, -1, 2])
     assert all(done[agent].contains(action) for step in env._env.actions for agent, action in step.items())
 
 
@@ -278,6 +346,24 @@ def test_continuous_actions_fill_their_limits():
             lambda: Scripted({"a": ZEROS}, done=spaces.MultiDiscrete([2, 2])),
             "test: agent 'a' acts in MultiDiscrete([2 2]); supported: Discrete for all agents, or",
         ),
+        (
+            lambda: Scripted({"a": 5}, seen=spaces.Discrete(10**9)),
+            "test: agent 'a' observes Discrete(1000000000), whose 1,000,000,000 values would be as many numbers",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS}, done=spaces.Discrete(10**9)),
+            "test: agent 'a' acts in Discrete(1000000000); at most 100,000 choices are supported",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS}, seen=OldSpace()),
+            "test: agent 'a' observes Discrete(3) of gym, not of gymnasium; supported: Box, Discrete",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS}, done=OldSpace()),
+            "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; supported: Discrete for all",
+        ),
+        (lambda: Odd(observation_space=spaces.Dict()), "test: observation_space is a Dict: expected a method, obs"),
+        (lambda: Odd(reset=lambda: ({}, {})), "test: reset() takes no seed: expected reset(seed=None, options=None)"),
         (lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 1, (2, 2))), "test: agent 'a' acts in Box(0.0, 1.0, (2, 2)"),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 9, (2,), int)),
@@ -305,8 +391,15 @@ def test_unsupported(env, message):
         (np.zeros(3), NUMBERS, {}, "(2,), float32): shape (3,) instead of (2,)"),
         (4, spaces.Discrete(3), {}, "Discrete(3): 4 is none of its values"),
         (-1, spaces.Discrete(3), {}, "Discrete(3): -1 is none of its values"),
+        ([3, 1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): [3, 1] is none of its values"),
+        ([0, -1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): [0, -1] is none of its values"),
+        ([1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): shape (1,) instead of (2,)"),
+        (np.zeros((3, 2)), spaces.Box(0, 1, (2, 3)), {}, "float32): shape (3, 2) instead of (2, 3)"),
+        (np.zeros((4, 1, 3)), spaces.Box(0, 1, (4, 4, 3)), {}, "float32): shape (4, 1, 3) instead of (4, 4, 3)"),
         ({"x": ZEROS}, spaces.Dict({"y": NUMBERS}), {}, "'y'"),
         (ZEROS, NUMBERS, {"a": {"action_mask": [1, 1]}}, "action_mask has shape (2,), there are 3 actions"),
+        (ZEROS, NUMBERS, {"a": {"action_mask": [0, -np.inf, -np.inf]}}, "action_mask holds -inf: expected 1 for legal"),
+        (ZEROS, NUMBERS, {"a": {"action_mask": [1, 2, 0]}}, "action_mask holds 2: expected 1 for legal"),
     ],
 )
 def test_observation_outside_its_space(observed, seen, infos, message):
@@ -315,6 +408,76 @@ def test_observation_outside_its_space(observed, seen, infos, message):
     with pytest.raises(UserError, match=r"^test: what agent 'a' observes does not fit ") as error:
         env.reset(0)
     assert message in str(error.value)
+
+
+ALL = {"a": ZEROS}
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (ALL, "reset() returns a dict, not (observations, infos)"),
+        ((ZEROS, {}), "reset() returns a ndarray for observations: expected a dictionary, agent by agent"),
+        (({"z": ZEROS}, {}), "observations of reset() has an entry 'z', which is no possible agent"),
+        ((ALL, [{}]), "reset() returns a list for infos: expected a dictionary, agent by agent"),
+    ],
+)
+def test_reset_that_returns_something_else(result, message):
+    with pytest.raises(UserError) as error:
+        PettingZooEnv(Odd(reset=lambda seed: result), "test").reset(0)
+    assert str(error.value) == f"test: {message}"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ((ALL, {}, {}, {}), f"step() returns 4 values, not ({STEP})"),
+        (None, f"step() returns a NoneType, not ({STEP})"),
+        ((ALL, {}, False, {}, {}), "step() returns a bool for terminations: expected a dictionary, agent by agent"),
+        ((ALL, {}, {"__all__": True}, {}, {}), "terminations of step() has an entry '__all__', which is no possible"),
+        ((ALL, {"a": np.ones(1)}, {}, {}, {}), "the reward of agent 'a' is array([1.]): expected a number"),
+        ((ALL, {"a": None}, {}, {}, {}), "the reward of agent 'a' is None: expected a number"),
+    ],
+)
+def test_step_that_returns_something_else(result, message):
+    env = PettingZooEnv(Odd(step=lambda actions: result), "test")
+    env.reset(0)
+    with pytest.raises(UserError) as error:
+        env.step(np.zeros(1, np.int32))
+    assert str(error.value).startswith(f"test: {message}")
+
+
+def test_what_is_missing_and_not_needed():
+    env = PettingZooEnv(Odd(reset=lambda seed: (ALL, None)), "test")
+    with pytest.raises(UserError, match=r"^test: there is no attribute agents: expected a list of those who go on$"):
+        env.reset(0)
+    env._env.agents = ["a"]
+    assert env.reset(0)["alive"].all()  # without infos
+
+
+def test_axes_of_length_one_may_be_missing():
+    assert view_of(spaces.Box(0, 9, (1, 2)), np.array([1, 2])) == [1, 2]
+    assert view_of(spaces.Box(0, 9, (1,)), 3.0) == [3]
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "found"),
+    [
+        (NUMBERS, [0, 10], None),
+        (NUMBERS, [0, 10 + 1e-6], None),
+        (NUMBERS, [np.nan, -np.inf], "-inf outside of -10 to 10"),
+        (NUMBERS, [0, 499.5], "499.5 outside of -10 to 10"),
+        (spaces.Box(-np.inf, np.inf, (2,)), [-1e30, 1e30], None),
+        (spaces.Box(0, 255, (2,), np.uint8), [0.0, 255.0], None),
+        (spaces.Box(0, 255, (2,), np.uint8), [0.25, 1.0], "fractions such as 0.25 for uint8"),
+        (spaces.MultiBinary(2), [0, 2], "2 outside of 0 to 1"),
+        (spaces.Discrete(3), 1, None),
+        (spaces.Dict({"x": spaces.Tuple((spaces.Discrete(2), NUMBERS))}), {"x": (1, [0, 11])}, "11 outside of -10 to"),
+    ],
+)
+def test_values_outside_their_bounds(space, value, found):
+    said = out_of_bounds(space, value)
+    assert said is None if found is None else str(said).startswith(found)
 
 
 def test_agent_out_of_nowhere():

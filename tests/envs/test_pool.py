@@ -132,6 +132,15 @@ def test_auto_reset_keeps_the_final_observation(pool):
     assert not any(timestep.ended.any() for timestep in timesteps[:-1])
 
 
+def test_final_observation_keeps_who_is_truncated_alone(make_pool):
+    pool = make_pool(hosts.Parting, num_envs=1)
+    timesteps = [pool.reset(0), *(pool.step(action) for action in ACTIONS[:3, :1])]
+    alive = [(timestep.observation.alive[0, 1], timestep.final_observation.alive[0, 1]) for timestep in timesteps]
+    assert alive == [(True, True), (True, True), (False, True), (False, False)]
+    assert timesteps[2].final_observation.agents_view[0, 1, 3] == 2  # its last step
+    assert pool.reset(1).final_observation.alive.all()
+
+
 @pytest.mark.parametrize(("agent_id", "num_ids"), [("one_hot", 3), ("none", 0)])
 def test_agents_see_who_they_are(pool, make_pool, agent_id, num_ids):
     pool = pool if agent_id == "one_hot" else make_pool(num_envs=1, agent_id=agent_id)
@@ -193,6 +202,17 @@ def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(make_pool, monkey
         else:
             assert np.isnan(list(infos.values())).all()
             assert set(infos) == (set() if step < LIMIT else set(expected))
+
+
+def test_environments_may_have_children(make_pool):
+    assert make_pool(hosts.Parent, num_envs=1).reset(0).observation.alive.all()
+
+
+def test_environments_know_their_places(make_pool, monkeypatch):
+    pool = make_pool(hosts.numbered, num_workers=2)
+    pool.reset(0)
+    for place in range(NUM_ENVS):
+        assert pool.step(ACTIONS[place]).ended[place:].tolist() == [True] + [False] * (NUM_ENVS - place - 1)
 
 
 # Workers that are lost.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import host_environments
 import pytest
 
 from mam.envs import registry, tasks
@@ -34,6 +35,27 @@ def test_make(name):
     assert isinstance(env, AgentId)
     assert env.spec.name == name
     assert env.spec.obs_dim == env.env.spec.obs_dim + env.spec.num_agents
+
+
+def test_an_environment_that_was_only_looked_at_is_closed():
+    before = len(host_environments.closed)
+    assert registry.lives_on_host("host_environments:Closing")
+    assert registry.lives_on_host("host_environments:Closing")
+    assert len(host_environments.closed) == before + 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "found"), [("alone", "CartPoleEnv of Gymnasium, which has one agent"), ("nothing", "NoneType")]
+)
+@pytest.mark.parametrize("use", [registry.lives_on_host, registry.make, registry.make_plain])
+def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
+    name = f"host_environments:{factory}"
+    with pytest.raises(UserError) as error:
+        use(name)
+    assert str(error.value) == (
+        f"{name} returns a {found}: expected a subclass of mam.types.Environment with spec, reset and step, "
+        "or a PettingZoo ParallelEnv"
+    )
 
 
 def test_make_batched():

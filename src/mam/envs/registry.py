@@ -6,9 +6,10 @@ pettingzoo/module:environment      any PettingZoo ParallelEnv that is installed
 package.module:factory             one's own environment: the factory returns it
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from mam.envs.host.factories import PREFIX, EnvFactory, find_factory, names_code
 from mam.envs.tasks import check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
-from mam.types import Environment, HostEnvironments
+from mam.types import Environment, EnvSpec, HostEnvironments
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,7 @@ def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
     """
     env = make_plain(name)
     if not isinstance(env, Environment):
-        raise UserError(
-            f"{name} returns a {type(env).__name__}: expected a subclass of mam.types.Environment with spec, reset and "
-            f"step, or a PettingZoo ParallelEnv"
-        )
+        raise _no_environment(name, env)
     return AgentId(env, agent_id)
 
 
@@ -99,6 +97,7 @@ def make_host(
     agent_id: IdEncoding = "one_hot",
     num_workers: int | None = None,
     limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
+    first: int = 0,
 ) -> HostEnvironments:
     """Starts worker processes and makes environments in them.
 
@@ -108,13 +107,22 @@ def make_host(
         agent_id: as for `make`.
         num_workers: processes; one per CPU core if None.
         limits: how long an environment may take, and how often a worker is started again.
+        first: index of the first of them, for factories with a parameter `index`; others may exist beside these.
 
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
     """
     from mam.envs.host.pool import HostPool
 
-    return HostPool(name, find_factory(name), num_envs, num_workers, agent_id, limits)
+    return HostPool(name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits)
+
+
+_FOREIGN = {
+    "gym": " of gym, which has one agent",
+    "gymnasium": " of Gymnasium, which has one agent",
+    "jumanji": " of Jumanji (see `mam list` for the tasks that are adapted)",
+    "jaxmarl": " of JaxMARL (see `mam list` for the tasks that are adapted)",
+}
 
 
 @cache
@@ -123,8 +131,28 @@ def _own(name: str) -> Environment | EnvFactory:
     factory = find_factory(name)
     if name.startswith(PREFIX):
         return factory
-    env = factory()
-    return factory if hasattr(env, "possible_agents") else env  # PettingZoo's have these
+    env = factory(index=0)
+    if hasattr(env, "possible_agents"):  # PettingZoo's have these, and live in workers: this one was to look at
+        with contextlib.suppress(Exception):
+            env.close()
+        return factory
+    if env is None or (_foreign(env) and not isinstance(getattr(env, "spec", None), EnvSpec)):
+        raise _no_environment(name, env)
+    return env
+
+
+def _foreign(env: Any) -> str:
+    """Which other library's environment it is; nothing if of none."""
+    packages = (kind.__module__.partition(".")[0] for kind in type(env).__mro__)
+    return next((_FOREIGN[package] for package in packages if package in _FOREIGN), "")
+
+
+def _no_environment(name: str, env: Any) -> UserError:
+    kind = type(getattr(env, "unwrapped", env)).__name__
+    return UserError(
+        f"{name} returns a {kind}{_foreign(env)}: expected a subclass of mam.types.Environment with spec, reset and "
+        f"step, or a PettingZoo ParallelEnv"
+    )
 
 
 def make_plain(name: str) -> Environment:

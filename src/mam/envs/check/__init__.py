@@ -5,6 +5,7 @@ static         the specification, signatures, tracing
 shapes         shapes and types
 jax_play       plays an `Environment`, in the lanes of `lanes`
 host_play      plays `HostEnvironments`, in the runs of `host_run`
+parallel       the same for PettingZoo's, with what their workers noted
 recording      what was played
 rules          what must hold of it: what is seen and earned;
 episode_rules  how episodes end and start, and what actions do
@@ -18,7 +19,7 @@ from typing import Any
 import jaxtyping
 
 from mam.envs.check import episode_rules, host_play, jax_play, rules
-from mam.envs.check.recording import Recording
+from mam.envs.check.recording import STEP_LIMIT, Recording
 from mam.envs.check.report import Finding, Report, Severity, collapse
 from mam.envs.check.shapes import is_fatal
 from mam.envs.check.static import (
@@ -77,7 +78,7 @@ def check_environment(env: Any, *, seed: int = 0, num_episodes: int = 24, time_b
         except Unplayable as error:
             findings.extend(error.findings)
     if recording is not None and recording.episodes:
-        notes = _notes(recording)
+        notes = (*getattr(env, "notes", ()), *_notes(recording))
     else:
         notes = ["not all could be checked: mend this first"]
     return Report(
@@ -136,6 +137,8 @@ def _notes(recording: Recording) -> Iterator[str]:
     yield from recording.notes
     limit = recording.spec.time_limit
     longest = max(episode.length for episode in recording.episodes)
+    if limit is None and not recording.ended and longest < STEP_LIMIT:
+        yield f"no episode ended within {longest:,} steps"
     if limit is not None and longest < limit:
         yield f"no episode got to the time limit of {limit:,} steps; the longest had {longest:,}"
 

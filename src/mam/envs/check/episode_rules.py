@@ -7,8 +7,10 @@ import numpy as np
 
 from mam.envs.check.recording import STEP_LIMIT, Episode, Numbers, Recording, differs
 from mam.envs.check.report import Finding
-from mam.envs.check.rules import RARE, Rule, chance, flags, places
+from mam.envs.check.rules import RARE, Rule, at_least, chance, flags, places
 
+MOST_FEATURES = 256  # that are compared from step to step
+TINY = 1e-6  # less than that is rounding
 FEW_DECISIONS, MANY_DECISIONS = 10, 50  # without any effect, before that is a warning, or an error
 
 # Ends ----------------------------------------------------------------------------------------------------------------
@@ -47,12 +49,22 @@ def time_limit(recording: Recording) -> Iterator[Finding]:
 
 
 def limit_as_termination(recording: Recording) -> Iterator[Finding]:
-    """The time limit truncates: what would have gone on is worth something."""
-    limit = recording.spec.time_limit
-    at_limit = [flags(episode)[-1] for episode in recording.ended if episode.length == limit]
-    if len(at_limit) >= 2 and all(terminated and not truncated for terminated, truncated in at_limit):
-        got = f"termination in all {len(at_limit)} episodes that got there (right only if the task itself ends then)"
-        expected = f"truncation at step {limit}, the time limit"
+    """The time limit truncates: what would have gone on is worth something.
+
+    So many terminations at one step that those at earlier steps do not explain them are a limit's. Where none is known
+    it may be at the step that no episode gets past.
+    """
+    known = recording.spec.time_limit
+    limit = known or max((episode.length for episode in recording.ended), default=0)
+    reached = [episode for episode in recording.episodes if episode.length >= limit]
+    ends = [(episode.length, *flags(episode)[-1]) for episode in recording.ended]
+    at_limit = sum(length == limit and terminated and not truncated for length, terminated, truncated in ends)
+    before = sum(length < limit and terminated for length, terminated, _ in ends)
+    steps = sum(min(episode.length, limit - 1) for episode in recording.episodes)
+    if at_limit >= 2 and at_least(at_limit, len(reached), (before + 1) / (steps + 1)) < RARE:
+        got = f"termination in {at_limit} of the {len(reached)} episodes that got there"
+        what = "the time limit" if known else "if that is the time limit"
+        expected = f"truncation at step {limit}, {what} (right only if the task itself ends then)"
         yield Finding("limit_as_termination", "warning", "terminated", expected, got, step=limit)
 
 
@@ -60,9 +72,9 @@ def no_end(recording: Recording) -> Iterator[Finding]:
     """Episodes end, whether or not their limit is known."""
     if recording.spec.time_limit is None and not recording.ended:
         longest = max(episode.length for episode in recording.episodes)
-        severity = "error" if longest >= STEP_LIMIT else "warning"
-        got = f"none in {len(recording.episodes)} episodes of up to {longest:,} steps"
-        yield Finding("no_end", severity, "terminated", "an end of the episode", got)
+        if longest >= STEP_LIMIT:  # otherwise there was no time to see one, which is a note
+            got = f"none in {len(recording.episodes)} episodes of up to {longest:,} steps"
+            yield Finding("no_end", "error", "terminated", "an end of the episode", got)
 
 
 # Resets --------------------------------------------------------------------------------------------------------------
@@ -86,10 +98,13 @@ def _changes(episode: Episode) -> Numbers:
 def final_observation(recording: Recording) -> Iterator[Finding]:
     """`final_observation` is the successor of the action: `observation`, unless that is already the next episode's."""
     for episode in recording.episodes:
-        ended = flags(episode).any(axis=1)
+        timestep = episode.timestep
+        # There an agent was truncated alone, and has a last view in one of them only.
+        parted = (timestep.final_observation.alive & ~np.asarray(timestep.observation.alive)).any(axis=1)
+        other = flags(episode).any(axis=1) | (parted & recording.resets_itself)
         for name, unlike in _unlike_final(episode):
             kind = ("final_observation", "error", f"final_observation.{name}", "what observation holds")
-            yield from places(episode, unlike & ~ended, kind, "something else", per_agent=False, offset=1)
+            yield from places(episode, unlike & ~other, kind, "something else", per_agent=False, offset=1)
 
 
 def final_is_previous(recording: Recording) -> Iterator[Finding]:
@@ -128,12 +143,45 @@ def _resets_itself(recording: Recording) -> Iterator[Finding]:
 
 
 def _lost_final(recording: Recording) -> Iterator[Finding]:
-    episodes = recording.ended
-    same = [not any(unlike[-1] for _, unlike in _unlike_final(episode)) for episode in episodes]
-    if len(episodes) >= 3 and all(same) and any(_changes(episode).any() for episode in episodes):
-        expected = "the next episode's first observation at an end, and the last one in final_observation"
-        got = f"the same in both, at the end of all {len(episodes)} episodes"
-        yield Finding("auto_reset", "error", "observation", expected, got, None, episodes[0].length, episodes[0].number)
+    for number, end in enumerate(("terminated", "truncated")):
+        episodes = [episode for episode in recording.ended if flags(episode)[-1, number]]
+        same = [not any(unlike[-1] for _, unlike in _unlike_final(episode)) for episode in episodes]
+        if len(episodes) >= 3 and all(same) and any(_changes(episode).any() for episode in episodes):
+            expected = "the next episode's first observation at an end, and the last one in final_observation"
+            got = f"the same in both, at the end of all {len(episodes)} episodes that are {end}"
+            place = (None, episodes[0].length, episodes[0].number)
+            yield Finding("auto_reset", "error", "observation", expected, got, *place)
+
+
+def final_is_reset(recording: Recording) -> Iterator[Finding]:
+    """What a time limit cuts off ends where its last action led, not where the next episode starts.
+
+    Told from jumps: at the limit nothing happens that does not happen at other steps, so a number that then is what it
+    may be at a start should seldom have changed more than at any other step: in one of so many steps.
+    """
+    for name in ("agents_view", "grid", "state"):
+        episodes = [e for e in recording.episodes if getattr(e.observation, name) is not None and e.length >= 2]
+        cut = np.array([flags(episode)[-1, 1] for episode in episodes], bool)
+        if cut.sum() < 3:
+            continue
+        seen = [_sample(getattr(episode.observation, name)) for episode in episodes]
+        starts, last = (np.stack([x[k] for x in seen]) for k in (0, -1))
+        moves = [np.abs(np.diff(x, axis=0)) for x in seen]
+        inner = np.concatenate([x[:-1] for x in moves])
+        like_start = (starts.min(axis=0) <= last) & (last <= starts.max(axis=0))
+        further = np.stack([x[-1] for x in moves]) > inner.max(axis=0) + TINY
+        jumps = (like_start & further).any(axis=1)[cut].sum()
+        num_varying = (np.ptp(np.concatenate(seen), axis=0) > TINY).sum()
+        if at_least(jumps, cut.sum(), min(1.0, num_varying / (len(inner) + 1))) < RARE:
+            got = f"a jump to what starts look like, at {jumps} of {cut.sum()} time limits"
+            expected = "what the last action led to"
+            yield Finding("final_is_reset", "warning", f"final_observation.{name}", expected, got)
+
+
+def _sample(x: Numbers) -> Numbers:
+    """At most `MOST_FEATURES` of the numbers of every step, [T, F]; NaN and infinity are others' business."""
+    flat = np.nan_to_num(np.asarray(x, np.float64).reshape(len(x), -1), posinf=0.0, neginf=0.0)
+    return flat[:, :: -(-flat.shape[1] // MOST_FEATURES)] if flat.shape[1] else flat
 
 
 def episode_metrics(recording: Recording) -> Iterator[Finding]:
@@ -184,6 +232,6 @@ def agent_order(recording: Recording) -> Iterator[Finding]:
 
 RULES: tuple[Rule, ...] = (
     *(ended_at_reset, both_flags, time_limit, limit_as_termination, no_end),
-    *(final_observation, final_is_previous, auto_reset, episode_metrics),
+    *(final_observation, final_is_previous, final_is_reset, auto_reset, episode_metrics),
     *(actions_ignored, agent_order),
 )

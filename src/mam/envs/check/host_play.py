@@ -34,6 +34,8 @@ from mam.types import EnvSpec, Observation, TimeStep
 
 MAIN_SHARE = 0.4  # of the time, for the episodes that are recorded
 NUM_SEED_STEPS = 20  # for which two seeds are compared
+NUM_HELD = 4  # time steps that must stay as they are while others follow: buffers may take turns
+NUM_LEAKS, NUM_LEAK_STEPS = 16, 5  # how often the first steps are played again after other episodes
 
 Deviates = Callable[[Numbers], Numbers]  # alive [B, N] -> whose actions are others, [B, N]
 
@@ -55,7 +57,9 @@ def play(env: Any, spec: EnvSpec, seed: int, num_episodes: int, deadline: float)
         return recording
     recording.episodes.extend(cut(main))
     if len(recording.ended) < num_episodes and time.perf_counter() >= share_end:
-        recording.notes.append(f"time was up after {len(recording.ended)} of {num_episodes} episodes")
+        recording.notes.append(
+            f"time was up after {len(recording.ended)} of {num_episodes} episodes; --seconds gives more"
+        )
     try:
         player.compare(seed, main, deadline)
     except Unplayable as error:
@@ -74,8 +78,8 @@ class _Player:
         self, seed: int, num_steps: int, deadline: float, *, num_episodes: int = 0, deviates: Deviates | None = None
     ) -> Run:
         """Resets and steps until there are enough steps, or episodes, or time is up."""
-        held = self._call("reset", 0, lambda: self.env.reset(seed))
-        timesteps, actions = [_copy(held)], []
+        held = [self._call("reset", 0, lambda: self.env.reset(seed))]
+        timesteps, actions = [_copy(held[0])], []
         num_steps = min(num_steps, steps_that_fit(timesteps[0]))
         num_ended, age = 0, np.zeros(self.batch[0], int)
         while len(actions) < num_steps and time.perf_counter() < deadline:
@@ -86,14 +90,16 @@ class _Player:
                 self.recording.findings.extend(error.findings)
                 break
             self.recording.findings.extend(check_metric_names(timesteps[0], timestep, len(actions) + 1))
-            self.recording.findings.extend(_check_held(held, timesteps[-1], len(actions)))
-            held = timestep
+            for old, copy in zip(held, timesteps[-len(held) :], strict=True):
+                self.recording.findings.extend(_check_held(old, copy, len(actions)))
+            held = [*held, timestep][-NUM_HELD:]
             timesteps.append(_copy(timestep))
             actions.append(action)
             num_ended, age = num_ended + ends(timestep).sum(), np.where(ends(timestep), 0, age + 1)
             if num_episodes and (num_ended >= num_episodes or age.max() > (self.spec.time_limit or STEP_LIMIT)):
                 break
-        return stack(actions, timesteps)
+        components = (self.spec.num_actions,) if self.spec.continuous else ()
+        return stack(actions, timesteps, (*self.batch, *components))
 
     def _call(self, name: str, step: int, function: Callable[[], Any]) -> TimeStep:
         timestep = attempt(name, function, step=step)
@@ -116,7 +122,7 @@ class _Player:
     def compare(self, seed: int, main: Run, deadline: float) -> None:
         """Makes the runs that are compared with the main one, each with an equal share of the time left."""
         num_envs, num_agents = self.batch
-        comparisons = [self._repeated, self._other_seed, self._others, self._dead]
+        comparisons = [self._repeated, self._after_others, self._other_seed, self._others, self._dead]
         comparisons += [self._agents(first) for first in range(0, num_agents, num_envs)]
         for number, comparison in enumerate(comparisons):
             now, left = time.perf_counter(), len(comparisons) - number
@@ -125,7 +131,7 @@ class _Player:
                 break
             found = list(comparison(seed, main, now + (deadline - now) / left))
             self.recording.findings.extend(found)
-            if found and number == 0:
+            if found and number < 2:  # the repetitions
                 self.recording.notes.append("one seed, several outcomes: what actions change could not be checked")
                 break
 
@@ -142,6 +148,20 @@ class _Player:
             got = "other values after other episodes: something is left of them"
             finding = dataclasses.replace(finding, check="leak", got=got)
         yield finding
+
+    def _after_others(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
+        """Nothing is left of episodes of other seeds, right after whose end the first ones begin again."""
+        for other in range(1, NUM_LEAKS + 1):
+            if other > 1 and time.perf_counter() >= deadline:
+                return
+            self.run(seed + other, STEP_LIMIT, deadline, num_episodes=1)
+            again = self.run(seed, min(main.length, NUM_LEAK_STEPS), deadline)
+            if difference := first_difference(main.first(again.length), again.timestep, num_lead=2):
+                name, (step, _, *agent) = difference
+                expected = "the same values for the same seed and actions"
+                got = "other values after other episodes: something is left of them"
+                yield Finding("leak", "error", name, expected, got, agent[0] if agent else None, step)
+                return
 
     def _other_seed(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
         """Other seeds lead to other episodes, and in all environments."""

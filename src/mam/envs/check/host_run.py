@@ -32,7 +32,7 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
     one, other = (jax.tree.map(lambda x: x[1 : length + 1, env], r.timestep) for r in (main, run))
 
     def compare(x: Numbers, y: Numbers, num_axes: int) -> Numbers:
-        return differs(x, y).reshape(*x.shape[:num_axes], -1).any(axis=-1)
+        return differs(x, y).any(axis=tuple(range(num_axes, x.ndim)))
 
     sees = compare(one.observation.agents_view, other.observation.agents_view, 2)
     if one.observation.grid is not None:
@@ -44,10 +44,11 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
     return sees, rest, compare(main.action[:length, env], run.action[:length, env], 2)
 
 
-def stack(actions: list[Numbers], timesteps: list[TimeStep]) -> Run:
+def stack(actions: list[Numbers], timesteps: list[TimeStep], shape: tuple[int, ...]) -> Run:
+    """The run of these steps, which may be none; `shape` is that of an action."""
     names = set.intersection(*(set(timestep.metrics) for timestep in timesteps))
     common = [replace(timestep, metrics={name: timestep.metrics[name] for name in names}) for timestep in timesteps]
-    return Run(np.stack(actions) if actions else np.zeros(0), jax.tree.map(lambda *x: np.stack(x), *common))
+    return Run(np.stack(actions) if actions else np.zeros((0, *shape)), jax.tree.map(lambda *x: np.stack(x), *common))
 
 
 def cut(run: Run) -> Iterator[Episode]:

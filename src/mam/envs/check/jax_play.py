@@ -70,7 +70,9 @@ def play(env: Any, spec: EnvSpec, timestep: TimeStep, seed: int, num_episodes: i
         recording.findings, recording.influence = repeated, Influence.none(spec.num_agents)
     recording.findings.extend(player.check_keys())
     if len(recording.ended) < num_episodes and time.perf_counter() >= deadline:
-        recording.notes.append(f"time was up after {len(recording.ended)} of {num_episodes} episodes")
+        recording.notes.append(
+            f"time was up after {len(recording.ended)} of {num_episodes} episodes; --seconds gives more"
+        )
     return recording
 
 

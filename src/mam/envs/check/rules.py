@@ -1,5 +1,6 @@
 """Rules for what is seen and earned: each a pure function that reads a recording and yields what breaks it."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,6 +57,12 @@ def chance(num_changed: int, num_others: int, num_suspects: int) -> float:
     """How likely none of `num_suspects` steps is among those that changed something, if these are any of all steps."""
     total = num_others + num_suspects
     return float(np.prod([(total - num_changed - i) / (total - i) for i in range(num_suspects)]))
+
+
+def at_least(num_hits: int, num_tries: int, probability: float) -> float:
+    """How likely so many hits or more are."""
+    few = (math.comb(num_tries, k) * probability**k * (1 - probability) ** (num_tries - k) for k in range(num_hits))
+    return 1.0 - math.fsum(few)
 
 
 def num_steps(recording: Recording) -> int:

@@ -2,10 +2,8 @@
 
 import inspect
 import re
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +13,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mam.envs.check.report import Finding
 from mam.envs.check.shapes import check_agreement, check_fields, check_metric_names, is_fatal
+from mam.envs.host.worker import describe
+from mam.errors import UserError
 from mam.types import EnvSpec, TimeStep
 
 _NOT_JITTABLE = (
@@ -23,8 +23,6 @@ _NOT_JITTABLE = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-_OURS = Path(__file__).parent
-_JAX = Path(jax.__file__).parent
 
 
 class Unplayable(Exception):
@@ -112,7 +110,7 @@ def attempt(
     except Unplayable:
         raise
     except catch as error:
-        got = _describe(error)
+        got = str(error).splitlines()[0] if isinstance(error, UserError) else describe(error)
         if isinstance(error, _NOT_JITTABLE):
             expected = "no Python control flow and no NumPy on traced values, so that jax.jit can compile it"
             finding = Finding("jit", "error", where, expected, got, step=step)
@@ -123,17 +121,6 @@ def attempt(
             expected = "no exception" if check == "exception" else "jax.vmap to apply"
             finding = Finding(check, "error", where, expected, got, step=step)
         raise Unplayable(finding) from error
-
-
-def _describe(error: Exception) -> str:
-    """The last line of the traceback, and the innermost place outside JAX where it happened."""
-    lines = traceback.format_exception_only(error)[0].strip().splitlines()
-    text = lines[-1] if "Traceback" in lines[0] else lines[0]  # a callback's own traceback is within the message
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
-    theirs = [frame for frame in frames if not {_OURS, _JAX} & set(Path(frame.filename).parents)]
-    if not theirs:
-        return text
-    return f"{text} ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})"
 
 
 # Tracing -------------------------------------------------------------------------------------------------------------

@@ -4,25 +4,32 @@ pettingzoo/module:environment            `parallel_env` of an environment's modu
 pettingzoo/module:environment:N=5,…      the same with keyword arguments
 package.module:factory                   one's own: the factory returns the environment
 
+Values of options are Python's (5, None, "a,b", [1, 2], true and false as well); anything else is text.
+
 Such a name is code: it is imported and called. If a folder brought it along, the user has to agree
 first, see `names_code`. Nothing of Python's own is called in any case.
 """
 
+import ast
 import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
 from mam.errors import UserError, unknown_name
 
 PREFIX = "pettingzoo/"
+# An option ends at a comma that is not within quotes or brackets.
+_OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^}]*\})+""")
 
 
 @dataclass(frozen=True)
@@ -33,19 +40,25 @@ class EnvFactory:
     module: str
     attribute: str  # of the module, or a module within it
     options: tuple[tuple[str, Any], ...] = ()
+    first: int = 0  # index of the first environment it makes, where others exist beside these
 
-    def __call__(self, render_mode: str | None = None) -> Any:
+    def __call__(self, render_mode: str | None = None, index: int | None = None) -> Any:
         """Makes one environment.
 
         Args:
             render_mode: how it will be drawn; passed on where the environment takes such an option.
+            index: which of those that this factory makes it is, from 0; with `first` added passed on to a parameter
+                of that name, which tells environments that exist at the same time apart.
 
         Raises:
             UserError: it cannot be made: not installed, or not with these options.
         """
         make, options = self.find(), dict(self.options)
-        if render_mode is not None and _takes(make, "render_mode"):
+        if render_mode is not None and takes(make, "render_mode"):
             options["render_mode"] = render_mode
+        if index is not None and takes(make, "index", by_name=True):
+            options.setdefault("index", self.first + index)
+        self._check(make, options)
         try:
             env = make(**options)
         except TypeError as error:
@@ -61,6 +74,15 @@ class EnvFactory:
             )
         return env
 
+    def _check(self, make: Callable[..., Any], options: dict[str, Any]) -> None:
+        try:
+            inspect.signature(make).bind(**options)
+        except TypeError as error:
+            written = f"{self.name.removesuffix(':')}{',' if self.options else ':'}option=value"
+            raise UserError(f"{self.name}: {error}; options are written {written}") from None
+        except ValueError:
+            pass  # built in: its signature cannot be read
+
     def find(self) -> Callable[..., Any]:
         """Imports what the name stands for.
 
@@ -71,7 +93,10 @@ class EnvFactory:
         if isinstance(target, ModuleType) or (not callable(target) and hasattr(target, "parallel_env")):
             target = getattr(target, "parallel_env", None) or getattr(target, "env", None)
         if not callable(target):
-            raise UserError(f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment")
+            raise UserError(
+                f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment, "
+                f"but of type {type(target).__name__}: expected a function or a class"
+            )
         _check_not_standard(self.name, _defining_module(target))  # also where another module passes it on
         return target
 
@@ -113,6 +138,9 @@ def find_factory(name: str) -> EnvFactory:
     if not module or not attribute.isidentifier():
         example = f"{PREFIX}mpe2:simple_spread_v3" if name.startswith(PREFIX) else "my_package.my_module:make_env"
         raise UserError(f"{name}: expected a module and what to take from it, such as {example}")
+    if module.endswith(".py"):
+        parts = (*PurePath(module).parent.parts, PurePath(module).stem)
+        raise UserError(f"{name}: expected a module, not its file, such as {'.'.join(parts).strip('/.')}:{rest}")
     _check_not_standard(name, module)
     factory = EnvFactory(name, module, attribute, _read_options(name, options))
     factory.find()
@@ -133,9 +161,11 @@ def _defining_module(target: Any) -> str:
 
 
 def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
-    """Reads `N=5,max_cycles=25,continuous_actions=true`."""
-    options = []
-    for item in filter(None, text.split(",")):
+    """Reads `N=5,max_cycles=25,continuous_actions=true,map="a,b",sizes=[3,4],seed=None`."""
+    options, items = [], _OPTION.findall(text)
+    if ",".join(items) != text.strip(","):
+        raise UserError(f"{name}: a quote or bracket is not closed in '{text}'")
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"{name}: options are written option=value,…, got '{item}'")
@@ -143,15 +173,13 @@ def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
     return tuple(options)
 
 
-def _read_value(text: str) -> bool | int | float | str:
+def _read_value(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _import(name: str, path: str) -> ModuleType:
@@ -161,30 +189,36 @@ def _import(name: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or path
         if missing == top:
-            place = "is not installed" if name.startswith(PREFIX) else "is not in this folder and not installed"
-            raise UserError(f"{name}: {top} {place}: {_pip(path)}") from None
+            place = f"is not in {os.getcwd()} and not installed: run this where it is, or say where with PYTHONPATH"
+            raise UserError(f"{name}: {top} {_pip(path) or place}") from None
         if path == missing or path.startswith(f"{missing}."):
             raise UserError(f"{name}: there is no module {missing}") from None
-        raise UserError(f"{name}: {path} needs {missing}, which is not installed: {_pip(path, missing)}") from None
+        raise UserError(f"{name}: {path} needs {missing}, which {_pip(path) or 'is not installed'}") from None
     except ImportError as error:
         raise UserError(f"{name}: {path} cannot be imported: {_one_line(error)}") from error
 
 
-def _pip(path: str, missing: str = "") -> str:
-    """The command that probably installs a module; PettingZoo's families of environments are its extras."""
+def _pip(path: str) -> str:
+    """What installs a module that is known to be public: nobody's own, whose name may be a stranger's package."""
     top, _, rest = path.partition(".")
     family = rest.partition(".")[0]
-    if top == "pettingzoo" and family:
-        return f'pip install "pettingzoo[{family}]"'
-    return f"pip install {(missing or top).partition('.')[0]}"
+    if top == "mpe2":
+        return "is not installed: pip install mpe2"
+    return f'is not installed: pip install "pettingzoo[{family}]"' if top == "pettingzoo" and family else ""
 
 
-def _takes(make: Callable[..., Any], option: str) -> bool:
+def make_numbered(factory: Callable[..., Any], index: int) -> Any:
+    """Makes an environment, and tells the factory which one it is if that has a parameter `index`."""
+    return factory(index=index) if takes(factory, "index", by_name=True) else factory()
+
+
+def takes(make: Callable[..., Any], option: str, *, by_name: bool = False) -> bool:
+    """Whether a keyword argument may be given; `by_name`: as a parameter of its own, not as one of any."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):
         return False
-    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return option in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _one_line(error: Exception) -> str:

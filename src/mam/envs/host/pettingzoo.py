@@ -4,8 +4,9 @@ Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `
 """
 
 import importlib
+import inspect
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,31 +14,41 @@ import numpy as np
 from gymnasium import spaces
 
 from mam.envs.host.shared import Arrays, Layout
-from mam.envs.host.spaces import BoxAction, View, action_readers, flatten, is_picture, picture_of, view_size
+from mam.envs.host.spaces import (
+    BoxAction,
+    View,
+    action_readers,
+    flatten,
+    is_picture,
+    picture_of,
+    view_size,
+)
 from mam.errors import UserError
 
 _PARALLEL = ("possible_agents", "reset", "step", "observation_space", "action_space")
+_STEP = ("observations", "rewards", "terminations", "truncations", "infos")
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a joint action led to."""
 
-    observation: Arrays
+    observation: Arrays  # to act on next, or the last one
     reward: np.ndarray  # [N]
     terminated: bool
     truncated: bool
     metrics: dict[str, float] = field(default_factory=dict)  # of the infos, at the end of an episode
+    final_observation: Arrays | None = None  # with the last views of agents truncated while others go on, if any
 
 
 class PettingZooEnv:
     """A ParallelEnv whose agents stand in rows, in the order of `possible_agents`, whoever of them is alive.
 
-    An agent that has terminated or was truncated before the others is dead until the next episode, and so, for as
-    long as it is missing, is one that is not in `env.agents` or observes nothing. The dead see zeros, earn nothing
-    and are free to choose any action, which goes nowhere. The joint episode ends when nobody goes on. It was
-    truncated if anybody was truncated at its last step; those agents are alive in its last observation, since they
-    would have gone on.
+    An agent that has terminated or was truncated before the others is dead until it is missing in `env.agents` and
+    comes back, or until the next episode; so is one that is not in `env.agents`, or observes nothing, for as long.
+    The dead see zeros, earn nothing and are free to choose any action, which goes nowhere. The joint episode ends when
+    nobody goes on. It was truncated if anybody was truncated at its last step; those agents are alive in its last
+    observation, since they would have gone on. So are, in `final_observation`, those truncated before the others.
     """
 
     def __init__(self, env: Any, name: str):
@@ -76,10 +87,7 @@ class PettingZooEnv:
             seed: for the environment.
             into: arrays to write the observation to; new ones by default.
         """
-        result = self._env.reset(seed=seed)
-        if not isinstance(result, tuple):
-            raise UserError(f"{self.name}: reset() returns observations only, not (observations, infos)")
-        observations, infos = result
+        observations, infos = read_result(self.name, "reset", self._env.reset(seed=seed), self._index.keys())
         self._ended = set()
         self._acting = self._going_on()
         return self._observe(observations, infos, self._acting, over=False, into=into)
@@ -92,21 +100,27 @@ class PettingZooEnv:
             into: as for `reset`.
         """
         # Who has ended but is still listed is expected to act, too, by the environment that lists it.
-        actions = {agent: self._read_action(agent, action) for agent in self._env.agents}
-        observations, rewards, terminations, truncations, infos = self._env.step(actions)
+        actions = {agent: self._read_action(agent, action) for agent in listed_agents(self._env, self.name)}
+        result = read_result(self.name, "step", self._env.step(actions), self._index.keys())
+        observations, rewards, terminations, truncations, infos = result
 
         acted = self._acting
         terminated = {agent for agent in acted if terminations.get(agent)}
         truncated = {agent for agent in acted if truncations.get(agent)} - terminated
-        self._ended |= terminated | truncated
+        # Who has ended and is listed again after it was not has come back.
+        self._ended = (self._ended | terminated | truncated) & set(listed_agents(self._env, self.name))
         self._acting = self._going_on()
         over = not self._acting
+        final = None
+        if truncated and not over:
+            final = self._observe(observations, infos, self._acting | truncated, over, into=None)
         return Outcome(
             observation=self._observe(observations, infos, truncated if over else self._acting, over, into),
-            reward=np.array([rewards.get(agent, 0.0) if agent in acted else 0.0 for agent in self._index], np.float32),
+            reward=self._read_rewards({agent: rewards.get(agent, 0.0) for agent in self._index if agent in acted}),
             terminated=over and not truncated,
             truncated=over and bool(truncated),
             metrics=_info_metrics(infos) if over else {},
+            final_observation=final,
         )
 
     def frame(self) -> np.ndarray | None:
@@ -134,10 +148,17 @@ class PettingZooEnv:
         self._env.close()
 
     def _going_on(self) -> set[Hashable]:
-        listed = set(self._env.agents)
+        listed = set(listed_agents(self._env, self.name))
         if unknown := listed - self._index.keys():
             raise UserError(f"{self.name}: agent '{unknown.pop()}' is in agents but not in possible_agents")
         return listed - self._ended
+
+    def _read_rewards(self, rewards: Mapping[Hashable, Any]) -> np.ndarray:
+        for agent, reward in rewards.items():
+            if np.ndim(reward) > 0 or reward is None:
+                raise UserError(f"{self.name}: the reward of agent '{agent}' is {reward!r}: expected a number")
+        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+            return np.array([rewards.get(agent, 0.0) for agent in self._index], np.float32)
 
     def _observe(
         self, observations: Mapping, infos: Mapping, alive: set[Hashable], over: bool, into: Arrays | None
@@ -162,7 +183,7 @@ class PettingZooEnv:
     def _write_view(self, n: int, observation: Any, arrays: Arrays) -> None:
         view = self._views[n]
         if "grid" in arrays:
-            arrays["grid"][n] = view.read(observation)
+            arrays["grid"][n] = view.picture(observation)
         else:
             flatten(view.space, view.read(observation), arrays["agents_view"][n, : view.size])
 
@@ -170,9 +191,14 @@ class PettingZooEnv:
         given = observation["action_mask"] if self._views[n].masked else info.get("action_mask")
         if given is None or self.layout.continuous:
             return
-        legal, size = np.asarray(given, bool), self._actions[n].size
-        if legal.shape != (size,):
-            raise ValueError(f"action_mask has shape {legal.shape}, there are {size} actions")
+        given, size = np.asarray(given), self._actions[n].size
+        if given.shape != (size,):
+            raise ValueError(f"action_mask has shape {given.shape}, there are {size} actions")
+        legal = given == 1
+        if not (legal | (given == 0)).all():
+            raise ValueError(
+                f"action_mask holds {given[~legal & (given != 0)][0]}: expected 1 for legal, 0 for illegal"
+            )
         if legal.any():  # an agent to which nothing is allowed is read as one whose choice does not matter
             mask[n, :size] = legal
 
@@ -194,6 +220,45 @@ class PettingZooEnv:
         raise UserError(f"{self.name}: state() has {state.size} numbers, its space {self._last_state.size}")
 
 
+def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> tuple[Mapping, ...]:
+    """Returns what `reset` or `step` of a ParallelEnv returned; infos may be None.
+
+    Args:
+        name: of the environment, for messages.
+        method: "reset" or "step".
+        result: what it returned.
+        agents: all that there are.
+
+    Raises:
+        UserError: it is not the two or five dictionaries that PettingZoo asks for.
+    """
+    fields = ("observations", "infos") if method == "reset" else _STEP
+    if not isinstance(result, tuple | list) or len(result) != len(fields):
+        found = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+        raise UserError(f"{name}: {method}() returns {found}, not ({', '.join(fields)})")
+    read = dict(zip(fields, result, strict=True))
+    read["infos"] = {} if read["infos"] is None else read["infos"]
+    for part, values in read.items():
+        if not isinstance(values, Mapping):
+            kind = type(values).__name__
+            raise UserError(f"{name}: {method}() returns a {kind} for {part}: expected a dictionary, agent by agent")
+        if part != "infos" and (unknown := values.keys() - agents):
+            raise UserError(f"{name}: {part} of {method}() has an entry '{unknown.pop()}', which is no possible agent")
+    return tuple(read.values())
+
+
+def listed_agents(env: Any, name: str) -> list[Hashable]:
+    """Returns those who go on, and perhaps some whose end was told.
+
+    Raises:
+        UserError: the environment does not say.
+    """
+    try:
+        return env.agents
+    except AttributeError:
+        raise UserError(f"{name}: there is no attribute agents: expected a list of those who go on") from None
+
+
 def as_parallel(env: Any, name: str) -> Any:
     """Returns a ParallelEnv as it is and converts an AECEnv whose agents may act at the same time.
 
@@ -201,6 +266,12 @@ def as_parallel(env: Any, name: str) -> Any:
         UserError: it is neither.
     """
     if all(hasattr(env, attribute) for attribute in _PARALLEL) and not hasattr(env, "agent_iter"):
+        for method in ("observation_space", "action_space"):
+            if not callable(space := getattr(env, method)):
+                kind = type(space).__name__
+                raise UserError(f"{name}: {method} is a {kind}: expected a method, {method}(agent)")
+        if not _takes_seed(env.reset):
+            raise UserError(f"{name}: reset() takes no seed: expected reset(seed=None, options=None)")
         return env
     if not hasattr(env, "agent_iter"):
         missing = next(attribute for attribute in _PARALLEL if not hasattr(env, attribute))
@@ -211,6 +282,16 @@ def as_parallel(env: Any, name: str) -> Any:
             'time, set metadata["is_parallelizable"] = True, or convert it with pettingzoo.utils.aec_to_parallel)'
         )
     return importlib.import_module("pettingzoo.utils.conversions").aec_to_parallel(env)
+
+
+def _takes_seed(reset: Callable) -> bool:
+    try:
+        inspect.signature(reset).bind(seed=0)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # built in: its signature cannot be read
+    return True
 
 
 def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: list) -> Layout:
@@ -225,6 +306,11 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
     action_sizes = [action.size for action in actions]
     if len(set(action_sizes)) > 1:
         notes.append(f"agents have {_span(action_sizes)} actions: those that an agent does not have are masked")
+    if any(isinstance(action, BoxAction) and action.unlimited for action in actions):
+        notes.append("actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both")
+    first = views[0]
+    if picture and first.channels_first:
+        notes.append(f"pictures are read channels first: rows, columns and channels are {first.grid_shape}")
     state = getattr(env, "state_space", None)
     if state is not None and is_picture(state):
         notes.append("the global state is a picture: it is left out")
@@ -234,7 +320,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         num_actions=max(action_sizes),
         continuous=isinstance(actions[0], BoxAction),
         time_limit=_time_limit(env),
-        grid_shape=(picture.shape[0], picture.shape[1], picture.shape[2]) if picture else None,
+        grid_shape=first.grid_shape if picture else None,
         grid_dtype=str(picture.dtype) if picture and picture.dtype.kind in "biu" else "float32",
         state_dim=math.prod(state.shape) if isinstance(state, spaces.Box) and not is_picture(state) else None,
         notes=tuple(notes),

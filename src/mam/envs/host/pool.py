@@ -41,7 +41,7 @@ class HostPool:
     def __init__(
         self,
         name: str,
-        factory: Callable[[], Any],
+        factory: Callable[..., Any],
         num_envs: int,
         num_workers: int | None = None,
         agent_id: IdEncoding = "one_hot",
@@ -51,7 +51,7 @@ class HostPool:
 
         Args:
             name: of the task, for the spec and for messages.
-            factory: makes one ParallelEnv; worker processes must be able to import it.
+            factory: makes one ParallelEnv, given its place if it takes an `index`; workers must be able to import it.
             num_envs: B.
             num_workers: processes; by default one per CPU core, and never more than environments.
             agent_id: how agents see who they are; see `mam.envs.wrappers.agent_ids`.
@@ -115,7 +115,7 @@ class HostPool:
         with self._closed_by_exceptions():
             self._reset(self._workers)
         self._slab.reward[:] = 0.0
-        self._slab.terminated[:] = self._slab.truncated[:] = False
+        self._slab.terminated[:] = self._slab.truncated[:] = self._slab.parted[:] = False
         self._episode_return = self._episode_length = np.zeros(self._num_envs, np.float32)
         return self._timestep()
 
@@ -136,9 +136,9 @@ class HostPool:
                 self._cut_short(worker)
             self._start(lost)
             self._reset(lost)
-        goes_on = ~self._over
-        self._episode_return = goes_on * self._episode_return + self._slab.reward.mean(axis=1)
-        self._episode_length = goes_on * self._episode_length + np.float32(1.0)
+        began = [np.where(self._over, np.float32(0.0), sums) for sums in (self._episode_return, self._episode_length)]
+        self._episode_return = began[0] + self._slab.reward.mean(axis=1)
+        self._episode_length = began[1] + np.float32(1.0)
         return self._timestep()
 
     def close(self) -> None:
@@ -244,6 +244,7 @@ class HostPool:
         slab.reward[rows] = 0.0
         slab.terminated[rows] = False
         slab.truncated[rows] = True
+        slab.parted[rows] = False
 
     def _timestep(self) -> TimeStep:
         """Copies what is in shared memory."""
@@ -251,10 +252,10 @@ class HostPool:
         self._over = slab.terminated | slab.truncated
         self._last = {name: rows.copy() for name, rows in slab.observation.items()}
         observation = final = Observation(**self._last)
-        if self._over.any():
+        if (other := self._over | slab.parted).any():
             last = {name: rows.copy() for name, rows in self._last.items()}
             for name, rows in slab.final_observation.items():
-                last[name][self._over] = rows[self._over]
+                last[name][other] = rows[other]
             final = Observation(**last)
         fields: dict[str, Any] = {
             "reward": slab.reward.copy(),

@@ -160,7 +160,7 @@ def end_all(workers: list[WorkerProcess], memory: SharedMemory) -> None:
     memory.close()
 
 
-def pickle_factory(name: str, factory: Callable[[], Any]) -> bytes:
+def pickle_factory(name: str, factory: Callable[..., Any]) -> bytes:
     """The factory as it travels to the workers.
 
     Raises:

@@ -60,11 +60,12 @@ class Slab:
 
     action: np.ndarray
     observation: Arrays  # to act on next
-    final_observation: Arrays  # of the ended episode; stale in rows where none has ended
+    final_observation: Arrays  # of the ended episode; stale in rows where none has ended and nobody parted
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     doing: np.ndarray  # IDLE, STEPPING or RESETTING: what its worker does with an environment right now
+    parted: np.ndarray  # an agent was truncated while others go on
 
 
 IDLE, STEPPING, RESETTING = range(3)
@@ -113,6 +114,7 @@ def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
         terminated=arrays["terminated"],
         truncated=arrays["truncated"],
         doing=arrays["doing"],
+        parted=arrays["parted"],
     )
 
 
@@ -125,6 +127,7 @@ def _fields(layout: Layout, num_envs: int) -> dict[str, Field]:
         "terminated": ((), np.dtype(bool)),
         "truncated": ((), np.dtype(bool)),
         "doing": ((), np.dtype(np.uint8)),
+        "parted": ((), np.dtype(bool)),
     }
     return {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in fields.items()}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mam.envs.host.factories import make_numbered
 from mam.envs.host.pettingzoo import PettingZooEnv
 from mam.envs.host.shared import IDLE, RESETTING, STEPPING, Arrays, Layout, Slab, map_slab
 from mam.errors import UserError
@@ -23,14 +24,15 @@ class EnvSlice:
         self._seeds: list[np.random.Generator] = []
         self.finished: dict[int, dict[str, float]] = {}  # metrics of the episodes that the last step ended, by place
         self._slab: Slab
-        self._rows: list[Arrays] = []  # where each of them writes what it observes
+        self._rows: list[Arrays] = []  # where each of them writes what it observes,
+        self._final_rows: list[Arrays] = []  # and where, if that is something else, what an action led to
 
     @property
     def layout(self) -> Layout:
         """Sizes of every one of the environments."""
         return self._envs[0].layout
 
-    def make(self, factory: Callable[[], Any]) -> None:
+    def make(self, factory: Callable[..., Any]) -> None:
         """Makes the environments.
 
         Raises:
@@ -38,7 +40,7 @@ class EnvSlice:
         """
         for place in self._places:
             self.doing = f"making environment {place}"
-            self._envs.append(PettingZooEnv(factory(), self.name))
+            self._envs.append(PettingZooEnv(make_numbered(factory, place), self.name))
             if self._envs[-1].layout != self.layout:
                 raise UserError(f"{self.name}: environment {place} has other agents or spaces than the first")
 
@@ -46,13 +48,13 @@ class EnvSlice:
         """Goes to work in this memory, where `id_dim` features stand in front of every agent's view."""
         layout = replace(self.layout, obs_dim=id_dim + self.layout.obs_dim)
         self._slab = map_slab(memory, layout, num_envs)
-        self._rows = [
-            {
-                name: array[place, :, id_dim:] if name == "agents_view" else array[place]
-                for name, array in self._slab.observation.items()
-            }
-            for place in self._places
-        ]
+        self._rows, self._final_rows = (
+            [
+                {name: array[place, :, id_dim:] if name == "agents_view" else array[place] for name, array in fields}
+                for place in self._places
+            ]
+            for fields in (self._slab.observation.items(), self._slab.final_observation.items())
+        )
 
     def reset(self, seed: int, generation: int) -> None:
         """Starts an episode everywhere. Environment i draws on (seed, i) alone, whoever steps it.
@@ -80,9 +82,12 @@ class EnvSlice:
             slab.truncated[place] = outcome.truncated
             if outcome.metrics:
                 self.finished[place] = outcome.metrics
-            if outcome.terminated or outcome.truncated:
-                for name, array in slab.observation.items():
-                    slab.final_observation[name][place] = array[place]
+            over = outcome.terminated or outcome.truncated
+            slab.parted[place] = outcome.final_observation is not None
+            if over or outcome.final_observation is not None:
+                for name, array in (outcome.final_observation or self._rows[k]).items():
+                    self._final_rows[k][name][...] = array
+            if over:
                 self._start_episode(k)
             slab.doing[place] = IDLE
 

@@ -14,7 +14,10 @@ from mam.errors import UserError
 
 OBSERVATIONS = "Box, Discrete, MultiBinary, MultiDiscrete, Dict and Tuple"
 ACTIONS = "Discrete for all agents, or for all of them Box of floats with one axis"
+MAX_CHANNELS = 4  # of what is a picture for certain: grey or colours, with or without transparency
+MAX_CHOICES = 100_000  # of one space; each is a number of its own in every array
 _UNBOUNDED = 1e30  # limits beyond this, such as the largest float, are not meant to be reached
+_ROUNDING = 1e-5  # by which a value may pass its limits, relative to them
 
 
 def flat_size(space: spaces.Space) -> int:
@@ -22,14 +25,21 @@ def flat_size(space: spaces.Space) -> int:
 
     Raises:
         TypeError: the space is of a kind that cannot be flattened.
+        ValueError: it has more than `MAX_CHOICES`.
     """
     if isinstance(space, spaces.Box | spaces.MultiBinary):
         return math.prod(space.shape)
     if isinstance(space, spaces.Discrete):
-        return int(space.n)
+        return _choices(space, int(space.n))
     if isinstance(space, spaces.MultiDiscrete):
-        return int(space.nvec.sum())
+        return _choices(space, int(space.nvec.sum()))
     return sum(flat_size(part) for _, part in _parts(space))
+
+
+def _choices(space: spaces.Space, number: int) -> int:
+    if number > MAX_CHOICES:
+        raise ValueError(f"{space}, whose {number:,} values would be as many numbers; at most {MAX_CHOICES:,} can be")
+    return number
 
 
 def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
@@ -39,19 +49,19 @@ def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
         ValueError, LookupError: the value is not of its space.
     """
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        flat = np.asarray(value)
-        if flat.size != row.size:
-            raise ValueError(f"shape {flat.shape} instead of {space.shape}")
-        row[:] = flat.reshape(-1)
+        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+            row[:] = shaped(space, value).reshape(-1)
     elif isinstance(space, spaces.Discrete):
         choice = int(value) - int(space.start)
         if not 0 <= choice < row.size:
             raise ValueError(f"{value} is none of its values")
         row[choice] = 1.0
     elif isinstance(space, spaces.MultiDiscrete):
-        choices = (np.asarray(value) - space.start).reshape(-1)
+        choices = shaped(space, value) - space.start
+        if ((choices < 0) | (choices >= space.nvec)).any():
+            raise ValueError(f"{value} is none of its values")
         first = np.cumsum(space.nvec.reshape(-1)) - space.nvec.reshape(-1)
-        row[first + choices] = 1.0
+        row[first + choices.reshape(-1)] = 1.0
     else:
         start = 0
         for key, part in _parts(space):
@@ -60,13 +70,46 @@ def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
             start = stop
 
 
+def shaped(space: spaces.Space, value: Any) -> np.ndarray:
+    """A value as an array of its space's shape, of which axes of length 1 may be missing.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    array, shape = np.asarray(value), space.shape or ()
+    if array.shape == shape:
+        return array
+    if [size for size in array.shape if size != 1] != [size for size in shape if size != 1]:
+        raise ValueError(f"shape {array.shape} instead of {shape}")
+    return array.reshape(shape)
+
+
+def out_of_bounds(space: spaces.Space, value: Any) -> str | None:
+    """What about a value that can be flattened is not as its space says; None if it is. NaN is nothing of that."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        found = (out_of_bounds(part, value[key]) for key, part in _parts(space))
+        return next(filter(None, found), None)
+    if isinstance(space, spaces.MultiBinary):
+        space = spaces.Box(0, 1, space.shape, np.int8)
+    if not isinstance(space, spaces.Box):
+        return None
+    array = shaped(space, value)
+    if space.dtype.kind in "biu" and array.dtype.kind == "f" and (array % 1 != 0).any():
+        return f"fractions such as {array[array % 1 != 0][0]:g} for {space.dtype}"
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    outside = (array < low - _ROUNDING * np.maximum(1, abs(low))) | (
+        array > high + _ROUNDING * np.maximum(1, abs(high))
+    )
+    return f"{array[outside][0]:g} outside of {low[outside][0]:g} to {high[outside][0]:g}" if outside.any() else None
+
+
 def _parts(space: spaces.Space) -> list[tuple[Any, spaces.Space]]:
     """Parts and their keys, always in the same order."""
     if isinstance(space, spaces.Dict):
         return list(space.spaces.items())
     if isinstance(space, spaces.Tuple):
         return list(enumerate(space.spaces))
-    raise TypeError(str(space))
+    raise TypeError(_named(space))
 
 
 @dataclass(frozen=True)
@@ -74,19 +117,20 @@ class View:
     """How one agent's observation is read."""
 
     space: spaces.Space  # of the observation proper
-    inside: bool  # the observation proper is the entry "observation" of a dictionary
+    inside: str | None  # the observation proper is this entry of a dictionary
     masked: bool  # the dictionary's entry "action_mask" says which actions are legal
 
     @classmethod
     def of(cls, space: spaces.Space, action_space: spaces.Space) -> "View":
         """Takes the action mask and the observation proper apart where the space is a dictionary of both."""
         if not isinstance(space, spaces.Dict):
-            return cls(space, inside=False, masked=False)
+            return cls(space, inside=None, masked=False)
         masked = "action_mask" in space.spaces and isinstance(action_space, spaces.Discrete)
         rest = {key: part for key, part in space.spaces.items() if not (masked and key == "action_mask")}
-        if set(rest) == {"observation"}:
-            return cls(rest["observation"], inside=True, masked=masked)
-        return cls(spaces.Dict(rest), inside=False, masked=masked)
+        if len(rest) == 1:
+            ((key, proper),) = rest.items()
+            return cls(proper, inside=key, masked=masked)
+        return cls(spaces.Dict(rest), inside=None, masked=masked)
 
     @property
     def size(self) -> int:
@@ -94,7 +138,24 @@ class View:
 
     def read(self, value: Any) -> Any:
         """The observation proper."""
-        return value["observation"] if self.inside else value
+        return value if self.inside is None else value[self.inside]
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether it is a picture whose channels come before its rows, as PyTorch has them."""
+        shape: Any = self.space.shape
+        return is_picture(self.space) and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of the picture it is."""
+        shape: Any = self.space.shape
+        return (*shape[1:], shape[0]) if self.channels_first else shape
+
+    def picture(self, value: Any) -> np.ndarray:
+        """The observation proper as rows, columns, channels."""
+        picture = shaped(self.space, self.read(value))
+        return np.moveaxis(picture, 0, -1) if self.channels_first else picture
 
 
 def is_picture(space: spaces.Space) -> bool:
@@ -119,6 +180,14 @@ def view_size(name: str, agent: object, view: View) -> int:
         return view.size
     except TypeError as error:
         raise UserError(f"{name}: agent '{agent}' observes {error}; supported: {OBSERVATIONS}") from None
+    except ValueError as error:
+        raise UserError(f"{name}: agent '{agent}' observes {error}") from None
+
+
+def _named(space: Any) -> str:
+    """The space, and its package where that is not the one which is meant."""
+    package = type(space).__module__.partition(".")[0]
+    return f"{space}" if package == "gymnasium" else f"{space} of {package}, not of gymnasium"
 
 
 @dataclass(frozen=True)
@@ -137,7 +206,7 @@ class DiscreteAction:
 
 @dataclass(frozen=True)
 class BoxAction:
-    """Components in [-1, 1], stretched to the space's limits; where it has none, as they are."""
+    """Components in [-1, 1], stretched to the space's limits; as they are where it has none, and 2 wide from one."""
 
     space: spaces.Box
     centre: np.ndarray
@@ -145,10 +214,16 @@ class BoxAction:
 
     @classmethod
     def of(cls, space: spaces.Box) -> "BoxAction":
-        bounded = (np.abs(space.low) < _UNBOUNDED) & (np.abs(space.high) < _UNBOUNDED)
-        low = np.where(bounded, space.low, -1.0).astype(np.float64)
-        high = np.where(bounded, space.high, 1.0).astype(np.float64)
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        has_low, has_high = np.abs(low) < _UNBOUNDED, np.abs(high) < _UNBOUNDED
+        low = np.where(has_low, low, np.where(has_high, high - 2, -1.0))
+        high = np.where(has_high, high, low + 2)
         return cls(space, centre=(low + high) / 2, half=(high - low) / 2)
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether a component has no limit on one side, or on both."""
+        return bool((np.maximum(np.abs(self.space.low), np.abs(self.space.high)) >= _UNBOUNDED).any())
 
     @property
     def size(self) -> int:
@@ -169,7 +244,9 @@ def action_readers(name: str, action_spaces: dict[str, spaces.Space]) -> list[Di
     for agent, space in action_spaces.items():
         floats = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
         if not floats and not isinstance(space, spaces.Discrete):
-            raise UserError(f"{name}: agent '{agent}' acts in {space}; supported: {ACTIONS}")
+            raise UserError(f"{name}: agent '{agent}' acts in {_named(space)}; supported: {ACTIONS}")
+        if isinstance(space, spaces.Discrete) and space.n > MAX_CHOICES:
+            raise UserError(f"{name}: agent '{agent}' acts in {space}; at most {MAX_CHOICES:,} choices are supported")
     discrete = [DiscreteAction(space) for space in action_spaces.values() if isinstance(space, spaces.Discrete)]
     boxes = [BoxAction.of(space) for space in action_spaces.values() if isinstance(space, spaces.Box)]
     if discrete and boxes:

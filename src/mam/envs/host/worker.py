@@ -11,6 +11,7 @@ Free of JAX, whose start takes longer than everything else here.
 import os
 import pickle
 import signal
+import sysconfig
 import threading
 import time
 import traceback
@@ -18,9 +19,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import current_process, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mam.errors import RunError, UserError
@@ -36,6 +38,7 @@ DONE = b""
 
 _ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
 _QUOTED_FRAMES = 3  # of the traceback of an environment
+_OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which call it
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def main(connection: Connection, share: Share) -> None:
     """Serves the pool until it closes its end of the pipe, or is no more."""
     for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)  # the pool decides what Ctrl-C, or a batch system's signal, means
+    current_process().daemon = False  # or environments could have no children; the parent still ends us when it exits
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -126,3 +130,14 @@ def _leave_with_parent() -> None:
         parent.join()
         time.sleep(_ORPHAN_GRACE)
         os._exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """The last line of the traceback, and the innermost place in somebody's own code, or else in what is installed."""
+    lines = traceback.format_exception_only(error)[0].strip().splitlines()
+    text = lines[-1] if "Traceback" in lines[0] else lines[0]  # a callback's own traceback is within the message
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    theirs = [frame for frame in frames if not _OURS & set(Path(frame.filename).parents)]
+    installed = {Path(path) for path in sysconfig.get_paths().values()}
+    own = [frame for frame in theirs if not installed & set(Path(frame.filename).parents)] or theirs
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else text
