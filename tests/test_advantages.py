@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.advantages import generalised_advantages, with_the_dead
+from mam.advantages import constant_value, generalised_advantages, with_the_dead
 
 LENGTH = 20
 SHAPE = (LENGTH, 1000)
 
 gae = partial(jax.jit, static_argnames=("gamma", "gae_lambda"))(generalised_advantages)
+constant = partial(jax.jit, static_argnames="gamma")(constant_value)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,20 @@ ALIVE = jnp.array([[True, True, True], [True, False, True], [False, False, True]
 )
 def test_values_of_the_dead_are_replaced(team_reward, expected):
     np.testing.assert_array_equal(with_the_dead(VALUE, ALIVE, team_reward=team_reward), expected)
+
+
+@pytest.mark.parametrize(("gamma", "offset"), [(0.99, 0.0), (0.9, -100.0), (1.0, 5.0), (0.0, 1.0)])
+def test_the_best_constant_is_right_on_average(random, gamma, offset):
+    """Its errors add up to nothing, those of the dead left out, whatever stands there."""
+    reward, _, _, terminated, _ = random
+    alive = np.random.default_rng(1).random(SHAPE) < 0.7
+    value = constant(np.where(alive, reward + offset, np.nan), terminated, alive, gamma=gamma)
+    error = reward + offset + gamma * np.where(terminated, 0, value) - value
+    assert error[alive].mean() == pytest.approx(0, abs=1e-5 * max(1, abs(offset)))
+
+
+def test_the_best_constant_of_what_never_ends(endless):
+    reward, _, _, never, _ = endless
+    alive = np.ones(SHAPE, bool)
+    assert constant(0 * reward - 10, never, alive, gamma=0.99) == pytest.approx(-1000, rel=1e-4)
+    assert constant(reward, never, alive, gamma=1.0) == 0

@@ -72,6 +72,7 @@ def network_configs(draw):
         decoder=DecoderConfig(layout=draw(layouts), cross=draw(layouts)),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         remat=draw(st.booleans()),
+        observation_norm=draw(st.sampled_from(["running", "layer"])),
         scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),
     )
 
@@ -100,9 +101,11 @@ def test_json_round_trip(config):
     assert from_json(Config, json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_missing_keys_take_their_defaults():
-    assert from_json(Config, {}) == Config()
-    assert from_json(Config, {"ppo": {"lr": 1e-3}}) == Config(ppo=PPOConfig(lr=1e-3))
+@pytest.mark.parametrize("groups", [{}, {"network": {}}, {"ppo": {"lr": 5e-4}}])
+def test_missing_keys_mean_what_runs_did_before_there_were_any(groups):
+    """Their defaults, except where these have changed what a run does."""
+    network, ppo = NetworkConfig(observation_norm="layer"), PPOConfig(normalise_value=False)
+    assert from_json(Config, groups) == Config(network=network, ppo=ppo)
 
 
 def test_nothing_can_be_changed():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from mam import train
-from mam.config import Config, PPOConfig
+from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs import probes, tasks
 from mam.envs.probes import Identity
 from mam.guard import FINE, first_bad, is_bad
@@ -20,7 +20,10 @@ from mam.types import Evaluation, PolicyOutput
 NUM_AGENTS, NUM_ACTIONS = 3, 4
 SEEDS = jnp.arange(2)
 CONFIG = Config(
-    policy="fragile", env="probe/fragile", ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=2)
+    policy="fragile",
+    env="probe/fragile",
+    network=NetworkConfig(observation_norm="layer"),
+    ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=2, normalise_value=False),
 )
 
 

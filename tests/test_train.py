@@ -11,11 +11,12 @@ import pytest
 
 from mam import train
 from mam.checkpoint import Writer, newest
-from mam.config import Config, EvalConfig, PPOConfig
+from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs import probes
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.losses import PPOLoss
+from mam.networks.layers import Dense
 from mam.types import Evaluation, PolicyOutput
 from mam.update import make_batch
 
@@ -24,7 +25,8 @@ SEEDS = jnp.array([0, 1, 2])
 CONFIG = Config(
     env="probe/identity",  # episodes of 8 steps, cut by the time limit; at best 8, at worst 0
     total_timesteps=64,
-    ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=2, num_minibatches=2, lr=0.1),
+    network=NetworkConfig(observation_norm="layer"),
+    ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=2, num_minibatches=2, lr=0.1, normalise_value=False),
     eval=EvalConfig(num_episodes=3, num_absolute_episodes=5),
 )
 OPTIMUM = 8
@@ -59,6 +61,15 @@ class Linear(eqx.Module):
         return obs.agents_view @ self.critic
 
 
+class Layered(Linear):
+    """Its value comes from a layer, whose units may change."""
+
+    value_layer: Dense
+
+    def value(self, memory, obs):
+        return self.value_layer(obs.agents_view)[..., 0]
+
+
 class Counting(Linear):
     """Remembers how many steps of the episode it has seen, which it takes to be worth a point each."""
 
@@ -91,8 +102,10 @@ class Imprecise(Linear):
 
 def make_linear(name, spec, sizes, decoding, *, key):
     critic = jax.random.normal(key, (spec.obs_dim,))
-    kind = {"counting": Counting, "imprecise": Imprecise}.get(name, Linear)
-    return kind(0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), critic, tag=jnp.zeros(()))
+    actor, tag = 0.1 * jax.random.normal(key, (spec.obs_dim, spec.num_actions)), jnp.zeros(())
+    if name == "layered":
+        return Layered(actor, critic, tag, Dense(spec.obs_dim, 1, key=key))
+    return {"counting": Counting, "imprecise": Imprecise}.get(name, Linear)(actor, critic, tag)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -435,6 +448,26 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     if not team_reward:
         np.testing.assert_allclose(advantages.target[dies], t.reward[dies], atol=1e-5)
         np.testing.assert_array_equal(advantages.target[~alive & ~still_alive], 0)
+
+
+def test_statistics_are_of_rollouts_seen_and_stand_still_meanwhile(tmp_path):
+    """Each train step is taken with those of the rollouts before it; what is best keeps its own."""
+    ppo = replace(CONFIG.ppo, normalise_value=True)
+    trainer = make_train(replace(CONFIG, policy="layered", network=NetworkConfig(), ppo=ppo))
+    state = trainer.init(SEEDS)
+    for _ in range(3):
+        state, values = trainer.train_step(state)
+        assert values["first_ratio_deviation"].max() < 1e-5
+    assert (state.policy.statistics.features.count == 3 * 4 * 4 * 3).all()  # rollouts, steps, environments, agents
+    assert (np.abs(state.policy.statistics.features.mean - 0.25) < 0.15).all()  # one of four cues, and no ids
+    evaluated, _ = trainer.evaluate_step(state)
+    assert_same((evaluated.policy, evaluated.best_policy), (state.policy, state.policy))
+    best = on_host(state.policy)
+    later, _ = trainer.train_step(evaluated)
+    assert_same(later.best_policy, best)
+    save(tmp_path, later)
+    resumed = newest(tmp_path).restore(trainer.init(SEEDS + 7))
+    assert_same(trainer.train_step(resumed)[0], trainer.train_step(later)[0])
 
 
 def test_explained_variance_is_over_the_living():

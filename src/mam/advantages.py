@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from mam.devices import WHOLE, Shard
+
 
 class Advantages(eqx.Module):
     """What PPO learns from."""
@@ -25,6 +27,34 @@ def with_the_dead(
         return jnp.where(alive, value, 0.0)
     total = jnp.sum(jnp.where(alive, value, 0.0), axis=-1, keepdims=True)
     return jnp.where(alive, value, total / jnp.maximum(alive.sum(axis=-1, keepdims=True), 1))
+
+
+def constant_value(
+    reward: Float[Array, "T *batch"],
+    terminated: Bool[Array, "T *#batch"],
+    alive: Bool[Array, "T *batch"],
+    *,
+    gamma: float,
+    shard: Shard = WHOLE,
+) -> Float[Array, ""]:
+    """The value of a critic that sees nothing: c = E[r] / E[1 − γ (1 − terminated)], over living agents.
+
+    It solves c = E[r + γ (1 − terminated) c]. Where values start there, a constant in all rewards need not be learned
+    over many times 1 / (1 − γ) steps (Naik et al. 2024, arXiv 2405.09999, on such offsets).
+
+    Args:
+        reward: r_{t+1}, of the action at t.
+        terminated: the action at t ended the task.
+        alive: agents that count.
+        gamma: discount per step.
+        shard: where the rollout lies on several devices, this one's share.
+
+    Returns:
+        The constant; 0 where nothing ends and γ = 1.
+    """
+    lost = jnp.where(terminated, 1.0, 1.0 - gamma)
+    total, rate = (shard.sum(jnp.sum(jnp.where(alive, x, 0.0))) for x in (reward, lost))
+    return jnp.where(rate > 0, total / jnp.where(rate > 0, rate, 1.0), 0.0)
 
 
 def generalised_advantages(

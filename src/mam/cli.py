@@ -275,8 +275,10 @@ def _headline(config: Config, trainer: Any, path: Path) -> str:
     import jax
     import numpy as np
 
-    policy = trainer.shapes(np.zeros(1, np.int32)).policy
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(policy))
+    from mam.networks.normalise import as_normalised
+
+    policy = as_normalised(trainer.shapes(np.zeros(1, np.int32)).policy)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(policy.network))
     device, count = jax.devices()[0], trainer.devices.num_devices
     devices = f"{count} × {device.platform}" if count > 1 else device.platform
     seeds = f"{config.num_seeds} seeds × " if config.num_seeds > 1 else ""

@@ -67,6 +67,9 @@ class NetworkConfig:
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory for more time, for very many agents."""
+    observation_norm: Literal["running", "layer"] = field(default="running", metadata={"before": "layer"})
+    """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
+    by each other's (LayerNorm), which hides one or two features, and small ones beside large ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
     """How mam's scan is computed: auto takes what is fastest; associative is the published form."""
 
@@ -113,6 +116,8 @@ class PPOConfig:
     """Weight of the entropy bonus."""
     vf_coef: float = 0.5
     """Weight of the value loss."""
+    normalise_value: bool = field(default=True, metadata={"before": False})
+    """Learn values in units of the targets' mean and deviation so far (Pop-Art), whatever the scale of rewards."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this global norm."""
     recompute_log_prob: bool = False
@@ -330,13 +335,18 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
-    """Builds a config from what `to_json` wrote; missing keys take their defaults.
+    """Builds a config from what `to_json` wrote, maybe before there was this or that key.
+
+    A missing key takes the value that does what runs did before there was one: its default, if its metadata do not
+    say otherwise (`before`).
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming it.
     """
     types = typing.get_type_hints(kind)
-    values = {}
+    settings = dataclasses.fields(typing.cast(Any, kind))
+    values = {s.name: s.metadata["before"] for s in settings if "before" in s.metadata}
+    data = {name: {} for name, expected in types.items() if dataclasses.is_dataclass(expected)} | data
     for name, value in data.items():
         if name not in types:
             raise unknown_name("key", prefix + name, [prefix + n for n in types], see="mam train --help")

@@ -7,6 +7,7 @@ and the environments of all seeds stand side by side in one `HostEnvironments`.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from mam.advantages import Advantages, generalised_advantages, with_the_dead
+from mam.advantages import Advantages, constant_value, generalised_advantages, with_the_dead
 from mam.config import Config
 from mam.devices import AXIS, WHOLE, Devices, Shard
 from mam.envs.registry import lives_on_host, make_batched, make_host
@@ -26,6 +26,7 @@ from mam.guard import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad
 from mam.host import aligned, blank_actors, host_evaluate, host_rollout, seed_of, start_actors, take_infos
 from mam.networks.decode import Decoding
 from mam.networks.mixers.ssm import largest_step_size
+from mam.networks.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
 from mam.networks.policy import make_policy
 from mam.rollout import Actors, init_actors, rollout
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
@@ -95,7 +96,9 @@ def make_train(config: Config) -> Trainer:
 
 def watched(policy: Policy) -> list[str]:
     """Everything in a train step that has to be finite, in the order in which it is computed."""
-    return [*leaf_names(policy, "parameter"), *ROLLOUT_NAMES, *update_names(policy)]
+    whole = as_normalised(policy)
+    parameters, statistics = leaf_names(whole.network, "parameter"), leaf_names(whole.statistics, "statistics of")
+    return [*parameters, *ROLLOUT_NAMES, *statistics, *update_names(whole.network)]
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ class Learner:
         """A fresh state; `start` puts the actors in their places."""
         config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
         decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
-        policy = make_policy(config.policy, self.spec, config.network, decoding, key=policy_key)
+        network = make_policy(config.policy, self.spec, config.network, decoding, key=policy_key)
+        policy = self.around(network)
         return TrainState(
             policy=policy,
-            opt_state=self.optimiser.init(cast(Any, policy)),
+            opt_state=self.optimiser.init(cast(Any, network)),
             actors=start(policy, env_key),
             best_policy=policy,
             best_return=jnp.array(-jnp.inf, jnp.float32),
@@ -125,24 +129,37 @@ class Learner:
             num_updates=jnp.zeros((), jnp.int32),
         )
 
+    def around(self, network: Policy) -> Policy:
+        """A network with the normalisation that the configuration asks for."""
+        observations, values = self.config.network.observation_norm == "running", self.config.ppo.normalise_value
+        statistics = Statistics.init(self.spec, observations=observations, values=values)
+        return simplified(NormalisedPolicy(network, statistics))
+
     def learn(
         self, state: TrainState, actors: Actors, transitions: Transition, key: Key[Array, ""]
     ) -> tuple[TrainState, Values]:
         """Learns from a rollout [T, B, …] that ended with `actors`."""
         ppo, shard = self.config.ppo, self.shard
-        flags = [*bad_leaves(state.policy), *bad_in_rollout(transitions)]
+        policy = as_normalised(state.policy)
+        flags = [*bad_leaves(policy.network), *bad_in_rollout(transitions)]
+        # 1. Estimate advantages, in units of reward.
+        transitions, next_value = self._with_values(policy, actors, transitions)
+        advantages = self._advantages(actors, transitions, next_value)
+        # 2. Take into the statistics what was seen, from the next rollout on, and what is to be predicted, at once.
+        policy = policy.update_values(advantages.target, transitions.observation.alive, shard)
+        statistics = policy.statistics.update(transitions.observation, shard)
+        flags += bad_leaves(statistics)
         bad = first_bad(flags, shard)
-        # 1. Estimate advantages.
-        advantages = self._advantages(state.policy, actors, transitions)
-        # 2. Learn.
+        # 3. Learn, in the network's units.
+        scaled = policy.normalise(transitions)
         if ppo.recompute_log_prob:
-            transitions = self._reevaluated(state.policy, transitions)
-        batch = make_batch(transitions, advantages, shard)
+            scaled = self._reevaluated(policy.network, scaled)
+        batch = make_batch(scaled, replace(advantages, target=policy.normalise_value(advantages.target)), shard)
         lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else 1.0
-        policy, opt_state, metrics = update(
-            state.policy, state.opt_state, batch, key, self.optimiser, ppo, shard, lr_scale
+        network, opt_state, metrics = update(
+            policy.network, state.opt_state, batch, key, self.optimiser, ppo, shard, lr_scale
         )
-        # 3. What one watches.
+        # 4. What one watches.
         alive, value, target = shard.gather((transitions.observation.alive, transitions.value, advantages.target), 1)
         in_update = jnp.where(metrics.bad == FINE, FINE, len(flags) + metrics.bad)
         values = {
@@ -153,12 +170,12 @@ class Learner:
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
         }
-        if (step_size := largest_step_size(policy)) is not None:
+        if (step_size := largest_step_size(network)) is not None:
             values["step_size_max"] = step_size
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,
-            (policy, opt_state, actors, state.num_updates + 1),
+            (simplified(NormalisedPolicy(network, statistics)), opt_state, actors, state.num_updates + 1),
         )
         return state, values
 
@@ -170,20 +187,40 @@ class Learner:
         )
         return replace(transitions, log_prob=evaluation.log_prob)
 
-    def _advantages(self, policy: Policy, actors: Actors, transitions: Transition) -> Advantages:
-        """GAE. The true successors' values come from one pass over all of them, with the memory after each step."""
+    def _with_values(
+        self, policy: NormalisedPolicy, actors: Actors, transitions: Transition
+    ) -> tuple[Transition, Float[Array, "T B N"]]:
+        """The rollout and the true successors' values, from one pass over all of them with the memory after each step.
+
+        Values that are normalised start, at the first rollout, as the best constant.
+        """
         next_memory = jax.tree.map(
             lambda before, last: jnp.concatenate([before[1:], last[None]]), transitions.memory, actors.memory
         )
         next_value = policy.value(next_memory, transitions.final_observation)
+        if policy.statistics.values is None:
+            return transitions, next_value
+        alive, gamma = transitions.observation.alive, self.config.ppo.gamma
+        start = constant_value(transitions.reward, self._terminated(transitions), alive, gamma=gamma, shard=self.shard)
+        known = policy.statistics.values.count > 0
+        value, next_value = (jnp.where(known, x, start) for x in (transitions.value, next_value))
+        return replace(transitions, value=value), next_value
+
+    def _terminated(self, transitions: Transition) -> Bool[Array, "T B #N"]:
+        """For whom the action was the last: death ends one's own reward, not a team's."""
+        terminated = transitions.terminated[..., None]
+        return terminated if self.spec.team_reward else terminated | ~transitions.final_observation.alive
+
+    def _advantages(self, actors: Actors, transitions: Transition, next_value: Float[Array, "T B N"]) -> Advantages:
+        """GAE, in which the dead's values are replaced."""
         alive, still_alive = transitions.observation.alive, transitions.final_observation.alive
-        terminated, team_reward = transitions.terminated[..., None], self.spec.team_reward
         goes_on = jnp.concatenate([alive[1:], actors.observation.alive[None]])  # who was not truncated alone
+        team_reward = self.spec.team_reward
         return generalised_advantages(
             transitions.reward,
             with_the_dead(transitions.value, alive, team_reward=team_reward),
             with_the_dead(next_value, still_alive, team_reward=team_reward),
-            terminated if team_reward else terminated | ~still_alive,
+            self._terminated(transitions),
             transitions.truncated[..., None] | (still_alive & ~goes_on),
             gamma=self.config.ppo.gamma,
             gae_lambda=self.config.ppo.gae_lambda,

@@ -17,6 +17,7 @@ import pytest
 from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.actions import LARGEST, agent_noise
+from mam.networks.normalise import NormalisedPolicy, Statistics
 from mam.networks.policy import POLICIES, make_policy
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
@@ -203,6 +204,25 @@ def test_the_value_is_one_whoever_asks(name, kind):
     result = results(name, "team", kind)
     for value in (result["value"], result["greedy"].value):
         np.testing.assert_allclose(value, result["sampled"].value, rtol=1e-5, atol=1e-5)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def in_new_units(policy, obs, target):
+    """Values before and after two changes of the value's units, of which only the second has anything to keep."""
+    memory = remember(policy, obs)
+    policy = NormalisedPolicy(policy, Statistics.init(make_spec("discrete"), observations=True, values=True))
+    first = policy.update_values(target, obs.alive)
+    second = first.update_values(100 * target - 1000, obs.alive)
+    return first.value(memory, obs), second.value(memory, obs), second.network.value(memory, obs)
+
+
+@every_policy
+def test_new_units_of_value_change_no_value(name):
+    obs, _ = observe("team")
+    target = np.random.default_rng(3).normal(5.0, 3.0, ALIVE.shape).astype(np.float32)
+    before, after, in_units = in_new_units(get_policy(name), obs, np.where(ALIVE, target, np.nan))
+    np.testing.assert_allclose(after[ALIVE], before[ALIVE], rtol=1e-5, atol=1e-3)  # beside targets of 1000
+    assert np.abs(before - in_units)[ALIVE].max() > 1
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)

@@ -40,12 +40,26 @@ class Mortal(Identity):
         return replace(super()._observe(view), action_mask=action_mask, alive=bits[:, 0] != 3)
 
 
+class Unscaled(Identity):
+    """`Identity` in which every step costs 100, and a feature that says nothing is a thousand times the cue."""
+
+    def _observe(self, view):
+        cue = view.argmax(axis=-1)
+        noise = 1000.0 * ((cue * 5 + cue[::-1] * 3) % 7 - 3)
+        return super()._observe(jnp.concatenate([view, noise[:, None]], axis=1))
+
+    def step(self, state, action, key):
+        state, timestep = super().step(state, action, key)
+        return state, replace(timestep, reward=timestep.reward - 100.0)
+
+
 TASKS = {
     "identity": Identity(NUM_AGENTS, NUM_ACTIONS),
     "copy": Copy(NUM_AGENTS, NUM_ACTIONS),
     "matrix": Matrix(NUM_AGENTS),
     "memory": Memory(NUM_AGENTS, NUM_ACTIONS),
     "mortal": Mortal(NUM_AGENTS, NUM_ACTIONS),
+    "unscaled": Unscaled(NUM_AGENTS, NUM_ACTIONS),
 }
 INDEPENDENT = ["mappo", "ippo", "rec_mappo", "rec_ippo"]
 SEQUENCE = [name for name in POLICIES if name not in INDEPENDENT]
@@ -167,6 +181,10 @@ def test_learns_to_answer_its_own_observation(learned):
     task = TASKS["identity"]
     assert (task.random_return, task.optimal_return) == (2, 8)
     assert learned.returns("identity").max() > 7
+
+
+def test_learns_whatever_the_scale_of_features_and_the_offset_of_rewards(learned):
+    assert learned.returns("unscaled").max() > 7 - 800
 
 
 @only(*SEQUENCE)

@@ -432,6 +432,22 @@ class Nanoseconds(Walk):
         return super().view(state).at[:, 3].set(1e9 * state.count)
 
 
+@planted("feature_scale", "agents_view")
+class Millimetres(Walk):
+    """One place in cells, the other in thousandths."""
+
+    def view(self, state):
+        return super().view(state).at[:, 1].multiply(1000.0)
+
+
+@planted("reward_offset", "reward")
+class CostsTenAStep(Walk):
+    """Whatever is done, a step costs ten times what can be made up for."""
+
+    def reward(self, before, after):
+        return super().reward(before, after) - 10.0
+
+
 @planted("stale", "agents_view")
 class PreviousView(Walk):
     """The observation is made before the move."""

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mam.config import NetworkConfig
 from mam.networks.embed import Conv, ObservationEmbedding, PictureNet
 from mam.types import EnvSpec, Observation
 
@@ -28,9 +29,9 @@ def randomise(build, *args):
 
 
 @functools.cache
-def make_embedding(obs_dim, grid_shape):
+def make_embedding(obs_dim, grid_shape, observation_norm="running"):
     spec = EnvSpec("suite/task", N, obs_dim, num_actions=3, time_limit=None, grid_shape=grid_shape)
-    return randomise(ObservationEmbedding, spec, E)
+    return randomise(ObservationEmbedding, spec, NetworkConfig(d_model=E, observation_norm=observation_norm))
 
 
 def make_observation(obs_dim, grid_shape, batch=(B,)):
@@ -44,17 +45,28 @@ def make_observation(obs_dim, grid_shape, batch=(B,)):
     )
 
 
-def test_features_follow_the_formula():
-    """LN(GELU(Dense(LN(features)))), for each agent by itself."""
-    embed, obs = make_embedding(OBS_DIM, None), make_observation(OBS_DIM, None)
+@pytest.mark.parametrize("observation_norm", ["running", "layer"])
+def test_features_follow_the_formula(observation_norm):
+    """LN(GELU(Dense(features))), for each agent by itself, or LN(GELU(Dense(LN(features)))) as published."""
+    embed, obs = make_embedding(OBS_DIM, None, observation_norm), make_observation(OBS_DIM, None)
 
     def norm(layer, x):
         centred = x - x.mean(axis=-1, keepdims=True)
         return centred / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-6) * layer.scale + layer.offset
 
-    x = norm(embed.obs_norm, np.where(ALIVE[..., None], obs.agents_view, 0.0))
+    x = np.where(ALIVE[..., None], obs.agents_view, 0.0)
+    x = norm(embed.obs_norm, x) if observation_norm == "layer" else x
     x = norm(embed.norm, np.asarray(jax.nn.gelu(x @ embed.dense.weight + embed.dense.bias)))
     np.testing.assert_allclose(call(embed, obs), x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("obs_dim", [1, 2])
+def test_one_or_two_features_are_seen(obs_dim):
+    """Also their level, which a norm over them would erase."""
+    embed, obs = make_embedding(obs_dim, None), make_observation(obs_dim, None)
+    higher = eqx.tree_at(lambda obs: obs.agents_view, obs, obs.agents_view + 1)
+    moved = np.abs(call(embed, higher) - call(embed, obs)).max(axis=-1) > 1e-2
+    np.testing.assert_array_equal(moved, ALIVE)
 
 
 @kinds_of_view

@@ -193,12 +193,12 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     learner, policy = Learner(config, envs.spec), random_policy(name, envs.spec, cell.network)
     if part == "update":
         return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
-    key = jax.random.key(0)
+    key, normalised = jax.random.key(0), learner.around(policy)
     state = TrainState(
-        policy=policy,
+        policy=normalised,
         opt_state=learner.optimiser.init(cast(Any, policy)),
-        actors=jax.jit(partial(init_actors, envs))(policy, key),
-        best_policy=policy,
+        actors=jax.jit(partial(init_actors, envs))(normalised, key),
+        best_policy=normalised,
         best_return=jnp.zeros(()),
         key=key,
         num_updates=jnp.zeros((), jnp.int32),

@@ -48,7 +48,8 @@ class AgentId:
     @property
     def spec(self) -> EnvSpec:
         spec = self.env.spec
-        return replace(spec, obs_dim=agent_ids(spec.num_agents, self.encoding).shape[1] + spec.obs_dim)
+        id_dim = agent_ids(spec.num_agents, self.encoding).shape[1]
+        return replace(spec, obs_dim=id_dim + spec.obs_dim, id_dim=id_dim)
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.reset(key)

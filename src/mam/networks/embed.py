@@ -7,6 +7,7 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, Key, Shaped
 
+from mam.config import NetworkConfig
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.types import EnvSpec, Observation
 
@@ -58,22 +59,25 @@ class PictureNet(eqx.Module):
 
 
 class ObservationEmbedding(eqx.Module):
-    """x = LN(GELU(Dense(LN(features)))), for each agent by itself (MAT, §3); a picture's numbers join the features.
+    """x = LN(GELU(Dense(features))), for each agent by itself (MAT, §3); a picture's numbers join the features.
 
     The rows of dead agents are read as zeros: whatever stands there, NaN included, goes nowhere.
 
     Difference: the bias does not start at zero. An agent whose features are all equal would be a row of zeros to every
-    norm of the network, each of which multiplies its gradient by 1/√ε = 1000, beyond any float.
+    norm of the network, each of which multiplies its gradient by 1/√ε = 1000, beyond any float. There is no norm over
+    the features either, unless `observation_norm` is "layer": it would take their mean and scale away, of one or two
+    features nearly all there is to know.
     """
 
-    obs_norm: LayerNorm | None  # None where there are no features
+    obs_norm: LayerNorm | None  # None where features come normalised, or there are none
     picture: PictureNet | None
     dense: Dense
     norm: LayerNorm
 
-    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]):
         picture_key, dense_key, bias_key = jax.random.split(key, 3)
-        self.obs_norm = LayerNorm(spec.obs_dim) if spec.obs_dim else None
+        d_model, by_layer = sizes.d_model, spec.obs_dim > 0 and sizes.observation_norm == "layer"
+        self.obs_norm = LayerNorm(spec.obs_dim) if by_layer else None
         self.picture = None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
         num_features = spec.obs_dim
         if self.picture is not None:
@@ -86,8 +90,9 @@ class ObservationEmbedding(eqx.Module):
 
     def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
         alive, features = obs.alive[..., None], []
-        if self.obs_norm is not None:
-            features.append(self.obs_norm(jnp.where(alive, obs.agents_view, 0.0)))
+        if obs.agents_view.shape[-1]:
+            view = jnp.where(alive, obs.agents_view, 0.0)
+            features.append(view if self.obs_norm is None else self.obs_norm(view))
         if self.picture is not None and obs.grid is not None:
             features.append(self.picture(jnp.where(alive[..., None, None], obs.grid, 0)))
         return self.norm(jax.nn.gelu(self.dense(jnp.concatenate(features, axis=-1))))

@@ -31,22 +31,24 @@ class GlobalView(eqx.Module):
     """
 
     embed: ObservationEmbedding
-    state_norm: LayerNorm | None  # None where the environment gives no state
+    state_norm: LayerNorm | None  # None where the environment gives no state, or a normalised one
     joint: Dense
     norm: LayerNorm
 
-    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]):
         embed_key, joint_key = jax.random.split(key)
-        self.embed = ObservationEmbedding(spec, d_model, key=embed_key)
-        self.state_norm = None if spec.state_dim is None else LayerNorm(spec.state_dim)
+        d_model = sizes.d_model
+        self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
+        by_layer = sizes.observation_norm == "layer"
+        self.state_norm = LayerNorm(spec.state_dim) if by_layer and spec.state_dim is not None else None
         joint_dim = spec.num_agents * d_model if spec.state_dim is None else spec.state_dim
         self.joint = Dense(joint_dim, d_model, key=joint_key, gain=HIDDEN_GAIN)
         self.norm = LayerNorm(d_model)
 
     def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
         own = self.embed(obs)
-        if self.state_norm is not None and obs.state is not None:
-            joint = self.state_norm(obs.state)
+        if obs.state is not None:
+            joint = obs.state if self.state_norm is None else self.state_norm(obs.state)
         else:
             joint = jnp.where(obs.alive[..., None], own, 0.0).reshape(*own.shape[:-2], -1)
         return self.norm(jax.nn.gelu(own + self.joint(joint)[..., None, :]))
@@ -173,11 +175,16 @@ class IndependentPolicy(eqx.Module):
         key: Key[Array, ""],
     ):
         actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
-        actor_view = ObservationEmbedding(spec, sizes.d_model, key=actor_view_key)
+        actor_view = ObservationEmbedding(spec, sizes, key=actor_view_key)
         self.actor = Stream(actor_view, memory, spec.num_actions, sizes, key=actor_key)
-        self.critic = Stream(critic_view(spec, sizes.d_model, key=critic_view_key), memory, 1, sizes, key=critic_key)
+        self.critic = Stream(critic_view(spec, sizes, key=critic_view_key), memory, 1, sizes, key=critic_key)
         self.kind = make_action_kind(spec)
         self.num_agents = spec.num_agents
+
+    @property
+    def value_layer(self) -> Dense:
+        """The value head's last layer."""
+        return self.critic.head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Zeros per agent, [*batch, N, E]."""

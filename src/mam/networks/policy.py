@@ -13,6 +13,7 @@ from mam.errors import UserError, unknown_name
 from mam.networks.decode import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
+from mam.networks.normalise import NormalisedPolicy
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
@@ -89,6 +90,11 @@ def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkC
     Raises:
         UserError: if the weights do not fit, naming the sizes that are to blame.
     """
+    if isinstance(policy, NormalisedPolicy):
+        network, statistics = refit(policy.network, name, old, new, sizes), policy.statistics
+        if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it
+            statistics = replace(statistics, state=None)
+        return NormalisedPolicy(network, statistics)
     decoding = getattr(policy, "decoding", SEQUENTIAL)
 
     def shapes(spec: EnvSpec) -> Policy:

@@ -14,6 +14,7 @@ from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import Decoder
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
+from mam.networks.layers import Dense
 from mam.networks.mixers import LETTERS, MixerFamily
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
@@ -58,12 +59,17 @@ class SequencePolicy(eqx.Module):
 
     def __init__(self, spec: EnvSpec, layout: Layout, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]):
         embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
-        self.embed = ObservationEmbedding(spec, sizes.d_model, key=embed_key)
+        self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
         self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
         self.decoder = Decoder(spec, layout.decoder, layout.cross, sizes, key=decoder_key)
         self.kind = make_action_kind(spec)
         self.decoding = decoding
         self.dtype = sizes.dtype
+
+    @property
+    def value_layer(self) -> Dense:
+        """The value head's last layer."""
+        return self.encoder.value_head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Nothing is remembered across environment steps."""

@@ -144,7 +144,7 @@ def _settings(results: Results) -> Table:
         commits = dict.fromkeys(run.commit[:12] + "-dirty" * run.commit.endswith("-dirty") for run in runs)
         rows.append([Cell(task), Cell(name), Cell(", ".join(commits)), Cell(text or "–")])
     note = "Settings that are not the defaults of `mam train` without a preset; the rest is in each run's config.json."
-    return Table(title="Settings", header=["task", "algorithm", "commit", "settings"], align="llll", rows=rows, note=note)
+    return Table("Settings", ["task", "algorithm", "commit", "settings"], "llll", rows, note)
 
 
 # What is said elsewhere, or changes no numbers.

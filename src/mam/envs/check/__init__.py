@@ -9,6 +9,7 @@ parallel       the same for PettingZoo's, with what their workers noted
 recording      what was played
 rules          what must hold of it: what is seen and earned;
 episode_rules  how episodes end and start, and what actions do
+scale_rules    the size of numbers beside each other
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 
 import jaxtyping
 
-from mam.envs.check import episode_rules, host_play, jax_play, rules
+from mam.envs.check import episode_rules, host_play, jax_play, rules, scale_rules
 from mam.envs.check.recording import STEP_LIMIT, Recording
 from mam.envs.check.report import Finding, Report, Severity, collapse
 from mam.envs.check.shapes import is_fatal
@@ -37,7 +38,7 @@ from mam.types import EnvSpec
 
 __all__ = ["Finding", "Report", "Severity", "check_environment"]
 
-RULES = (*rules.RULES, *episode_rules.RULES)
+RULES = (*rules.RULES, *episode_rules.RULES, *scale_rules.RULES)
 CHECKS = (
     *("protocol", "spec", "exception", "shape", "dtype", "metrics", "determinism", "keys_ignored", "dead_acts"),
     *(rule.__name__ for rule in RULES),
