@@ -1,5 +1,6 @@
 """The command, and the page in a browser: on loopback, with the browser of this machine."""
 
+import http.client
 import json
 import re
 import shutil
@@ -85,7 +86,8 @@ def url(root):
     finally:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    assert all("is not an accepted origin" in line for line in err.splitlines())
 
 
 def test_a_port_that_is_taken(url, root):
@@ -101,6 +103,34 @@ def test_requests_for_other_names_are_refused(url):
     for address, headers, code in ((url, {"Host": "example.org"}, 400), (f"{url}/frames/x/0.png", {}, 404)):
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(urllib.request.Request(address, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("origin", "own"),
+    [
+        ("http://evil.example", False),
+        ("null", False),
+        ("http://127.0.0.1:1", False),
+        ("https://{host}", False),
+        ("http://{host}", True),
+    ],
+)
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+def test_the_socket_answers_the_page_and_no_other(url, origin, own, transport):
+    host = url.removeprefix("http://")
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    headers = {"Origin": origin.format(host=host)} | (upgrade if transport == "websocket" else {})
+    connection = http.client.HTTPConnection(host, timeout=20)
+    connection.request("GET", f"/_nicegui_ws/socket.io/?EIO=4&transport={transport}", headers=headers)
+    answer = connection.getresponse()
+    assert (answer.status < 400) == own
+    assert ("Access-Control-Allow-Origin" in answer.headers) == (own and transport == "polling")
+    connection.close()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
