@@ -179,6 +179,50 @@ def test_the_page_in_a_browser(url, root):
     assert hosts == {url.removeprefix("http://")}
 
 
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The page on runs with long names that differ at their ends, and with markup wherever a run has a say."""
+    root = tmp_path_factory.mktemp("hostile")
+    for end in ("a", "b"):
+        write_run(root / f"{'long' * 20}-{end}", replace(CONFIG, env=f"{HOSTILE} {'task' * 20}-{end}", policy=HOSTILE))
+    write_run(root / f"x{HOSTILE}".replace("/", ""), device=HOSTILE)
+    (root / "broken").mkdir()
+    (root / "broken" / "config.json").write_text(json.dumps({HOSTILE: 1}))
+    process, said = serve(root, "--port", "0")
+    try:
+        yield re.search(r"http://127\.0\.0\.1:\d+", said).group()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_names_are_shown_whole_and_run_nothing(hostile, width):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 2400})
+        page.goto(hostile)
+        cells = page.locator(".ag-center-cols-container .ag-cell.mam-wrap")
+        playwright.expect(cells.filter(has_text="-b").first).to_be_visible(timeout=20_000)
+        page.wait_for_timeout(500)
+        assert page.evaluate(CUT) == []
+        for tab in ("Speed", "Settings", "Logs", "Replay"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(700)
+        assert page.title() == "mam"
+        assert page.locator("img[src=x]").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
+
+
+CUT = """() => [...document.querySelectorAll(".ag-center-cols-container .ag-cell")]
+    .filter(cell => cell.scrollWidth > cell.clientWidth + 1 || cell.scrollHeight > cell.clientHeight + 1)
+    .map(cell => cell.getAttribute("col-id") + ": " + cell.innerText)"""
 LABELS = """() => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series
     .filter(one => one.id.startsWith("mean")).map(one => one.name)"""
 DRAWN = """name => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series

@@ -93,6 +93,7 @@ class Chart:
             ui.label(task).classes("mam-card-title")
             self._chart = ui.echart({"series": []}).classes("mam-chart")
             self._empty = ui.label("nothing recorded yet").classes("mam-faint")
+            self._empty.set_visibility(False)  # until that is known
         zoomed = f"""() => {{
             const zoom = getElement({self._chart.id}).chart.getOption().dataZoom[0];
             emit(zoom.start > 0.1 || zoom.end < 99.9 ? [zoom.startValue, zoom.endValue] : null);

@@ -52,7 +52,7 @@ _COLUMNS: list[dict[str, Any]] = [
         "wrapText": True,
         "autoHeight": True,
         "cellClass": "mam-wrap ag-right-aligned-cell",
-        "flex": 1,
+        "flex": 1.5,
         "type": "rightAligned",
         ":valueFormatter": "p => p.data.returns",
         "headerTooltip": "last evaluation, or the absolute metric of a finished run: mean ± deviation over seeds",
