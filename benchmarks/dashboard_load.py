@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from mam.config import Config, PPOConfig, to_json
-from mam.dashboard.curves import Curves, groups
+from mam.dashboard.curves import Curves, groups, labels_of
 from mam.dashboard.watch import Watcher
 from mam.logging import write_atomically
 
@@ -96,7 +96,7 @@ def measure(root: Path) -> None:
             update = run.metrics.step_count // 512 + 1
             file.write(row("train", update, {name: np.ones(SEEDS, np.float32) for name in METRICS}))
     timed("a look, every run has a new row", watcher.refresh)
-    runs = next(iter(groups(watcher.runs.values()).values()))["mam"]
+    runs = next(iter(groups(watcher.runs.values(), labels_of(watcher.runs.values())).values()))["mam"]
     end = runs[0].metrics.step_count
     curves.of(runs[:1], "evaluation/episode_return", "steps")  # imports SciPy
     timed("curve of a run, 3 seeds", lambda: curves.of(runs[:1], "train/loss", "steps"))

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mam.dashboard.curves import SPEED, Curves, Series, curve_of, groups, metrics_of, series_of, thin
+from mam.dashboard.curves import SPEED, Curves, Series, curve_of, groups, labels_of, metrics_of, series_of, thin
 from mam.dashboard.runs import LiveRun
 from mam.report.checks import load
+from mam.report.figures import styles_of
 from report_runs import CONFIG, write_run
 
 RETURN = "evaluation/episode_return"
@@ -36,7 +37,8 @@ def folder(tmp_path_factory):
 
 def test_curves_are_those_of_the_report(folder):
     expected = load([folder])[0].curves
-    found = groups([live(path.parent, str(path.parent)) for path in sorted(folder.rglob("config.json"))])
+    runs = [live(path.parent, str(path.parent)) for path in sorted(folder.rglob("config.json"))]
+    found = groups(runs, labels_of(runs))
     assert {(task, label) for task, labels in found.items() for label in labels} == set(expected)
     for (task, algorithm), theirs in expected.items():
         ours = curve_of([series_of(run, RETURN, "steps") for run in found[task][algorithm]])
@@ -49,7 +51,7 @@ def test_curves_are_those_of_the_report(folder):
 
 def test_runs_may_stand_by_themselves(folder):
     runs = [live(path.parent, str(path.parent)) for path in folder.rglob("config.json")]
-    found = groups(runs, apart=True)
+    found = groups(runs, {run.name: run.name for run in runs})
     assert sorted(found) == ["lbf/large", "lbf/small"]
     assert all(len(labels) == 4 and all(len(some) == 1 for some in labels.values()) for labels in found.values())
     assert metrics_of(runs) == [RETURN, "train/episode_return", f"train/{SPEED}"]
@@ -114,3 +116,31 @@ def test_speed_is_of_all_seeds(folder):
     speeds = series_of(run, f"train/{SPEED}", "steps").values
     assert (speeds == CONFIG.num_seeds * CONFIG.steps_per_update / 2).all()
     assert run.median_speed() == run.speed == speeds[0]
+
+
+def test_runs_of_other_settings_are_other_lines_whatever_is_selected(tmp_path):
+    slow = replace(CONFIG.ppo, lr=1e-4)
+    for name, config in (
+        ("a", CONFIG),
+        ("b", replace(CONFIG, seed=7, total_timesteps=512)),
+        ("c", replace(CONFIG, ppo=slow)),
+        ("d", replace(CONFIG, ppo=slow, env="lbf/large")),
+    ):
+        write_run(tmp_path / name, config)
+    runs = [live(tmp_path / name) for name in "abcd"]
+    labels = labels_of(runs)
+    assert labels == {"a": "mam lr=0.0005", "b": "mam lr=0.0005", "c": "mam lr=0.0001", "d": "mam"}
+    assert {
+        task: {label: len(some) for label, some in found.items()} for task, found in groups(runs[1:], labels).items()
+    } == {
+        "lbf/large": {"mam": 1},
+        "lbf/small": {"mam lr=0.0001": 1, "mam lr=0.0005": 1},
+    }
+
+
+def test_a_policy_has_one_colour_here_and_in_the_report():
+    few, many = styles_of(["mat"]), styles_of(["ippo", "mam", "mat", "mam lr=0.1", "mam lr=0.2", "mam lr=0.3"])
+    assert few["mat"] == many["mat"]
+    assert len(set(many.values())) == len(many)
+    looks = styles_of([str(index) for index in range(28)])
+    assert len({look[:2] for look in looks.values()}) == 28

@@ -11,7 +11,7 @@ import pytest
 from mam.config import to_json
 from mam.dashboard import reading
 from mam.dashboard.charts import _series
-from mam.dashboard.curves import Curves, groups, metrics_of
+from mam.dashboard.curves import Curves, groups, labels_of, metrics_of
 from mam.dashboard.details import Logs, Settings
 from mam.dashboard.reading import Reader
 from mam.dashboard.replay import load, replays_of
@@ -86,12 +86,12 @@ def seen(run):
     Logs._read(run)
     replays_of(run)
     curves = Curves()
-    for labels in groups([run]).values():
+    for labels in groups([run], labels_of([run])).values():
         for metric in metrics_of([run]):
             for axis in ("steps", "time"):
                 for label, some in labels.items():
                     curve = curves.of(some, metric, axis)[1]
-                    orjson.dumps([] if curve is None else _series(label, curve, "#000"))
+                    orjson.dumps([] if curve is None else _series(label, curve, "#000", "-"))
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -1,5 +1,6 @@
 """The command, and the page in a browser: on loopback, with the browser of this machine."""
 
+import http.client
 import json
 import re
 import shutil
@@ -85,7 +86,8 @@ def url(root):
     finally:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out) == (0, "")
+    assert all("is not an accepted origin" in line for line in err.splitlines())
 
 
 def test_a_port_that_is_taken(url, root):
@@ -101,6 +103,34 @@ def test_requests_for_other_names_are_refused(url):
     for address, headers, code in ((url, {"Host": "example.org"}, 400), (f"{url}/frames/x/0.png", {}, 404)):
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(urllib.request.Request(address, headers=headers))
+
+
+@pytest.mark.parametrize(
+    ("origin", "own"),
+    [
+        ("http://evil.example", False),
+        ("null", False),
+        ("http://127.0.0.1:1", False),
+        ("https://{host}", False),
+        ("http://{host}", True),
+    ],
+)
+@pytest.mark.parametrize("transport", ["polling", "websocket"])
+def test_the_socket_answers_the_page_and_no_other(url, origin, own, transport):
+    host = url.removeprefix("http://")
+    upgrade = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    headers = {"Origin": origin.format(host=host)} | (upgrade if transport == "websocket" else {})
+    connection = http.client.HTTPConnection(host, timeout=20)
+    connection.request("GET", f"/_nicegui_ws/socket.io/?EIO=4&transport={transport}", headers=headers)
+    answer = connection.getresponse()
+    assert (answer.status < 400) == own
+    assert ("Access-Control-Allow-Origin" in answer.headers) == (own and transport == "polling")
+    connection.close()
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
@@ -149,6 +179,50 @@ def test_the_page_in_a_browser(url, root):
     assert hosts == {url.removeprefix("http://")}
 
 
+HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """The page on runs with long names that differ at their ends, and with markup wherever a run has a say."""
+    root = tmp_path_factory.mktemp("hostile")
+    for end in ("a", "b"):
+        write_run(root / f"{'long' * 20}-{end}", replace(CONFIG, env=f"{HOSTILE} {'task' * 20}-{end}", policy=HOSTILE))
+    write_run(root / f"x{HOSTILE}".replace("/", ""), device=HOSTILE)
+    (root / "broken").mkdir()
+    (root / "broken" / "config.json").write_text(json.dumps({HOSTILE: 1}))
+    process, said = serve(root, "--port", "0")
+    try:
+        yield re.search(r"http://127\.0\.0\.1:\d+", said).group()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_names_are_shown_whole_and_run_nothing(hostile, width):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 2400})
+        page.goto(hostile)
+        cells = page.locator(".ag-center-cols-container .ag-cell.mam-wrap")
+        playwright.expect(cells.filter(has_text="-b").first).to_be_visible(timeout=20_000)
+        page.wait_for_timeout(500)
+        assert page.evaluate(CUT) == []
+        for tab in ("Speed", "Settings", "Logs", "Replay"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(700)
+        assert page.title() == "mam"
+        assert page.locator("img[src=x]").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        browser.close()
+
+
+CUT = """() => [...document.querySelectorAll(".ag-center-cols-container .ag-cell")]
+    .filter(cell => cell.scrollWidth > cell.clientWidth + 1 || cell.scrollHeight > cell.clientHeight + 1)
+    .map(cell => cell.getAttribute("col-id") + ": " + cell.innerText)"""
 LABELS = """() => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series
     .filter(one => one.id.startsWith("mean")).map(one => one.name)"""
 DRAWN = """name => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series

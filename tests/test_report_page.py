@@ -256,3 +256,30 @@ def test_runs_that_cannot_be_are_left_out_and_said(damage, tmp_path):
     (said,) = [line for line in warnings if "left out" in line]
     assert str(tmp_path / "bad") in said
     assert "metrics.jsonl" in said
+
+
+@pytest.mark.parametrize(("greedy", "factor"), [(False, 0.5), (True, 2.0), (False, 1.0)])
+def test_how_a_policy_acts_is_said_and_which_way_is_better(tmp_path, greedy, factor):
+    config = replace(CONFIG, eval=replace(CONFIG.eval, greedy=greedy))
+    path = write_run(tmp_path / "run", config, quality=5.0) / "metrics.jsonl"
+    counts, beside = ("greedy", "sampled") if greedy else ("sampled", "greedy")
+    *lines, last = path.read_text().splitlines()
+    row = json.loads(last)
+    row[f"{beside}_episode_return"] = (factor * np.array(row["episode_return"])).tolist()
+    path.write_text("\n".join([*lines, json.dumps(row)]) + "\n")
+    results, warnings = load([tmp_path])
+    said = [line for line in warnings if "acts otherwise" in line]
+    assert len(said) == (factor != 1)
+    if said:
+        assert f"acts otherwise {beside}: " in said[0]
+        assert said[0].endswith(f"use it {counts if factor < 1 else beside}")
+    notes = {table.title: table.note for table in tables(results)}
+    assert ("most likely" if greedy else "sampled") in notes["Absolute metric: mean episode return"]
+
+
+def test_the_probability_of_improvement_goes_both_ways(matrix):
+    results, _ = load([matrix])
+    assert results.improvements["mam", "mat"].value + results.improvements["mat", "mam"].value == 1
+    (table,) = (table for table in tables(results) if table.title == "Probability of improvement")
+    assert [[cell.text == "–" for cell in row] for row in table.rows] == [[False, True, False], [False, False, True]]
+    assert all(len(table.align) == len(table.header) == len(row) for table in tables(results) for row in table.rows)

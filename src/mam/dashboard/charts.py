@@ -1,21 +1,25 @@
 """Curves on the page: a chart per task, a line per algorithm."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
-from mam.dashboard.curves import Axis, Curve, Curves, Window, groups, metrics_of
+from mam.dashboard.curves import Axis, Curve, Curves, Window, groups, labels_of, metrics_of
 from mam.dashboard.details import grid
 from mam.dashboard.runs import LiveRun
-from mam.dashboard.style import COLOURS, GREY, TOGGLE
+from mam.dashboard.style import GREY, TOGGLE
 from mam.logging import RETURN
+from mam.report.figures import styles_of
 
 _MOST_CHARTS = 12  # tasks that are drawn at once
 _FEW = 40  # points up to which each has a mark
+_DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": [8, 3, 2, 3]}  # ECharts' words for Matplotlib's
+
+Looks = dict[str, tuple[str, str]]  # colour and dashes, by label
 
 
 class Charts:
@@ -23,11 +27,12 @@ class Charts:
 
     Args:
         curves: answers shared by all pages.
+        everything: all runs, whichever are selected: they decide names and colours.
         metric: the only metric to show; the user chooses if None.
     """
 
-    def __init__(self, curves: Curves, *, metric: str | None = None):
-        self._curves, self._runs = curves, list[LiveRun]()
+    def __init__(self, curves: Curves, everything: Callable[[], Collection[LiveRun]], *, metric: str | None = None):
+        self._curves, self._everything, self._runs = curves, everything, list[LiveRun]()
         self._charts: dict[str, Chart] = {}
         with ui.row().classes("mam-bar"):
             self._metric = ui.select([metric or f"evaluation/{RETURN}"], value=metric or f"evaluation/{RETURN}")
@@ -54,9 +59,10 @@ class Charts:
             if found != self._metric.options:
                 self._metric.set_options(found)
         metric, axis = str(self._metric.value), self._axis.value
-        grouped = groups(self._runs, apart=bool(self._apart.value))
-        labels = sorted({label for of_task in grouped.values() for label in of_task})
-        colours = {label: COLOURS[index % len(COLOURS)] for index, label in enumerate(labels)}
+        everything = self._everything()
+        labels = {run.name: run.name for run in everything} if self._apart.value else labels_of(everything)
+        grouped = groups(self._runs, labels)
+        looks = {label: (colour, dashes) for label, (colour, dashes, _) in styles_of(set(labels.values())).items()}
         shown = dict(list(grouped.items())[:_MOST_CHARTS])
         more = len(grouped) - len(shown)
         self._note.text = f"{more} more tasks: select runs to see them" if more else ""
@@ -67,7 +73,7 @@ class Charts:
                 with self._grid:
                     self._charts[task] = Chart(task, self._curves)
             self._charts[task].put(place)
-            await self._charts[task].show(of_label, colours, metric, axis)
+            await self._charts[task].show(of_label, looks, metric, axis)
 
     async def _redraw(self) -> None:
         await self.refresh(self._runs)
@@ -78,7 +84,7 @@ class Chart:
 
     def __init__(self, task: str, curves: Curves):
         self._curves = curves
-        self._asked: tuple[dict[str, list[LiveRun]], dict[str, str], str, Axis] | None = None
+        self._asked: tuple[dict[str, list[LiveRun]], Looks, str, Axis] | None = None
         self._window: Window | None = None
         self._place = -1
         self._layout: tuple = ()  # what else than its data decides how it looks
@@ -87,6 +93,7 @@ class Chart:
             ui.label(task).classes("mam-card-title")
             self._chart = ui.echart({"series": []}).classes("mam-chart")
             self._empty = ui.label("nothing recorded yet").classes("mam-faint")
+            self._empty.set_visibility(False)  # until that is known
         zoomed = f"""() => {{
             const zoom = getElement({self._chart.id}).chart.getOption().dataZoom[0];
             emit(zoom.start > 0.1 || zoom.end < 99.9 ? [zoom.startValue, zoom.endValue] : null);
@@ -103,11 +110,11 @@ class Chart:
             self._place = place
             self._card.style(f"order: {place}")
 
-    async def show(self, runs: dict[str, list[LiveRun]], colours: dict[str, str], metric: str, axis: Axis) -> None:
+    async def show(self, runs: dict[str, list[LiveRun]], looks: Looks, metric: str, axis: Axis) -> None:
         """Draws the curves of some runs by label, as far as they have changed."""
         if self._asked and self._asked[2:] != (metric, axis):
             self._window = None
-        asked = self._asked = (runs, colours, metric, axis)
+        asked = self._asked = (runs, looks, metric, axis)
         window = self._window
 
         def answers() -> dict[str, tuple[tuple, Curve | None]]:
@@ -118,10 +125,10 @@ class Chart:
             return  # something else was asked for meanwhile
         self._empty.set_visibility(not found)
         self._chart.set_visibility(bool(found))
-        layout = (metric, axis, tuple((label, colours[label]) for label in found))
+        layout = (metric, axis, tuple((label, looks[label]) for label in found))
         made_of = {label: (answer[0], window) for label, answer in found.items()}
         new = [label for label in found if layout != self._layout or self._sent.get(label) != made_of[label]]
-        series = [one for label in new for one in _series(label, found[label][1], colours[label])]
+        series = [one for label in new for one in _series(label, found[label][1], *looks[label])]
         if layout != self._layout:
             options = _options(axis) | {"series": series}
             self._chart._props["options"] = options
@@ -159,10 +166,10 @@ class Speeds:
             [one.name, f"{speed:,.0f}" if np.isfinite(speed) else "–", one.num_seeds, one.versions().get("device", "–")]
             for speed, one in speeds
         ]
-        return grid(["run", "steps/s", "seeds", "device"], rows)
+        return grid(["run", "steps/s", "seeds", "device"], rows, "lrrl")
 
 
-def _series(label: str, curve: Curve | None, colour: str) -> list[dict[str, Any]]:
+def _series(label: str, curve: Curve | None, colour: str, dashes: str) -> list[dict[str, Any]]:
     """A line and its band, which ECharts stacks of its lower edge and its height."""
     assert curve is not None
     x, middle, low, high = (_numbers(array) for array in (curve.x, curve.mean, curve.low, curve.high))
@@ -192,7 +199,7 @@ def _series(label: str, curve: Curve | None, colour: str) -> list[dict[str, Any]
             "symbol": "circle",
             "symbolSize": 5,
             "showSymbol": len(x) <= _FEW,
-            "lineStyle": {"width": 2},
+            "lineStyle": {"width": 2, "type": _DASHES[dashes]},
             "emphasis": {"disabled": True},
             "z": 3,
         },
@@ -212,7 +219,7 @@ def _options(axis: Axis) -> dict[str, Any]:
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 8, "right": 14, "top": 32, "bottom": 36, "containLabel": True},
         "legend": {"type": "scroll", "top": 0, "left": 0, "icon": "roundRect", "itemWidth": 14, "itemHeight": 4}
-        | {"textStyle": text | {"fontSize": 12}},
+        | {"textStyle": text | {"fontSize": 12}, ":formatter": "mam.name"},
         "tooltip": {"trigger": "axis", "confine": True, ":formatter": f"mam.tooltip('{form}')"}
         | {"axisPointer": {"lineStyle": {"color": GREY}}, "textStyle": {"fontSize": 12}},
         "xAxis": {"type": "value", "min": 0, "axisLabel": text | {":formatter": f"mam.{form}", "hideOverlap": True}}

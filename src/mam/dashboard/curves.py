@@ -1,13 +1,15 @@
 """Curves for the screen: few points that keep the extremes, and the report's intervals at those points."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mam.config import Config
 from mam.dashboard.runs import LiveRun
+from mam.report.collect import algorithm_of, unlike
 from mam.report.statistics import MIN_SEEDS, NUM_RESAMPLES, interval, mean
 
 POINTS = 1000  # that a curve has at most
@@ -49,14 +51,27 @@ def metrics_of(runs: Iterable[LiveRun]) -> list[str]:
     return [*names, f"train/{SPEED}"]
 
 
-def groups(runs: Iterable[LiveRun], *, apart: bool = False) -> dict[str, dict[str, list[LiveRun]]]:
-    """Task → algorithm → runs; with `apart`, every run by its name. Runs without a configuration are left out."""
+def labels_of(runs: Iterable[LiveRun]) -> dict[str, str]:
+    """What each run is drawn as, by its name: its algorithm, told apart from runs on its task that learn otherwise."""
+    cells: dict[tuple[str, str], dict[str, Config]] = {}
+    for run in runs:
+        if run.config:
+            cells.setdefault((run.config.env, run.config.algorithm), {})[run.name] = run.config
+    return {
+        name: algorithm_of(config, differing)
+        for configs in cells.values()
+        for differing in [unlike(configs.values())]
+        for name, config in configs.items()
+    }
+
+
+def groups(runs: Iterable[LiveRun], labels: Mapping[str, str]) -> dict[str, dict[str, list[LiveRun]]]:
+    """Task → label → runs. Runs without a configuration or a label are left out."""
     found: dict[str, dict[str, list[LiveRun]]] = {}
     for run in sorted(runs, key=lambda run: run.name):
-        if run.config:
-            label = run.name if apart else run.config.algorithm
-            found.setdefault(run.config.env, {}).setdefault(label, []).append(run)
-    return {task: dict(sorted(labels.items())) for task, labels in sorted(found.items())}
+        if run.config and run.name in labels:
+            found.setdefault(run.config.env, {}).setdefault(labels[run.name], []).append(run)
+    return {task: dict(sorted(of_task.items())) for task, of_task in sorted(found.items())}
 
 
 def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:

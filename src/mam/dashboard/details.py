@@ -8,18 +8,31 @@ from typing import Any
 from nicegui import ui
 
 from mam.dashboard.runs import LiveRun, differing, tail
+from mam.errors import printable
 
 _MOST_RUNS = 12  # side by side
 _LOG_LINES, _ROWS = 200, 12
 
 
-def grid(header: Sequence[Any], rows: Sequence[Sequence[Any]], *, faint: Sequence[bool] = ()) -> str:
-    """A table as HTML; every cell is escaped."""
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = ""
+def grid(header: Sequence[Any], rows: Sequence[Sequence[Any]], align: str = "", *, faint: Sequence[bool] = ()) -> str:
+    """A table as HTML; every cell is escaped.
+
+    Args:
+        header: names of the columns.
+        rows: cells, as text.
+        align: a letter per column: l for text, r for numbers; all text if empty.
+        faint: rows to be shown as less important.
+    """
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        letters = align or "l" * len(cells)
+        pairs = zip(letters, cells, strict=True)
+        return "".join(f'<{tag} class="{letter}">{escape(printable(cell))}</{tag}>' for letter, cell in pairs)
+
+    head, body = line(header, "th"), ""
     for index, row in enumerate(rows):
         kind = ' class="dead"' if index < len(faint) and faint[index] else ""
-        body += f"<tr{kind}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
+        body += f"<tr{kind}>{line(row, 'td')}</tr>"
     return f'<table class="mam-grid"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 

@@ -75,11 +75,11 @@ class Page:
                     ui.tab(name)
             with ui.tab_panels(self._tabs, value="Curves", animated=False, keep_alive=True).classes("mam-panels"):
                 self._views = {}
-                curves = self._shared.curves
+                curves, everything = self._shared.curves, lambda: list(self._watcher.runs.values())
                 with ui.tab_panel("Curves"):
-                    self._views["Curves"] = Charts(curves)
+                    self._views["Curves"] = Charts(curves, everything)
                 with ui.tab_panel("Speed"):
-                    self._views["Speed"] = Speeds(Charts(curves, metric=f"train/{SPEED}"))
+                    self._views["Speed"] = Speeds(Charts(curves, everything, metric=f"train/{SPEED}"))
                 with ui.tab_panel("Settings"):
                     self._views["Settings"] = Settings()
                 with ui.tab_panel("Logs"):

@@ -11,8 +11,9 @@ from nicegui import ui
 from mam.dashboard.details import grid
 from mam.dashboard.replay import Players, Replay, replays_of
 from mam.dashboard.runs import LiveRun
-from mam.dashboard.style import COLOURS, GREY, TOGGLE
+from mam.dashboard.style import GREY, TOGGLE
 from mam.errors import UserError
+from mam.report.figures import COLOURS
 
 _MOST_AGENTS = 64  # rows of the table of decisions
 _MOST_LINES = 12  # agents whose values are drawn
@@ -205,7 +206,7 @@ def _decisions(replay: Replay, step: int) -> str:
     header = ["agent", "decides", "action", "log-prob.", "value", "reward"]
     more = len(place) - len(rows)
     note = f"<p>and {more} more agents</p>" if more > 0 else ""
-    return grid(header, rows, faint=[not alive for alive in trace["alive"]]) + note
+    return grid(header, rows, "r" * len(header), faint=[not alive for alive in trace["alive"]]) + note
 
 
 def _course(replay: Replay) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Response
-from nicegui import app, ui
+from nicegui import app, core, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mam.dashboard.page import Page, Shared
@@ -71,6 +71,7 @@ def _application(watcher: Watcher, host: str, trust: bool) -> FastAPI:
     application = FastAPI(openapi_url=None)
     if host in _LOOPBACK:
         application.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, "[::1]"])
+    core.sio.eio.cors_allowed_origins = None  # the page's own alone; NiceGUI takes any
     shared = Shared(watcher, Players(trust=trust))
 
     @application.get("/frames/{key}/{index}.png")

@@ -1,7 +1,5 @@
 """How the page looks: a style sheet, and the few functions that run in the browser."""
 
-# Okabe and Ito's palette, as in the report; its black is replaced by a grey that dark pages show, too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 GREY = "#8a8f94"  # of axes and their labels, on either background
 TOGGLE = "no-caps unelevated size=sm padding='3px 10px'"  # Quasar's properties of a choice of two
 STATES = {"running": "#0072B2", "finished": "#009E73", "stopped": "#E69F00", "failed": "#D55E00"}
@@ -25,6 +23,7 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
   --ag-background-color: var(--mam-card); --ag-border-color: var(--mam-line); --ag-wrapper-border-radius: 8px;
   --ag-header-background-color: var(--mam-card); --ag-font-family: inherit; --ag-foreground-color: var(--mam-text);
   --ag-data-font-color: var(--mam-text); --ag-header-font-weight: 500; }
+.mam-wrap { white-space: normal; overflow-wrap: anywhere; line-height: 1.35; padding-top: 6px; padding-bottom: 6px; }
 .mam-state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
   margin-right: 7px; background: var(--dot); }
 .mam-progress { background-repeat: no-repeat; background-size: 100% 3px; background-position: bottom; }
@@ -39,12 +38,17 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
   min-width: 0; }
 .mam-chart { width: 100%; height: 330px; }
 .mam-card-title { font-weight: 600; font-size: .92rem; overflow-wrap: anywhere; }
-.mam-scroll { width: 100%; overflow-x: auto; }
+/* A shade at an edge says that there is more beyond it; at the end the card's own colour covers it. */
+.mam-scroll { width: 100%; overflow-x: auto;
+  background: linear-gradient(90deg, var(--mam-card) 30%, transparent) left / 36px 100% no-repeat local,
+    linear-gradient(270deg, var(--mam-card) 30%, transparent) right / 36px 100% no-repeat local,
+    linear-gradient(90deg, #8889, transparent) left / 12px 100% no-repeat scroll,
+    linear-gradient(270deg, #8889, transparent) right / 12px 100% no-repeat scroll; background-color: var(--mam-card); }
 .mam-grid { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 .mam-grid th { text-align: left; font-weight: 500; color: var(--mam-faint); }
 .mam-grid th, .mam-grid td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--mam-line); vertical-align: top; }
-.mam-grid td { overflow-wrap: break-word; max-width: 260px; }
-.mam-grid td:first-child { white-space: nowrap; }
+.mam-grid th, .mam-grid td { overflow-wrap: break-word; max-width: 300px; }
+.mam-grid .r { text-align: right; }
 .mam-grid tr.dead { opacity: .45; }
 .mam-log { width: 100%; max-height: 420px; overflow: auto; margin: 0; font-size: .76rem; line-height: 1.45;
   white-space: pre; font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
@@ -76,6 +80,12 @@ window.mam = {
     if (s < 5400) return Math.round(s / 60) + " min";
     if (s < 172800) return +(s / 3600).toFixed(1) + " h";
     return +(s / 86400).toFixed(1) + " d";
+  },
+  name(s) { return s.length > 40 ? s.slice(0, 16) + "…" + s.slice(-23) : s; },
+  fit(grid, frame, head, row) {  // as high as the rows, up to a good part of the screen
+    const count = grid.getDisplayedRowCount(), last = count && grid.getDisplayedRowAtIndex(count - 1);
+    const rows = Math.max(last ? last.rowTop + last.rowHeight : 0, 2 * row);
+    frame.style.height = `min(${head + rows + 2}px, 42vh)`;
   },
   skew: 0,  // seconds the server's clock is ahead
   age(last) { return last ? mam.time(Math.max(0, Date.now() / 1000 + mam.skew - last)) : "–"; },

@@ -20,10 +20,11 @@ _BAR = """p => {
   const colour = (STATES)[p.data.state];
   return {'--dot': colour, backgroundImage: `linear-gradient(90deg, ${colour} ${done}%, transparent ${done}%)`};
 }""".replace("STATES", str(STATES))
+_WRAPPED: dict[str, Any] = {"wrapText": True, "autoHeight": True, "cellClass": "mam-wrap"}
 _COLUMNS: list[dict[str, Any]] = [
-    {"headerName": "run", "field": "id", "flex": 3, "minWidth": 100, "tooltipField": "id"},
-    {"headerName": "task", "field": "task", "flex": 2, "minWidth": 110, "tooltipField": "task"},
-    {"headerName": "algorithm", "field": "algorithm", "flex": 1, "minWidth": 84},
+    _WRAPPED | {"headerName": "run", "field": "id", "flex": 3, "minWidth": 110},
+    _WRAPPED | {"headerName": "task", "field": "task", "flex": 2, "minWidth": 110},
+    _WRAPPED | {"headerName": "algorithm", "field": "algorithm", "flex": 1, "minWidth": 84},
     {"headerName": "seeds", "field": "seeds", "width": 74, "type": "rightAligned"},
     {
         "headerName": "state",
@@ -38,7 +39,8 @@ _COLUMNS: list[dict[str, Any]] = [
         "field": "steps",
         "minWidth": 88,
         "flex": 1,
-        "cellClass": "mam-progress",
+        "type": "rightAligned",
+        "cellClass": "mam-progress ag-right-aligned-cell",
         ":cellStyle": _BAR,
         ":valueFormatter": "p => p.data.budget ? Math.floor(100 * Math.min(p.value / p.data.budget, 1)) + ' %' : '–'",
         ":tooltipValueGetter": "p => mam.short(p.data.steps) + ' of ' + mam.short(p.data.budget) + ' steps per seed'",
@@ -47,7 +49,10 @@ _COLUMNS: list[dict[str, Any]] = [
         "headerName": "return",
         "field": "mean",
         "minWidth": 118,
-        "flex": 1,
+        "wrapText": True,
+        "autoHeight": True,
+        "cellClass": "mam-wrap ag-right-aligned-cell",
+        "flex": 1.5,
         "type": "rightAligned",
         ":valueFormatter": "p => p.data.returns",
         "headerTooltip": "last evaluation, or the absolute metric of a finished run: mean ± deviation over seeds",
@@ -105,7 +110,8 @@ class Table:
         with self._frame:  # which has the height: a change of the grid's own style would make the grid anew
             rows = {"rowData": list(self._shown.values())}
             self._grid = ui.aggrid(_OPTIONS | rows, auto_size_columns=False).classes("mam-table")
-        self._fit()
+        rows = max(len(self._shown), 2)  # whose height the browser knows better in a moment
+        self._frame.style(f"height: min({_HEAD_HEIGHT + _ROW_HEIGHT * rows}px, 42vh)")
         selected = f"() => emit(getElement({self._grid.id}).api.getSelectedRows().map(row => row.id))"
         self._grid.on("selectionChanged", self._take, js_handler=selected)
         ui.run_javascript(f"""
@@ -114,6 +120,10 @@ class Table:
                 const grid = getElement({self._grid.id});
                 if (grid?.api && !document.hidden) grid.api.refreshCells({{columns: ["last"], force: true}});
             }}, 5000);
+            setInterval(() => {{
+                const grid = getElement({self._grid.id}), frame = getHtmlElement({self._frame.id});
+                if (grid?.api && !document.hidden) mam.fit(grid.api, frame, {_HEAD_HEIGHT}, {_ROW_HEIGHT});
+            }}, 300);
         """)
 
     def refresh(self) -> None:
@@ -129,12 +139,6 @@ class Table:
             self._grid.run_grid_method("applyTransaction", change)
             # The state colours this cell, whose own value may not have changed.
             self._grid.run_grid_method("refreshCells", {"columns": ["steps"], "force": True})
-        if len(now) != len(before):
-            self._fit()
-
-    def _fit(self) -> None:
-        """As high as its rows, up to a good part of the screen."""
-        self._frame.style(f"height: min({_HEAD_HEIGHT + _ROW_HEIGHT * max(len(self._shown), 2)}px, 42vh)")
 
     async def _take(self, event: GenericEventArguments) -> None:
         self.selection = tuple(sorted(event.args))

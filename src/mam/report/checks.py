@@ -9,12 +9,12 @@ import numpy as np
 from mam.config import Config, flat, to_json
 from mam.errors import UserError, unknown_name
 from mam.logging import RETURN
-from mam.report.collect import Run, SeedRun, find_runs, read_run
+from mam.report.collect import Run, SeedRun, find_runs, read_run, unlike
 from mam.report.results import Results
 from mam.report.statistics import ENOUGH_RUNS, MIN_SEEDS
+from mam.report.tables import number
 
 _SHOWN = 4  # items named in one warning
-_LEARNING = ("agent_id", "decode", "network.", "ppo.")  # settings that decide what is learned
 
 
 def load(paths: Iterable[Any], by: Sequence[str] = ()) -> tuple[Results, list[str]]:
@@ -53,8 +53,8 @@ def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[s
     lines = []
     for seed in sorted(dropped, key=lambda seed: (seed.name, str(seed.run.path))):
         used = kept[seed.task, seed.algorithm, seed.seed].run
-        unlike = _unlike([seed.run.config, used.config])
-        hint = f" ({_apart(unlike)})" if unlike else ""
+        differing = unlike([seed.run.config, used.config])
+        hint = f" ({_apart(differing)})" if differing else ""
         lines.append(f"{seed.name}: {used.path} instead of {seed.run.path}{hint}")
     return list(kept.values()), [f"runs found more than once: {_listed(lines)}"] if lines else []
 
@@ -67,8 +67,9 @@ def doubts(results: Results) -> Iterator[str]:
     yield from _missing(results)
     yield from _budgets(results)
     yield from _settings(results)
-    if unlike := [task for task, (low, high) in results.bounds.items() if low == high]:
-        yield f"every return is the same, so that every score counts as 1: {_listed(unlike)}"
+    yield from _modes(results)
+    if alike := [task for task, (low, high) in results.bounds.items() if low == high]:
+        yield f"every return is the same, so that every score counts as 1: {_listed(alike)}"
     absolute = [[seed.absolute[RETURN]] if seed.absolute else [] for seed in results.seeds]
     returns = zip(results.seeds, absolute, strict=True)
     broken = [seed.name for seed, last in returns if not np.isfinite([*seed.returns, *last]).all()]
@@ -125,18 +126,24 @@ def _evaluation(config: Config) -> str:
 def _settings(results: Results) -> Iterator[str]:
     """One algorithm's runs on a task that learn in different ways."""
     for task, name in results.cells:
-        if unlike := _unlike([seed.run.config for seed in results.runs_of(task, name)]):
-            yield f"{name} on {task} is of several settings, taken as one ({_apart(unlike)})"
+        if differing := unlike(seed.run.config for seed in results.runs_of(task, name)):
+            yield f"{name} on {task} is of several settings, taken as one ({_apart(differing)})"
 
 
-def _unlike(configs: Sequence[Config]) -> list[str]:
-    """Settings in which they differ that decide what is learned."""
-    flats = [flat(to_json(config)) for config in configs]
-    return [key for key in flats[0] if key.startswith(_LEARNING) and len({str(c[key]) for c in flats}) > 1]
+def _modes(results: Results) -> Iterator[str]:
+    """Policies whose most likely actions are worth something else than sampled ones, beyond doubt."""
+    for task, name in results.cells:
+        counts = "greedy" if any(seed.run.config.eval.greedy for seed in results.cells[task, name]) else "sampled"
+        beside = "sampled" if counts == "greedy" else "greedy"
+        one, other = results.score(task, name), results.score(task, name, f"{beside}_{RETURN}")
+        if one and other and (one.above(other) or other.above(one)):
+            values = f"{number(float(one.value))} {counts}, {number(float(other.value))} {beside}"
+            better = counts if one.above(other) else beside
+            yield f"{name} on {task} acts otherwise {beside}: {values}; use it {better}"
 
 
-def _apart(unlike: Sequence[str]) -> str:
-    return f"--by {' '.join(unlike)} tells them apart"
+def _apart(differing: Sequence[str]) -> str:
+    return f"--by {' '.join(differing)} tells them apart"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ from mam.files import read_object
 from mam.logging import RETURN, Record, median_speed, read_records, seed_means
 from mam.report.single import evaluation_returns
 
+_LEARNING = ("agent_id", "decode", "network.", "ppo.")  # settings that decide what is learned
+
 
 @dataclass(frozen=True)
 class Run:
@@ -89,8 +91,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
     absolute = {name: seed_means(value) for name, value in records[-1].values.items()} if run.finished else {}
-    settings = flat(to_json(config))
-    algorithm = " ".join([config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)])
+    algorithm = algorithm_of(config, by)
     return [
         SeedRun(
             task=config.env,
@@ -129,6 +130,18 @@ def _check(records: Sequence[Record], num_seeds: int) -> None:
                 "two processes have written it"
             )
         updates[record.kind] = record.update
+
+
+def algorithm_of(config: Config, by: Sequence[str] = ()) -> str:
+    """The algorithm's name, with the values of some settings."""
+    settings = flat(to_json(config)) if by else {}
+    return " ".join([config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)])
+
+
+def unlike(configs: Iterable[Config]) -> list[str]:
+    """The settings in which they differ that decide what is learned."""
+    flats = [flat(to_json(config)) for config in set(configs)]
+    return [key for key in flats[0] if key.startswith(_LEARNING) and len({str(one[key]) for one in flats}) > 1]
 
 
 def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:

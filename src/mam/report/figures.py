@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +16,9 @@ from mam.report.statistics import Estimate
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: distinct with any kind of colour vision, and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for its black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_ippo", "rec_mappo")  # that have a colour for good
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH, _HEIGHT = 4.2, 2.9  # inches
@@ -39,13 +39,13 @@ class Figure:
     height: float = _HEIGHT  # inches
 
 
-def styles_of(algorithms: Sequence[str]) -> Styles:
-    """One look per algorithm, the same in every figure."""
-    looks = zip(cycle(_COLOURS), cycle(_MARKERS), strict=False)
-    return {
-        name: (colour, _LINES[index // len(_COLOURS) % len(_LINES)], marker)
-        for index, (name, (colour, marker)) in enumerate(zip(algorithms, looks, strict=False))
-    }
+def styles_of(algorithms: Collection[str]) -> Styles:
+    """One look per algorithm: a policy's own whatever is beside it, for others those that are left."""
+    markers = dict(zip(COLOURS, _MARKERS, strict=True))
+    looks = [(colour, dashes, markers[colour]) for dashes in _LINES for colour in COLOURS]
+    styles = {name: look for name, look in zip(_POLICIES, looks, strict=False) if name in algorithms}
+    left = itertools.cycle([look for look in looks if look not in styles.values()])
+    return styles | {name: next(left) for name in sorted(algorithms) if name not in styles}
 
 
 def aggregate_figures(results: Results) -> list[Figure]:
@@ -73,7 +73,7 @@ def comparison_figures(results: Results) -> list[Figure]:
         better, worse = zip(*results.pairs, strict=True)
         estimates = [results.improvements[pair] for pair in results.pairs]
         draw = partial(_intervals, estimates, [styles[name] for name in better], better, against=worse)
-        title, height = "Probability of improvement", _rows(better, _HALF)
+        title, height = "Probability of improvement", max(_rows(better, _HALF), _rows(worse, _HALF))
         figures.append(Figure("probability_of_improvement", title, draw, height=height))
     if results.efficiency:
         draw = partial(_curves, results.efficiency, styles, labels=("environment steps", "IQM of normalised returns"))
@@ -184,7 +184,7 @@ def render(figure: Figure, format: str) -> bytes:
         axes = canvas.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-        canvas.suptitle(_label(figure.title, 60), x=0.02, ha="left", fontsize=9, fontweight="bold")
+        canvas.suptitle(_label(figure.title, 54), x=0.02, ha="left", fontsize=9, fontweight="bold")
         figure.draw(axes)
         file = io.BytesIO()
         metadata = {"Date": None} if format == "svg" else None

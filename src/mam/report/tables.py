@@ -13,8 +13,8 @@ from mam.report.statistics import ENOUGH_RUNS, Estimate
 
 _METRICS = {
     RETURN: "Absolute metric: mean episode return",
-    f"greedy_{RETURN}": "Absolute metric with the most likely actions",
-    f"sampled_{RETURN}": "Absolute metric with sampled actions",
+    f"greedy_{RETURN}": "The same weights with the most likely actions (greedy)",
+    f"sampled_{RETURN}": "The same weights with sampled actions",
     "won": "Win rate: share of episodes won",
 }
 
@@ -38,6 +38,11 @@ class Table:
     note: str = ""
 
 
+_ACTIONS = {
+    frozenset([False]): "Actions are sampled from the policy",
+    frozenset([True]): "Actions are the most likely ones (greedy)",
+    frozenset([False, True]): "Actions are sampled in some runs, the most likely ones (greedy) in others",
+}
 _BOLD = "Bold: its interval lies wholly above those of all others."
 
 
@@ -66,6 +71,9 @@ def _per_task(results: Results, metric: str) -> Table:
         if any(scores):
             rows.append([Cell(task), *_compared(scores)])
     note = f"The best checkpoint's fresh episodes, mean over seeds and 95 % bootstrap interval. {_BOLD}"
+    if metric == RETURN:
+        greedy = {seed.run.config.eval.greedy for seed in results.seeds}
+        note = f"{_ACTIONS[frozenset(greedy)]}. {note}"
     return Table(_METRICS[metric], ["task", *results.compared], "l" + "r" * len(results.compared), rows, note)
 
 
