@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,8 +192,7 @@ def _train(args: Train) -> int:
     elif jax.process_count() > 1 and args.out is None:
         raise UserError("several processes write one run: give them the same --out")
     else:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder, trainer = runs.start(config, args.out or Path("runs") / config.env / config.algorithm / stamp)
+        folder, trainer = runs.start(config, args.out)
     print(_headline(config, trainer, folder.path))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")

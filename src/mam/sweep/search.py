@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from mam.config import to_json
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.experiment.follow import seed_returns
 from mam.experiment.grid import changed, flags
 from mam.experiment.jobs import Job
 from mam.experiment.matrix import POLL_SECONDS, Row, stop_on_signals
 from mam.experiment.pools import End, Pool
 from mam.experiment.screen import Screen
+from mam.lock import acquire
 from mam.logging import write_atomically
 from mam.presets import preset_for
 from mam.report.statistics import iqm
-from mam.stop import PREEMPTED
 from mam.sweep import Sweep
 from mam.sweep.space import space_of
 
@@ -60,13 +60,17 @@ class Search:
             for name, values in space_of(options.config, options.search).items()
         }
         self._rows: dict[Job, TrialRow] = {}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {shown(str(out))}: {error.strerror}") from error
+        self._lock = acquire(out / "sweep.lock")  # two would tell the outcome of each other's trials
         self._study = self._open()
 
     def _open(self) -> Any:
         optuna, options = self._optuna, self._options
         backend = import_module("optuna.storages.journal").JournalFileBackend
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._out.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=options.startup_trials)
         study = optuna.create_study(
             study_name="sweep",
@@ -152,7 +156,7 @@ class Search:
             self._tell(row, "pruned")
         elif stopping:
             row.status = "stopped"
-        elif (end.code < 0 or end.code == PREEMPTED) and row.starts <= RETRIES:
+        elif end.to_be_resumed(row.starts, RETRIES):
             row.status = "waiting"
             return True
         else:
