@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -64,7 +65,6 @@ class Search:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the folder {shown(str(out))}: {error.strerror}") from error
-        self._lock = acquire(out / "sweep.lock")  # two would tell the outcome of each other's trials
         self._study = self._open()
 
     def _open(self) -> Any:
@@ -92,9 +92,10 @@ class Search:
 
     def run(self) -> None:
         """Runs trials until there are enough, or a signal comes."""
-        unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
-        waiting = [self._row(self._optuna.trial.Trial(self._study, trial._trial_id)) for trial in unfinished]
-        with stop_on_signals() as stopping:
+        # Two at once would tell the outcome of each other's trials.
+        with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
+            unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
+            waiting = [self._row(self._optuna.trial.Trial(self._study, trial._trial_id)) for trial in unfinished]
             told = False
             while True:
                 if stopping() and not told:
