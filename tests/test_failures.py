@@ -108,6 +108,14 @@ def test_a_folder_that_vanishes(start, path, monkeypatch):
         start()
 
 
+def test_a_folder_that_vanishes_before_the_first_step(path, trainer):
+    folder, _ = runs.start(CONFIG, path)
+    shutil.rmtree(path)
+    with pytest.raises(RunError, match=r"cannot write the run to .*: No such file or directory"):
+        runs.run(CONFIG, folder, trainer)
+    assert not path.exists()
+
+
 def test_a_folder_that_cannot_be_made(start, path):
     path.write_text("a file")
     with pytest.raises(UserError, match=r"cannot make the folder .*run': (File exists|Not a directory)") as told:

@@ -314,6 +314,7 @@ class _Loop:
         """Opens the files, which `stack` closes."""
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
         with _writing(self._folder.path):
+            self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
             self._writer = Writer(self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed)
             stack.callback(_try, self._writer.close)
             if jax.process_index() > 0:
