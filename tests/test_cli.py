@@ -119,7 +119,7 @@ def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json"),
-        *("learning_curve.png", "tensorboard", "checkpoint"),
+        *("learning_curve.png", "tensorboard", "checkpoint", "run.lock"),
     }
     config = json.loads((finished / "config.json").read_text())
     assert (config["env"], config["num_seeds"], config["network"]["d_model"]) == ("probe/matrix", 2, 8)
