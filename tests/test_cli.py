@@ -149,7 +149,7 @@ def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json"),
-        *("learning_curve.png", "tensorboard", "checkpoint"),
+        *("learning_curve.png", "tensorboard", "checkpoint", "run.lock"),
     }
     config = json.loads((finished / "config.json").read_text())
     assert (config["env"], config["num_seeds"], config["network"]["d_model"]) == ("probe/matrix", 2, 8)
@@ -352,7 +352,7 @@ def test_long_commands_go_on_without_theirs(stream, monkeypatch, capsys):
 
 def test_default_folders_suit_every_file_system():
     config = Config(env="pettingzoo/mpe2:spread:N=3", policy="ippo")
-    assert str(cli._default_folder(config)) == "runs/pettingzoo/mpe2_spread_N=3/ippo"
+    assert str(runs._default_folder(config)) == "runs/pettingzoo/mpe2_spread_N=3/ippo"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from mam.experiment.follow import Follower
 from mam.experiment.grid import changed, flags, grid
 from mam.experiment.jobs import Job, jobs_of, load_runs
 from mam.experiment.matrix import run_matrix
-from mam.experiment.pools import End, launch
+from mam.experiment.pools import UNKNOWN, Elsewhere, End, LocalPool, launch
 from mam.experiment.screen import Screen
 from mam.presets import preset, preset_for
 from test_run import CONFIG
@@ -77,6 +78,18 @@ def test_jobs_have_names_of_their_own_and_safe_folders(tmp_path):
         jobs_of([CONFIG, replace(CONFIG, seed=5)], tmp_path)
     with pytest.raises(UserError, match="must be Config"):
         jobs_of([3], tmp_path)
+    for name in ("", "/", "..", "./."):
+        with pytest.raises(UserError, match="needs a name with letters or digits"):
+            jobs_of([(name, CONFIG)], tmp_path)
+
+
+def test_long_names_made_of_settings_stay_apart_and_short(tmp_path):
+    names = [",".join(f"network.some_setting_{i}=ü[{i * last}]" for i in range(30)) for last in (1, 2)]
+    folders = [job.path for job in jobs_of([(f"task/{name}", CONFIG) for name in names], tmp_path)]
+    assert len(set(folders)) == 2
+    for folder in folders:
+        assert len(folder.name.encode()) <= 200
+        folder.mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +197,15 @@ def _fast(monkeypatch):
 
 @pytest.mark.usefixtures("_fast")
 def test_failures_do_not_stop_the_others_and_the_killed_are_resumed(tmp_path, capsys):
-    script = {"good": ["run", "finish"], "bad": [1], "killed": [-9, "finish"], "doomed": [-9, 75], "quit": [0]}
+    elsewhere = [UNKNOWN, UNKNOWN, UNKNOWN, "finish"]
+    script = {
+        "good": ["run", "finish"],
+        "elsewhere": elsewhere,
+        "bad": [1],
+        "killed": [-9, "finish"],
+        "doomed": [-9, 75],
+        "quit": [0],
+    }
     code, pool = matrix_of(tmp_path, script)
     out = capsys.readouterr().out
     assert code == 1
@@ -193,7 +214,7 @@ def test_failures_do_not_stop_the_others_and_the_killed_are_resumed(tmp_path, ca
     assert "killed: killed by SIGKILL: resuming it" in out
     assert "failed: doomed: preempted before its end" in out
     assert "failed: quit: stopped before its end" in out
-    assert "5 runs: 3 failed, 2 finished" in out
+    assert "6 runs: 3 failed, 3 finished" in out
     again = [command for name, command in pool.commands if name == "killed"]
     assert [command[:2] for command in again] == [["train", "--env"], ["train", "--resume"]]
 
@@ -294,13 +315,47 @@ def test_an_experiment_with_a_killed_and_a_failing_run_and_its_report(tmp_path, 
 
 
 def test_a_run_is_never_started_twice(tmp_path):
-    process = launch(["list"], tmp_path / "output.log")
-    try:
-        with pytest.raises(UserError, match="is being run by another process"):
-            launch(["list"], tmp_path / "output.log")
-    finally:
-        process.wait()
-    launch(["--version"], tmp_path / "output.log").wait()
+    log = tmp_path / "output.log"
+    process = launch(["list"], log)
+    twin = launch(["list"], log)
+    assert isinstance(process, subprocess.Popen)
+    assert isinstance(twin, Elsewhere)
+    assert twin.poll() is None
+    process.wait()
+    assert twin.poll() == UNKNOWN
+    assert "policies" in log.read_text()
+    again = launch(["--version"], log)
+    assert isinstance(again, subprocess.Popen)
+    again.wait()
+
+
+def test_a_run_that_lives_is_waited_for_and_told_to_stop(tmp_path):
+    code = "import sys; from pathlib import Path; from mam.lock import acquire\n"
+    code += "acquire(Path(sys.argv[1])); print(1); input()"
+    command = [sys.executable, "-uc", code, str(tmp_path / "run.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        job = Job("run", CONFIG, tmp_path)
+        with LocalPool(1) as pool:
+            pool.start(job, ["list"])
+            assert job.running()
+            assert (pool.ended(), pool.room()) == ([], False)
+        assert process.poll() is None  # whoever leaves the pool ends only processes of the pool
+        with LocalPool(1) as pool:
+            pool.start(job, ["list"])
+            pool.stop(job)
+            assert process.wait() == -signal.SIGTERM
+            assert pool.ended() == [End(job, UNKNOWN)]
+        assert job.log.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "resumed"),
+    [(UNKNOWN, 9, True), (-9, 1, True), (-9, 2, False), (75, 1, True), (75, 2, False), (1, 1, False), (0, 1, False)],
+)
+def test_what_is_resumed(tmp_path, code, starts, resumed):
+    assert End(Job("run", CONFIG, tmp_path), code).to_be_resumed(starts, 1) == resumed
 
 
 def test_without_ray_there_is_one_line(tmp_path, capsys, monkeypatch):
@@ -342,14 +397,9 @@ def test_ray_runs_resumes_and_stops(tmp_path, monkeypatch, in_the_background):
     with RayPool(None, cpus=1.0, gpus=0.0) as pool:
         pool.start(job, job.command())
         wait_for(lambda: (job.path / "metrics.jsonl").exists())
-        twin = Job("twin", config, job.path)
-        pool.start(twin, job.command())
-        wait_for(lambda: ends.extend(pool.ended()) or ends)
-        assert (ends[0].job, ends[0].code) == (twin, 2)
-        assert "is being run by another process" in ends[0].why
         pool.stop(job)
-        wait_for(lambda: ends.extend(pool.ended()) or len(ends) == 2)
-        assert ends[1].job == job
+        wait_for(lambda: ends.extend(pool.ended()) or ends)
+        assert ends[0].job == job
         assert "saved; go on with" in job.log.read_text()
         assert job.started()
     with pytest.raises(UserError, match="more than the cluster has"):

@@ -4,7 +4,9 @@ import errno
 import json
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from mam import cli
 from mam import run as runs
-from mam.checkpoint import CheckpointError, newest
+from mam.checkpoint import CheckpointError, Writer, newest
 from mam.config import CheckpointConfig, Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.errors import RunError, UserError
 from mam.train import make_train
@@ -106,10 +108,172 @@ def test_a_folder_that_vanishes(start, path, monkeypatch):
         start()
 
 
+def test_a_folder_that_vanishes_before_the_first_step(path, trainer):
+    folder, _ = runs.start(CONFIG, path)
+    shutil.rmtree(path)
+    with pytest.raises(RunError, match=r"cannot write the run to .*: No such file or directory"):
+        runs.run(CONFIG, folder, trainer)
+    assert not path.exists()
+
+
 def test_a_folder_that_cannot_be_made(start, path):
     path.write_text("a file")
-    with pytest.raises(RunError, match=r"cannot write the run to .*run: (File exists|Not a directory)"):
+    with pytest.raises(UserError, match=r"cannot make the folder .*run': (File exists|Not a directory)") as told:
         start()
+    assert told.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("x" * 300, "cannot make the folder .*: File name too long"),
+        ("file/run", "cannot make the folder .*: Not a directory"),
+        ("loop/run", "cannot make the folder .*: Too many levels"),
+        ("two\nlines", r"names that can be printed, got '.*two\\nlines'"),
+        ("\x1b[2J", "names that can be printed"),
+        ("\udcff", "names that can be printed"),
+    ],
+    ids=ascii,
+)
+def test_folders_that_no_run_can_have(tmp_path, name, why):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=why) as told:
+        runs.start(CONFIG, tmp_path / name)
+    assert told.value.exit_code == 2
+    assert len(str(told.value).splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1],x={a,b}", "a*?#$HOME%20 \\b", "gs:", "s3:", "ü🐍 '\"&;|<>"])
+def test_a_run_goes_on_under_any_name(trainer, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(runs, "make_train", lambda config: trainer)
+    monkeypatch.chdir(tmp_path)
+    path = Path(name) / "run"
+    monkeypatch.setattr(runs.JsonLines, "write", at_update(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert runs.run(CONFIG, *runs.start(CONFIG, path)) == "stopped"
+    monkeypatch.setattr(runs.JsonLines, "write", at_update(7, full_disk))
+    assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
+    left = {"checkpoint", "config.json", "learning_curve.png", "marl_eval.json", "metrics.jsonl", "run.lock"}
+    assert {file.name for file in path.iterdir()} == left | {"tensorboard", "versions.json"}
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_one_process_at_a_time(start, path, trainer, monkeypatch):
+    monkeypatch.setattr("mam.lock.PATIENCE", 0.0)
+    folder, _ = runs.start(CONFIG, path)
+    config = folder.config.read_text()
+    with pytest.raises(UserError, match=r"run is in use by process \d+ on") as told:
+        runs.resume(path, replace(CONFIG, total_timesteps=960))
+    assert told.value.exit_code == 2
+    with pytest.raises(UserError, match="already holds a run"):
+        start()
+    assert folder.config.read_text() == config
+    assert runs.run(CONFIG, folder, trainer) == "finished"
+    runs.resume(path, CONFIG)[0].release()
+
+
+def test_readers_need_no_lock(start, path, trainer, monkeypatch):
+    start()
+    folder, _ = runs.resume(path, CONFIG)
+    assert folder.load_state(CONFIG, trainer) is not None
+    folder.release()
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(trainer, tmp_path, monkeypatch):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(runs, "datetime", Clock)
+    monkeypatch.setattr(runs, "make_train", lambda config: trainer)
+    monkeypatch.chdir(tmp_path)
+    folders = [runs.start(replace(CONFIG, seed=seed))[0] for seed in range(3)]
+    assert [folder.path.name for folder in folders] == [
+        "2026-01-02_03-04-05",
+        "2026-01-02_03-04-05_2",
+        "2026-01-02_03-04-05_3",
+    ]
+    assert [folder.load_config().seed for folder in folders] == [0, 1, 2]
+    for folder in folders:
+        folder.release()
+
+
+def edit(path, **changes):
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 3}, "seed was 0, is 3"),
+        ({"env": "probe/identity"}, "env was probe/matrix, is probe/identity"),
+        (
+            {"ppo": asdict(CONFIG.ppo) | {"lr": 0.1, "gamma": 0.5}},
+            "ppo.lr was 0.0005, is 0.1; ppo.gamma was 0.99, is 0.5",
+        ),
+    ],
+)
+def test_an_edited_configuration_is_refused_with_what_differs(start, path, trainer, changes, said):
+    start()
+    edit(path / "config.json", **changes)
+    config = runs.RunFolder(path).load_config()
+    for read in (
+        lambda: runs.run(config, *runs.resume(path, config)),
+        lambda: runs.RunFolder(path).load_state(config, trainer),
+    ):
+        with pytest.raises(UserError, match=rf"config.json is not what .* was trained with: {said}; undo") as told:
+            read()
+        assert told.value.exit_code == 2
+
+
+def test_free_settings_may_be_edited(start, path):
+    start()
+    edit(path / "config.json", total_timesteps=112, checkpoint={"seconds": 0.0, "keep": 3})
+    config = runs.RunFolder(path).load_config()
+    assert runs.run(config, *runs.resume(path, config)) == "finished"
+
+
+def test_the_save_of_another_run_is_noticed(start, path, tmp_path):
+    start()
+    path.rename(tmp_path / "one")
+    start(replace(CONFIG, seed=7))
+    shutil.rmtree(path / "checkpoint")
+    shutil.copytree(tmp_path / "one" / "checkpoint", path / "checkpoint")
+    config = runs.RunFolder(path).load_config()
+    with pytest.raises(UserError, match="was trained with: seed was 0, is 7"):
+        runs.run(config, *runs.resume(path, config))
+
+
+@pytest.mark.parametrize("rows", [0, 3, 3.5])
+def test_metrics_that_lost_rows_are_said_in_one_line(start, path, monkeypatch, capsys, rows):
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
+        start()
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    kept = lines[: int(rows)]
+    metrics.write_bytes(b"".join(kept) + (lines[int(rows)][:20] if rows % 1 else b""))
+    capsys.readouterr()
+    assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
+    whole, lost = len(b"".join(lines)), len(b"".join(lines[int(rows) :]))
+    said = [line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl" in line]
+    assert len(said) == 1
+    assert f"lacks {lost} of the {whole} bytes" in said[0]
+    assert metrics.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+
+
+@pytest.mark.parametrize("meta", [{}, {"update": "2"}, {"update": -1}, {"config": []}, {"elapsed": None}], ids=str)
+def test_saves_that_say_nothing_of_a_run_are_passed_over(start, path, monkeypatch, meta):
+    start()
+    good = newest(path / "checkpoint")
+    with Writer(path / "checkpoint", keep=3, after=good) as writer:
+        writer.save({"x": np.zeros(1)}, (good.meta | meta) if meta else {})
+    assert newest(path / "checkpoint").path != good.path
+    assert runs.RunFolder(path).newest_save(CONFIG) == good
 
 
 def test_running_out_of_memory_ends_with_advice(start, path, trainer):

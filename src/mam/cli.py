@@ -3,12 +3,10 @@
 import contextlib
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -249,8 +247,7 @@ def _train(args: Train) -> int:
     elif jax.process_count() > 1 and args.out is None:
         raise UserError("several processes write one run: give them the same --out")
     else:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder, trainer = runs.start(config, args.out or _default_folder(config) / stamp)
+        folder, trainer = runs.start(config, args.out)
     print(_headline(config, trainer, folder.path))
     if not (args.resume or args.start):
         print(origin(args.preset or preset_for(config.env)[1]))
@@ -263,11 +260,6 @@ def _train(args: Train) -> int:
     if outcome != "finished":
         print(f"saved; go on with: mam train {shlex.join(resume_options(config, folder.path))}")
     return PREEMPTED if outcome == "preempted" else 0
-
-
-def _default_folder(config: Config) -> Path:
-    """Where runs of this kind go; every file system takes the name."""
-    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
 
 
 def _headline(config: Config, trainer: Any, path: Path) -> str:

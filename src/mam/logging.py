@@ -88,6 +88,9 @@ class JsonLines:
         path: the file, by custom `metrics.jsonl`.
         append_at: None starts the file anew. A number, the checkpoint's `position` on a resume, cuts the file
             there: the resumed run writes the rest again.
+
+    Attributes:
+        missing: bytes before that position which a file that has lost its tail no longer has.
     """
 
     def __init__(self, path: Path, *, append_at: int | None):
@@ -95,8 +98,11 @@ class JsonLines:
         if append_at is None:
             write_atomically(path, "")
         self._file = path.open("ab")
+        self.missing = 0
         if append_at is not None:
-            self._file.truncate(_end_of_line(path, append_at))
+            end = _end_of_line(path, append_at)
+            self._file.truncate(end)
+            self.missing = append_at - end
 
     def write(self, record: Record) -> None:
         """Appends one line and hands it to the operating system."""
@@ -173,7 +179,10 @@ class TensorBoard:
         for seed in seeds:
             path = folder / f"seed_{seed}"
             path.mkdir(parents=True, exist_ok=True)
-            self._writers.append(EventsWriter(str(path / "events"), f".{os.getpid()}.{append_after_step or 0}"))
+            events = str(
+                (path / "events").absolute()
+            )  # of a relative one it takes `s3:` and `gs:` for a place elsewhere
+            self._writers.append(EventsWriter(events, f".{os.getpid()}.{append_after_step or 0}"))
             if append_after_step is not None:
                 start = SessionLog(status=SessionLog.START)
                 self._writers[-1].write_event(Event(step=append_after_step + 1, session_log=start))

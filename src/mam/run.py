@@ -3,17 +3,22 @@
 RUN/config.json        what was run           RUN/metrics.jsonl       every number it reported
 RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
 RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
-                                              RUN/learning_curve.png  the same to look at
+RUN/run.lock           held while it trains   RUN/learning_curve.png  the same to look at
 """
 
+import errno
 import json
+import os
 import platform
+import re
 import shlex
 import subprocess
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,11 +27,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mam.checkpoint import Save, Writer, has_saves, newest
-from mam.config import Config, read_config, to_json
+from mam.config import Config, from_json, read_config, to_json
 from mam.distribution import DISTRIBUTION, NATIVE, installed_version
 from mam.envs.host.factories import names_code
-from mam.errors import RunError, UserError
+from mam.errors import RunError, UserError, shown
 from mam.evaluate import UNFINISHED
+from mam.lock import Lock, acquire
 from mam.logging import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
 from mam.plan import footprint, out_of_memory
 from mam.report import plot_learning_curve, write_marl_eval
@@ -34,6 +40,7 @@ from mam.stop import GRACE, Stop, stop_on_signals
 from mam.train import NON_FINITE, Trainer, TrainState, Values, make_train
 
 Outcome = Literal["finished", "stopped", "preempted"]
+LOCK_FILE = "run.lock"  # held while a run is trained; see mam.lock
 FREE = ("total_timesteps", "num_devices", "num_workers", "worker", "checkpoint")  # settings a resumed run may change
 MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
 
@@ -43,6 +50,11 @@ class RunFolder:
     """Names of what a run leaves behind."""
 
     path: Path
+    held: Lock | None = field(default=None, compare=False)  # by who trains; readers need none
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK_FILE
 
     @property
     def config(self) -> Path:
@@ -72,11 +84,35 @@ class RunFolder:
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
         """The newest train state that is intact, one leading axis of seeds."""
-        return newest(self.checkpoint, warn=print).restore(trainer.shapes(np.asarray(seeds_of(config))))
+        return self.newest_save(config).restore(trainer.shapes(np.asarray(seeds_of(config))))
+
+    def newest_save(self, config: Config) -> Save:
+        """The newest save that is intact.
+
+        Raises:
+            UserError: if it is of a run with another configuration: config.json was edited, or the save is another's.
+            CheckpointError: if there is none.
+        """
+        save = newest(self.checkpoint, valid=_is_position, warn=print)
+        try:
+            saved = from_json(Config, save.meta["config"])
+        except UserError as error:
+            raise UserError(f"the configuration in {save.path} is of another version: {error}") from error
+        if unlike := differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config):
+            raise UserError(
+                f"{self.config} is not what {save.path} was trained with: {'; '.join(unlike)}; "
+                "undo the change, or begin another run"
+            )
+        return save
 
     def records(self) -> list[Record]:
         """Everything the run has reported."""
         return read_records(self.metrics)
+
+    def release(self) -> None:
+        """Lets other processes train here; happens by itself when this one ends."""
+        if self.held:
+            self.held.close()
 
 
 def seeds_of(config: Config) -> list[int]:
@@ -84,24 +120,89 @@ def seeds_of(config: Config) -> list[int]:
     return list(range(config.seed, config.seed + config.num_seeds))
 
 
-def start(config: Config, path: Path) -> tuple[RunFolder, Trainer]:
+def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]:
     """Checks the configuration and makes the folder of a new run; nothing is written if anything is wrong.
 
+    Args:
+        config: what to run.
+        path: the folder; a new one, runs/<task>/<policy>/<time>, if None.
+
+    Returns:
+        The folder, locked, and what trains in it.
+
     Raises:
-        UserError: for a task or policy that does not exist, or a folder that holds a run already.
+        UserError: for a task or policy that does not exist, a folder that holds a run already or is in use, or one
+            that cannot be made.
     """
-    folder = RunFolder(path)
-    if folder.config.exists() and jax.process_index() == 0:
-        command = shlex.join(["mam", "train", *resume_options(config, path)])
-        raise UserError(f"{path} already holds a run: go on with `{command}`, or choose another --out")
+    if path is not None and jax.process_index() == 0:
+        _check_unused(config, path)
     trainer = make_train(config)
-    trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
-    if jax.process_index() == 0:
-        with _writing(path):
+    try:
+        trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
+        if jax.process_index() > 0:
+            return RunFolder(cast(Path, path)), trainer
+        return _make_folder(config, path), trainer
+    except BaseException:
+        trainer.close()
+        raise
+
+
+def _check_unused(config: Config, path: Path) -> None:
+    """Refuses names that no terminal can show as they are, and folders with a run."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in str(path)):
+        raise UserError(f"--out takes names that can be printed, got {shown(str(path))}")
+    try:
+        (path / "config.json").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(str(path))}: {error.strerror}") from error
+    command = shlex.join(["mam", "train", *resume_options(config, path)])
+    raise UserError(f"{path} already holds a run: go on with `{command}`, or choose another --out")
+
+
+def _make_folder(config: Config, path: Path | None) -> RunFolder:
+    """The folder of a new run, which nobody else has at the same time."""
+    try:
+        if path is None:
+            path = _make_unused(_default_folder(config))
+        else:
             path.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder.config, json.dumps(to_json(config), indent=2))
-            write_atomically(path / "versions.json", json.dumps(versions(), indent=2))
-    return folder, trainer
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(str(path or 'runs'))}: {error.strerror}") from error
+    folder = RunFolder(path)
+    folder = replace(folder, held=acquire(folder.lock))
+    try:
+        _check_unused(config, path)
+        _write_json(folder.config, to_json(config))
+        _write_json(path / "versions.json", versions())
+    except BaseException:
+        folder.release()
+        raise
+    return folder
+
+
+def _default_folder(config: Config) -> Path:
+    """Where runs of this kind go; every file system takes the name."""
+    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
+
+
+def _make_unused(parent: Path) -> Path:
+    """A new folder called by the time, with a suffix where another run began in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 10_000))):
+        with suppress(FileExistsError):
+            (parent / name).mkdir()
+            return parent / name
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(parent))
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, json.dumps(contents, indent=2))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def resume_options(config: Config, path: Path) -> list[str]:
@@ -112,8 +213,12 @@ def resume_options(config: Config, path: Path) -> list[str]:
 def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     """Opens a run to go on with it, possibly for longer.
 
+    Returns:
+        The folder, locked, and what trains in it.
+
     Raises:
-        UserError: if the configuration differs from the run's in anything but the settings that are FREE.
+        UserError: if the configuration differs from the run's in anything but the settings that are FREE, or another
+            process runs it.
     """
     folder = RunFolder(path)
     saved = folder.load_config()
@@ -122,25 +227,30 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
     if config.total_timesteps < saved.total_timesteps:
         raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
-    trainer = make_train(config)
     if jax.process_index() == 0:
-        if not has_saves(folder.checkpoint):
-            lost = ", and metrics.jsonl is written anew" if folder.metrics.exists() else ""
-            print(f"{path} holds no checkpoint: the run starts again at step 0{lost}")
-        with _writing(path):
-            write_atomically(folder.config, json.dumps(to_json(config), indent=2))
+        folder = replace(folder, held=acquire(folder.lock))
+    try:
+        trainer = make_train(config)
+        if jax.process_index() == 0:
+            if not has_saves(folder.checkpoint):
+                lost = ", and metrics.jsonl is written anew" if folder.metrics.exists() else ""
+                print(f"{path} holds no checkpoint: the run starts again at step 0{lost}")
+            _write_json(folder.config, to_json(config))
+    except BaseException:
+        folder.release()
+        raise
     return folder, trainer
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Fields in which two configurations differ, as `ppo.lr was 0.0005, is 0.001`."""
     found = []
-    for field in fields(old):
-        before, now = getattr(old, field.name), getattr(new, field.name)
+    for setting in fields(old):
+        before, now = getattr(old, setting.name), getattr(new, setting.name)
         if is_dataclass(before):
-            found += differences(before, now, f"{prefix}{field.name}.")
+            found += differences(before, now, f"{prefix}{setting.name}.")
         elif before != now:
-            found.append(f"{prefix}{field.name} was {before}, is {now}")
+            found.append(f"{prefix}{setting.name} was {before}, is {now}")
     return found
 
 
@@ -154,9 +264,10 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
     """
     seeds = np.asarray(seeds_of(config))
-    save = newest(folder.checkpoint, warn=print) if has_saves(folder.checkpoint) else None
     with ExitStack() as stack:
+        stack.callback(folder.release)
         stack.callback(trainer.close)
+        save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
         loop = _Loop(config, folder, save)
         total = config.num_updates * config.steps_per_update
         progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
@@ -231,11 +342,18 @@ class _Loop:
         """Opens the files, which `stack` closes."""
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
         with _writing(self._folder.path):
+            self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
             self._writer = Writer(self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed)
             stack.callback(_try, self._writer.close)
             if jax.process_index() > 0:
                 return
-            self._metrics = JsonLines(self._folder.metrics, append_at=meta["metrics_bytes"] if meta else None)
+            position = meta["metrics_bytes"] if meta else None
+            self._metrics = JsonLines(self._folder.metrics, append_at=position)
+            if lost := self._metrics.missing:
+                self._log(
+                    f"{self._folder.metrics} lacks {lost} of the {position} bytes that it had at the checkpoint: "
+                    "rows are lost, and the run goes on without them"
+                )
             tensorboard = TensorBoard(
                 self._folder.path / "tensorboard",
                 seeds_of(self._config),
@@ -289,6 +407,7 @@ class _Loop:
             position = self._metrics.sync() if self._metrics else 0
             meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
             meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
+            meta |= {"config": to_json(self._config)}
             cast(Writer, self._writer).save(state, meta)
         self._saved = stands
 
@@ -341,6 +460,16 @@ class _Loop:
         if self._writer:
             self._writer.wait(timeout=4.0)
         return f"the run is saved up to update {self._saved[0]}" if self._saved else "nothing is saved yet"
+
+
+def _is_position(meta: dict[str, Any]) -> bool:
+    """Whether metadata is what `_Loop.save` writes."""
+    counts = [meta.get(name) for name in ("update", "evaluated", "step_count", "metrics_bytes")]
+    return (
+        all(isinstance(count, int) and count >= 0 for count in counts)
+        and isinstance(meta.get("elapsed"), float)
+        and isinstance(meta.get("config"), dict)
+    )
 
 
 @contextmanager

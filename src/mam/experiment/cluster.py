@@ -90,9 +90,9 @@ def _work(command: list[str], log: Path, cwd: str) -> int:
     told = False
     while True:
         try:
-            while process.poll() is None:
+            while (code := process.poll()) is None:
                 time.sleep(0.2)
-            return process.returncode
+            return code
         except KeyboardInterrupt:
             if not told:
                 process.terminate()

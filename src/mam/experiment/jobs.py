@@ -1,5 +1,6 @@
 """The runs of an experiment, each with its folder and the command that brings it to its end."""
 
+import hashlib
 import runpy
 import shlex
 import sys
@@ -11,11 +12,15 @@ from typing import Any
 
 from mam.config import Config
 from mam.envs.tasks import check_task
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.experiment.follow import Follower
 from mam.experiment.grid import flags
+from mam.lock import is_held
 from mam.presets import preset_for
-from mam.run import FREE, RunFolder, differences, resume_options
+from mam.run import FREE, LOCK_FILE, RunFolder, differences, resume_options
+
+_LOG = "output.log"
+_LONGEST = 200  # bytes in the name of a folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Job:
     @property
     def log(self) -> Path:
         """What the process prints."""
-        return self.path / "output.log"
+        return self.path / _LOG
 
     def follow(self) -> Follower:
         """A reader of its metrics, from the beginning."""
@@ -49,6 +54,10 @@ class Job:
     def started(self) -> bool:
         """Whether there is something to go on with."""
         return (self.path / "config.json").exists()
+
+    def running(self) -> bool:
+        """Whether a process goes on with it, of whoever it is."""
+        return is_running(self.path)
 
     def command(self) -> list[str]:
         """Arguments of `mam`: start it, or resume it.
@@ -76,6 +85,11 @@ class Job:
         except OSError:
             lines = []
         return lines[-1].strip() if lines else "it printed nothing"
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training there, or was started to."""
+    return is_held(folder / _LOG) or is_held(folder / LOCK_FILE)
 
 
 def load_runs(file: Path) -> list[Any]:
@@ -115,8 +129,10 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
                 raise UserError(f"runs must be Config or (name, Config), got {run!r}")
         check_task(config.env)
         path = out / _file_name(name)
+        if path == out:
+            raise UserError(f"the run called {shown(name)} needs a name with letters or digits")
         if path in jobs:
-            raise UserError(f"two runs are called {name}: give them names, as (name, Config)")
+            raise UserError(f"two runs are called {name}, or nearly so: give them names, as (name, Config)")
         jobs[path] = Job(name, config, path)
     return list(jobs.values())
 
@@ -124,7 +140,15 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
 def _file_name(name: str) -> Path:
     """A name without what file systems do not like, the same on every machine."""
     parts = ["".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")]
-    return Path(*(part for part in parts if part.strip(".")))
+    return Path(*(_short(part) for part in parts if part.strip(".")))
+
+
+def _short(part: str) -> str:
+    """The part of a name, or its beginning and a checksum where it is longer than file systems allow."""
+    data = part.encode(errors="replace")
+    if len(data) <= _LONGEST:
+        return part
+    return f"{data[: _LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def python_command(arguments: list[str]) -> list[str]:

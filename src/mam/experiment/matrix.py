@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mam.errors import UserError
 from mam.experiment.follow import Follower
 from mam.experiment.jobs import Job
-from mam.experiment.pools import End, Pool
+from mam.experiment.pools import UNKNOWN, End, Pool
 from mam.experiment.screen import Screen
 from mam.stop import PREEMPTED
 
@@ -77,7 +77,7 @@ def run_matrix(jobs: Sequence[Job], pool: Pool, screen: Screen, *, retries: int)
 
 
 def _start(row: Row, pool: Pool, screen: Screen) -> None:
-    resumed = row.job.started()
+    how = "waits for the process that runs it" if row.job.running() else "resumed" if row.job.started() else "started"
     try:
         pool.start(row.job, row.job.command())
     except UserError as error:
@@ -85,7 +85,7 @@ def _start(row: Row, pool: Pool, screen: Screen) -> None:
         screen.log(f"{row.job.name}: failed: {error}")
         return
     row.status, row.starts = "running", row.starts + 1
-    screen.log(f"{row.job.name}: {'resumed' if resumed else 'started'}")
+    screen.log(f"{row.job.name}: {how}")
 
 
 def _settle(row: Row, end: End, screen: Screen, *, retries: int, stopping: bool) -> None:
@@ -97,7 +97,7 @@ def _settle(row: Row, end: End, screen: Screen, *, retries: int, stopping: bool)
         screen.log(f"{row.job.name}: finished, return {screen.returns(row)}")
     elif stopping:
         row.status = "stopped"
-    elif (code < 0 or code == PREEMPTED) and row.starts <= retries:
+    elif end.to_be_resumed(row.starts, retries):
         row.status = "waiting"
         screen.log(f"{row.job.name}: {_how(code)}: resuming it")
     else:
@@ -108,6 +108,8 @@ def _settle(row: Row, end: End, screen: Screen, *, retries: int, stopping: bool)
 
 
 def _how(code: int) -> str:
+    if code == UNKNOWN:
+        return "its process is gone"
     if code == PREEMPTED:
         return "preempted"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else "stopped"

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from mam.errors import UserError
-from mam.experiment.jobs import Job, python_command
+from mam.experiment.jobs import Job, is_running, python_command
+from mam.lock import holder_of, is_held, try_lock
+from mam.run import LOCK_FILE
+from mam.stop import PREEMPTED
 
+UNKNOWN = 256  # in place of the exit code of somebody else's process
 KILLED = -signal.SIGTERM.value  # the exit code of a process that ended without one of its own
 
 
@@ -22,6 +26,10 @@ class End:
     job: Job
     code: int  # its exit code, negative for a signal
     why: str = ""  # what went wrong, if it never began
+
+    def to_be_resumed(self, starts: int, retries: int) -> bool:
+        """Whether the run did not end by itself, and has not been started too often."""
+        return self.code == UNKNOWN or ((self.code < 0 or self.code == PREEMPTED) and starts <= retries)
 
 
 @runtime_checkable
@@ -47,17 +55,46 @@ class Pool(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def launch(command: Sequence[str], log: Path, cwd: str | None = None) -> subprocess.Popen[bytes]:
+class Elsewhere:
+    """A run that a process of somebody else's goes on with: waited for like one of one's own.
+
+    It is what a killed experiment left behind, or a `mam train` by hand.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def poll(self) -> int | None:
+        """None as long as it lives; how it ended is not known."""
+        return None if is_running(self._folder) else UNKNOWN
+
+    def terminate(self) -> None:
+        """Tells it to save itself and end, if it is on this machine."""
+        holder = holder_of(self._folder / LOCK_FILE)
+        if holder and holder.here and is_held(self._folder / LOCK_FILE):
+            with suppress(OSError):
+                os.kill(holder.pid, signal.SIGTERM)
+
+
+def launch(command: Sequence[str], log: Path, cwd: str | None = None) -> subprocess.Popen[bytes] | Elsewhere:
     """Starts `mam` in a process of its own, which appends what it prints to a file.
 
     The file stays locked as long as the process lives, whoever dies in between: a run is never started twice.
 
+    Returns:
+        The process, or the one that runs it already.
+
     Raises:
-        UserError: if it is running already.
+        UserError: if the folder cannot be written.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        _lock(file.fileno(), log)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("ab")
+    except OSError as error:
+        raise UserError(f"cannot write to {log.parent}: {error.strerror}") from error
+    with file:
+        if is_held(log.parent / LOCK_FILE) or not try_lock(file.fileno()):
+            return Elsewhere(log.parent)
         return subprocess.Popen(
             python_command(list(command)),
             stdin=subprocess.DEVNULL,
@@ -69,17 +106,6 @@ def launch(command: Sequence[str], log: Path, cwd: str | None = None) -> subproc
         )
 
 
-def _lock(descriptor: int, log: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{log.parent} is being run by another process") from error
-
-
 class LocalPool:
     """Processes of this machine.
 
@@ -89,13 +115,15 @@ class LocalPool:
 
     def __init__(self, size: int):
         self._size = size
-        self._running: dict[Job, subprocess.Popen[bytes]] = {}
+        self._running: dict[Job, subprocess.Popen[bytes] | Elsewhere] = {}
 
     def __enter__(self) -> "LocalPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self._running.values():
+            if isinstance(process, Elsewhere):
+                continue
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -12,17 +13,17 @@ import numpy as np
 
 from mam.config import to_json
 from mam.distribution import missing_extra
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.experiment.follow import seed_returns
 from mam.experiment.grid import changed, flags
 from mam.experiment.jobs import Job
 from mam.experiment.matrix import POLL_SECONDS, Row, stop_on_signals
 from mam.experiment.pools import End, Pool
 from mam.experiment.screen import Screen
+from mam.lock import acquire
 from mam.logging import write_atomically
 from mam.presets import preset_for
 from mam.report.statistics import iqm
-from mam.stop import PREEMPTED
 from mam.sweep import Sweep
 from mam.sweep.space import space_of
 
@@ -61,13 +62,16 @@ class Search:
             name: self._optuna.distributions.CategoricalDistribution(values) for name, values in self._values.items()
         }
         self._rows: dict[Job, TrialRow] = {}
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {shown(str(out))}: {error.strerror}") from error
         self._study = self._open()
 
     def _open(self) -> Any:
         optuna, options = self._optuna, self._options
         backend = import_module("optuna.storages.journal").JournalFileBackend
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._out.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=options.startup_trials)
         study = optuna.create_study(
             study_name="sweep",
@@ -89,9 +93,10 @@ class Search:
 
     def run(self) -> None:
         """Runs trials until there are enough, or a signal comes."""
-        unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
-        waiting = [self._row(self._optuna.trial.Trial(self._study, trial._trial_id)) for trial in unfinished]
-        with stop_on_signals() as stopping:
+        # Two at once would tell the outcome of each other's trials.
+        with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
+            unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
+            waiting = [self._row(self._optuna.trial.Trial(self._study, trial._trial_id)) for trial in unfinished]
             told = False
             while True:
                 if stopping() and not told:
@@ -153,7 +158,7 @@ class Search:
             self._tell(row, "pruned")
         elif stopping:
             row.status = "stopped"
-        elif (end.code < 0 or end.code == PREEMPTED) and row.starts <= RETRIES:
+        elif end.to_be_resumed(row.starts, RETRIES):
             row.status = "waiting"
             return True
         else:
