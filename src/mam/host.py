@@ -7,6 +7,7 @@ and the environments of all seeds stand side by side in one `HostEnvironments`.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,7 @@ def host_rollout(
     return actors, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *transitions)
 
 
-def aligned(metrics: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
     names = dict.fromkeys(name for one in metrics for name in one)
     blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
