@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from mam import cli
+from mam import cli, run
 from mam.arguments import parse
 from mam.config import Config
 from mam.envs.probes import Identity
@@ -352,7 +352,7 @@ def test_long_commands_go_on_without_theirs(stream, monkeypatch, capsys):
 
 def test_default_folders_suit_every_file_system():
     config = Config(env="pettingzoo/mpe2:spread:N=3", policy="ippo")
-    assert str(runs._default_folder(config)) == "runs/pettingzoo/mpe2_spread_N=3/ippo"
+    assert str(run._default_folder(config)) == "runs/pettingzoo/mpe2_spread_N=3/ippo"
 
 
 @pytest.mark.parametrize(

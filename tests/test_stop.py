@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -149,3 +151,52 @@ def _wait(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+COMMAND = """
+import atexit, sys, time, types
+
+def main():
+    assert not {"jax", "numpy", "tyro", "equinox"} & set(sys.modules)
+    if %r == "at the end":
+        from mam.stop import stop_on_signals
+        with stop_on_signals(print, lambda: "saved"):
+            pass
+        atexit.register(wait)
+        return 0
+    wait()
+
+def wait():
+    print("ready", flush=True)
+    for _ in range(40):
+        time.sleep(0.05)
+
+sys.argv = ["mam", "train"]
+sys.modules["mam.cli"] = cli = types.ModuleType("mam.cli")
+cli.main = main
+from mam.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "code"),
+    [
+        ("at the start", signal.SIGINT, INTERRUPTED),
+        ("at the start", signal.SIGTERM, 0),
+        ("at the start", signal.SIGHUP, 0),
+        ("at the start", signal.SIGUSR1, PREEMPTED),
+        ("at the start", signal.SIGUSR2, PREEMPTED),
+        ("at the end", signal.SIGUSR1, 0),
+        ("at the end", signal.SIGINT, 0),
+    ],
+)
+def test_the_command_listens_before_it_imports_anything_and_to_its_last_moment(when, number, code):
+    command = [sys.executable, "-c", COMMAND % when]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.count("\n") == 1
+    assert "stop" in errors

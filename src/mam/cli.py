@@ -32,8 +32,9 @@ class Train:
     """Train a policy on a task.
 
     Starts from the preset of the task (see `mam list`); every setting below overrides it.
-    Ctrl-C saves the run; `--resume` goes on with it, to the same numbers. Exit codes: 0 finished, or stopped by Ctrl-C
-    or SIGTERM; 75 stopped by SIGUSR1, to be queued again; 1 failed, with what was saved intact; 2 wrongly asked for.
+    Ctrl-C saves the run; `--resume` goes on with it, to the same numbers. Exit codes: 0 finished, or stopped by Ctrl-C,
+    SIGTERM or SIGHUP; 75 stopped by SIGUSR1 or SIGUSR2, to be queued again; 1 failed, with what was saved intact; 2
+    wrongly asked for; 130 interrupted at once.
     """
 
     preset: str | None = None

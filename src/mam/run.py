@@ -372,8 +372,9 @@ class _Loop:
         try:
             return step(state)
         except Exception as error:
-            with suppress(Exception):  # of a state that was given away to the step nothing is left
-                self.save(state)
+            if jax.process_count() == 1:  # several would have to save together, and only this one failed
+                with suppress(Exception):  # of a state that was given away to the step nothing is left
+                    self.save(state)
             if not isinstance(error, UserError):
                 raise
             what, *traceback = str(error).split("\n")

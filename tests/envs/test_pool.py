@@ -236,8 +236,7 @@ def test_worker_that_is_killed_in_the_middle_of_a_step(pool, caplog):
     before = pool.step(fates())
     noise = before.observation.state[:, 1]
     timestep = pool.step(fates(at3=KILLED))
-    who = "worker 1 (environments 2 to 3)"
-    assert caplog.messages == [f"test: {who} was killed by SIGKILL; starting {who} again"]
+    assert caplog.messages == ["test: worker 1 (environments 2 to 3) was killed by SIGKILL; starting it again"]
     assert_cut_short(timestep, before, rows=[2, 3], others=[0, 1])
     np.testing.assert_array_equal(timestep.metrics["episode_length"], 2)
     np.testing.assert_allclose(
@@ -267,7 +266,7 @@ def test_worker_that_hangs(pool, monkeypatch, caplog):
     stuck = pids(pool)[0]
     monkeypatch.setattr(pool, "_limits", WorkerConfig(step_timeout=2.0))
     assert_cut_short(pool.step(fates(at0=STUCK)), before, rows=[0, 1], others=[2, 3])
-    assert "worker 0 (environments 0 to 1) did not answer within 2 s; starting" in caplog.text
+    assert "worker 0 (environments 0 to 1) did not answer within 2 s; starting it again" in caplog.text
     assert stuck not in pids(pool)
     with pytest.raises(ProcessLookupError):
         os.kill(stuck, 0)

@@ -196,7 +196,7 @@ class HostPool:
             self._restarts += 1
             what, *traceback = str(fate if isinstance(fate, RunError) else f"{self._name}: {worker} {fate}").split("\n")
             if worker.failures <= MAX_FAILURES and self._restarts <= most:
-                _log.warning("%s; starting %s again", what, worker)
+                _log.warning("%s; starting %s again", what, worker if isinstance(fate, RunError) else "it")
                 continue
             if most:
                 in_a_row = f"{worker.failures} times in a row" if worker.failures > MAX_FAILURES else ""

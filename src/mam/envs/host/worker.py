@@ -1,9 +1,9 @@
 """The worker process: it steps its share of a pool's environments when the pool says so.
 
 First it makes its environments, sends their `Layout`, and gets the memory that it shares with the pool. From then on
-commands are bytes on a pipe, `step` or `reset`, answered by nothing, by the metrics of episodes that ended, or by a
-pickled error after which the worker ends: a `RunError` if an environment raised something in the middle of a run, which
-another worker may survive, a `UserError` if it will not do. Actions and observations are in shared memory.
+commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by the metrics of episodes that ended; actions
+and observations are in shared memory. Its last answer may be a pickled error: a `RunError` if an environment raised
+something in the middle of a run, which another worker may survive, a `UserError` if it will not do.
 
 Free of JAX, whose start takes longer than everything else here.
 """
