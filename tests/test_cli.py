@@ -284,6 +284,22 @@ def test_what_cannot_be_drawn_is_said(finished, capsys):
     assert "--policy-seed" in capsys.readouterr().err
 
 
+def test_a_picture_goes_where_it_is_asked_for(finished, capsys, tmp_path):
+    picture = tmp_path / "new" / "folder" / "x.gif"
+    assert cli.main(["play", str(finished), "--out", str(picture)]) == 0
+    assert picture.with_suffix(".json").exists()
+    capsys.readouterr()
+    for out, message in (
+        ("x.mp4", "--out is a GIF, such as x.gif: got x.mp4"),
+        ("x.json", "--out is a GIF, such as x.gif: got x.json"),
+        (f"{picture.with_suffix('.json')}/x.gif", "cannot be made: "),
+    ):
+        assert cli.main(["play", str(finished), "--out", out]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
 def test_a_folder_with_a_run_is_not_overwritten(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert cli.main(["train", *SMALL, "--out", str(finished)]) == 2

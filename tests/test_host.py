@@ -279,7 +279,8 @@ class Host:
     def __init__(self):
         self.made, self.actors = [], []
 
-    def make_host(self, name, num_envs, agent_id, num_workers, limits):
+    def make_host(self, name, num_envs, agent_id, num_workers, limits, first):
+        assert first in (0, *(dice.num_envs for dice in self.made[-1:]))  # those that learn come after those that play
         self.made.append(Dice(num_envs))
         return self.made[-1]
 

@@ -377,6 +377,9 @@ def _play(args: Play) -> None:
     from mam.types import HostEnvironments
 
     runtime.configure()
+    path = args.out or args.run / "episode.gif"
+    if path.suffix.lower() != ".gif":
+        raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
     config, trainer, policies, best_return, seeds = _load(args.run, args.env, trust=args.trust)
     if args.policy_seed is None:
         index = int(np.argmax(best_return))
@@ -384,9 +387,10 @@ def _play(args: Play) -> None:
         index = seeds.index(args.policy_seed)
     else:
         raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {args.policy_seed}")
-    path = args.out or args.run / "episode.gif"
-    if path == trace_path(path):
-        raise UserError(f"--out is the GIF; {path} is where what was decided goes")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None
     print(f"playing seed {seeds[index]} into {path}…")
     policy = jax.tree.map(lambda x: x[index], policies)
     how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
