@@ -235,7 +235,17 @@ def preset_for(env: str) -> tuple[Config, str]:
     for name in (env, env.split("/")[0]):
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name
-    return Config(env=env), "defaults"
+    return replace(own(), env=env), "defaults"
+
+
+def own() -> Config:
+    """Somebody's own environment, or one of PettingZoo.
+
+    Ids of a size that does not depend on the number of agents, so that the policy can play with others; and few
+    evaluations in one mode, because a simulator's steps cost as much there as in training.
+    """
+    few = EvalConfig(num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False)
+    return Config(agent_id="sinusoid", eval=few)
 
 
 def origin(name: str) -> str:
