@@ -202,11 +202,11 @@ def test_the_price_of_evaluations_is_said():
 
 def test_the_preset_is_named_beside_its_sisters():
     said = origin("rware/tiny-2ag")
-    assert said.startswith("settings: preset rware/tiny-2ag, with d_model 32, 1 block; ")
+    assert said.startswith("settings start from preset rware/tiny-2ag: d_model 32, 1 block; ")
     assert "other tasks of the suite: d_model 128, 1 block" in said
     assert "rware/tiny-4ag of the suite: d_model 128, 3 blocks" in said
-    assert origin("hanabi") == "settings: preset hanabi, with d_model 128, 1 block"
-    assert origin("defaults") == "settings: defaults, with d_model 64, 1 block"
+    assert origin("hanabi") == "settings start from preset hanabi: d_model 128, 1 block"
+    assert origin("defaults") == "settings start from defaults: d_model 64, 1 block"
 
 
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):

@@ -251,7 +251,7 @@ def own() -> Config:
 def origin(name: str) -> str:
     """Return what a preset is in one line: its network, and those that other tasks of the suite start from."""
     if name not in PRESETS:
-        return f"settings: {name}, with {_network(Config())}"
+        return f"settings start from {name}: {_network(Config())}"
     mine, suite = _network(PRESETS[name]()), name.partition("/")[0]
     unlike = {}
     for other in PRESETS:
@@ -259,7 +259,7 @@ def origin(name: str) -> str:
         if other.partition("/")[0] == suite and network != mine:
             unlike.setdefault(network, []).append("other tasks" if other == suite else other)
     others = "".join(f"; {', '.join(names)} of the suite: {network}" for network, names in unlike.items())
-    return f"settings: preset {name}, with {mine}{others}"
+    return f"settings start from preset {name}: {mine}{others}"
 
 
 def _network(config: Config) -> str:
