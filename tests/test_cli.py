@@ -192,13 +192,24 @@ def test_settings_start_from_a_run_or_a_file(tmp_path):
     assert parse("train", cli.Train, args, cli._default(cli.Train, args)).config == replace(CONFIG, seed=7)
 
 
+def test_the_price_of_evaluations_is_said():
+    config = replace(preset_for("mine:own")[0], total_timesteps=65_536)
+    assert (config.agent_id, config.evaluation_modes) == ("sinusoid", (False,))
+    assert cli._price(config, 100) == (
+        "evaluations: 8 and the absolute metric, 130 episodes per seed, up to 13,000 steps: 20% of those in training"
+    )
+    both = replace(config, eval=replace(config.eval, both_modes=True, greedy=True))
+    assert both.evaluation_modes == (True, False)
+    assert cli._price(both, None).endswith("260 episodes per seed in both modes")
+
+
 def test_the_preset_is_named_beside_its_sisters():
     said = origin("rware/tiny-2ag")
-    assert said.startswith("settings: preset rware/tiny-2ag, with d_model 32, 1 block; ")
+    assert said.startswith("settings start from preset rware/tiny-2ag: d_model 32, 1 block; ")
     assert "other tasks of the suite: d_model 128, 1 block" in said
     assert "rware/tiny-4ag of the suite: d_model 128, 3 blocks" in said
-    assert origin("hanabi") == "settings: preset hanabi, with d_model 128, 1 block"
-    assert origin("defaults") == "settings: defaults, with d_model 64, 1 block"
+    assert origin("hanabi") == "settings start from preset hanabi: d_model 128, 1 block"
+    assert origin("defaults") == "settings start from defaults: d_model 64, 1 block"
 
 
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):

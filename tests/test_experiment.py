@@ -19,7 +19,7 @@ from mam.errors import UserError
 from mam.experiment.follow import Follower
 from mam.experiment.grid import changed, flags, grid
 from mam.experiment.jobs import Job, jobs_of, load_runs
-from mam.experiment.matrix import run_matrix
+from mam.experiment.matrix import Row, run_matrix
 from mam.experiment.pools import UNKNOWN, Elsewhere, End, LocalPool, launch
 from mam.experiment.screen import Screen
 from mam.presets import preset, preset_for
@@ -143,6 +143,15 @@ def test_metrics_are_followed_while_they_are_written(tmp_path):
     follower.poll()
     assert follower.finished(32)
     assert not follower.finished(33)
+
+
+def test_a_log_file_shows_every_tenth_of_a_run(tmp_path, capsys):
+    shown = Screen()
+    one = Row(Job("a run", CONFIG, tmp_path), status="running")
+    for steps in (0, 4, 10, 11, 20, 96):
+        one.progress.step_count = steps
+        shown.show([one])
+    assert capsys.readouterr().out.splitlines() == [f"a run: {done} %, return –" for done in (10, 20, 100)]
 
 
 class FakePool:

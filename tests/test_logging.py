@@ -7,7 +7,17 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from mam.logging import JsonLines, Progress, Record, TensorBoard, mean_and_spread, read_records, seed_means
+from mam.logging import (
+    JsonLines,
+    Progress,
+    Record,
+    TensorBoard,
+    mean_and_spread,
+    read_records,
+    seed_means,
+    time_spent,
+    training_speed,
+)
 
 
 def train(update, **values):
@@ -145,9 +155,8 @@ def run_progress(console, *, fail=False):
         with progress.compiling("the update"):
             pass
         for update in range(1, 5):
-            progress.write(
-                Record("train", update, update * 100, update * 2.0, {"episode_return": np.array([0.1, 0.3])})
-            )
+            values = {"episode_return": np.array([0.1, 0.3]), "entropy": np.array([1.0, 2.0])}
+            progress.write(Record("train", update, update * 100, update * 2.0, values))
         progress.write(evaluation(4, [[0.0, 1.0], [1.0, 1.0]]))
         progress.log("note [bold]as it is[/]")
         if fail:
@@ -161,7 +170,7 @@ def test_progress_in_a_file_is_plain_lines():
     assert text.splitlines() == [
         "compiling the update…",
         "compiled the update in … s",
-        "400/1.0k · 47 steps/s × 2 seeds · 0:00:13 left · return 0.750 ± 0.354",
+        "400/1.0k · 100 steps/s · 0:00:13 left · return 0.750 ± 0.354 · entropy 1.500 ± 0.707",
         "note [bold]as it is[/]",
     ]
 
@@ -198,6 +207,16 @@ def test_seconds_of_compilation_do_not_slow_the_speed_shown(monkeypatch):
             pass
         progress.write(Record("evaluation", 2, 200, 80.0, {"episode_return": np.array([[1.0]])}))
     assert "200/1.0k · 10 steps/s · 0:01:20 left · return 1.000" in out.getvalue()
+
+
+def test_speed_is_that_of_training_however_often_a_run_is_evaluated():
+    kinds = [("train", 1, 100, 60.0), ("evaluation", 1, 100, 90.0), ("train", 2, 200, 92.0)]
+    kinds += [("evaluation", 2, 200, 120.0), ("train", 3, 300, 122.0), ("absolute", 3, 300, 132.0)]
+    records = [Record(*head, {}) for head in kinds]
+    assert training_speed(records) == 50.0
+    assert np.isnan(training_speed(records[:2]))
+    assert time_spent(records) == {"training": 4.0, "evaluations": 68.0, "start": 60.0}
+    assert sum(time_spent([]).values()) == 0.0
 
 
 def test_means():

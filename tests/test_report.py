@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import struct
 from itertools import product
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mam.logging import Record
-from mam.report import bootstrap_interval, plot_learning_curve, summary_table, write_marl_eval
+from mam.report import bootstrap_interval, deployment, plot_learning_curve, summary_table, write_marl_eval
 
 
 def make_records(num_seeds, *, absolute=True):
@@ -77,7 +78,24 @@ def test_summary_of_several_seeds():
     ]
     assert rows[4][0] == "95 % interval"
     assert rows[4][1:] == ["[1.000, 3.000]", "[2.000, 5.000]", "[0.750, 0.750]"]
-    assert "3,000 steps × 3 seeds · 0:00:07 · 1,385 steps/s" in text
+    effort = "3,000 steps × 3 seeds · 2,000 steps/s · 0:00:07 wall-clock: training 43%, evaluations 29%, start 29%"
+    assert effort in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("greedy", "beside", "words"),
+    [
+        (False, {"greedy_episode_return": 0.639}, "deploy sampled actions: 0.750, with greedy ones 0.639 (.* sampled"),
+        (False, {"greedy_episode_return": 0.9}, "deploy greedy actions: 0.900, with sampled ones 0.750 (.* sampled"),
+        (True, {"sampled_episode_return": 0.9}, "deploy sampled actions: 0.900, with greedy ones 0.750 (.* greedy"),
+        (False, {}, "deploy sampled actions, the only ones played"),
+    ],
+)
+def test_a_run_says_which_actions_to_deploy(greedy, beside, words):
+    records = make_records(2)
+    records[-1].values.update({name: np.full((2, 8), value) for name, value in beside.items()})
+    assert re.match(words.replace("(", r"\("), deployment(records, greedy=greedy))
+    assert deployment(records[:-1], greedy=greedy) == ""
 
 
 @pytest.mark.parametrize(("num_seeds", "rows"), [(1, 1), (2, 3), (3, 5)])

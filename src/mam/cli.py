@@ -251,7 +251,10 @@ def _train(args: Train) -> int:
         folder, trainer = runs.start(config, args.out)
     print(_headline(config, trainer, folder.path))
     if not (args.resume or args.start):
-        print(origin(args.preset or preset_for(config.env)[1]))
+        ids = {"sinusoid": "ids for any number of agents", "none": "no agent ids"}
+        bound = f"one-hot ids, which bind the policy to {trainer.spec.num_agents} agents"
+        print(f"{origin(args.preset or preset_for(config.env)[1])}; {ids.get(config.agent_id, bound)}")
+    print(_price(config, trainer.spec.time_limit))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")
     outcome = runs.run(config, folder, trainer)
@@ -284,6 +287,17 @@ def _headline(config: Config, trainer: Any, path: Path) -> str:
     )
 
 
+def _price(config: Config, time_limit: int | None) -> str:
+    """One line: what evaluations cost beside training, where every episode takes as long as it may."""
+    episodes = config.num_evaluation_episodes
+    modes = " in both modes" if config.eval.both_modes else ""
+    line = f"evaluations: {config.num_evaluations} and the absolute metric, {episodes:,} episodes per seed{modes}"
+    if not time_limit:
+        return line
+    steps, trained = episodes * time_limit, config.num_updates * config.steps_per_update
+    return f"{line}, up to {steps:,} steps: {steps / trained:.0%} of those in training"
+
+
 def _plan(args: PlanRun) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -313,11 +327,14 @@ def _plan(args: PlanRun) -> None:
 def _print_results(config: Config, folder: Any) -> None:
     from rich.console import Console
 
-    from mam.report import summary_table
+    from mam.report import deployment, summary_table
     from mam.run import seeds_of
 
     title = f"{config.algorithm} on {config.env}"
-    Console(highlight=False).print(summary_table(folder.records(), seeds=seeds_of(config), title=title))
+    records = folder.records()
+    Console(highlight=False).print(summary_table(records, seeds=seeds_of(config), title=title))
+    if line := deployment(records, greedy=config.eval.greedy):
+        print(line)
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
     print(f"in {folder.path}: {', '.join(name for name in names if (folder.path / name).exists())}")
 

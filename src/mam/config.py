@@ -138,6 +138,8 @@ class EvalConfig:
     """Steps after which an episode that has not ended is cut off, and counted as unfinished."""
     greedy: bool = False
     """What counts is the return of the most likely actions instead of sampled ones; the other is reported beside."""
+    both_modes: bool = True
+    """Play as many episodes in the other mode, to report it beside. A simulator's steps are not free."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,25 @@ class Config:
         """Updates in the run."""
         return -(-self.total_timesteps // self.steps_per_update)
 
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations in the run: as many as asked for, but no more than there are updates."""
+        return min(self.eval.num_evaluations, self.num_updates)
+
+    @property
+    def evaluation_modes(self) -> tuple[bool, ...]:
+        """Whether actions are greedy, in each mode that is played: the one that counts first."""
+        return (self.eval.greedy, not self.eval.greedy) if self.eval.both_modes else (self.eval.greedy,)
+
+    @property
+    def num_evaluation_episodes(self) -> int:
+        """Episodes that one seed plays in evaluations and for the absolute metric."""
+        once = self.num_evaluations * self.eval.num_episodes + self.eval.num_absolute_episodes
+        return once * len(self.evaluation_modes)
+
     def evaluate_after(self, update: int) -> bool:
         """Whether the weights after this many updates are evaluated: evenly spaced, the last always."""
-        count = min(self.eval.num_evaluations, self.num_updates)
+        count = self.num_evaluations
         return (update * count) // self.num_updates > ((update - 1) * count) // self.num_updates
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from mam.files import open_regular
@@ -48,18 +49,35 @@ def seed_means(values: np.ndarray) -> np.ndarray:
 
 
 def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
-    """Environment steps per second between some updates: the median, which neither compiling nor evaluating moves.
+    """Return the environment steps per second of one seed while it trains: the one definition of speed.
+
+    The median over updates, each timed from the record before it, so that compiling moves it no more than evaluating.
+    Times the number of seeds it is the speed that is shown.
 
     Args:
-        steps: environment steps done at each update.
-        elapsed: seconds at each update.
+        steps: environment steps done at each record, of updates and of evaluations.
+        elapsed: seconds at each record.
 
     Returns:
         NaN before the second update.
     """
     steps, seconds = np.diff(steps), np.diff(elapsed)
-    timed = seconds > 0
+    timed = (seconds > 0) & (steps > 0)  # no step is done in an evaluation
     return float(np.median(steps[timed] / seconds[timed])) if timed.any() else float("nan")
+
+
+def training_speed(records: Sequence[Record]) -> float:
+    """Return `median_speed` of a run's records."""
+    return median_speed([record.step_count for record in records], [record.elapsed for record in records])
+
+
+def time_spent(records: Sequence[Record]) -> dict[str, float]:
+    """Return the seconds in training, in evaluations, and before the first record: starting, compiling, one update."""
+    elapsed = np.array([0.0, *(record.elapsed for record in records)])
+    spent = {"training": 0.0, "evaluations": 0.0, "start": float(elapsed[1]) if records else 0.0}
+    for record, seconds in zip(records[1:], np.diff(elapsed)[1:], strict=True):
+        spent["training" if record.kind == "train" else "evaluations"] += max(float(seconds), 0.0)
+    return spent
 
 
 def to_json(values: np.ndarray) -> Any:
@@ -232,8 +250,9 @@ class Progress:
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
         self._bar = Bar(*columns, console=self._console, refresh_per_second=4, transient=True, disable=not self._live)
         self._return, self._evaluated = "", False
-        self._last: Record | None = None
-        self._compile_seconds = 0.0  # since the last record; no part of the speed
+        self._compile_seconds = 0.0  # in all; no part of the speed
+        self._times: deque[tuple[int, float]] = deque(maxlen=100)  # steps and seconds at the last records
+        self._losses = ""
         self._recent = np.zeros(2)  # steps and seconds, older ones fading away
         self._task = self._bar.add_task(self._status(step_count), total=total_steps, completed=step_count)
 
@@ -258,7 +277,9 @@ class Progress:
         begin = time.perf_counter()
         if self._bar.live.is_started:
             self._bar.stop()  # one live display at a time
-            with self._console.status(f"compiling {what}…"):
+            columns = (SpinnerColumn(), TextColumn(f"compiling {what}…", markup=False), TimeElapsedColumn())
+            with Bar(*columns, console=self._console, refresh_per_second=4, transient=True) as clock:
+                clock.add_task("", total=None)
                 yield
             self._bar.start()
         else:
@@ -278,11 +299,19 @@ class Progress:
 
     def write(self, record: Record) -> None:
         """Moves the bar; prints a line at an evaluation where nothing is live."""
-        if self._last is not None:
-            seconds = max(record.elapsed - self._last.elapsed - self._compile_seconds, 0.0)
+        now = record.elapsed - self._compile_seconds
+        if self._times:
+            steps_before, before = self._times[-1]
+            seconds = max(now - before, 0.0)
             self._recent *= 0.5 ** (seconds / self._MEMORY)
-            self._recent += (record.step_count - self._last.step_count, seconds)
-        self._last, self._compile_seconds = record, 0.0
+            self._recent += (record.step_count - steps_before, seconds)
+        self._times.append((record.step_count, now))
+        if record.kind == "train":
+            self._losses = " · ".join(
+                f"{name.replace('_', ' ')} {mean_and_spread(record.values[name])}"
+                for name in _WATCHED
+                if name in record.values
+            )
         if RETURN in record.values and (record.kind != "train" or not self._evaluated):
             self._evaluated = record.kind != "train"
             name = {"train": "training return", "evaluation": "return", "absolute": "absolute return"}[record.kind]
@@ -296,10 +325,14 @@ class Progress:
         parts = [f"{_short(step_count)}/{_short(self._total)}"]
         steps, seconds = self._recent
         if steps and seconds:
-            seeds = f" × {self._num_seeds} seeds" if self._num_seeds > 1 else ""
             left = timedelta(seconds=round((self._total - step_count) * seconds / steps))
-            parts += [f"{_short(steps / seconds)} steps/s{seeds}", f"{left} left"]
-        return " · ".join([*parts, self._return] if self._return else parts)
+            speed = median_speed(*zip(*self._times, strict=True)) * self._num_seeds
+            parts += [f"{_short(speed)} steps/s", f"{left} left"] if np.isfinite(speed) else [f"{left} left"]
+        line = " · ".join([*parts, self._return] if self._return else parts)
+        return f"{line}{chr(10) if self._live else ' · '}{self._losses}" if self._losses else line
+
+
+_WATCHED = ("policy_loss", "value_loss", "approx_kl", "entropy")  # of an update, in the live line
 
 
 def mean_and_spread(values: np.ndarray) -> str:

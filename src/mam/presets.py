@@ -235,13 +235,23 @@ def preset_for(env: str) -> tuple[Config, str]:
     for name in (env, env.split("/")[0]):
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name
-    return Config(env=env), "defaults"
+    return replace(own(), env=env), "defaults"
+
+
+def own() -> Config:
+    """Somebody's own environment, or one of PettingZoo.
+
+    Ids of a size that does not depend on the number of agents, so that the policy can play with others; and few
+    evaluations in one mode, because a simulator's steps cost as much there as in training.
+    """
+    few = EvalConfig(num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False)
+    return Config(agent_id="sinusoid", eval=few)
 
 
 def origin(name: str) -> str:
     """Return what a preset is in one line: its network, and those that other tasks of the suite start from."""
     if name not in PRESETS:
-        return f"settings: {name}, with {_network(Config())}"
+        return f"settings start from {name}: {_network(Config())}"
     mine, suite = _network(PRESETS[name]()), name.partition("/")[0]
     unlike = {}
     for other in PRESETS:
@@ -249,7 +259,7 @@ def origin(name: str) -> str:
         if other.partition("/")[0] == suite and network != mine:
             unlike.setdefault(network, []).append("other tasks" if other == suite else other)
     others = "".join(f"; {', '.join(names)} of the suite: {network}" for network, names in unlike.items())
-    return f"settings: preset {name}, with {mine}{others}"
+    return f"settings start from preset {name}: {mine}{others}"
 
 
 def _network(config: Config) -> str:

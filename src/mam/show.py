@@ -8,7 +8,7 @@ from rich.console import Console
 from mam.config import flat, to_json
 from mam.experiment.grid import flags
 from mam.presets import preset_for
-from mam.report import summary_table
+from mam.report import deployment, summary_table
 from mam.report.collect import read_versions
 from mam.run import RunFolder, seeds_of
 
@@ -34,3 +34,5 @@ def show(path: Path) -> None:
     records = folder.records() if folder.metrics.exists() else []
     title = f"{config.algorithm} on {config.env}"
     Console(highlight=False).print(summary_table(records, seeds=seeds_of(config), title=title))
+    if line := deployment(records, greedy=config.eval.greedy):
+        print(line)

@@ -265,7 +265,7 @@ def _train_on_device(config: Config) -> Trainer:
         return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
 
     def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
-        modes = jnp.array([config.eval.greedy, not config.eval.greedy])
+        modes = jnp.array(config.evaluation_modes)
         return _both_modes(jax.lax.map(lambda greedy: play(policy, key, num_episodes, greedy), modes), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
@@ -363,7 +363,7 @@ def _train_on_host(config: Config) -> Trainer:
         return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
 
     def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
-        modes = [play(policy, key, num_episodes, greedy) for greedy in (settings.greedy, not settings.greedy)]
+        modes = [play(policy, key, num_episodes, greedy) for greedy in config.evaluation_modes]
         return _both_modes(jax.tree.map(lambda *values: np.stack(values), *aligned(modes)), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
@@ -418,9 +418,10 @@ def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
 
 
 def _both_modes(values: Values, config: Config) -> Values:
-    """Metrics [2, …] of the mode that counts and of the other one, which is named in front."""
+    """Metrics [modes, …] of the mode that counts and of the other one, if played, which is named in front."""
     other = "sampled" if config.eval.greedy else "greedy"
-    return {name: x[0] for name, x in values.items()} | {f"{other}_{name}": x[1] for name, x in values.items()}
+    beside = {f"{other}_{name}": x[1] for name, x in values.items()} if config.eval.both_modes else {}
+    return {name: x[0] for name, x in values.items()} | beside
 
 
 def _update_values(metrics: UpdateMetrics) -> Values:

@@ -100,9 +100,10 @@ class LiveRun:
 
         NaN before the second update. Neither compiling nor evaluating moves a median.
         """
-        rows = self.metrics.train.rows(())
-        begin = 0 if recent is None else max(len(rows.steps) - recent, 0)
-        return median_speed(rows.steps[begin:], rows.elapsed[begin:]) * self.num_seeds
+        kinds = [columns.rows(()) for columns in (self.metrics.train, self.metrics.evaluation)]
+        steps, elapsed = (np.concatenate([getattr(rows, name) for rows in kinds]) for name in ("steps", "elapsed"))
+        last = np.argsort(elapsed, kind="stable")[-(recent or 0) :]
+        return median_speed(steps[last], elapsed[last]) * self.num_seeds
 
     def state(self, now: float | None = None) -> State:
         """Whether it goes on, as far as its files tell; no process is asked, which may live on another machine.

@@ -15,7 +15,7 @@ class Follower:
     Attributes:
         step_count: environment steps done, per seed.
         returns: each seed's mean return in the last evaluation, or as the absolute metric; empty before the first.
-        speed: environment steps per second and seed since the last evaluation or so; NaN at first.
+        speed: environment steps per second and seed, `median_speed` of the last records; NaN at first.
     """
 
     def __init__(self, path: Path):
@@ -24,7 +24,7 @@ class Follower:
 
     def _begin(self) -> None:
         self._offset, self._kind = 0, ""
-        self._times: list[tuple[int, float]] = []  # steps and seconds at the last updates
+        self._times: list[tuple[int, float]] = []  # steps and seconds at the last records
         self.step_count, self.returns, self.speed = 0, np.empty(0), float("nan")
 
     def poll(self) -> list[dict[str, Any]]:
@@ -46,10 +46,9 @@ class Follower:
 
     def _take(self, row: dict[str, Any]) -> None:
         self._kind, self.step_count = row["kind"], row["step_count"]
-        if self._kind == "train":
-            self._times = [*self._times[-9:], (self.step_count, row["elapsed"])]
-            self.speed = median_speed(*zip(*self._times, strict=True))
-        elif RETURN in row:
+        self._times = [*self._times[-99:], (self.step_count, row["elapsed"])]
+        self.speed = median_speed(*zip(*self._times, strict=True))
+        if self._kind != "train" and RETURN in row:
             self.returns = seed_returns(row)
 
     def finished(self, budget: int) -> bool:

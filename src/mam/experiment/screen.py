@@ -31,6 +31,7 @@ class Screen:
     def __init__(self, console: Console | None = None):
         # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
         self._console = console or Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self._tenths: dict[str, int] = {}  # of each run's steps, as last said
         self._live = Live(console=self._console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> "Screen":
@@ -46,9 +47,15 @@ class Screen:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, rows: Sequence["Row"]) -> None:
-        """Redraws the table."""
+        """Redraws the table; where no one watches, says which runs have got a tenth further."""
         if self._live.is_started:
             self._live.update(self.table(rows, limit=max(self._console.height - 8, 3)))
+            return
+        for row in rows:
+            tenths = 10 * row.progress.step_count // row.job.budget
+            if row.status == "running" and tenths > self._tenths.get(row.job.name, 0):
+                self._tenths[row.job.name] = tenths
+                self.log(f"{row.job.name}: {10 * tenths} %, return {self.returns(row)}")
 
     def conclude(self, rows: Sequence["Row"]) -> None:
         """Leaves the whole table behind."""

@@ -3,6 +3,7 @@
 from mam.report.single import (
     absolute_returns,
     bootstrap_interval,
+    deployment,
     evaluation_returns,
     plot_learning_curve,
     summary_table,
@@ -12,6 +13,7 @@ from mam.report.single import (
 __all__ = [
     "absolute_returns",
     "bootstrap_interval",
+    "deployment",
     "evaluation_returns",
     "plot_learning_curve",
     "summary_table",

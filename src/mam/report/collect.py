@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from mam.config import Config, flat, read_config, to_json
 from mam.errors import UserError
 from mam.files import read_object
-from mam.logging import RETURN, Record, median_speed, read_records, seed_means
+from mam.logging import RETURN, Record, read_records, seed_means, training_speed
 from mam.report.single import evaluation_returns
 
 _LEARNING = ("agent_id", "decode", "network.", "ppo.")  # settings that decide what is learned
@@ -154,16 +154,10 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         step_count=last.step_count if last else 0,
         finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
-        steps_per_second=_training_speed(records) * config.num_seeds,
+        steps_per_second=training_speed(records) * config.num_seeds,
         device=str(versions.get("device") or "unknown"),
         commit=str(versions.get("git") or "unknown"),
     )
-
-
-def _training_speed(records: Sequence[Record]) -> float:
-    """Environment steps per second and seed."""
-    train = [record for record in records if record.kind == "train"]
-    return median_speed([record.step_count for record in train], [record.elapsed for record in train])
 
 
 def read_versions(path: Path) -> dict[str, Any]:

@@ -10,7 +10,16 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
-from mam.logging import RETURN, Record, mean_and_spread, seed_means, to_json, write_atomically
+from mam.logging import (
+    RETURN,
+    Record,
+    mean_and_spread,
+    seed_means,
+    time_spent,
+    to_json,
+    training_speed,
+    write_atomically,
+)
 from mam.report.statistics import CONFIDENCE, MIN_SEEDS, interval, mean
 
 if TYPE_CHECKING:
@@ -84,6 +93,25 @@ def summary_table(records: Sequence[Record], *, seeds: Sequence[int], title: str
     return table
 
 
+def deployment(records: Sequence[Record], *, greedy: bool) -> str:
+    """Return which actions to deploy the best weights with, and why; nothing before there is an absolute metric.
+
+    Args:
+        records: all records of the run.
+        greedy: whether the absolute metric is that of greedy actions.
+    """
+    counts, beside = ("greedy", "sampled") if greedy else ("sampled", "greedy")
+    score, other = absolute_returns(records), absolute_returns(records, f"{beside}_{RETURN}")
+    if score is None:
+        return ""
+    chosen = f"the weights are those with the best evaluation with {counts} actions"
+    if other is None:
+        return f"deploy {counts} actions, the only ones played ({chosen}; --eval.both-modes plays the others, too)"
+    scores = {counts: float(score.mean()), beside: float(other.mean())}
+    best, worst = sorted(scores, key=lambda mode: -scores[mode])
+    return f"deploy {best} actions: {scores[best]:.3f}, with {worst} ones {scores[worst]:.3f} ({chosen})"
+
+
 def _interval(values: np.ndarray | None) -> str:
     if values is None:
         return "–"
@@ -92,13 +120,15 @@ def _interval(values: np.ndarray | None) -> str:
 
 
 def _effort(records: Sequence[Record], num_seeds: int) -> str:
-    """Steps, wall-clock and speed of training (evaluations included, the absolute metric not)."""
+    """Steps, speed while training, and the wall-clock with what it went into."""
     if not records:
         return "no records"
-    last = [record for record in records if record.kind != "absolute"][-1]
+    last, spent = records[-1], time_spent(records)
     steps = f"{last.step_count:,} steps" + (f" × {num_seeds} seeds" if num_seeds > 1 else "")
-    speed = f"{last.step_count * num_seeds / last.elapsed:,.0f} steps/s" if last.elapsed > 0 else "– steps/s"
-    return f"{steps} · {timedelta(seconds=round(records[-1].elapsed))} · {speed}"
+    speed = training_speed(records) * num_seeds
+    shares = ", ".join(f"{name} {seconds / max(sum(spent.values()), 1e-9):.0%}" for name, seconds in spent.items())
+    shown = f"{speed:,.0f}" if np.isfinite(speed) else "–"
+    return f"{steps} · {shown} steps/s · {timedelta(seconds=round(last.elapsed))} wall-clock: {shares}"
 
 
 def write_marl_eval(
