@@ -131,7 +131,7 @@ def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch, step):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # what the failure left is gone
 
 
-@pytest.mark.parametrize("file", ["arrays.bin", "manifest.json"])
+@pytest.mark.parametrize("file", ["arrays.safetensors", "manifest.json"])
 def test_a_save_that_cannot_be_read_back_is_none_and_deletes_none(tmp_path, monkeypatch, file):
     first = save(tmp_path, make_state(1), keep=1)
     fsync = os.fsync
@@ -275,7 +275,7 @@ def test_manifests_of_another_shape_are_passed_over(tmp_path, text):
     assert len(line) < 500
 
 
-@pytest.mark.parametrize("file", ["manifest.json", "arrays.bin"])
+@pytest.mark.parametrize("file", ["manifest.json", "arrays.safetensors"])
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_files_that_cannot_be_read_to_an_end_are_passed_over(tmp_path, file, make):
     save(tmp_path, SMALL, SMALL)
@@ -302,7 +302,7 @@ def test_other_damage_is_detected_too(tmp_path, damage):
     save(tmp_path, make_state(1), make_state(2))
     manifest = tmp_path / "2" / "manifest.json"
     if damage == "missing file":
-        (tmp_path / "2" / "arrays.bin").unlink()
+        (tmp_path / "2" / "arrays.safetensors").unlink()
     elif damage == "empty folder":
         shutil.rmtree(tmp_path / "2")
         (tmp_path / "2").mkdir()

@@ -329,7 +329,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_goes_on_to_the_same_
         patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
         assert start() == "stopped"
     damaged = newest(path / "checkpoint").path
-    file = damaged / "arrays.bin"
+    file = damaged / "arrays.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     capsys.readouterr()
     assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"

@@ -1,7 +1,7 @@
 """Whole train state in, whole train state out: written in the background, complete or not there, and checked.
 
-    <folder>/<n>/arrays.bin       the arrays' bytes, one after another
-    <folder>/<n>/manifest.json    their checksum, what the leaves are, the caller's own metadata
+    <folder>/<n>/arrays.safetensors    the arrays, by their leaves' names
+    <folder>/<n>/manifest.json         its checksum, what the leaves are, the caller's own metadata
 
 A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after that. A process
 that is killed at any moment leaves saves that can be read. What a disk did to a save later on shows in the
@@ -25,10 +25,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from mam.errors import RunError
+from mam.errors import RunError, UserError
 from mam.files import open_regular, parse_object
 
-_ARRAYS, _MANIFEST, _PARTIAL = "arrays.bin", "manifest.json", ".partial"
+_ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
+_ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
 class CheckpointError(RunError):
@@ -141,17 +142,33 @@ class Save:
         """
         leaves = _named_leaves(like)
         _compare(self.path, self.leaves, {name: _describe(name, leaf) for name, leaf in leaves.items()})
-        arrays = {}
+        shapes = {name: _shape(leaf) for name, leaf in leaves.items()}
         try:
-            with open_regular(self.path / _ARRAYS) as file:
-                for name in self.leaves:
-                    arrays[name] = array = _empty(leaves[name])
-                    if file.readinto(_bytes(array)) != array.nbytes:
-                        raise ValueError("its arrays end too early")
+            arrays = self._read_orbax(shapes) if (self.path / _ORBAX).is_dir() else self._read()
         except (OSError, ValueError) as error:
             raise _damaged(self.path, error) from error
+        arrays = {name: arrays[name].view(shape.dtype) for name, shape in shapes.items()}
         values = [_from_array(arrays[name], leaf) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(like), values)
+
+    def _read(self) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load
+
+        with open_regular(self.path / _ARRAYS) as file:
+            return load(file.read())
+
+    def _read_orbax(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+        """The arrays of a save of the first versions, which left out those without elements."""
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError as error:
+            raise UserError(
+                f"{self.path} is of an older version of mam: to read it, pip install orbax-checkpoint"
+            ) from error
+        empty = {name: np.empty(shape.shape, shape.dtype) for name, shape in shapes.items()}
+        stored = {name: array for name, array in empty.items() if array.size}
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
+            return empty | orbax.restore(self.path.resolve() / _ORBAX, args=ocp.args.StandardRestore(stored))
 
 
 def has_saves(folder: Path) -> bool:
@@ -195,17 +212,21 @@ def _open(path: Path, number: int) -> Save:
     try:
         manifest = _read_manifest(path / _MANIFEST)
         match manifest:
-            case {"sha256": str(checksum), "number": int(written), "leaves": dict(leaves), "meta": dict(meta)} if all(
-                isinstance(leaf, str) for leaf in leaves.values()
-            ):
-                pass
+            case {"sha256": str(checksum), "number": int(written)}:
+                files = {_ARRAYS: checksum}
+            case {"files": dict(files)}:  # of the first versions, which did not write the number
+                written = number
             case _:
-                raise ValueError(f"{_MANIFEST} is of another kind, or of an older version")
+                raise ValueError(f"{_MANIFEST} is of another kind")
+        leaves, meta = manifest.get("leaves"), manifest.get("meta")
+        if not isinstance(leaves, dict) or not isinstance(meta, dict) or {*map(type, leaves.values())} - {str}:
+            raise ValueError(f"{_MANIFEST} is of another kind")
         if written != number:
             raise ValueError(f"it is save {written}, renamed")
-        with open_regular(path / _ARRAYS) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
-                raise ValueError(f"{_ARRAYS} has changed")
+        for name, checksum in files.items():
+            with open_regular(path / name) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != checksum:
+                    raise ValueError(f"{name} has changed")
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
     return Save(path, leaves, meta)
@@ -217,21 +238,21 @@ def _damaged(path: Path, why: object) -> CheckpointError:
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
-    """Writes arrays one after another; returns the checksum of what should be there."""
-    checksum = hashlib.sha256()
+    """Writes arrays to a file; returns the checksum of what should be there."""
+    from safetensors.numpy import save
+
+    data = save({name: _storable(np.asarray(array)) for name, array in arrays.items()})
     with path.open("wb") as file:
-        for array in arrays.values():
-            data = _bytes(np.asarray(array))
-            checksum.update(data)
-            file.write(data)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return checksum.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    """The memory of an array, or of a copy where it is not contiguous."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+def _storable(array: np.ndarray) -> np.ndarray:
+    """An array in C order, of a type that NumPy has: of others, such as bfloat16, the bits."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
 def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
@@ -327,13 +348,13 @@ def _to_array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
-def _empty(like: Any) -> np.ndarray:
-    """An array for what is stored of a leaf such as `like`."""
-    if _is_key(like):
-        like = jax.eval_shape(jax.random.key_data, like)
-    elif not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        like = np.asarray(like)
-    return np.empty(like.shape, like.dtype)
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape and type of what is stored of a leaf."""
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    elif not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        leaf = np.asarray(leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def _from_array(array: np.ndarray, like: Any) -> Any:

@@ -94,6 +94,8 @@ class RunFolder:
             CheckpointError: if there is none.
         """
         save = newest(self.checkpoint, valid=_is_position, warn=print)
+        if "config" not in save.meta:  # of the first versions
+            return save
         try:
             saved = from_json(Config, save.meta["config"])
         except UserError as error:
@@ -469,7 +471,7 @@ def _is_position(meta: dict[str, Any]) -> bool:
     return (
         all(isinstance(count, int) and count >= 0 for count in counts)
         and isinstance(meta.get("elapsed"), float)
-        and isinstance(meta.get("config"), dict)
+        and isinstance(meta.get("config", {}), dict)
     )
 
 
