@@ -28,13 +28,14 @@ def numbers(tree):
 
 
 def difference(tree, other):
-    """The largest over all leaves, and where."""
+    """The largest over all leaves, relative to the largest number of a leaf where that is above 1, and where."""
     one, two = numbers(tree), numbers(other)
     assert one.keys() == two.keys()
     largest = {}
     for name, x in one.items():
         np.testing.assert_array_equal(np.isnan(x.astype(float)), np.isnan(two[name].astype(float)))
-        largest[name] = float(np.nanmax(np.abs(x.astype(float) - two[name].astype(float)), initial=0.0))
+        apart = float(np.nanmax(np.abs(x.astype(float) - two[name].astype(float)), initial=0.0))
+        largest[name] = apart / float(np.nanmax(np.abs(x.astype(float)), initial=1.0))
     return max(largest.items(), key=lambda item: item[1])
 
 

@@ -117,7 +117,7 @@ class PPOConfig:
     vf_coef: float = 0.5
     """Weight of the value loss."""
     normalise_value: bool = field(default=True, metadata={"before": False})
-    """Learn values in units of the targets' mean and deviation so far (Pop-Art), whatever the scale of rewards."""
+    """Learn values less the targets' mean and, where it is above 1, over their deviation (Pop-Art)."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this global norm."""
     recompute_log_prob: bool = False

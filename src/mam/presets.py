@@ -1,7 +1,7 @@
 """Good settings by task. A preset's name is a task, or a suite for all of its tasks that have none of their own.
 
 A public sweep over a sister sequence model is where most numbers come from (ALGORITHM, §8); a docstring that
-gives a score was measured here.
+gives a score was measured here, with `--network.observation-norm layer --ppo.no-normalise-value`, then the defaults.
 """
 
 from collections.abc import Callable

@@ -47,7 +47,7 @@ def rollout(batch, key):
 @pytest.mark.parametrize(("encoding", "dim"), [("one_hot", 2), ("sinusoid", 16), ("none", 0)])
 def test_agent_id_comes_first(encoding, dim):
     env = AgentId(Coin(), encoding)
-    assert env.spec == replace(Coin.spec, obs_dim=dim + 1)
+    assert env.spec == replace(Coin.spec, obs_dim=dim + 1, id_dim=dim)
     state, first = env.reset(jax.random.key(0))
     _, later = env.step(state, jnp.zeros(2, jnp.int32), jax.random.key(1))
     for observation in (first.observation, first.final_observation, later.observation, later.final_observation):

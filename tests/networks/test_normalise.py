@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
+from mam.config import NetworkConfig
 from mam.devices import AXIS, Shard
-from mam.networks.normalise import MAX_DEVIATIONS, Moments, Statistics
+from mam.networks.normalise import MAX_DEVIATIONS, Moments, NormalisedPolicy, Statistics
+from mam.networks.policy import make_policy, refit
 from mam.types import EnvSpec, Observation
 
 T, B, N, F, STATE_DIM, NUM_IDS = 3, 4, 2, 5, 3, 2
@@ -118,3 +120,15 @@ def test_there_are_statistics_of_what_is_normalised_only(kind):
     assert not jax.tree.leaves(Statistics.init(SPEC, observations=False, values=False))
     only_ids = Statistics.init(replace(SPEC, obs_dim=NUM_IDS, state_dim=None), observations=True, values=False)
     assert not jax.tree.leaves(only_ids)
+
+
+@pytest.mark.parametrize(("name", "state_dim", "kept"), [("ippo", STATE_DIM, True), ("ippo", None, False)])
+def test_statistics_go_with_the_weights_to_another_number_of_agents(name, state_dim, kept):
+    """Those of a state that the network does not read are left behind where it is another."""
+    sizes, new = NetworkConfig(d_model=4), replace(SPEC, num_agents=N + 3, state_dim=state_dim)
+    network = jax.eval_shape(lambda key: make_policy(name, SPEC, sizes, key=key), jax.random.key(0))
+    statistics = Statistics.init(SPEC, observations=True, values=True)
+    moved = refit(NormalisedPolicy(network, statistics), name, SPEC, new, sizes)
+    assert moved.statistics.features is statistics.features
+    assert moved.statistics.values is statistics.values
+    assert moved.statistics.state is (statistics.state if kept else None)

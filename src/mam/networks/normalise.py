@@ -19,7 +19,8 @@ from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, P
 MAX_DEVIATIONS = 10.0  # where normalised features are clipped
 OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
 VALUE_HORIZON = 10  # the same of value targets, which change with the policy
-EPSILON = 1e-8  # added to variances
+FEATURE_FLOOR = 1e-8  # variances below are taken for this
+VALUE_FLOOR = 1.0  # small values stay as they are: scaled up, rare rewards would outweigh all else in the gradient
 
 
 class Moments(eqx.Module):
@@ -28,16 +29,17 @@ class Moments(eqx.Module):
     count: Float[Array, "*seeds"]  # samples; 0: nothing was seen yet
     mean: Float[Array, "*seeds_features"]
     var: Float[Array, "*seeds_features"]
+    floor: float = eqx.field(static=True)
 
     @classmethod
-    def init(cls, *features: int) -> "Moments":
+    def init(cls, *features: int, floor: float = FEATURE_FLOOR) -> "Moments":
         """Returns mean 0 and variance 1, which change nothing."""
-        return cls(count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features))
+        return cls(count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor)
 
     @property
     def deviation(self) -> Float[Array, "*features"]:
-        """σ = √(variance + ε)."""
-        return jnp.sqrt(self.var + EPSILON)
+        """σ, the square root of the variance or of its floor."""
+        return jnp.sqrt(jnp.maximum(self.var, self.floor))
 
     def normalise(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
         """Returns (x − μ) / σ, for [*batch, *features]."""
@@ -72,6 +74,7 @@ class Moments(eqx.Module):
             count=before + size,
             mean=self.mean + weight * shift,
             var=(1 - weight) * self.var + weight * (var + (1 - weight) * jnp.square(shift)),
+            floor=self.floor,
         )
 
 
@@ -80,7 +83,7 @@ class Statistics(eqx.Module):
 
     features: Moments | None = None  # of agents_view without ids, [O − ids], over living agents
     state: Moments | None = None  # of the global state, [G]
-    values: Moments | None = None  # of value targets, [], over living agents
+    values: Moments | None = None  # of value targets, [], over living agents; σ is at least 1
 
     @classmethod
     def init(cls, spec: EnvSpec, *, observations: bool, values: bool) -> "Statistics":
@@ -89,7 +92,7 @@ class Statistics(eqx.Module):
         return cls(
             features=Moments.init(num_features) if observations and num_features else None,
             state=Moments.init(spec.state_dim) if observations and spec.state_dim is not None else None,
-            values=Moments.init() if values else None,
+            values=Moments.init(floor=VALUE_FLOOR) if values else None,
         )
 
     def normalise(self, obs: Observation) -> Observation:
