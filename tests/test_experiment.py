@@ -154,6 +154,12 @@ def test_a_log_file_shows_every_tenth_of_a_run(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [f"a run: {done} %, return –" for done in (10, 20, 100)]
 
 
+def test_names_made_of_settings_are_shown_as_they_are(tmp_path, capsys):
+    name = "lr=[0.1],env=my:two:"
+    Screen().conclude([Row(Job(name, CONFIG, tmp_path), status="finished")])
+    assert name in capsys.readouterr().out
+
+
 class FakePool:
     """Does to a run what a script says, attempt by attempt."""
 

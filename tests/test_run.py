@@ -51,11 +51,19 @@ def whole(tmp_path_factory):
 def test_rows_are_in_order_and_complete(whole):
     rows = _rows(whole)
     assert [(r["kind"], r["update"]) for r in rows] == [
-        *(("train", 1), ("train", 2), ("evaluation", 2), ("train", 3), ("train", 4), ("evaluation", 4)),
+        *(
+            ("evaluation", 0),
+            ("train", 1),
+            ("train", 2),
+            ("evaluation", 2),
+            ("train", 3),
+            ("train", 4),
+            ("evaluation", 4),
+        ),
         *(("train", 5), ("train", 6), ("evaluation", 6), ("absolute", 6)),
     ]
     assert all(r["step_count"] == 16 * r["update"] for r in rows)
-    assert np.shape(rows[2]["episode_return"]) == (2, 3)
+    assert np.shape(rows[3]["episode_return"]) == (2, 3)
     assert np.shape(rows[-1]["episode_return"]) == (2, 5)
 
 

@@ -325,6 +325,23 @@ def test_the_best_weights_are_remembered_per_seed_and_the_later_of_equals(traine
     np.testing.assert_array_equal(state.policy.tag, 4)  # and training goes on from the current ones
 
 
+def test_each_mode_has_best_weights_of_its_own(trainer, monkeypatch):
+    """Sampled play is best at the first evaluation, greedy play at the second."""
+    state, returns = trainer.init(SEEDS[:1]), iter([[3.0, 1.0], [2.0, 2.0]])
+
+    def found(values, _):
+        sampled, greedy = next(returns)
+        return {"episode_return": jnp.full(4, sampled), "greedy_episode_return": jnp.full(4, greedy)}
+
+    monkeypatch.setattr(train, "_by_mode", found)
+    for tag in (1.0, 2.0):
+        state, _ = make_train(CONFIG).evaluate_step(scripted(state, [1], tag))
+    for beside, expected in ((False, (1.0, 3.0)), (True, (2.0, 2.0))):
+        best = state.best(beside=beside)
+        assert (best.policy.tag, best.mean_return) == expected
+    assert [policy.tag for policy in train._best_policies(state, CONFIG)] == [1.0, 2.0]
+
+
 def test_a_return_that_is_no_number_does_not_hide_later_ones(trainer, monkeypatch):
     state = trainer.init(SEEDS[:1])
     with monkeypatch.context() as patch:

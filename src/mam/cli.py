@@ -291,7 +291,7 @@ def _price(config: Config, time_limit: int | None) -> str:
     """One line: what evaluations cost beside training, where every episode takes as long as it may."""
     episodes = config.num_evaluation_episodes
     modes = " in both modes" if config.eval.both_modes else ""
-    line = f"evaluations: {config.num_evaluations} and the absolute metric, {episodes:,} episodes per seed{modes}"
+    line = f"evaluations: 1 + {config.num_evaluations} and the absolute metric, {episodes:,} episodes per seed{modes}"
     if not time_limit:
         return line
     steps, trained = episodes * time_limit, config.num_updates * config.steps_per_update
@@ -315,7 +315,7 @@ def _plan(args: PlanRun) -> None:
         table.add_row(found.changes, *sizes, f"{found.compile_seconds:.1f}")
         if fitting is None and need.total <= ROOM * room:
             fitting = found
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
     print(f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}")
     if fitting is None:
         raise UserError(
@@ -332,7 +332,9 @@ def _print_results(config: Config, folder: Any) -> None:
 
     title = f"{config.algorithm} on {config.env}"
     records = folder.records()
-    Console(highlight=False).print(summary_table(records, seeds=seeds_of(config), title=title))
+    Console(highlight=False, markup=False, emoji=False).print(
+        summary_table(records, seeds=seeds_of(config), title=title)
+    )
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
@@ -352,7 +354,7 @@ def _evaluate(args: Evaluate) -> None:
     if args.episodes < 1:
         raise UserError(f"--episodes must be positive, got {args.episodes}")
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
-        config, trainer, policies, _, seeds = _load(args.run, args.env, trust=args.trust)
+        config, trainer, policies, _, seeds = _load(args.run, args.env, trust=args.trust, greedy=args.greedy)
         keys = jax.random.split(jax.random.key(args.seed), len(seeds))
         try:
             metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
@@ -375,7 +377,7 @@ def _evaluate(args: Evaluate) -> None:
     if len(seeds) > 1:
         table.add_section()
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
 
 
@@ -397,7 +399,7 @@ def _play(args: Play) -> None:
     path = args.out or args.run / "episode.gif"
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
-    config, trainer, policies, best_return, seeds = _load(args.run, args.env, trust=args.trust)
+    config, trainer, policies, best_return, seeds = _load(args.run, args.env, trust=args.trust, greedy=args.greedy)
     if args.policy_seed is None:
         index = int(np.argmax(best_return))
     elif args.policy_seed in seeds:
@@ -425,8 +427,8 @@ def _play(args: Play) -> None:
     print(f"return {episode.episode_return:.3f}")
 
 
-def _load(path: Path, env: str | None, *, trust: bool) -> tuple[Config, Any, Any, Any, list[int]]:
-    """What playing needs of a run: configuration, trainer, best policies and their returns, seeds."""
+def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Config, Any, Any, Any, list[int]]:
+    """What playing needs of a run: configuration, trainer, policies that played best so and their returns, seeds."""
     from mam.networks.policy import refit
     from mam.run import RunFolder, seeds_of
     from mam.train import make_train
@@ -436,13 +438,14 @@ def _load(path: Path, env: str | None, *, trust: bool) -> tuple[Config, Any, Any
     _agreed(config.env, typed=env, trust=trust)
     trainer = make_train(config)
     state = folder.load_state(config, trainer)
-    policies = state.best_policy
+    best = state.best(beside=greedy != config.eval.greedy)
+    policies = best.policy
     if env is not None and env != config.env:
         trainer.close()
         config, spec = replace(config, env=env), trainer.spec
         trainer = make_train(config)
         policies = refit(policies, config.policy, spec, trainer.spec, config.network)
-    return config, trainer, policies, state.best_return, seeds_of(config)
+    return config, trainer, policies, best.mean_return, seeds_of(config)
 
 
 def _list(args: List) -> None:
@@ -500,7 +503,7 @@ def _print_specs() -> None:
         actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
         table.add_row(name, *map(str, sizes))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False, emoji=False).print(table)
     print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
     print("actions: how many there are to choose from, or real numbers")
     for suite, message in missing.items():

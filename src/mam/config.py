@@ -129,7 +129,7 @@ class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
     num_evaluations: int = 20
-    """Evenly spaced evaluations; the last one is of the final weights."""
+    """Evenly spaced evaluations, besides one before training; the last one is of the final weights."""
     num_episodes: int = 32
     """Episodes per evaluation."""
     num_absolute_episodes: int = 320
@@ -232,9 +232,14 @@ class Config:
         return (self.eval.greedy, not self.eval.greedy) if self.eval.both_modes else (self.eval.greedy,)
 
     @property
+    def mode_beside(self) -> str:
+        """What the mode that does not count is called in metrics."""
+        return "sampled" if self.eval.greedy else "greedy"
+
+    @property
     def num_evaluation_episodes(self) -> int:
         """Episodes that one seed plays in evaluations and for the absolute metric."""
-        once = self.num_evaluations * self.eval.num_episodes + self.eval.num_absolute_episodes
+        once = (1 + self.num_evaluations) * self.eval.num_episodes + self.eval.num_absolute_episodes
         return once * len(self.evaluation_modes)
 
     def evaluate_after(self, update: int) -> bool:

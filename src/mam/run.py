@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -84,7 +85,7 @@ class RunFolder:
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
         """The newest train state that is intact, one leading axis of seeds."""
-        return self.newest_save(config).restore(trainer.shapes(np.asarray(seeds_of(config))))
+        return restore(self.newest_save(config), trainer.shapes(np.asarray(seeds_of(config))))
 
     def newest_save(self, config: Config) -> Save:
         """The newest save that is intact.
@@ -115,6 +116,14 @@ class RunFolder:
         """Lets other processes train here; happens by itself when this one ends."""
         if self.held:
             self.held.close()
+
+
+def restore(save: Save, shapes: TrainState) -> TrainState:
+    """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
+    if shapes.best_beside is None or any(name.startswith("state.best_beside") for name in save.leaves):
+        return save.restore(shapes)
+    state = save.restore(replace(shapes, best_beside=None))
+    return replace(state, best_beside=jax.tree.map(jnp.copy, state.best(beside=False)))
 
 
 def seeds_of(config: Config) -> list[int]:
@@ -276,7 +285,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         stop = stack.enter_context(stop_on_signals(progress.log, loop.last_words))
         stack.enter_context(out_of_memory(config))
         with progress.compiling("the update and the evaluation"):
-            state = save.restore(trainer.shapes(seeds)) if save else trainer.init(seeds)
+            state = restore(save, trainer.shapes(seeds)) if save else trainer.init(seeds)
             trainer = trainer.compile(state)
         if line := footprint(trainer):
             progress.log(line)
@@ -286,7 +295,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
-                if not loop.has_saved:
+                if loop.update and not loop.has_saved:
                     loop.save(state)  # however long the first evaluation takes, what was learned before it is safe
                 progress.evaluating(config.eval.num_episodes)
                 state, values = loop.take(trainer.evaluate_step, state)
@@ -319,7 +328,7 @@ class _Loop:
     """Where the loop stands, and where its numbers go."""
 
     def __init__(self, config: Config, folder: RunFolder, save: Save | None):
-        meta = save.meta if save else {"update": 0, "evaluated": 0, "elapsed": 0.0}
+        meta = save.meta if save else {"update": 0, "evaluated": -1, "elapsed": 0.0}
         self.update, self.evaluated = meta["update"], meta["evaluated"]
         self.diagnosis = ""  # of what was not finite
         self._config, self._folder, self._resumed = config, folder, save
@@ -467,9 +476,9 @@ class _Loop:
 
 def _is_position(meta: dict[str, Any]) -> bool:
     """Whether metadata is what `_Loop.save` writes."""
-    counts = [meta.get(name) for name in ("update", "evaluated", "step_count", "metrics_bytes")]
+    least = {"update": 0, "evaluated": -1, "step_count": 0, "metrics_bytes": 0}
     return (
-        all(isinstance(count, int) and count >= 0 for count in counts)
+        all(isinstance(count := meta.get(name), int) and count >= low for name, low in least.items())
         and isinstance(meta.get("elapsed"), float)
         and isinstance(meta.get("config", {}), dict)
     )

@@ -33,6 +33,8 @@ def show(path: Path) -> None:
     print()
     records = folder.records() if folder.metrics.exists() else []
     title = f"{config.algorithm} on {config.env}"
-    Console(highlight=False).print(summary_table(records, seeds=seeds_of(config), title=title))
+    Console(highlight=False, markup=False, emoji=False).print(
+        summary_table(records, seeds=seeds_of(config), title=title)
+    )
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)

@@ -4,7 +4,7 @@ Where the environments are JAX programs each of them is one pure, compiled progr
 the same learner is driven by a loop.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -35,6 +35,13 @@ from mam.update import UpdateMetrics, make_batch, make_optimiser, update, update
 P = jax.P
 
 
+class Best(eqx.Module):
+    """The weights whose evaluation had the highest mean return so far."""
+
+    policy: Policy
+    mean_return: Float[Array, "*seeds"]
+
+
 class TrainState(eqx.Module):
     """Everything a run needs to go on exactly as if it had never stopped; one leading axis of seeds."""
 
@@ -43,8 +50,15 @@ class TrainState(eqx.Module):
     actors: Actors
     best_policy: Policy  # with the highest mean return of all evaluations so far
     best_return: Float[Array, "*seeds"]
+    best_beside: Best | None  # in the mode that is played beside the one that counts, if it is
     key: Key[Array, "*seeds"]
     num_updates: Int[Array, "*seeds"]
+
+    def best(self, *, beside: bool) -> Best:
+        """The best weights in the mode that counts, or in the one beside it, as far as that was played."""
+        if beside and self.best_beside is not None:
+            return self.best_beside
+        return Best(self.best_policy, self.best_return)
 
 
 NON_FINITE = "non_finite"  # the value that says which of `watched` went bad first
@@ -119,12 +133,14 @@ class Learner:
         decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
         network = make_policy(config.policy, self.spec, config.network, decoding, key=policy_key)
         policy = self.around(network)
+        never = jnp.array(-jnp.inf, jnp.float32)
         return TrainState(
             policy=policy,
             opt_state=self.optimiser.init(cast(Any, network)),
             actors=start(policy, env_key),
             best_policy=policy,
-            best_return=jnp.array(-jnp.inf, jnp.float32),
+            best_return=never,
+            best_beside=Best(policy, never) if config.eval.both_modes else None,
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
         )
@@ -227,12 +243,19 @@ class Learner:
         )
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
-        """Keeps the evaluated weights if none were better before."""
-        mean_return = values["episode_return"].mean(dtype=state.best_return.dtype)
-        better = mean_return >= state.best_return  # of equals the later: it has learned for longer
-        best_policy = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.policy, state.best_policy)
-        best = (best_policy, jnp.where(better, mean_return, state.best_return))
-        return eqx.tree_at(lambda s: (s.best_policy, s.best_return), state, best)
+        """Keeps the evaluated weights if none were better before, for each mode that was played."""
+
+        def better(best: Best, returns: Any) -> Best:
+            mean_return = returns.mean(dtype=best.mean_return.dtype)
+            is_better = mean_return >= best.mean_return  # of equals the later: it has learned for longer
+            new = Best(state.policy, mean_return)
+            return jax.tree.map(lambda new, old: jnp.where(is_better, new, old), new, best)
+
+        best = better(state.best(beside=False), values["episode_return"])
+        if state.best_beside is not None:
+            beside = better(state.best_beside, values[f"{self.config.mode_beside}_episode_return"])
+            state = eqx.tree_at(lambda s: s.best_beside, state, beside)
+        return eqx.tree_at(lambda s: (s.best_policy, s.best_return), state, (best.policy, best.mean_return))
 
 
 def _train_on_device(config: Config) -> Trainer:
@@ -264,16 +287,18 @@ def _train_on_device(config: Config) -> Trainer:
         limit = config.eval.max_episode_steps
         return evaluate(everywhere.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
 
-    def play_both(policy: Policy, key: Key[Array, ""], num_episodes: int) -> Values:
-        modes = jnp.array(config.evaluation_modes)
-        return _both_modes(jax.lax.map(lambda greedy: play(policy, key, num_episodes, greedy), modes), config)
+    def play_modes(policies: Sequence[Policy], key: Key[Array, ""], num_episodes: int) -> Values:
+        """Plays each mode with its policy: one program, in which the mode is data."""
+        modes = jax.tree.map(lambda *x: jnp.stack(x), *policies), jnp.array(config.evaluation_modes)
+        return _by_mode(jax.lax.map(lambda mode: play(mode[0], key, num_episodes, mode[1]), modes), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
-        values = play_both(state.policy, _stream(state, 1), config.eval.num_episodes)
+        policies = [state.policy] * len(config.evaluation_modes)
+        values = play_modes(policies, _stream(state, 1), config.eval.num_episodes)
         return learner.remember(state, values), values
 
     def absolute_metric(state: TrainState) -> Values:
-        return play_both(state.best_policy, _stream(state, 2), config.eval.num_absolute_episodes)
+        return play_modes(_best_policies(state, config), _stream(state, 2), config.eval.num_absolute_episodes)
 
     def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
@@ -362,16 +387,18 @@ def _train_on_host(config: Config) -> Trainer:
         limit = settings.max_episode_steps
         return host_evaluate(played, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
 
-    def play_both(policy: Policy, key: Key[Array, "seeds"], num_episodes: int) -> Values:
-        modes = [play(policy, key, num_episodes, greedy) for greedy in config.evaluation_modes]
-        return _both_modes(jax.tree.map(lambda *values: np.stack(values), *aligned(modes)), config)
+    def play_modes(policies: Sequence[Policy], key: Key[Array, "seeds"], num_episodes: int) -> Values:
+        modes = zip(policies, config.evaluation_modes, strict=True)
+        values = [play(policy, key, num_episodes, greedy) for policy, greedy in modes]
+        return _by_mode(jax.tree.map(lambda *values: np.stack(values), *aligned(values)), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
-        values = play_both(state.policy, streams(state)[1][:, 0], settings.num_episodes)
+        policies = [state.policy] * len(config.evaluation_modes)
+        values = play_modes(policies, streams(state)[1][:, 0], settings.num_episodes)
         return remember(state, values), values
 
     def absolute_metric(state: TrainState) -> Values:
-        return play_both(state.best_policy, streams(state)[2][:, 0], settings.num_absolute_episodes)
+        return play_modes(_best_policies(state, config), streams(state)[2][:, 0], settings.num_absolute_episodes)
 
     def close() -> None:
         for envs in (played, *running):
@@ -417,10 +444,14 @@ def _stream(state: TrainState, stream: int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
 
 
-def _both_modes(values: Values, config: Config) -> Values:
-    """Metrics [modes, …] of the mode that counts and of the other one, if played, which is named in front."""
-    other = "sampled" if config.eval.greedy else "greedy"
-    beside = {f"{other}_{name}": x[1] for name, x in values.items()} if config.eval.both_modes else {}
+def _best_policies(state: TrainState, config: Config) -> list[Policy]:
+    """The best weights in each mode that is played."""
+    return [state.best(beside=bool(index)).policy for index in range(len(config.evaluation_modes))]
+
+
+def _by_mode(values: Values, config: Config) -> Values:
+    """Metrics [modes, …] of the mode that counts and of the one beside it, if played, which is named in front."""
+    beside = {f"{config.mode_beside}_{name}": x[1] for name, x in values.items()} if config.eval.both_modes else {}
     return {name: x[0] for name, x in values.items()} | beside
 
 

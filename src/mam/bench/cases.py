@@ -200,6 +200,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
         actors=jax.jit(partial(init_actors, envs))(normalised, key),
         best_policy=normalised,
         best_return=jnp.zeros(()),
+        best_beside=None,
         key=key,
         num_updates=jnp.zeros((), jnp.int32),
     )

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from mam.experiment.matrix import Row
@@ -77,8 +78,8 @@ class Screen:
                 done = min(row.progress.step_count / row.job.budget, 1.0)
                 speed = row.progress.speed * row.job.config.num_seeds
                 table.add_row(
-                    row.job.name,
-                    f"[{_STYLES[row.status]}]{row.status}[/]",
+                    Text(row.job.name),  # which is made of settings, brackets included
+                    Text(row.status, _STYLES[row.status]),
                     f"{100 * done:.0f} %",
                     self.returns(row),
                     f"{speed:,.0f}" if np.isfinite(speed) else "–",

@@ -104,12 +104,12 @@ def deployment(records: Sequence[Record], *, greedy: bool) -> str:
     score, other = absolute_returns(records), absolute_returns(records, f"{beside}_{RETURN}")
     if score is None:
         return ""
-    chosen = f"the weights are those with the best evaluation with {counts} actions"
     if other is None:
-        return f"deploy {counts} actions, the only ones played ({chosen}; --eval.both-modes plays the others, too)"
+        return f"deploy {counts} actions, the only ones played (--eval.both-modes plays the others, too)"
     scores = {counts: float(score.mean()), beside: float(other.mean())}
     best, worst = sorted(scores, key=lambda mode: -scores[mode])
-    return f"deploy {best} actions: {scores[best]:.3f}, with {worst} ones {scores[worst]:.3f} ({chosen})"
+    shown = f"{scores[best]:.3f}, with {worst} ones {scores[worst]:.3f}"
+    return f"deploy {best} actions: {shown} (each with the weights that did best so)"
 
 
 def _interval(values: np.ndarray | None) -> str:
