@@ -196,7 +196,8 @@ def test_the_price_of_evaluations_is_said():
     config = replace(preset_for("mine:own")[0], total_timesteps=65_536)
     assert (config.agent_id, config.evaluation_modes) == ("sinusoid", (False,))
     assert cli._price(config, 100) == (
-        "evaluations: 1 + 8 and the absolute metric, 140 episodes per seed, up to 14,000 steps: 21% of those in training"
+        "evaluations: 1 + 8 and the absolute metric, 140 episodes per seed, "
+        "up to 14,000 steps: 21% of those in training"
     )
     both = replace(config, eval=replace(config.eval, both_modes=True, greedy=True))
     assert both.evaluation_modes == (True, False)

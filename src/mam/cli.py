@@ -21,7 +21,7 @@ from mam.envs.host.factories import names_code
 from mam.envs.tasks import check_task
 from mam.errors import RunError, UserError, printable, shown, unknown_name
 from mam.experiment import Experiment, run_experiment
-from mam.output import discard, lasting, make_printable
+from mam.output import discard, display, lasting, make_printable
 from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runtime import Hosts
 from mam.sweep import Sweep, run_sweep
@@ -299,7 +299,6 @@ def _price(config: Config, time_limit: int | None) -> str:
 
 
 def _plan(args: PlanRun) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from mam import runtime
@@ -315,7 +314,7 @@ def _plan(args: PlanRun) -> None:
         table.add_row(found.changes, *sizes, f"{found.compile_seconds:.1f}")
         if fitting is None and need.total <= ROOM * room:
             fitting = found
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    display(table)
     print(f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}")
     if fitting is None:
         raise UserError(
@@ -325,16 +324,13 @@ def _plan(args: PlanRun) -> None:
 
 
 def _print_results(config: Config, folder: Any) -> None:
-    from rich.console import Console
 
     from mam.report import deployment, summary_table
     from mam.run import seeds_of
 
     title = f"{config.algorithm} on {config.env}"
     records = folder.records()
-    Console(highlight=False, markup=False, emoji=False).print(
-        summary_table(records, seeds=seeds_of(config), title=title)
-    )
+    display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
@@ -343,7 +339,6 @@ def _print_results(config: Config, folder: Any) -> None:
 
 def _evaluate(args: Evaluate) -> None:
     import jax
-    from rich.console import Console
     from rich.table import Table
 
     from mam import runtime
@@ -377,7 +372,7 @@ def _evaluate(args: Evaluate) -> None:
     if len(seeds) > 1:
         table.add_section()
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    display(table)
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
 
 
@@ -479,7 +474,6 @@ def _shown(value: Any) -> str:
 
 def _print_specs() -> None:
     """Every task with its sizes; a suite that is not installed with how to get it."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     from mam.envs.registry import auto_options, make
@@ -503,7 +497,7 @@ def _print_specs() -> None:
         actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
         table.add_row(name, *map(str, sizes))
-    Console(highlight=False, markup=False, emoji=False).print(table)
+    display(table)
     print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
     print("actions: how many there are to choose from, or real numbers")
     for suite, message in missing.items():

@@ -17,6 +17,13 @@ def make_printable() -> None:
             stream.reconfigure(errors="replace")
 
 
+def display(table: Any) -> None:
+    """Prints a table of Rich's in which names are neither markup nor emoji, whatever is in them."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
 def discard(stream: Any) -> None:
     """Sends whatever is still to be written nowhere, what is buffered included."""
     with suppress(OSError, ValueError):  # no file

@@ -3,10 +3,9 @@
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
 from mam.config import flat, to_json
 from mam.experiment.grid import flags
+from mam.output import display
 from mam.presets import preset_for
 from mam.report import deployment, summary_table
 from mam.report.collect import read_versions
@@ -33,8 +32,6 @@ def show(path: Path) -> None:
     print()
     records = folder.records() if folder.metrics.exists() else []
     title = f"{config.algorithm} on {config.env}"
-    Console(highlight=False, markup=False, emoji=False).print(
-        summary_table(records, seeds=seeds_of(config), title=title)
-    )
+    display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
