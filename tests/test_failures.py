@@ -384,9 +384,11 @@ def test_other_mistakes_are_saved_too(start, path, trainer):
     assert saved_updates(path) == 4
 
 
-def test_a_save_comes_before_the_first_evaluation(start, path, trainer, capsys):
+def test_a_save_comes_before_the_first_evaluation_of_what_was_learned(start, path, trainer, capsys):
     def endless(state):
-        raise KeyboardInterrupt
+        if state.num_updates.any():
+            raise KeyboardInterrupt
+        return trainer.evaluate_step(state)
 
     with pytest.raises(KeyboardInterrupt):
         start(replace(CONFIG, checkpoint=CheckpointConfig(seconds=1e9)), evaluate_step=endless)

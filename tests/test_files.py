@@ -66,7 +66,7 @@ def test_only_regular_files_are_read(tmp_path, make, why):
 
 
 def test_an_object_is_read_as_it_was_written(tmp_path):
-    path, config = tmp_path / "config.json", Config(env="ü:é 🐍", seed=2**63 - 1)
+    path, config = tmp_path / "config.json", Config(env="ü:é 🐍", total_timesteps=2**63 - 1)
     path.write_text(json.dumps(to_json(config)))
     assert read_config(path) == config
 

@@ -57,7 +57,7 @@ def test_a_command_imports_nothing_that_only_a_folder_names(folder, capsys, comm
 @pytest.mark.parametrize("word", [["--trust"], ["--env", "stranger:make"], ["--env=stranger:make"]], ids=" ".join)
 def test_the_users_word_imports_it_and_what_it_returns_has_to_be_an_environment(folder, capsys, command, word):
     assert cli.main([*command, *word]) == 2
-    assert "stranger:make returns a str: expected an environment" in capsys.readouterr().err
+    assert "stranger:make returns a str: expected a subclass of mam.types.Environment" in capsys.readouterr().err
     assert (folder / "called").exists()
 
 

@@ -5,6 +5,7 @@ The docstring under a field is its help text on the command line.
 
 import dataclasses
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -328,6 +329,9 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: in one line that names the file, if there is none in it.
     """
+    if not os.path.exists(path):  # Path's own raises for some names
+        run = path.name == "config.json"
+        raise UserError(f"{path.parent} holds no run: there is no config.json in it" if run else f"no file {path}")
     data = read_object(path)
     try:
         return from_json(Config, data)

@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,8 +80,6 @@ class RunFolder:
         Raises:
             UserError: if the folder holds no run, or one of an incompatible version.
         """
-        if not self.config.is_file():
-            raise UserError(f"{self.path} holds no run: there is no config.json in it")
         return read_config(self.config)
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
@@ -122,8 +121,9 @@ def restore(save: Save, shapes: TrainState) -> TrainState:
     """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
     if shapes.best_beside is None or any(name.startswith("state.best_beside") for name in save.leaves):
         return save.restore(shapes)
-    state = save.restore(replace(shapes, best_beside=None))
-    return replace(state, best_beside=jax.tree.map(jnp.copy, state.best(beside=False)))
+    state = save.restore(eqx.tree_at(lambda s: s.best_beside, shapes, None))
+    best = jax.tree.map(jnp.copy, state.best(beside=False))
+    return eqx.tree_at(lambda s: s.best_beside, state, best, is_leaf=lambda x: x is None)
 
 
 def seeds_of(config: Config) -> list[int]:

@@ -54,7 +54,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make_policy(name, spec, SIZES, key=key), jax.random.key(0))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
 
     def draw(path, leaf):
         centre, spread = 1.0 if path[-1].name == "scale" else 0.0, {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim]

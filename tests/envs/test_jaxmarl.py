@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mam.envs import jaxmarl, smax
+from mam.envs.tasks import OVERCOOKED_LAYOUTS, SMAX_TASKS
 from mam.errors import UserError
 from mam.types import Environment
 
@@ -252,7 +253,7 @@ def test_smax_settings(task, agents, enemies, random_units):
 def test_smax_tasks_are_jaxmarls():
     from jaxmarl.environments.smax.smax_env import MAP_NAME_TO_SCENARIO
 
-    assert set(smax.SMAX_TASKS) <= set(MAP_NAME_TO_SCENARIO)
+    assert set(SMAX_TASKS) <= set(MAP_NAME_TO_SCENARIO)
 
 
 @pytest.mark.parametrize(("task", "continuous"), [("simple_spread_10", True), ("simple_spread_5-discrete", False)])
@@ -314,7 +315,7 @@ def test_overcooked_rewards_are_shared():
         np.testing.assert_allclose(rewards, np.repeat(expected, 2).reshape(2, 2))
 
 
-@pytest.mark.parametrize("layout", jaxmarl.OVERCOOKED_LAYOUTS)
+@pytest.mark.parametrize("layout", OVERCOOKED_LAYOUTS)
 def test_overcooked_layouts(layout):
     spec = jaxmarl.make_overcooked(layout).spec
     rows, columns, channels = spec.grid_shape

@@ -160,7 +160,7 @@ POLICIES = {
 ALIVE = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0]], bool)
 
 
-def make(name, kind, decoding, seed=0):
+def make(name, kind, decoding, seed=1):
     name, sizes = POLICIES[name]
     policy = randomise(lambda key: make_policy(name, make_spec(kind), sizes, decoding, key=key), seed)
     # Means near zero: at the limits of continuous actions log-probabilities are hardly determined.

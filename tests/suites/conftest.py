@@ -56,6 +56,8 @@ environments = cache(OnHost)
 def draw(path, leaf):
     """A value of about the usual size for a leaf of the training state: drawing with NumPy compiles nothing."""
     names = [getattr(key, "name", "") for key in path]
+    if "statistics" in names:
+        return jnp.full(leaf.shape, 1.0 if names[-1] == "var" else 0.0, leaf.dtype)
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or {"mu", "nu", "memory"} & {*names}:
         return jnp.zeros(leaf.shape, leaf.dtype)
     centre = 1.0 if names[-1] == "scale" else 0.0

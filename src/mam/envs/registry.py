@@ -136,7 +136,7 @@ def _own(name: str) -> Environment | EnvFactory:
         with contextlib.suppress(Exception):
             env.close()
         return factory
-    if env is None or (_foreign(env) and not isinstance(getattr(env, "spec", None), EnvSpec)):
+    if _foreign(env) and not isinstance(getattr(env, "spec", None), EnvSpec):
         raise _no_environment(name, env)
     return env
 

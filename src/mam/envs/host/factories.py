@@ -69,8 +69,8 @@ class EnvFactory:
             raise UserError(f"{self.name}: {_one_line(error)}") from error
         if not all(callable(getattr(env, method, None)) for method in ("reset", "step")):
             raise UserError(
-                f"{self.name} returns a {type(env).__name__}: expected an environment, a subclass of "
-                f"mam.types.Environment or a PettingZoo ParallelEnv"
+                f"{self.name} returns a {type(env).__name__}: expected a subclass of mam.types.Environment with spec, "
+                "reset and step, or a PettingZoo ParallelEnv"
             )
         return env
 
