@@ -1,5 +1,7 @@
 """Every test runs with shapes and types checked at run time, and with the compilation cache on."""
 
+import signal
+
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -9,6 +11,7 @@ install_import_hook("mam", "beartype.beartype")
 from mam.runtime import enable_compilation_cache  # noqa: E402
 
 enable_compilation_cache()
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what starts the tests may ignore it (nohup), and its children would
 
 
 @pytest.fixture(autouse=True, scope="module")
