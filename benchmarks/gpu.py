@@ -1,4 +1,4 @@
-"""Everything worth knowing about a GPU in ten minutes: kernels against float64, speed, train steps, one comparison.
+"""Everything worth knowing about a GPU in ten minutes: kernels against float64, speed, train steps.
 
     make gpu-bundle                       # here: wheels of what a GPU machine may lack, in .wheels
     python benchmarks/gpu.py              # there: all steps, in order of value
