@@ -23,12 +23,12 @@ import jax
 import numpy as np
 import tyro
 
-from mam import cli
+from mam.cli import main as cli
 from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.errors import UserError
+from mam.learning.train import NON_FINITE, make_train
 from mam.networks.policy import POLICIES
-from mam.train import NON_FINITE, make_train
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {

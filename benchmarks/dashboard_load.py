@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from mam.config import Config, PPOConfig, to_json
-from mam.dashboard.curves import Curves, groups, labels_of
-from mam.dashboard.watch import Watcher
-from mam.logging import write_atomically
+from mam.runs.sinks import write_atomically
+from mam.study.dashboard.curves import Curves, groups, labels_of
+from mam.study.dashboard.watch import Watcher
 
 METRICS = ("loss", "entropy", "approx_kl", "grad_norm", "episode_return")
 SEEDS, EVALUATE_EVERY, EPISODES = 3, 1000, 32

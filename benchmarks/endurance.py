@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from mam import guard, runtime, train, update
-from mam import run as runs
 from mam.config import CheckpointConfig, Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.logging import JsonLines
+from mam.learning import nonfinite as guard
+from mam.learning import train, update
 from mam.presets import preset_for
+from mam.runs import loop as runs
+from mam.runs import process as runtime
+from mam.runs.sinks import JsonLines
 
 
 @dataclass(frozen=True)

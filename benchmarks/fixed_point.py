@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from mam.bench.inputs import random_observation, synthetic_task
 from mam.config import NetworkConfig
-from mam.networks.decode import Ahead, Decoding, decide
+from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.policy import make_policy
-from mam.runtime import configure
+from mam.runs.process import configure
+from mam.study.bench.inputs import random_observation, synthetic_task
 
 
 @dataclass(frozen=True)

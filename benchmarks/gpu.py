@@ -120,7 +120,7 @@ def check_scan(short: bool) -> list[Row]:
     import jax
     import jax.numpy as jnp
 
-    from mam.networks.kernels.scan import scan_kernel
+    from mam.kernels.cuda.scan import scan_kernel
 
     on_gpu = jax.default_backend() == "gpu"
     names = ("x", "dt", "B", "C", "A", "h0")
@@ -156,10 +156,10 @@ def check_decode(short: bool) -> list[Row]:
     import jax
     import jax.numpy as jnp
 
-    from mam.bench.inputs import random_policy, synthetic_task
     from mam.config import NetworkConfig
-    from mam.networks.decode import Ahead, Decoding, decide
-    from mam.networks.kernels.decode import decode_kernel, kernel_supports
+    from mam.networks.decoding.cuda import decode_kernel, kernel_supports
+    from mam.networks.decoding.decide import Ahead, Decoding, decide
+    from mam.study.bench.inputs import random_policy, synthetic_task
 
     on_gpu = jax.default_backend() == "gpu"
 
@@ -211,8 +211,8 @@ def check_policy(short: bool) -> list[Row]:
     """Whole policies: acting's log-probabilities are the learner's, and both are near those of float64."""
     import jax
 
-    from mam.bench.inputs import random_observation, random_policy, synthetic_task
     from mam.config import NetworkConfig
+    from mam.study.bench.inputs import random_observation, random_policy, synthetic_task
 
     sizes = NetworkConfig(d_model=64, d_state=16)
 
@@ -250,7 +250,7 @@ def check_policy(short: bool) -> list[Row]:
 
 def bench(what: str, names: tuple[str, ...], tokens: int, short: bool, part: str | None) -> list[Row]:
     """`mam bench` in this process, as rows: all candidates, or one of them just to have its programs compiled."""
-    from mam.cli import main
+    from mam.cli.main import main
 
     out = Path(OUT, "bench", part or "all", what)
     sizes = ("2", "4", "--network.d-model", "16", "--network.d-state", "4") if short else ("4", "32", "128", "1024")
@@ -322,8 +322,8 @@ def profile(config: Any, calls: int) -> Row:
     import jax.numpy as jnp
 
     from mam.envs.registry import make_batched
-    from mam.rollout import rollout
-    from mam.train import make_train
+    from mam.learning.rollout import rollout
+    from mam.learning.train import make_train
 
     trainer, ppo = make_train(config), config.ppo
     state = trainer.init(jnp.arange(1))

@@ -98,8 +98,8 @@ def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     import jax
     import numpy as np
 
-    from mam.run import RunFolder
-    from mam.train import make_train
+    from mam.learning.train import make_train
+    from mam.runs.loop import RunFolder
 
     folder = RunFolder(run)
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

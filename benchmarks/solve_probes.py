@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from mam import train
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
+from mam.learning import train
 from mam.networks.policy import POLICIES
-from mam.runtime import configure
+from mam.runs.process import configure
 
 SEQUENCE = ("mam", "mat")
 # Probes that a policy can only solve if it has what they probe for.

@@ -4,8 +4,8 @@ mam experiment experiments/lbf.py
 mam report runs/lbf --by ppo.lr --out report
 """
 
-from mam.experiment import grid
 from mam.presets import preset
+from mam.study.experiment.grid import grid
 
 runs = grid(
     preset("lbf/2s-8x8-2p-2f-coop"),

@@ -9,7 +9,7 @@ Settings are each task's preset; those without one of their own take their suite
 from dataclasses import replace
 
 from mam.config import EvalConfig
-from mam.experiment import grid
+from mam.study.experiment.grid import grid
 
 RWARE = (
     *("tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard"),

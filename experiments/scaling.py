@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import partial
 
 from mam.envs.probes import Identity
-from mam.experiment import grid
 from mam.presets import preset
+from mam.study.experiment.grid import grid
 
 AGENTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 

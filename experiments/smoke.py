@@ -4,7 +4,7 @@ mam experiment experiments/smoke.py
 mam report runs/smoke --out report
 """
 
-from mam.experiment import grid
+from mam.study.experiment.grid import grid
 
 runs = grid(
     env=["probe/matrix", "probe/copy"],

@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("mam", "beartype.beartype")
 
-from mam.runtime import enable_compilation_cache  # noqa: E402
+from mam.runs.process import enable_compilation_cache  # noqa: E402
 
 enable_compilation_cache()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what starts the tests may ignore it (nohup), and its children would

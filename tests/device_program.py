@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mam.checkpoint import Writer, newest
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.runtime import enable_compilation_cache
-from mam.train import make_train
+from mam.learning.train import make_train
+from mam.runs.checkpoint import Writer, newest
+from mam.runs.process import enable_compilation_cache
 
 SEEDS = np.arange(2)
 

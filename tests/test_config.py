@@ -10,16 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mam.config import (
-    Config,
-    DecoderConfig,
-    EncoderConfig,
-    EvalConfig,
-    NetworkConfig,
-    PPOConfig,
-    from_json,
-    to_json,
-)
+from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, NetworkConfig, PPOConfig, from_json, to_json
 from mam.errors import UserError
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)

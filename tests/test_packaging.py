@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mam.distribution import DISTRIBUTION, NATIVE
+from mam.errors import DISTRIBUTION, NATIVE
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

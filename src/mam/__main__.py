@@ -2,14 +2,14 @@
 
 import sys
 
-from mam.stop import listen
+from mam.runs.signals import listen
 
 
 def main() -> int:
     """Runs the command; training listens to signals before anything heavy is imported, and until its last moment."""
     if sys.argv[1:2] == ["train"]:
         listen()
-    from mam import cli
+    from mam.cli import main as cli
 
     return cli.main()
 

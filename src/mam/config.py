@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mam.errors import UserError, shown, unknown_name
-from mam.files import read_object
+from mam.runs.files import read_object
 
 T = TypeVar("T")
 

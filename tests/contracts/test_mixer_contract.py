@@ -14,8 +14,9 @@ import pytest
 from jax import lax
 
 from mam.config import EncoderConfig, NetworkConfig
-from mam.networks.mixers import MIXERS, AbstractCausalMixer, MixerFamily
-from mam.networks.ssd import CHUNK
+from mam.kernels.ssd import CHUNK
+from mam.networks.mixers.base import AbstractCausalMixer
+from mam.networks.mixers.registry import MIXERS, MixerFamily
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 ROLES = [role.name for role in dataclasses.fields(MixerFamily) if role.name != "letter"]

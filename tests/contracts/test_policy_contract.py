@@ -16,8 +16,8 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
+from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
-from mam.networks.normalise import NormalisedPolicy, Statistics
 from mam.networks.policy import POLICIES, make_policy
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam import train
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.probes import Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.learning import train
+from mam.learning.train import TrainState
 from mam.networks.policy import POLICIES
-from mam.train import TrainState
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling

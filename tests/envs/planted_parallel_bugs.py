@@ -1,4 +1,4 @@
-"""A PettingZoo environment, and the same with one bug each: what `mam.envs.host.audit` must notice. Free of JAX."""
+"""A PettingZoo environment, and the same with one bug each: what `mam.envs.external.audit` must notice. Free of JAX."""
 
 from dataclasses import dataclass
 

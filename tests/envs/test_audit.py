@@ -6,8 +6,8 @@ from host_environments import Lives
 from planted_parallel_bugs import BUGS, FarAway, NoRoad, Walkers, far_away
 
 from mam.envs.check.parallel import check_parallel, limit_of_one, read_findings
-from mam.envs.host.audit import Audited
-from mam.envs.host.pettingzoo import PettingZooEnv
+from mam.envs.external.audit import Audited
+from mam.envs.external.pettingzoo import PettingZooEnv
 
 
 def findings(make, folder, num_episodes=12):

@@ -12,8 +12,9 @@ import pytest
 from planted_bugs import BUGS, GOOD, LIMIT, Bug, Walk
 
 from mam.envs import check, jumanji, probes
-from mam.envs.check import Finding, Report, check_environment, episode_rules, host_play, recording
-from mam.envs.check.report import collapse
+from mam.envs.check import episode_rules, host_play, recording
+from mam.envs.check.check import check_environment
+from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.registry import make
 from mam.envs.wrappers import AutoReset
 from mam.types import Observation, TimeStep

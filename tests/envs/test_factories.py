@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from host_environments import Lives
 
-from mam.envs.host.factories import EnvFactory, find_factory
+from mam.envs.external.factories import EnvFactory, find_factory
 from mam.errors import UserError
 
 
@@ -103,9 +103,9 @@ def test_module_that_needs_what_is_missing(monkeypatch, tmp_path):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, mam.envs.host.factories, mam.envs.host.worker;"
+        "import sys, mam.envs.external.factories, mam.envs.external.worker;"
         "assert not {'numpy', 'gymnasium', 'jax'} & set(sys.modules);"
-        "import mam.envs.host.slice;"
+        "import mam.envs.external.slice;"
         "assert not {'jax', 'equinox', 'pettingzoo'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,9 +7,9 @@ import pytest
 from gymnasium import spaces
 from host_environments import LIMIT, LIVES, Lives
 
-from mam.envs.host.factories import find_factory
-from mam.envs.host.pettingzoo import PettingZooEnv
-from mam.envs.host.spaces import out_of_bounds
+from mam.envs.external.factories import find_factory
+from mam.envs.external.pettingzoo import PettingZooEnv
+from mam.envs.external.spaces import out_of_bounds
 from mam.errors import UserError
 
 NUMBERS = spaces.Box(-10, 10, (2,))

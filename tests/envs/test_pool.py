@@ -15,11 +15,11 @@ import pytest
 from host_environments import EXITS, KILLED, LIMIT, LIVES, RAISES, STUCK, Faulty, Lives
 
 from mam.config import WorkerConfig
-from mam.envs.host import process as parent_end
-from mam.envs.host import worker as child
-from mam.envs.host.factories import find_factory
-from mam.envs.host.pettingzoo import PettingZooEnv
-from mam.envs.host.pool import HostPool
+from mam.envs.external import process as parent_end
+from mam.envs.external import worker as child
+from mam.envs.external.factories import find_factory
+from mam.envs.external.pettingzoo import PettingZooEnv
+from mam.envs.external.pool import HostPool
 from mam.errors import RunError, UserError
 from mam.types import Environment, HostEnvironments
 
@@ -189,7 +189,7 @@ def test_mpe2(make_pool):
 
 @pytest.mark.parametrize("most", [32, 1])
 def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(make_pool, monkeypatch, caplog, most):
-    monkeypatch.setattr("mam.envs.host.pool.MAX_INFOS", most)
+    monkeypatch.setattr("mam.envs.external.pool.MAX_INFOS", most)
     pool = make_pool(hosts.Informed, num_envs=2)
     pool.reset(0)
     timesteps = [pool.step(action) for action in ACTIONS[: 2 * LIMIT, :2]]
@@ -273,7 +273,7 @@ def test_worker_that_hangs(pool, monkeypatch, caplog):
 
 
 def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
-    monkeypatch.setattr("mam.envs.host.pool.MAX_FAILURES", 1)
+    monkeypatch.setattr("mam.envs.external.pool.MAX_FAILURES", 1)
     pool = make_pool(Faulty, num_envs=1)
     pool.reset(0)
     action = np.zeros((1, 3), int)
@@ -287,7 +287,7 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
 
 def test_worker_that_dies_at_birth(make_pool, monkeypatch):
     before = children()
-    monkeypatch.setattr("mam.envs.host.pool.MAX_FAILURES", 1)
+    monkeypatch.setattr("mam.envs.external.pool.MAX_FAILURES", 1)
     with pytest.raises(RunError, match=r"^test: worker 0 \(environment 0\) ended with exit code 7, 2 times in a row$"):
         make_pool(hosts.stillborn, num_envs=1)
     assert children() == before

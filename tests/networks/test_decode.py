@@ -11,9 +11,9 @@ import pytest
 
 from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.networks.actions import Categorical, make_action_kind
-from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import ActionEmbedding, Context, Decoder
-from mam.networks.mixers import LETTERS
+from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.mixers.registry import LETTERS
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 

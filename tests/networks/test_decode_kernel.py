@@ -10,10 +10,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from mam.config import NetworkConfig
 from mam.networks.actions import Categorical
-from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import Decoder
-from mam.networks.kernels.decode import Tiling, decode_kernel, kernel_supports
-from mam.networks.mixers import LETTERS
+from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
+from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.mixers.registry import LETTERS
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling

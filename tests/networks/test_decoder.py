@@ -9,7 +9,7 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.decoder import ActionEmbedding, Decoder
-from mam.networks.mixers import LETTERS
+from mam.networks.mixers.registry import LETTERS
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling

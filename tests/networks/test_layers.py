@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
+from mam.kernels.selective_scan import DT_LIMIT, step_size
 from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm, lookup
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
-from mam.networks.mixers.ssm import CausalConv
-from mam.networks.scan import DT_LIMIT, step_size
+from mam.networks.mixers.roles import CausalConv
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)

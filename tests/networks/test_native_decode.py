@@ -9,12 +9,12 @@ import pytest
 from test_decode_kernel import FAST, SIZES, look_ahead, make_decoder, make_inputs, make_shapes
 
 from mam.config import NetworkConfig
+from mam.kernels.native.library import without_native
 from mam.networks.actions import Categorical
-from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import Context
-from mam.networks.kernels import native_decode as native_module
-from mam.networks.kernels.native import without_native
-from mam.networks.kernels.native_decode import native_decode, native_supports
+from mam.networks.decoding import native as native_module
+from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.native import native_decode, native_supports
 
 mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
 

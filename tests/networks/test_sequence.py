@@ -14,8 +14,8 @@ import pytest
 
 from mam.config import LAYOUT_LETTERS, DecoderConfig, EncoderConfig, NetworkConfig
 from mam.errors import UserError
-from mam.networks.decode import Decoding
-from mam.networks.mixers import LETTERS
+from mam.networks.decoding.decide import Decoding
+from mam.networks.mixers.registry import LETTERS
 from mam.networks.policy import POLICIES, make_policy
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mam.config import EncoderConfig, NetworkConfig
-from mam.networks.mixers import MIXERS
+from mam.networks.mixers.registry import MIXERS
 
 SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 

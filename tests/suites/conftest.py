@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam import host
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
-from mam.host import blank_actors, host_rollout, start_actors
-from mam.train import Learner
+from mam.learning import external as host
+from mam.learning.external import blank_actors, host_rollout, start_actors
+from mam.learning.train import Learner
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 CONFIG = Config(

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from mam.distribution import missing_extra
 from mam.envs.base import Metrics, restart, transition
-from mam.errors import UserError
+from mam.errors import UserError, missing_extra
 from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
 
 MPE_TIME_LIMIT = 26  # JaxMARL's limit of 25 is compared before the step is counted, so one more is taken

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from mam.distribution import missing_extra
 from mam.envs import jumanji_grids as grids
 from mam.envs.base import Metrics, restart, transition
 from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZES
-from mam.errors import UserError
+from mam.errors import UserError, missing_extra
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
 Observe = Callable[[Any, Any], Observation]  # what Jumanji's state and observation look like to the agents

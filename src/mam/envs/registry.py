@@ -15,7 +15,7 @@ from typing import Any
 
 from mam.config import WorkerConfig
 from mam.envs import jaxmarl, jumanji, probes, smax
-from mam.envs.host.factories import PREFIX, EnvFactory, find_factory, names_code
+from mam.envs.external.factories import PREFIX, EnvFactory, find_factory, names_code
 from mam.envs.tasks import check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
@@ -112,7 +112,7 @@ def make_host(
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
     """
-    from mam.envs.host.pool import HostPool
+    from mam.envs.external.pool import HostPool
 
     return HostPool(name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits)
 

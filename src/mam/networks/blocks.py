@@ -6,8 +6,8 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import MLP, LayerNorm
-from mam.networks.mixers import AbstractCausalMixer, AbstractMixer, MixerFamily
-from mam.networks.mixers.base import MixerInputs, MixerState
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, MixerState
+from mam.networks.mixers.registry import MixerFamily
 
 
 class EncoderBlock(eqx.Module):

@@ -13,8 +13,8 @@ from mam.config import NetworkConfig
 from mam.networks.blocks import DecoderBlock, DecoderState
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
-from mam.networks.mixers import MixerFamily
 from mam.networks.mixers.base import MixerInputs
+from mam.networks.mixers.registry import MixerFamily
 from mam.types import Action, AgentAction, EnvSpec
 
 Token = Int[Array, "..."] | Float[Array, "... K"]  # what an agent reads of the action before its own; K = A + 1

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 from mam.config import NetworkConfig
 from mam.networks.blocks import EncoderBlock
 from mam.networks.heads import Head
-from mam.networks.mixers import MixerFamily
+from mam.networks.mixers.registry import MixerFamily
 
 
 class Encoder(eqx.Module):

@@ -12,9 +12,9 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from mam.networks.kernels.native import use_native
-from mam.networks.kernels.native_dense import native_product, native_product_supports
-from mam.networks.kernels.native_norm import native_norm, native_norm_supports
+from mam.kernels.native.dense import native_product, native_product_supports
+from mam.kernels.native.library import use_native
+from mam.kernels.native.norm import native_norm, native_norm_supports
 
 HIDDEN_GAIN = 2**0.5  # orthogonal gain before a GELU
 SMALL_GAIN = 0.01  # of layers whose output should start near zero

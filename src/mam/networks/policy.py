@@ -10,10 +10,10 @@ from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
 from mam.errors import UserError, unknown_name
-from mam.networks.decode import Decoding
+from mam.learning.normalise import NormalisedPolicy
+from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
-from mam.networks.normalise import NormalisedPolicy
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 

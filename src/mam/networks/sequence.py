@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.actions import ActionKind, agent_noise, make_action_kind
-from mam.networks.decode import Ahead, Decoding, decide
 from mam.networks.decoder import Decoder
+from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.layers import Dense
-from mam.networks.mixers import LETTERS, MixerFamily
+from mam.networks.mixers.registry import LETTERS, MixerFamily
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from mam.config import WorkerConfig
-from mam.envs.check import check_environment
+from mam.envs.check.check import check_environment
 from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.check.rules import RARE, at_least
-from mam.envs.host.audit import END, Audited, read_notes
-from mam.envs.host.pool import HostPool
+from mam.envs.external.audit import END, Audited, read_notes
+from mam.envs.external.pool import HostPool
 
 NUM_ENVS = 4
 CHECKS = ("space", "mask_name", "limit_of_one")

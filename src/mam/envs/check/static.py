@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mam.envs.check.report import Finding
 from mam.envs.check.shapes import check_agreement, check_fields, check_metric_names, is_fatal
-from mam.envs.host.worker import describe
+from mam.envs.external.worker import describe
 from mam.errors import UserError
 from mam.types import EnvSpec, TimeStep
 

@@ -6,17 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
+from mam.kernels.selective_scan import gated_scan, selective_step, step_size
 from mam.networks.layers import Dense
 from mam.networks.mixers.base import required
-from mam.networks.mixers.ssm import (
-    AbstractSSM,
-    CausalConv,
-    SSMState,
-    init_ssm_state,
-    initial_dt_bias,
-    living,
-)
-from mam.networks.scan import gated_scan, selective_step, step_size
+from mam.networks.mixers.roles import AbstractSSM, CausalConv, SSMState, init_ssm_state, initial_dt_bias, living
 
 
 class SelectiveInputs(eqx.Module):

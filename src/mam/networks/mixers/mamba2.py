@@ -6,18 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
+from mam.kernels.selective_scan import step_size
+from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.layers import Dense, RMSNorm
 from mam.networks.mixers.base import required
-from mam.networks.mixers.ssm import (
-    AbstractSSM,
-    CausalConv,
-    SSMState,
-    init_ssm_state,
-    initial_dt_bias,
-    living,
-)
-from mam.networks.scan import step_size
-from mam.networks.ssd import ssd, ssd_step
+from mam.networks.mixers.roles import AbstractSSM, CausalConv, SSMState, init_ssm_state, initial_dt_bias, living
 
 NORM_EPS = 1e-5
 

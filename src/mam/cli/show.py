@@ -1,0 +1,37 @@
+"""`mam show RUN`: what was run, with what, and what came of it, without loading a checkpoint."""
+
+import shlex
+from pathlib import Path
+
+from mam.cli.output import display
+from mam.config import flat, to_json
+from mam.presets import preset_for
+from mam.runs.loop import RunFolder, seeds_of
+from mam.runs.summary import deployment, summary_table
+from mam.study.experiment.grid import flags
+from mam.study.report.collect import read_versions
+
+
+def show(path: Path) -> None:
+    """Print a run's command, settings, provenance and scores.
+
+    Raises:
+        UserError: if the folder holds no run.
+    """
+    folder = RunFolder(path)
+    config = folder.load_config()
+    start, name = preset_for(config.env)
+    command = ["mam", "train", "--env", config.env, *flags(config, start)]
+    print(f"command (from the settings of {name}): {shlex.join(command)}")
+    print("\nsettings")
+    for key, value in flat(to_json(config)).items():
+        print(f"  {key:<28}{value}")
+    print("\nprovenance")
+    for key, value in flat(read_versions(path)).items():
+        print(f"  {key.removeprefix('packages.'):<28}{'-' if value is None else value}")
+    print()
+    records = folder.records() if folder.metrics.exists() else []
+    title = f"{config.algorithm} on {config.env}"
+    display(summary_table(records, seeds=seeds_of(config), title=title))
+    if line := deployment(records, greedy=config.eval.greedy):
+        print(line)

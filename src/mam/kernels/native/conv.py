@@ -1,0 +1,47 @@
+"""SiLU of a causal depthwise convolution on CPU, forward and backward, by the package `mam_native`.
+
+One pass over the inputs each way, which are all that is kept for the gradient.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mam.kernels.native.library import block_sums, call, num_blocks
+
+MAX_TAPS = 4  # kMaxTaps in native/src/cpp/kernels.h
+
+
+def native_conv_supports(x: Array, weight: Array) -> bool:
+    """Whether `native_conv_silu` takes these: float32, and at most 4 taps."""
+    return x.dtype == weight.dtype == jnp.float32 and weight.shape[0] <= MAX_TAPS
+
+
+def native_conv_silu(
+    x: Float[Array, "*batch N F"], weight: Float[Array, "K F"], bias: Float[Array, "F"], *, reverse: bool
+) -> Float[Array, "*batch N F"]:
+    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent; i + k and the last one if `reverse`."""
+    *batch, n, features = x.shape
+    return _conv_silu(reverse, x.reshape(math.prod(batch), n, features), weight, bias).reshape(x.shape)
+
+
+def _primal(reverse: bool, x: Array, weight: Array, bias: Array) -> Array:
+    return call("mam_native_conv", [x.shape], x, weight, bias, blocks=num_blocks(x), reverse=reverse)[0]
+
+
+def _conv_silu_fwd(reverse, x, weight, bias):
+    return _primal(reverse, x, weight, bias), (x, weight, bias)
+
+
+def _conv_silu_bwd(reverse, inputs, gy):
+    x, *weights = inputs
+    shapes = x.shape, *(block_sums(x, v) for v in weights)
+    grads = call("mam_native_conv_backward", shapes, *inputs, gy, blocks=num_blocks(x), reverse=reverse)
+    gx, g_weight, g_bias = grads
+    return gx, g_weight.sum(axis=0), g_bias.sum(axis=0)
+
+
+_conv_silu = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)

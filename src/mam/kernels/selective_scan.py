@@ -1,0 +1,431 @@
+"""The selective scan: the linear recurrence at the heart of Mamba, one signature for every implementation.
+
+    h_i = exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i
+    y_i = h_i C_i + D ⊙ x_i
+
+Source: Mamba (arXiv 2312.00752), §3.2 and Algorithm 2: zero-order hold for A, Euler for B. Difference: no
+implementation for training keeps all states; `"sequential"` saves one state per chunk of agents and recomputes
+the rest in its backward pass.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from mam.kernels.cuda.scan import kernel_supports, scan_kernel
+from mam.kernels.native.library import on_cpu, use_native
+from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
+from mam.networks.layers import Dense
+
+DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
+
+# A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
+# the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
+CHUNK = 16
+# Sequences scanned together on CPU: 64 and 128 are alike, all at once takes up to twice as long.
+TILE = 128
+# Up to here the sum over pairs is faster than the loop (on CPU, forward and backward: 2–6× at N = 2, none from 3 on).
+MAX_PAIRWISE = 2
+
+
+def selective_scan(
+    x: Float[Array, "*batch N D"],
+    dt: Float[Array, "*batch N D"],
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch N S"],
+    C: Float[Array, "*batch N S"],
+    D: Float[Array, "D"],
+    *,
+    initial_state: Float[Array, "*batch S D"] | None = None,
+    reset: Bool[Array, "*batch N"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
+    """Runs the recurrence along the agent axis, in float32 or wider.
+
+    Args:
+        x: inputs.
+        dt: step sizes Δ ≥ 0, after the softplus. Δ = 0 leaves the state as it was.
+        A: diagonal of the state matrix, negative.
+        B: input vectors, shared by all channels.
+        C: output vectors, shared by all channels.
+        D: skip weights.
+        initial_state: h before the first agent (zeros if None).
+        reset: True where the state is zeroed before agent i reads its input.
+        reverse: run from the last agent to the first; outputs stay in the order of the inputs.
+        implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
+            (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
+            agents, quadratic in N), `"native"` (kernels for CPU, in float32, if installed), `"pallas"` (kernels for
+            CUDA), `"interpret"` (the same, run on any device to be tested), or None for the fastest.
+
+    Returns:
+        The outputs, and the state after the last agent read (the first one if `reverse`).
+
+    Raises:
+        ValueError: for an unknown implementation, or sizes or types that the kernels do not take.
+        UserError: for kernels that are not installed.
+    """
+    if implementation is not None and implementation not in _SCANS:
+        raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
+    *batch, n, d = x.shape
+    s = A.shape[1]
+    if not x.size:
+        return without_agents(x, initial_state, (*batch, s, d))
+    # 1. One batch axis, and channels minor in the state: [batch, S, D].
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    flat = [v.reshape(-1, n, v.shape[-1]).astype(wide) for v in (x, dt, B, C)]
+    keep = None if reset is None else 1.0 - reset.reshape(-1, n).astype(A.dtype)
+    h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
+    # 2. The recurrence, and the skip connection.
+    scan: Callable[..., Any] = _automatic if implementation is None else _SCANS[implementation]
+    y, h = scan(*flat, A.T, D, keep, h0, reverse)
+    return y.reshape(x.shape).astype(x.dtype), h.reshape(*batch, s, d)
+
+
+def gated_scan(
+    x: Float[Array, "*batch N D"],
+    features: Float[Array, "*batch N R"],
+    dt_proj: Dense,
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch N S"],
+    C: Float[Array, "*batch N S"],
+    D: Float[Array, "D"],
+    gate: Float[Array, "*batch N D"],
+    *,
+    alive: Bool[Array, "*batch N"] | None = None,
+    initial_state: Float[Array, "*batch S D"] | None = None,
+    reverse: bool = False,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
+    """`selective_scan` with step sizes made of features, Δ = softplus(W δ + b), and outputs multiplied by SiLU(gate).
+
+    The native kernels do all of it in one pass: neither step sizes nor outputs before the gate are written.
+
+    Args:
+        x: inputs.
+        features: δ.
+        dt_proj: W and b.
+        A: as in `selective_scan`, as are B, C, D, initial_state, reverse and implementation.
+        B: input vectors.
+        C: output vectors.
+        D: skip weights.
+        gate: its SiLU multiplies the outputs.
+        alive: False where Δ = 0, so that the state stays as it was (all alive if None).
+        initial_state: h before the first agent.
+        reverse: run from the last agent to the first.
+        implementation: of the scan.
+    """
+
+    def composed(x, features, dt_proj, A, B, C, D, gate, alive, initial_state):
+        dt = step_size(dt_proj(features), alive)
+        scan = partial(selective_scan, initial_state=initial_state, reverse=reverse, implementation=implementation)
+        y, h = scan(x, dt, A, B, C, D)
+        return y * jax.nn.silu(gate), h
+
+    args = (x, features, dt_proj, A, B, C, D, gate, alive, initial_state)
+    fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
+    if implementation in (None, "native") and fits and x.size and use_native():
+        return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
+    return composed(*args)
+
+
+def without_agents(
+    x: Array, initial_state: Float[Array, "*batch S D"] | None, shape: tuple[int, ...]
+) -> tuple[Array, Float[Array, "*batch S D"]]:
+    """Outputs and state where there is nothing to read, no agent or no sequence: the state stays as it was."""
+    return x, jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32)) if initial_state is None else initial_state
+
+
+def step_size(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch F"]:
+    """Δ = softplus(x), bounded by DT_LIMIT, and 0 for the dead; in float32 or wider."""
+    dt = jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
+    return dt if alive is None else jnp.where(alive[..., None], dt, 0.0)
+
+
+def selective_step(
+    state: Float[Array, "*batch S D"],
+    x: Float[Array, "*batch D"],
+    dt: Float[Array, "*batch D"],
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch S"],
+    C: Float[Array, "*batch S"],
+    D: Float[Array, "D"],
+) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
+    """One agent's step of `selective_scan`, for acting: takes and returns the state."""
+    state = jnp.exp(dt[..., None, :] * A.T) * state + B[..., :, None] * (dt * x)[..., None, :]
+    return state, (sum_over_states(state, C) + D * x).astype(x.dtype)
+
+
+def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*batch S"]) -> Float[Array, "*batch D"]:
+    """Σ_s weight[s] state[s]. Written out, because XLA's reduction on CPU is many times slower."""
+    total = weight[..., 0, None] * state[..., 0, :]
+    for s in range(1, state.shape[-2]):
+        total += weight[..., s, None] * state[..., s, :]
+    return total
+
+
+def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the skip connection to a recurrence."""
+
+    def run(x, dt, B, C, A, D, keep, h0, reverse):
+        y, h = scan(x, dt, B, C, A, keep, h0, reverse)
+        return y + D * x, h
+
+    return run
+
+
+def _automatic(x, dt, B, C, A, D, keep, h0, reverse):
+    """The kernels of the device that is there, where they take sizes and types; elsewhere what is fastest on CPU."""
+    xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse)
+    args = (x, dt, B, C, A, D, keep, h0)
+    if x.dtype == jnp.float32 and use_native():
+        return on_cpu(partial(_native, reverse=reverse), xla, *args)
+    if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
+        return xla(*args)
+    return lax.platform_dependent(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)
+
+
+def has_cuda() -> bool:
+    """Whether this process has such a device: on others kernels are not even traced, which takes time."""
+    return any(device.platform == "gpu" for device in jax.devices())
+
+
+def _native(x, dt, B, C, A, D, keep, h0, reverse):
+    if x.dtype != jnp.float32:
+        raise ValueError(f"the native scan is for float32, not {x.dtype}")
+    inputs = ScanInputs(x, dt, A, B, C, D.astype(x.dtype), keep, h0)
+    return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
+
+
+def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0, *, reverse):
+    *batch, n, d = x.shape
+    inputs = ScanInputs(
+        x=x.reshape(-1, n, d),
+        dt=features.reshape(-1, *features.shape[-2:]),
+        A=A.T,
+        B=B.reshape(-1, *B.shape[-2:]),
+        C=C.reshape(-1, *C.shape[-2:]),
+        D=D,
+        keep=None,
+        h0=None if h0 is None else h0.reshape(-1, *A.T.shape),
+        weight=jnp.concatenate([dt_proj.weight, dt_proj.bias[None]]),
+        gate=gate.reshape(-1, n, d),
+        alive=None if alive is None else alive.reshape(-1, n).astype(x.dtype),
+    )
+    y, h = native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
+    return y.reshape(x.shape), h.reshape(*batch, *A.T.shape)
+
+
+def _pallas(x, dt, B, C, A, keep, h0, reverse, *, interpret=False):
+    if not kernel_supports(x.shape[1], *A.shape[::-1]):
+        raise ValueError(f"the scan's kernels take no d_inner = {A.shape[1]} with d_state = {A.shape[0]}")
+    return scan_kernel(x, dt, B, C, A, keep, h0, reverse=reverse, interpret=interpret)
+
+
+def _decay(dt, A, keep):
+    """exp(Δ A), zero where the state is reset: [batch, S, D]."""
+    a = jnp.exp(dt[:, None, :] * A)
+    return a if keep is None else a * keep[:, None, None]
+
+
+def _advance(A, h, x, dt, B, keep):
+    return _decay(dt, A, keep) * h + (dt * x)[:, None, :] * B[:, :, None]
+
+
+def _forward(x, dt, B, C, A, keep, h0, reverse):
+    """Outputs [N, batch, D] and the last state; xs are agents-first, A is [S, D]."""
+
+    def body(h, inputs):
+        x, dt, B, C, keep = inputs
+        h = _advance(A, h, x, dt, B, keep)
+        return h, sum_over_states(h, C)
+
+    h, y = lax.scan(body, h0, (x, dt, B, C, keep), reverse=reverse)
+    return y, h
+
+
+def _associative(x, dt, B, C, A, keep, h0, reverse):
+    """All states [batch, N, D, S] at once, by a parallel prefix over pairs (decay, input): MAM as published."""
+    a = jnp.exp(dt[..., None] * A.T)
+    a = a if keep is None else a * keep[..., None, None]
+    u = (dt * x)[..., None] * B[..., None, :]
+
+    def combine(left, right):
+        return left[0] * right[0], right[0] * left[1] + right[1]
+
+    a, h = lax.associative_scan(combine, (a, u), axis=1, reverse=reverse)
+    if h0 is not None:
+        h += a * jnp.swapaxes(h0, 1, 2)[:, None]
+    return jnp.einsum("bnds,bns->bnd", h, C), jnp.swapaxes(h[:, 0 if reverse else -1], 1, 2)
+
+
+def _sequential(x, dt, B, C, A, keep, h0, reverse):
+    """Tiles of the batch one after another: a tile's states stay in the processor's cache."""
+    if h0 is None:
+        h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
+    batched = (x, dt, B, C, keep, h0)
+
+    def tile(batched):
+        *agents, h0 = batched
+        x, dt, B, C, keep = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tuple(agents))
+        y, h = cast(Any, _recurrence)(x, dt, B, C, A, keep, h0, reverse)
+        return jnp.swapaxes(y, 0, 1), h
+
+    rows = x.shape[0]
+    if rows <= TILE:
+        return tile(batched)
+    tiles = jax.tree.map(
+        lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(-1, TILE, *v.shape[1:]), batched
+    )
+    return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:rows], lax.map(tile, tiles))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _recurrence(x, dt, B, C, A, keep, h0, reverse):
+    return _forward(x, dt, B, C, A, keep, h0, reverse)
+
+
+def _chunked(tree):
+    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros: Δ = 0 and x = 0 change no state and give no gradient."""
+    n = jax.tree.leaves(tree)[0].shape[0]
+    chunk = min(CHUNK, n)
+    pad = -n % chunk
+
+    def split(v):
+        v = jnp.pad(v, [(0, pad)] + [(0, 0)] * (v.ndim - 1))
+        return v.reshape(-1, chunk, *v.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def _recurrence_fwd(x, dt, B, C, A, keep, h0, reverse):
+    def chunk(h, inputs):
+        x, dt, B, C, keep = inputs
+        y, h_next = _forward(x, dt, B, C, A, keep, h, reverse)
+        return h_next, (y, h)
+
+    # A padded agent must not be reset: `keep` is padded with ones by padding its complement.
+    chunks = _chunked((x, dt, B, C, None if keep is None else keep - 1.0))
+    chunks = (*chunks[:4], None if keep is None else chunks[4] + 1.0)
+    h, (y, h_starts) = lax.scan(chunk, h0, chunks, reverse=reverse)
+    y = y.reshape(-1, *y.shape[2:])[: x.shape[0]]
+    return (y, h), (chunks, A, h_starts, x.shape[0])
+
+
+def _recurrence_bwd(reverse, residuals, cotangents):
+    """Reverse-mode recurrence, chunk by chunk from the last one; states inside a chunk are computed again.
+
+    With G_i the gradient of h_i, a_i the decay, and u = Δ ⊙ x:
+        G_i = gy_i ⊗ C_i + a_{i+1} ⊙ G_{i+1}
+        gC_i = Σ_d gy_i h_i,   gB_i = Σ_d G_i u_i,   gu_i = Σ_s G_i B_i
+        gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A,   gA = Σ_i (G_i a_i h_{i-1}) Δ_i
+    """
+    chunks, A, h_starts, n = residuals
+    gy, gh = cotangents
+
+    def recompute(h, inputs):
+        x, dt, B, keep, gy = inputs
+        h_next = _advance(A, h, x, dt, B, keep)
+        return h_next, (h, jnp.einsum("bd,bsd->bs", gy, h_next))
+
+    def agent(carry, inputs):
+        later, gA = carry  # a_{i+1} G_{i+1}, and the sum over agents with the batch still apart
+        x, dt, B, C, keep, gy, h = inputs
+        u = dt * x
+        # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
+        # each is a small contraction and none needs G itself in memory.
+        gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
+        gu = sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
+        aG = _decay(dt, A, keep) * (later + gy[:, None, :] * C[:, :, None])
+        aGh = aG * h
+        gdt = gu * x + sum(aGh[:, s] * A[s] for s in range(A.shape[0]))
+        return (aG, gA + aGh * dt[:, None, :]), (gu * dt, gdt, gB)
+
+    def chunk(carry, inputs):
+        (x, dt, B, C, keep), h_start, gy = inputs
+        _, (h, gC) = lax.scan(recompute, h_start, (x, dt, B, keep, gy), reverse=reverse)
+        carry, (gx, gdt, gB) = lax.scan(agent, carry, (x, dt, B, C, keep, gy, h), reverse=not reverse)
+        return carry, (gx, gdt, gB, gC)
+
+    carry = (gh, jnp.zeros_like(gh))
+    (gh0, gA), grads = lax.scan(chunk, carry, (chunks, h_starts, _chunked(gy)), reverse=not reverse)
+    gx, gdt, gB, gC = (g.reshape(-1, *g.shape[2:])[:n] for g in grads)
+    keep = chunks[4]
+    return gx, gdt, gB, gC, gA.sum(0), None if keep is None else jnp.zeros((n, keep.shape[2]), keep.dtype), gh0
+
+
+_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
+
+
+def _pairwise(x, dt, B, C, A, keep, h0, reverse):
+    """The recurrence written out as a sum over pairs of agents: no state is formed, and K_ii needs no exponential.
+
+    y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d]),   u = Δ ⊙ x
+    """
+    if reverse:
+        x, dt, B, C = (jnp.flip(v, axis=1) for v in (x, dt, B, C))
+        keep = None if keep is None else jnp.flip(keep, axis=1)
+    n = x.shape[1]
+    x, dt, B, C = ([v[:, i] for i in range(n)] for v in (x, dt, B, C))
+    u = [dt[i] * x[i] for i in range(n)]
+
+    def kept(j, i):
+        """1 unless an agent after the j-th, up to the i-th, is reset: [batch, 1]."""
+        return jnp.ones((1, 1)) if keep is None else jnp.prod(keep[:, j + 1 : i + 1], axis=1)[:, None]
+
+    outputs = []
+    for i in range(n):
+        y = u[i] * jnp.sum(B[i] * C[i], axis=-1, keepdims=True)
+        for j in range(i):
+            y += u[j] * kept(j, i) * _decayed_product(C[i] * B[j], sum(dt[j + 1 : i + 1]), A)
+        outputs.append(y)
+    # The initial state and the final one, each computed only where somebody asks for it.
+    total = list(accumulate(dt))
+    h = sum(
+        jnp.exp((total[-1] - total[j])[:, None, :] * A) * (u[j] * kept(j, n - 1))[:, None, :] * B[j][:, :, None]
+        for j in range(n)
+    )
+    if h0 is not None:
+        from_start = [jnp.exp(total[i][:, None, :] * A) * h0 * kept(-1, i)[..., None] for i in range(n)]
+        outputs = [y + jnp.einsum("bs,bsd->bd", C[i], from_start[i]) for i, y in enumerate(outputs)]
+        h += from_start[-1]
+    return jnp.stack(outputs[::-1] if reverse else outputs, axis=1), h
+
+
+@jax.custom_vjp
+def _decayed_product(W, span, A):
+    """K[d] = Σ_s W[s] exp(A[s, d] span[d]) per row of the batch, unrolled over s so that XLA makes one loop of it."""
+    return sum(W[:, s : s + 1] * jnp.exp(A[s] * span) for s in range(A.shape[0]))
+
+
+def _decayed_product_fwd(W, span, A):
+    return _decayed_product(W, span, A), (W, span, A)
+
+
+def _decayed_product_bwd(residuals, gK):
+    W, span, A = residuals
+    decay = [jnp.exp(a * span) for a in A]
+    gW = jnp.stack([jnp.sum(p * gK, axis=-1) for p in decay], axis=-1)
+    g_span = gK * sum(W[:, s : s + 1] * p * A[s] for s, p in enumerate(decay))
+    g_exponent = gK * span
+    gA = jnp.stack([jnp.einsum("b,bd->d", W[:, s], p * g_exponent) for s, p in enumerate(decay)])
+    return gW, g_span, gA
+
+
+_decayed_product.defvjp(_decayed_product_fwd, _decayed_product_bwd)
+
+
+_SCANS: dict[str, Callable[..., Any]] = {
+    "sequential": _with_skip(_sequential),
+    "associative": _with_skip(_associative),
+    "pairwise": _with_skip(_pairwise),
+    "native": _native,
+    "pallas": _with_skip(_pallas),
+    "interpret": _with_skip(partial(_pallas, interpret=True)),
+}

@@ -1,0 +1,175 @@
+"""State space duality: the scan of Mamba-2, as matrix products or, on CPU with native kernels, as the recurrence.
+
+    h_i = exp(Δ_i A) h_{i-1} + (Δ_i x_i) ⊗ B_i
+    y_i = h_i C_i + D x_i,      Δ_i, A and D one number per head
+
+Because A is a number, the sum over earlier agents is an attention without softmax: y = (C Bᵀ ⊙ L) (Δ x) with
+L_ij = exp(A (Δ_{j+1} + … + Δ_i)) for j ≤ i. A short sequence is one such product; a long one is cut into chunks that
+hand a state on. Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from mam.kernels.native.library import on_cpu, use_native
+from mam.kernels.native.scan import ScanInputs, native_final_state, native_outputs
+from mam.kernels.selective_scan import sum_over_states, without_agents
+
+# Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64 agents on.
+CHUNK = 32
+NEVER = -1e9  # exponent of the pairs in which j comes after i
+
+
+def ssd(
+    x: Float[Array, "*batch N D"],
+    dt: Float[Array, "*batch N H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "*batch N S"],
+    C: Float[Array, "*batch N S"],
+    D: Float[Array, "H"],
+    *,
+    initial_state: Float[Array, "*batch S D"] | None = None,
+    reverse: bool = False,
+    implementation: Literal["products", "native"] | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
+    """Runs the recurrence along the agent axis, in float32 or wider; head k has channels k·P to (k+1)·P, P = D / H.
+
+    Args:
+        x: inputs.
+        dt: step sizes Δ ≥ 0 of each head, after the softplus. Δ = 0 leaves the state as it was.
+        A: decay rate per head, negative.
+        B: input vectors, shared by all heads.
+        C: output vectors, shared by all heads.
+        D: skip weight per head.
+        initial_state: h before the first agent (zeros if None).
+        reverse: run from the last agent to the first; outputs stay in the order of the inputs.
+        implementation: `"products"`, `"native"` (kernels for CPU, in float32, if installed), or None for the fastest.
+        chunk: longest sequence handled as one product.
+
+    Returns:
+        The outputs, and the state after the last agent read (the first one if `reverse`).
+
+    Raises:
+        ValueError: for types that the kernels do not take.
+        UserError: for kernels that are not installed.
+    """
+    if not x.size:
+        return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
+    native, products = partial(_native, reverse=reverse), partial(_products, reverse=reverse, chunk=chunk)
+    if implementation == "native":
+        return native(x, dt, A, B, C, D, initial_state)
+    if implementation == "products" or not use_native() or not _is_single(x, dt, B, C):
+        return products(x, dt, A, B, C, D, initial_state)
+    return on_cpu(native, products, x, dt, A, B, C, D, initial_state)
+
+
+def _native(x, dt, A, B, C, D, initial_state, *, reverse):
+    """The recurrence, with one rate for all states of a channel."""
+    if not _is_single(x, dt, B, C):
+        raise ValueError("the native scan is for float32")
+    *batch, n, d = x.shape
+    channels, s = d // A.shape[0], B.shape[-1]
+    x_, dt_, B_, C_ = (v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C))
+    h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
+    inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), keep=None, h0=h0)
+    y, h = (run(inputs, reverse=reverse) for run in (native_outputs, native_final_state))
+    return y.reshape(x.shape), h.reshape(*batch, s, d)
+
+
+def _is_single(*arrays: Array) -> bool:
+    return all(v.dtype == jnp.float32 for v in arrays)
+
+
+def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
+    """The dual form."""
+    if reverse:
+        x, dt, B, C = (jnp.flip(v, axis=-2) for v in (x, dt, B, C))
+        y, h = _products(x, dt, A, B, C, D, initial_state, reverse=False, chunk=chunk)
+        return jnp.flip(y, axis=-2), h
+    *batch, n, d = x.shape
+    heads, s = A.shape[0], B.shape[-1]
+    channels, size = d // heads, min(chunk, n)
+    # 1. [chunks of all sequences, size, …]; padded agents have Δ = 0 and change nothing.
+    rows = [_chunks(v.reshape(-1, n, v.shape[-1]), size) for v in (x, dt, B, C)]
+    x_, dt_, B_, C_ = (v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in rows)
+    state = None if initial_state is None else initial_state.reshape(-1, s, d)
+    # 2. Exponents: Δ A summed over the agents after j up to i, and over all up to i. As products, because XLA's
+    #    cumulative sum is slow on CPU; not as differences of sums, in which short spans drown behind long ones.
+    k, i, j = np.ogrid[:size, :size, :size]
+    between = ((j < k) & (k <= i)).astype(x_.dtype).reshape(size, -1)
+    exponent = jnp.swapaxes(dt_ * A, -1, -2)  # [chunks, H, size]
+    span, total = (
+        jnp.dot(exponent, sums, precision=lax.Precision.HIGHEST)
+        for sums in (between, np.triu(np.ones((size, size), x_.dtype)))
+    )
+    span = span.reshape(*total.shape, size)
+    decay = jnp.exp(jnp.where(np.tri(size, dtype=bool), span, NEVER))
+    # 3. What agent i takes of agent j's input, per head. Step sizes and the skip connection belong to these small
+    #    matrices rather than to the channels.
+    answers = jnp.einsum("bis,bjs->bij", C_, B_)
+    taken = answers[:, None] * decay * jnp.swapaxes(dt_, -1, -2)[..., None, :]
+    taken += D[:, None, None].astype(x_.dtype) * np.eye(size, dtype=x_.dtype)
+    # 4. Head by head, which spares transposing.
+    outputs, states, num_sequences = [], [], int(np.prod(batch))
+    for k in range(heads):
+        own = slice(k * channels, (k + 1) * channels)
+        y = jnp.einsum("bij,bjp->bip", taken[:, k], x_[..., own])
+        to_end = jnp.exp(span[:, k, -1]) * dt_[..., k]
+        ends = jnp.einsum("bjs,bjp->bsp", B_ * to_end[..., None], x_[..., own])
+        handed = None if state is None else state[..., own]
+        if ends.shape[0] > num_sequences or state is not None:
+            starts, ends = _hand_on(ends, jnp.exp(total[:, k, -1]), handed, num_sequences)
+            y += jnp.einsum("bis,bsp->bip", C_ * jnp.exp(total[:, k])[..., None], starts)
+        outputs.append(y)
+        states.append(ends)
+    y = jnp.concatenate(outputs, axis=-1).reshape(num_sequences, -1, d)[:, :n].reshape(x.shape)
+    return y.astype(x.dtype), jnp.concatenate(states, axis=-1).reshape(*batch, s, d)
+
+
+def _chunks(v, size):
+    """[batch, N, F] → [batch · chunks, size, F]."""
+    v = jnp.pad(v, ((0, 0), (0, -v.shape[1] % size), (0, 0)))
+    return v.reshape(-1, size, v.shape[-1])
+
+
+def _hand_on(
+    ends: Float[Array, "chunks S P"],
+    decay: Float[Array, "chunks"],
+    state: Float[Array, "batch S P"] | None,
+    num_sequences: int,
+) -> tuple[Float[Array, "chunks S P"], Float[Array, "batch S P"]]:
+    """One head's states at the start of every chunk and after the last, given what each chunk adds by itself."""
+    if state is None:
+        state = jnp.zeros((num_sequences, *ends.shape[1:]), ends.dtype)
+
+    def chunk(h, inputs):
+        end, decay = inputs
+        return decay[:, None, None] * h + end, h
+
+    def by_chunk(v):
+        return jnp.swapaxes(v.reshape(num_sequences, -1, *v.shape[1:]), 0, 1)
+
+    end, starts = lax.scan(chunk, state, (by_chunk(ends), by_chunk(decay)))
+    return jnp.swapaxes(starts, 0, 1).reshape(ends.shape), end
+
+
+def ssd_step(
+    state: Float[Array, "*batch S D"],
+    x: Float[Array, "*batch D"],
+    dt: Float[Array, "*batch H"],
+    A: Float[Array, "H"],
+    B: Float[Array, "*batch S"],
+    C: Float[Array, "*batch S"],
+    D: Float[Array, "H"],
+) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
+    """One agent's step of `ssd`, for acting: takes and returns the state."""
+    channels = x.shape[-1] // A.shape[0]
+    decay, u = jnp.repeat(jnp.exp(dt * A), channels, axis=-1), jnp.repeat(dt, channels, axis=-1) * x
+    state = decay[..., None, :] * state + B[..., :, None] * u[..., None, :]
+    return state, (sum_over_states(state, C) + jnp.repeat(D, channels) * x).astype(x.dtype)

@@ -1,0 +1,169 @@
+"""Acting in environments that live on the host: somebody's simulator in worker processes, the policy on the device.
+
+The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays are [seeds, B, …],
+and the environments of all seeds stand side by side in one `HostEnvironments`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Key, PyTree
+
+from mam.config import EvalConfig
+from mam.learning.evaluate import UNFINISHED
+from mam.learning.rollout import Actors
+from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
+
+LAST_STEP = 2**31 - 1  # that nobody reaches
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, 0, 0, None, None))
+def act(
+    policy: Policy, actors: Actors, key: Key[Array, ""], step: Int[Array, ""], greedy: Bool[Array, ""]
+) -> tuple[Memory, PolicyOutput]:
+    """`policy.act` of all seeds at step t, each environment with a key of its own."""
+    keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
+    return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
+
+
+def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
+    """Actors of the right shapes, before there is an episode: for one seed, [B, …]."""
+    n, dtype = spec.num_agents, jax.dtypes.canonicalize_dtype(spec.grid_dtype)
+    observation = Observation(
+        agents_view=jnp.zeros((num_envs, n, spec.obs_dim)),
+        action_mask=jnp.ones((num_envs, n, spec.num_actions), bool),
+        alive=jnp.ones((num_envs, n), bool),
+        grid=None if spec.grid_shape is None else jnp.zeros((num_envs, n, *spec.grid_shape), dtype),
+        state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
+    )
+    reset = jnp.ones(num_envs, bool)
+    return Actors(env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,)))
+
+
+def start_actors(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int) -> tuple[Actors, TimeStep]:
+    """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
+    timestep = _by_seed(envs.reset(seed), num_seeds)
+    reset = np.ones_like(timestep.terminated)
+    return Actors(env_state=(), observation=timestep.observation, reset=reset, memory=memory), timestep
+
+
+def host_rollout(
+    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], length: int
+) -> tuple[Actors, Transition]:
+    """Takes `length` steps in every environment with sampled actions.
+
+    Returns:
+        The actors after the last step, and the transitions [seeds, T, B, …], as NumPy arrays.
+    """
+    transitions, metrics = [], []
+    for step in range(length):
+        memory, output, timestep = _advance(envs, policy, actors, key, step)
+        transitions.append(
+            Transition(
+                observation=actors.observation,
+                reset=actors.reset,
+                memory=jax.device_get(actors.memory),
+                action=output.action,
+                log_prob=output.log_prob,
+                value=output.value,
+                order=output.order,
+                reward=timestep.reward,
+                terminated=timestep.terminated,
+                truncated=timestep.truncated,
+                final_observation=timestep.final_observation,
+                metrics={},
+                policy_metrics=output.metrics,
+            )
+        )
+        metrics.append(timestep.metrics)
+        actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=memory)
+    transitions = [replace(step, metrics=values) for step, values in zip(transitions, aligned(metrics), strict=True)]
+    return actors, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *transitions)
+
+
+def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
+    names = dict.fromkeys(name for one in metrics for name in one)
+    blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
+    return [{name: one.get(name, nan) for name in names} for one, nan in zip(metrics, blank, strict=True)]
+
+
+def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarray]]:
+    """Takes the metrics that environments made of infos out of a rollout [seeds, T, B].
+
+    Their names come up one by one, and for each of them the update would be compiled anew.
+
+    Returns:
+        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if none did.
+    """
+    infos = {name: x for name, x in transitions.metrics.items() if name.startswith("info_")}
+    rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
+    means = {}
+    for name, x in infos.items():
+        there = np.isfinite(x)
+        count, total = there.sum(axis=(1, 2)), np.where(there, x, 0).sum(axis=(1, 2))
+        means[name] = np.divide(total, count, out=np.full(len(x), np.nan, np.float32), where=count > 0)
+    return replace(transitions, metrics=rest), means
+
+
+def host_evaluate(
+    envs: HostEnvironments,
+    policy: Policy,
+    memory: Memory,
+    key: Key[Array, "seeds"],
+    num_episodes: int,
+    *,
+    greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
+) -> dict[str, np.ndarray]:
+    """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
+
+    Each environment plays one episode a round, so short episodes do not count for more than long ones.
+
+    Returns:
+        The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
+        [seeds, num_episodes].
+    """
+    num_seeds = key.shape[0]
+    per_round = envs.num_envs // num_seeds
+    rounds, step = [], 0
+    for first in range(0, num_episodes, per_round):
+        actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
+        over, metrics = timestep.ended, timestep.metrics
+        last = step + max_steps
+        while not over.all() and step < last:
+            after, _, timestep = _advance(envs, policy, actors, key, step, greedy)
+            before, now = aligned([metrics, timestep.metrics])
+            metrics = {name: np.where(over, before[name], value) for name, value in now.items()}
+            over = over | timestep.ended
+            actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
+            step += 1
+        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))})
+    rounds = aligned(rounds)
+    return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
+
+
+def seed_of(key: Key[Array, "..."]) -> int:
+    """A number for those who know nothing of keys, from the first of these; acting at step t uses `fold_in(key, t)`."""
+    return int(jax.random.bits(jax.random.fold_in(key.reshape(-1)[0], LAST_STEP)))
+
+
+def _advance(
+    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], step: int, greedy: bool = False
+) -> tuple[Memory, PolicyOutput, TimeStep]:
+    """One step of the policy and of every environment."""
+    memory, output = act(policy, actors, key, step, greedy)
+    output = jax.device_get(output)
+    action = output.action.reshape(envs.num_envs, *output.action.shape[2:])
+    return memory, output, _by_seed(envs.step(action), key.shape[0])
+
+
+def _by_seed(tree: PyTree, num_seeds: int) -> PyTree:
+    """[seeds · B, …] → [seeds, B, …]."""
+    return jax.tree.map(lambda x: x.reshape(num_seeds, -1, *x.shape[1:]), tree)

@@ -1,0 +1,76 @@
+"""Numbers that are none: found inside the compiled update, which then changes nothing, and named.
+
+Arrays are watched in the order in which data flow through a train step, so the first bad one is where it began.
+Dead agents may see and earn anything.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, PyTree
+
+from mam.learning.sharding import WHOLE, Shard
+from mam.types import Observation, Transition
+
+FINE = -1  # in place of the number of a bad array
+
+
+def first_bad(flags: Sequence[Bool[Array, ""]], shard: Shard = WHOLE) -> Int[Array, ""]:
+    """Which of the flags is the first that is set, on any device; FINE if none is."""
+    stacked = shard.max(jnp.stack(flags).astype(jnp.int32))
+    return jnp.where(stacked.any(), jnp.argmax(stacked), FINE).astype(jnp.int32)
+
+
+def is_bad(x: Array, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
+    """Whether a number in it is NaN or infinite, among those of the living if `alive` is given."""
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros((), bool)
+    if alive is not None:
+        x = jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - alive.ndim)), x, 0)
+    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of finite
+    # ones do not overflow.
+    return ~jnp.isfinite(jnp.vdot(x, jnp.full_like(x, 1e-20)))
+
+
+def bad_leaves(tree: PyTree) -> list[Bool[Array, ""]]:
+    """One flag per leaf."""
+    return [is_bad(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def leaf_names(tree: PyTree, what: str) -> list[str]:
+    """Names for `bad_leaves`, such as `gradient of decoder.head.weight`."""
+    return [f"{what} {jax.tree_util.keystr(path).lstrip('.')}" for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+ROLLOUT_NAMES = (
+    *(f"observation.{name}" for name in ("agents_view", "grid", "state")),
+    *("reward", "log_prob of the rollout", "value of the rollout"),
+)
+
+
+def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
+    """One flag for each of ROLLOUT_NAMES."""
+    seen, reached = transitions.observation, transitions.final_observation
+    alive = seen.alive
+    own = (transitions.reward, transitions.log_prob, transitions.value)
+    return [
+        *(a | b for a, b in zip(_bad_in_observation(seen), _bad_in_observation(reached), strict=True)),
+        *(is_bad(x, alive) for x in own),
+    ]
+
+
+def _bad_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
+    views = (observation.agents_view, observation.grid)
+    flags = [jnp.zeros((), bool) if x is None else is_bad(x, observation.alive) for x in views]
+    state = observation.state
+    return [*flags, jnp.zeros((), bool) if state is None else is_bad(state)]
+
+
+def kept(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:
+    """The old state of the seeds that are bad, the new one of the others; leaves are [seeds, …]."""
+
+    def choose(old: Array, new: Array) -> Array:
+        return jnp.where(bad.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    return jax.tree.map(choose, old, new)

@@ -1,0 +1,209 @@
+"""Observations and values in units of their own running statistics: a policy around a policy.
+
+The network inside sees features of mean 0 and deviation 1 and predicts (v − μ) / σ. Outside nothing of this shows:
+observations go in as the environment gives them, values come out in units of reward. Statistics change between
+rollouts only, so acting and evaluating agree within one.
+"""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key, Shaped
+
+from mam.learning.sharding import WHOLE, Shard
+from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput, Transition
+
+MAX_DEVIATIONS = 10.0  # where normalised features are clipped
+OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
+VALUE_HORIZON = 10  # the same of value targets, which change with the policy
+FEATURE_FLOOR = 1e-8  # variances below are taken for this
+VALUE_FLOOR = 1.0  # small values stay as they are: scaled up, rare rewards would outweigh all else in the gradient
+
+
+class Moments(eqx.Module):
+    """Running mean and variance of any number of features; a leading axis of seeds where there are several."""
+
+    count: Float[Array, "*seeds"]  # samples; 0: nothing was seen yet
+    mean: Float[Array, "*seeds_features"]
+    var: Float[Array, "*seeds_features"]
+    floor: float = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, *features: int, floor: float = FEATURE_FLOOR) -> "Moments":
+        """Returns mean 0 and variance 1, which change nothing."""
+        return cls(count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor)
+
+    @property
+    def deviation(self) -> Float[Array, "*features"]:
+        """σ, the square root of the variance or of its floor."""
+        return jnp.sqrt(jnp.maximum(self.var, self.floor))
+
+    def normalise(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        """Returns (x − μ) / σ, for [*batch, *features]."""
+        return (x - self.mean) / self.deviation
+
+    def restore(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns x σ + μ, the inverse of `normalise`."""
+        return x * self.deviation + self.mean
+
+    def update(
+        self, x: Shaped[Array, "..."], mask: Bool[Array, "*batch"], *, horizon: int, shard: Shard = WHOLE
+    ) -> "Moments":
+        """Takes a batch in: the moments of all samples so far, while these are no more than `horizon` batches.
+
+        Args:
+            x: samples [*batch, *features]; those that are masked may be anything, NaN included.
+            mask: which samples count.
+            horizon: batches after which the oldest samples fade, each batch then weighing 1 / horizon.
+            shard: where the batch lies on several devices, this one's share of it; the result is the same on all.
+
+        Source: Chan, Golub & LeVeque 1983, eq. 2.1 (moments of two samples merged). Everything is measured from the
+        old mean, so that float32 suffices for features far from zero.
+        """
+        axes, counts = tuple(range(mask.ndim)), mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        size = shard.sum(mask.sum().astype(self.count.dtype))
+        x = jnp.where(counts, x - self.mean, 0.0)
+        shift = shard.sum(x.sum(axes)) / jnp.maximum(size, 1)
+        var = shard.sum(jnp.square(jnp.where(counts, x - shift, 0.0)).sum(axes)) / jnp.maximum(size, 1)
+        before = jnp.minimum(self.count, (horizon - 1) * mask.size * shard.num_shards)
+        weight = size / jnp.maximum(before + size, 1)
+        return Moments(
+            count=before + size,
+            mean=self.mean + weight * shift,
+            var=(1 - weight) * self.var + weight * (var + (1 - weight) * jnp.square(shift)),
+            floor=self.floor,
+        )
+
+
+class Statistics(eqx.Module):
+    """Of what a network sees and predicts. What is None is left as it is; so are ids and images."""
+
+    features: Moments | None = None  # of agents_view without ids, [O − ids], over living agents
+    state: Moments | None = None  # of the global state, [G]
+    values: Moments | None = None  # of value targets, [], over living agents; σ is at least 1
+
+    @classmethod
+    def init(cls, spec: EnvSpec, *, observations: bool, values: bool) -> "Statistics":
+        """Returns those of nothing, for what is to be normalised."""
+        num_features = spec.obs_dim - spec.id_dim
+        return cls(
+            features=Moments.init(num_features) if observations and num_features else None,
+            state=Moments.init(spec.state_dim) if observations and spec.state_dim is not None else None,
+            values=Moments.init(floor=VALUE_FLOOR) if values else None,
+        )
+
+    def normalise(self, obs: Observation) -> Observation:
+        """Returns what the network sees."""
+        view, state = obs.agents_view, obs.state
+        if self.features is not None:
+            ids, own = jnp.split(view, [view.shape[-1] - self.features.mean.shape[-1]], axis=-1)
+            view = jnp.concatenate([ids, _clip(self.features.normalise(own))], axis=-1)
+        if self.state is not None and state is not None:
+            state = _clip(self.state.normalise(state))
+        return replace(obs, agents_view=view, state=state)
+
+    def update(self, obs: Observation, shard: Shard = WHOLE) -> "Statistics":
+        """Takes the observations of a rollout in."""
+        features, state, how = self.features, self.state, {"horizon": OBSERVATION_HORIZON, "shard": shard}
+        if features is not None:
+            own = obs.agents_view[..., obs.agents_view.shape[-1] - features.mean.shape[-1] :]
+            features = features.update(own, obs.alive, **how)
+        if state is not None and obs.state is not None:
+            state = state.update(obs.state, jnp.ones(obs.state.shape[:-1], bool), **how)
+        return replace(self, features=features, state=state)
+
+
+class NormalisedPolicy(eqx.Module):
+    """A policy whose network learns in normalised units, and which acts and answers in those of the environment."""
+
+    network: Policy
+    statistics: Statistics
+
+    def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
+        """Returns the network's memory."""
+        return self.network.init_memory(batch)
+
+    def act(
+        self,
+        memory: Memory,
+        obs: Observation,
+        reset: Bool[Array, "*batch"],
+        key: Key[Array, "*batch"],
+        *,
+        greedy: bool | Bool[Array, ""] = False,
+    ) -> tuple[Memory, PolicyOutput]:
+        """Chooses one joint action per batch element; see `mam.types.Policy`."""
+        memory, output = self.network.act(memory, self.statistics.normalise(obs), reset, key, greedy=greedy)
+        return memory, replace(output, value=self.restore_value(output.value))
+
+    def evaluate(
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        order: Int[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> Evaluation:
+        """Evaluates stored joint actions; see `mam.types.Policy`."""
+        evaluation = self.network.evaluate(memory, self.statistics.normalise(obs), action, order, reset)
+        return replace(evaluation, value=self.restore_value(evaluation.value))
+
+    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
+        """Returns the state value per agent; see `mam.types.Policy`."""
+        return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
+
+    def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+        """Returns values in the network's units."""
+        moments = self.statistics.values
+        return value if moments is None else moments.normalise(value)
+
+    def restore_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+        """Returns values in units of reward."""
+        moments = self.statistics.values
+        return value if moments is None else moments.restore(value)
+
+    def normalise(self, transitions: Transition) -> Transition:
+        """Returns a rollout in the network's units; rewards, which it does not see, stay what they are."""
+        observation = self.statistics.normalise(transitions.observation)
+        return replace(transitions, observation=observation, value=self.normalise_value(transitions.value))
+
+    def update_values(
+        self, target: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
+    ) -> "NormalisedPolicy":
+        """Takes the value targets of a rollout in, and changes the network's last layer so that values stay the same.
+
+            W' = W σ / σ';  b' = (b σ + μ − μ') / σ'
+
+        Source: van Hasselt et al. 2016 (arXiv 1602.07714), §2.1 (Pop-Art). Difference: at the first rollout nothing is
+        learned yet that would have to be kept, and the network's values, near zero, start in the new units.
+        """
+        old = self.statistics.values
+        if old is None:
+            return self
+        new = old.update(target, alive, horizon=VALUE_HORIZON, shard=shard)
+        scale = jnp.where(old.count > 0, old.deviation / new.deviation, 1.0)
+        shift = jnp.where(old.count > 0, (old.mean - new.mean) / new.deviation, 0.0)
+        layer = cast(Any, self.network).value_layer
+        network = eqx.tree_at(
+            lambda network: (network.value_layer.weight, network.value_layer.bias),
+            self.network,
+            (layer.weight * scale, layer.bias * scale + shift),
+        )
+        return NormalisedPolicy(network, replace(self.statistics, values=new))
+
+
+def _clip(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.clip(x, -MAX_DEVIATIONS, MAX_DEVIATIONS)
+
+
+def as_normalised(policy: Policy) -> NormalisedPolicy:
+    """Returns any policy as one that normalises, if only nothing."""
+    return policy if isinstance(policy, NormalisedPolicy) else NormalisedPolicy(policy, Statistics())
+
+
+def simplified(policy: NormalisedPolicy) -> Policy:
+    """Returns the network by itself if nothing is normalised; the inverse of `as_normalised`."""
+    return policy if jax.tree.leaves(policy.statistics) else policy.network

@@ -1,0 +1,83 @@
+"""The PPO loss, on plain arrays."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mam.learning.sharding import WHOLE, Shard
+from mam.types import Evaluation
+
+
+class PPOLoss(eqx.Module):
+    """The loss and what it is made of: scalars, means over living agents."""
+
+    loss: Float[Array, ""]
+    policy_loss: Float[Array, ""]
+    value_loss: Float[Array, ""]
+    entropy: Float[Array, ""]
+    approx_kl: Float[Array, ""]  # mean of (r − 1) − log r, never negative
+    clip_fraction: Float[Array, ""]  # of ratios outside [1 − ε, 1 + ε]
+    ratio_deviation: Float[Array, ""]  # largest |r − 1|; zero before the first gradient step on a rollout
+
+
+def ppo_loss(
+    new: Evaluation,
+    old_log_prob: Float[Array, "*batch N"],
+    old_value: Float[Array, "*batch N"],
+    advantage: Float[Array, "*batch N"],
+    target: Float[Array, "*batch N"],
+    alive: Bool[Array, "*batch N"],
+    *,
+    clip_eps: float,
+    ent_coef: float,
+    vf_coef: float,
+    shard: Shard = WHOLE,
+) -> PPOLoss:
+    """Clipped PPO with one ratio per agent, over the agents that were alive.
+
+        −E[min(r Â, clip(r, 1 ± ε) Â)] − c_H H + c_V · ½ E[max((v − R)², (v_clip − R)²)]
+
+    Advantages are normalised over the living agents of the minibatch first.
+
+    Args:
+        new: the current parameters' view of the stored actions.
+        old_log_prob: log-probabilities at the time of acting.
+        old_value: values at the time of acting; v_clip stays within ε of them.
+        advantage: Â, not yet normalised.
+        target: R, the value targets.
+        alive: agents to learn from.
+        clip_eps: ε.
+        ent_coef: c_H.
+        vf_coef: c_V.
+        shard: where the minibatch lies on several devices, this one's share. What returns is then its share of every
+            mean, and the largest deviation of its own agents.
+
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT (arXiv 2205.14953), eq. 5.
+    """
+    count = jnp.maximum(shard.sum(alive.sum()), 1)
+
+    def mean(x):
+        return jnp.sum(jnp.where(alive, x, 0.0)) / count
+
+    # 1. Normalised advantages.
+    centred = advantage - shard.sum(mean(advantage))
+    advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
+    # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it can overflow.
+    log_ratio = jnp.where(alive, new.log_prob - old_log_prob, 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
+    policy_loss = -mean(jnp.minimum(ratio * advantage, clipped * advantage))
+    # 3. The value.
+    value_clipped = old_value + jnp.clip(new.value - old_value, -clip_eps, clip_eps)
+    value_loss = 0.5 * mean(jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target)))
+    # 4. Their sum, and what one watches.
+    entropy = mean(new.entropy)
+    return PPOLoss(
+        loss=policy_loss - ent_coef * entropy + vf_coef * value_loss,
+        policy_loss=policy_loss,
+        value_loss=value_loss,
+        entropy=entropy,
+        approx_kl=mean(ratio - 1 - log_ratio),
+        clip_fraction=mean(jnp.abs(ratio - 1) > clip_eps),
+        ratio_deviation=jnp.max(jnp.abs(ratio - 1)),
+    )

@@ -1,0 +1,267 @@
+"""State-space mixers: what Mamba-1 and Mamba-2 share, and the three roles they play in MAM (arXiv 2410.19382, §4)."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key, PyTree
+
+from mam.config import NetworkConfig
+from mam.kernels.native.conv import native_conv_silu, native_conv_supports
+from mam.kernels.native.library import use_native
+from mam.kernels.selective_scan import step_size
+from mam.networks.layers import Dense, LayerNorm, RMSNorm
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
+
+DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
+
+Before = tuple[Float[Array, "..."], ...]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
+
+
+class SSMState(eqx.Module):
+    """The recurrent form's state: O(1) in the number of agents."""
+
+    ssm_state: Float[Array, "*batch S D"]
+    conv_state: tuple[Before, ...]  # of each convolution
+
+
+class CausalConv(eqx.Module):
+    """SiLU of a depthwise convolution over the last d_conv agents, zero-padded at the first."""
+
+    weight: Float[Array, "K F"]  # row k multiplies the input of d_conv − 1 − k agents ago
+    bias: Float[Array, "F"]
+
+    def __init__(self, channels: int, d_conv: int, *, key: Key[Array, ""]):
+        bound = d_conv**-0.5
+        self.weight = jax.random.uniform(key, (d_conv, channels), minval=-bound, maxval=bound)
+        self.bias = jnp.zeros(channels)
+
+    def extend(
+        self, state: Before | None, x: Float[Array, "*batch M F"], *, reverse: bool = False
+    ) -> tuple[Before, Float[Array, "*batch M F"]]:
+        """The next M outputs, as shifted multiply-adds: on CPU 50 times faster than XLA's grouped convolution.
+
+        If `reverse`, agents are read from the last to the first; outputs stay in the order of the inputs.
+        """
+        num_new, before = x.shape[-2], self.weight.shape[0] - 1
+        if state:
+            known = jnp.stack(state[::-1] if reverse else state, axis=-2)
+            x = jnp.concatenate([x, known] if reverse else [known, x], axis=-2)
+        y = _convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), reverse=reverse)
+        y = y[..., :num_new, :] if reverse else y[..., -num_new:, :]
+        places = [k - 1 if reverse else -k for k in range(before, 0, -1)]  # of the last ones read
+        zeros = (jnp.zeros_like(x[..., 0, :]),) * max(before - x.shape[-2], 0)
+        return zeros + tuple(x[..., place, :] for place in places[len(zeros) :]), y
+
+    def advance(self, state: Before, x: Float[Array, "*batch F"]) -> tuple[Before, Float[Array, "*batch F"]]:
+        """The next output."""
+        window, weight = (*state, x), self.weight.astype(x.dtype)
+        y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
+        return window[1:], jax.nn.silu(y)
+
+
+def _convolve(x: Array, weight: Array, bias: Array, *, reverse: bool) -> Array:
+    """SiLU of the convolution: natively on CPU, where that is installed and takes it."""
+    plain = partial(_conv_silu, -1 if reverse else 1)
+    if not use_native() or not native_conv_supports(x, weight):
+        return plain(x, weight, bias)
+    return lax.platform_dependent(x, weight, bias, cpu=partial(native_conv_silu, reverse=reverse), default=plain)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv_silu(step, x, weight, bias):
+    """SiLU of the convolution; its backward pass keeps the input only and convolves again.
+
+    `step` is 1, or -1 if agents are read from the last to the first.
+    """
+    return jax.nn.silu(_conv(step, x, weight, bias))
+
+
+def _conv(step, x, weight, bias):
+    taps = weight.shape[0]
+    return sum(_shifted(x, step * (taps - 1 - k)) * weight[k] for k in range(taps)) + bias
+
+
+def _shifted(x, places):
+    """Every agent's row moved to an agent so many places later (earlier, if negative), zeros where there was none."""
+    n = x.shape[-2]
+    if not places:
+        return x
+    if abs(places) >= n:
+        return jnp.zeros_like(x)
+    kept = lax.slice_in_dim(x, max(-places, 0), n - max(places, 0), axis=x.ndim - 2)
+    return jnp.pad(kept, [(0, 0)] * (x.ndim - 2) + [(max(places, 0), max(-places, 0)), (0, 0)])
+
+
+def _conv_silu_fwd(step, x, weight, bias):
+    return _conv_silu(step, x, weight, bias), (x, weight, bias)
+
+
+def _conv_silu_bwd(step, residuals, gy):
+    x, weight, bias = residuals
+    taps, rows = weight.shape[0], tuple(range(x.ndim - 1))
+    y = _conv(step, x, weight, bias)
+    gate = jax.nn.sigmoid(y)
+    g = gy * gate * (1 + y * (1 - gate))
+    gx = sum(_shifted(g, step * (k + 1 - taps)) * weight[k] for k in range(taps))
+    g_weight = jnp.stack([jnp.sum(_shifted(x, step * (taps - 1 - k)) * g, axis=rows) for k in range(taps)])
+    return gx, g_weight, jnp.sum(g, axis=rows)
+
+
+_conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
+
+
+class AbstractSSM(eqx.Module):
+    """A state-space block without norms and residual. Its out-projection is for the mixers to apply."""
+
+    dt_proj: eqx.AbstractVar[Dense]  # to the step sizes, before the softplus
+    out_proj: eqx.AbstractVar[Dense]
+
+    @abstractmethod
+    def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
+        """Everything up to the convolution: of each agent by itself."""
+
+    @abstractmethod
+    def project_context(self, context: Float[Array, "*batch E"]) -> Float[Array, "*batch S"]:
+        """C, where it is read from a second sequence."""
+
+    @abstractmethod
+    def init_state(self, batch: tuple[int, ...], dtype: jnp.dtype | None) -> SSMState:
+        """Zeros, for inputs of this type."""
+
+    @abstractmethod
+    def advance(
+        self, state: SSMState, inputs: MixerInputs, C: Float[Array, "*batch S"] | None
+    ) -> tuple[SSMState, Float[Array, "*batch D"]]:
+        """The next agent; C is read from the agent itself if None."""
+
+    @abstractmethod
+    def extend(
+        self,
+        state: SSMState | None,
+        inputs: MixerInputs,
+        C: Float[Array, "*batch M S"] | None,
+        alive: Bool[Array, "*batch M"] | None,
+        *,
+        reverse: bool = False,
+    ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
+        """The next M agents, read from the last to the first if `reverse`."""
+
+
+MakeSSM = Callable[..., AbstractSSM]  # make(sizes, key=key, cross=cross)
+
+
+class BidirectionalSSM(AbstractMixer):
+    """One set of weights, a pass in each direction: the encoder's mixer.
+
+        u = RMSNorm(x);  f = SSM(u);  r = flip(SSM(flip(u)));  out = LayerNorm(x + f + r)
+
+    Difference: as published (`cascade`) the reverse pass reads the forward pass's output, and they are multiplied,
+    r = flip(SSM(flip(f))) and out = LayerNorm(x + f ⊙ r). That starts near 0 with hardly a gradient and grows with a
+    high power of x: in training it first mixes nothing and then drowns x. The sum is also cheaper: both passes read
+    the same in-projections, and share the out-projection.
+    """
+
+    pre_norm: RMSNorm
+    ssm: AbstractSSM
+    post_norm: LayerNorm
+    cascade: bool = eqx.field(static=True)
+
+    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""]):
+        self.pre_norm = RMSNorm(sizes.d_model)
+        self.ssm = make(sizes, key=key, cross=False)
+        self.post_norm = LayerNorm(sizes.d_model)
+        self.cascade = sizes.encoder.combine == "product"
+
+    def __call__(self, x, context=None, *, alive=None):
+        inputs = self.ssm.project(self.pre_norm(x))
+        if self.cascade:
+            forward = self.ssm.out_proj(self._pass(inputs, None))  # the dead come last: the living do not see them yet
+            backward = self.ssm.out_proj(self._pass(self.ssm.project(forward), alive, reverse=True))
+            return self.post_norm(x, forward * backward)
+        both = self._pass(inputs, alive) + self._pass(inputs, alive, reverse=True)
+        return self.post_norm(x, self.ssm.out_proj(both))
+
+    def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
+        return self.ssm.extend(None, inputs, None, alive, reverse=reverse)[1]
+
+
+class NormedInputs(eqx.Module):
+    """What the block reads of an agent, and the agent itself for the residual."""
+
+    x: Float[Array, "*batch E"]
+    ssm: MixerInputs
+
+
+class CausalSSM(AbstractCausalMixer):
+    """LayerNorm(x + SSM(RMSNorm(x))): the decoder's mixers.
+
+    As `cross`, C = W_C RMSNorm(context): as in cross-attention the context asks (C is a state-space model's query)
+    and the action stream answers. Everything else comes from x.
+    """
+
+    pre_norm: RMSNorm
+    context_norm: RMSNorm | None  # of the second sequence, if there is one
+    ssm: AbstractSSM
+    post_norm: LayerNorm
+
+    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+        self.pre_norm = RMSNorm(sizes.d_model)
+        self.context_norm = RMSNorm(sizes.d_model) if cross else None
+        self.ssm = make(sizes, key=key, cross=cross)
+        self.post_norm = LayerNorm(sizes.d_model)
+
+    def project(self, x):
+        return NormedInputs(x=x, ssm=self.ssm.project(self.pre_norm(x)))
+
+    def project_context(self, context):
+        return self.ssm.project_context(self.context_norm(required(context))) if self.context_norm else None
+
+    def init_state(self, num_agents, batch=(), dtype=None):
+        return self.ssm.init_state(batch, dtype)
+
+    def advance(self, state, inputs, context):
+        state, y = self.ssm.advance(state, inputs.ssm, context)
+        return state, self._out(inputs.x, y)
+
+    def extend(self, state, inputs, context, alive=None):
+        state, y = self.ssm.extend(state, inputs.ssm, context, alive)
+        return state, self._out(inputs.x, y)
+
+    def _out(self, x: Float[Array, "*batch E"], y: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        return self.post_norm(x, self.ssm.out_proj(y))
+
+
+def init_ssm_state(
+    batch: tuple[int, ...], d_state: int, convs: tuple[CausalConv, ...], dtype: jnp.dtype | None
+) -> SSMState:
+    """Zeros, for inputs of this type; the first convolution is that of the scan's channels."""
+    dtype = dtype or jnp.zeros(()).dtype
+    scanned = jnp.zeros((*batch, d_state, convs[0].bias.shape[0]), jnp.promote_types(dtype, jnp.float32))
+    before = tuple((jnp.zeros((*batch, conv.bias.shape[0]), dtype),) * (conv.weight.shape[0] - 1) for conv in convs)
+    return SSMState(ssm_state=scanned, conv_state=before)
+
+
+def living(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None) -> Float[Array, "*batch F"]:
+    """Zeros in place of the dead."""
+    return x if alive is None else jnp.where(alive[..., None], x, 0.0)
+
+
+def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
+    """softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
+    dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(DT_MIN), maxval=jnp.log(DT_MAX)))
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def largest_step_size(policy: PyTree) -> Float[Array, ""] | None:
+    """The largest Δ that an input of zeros gets in any state-space mixer; None where there is none.
+
+    Where Δ drifts upward in training, it is seen here, long before anything is NaN.
+    """
+    found = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractSSM))
+    biases = [required(node.dt_proj.bias) for node in found if isinstance(node, AbstractSSM)]
+    return jnp.stack([step_size(bias).max() for bias in biases]).max() if biases else None

@@ -1,0 +1,130 @@
+"""What a run will need, before it starts: XLA's own account of the compiled train step.
+
+Memory is that of one device: the train state, which goes in and comes out, and what the step needs besides. The
+allocator's own losses come on top, so a step that needs nearly all of a device may still fail.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mam.config import Config
+from mam.errors import RunError, UserError
+from mam.learning.train import Trainer, make_train
+
+ROOM = 0.9  # of a device's memory that may be planned for
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device."""
+
+    state: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Everything a train step holds at once; the old and the new state share their memory where they can."""
+        return self.state + self.temporary
+
+    @staticmethod
+    def of(compiled: Any) -> "Footprint":
+        """Of a compiled train step."""
+        memory = compiled.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return Footprint(memory.argument_size_in_bytes + max(new, 0), memory.temp_size_in_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run, as compiled."""
+
+    changes: str  # of the options asked for
+    footprint: Footprint
+    compile_seconds: float
+
+
+def device_memory() -> int:
+    """Bytes of the first device: what JAX may use of a GPU; of a CPU the machine's or its container's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (text := container.read_text().strip()).isdecimal():
+        limits.append(int(text))
+    return min(limits)
+
+
+def plan(config: Config) -> Iterator[Plan]:
+    """Compiles the run as it is asked for; if it does not fit, with smaller minibatches and recomputed blocks.
+
+    Raises:
+        UserError: for a run whose environments live on the host: its train step is no single program.
+    """
+    room = ROOM * device_memory()
+    first = _compiled(config, "as asked for")
+    yield first
+    if first.footprint.total <= room:
+        return
+    yield from (_compiled(changed, words) for words, changed in _smaller(config))
+
+
+def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
+    """Runs that need less memory, and how they differ, the mildest first."""
+    ppo = config.ppo
+    size = ppo.num_envs * (1 if config.policy.startswith("rec_") else ppo.rollout_length)
+    counts = [count for k in range(1, 5) if size % (count := ppo.num_minibatches * 2**k) == 0]
+    for count in counts:
+        yield f"--ppo.num-minibatches {count}", replace(config, ppo=replace(ppo, num_minibatches=count))
+    if not config.network.remat and jax.default_backend() != "cpu":  # XLA's CPU compiler undoes it
+        yield "--network.remat", replace(config, network=replace(config.network, remat=True))
+
+
+def _compiled(config: Config, changes: str) -> Plan:
+    trainer = make_train(config)
+    try:
+        if not isinstance(trainer.train_step, jax.stages.Wrapped):
+            raise UserError(f"{config.env} lives on the host: its memory depends on the simulator, and is not planned")
+        seeds = np.arange(config.seed, config.seed + config.num_seeds)
+        begun = time.perf_counter()
+        compiled = trainer.train_step.lower(trainer.shapes(seeds)).compile()
+        return Plan(changes, Footprint.of(compiled), time.perf_counter() - begun)
+    finally:
+        trainer.close()
+
+
+def footprint(trainer: Trainer) -> str:
+    """What a compiled trainer needs, in one line; nothing if its train step is no single program."""
+    if not isinstance(trainer.train_step, jax.stages.Compiled):
+        return ""
+    need, there = Footprint.of(trainer.train_step), device_memory()
+    line = f"a train step needs {gigabytes(need.total)} of {gigabytes(there)}"
+    return line if need.total <= ROOM * there else f"{line}: it may not fit. `mam plan` looks for settings that do"
+
+
+@contextmanager
+def out_of_memory(config: Config) -> Iterator[None]:
+    """Turns the device's complaint about memory into advice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+            raise
+        words = " or ".join(words for words, _ in list(_smaller(config))[:1]) or "fewer --ppo.num-envs"
+        raise RunError(
+            f"out of memory ({text.splitlines()[0]}): try {words}; `mam plan` with the same options says what fits"
+        ) from error
+
+
+def gigabytes(size: int) -> str:
+    """A size to read: 512 MB, 1.25 GB."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,532 @@
+"""A run on the host: a folder, a loop over compiled steps, and a stop that loses nothing.
+
+RUN/config.json        what was run           RUN/metrics.jsonl       every number it reported
+RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
+RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
+RUN/run.lock           held while it trains   RUN/learning_curve.png  the same to look at
+"""
+
+import errno
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mam.config import Config, from_json, read_config, to_json
+from mam.envs.external.factories import names_code
+from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
+from mam.learning.evaluate import UNFINISHED
+from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
+from mam.runs.checkpoint import Save, Writer, has_saves, newest
+from mam.runs.footprint import footprint, out_of_memory
+from mam.runs.lock import Lock, acquire
+from mam.runs.signals import GRACE, Stop, stop_on_signals
+from mam.runs.sinks import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
+from mam.runs.summary import plot_learning_curve, write_marl_eval
+
+Outcome = Literal["finished", "stopped", "preempted"]
+LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
+FREE = ("total_timesteps", "num_devices", "num_workers", "worker", "checkpoint")  # settings a resumed run may change
+MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run leaves behind."""
+
+    path: Path
+    held: Lock | None = field(default=None, compare=False)  # by who trains; readers need none
+
+    @property
+    def lock(self) -> Path:
+        return self.path / LOCK_FILE
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def learning_curve(self) -> Path:
+        return self.path / "learning_curve.png"
+
+    def load_config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            UserError: if the folder holds no run, or one of an incompatible version.
+        """
+        return read_config(self.config)
+
+    def load_state(self, config: Config, trainer: Trainer) -> TrainState:
+        """The newest train state that is intact, one leading axis of seeds."""
+        return restore(self.newest_save(config), trainer.shapes(np.asarray(seeds_of(config))))
+
+    def newest_save(self, config: Config) -> Save:
+        """The newest save that is intact.
+
+        Raises:
+            UserError: if it is of a run with another configuration: config.json was edited, or the save is another's.
+            CheckpointError: if there is none.
+        """
+        save = newest(self.checkpoint, valid=_is_position, warn=print)
+        if "config" not in save.meta:  # of the first versions
+            return save
+        try:
+            saved = from_json(Config, save.meta["config"])
+        except UserError as error:
+            raise UserError(f"the configuration in {save.path} is of another version: {error}") from error
+        if unlike := differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config):
+            raise UserError(
+                f"{self.config} is not what {save.path} was trained with: {'; '.join(unlike)}; "
+                "undo the change, or begin another run"
+            )
+        return save
+
+    def records(self) -> list[Record]:
+        """Everything the run has reported."""
+        return read_records(self.metrics)
+
+    def release(self) -> None:
+        """Lets other processes train here; happens by itself when this one ends."""
+        if self.held:
+            self.held.close()
+
+
+def restore(save: Save, shapes: TrainState) -> TrainState:
+    """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
+    if shapes.best_beside is None or any(name.startswith("state.best_beside") for name in save.leaves):
+        return save.restore(shapes)
+    state = save.restore(eqx.tree_at(lambda s: s.best_beside, shapes, None))
+    best = jax.tree.map(jnp.copy, state.best(beside=False))
+    return eqx.tree_at(lambda s: s.best_beside, state, best, is_leaf=lambda x: x is None)
+
+
+def seeds_of(config: Config) -> list[int]:
+    """The seeds of a run, in the order of every leading axis."""
+    return list(range(config.seed, config.seed + config.num_seeds))
+
+
+def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]:
+    """Checks the configuration and makes the folder of a new run; nothing is written if anything is wrong.
+
+    Args:
+        config: what to run.
+        path: the folder; a new one, runs/<task>/<policy>/<time>, if None.
+
+    Returns:
+        The folder, locked, and what trains in it.
+
+    Raises:
+        UserError: for a task or policy that does not exist, a folder that holds a run already or is in use, or one
+            that cannot be made.
+    """
+    if path is not None and jax.process_index() == 0:
+        _check_unused(config, path)
+    trainer = make_train(config)
+    try:
+        trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
+        if jax.process_index() > 0:
+            return RunFolder(cast(Path, path)), trainer
+        return _make_folder(config, path), trainer
+    except BaseException:
+        trainer.close()
+        raise
+
+
+def _check_unused(config: Config, path: Path) -> None:
+    """Refuses names that no terminal can show as they are, and folders with a run."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in str(path)):
+        raise UserError(f"--out takes names that can be printed, got {shown(str(path))}")
+    try:
+        (path / "config.json").lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(str(path))}: {error.strerror}") from error
+    command = shlex.join(["mam", "train", *resume_options(config, path)])
+    raise UserError(f"{path} already holds a run: go on with `{command}`, or choose another --out")
+
+
+def _make_folder(config: Config, path: Path | None) -> RunFolder:
+    """The folder of a new run, which nobody else has at the same time."""
+    try:
+        if path is None:
+            path = _make_unused(_default_folder(config))
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {shown(str(path or 'runs'))}: {error.strerror}") from error
+    folder = RunFolder(path)
+    folder = replace(folder, held=acquire(folder.lock))
+    try:
+        _check_unused(config, path)
+        _write_json(folder.config, to_json(config))
+        _write_json(path / "versions.json", versions())
+    except BaseException:
+        folder.release()
+        raise
+    return folder
+
+
+def _default_folder(config: Config) -> Path:
+    """Where runs of this kind go; every file system takes the name."""
+    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
+
+
+def _make_unused(parent: Path) -> Path:
+    """A new folder called by the time, with a suffix where another run began in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 10_000))):
+        with suppress(FileExistsError):
+            (parent / name).mkdir()
+            return parent / name
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(parent))
+
+
+def _write_json(path: Path, contents: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, json.dumps(contents, indent=2))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def resume_options(config: Config, path: Path) -> list[str]:
+    """The options of `mam train` that resume a run; a task that is code has to be named by the user."""
+    return ["--resume", str(path), *(["--env", config.env] if names_code(config.env) else [])]
+
+
+def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
+    """Opens a run to go on with it, possibly for longer.
+
+    Returns:
+        The folder, locked, and what trains in it.
+
+    Raises:
+        UserError: if the configuration differs from the run's in anything but the settings that are FREE, or another
+            process runs it.
+    """
+    folder = RunFolder(path)
+    saved = folder.load_config()
+    differing = differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config)
+    if differing:
+        raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
+    if config.total_timesteps < saved.total_timesteps:
+        raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
+    if jax.process_index() == 0:
+        folder = replace(folder, held=acquire(folder.lock))
+    try:
+        trainer = make_train(config)
+        if jax.process_index() == 0:
+            if not has_saves(folder.checkpoint):
+                lost = ", and metrics.jsonl is written anew" if folder.metrics.exists() else ""
+                print(f"{path} holds no checkpoint: the run starts again at step 0{lost}")
+            _write_json(folder.config, to_json(config))
+    except BaseException:
+        folder.release()
+        raise
+    return folder, trainer
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Fields in which two configurations differ, as `ppo.lr was 0.0005, is 0.001`."""
+    found = []
+    for setting in fields(old):
+        before, now = getattr(old, setting.name), getattr(new, setting.name)
+        if is_dataclass(before):
+            found += differences(before, now, f"{prefix}{setting.name}.")
+        elif before != now:
+            found.append(f"{prefix}{setting.name} was {before}, is {now}")
+    return found
+
+
+def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
+    """Trains from where the folder's newest intact checkpoint stands, or from scratch, to the end or to a stop.
+
+    Returns:
+        How it ended: whoever was stopped is saved and can be resumed.
+
+    Raises:
+        RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
+    """
+    seeds = np.asarray(seeds_of(config))
+    with ExitStack() as stack:
+        stack.callback(folder.release)
+        stack.callback(trainer.close)
+        save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
+        loop = _Loop(config, folder, save)
+        total = config.num_updates * config.steps_per_update
+        progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
+        stop = stack.enter_context(stop_on_signals(progress.log, loop.last_words))
+        stack.enter_context(out_of_memory(config))
+        with progress.compiling("the update and the evaluation"):
+            state = restore(save, trainer.shapes(seeds)) if save else trainer.init(seeds)
+            trainer = trainer.compile(state)
+        if line := footprint(trainer):
+            progress.log(line)
+        if save:
+            progress.log(f"going on after update {loop.update} of {config.num_updates} ({loop.step_count:,} steps)")
+        loop.open(stack, progress)
+        while not loop.agreed(stop):
+            begun = time.monotonic()
+            if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
+                if loop.update and not loop.has_saved:
+                    loop.save(state)  # however long the first evaluation takes, what was learned before it is safe
+                progress.evaluating(config.eval.num_episodes)
+                state, values = loop.take(trainer.evaluate_step, state)
+                loop.evaluated = loop.update
+                loop.write("evaluation", values)
+            elif loop.update < config.num_updates:
+                state, values = loop.take(trainer.train_step, state)
+                if not loop.healthy(trainer, state, values):
+                    loop.save(state)
+                    raise RunError(loop.diagnosis)
+                loop.update += 1
+                loop.write("train", values)
+            else:
+                break
+            if loop.agreed_to_save(time.monotonic() - begun):
+                loop.save(state)
+        finished = loop.update >= config.num_updates and loop.evaluated >= loop.update
+        loop.save(state)
+        if finished:
+            progress.log(f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…")
+            loop.write("absolute", loop.take(trainer.absolute_metric, state))
+        loop.finish()
+    if jax.process_index() == 0:
+        with _writing(folder.path):
+            _write_results(config, folder)
+    return "finished" if finished else "preempted" if stop.preempted else "stopped"
+
+
+class _Loop:
+    """Where the loop stands, and where its numbers go."""
+
+    def __init__(self, config: Config, folder: RunFolder, save: Save | None):
+        meta = save.meta if save else {"update": 0, "evaluated": -1, "elapsed": 0.0}
+        self.update, self.evaluated = meta["update"], meta["evaluated"]
+        self.diagnosis = ""  # of what was not finite
+        self._config, self._folder, self._resumed = config, folder, save
+        self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
+        self._saved, self._saved_at = (self.update, self.evaluated) if save else None, time.monotonic()
+        self._sinks: list[Sink] = []
+        self._writer: Writer | None = None
+        self._metrics: JsonLines | None = None  # in the process that writes them
+        self._skipped = 0
+        self._said_unfinished = False
+        self._log: Callable[[str], None] = print
+
+    @property
+    def step_count(self) -> int:
+        return self.update * self._config.steps_per_update
+
+    @property
+    def has_saved(self) -> bool:
+        return self._saved is not None
+
+    def open(self, stack: ExitStack, progress: Progress) -> None:
+        """Opens the files, which `stack` closes."""
+        self._log, meta = progress.log, self._resumed.meta if self._resumed else None
+        with _writing(self._folder.path):
+            self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
+            self._writer = Writer(self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed)
+            stack.callback(_try, self._writer.close)
+            if jax.process_index() > 0:
+                return
+            position = meta["metrics_bytes"] if meta else None
+            self._metrics = JsonLines(self._folder.metrics, append_at=position)
+            if lost := self._metrics.missing:
+                self._log(
+                    f"{self._folder.metrics} lacks {lost} of the {position} bytes that it had at the checkpoint: "
+                    "rows are lost, and the run goes on without them"
+                )
+            tensorboard = TensorBoard(
+                self._folder.path / "tensorboard",
+                seeds_of(self._config),
+                append_after_step=self.step_count if meta else None,
+            )
+        self._sinks = [self._metrics, tensorboard, progress]
+        for sink in self._sinks:
+            stack.callback(_try, sink.close)
+
+    def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
+        """Takes a step; if it fails, the state before it is saved.
+
+        Raises:
+            RunError: an environment failed.
+        """
+        try:
+            return step(state)
+        except Exception as error:
+            if jax.process_count() == 1:  # several would have to save together, and only this one failed
+                with suppress(Exception):  # of a state that was given away to the step nothing is left
+                    self.save(state)
+            if not isinstance(error, UserError):
+                raise
+            what, *traceback = str(error).split("\n")
+            raise RunError("\n".join([f"{what}; {self.last_words()}", *traceback])) from error
+
+    def write(self, kind: Any, values: Values) -> None:
+        numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
+        record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
+        with _writing(self._folder.path):
+            for sink in self._sinks:
+                sink.write(record)
+        if not self._said_unfinished:
+            self._say_unfinished(numbers)
+
+    def _say_unfinished(self, values: Mapping[str, np.ndarray]) -> None:
+        cut = np.concatenate([x.ravel() for name, x in values.items() if name.endswith(UNFINISHED)] or [np.zeros(0)])
+        if cut.any():
+            self._said_unfinished = True
+            limit = self._config.eval.max_episode_steps
+            self._log(
+                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended after {limit:,} steps "
+                "and count with what they had returned by then; --eval.max-episode-steps sets the limit"
+            )
+
+    def save(self, state: TrainState) -> None:
+        """Begins a save, unless the state is that of the last one; at the end of the run, ends it."""
+        stands, self._saved_at = (self.update, self.evaluated), time.monotonic()
+        if self._saved == stands:
+            return
+        with _writing(self._folder.path):
+            position = self._metrics.sync() if self._metrics else 0
+            meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
+            meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
+            meta |= {"config": to_json(self._config)}
+            cast(Writer, self._writer).save(state, meta)
+        self._saved = stands
+
+    def healthy(self, trainer: Trainer, state: TrainState, values: Values) -> bool:
+        """Whether to go on after a train step; says what was not finite in it."""
+        bad = trainer.first_bad(state, values)
+        self._skipped = self._skipped + 1 if bad else 0
+        if not bad:
+            return True
+        first, seeds = next(iter(bad.values())), [seeds_of(self._config)[index] for index in bad]
+        who = f" (seed {', '.join(map(str, seeds))})" if self._config.num_seeds > 1 else ""
+        self.diagnosis = f"update {self.update + 1} met numbers that are not finite{who}, first in: {first}"
+        if self._config.on_non_finite == "stop":
+            self.diagnosis += (
+                "; the state before it is saved. If the environment is not to blame (mam check-env), "
+                "lower --ppo.lr, or take --on-non-finite skip or rollback"
+            )
+            return False
+        if self._skipped == MOST_SKIPPED:
+            self.diagnosis += f", as in the {MOST_SKIPPED - 1} updates before; the state before them is saved"
+            return False
+        how = "left out" if self._config.on_non_finite == "skip" else "left out, and the learning rate halved"
+        self._log(f"{self.diagnosis}: {how}")
+        return True
+
+    def agreed(self, stop: Stop) -> bool:
+        """Whether to stop: where there are several processes, as soon as one of them is asked to."""
+        if jax.process_count() == 1:
+            return stop.signal is not None
+        signals = multihost_utils.process_allgather(np.asarray(stop.signal or 0))
+        stop.signal = int(signals.max()) or None
+        return stop.signal is not None
+
+    def agreed_to_save(self, step_seconds: float) -> bool:
+        """Whether it is time: at intervals, and where a signal's deadline would come before the end of a step."""
+        since = time.monotonic() - self._saved_at
+        due = since >= self._config.checkpoint.seconds or step_seconds > GRACE / 2
+        if jax.process_count() == 1:
+            return due
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
+
+    def finish(self) -> None:
+        """Waits until everything is on disk."""
+        with _writing(self._folder.path):
+            if self._writer:
+                self._writer.wait()
+
+    def last_words(self) -> str:
+        """What is saved, once the save being written is done."""
+        if self._writer:
+            self._writer.wait(timeout=4.0)
+        return f"the run is saved up to update {self._saved[0]}" if self._saved else "nothing is saved yet"
+
+
+def _is_position(meta: dict[str, Any]) -> bool:
+    """Whether metadata is what `_Loop.save` writes."""
+    least = {"update": 0, "evaluated": -1, "step_count": 0, "metrics_bytes": 0}
+    return (
+        all(isinstance(count := meta.get(name), int) and count >= low for name, low in least.items())
+        and isinstance(meta.get("elapsed"), float)
+        and isinstance(meta.get("config", {}), dict)
+    )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns whatever keeps the run's files from being written into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"cannot write the run to {path}: {reason}; what was saved before is intact") from error
+
+
+def _try(close: Callable[[], None]) -> None:
+    """Closes a file; what goes wrong then went wrong before, and was said."""
+    with suppress(OSError, RunError):
+        close()
+
+
+def _write_results(config: Config, folder: RunFolder) -> None:
+    """Everything derived from the metrics, made anew from the whole file."""
+    records, seeds = folder.records(), seeds_of(config)
+    suite, slash, task = config.env.partition("/")
+    if not slash:  # package.module:factory
+        suite, task = "own", config.env
+    write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds)
+    if any(record.kind == "evaluation" for record in records):
+        plot_learning_curve(folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds)
+
+
+def versions() -> dict[str, Any]:
+    """What the run's numbers depend on besides its configuration."""
+    others = ("jax", "jaxlib", "equinox", "optax", "numpy", "jumanji", "jaxmarl")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "packages": {name: installed_version(name) for name in (DISTRIBUTION, NATIVE, *others)},
+        "git": _git_sha(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "platform": platform.platform(),
+    }
+
+
+def _git_sha() -> str | None:
+    """The commit of the source in use, `-dirty` if it was changed since; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

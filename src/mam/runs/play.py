@@ -1,0 +1,194 @@
+"""One episode step by step, for looking at it: a picture, and a trace of what was decided."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
+
+from mam.config import EvalConfig
+from mam.envs.wrappers import IdEncoding, agent_ids
+from mam.errors import UserError
+from mam.runs.sinks import to_json, write_atomically
+from mam.types import Environment, Observation, Policy
+
+FRAME_MILLISECONDS = 100
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened in an episode, step by step: decisions at t, and the rewards they led to."""
+
+    reward: Float[np.ndarray, "T N"]  # a team's is repeated
+    value: Float[np.ndarray, "T N"]
+    action: Num[np.ndarray, "T N"] | Float[np.ndarray, "T N A"]
+    log_prob: Float[np.ndarray, "T N"]  # given the earlier agents' actions
+    order: Int[np.ndarray, "T N"]  # order[t, k] = the agent that decided k-th
+    alive: Bool[np.ndarray, "T N"]
+
+    @classmethod
+    def of(cls, steps: list[dict[str, Any]]) -> "Trace":
+        """Stacks what was noted at each step."""
+        return cls(**{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An episode that was played and written down."""
+
+    episode_return: float  # the team's, averaged over agents
+    terminated: bool  # not merely cut off by the time limit
+    trace: Trace
+    num_frames: int  # of the picture
+    undrawn: str = ""  # why there is none; empty if there is one
+
+
+def trace_path(picture: Path) -> Path:
+    """Where the trace of an episode is: beside its picture."""
+    return picture.with_suffix(".json")
+
+
+def play(
+    env: Environment,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    *,
+    greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
+    **about: Any,
+) -> Episode:
+    """Plays an episode and writes it as a GIF and a trace.
+
+    Args:
+        env: one environment that reports `episode_return`.
+        policy: the weights to play with.
+        seed: decides everything random.
+        path: GIF to write, of the T + 1 states, and beside it, as .json, the trace; see `write_trace`. Of an
+            environment that nothing can draw there is the trace alone.
+        greedy: take the most likely actions instead of sampling.
+        max_steps: steps after which an episode that has not ended is cut off.
+        about: what else the trace should say, such as the run's own seed.
+    """
+    reset_key, key = jax.random.split(jax.random.key(seed))
+
+    @jax.jit
+    def step(state, timestep, memory, first, key):
+        act_key, env_key, key = jax.random.split(key, 3)
+        memory, output = policy.act(memory, timestep.observation, first, act_key, greedy=greedy)
+        state, following = env.step(state, output.action, env_key)
+        return state, following, memory, following.ended, key, _note(timestep.observation, output, following.reward)
+
+    state, timestep = jax.jit(env.reset)(reset_key)
+    memory, first, states, notes = policy.init_memory(), np.True_, [state], []
+    ended = False
+    while not ended and len(notes) < max_steps:
+        state, timestep, memory, first, key, note = step(state, timestep, memory, first, key)
+        states.append(state)
+        notes.append(note)
+        ended = bool(first)
+    undrawn = ""
+    try:
+        env.animate(states, path)
+    except NotImplementedError as error:
+        undrawn = str(error)
+    episode = Episode(
+        episode_return=float(timestep.metrics["episode_return"]),
+        terminated=bool(timestep.terminated),
+        trace=Trace.of(jax.device_get(notes)),
+        num_frames=0 if undrawn else len(states),
+        undrawn=undrawn,
+    )
+    write_trace(path, episode, env=env.spec.name, seed=seed, greedy=greedy, **about)
+    return episode
+
+
+def play_on_host(
+    name: str,
+    agent_id: IdEncoding,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    *,
+    greedy: bool = False,
+    max_steps: int = EvalConfig.max_episode_steps,
+    **about: Any,
+) -> Episode:
+    """Plays an episode of an environment that JAX does not step, in this process, and writes it as GIF and trace.
+
+    Args:
+        name: of the environment, as for `mam.envs.registry.make_host`.
+        agent_id: as for `make_host`.
+        policy: as for `play`.
+        seed: as for `play`.
+        path: as for `play`, of the T states that were acted on; without a GIF where the environment draws nothing.
+        greedy: as for `play`.
+        max_steps: as for `play`.
+        about: as for `play`.
+    """
+    from PIL import Image
+
+    from mam.envs.external.factories import find_factory
+    from mam.envs.external.pettingzoo import PettingZooEnv
+
+    env = PettingZooEnv(find_factory(name)(render_mode="rgb_array", index=0), name)
+    ids = agent_ids(env.layout.num_agents, agent_id)
+    act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
+    key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
+    arrays, terminated, undrawn = env.reset(seed), False, ""
+    while not over and len(notes) < max_steps:
+        view = np.concatenate([ids, arrays["agents_view"]], axis=1)
+        inputs: dict[str, Any] = arrays | {"agents_view": view}
+        observation = Observation(**inputs)
+        memory, output = act(memory, observation, np.array(not notes), key)
+        try:
+            if not undrawn and (frame := env.frame()) is not None:
+                frames.append(Image.fromarray(frame))
+        except UserError as error:
+            frames, undrawn = [], str(error)
+        output = jax.device_get(output)
+        outcome = env.step(np.asarray(output.action))
+        notes.append(_note(observation, output, outcome.reward))
+        arrays, key = outcome.observation, jax.random.fold_in(key, len(notes))
+        terminated = outcome.terminated
+        over = terminated or outcome.truncated
+    env.close()
+    if not frames and not undrawn:
+        undrawn = f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
+    if frames:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
+    trace = Trace.of(notes)
+    episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
+    episode = Episode(episode_return, terminated, trace, len(frames), undrawn)
+    write_trace(path, episode, env=name, seed=seed, greedy=greedy, **about)
+    return episode
+
+
+def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
+    """One step of a trace."""
+    decided = {name: getattr(output, name) for name in ("value", "action", "log_prob", "order")}
+    return decided | {"reward": reward, "alive": observation.alive}
+
+
+def write_trace(path: Path, episode: Episode, **about: Any) -> None:
+    """Writes what happened in an episode as one JSON object.
+
+    `env`, `seed`, `greedy` and whatever else is said about it; `episode_return`, `terminated`, `picture` (name of the
+    GIF, null if there is none), `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
+    then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`, `order`, `alive`. Numbers
+    that are not finite are null.
+
+    Args:
+        path: the GIF; the trace goes to `trace_path` of it.
+        episode: what was played.
+        about: further fields.
+    """
+    (episode_return,) = to_json(np.array([episode.episode_return]))
+    outcome = {"episode_return": episode_return, "terminated": episode.terminated}
+    picture = None if episode.undrawn else path.name
+    drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
+    arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}
+    write_atomically(trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False))

@@ -1,0 +1,352 @@
+"""Sinks of a run: every number it reports goes through `write`, to a file, to TensorBoard, to the terminal."""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from mam.runs.files import open_regular
+
+RETURN = "episode_return"  # the metric every environment reports
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run has to say at one moment, for all of its seeds at once."""
+
+    kind: Literal["train", "evaluation", "absolute"]
+    update: int  # updates done
+    step_count: int  # environment steps done, per seed
+    elapsed: float  # wall-clock seconds since the run began; a resumed run goes on counting
+    values: dict[str, np.ndarray]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where records go."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def seed_means(values: np.ndarray) -> np.ndarray:
+    """One number per seed, [num_seeds]: the mean over its episodes, or the scalar itself."""
+    values = np.asarray(values, np.float64)
+    return values.reshape(len(values), -1).mean(axis=1)
+
+
+def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
+    """Return the environment steps per second of one seed while it trains: the one definition of speed.
+
+    The median over updates, each timed from the record before it, so that compiling moves it no more than evaluating.
+    Times the number of seeds it is the speed that is shown.
+
+    Args:
+        steps: environment steps done at each record, of updates and of evaluations.
+        elapsed: seconds at each record.
+
+    Returns:
+        NaN before the second update.
+    """
+    steps, seconds = np.diff(steps), np.diff(elapsed)
+    timed = (seconds > 0) & (steps > 0)  # no step is done in an evaluation
+    return float(np.median(steps[timed] / seconds[timed])) if timed.any() else float("nan")
+
+
+def training_speed(records: Sequence[Record]) -> float:
+    """Return `median_speed` of a run's records."""
+    return median_speed([record.step_count for record in records], [record.elapsed for record in records])
+
+
+def time_spent(records: Sequence[Record]) -> dict[str, float]:
+    """Return the seconds in training, in evaluations, and before the first record: starting, compiling, one update."""
+    elapsed = np.array([0.0, *(record.elapsed for record in records)])
+    spent = {"training": 0.0, "evaluations": 0.0, "start": float(elapsed[1]) if records else 0.0}
+    for record, seconds in zip(records[1:], np.diff(elapsed)[1:], strict=True):
+        spent["training" if record.kind == "train" else "evaluations"] += max(float(seconds), 0.0)
+    return spent
+
+
+def to_json(values: np.ndarray) -> Any:
+    """An array as nested lists of plain numbers; NaN and infinity, which JSON lacks, become None."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biu":
+        array = array.astype(np.float64).astype(object)
+        array[~np.isfinite(array.astype(np.float64))] = None
+    return array.tolist()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class JsonLines:
+    """One JSON object per record and line, in full precision: the run's own record of itself.
+
+    Args:
+        path: the file, by custom `metrics.jsonl`.
+        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume, cuts the file
+            there: the resumed run writes the rest again.
+
+    Attributes:
+        missing: bytes before that position which a file that has lost its tail no longer has.
+    """
+
+    def __init__(self, path: Path, *, append_at: int | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if append_at is None:
+            write_atomically(path, "")
+        self._file = path.open("ab")
+        self.missing = 0
+        if append_at is not None:
+            end = _end_of_line(path, append_at)
+            self._file.truncate(end)
+            self.missing = append_at - end
+
+    def write(self, record: Record) -> None:
+        """Appends one line and hands it to the operating system."""
+        row = {"kind": record.kind, "update": int(record.update), "step_count": int(record.step_count)}
+        row |= {"elapsed": float(record.elapsed)} | {name: to_json(value) for name, value in record.values.items()}
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Puts everything on disk; returns the position behind it, in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _end_of_line(path: Path, position: int) -> int:
+    """The position, or the end of the last whole line before it in a file that has lost its tail."""
+    with path.open("rb") as file:
+        return file.read(position).rfind(b"\n") + 1
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads what `JsonLines` wrote; None becomes NaN. A half-written last line, left by a kill, is ignored.
+
+    Raises:
+        ValueError: if any other line is damaged, naming it.
+    """
+    return [record for _, record in _parse(path)]
+
+
+def _parse(path: Path) -> Iterator[tuple[str, Record]]:
+    with open_regular(path) as file:
+        lines = file.read().decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            head = [row.pop(name) for name in ("kind", "update", "step_count", "elapsed")]
+            record = Record(*head, values={name: _from_json(value) for name, value in row.items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number} is damaged: {error}") from error
+        yield line, record
+
+
+def _from_json(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array.astype(np.float64) if array.dtype == object else array
+
+
+class TensorBoard:
+    """One TensorBoard sub-run per seed, so that its charts show the spread.
+
+    Tags are `<kind>/<metric>`; of an evaluation's episodes the mean, and the standard deviation as
+    `<kind>/<metric>_std`. The horizontal axis is environment steps per seed.
+
+    Args:
+        folder: sub-runs go to `<folder>/seed_<k>`.
+        seeds: the seeds k, in the order of the records' first axis.
+        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run are hidden.
+    """
+
+    def __init__(self, folder: Path, seeds: Sequence[int], *, append_after_step: int | None = None):
+        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence on a full disk.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        self._event, self._summary = Event, Summary
+        self._writers = []
+        for seed in seeds:
+            path = folder / f"seed_{seed}"
+            path.mkdir(parents=True, exist_ok=True)
+            events = str(
+                (path / "events").absolute()
+            )  # of a relative one it takes `s3:` and `gs:` for a place elsewhere
+            self._writers.append(EventsWriter(events, f".{os.getpid()}.{append_after_step or 0}"))
+            if append_after_step is not None:
+                start = SessionLog(status=SessionLog.START)
+                self._writers[-1].write_event(Event(step=append_after_step + 1, session_log=start))
+
+    def write(self, record: Record) -> None:
+        """Adds one point per metric and seed."""
+        points = {}
+        for name, value in record.values.items():
+            points[name] = seed_means(value)
+            if np.ndim(value) > 1:
+                points[f"{name}_std"] = np.std(value, axis=1)
+        for index, writer in enumerate(self._writers):
+            values = [
+                self._summary.Value(tag=f"{record.kind}/{name}", simple_value=float(of_seeds[index]))
+                for name, of_seeds in points.items()
+            ]
+            summary = self._summary(value=values)
+            writer.write_event(self._event(wall_time=time.time(), step=record.step_count, summary=summary))
+            writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in self._writers:
+            writer.close()
+
+
+class Progress:
+    """The live terminal: a bar with steps, speed, time left and the latest return.
+
+    A context manager, so that the terminal is itself again whatever ends the run. Where no one watches
+    (a file, a CI log) it prints one plain line per evaluation instead.
+
+    Args:
+        total_steps: environment steps per seed at the end of the run.
+        num_seeds: seeds trained side by side.
+        step_count: environment steps per seed already done, on a resume.
+        console: where to print; standard output by default.
+    """
+
+    _MEMORY = 30.0  # seconds over which the speed is smoothed
+
+    def __init__(self, total_steps: int, *, num_seeds: int, step_count: int = 0, console: Console | None = None):
+        self._total, self._num_seeds = total_steps, num_seeds
+        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
+        self._console = console or Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self._live = self._console.is_interactive
+        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        self._bar = Bar(*columns, console=self._console, refresh_per_second=4, transient=True, disable=not self._live)
+        self._return, self._evaluated = "", False
+        self._compile_seconds = 0.0  # in all; no part of the speed
+        self._times: deque[tuple[int, float]] = deque(maxlen=100)  # steps and seconds at the last records
+        self._losses = ""
+        self._recent = np.zeros(2)  # steps and seconds, older ones fading away
+        self._task = self._bar.add_task(self._status(step_count), total=total_steps, completed=step_count)
+
+    def __enter__(self) -> "Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bar off the screen and gives the cursor back; may be called twice."""
+        self._bar.stop()
+
+    def log(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Says that `what` (such as "the update") is being compiled, and afterwards how long that took."""
+        begin = time.perf_counter()
+        if self._bar.live.is_started:
+            self._bar.stop()  # one live display at a time
+            columns = (SpinnerColumn(), TextColumn(f"compiling {what}…", markup=False), TimeElapsedColumn())
+            with Bar(*columns, console=self._console, refresh_per_second=4, transient=True) as clock:
+                clock.add_task("", total=None)
+                yield
+            self._bar.start()
+        else:
+            self.log(f"compiling {what}…")
+            yield
+        seconds = time.perf_counter() - begin
+        self._compile_seconds += seconds
+        self.log(f"compiled {what} in {seconds:.1f} s")
+
+    def evaluating(self, num_episodes: int) -> None:
+        """Says that an evaluation runs; where nothing is live, the first time."""
+        what = f"evaluating: {num_episodes} episodes, sampled and greedy…"
+        if self._live:
+            self._bar.update(self._task, description=what)
+        elif not self._evaluated:
+            self.log(what)
+
+    def write(self, record: Record) -> None:
+        """Moves the bar; prints a line at an evaluation where nothing is live."""
+        now = record.elapsed - self._compile_seconds
+        if self._times:
+            steps_before, before = self._times[-1]
+            seconds = max(now - before, 0.0)
+            self._recent *= 0.5 ** (seconds / self._MEMORY)
+            self._recent += (record.step_count - steps_before, seconds)
+        self._times.append((record.step_count, now))
+        if record.kind == "train":
+            self._losses = " · ".join(
+                f"{name.replace('_', ' ')} {mean_and_spread(record.values[name])}"
+                for name in _WATCHED
+                if name in record.values
+            )
+        if RETURN in record.values and (record.kind != "train" or not self._evaluated):
+            self._evaluated = record.kind != "train"
+            name = {"train": "training return", "evaluation": "return", "absolute": "absolute return"}[record.kind]
+            self._return = f"{name} {mean_and_spread(record.values[RETURN])}"
+        status = self._status(record.step_count)
+        self._bar.update(self._task, completed=record.step_count, description=status)
+        if not self._live and record.kind != "train":
+            self.log(status)
+
+    def _status(self, step_count: int) -> str:
+        parts = [f"{_short(step_count)}/{_short(self._total)}"]
+        steps, seconds = self._recent
+        if steps and seconds:
+            left = timedelta(seconds=round((self._total - step_count) * seconds / steps))
+            speed = median_speed(*zip(*self._times, strict=True)) * self._num_seeds
+            parts += [f"{_short(speed)} steps/s", f"{left} left"] if np.isfinite(speed) else [f"{left} left"]
+        line = " · ".join([*parts, self._return] if self._return else parts)
+        return f"{line}{chr(10) if self._live else ' · '}{self._losses}" if self._losses else line
+
+
+_WATCHED = ("policy_loss", "value_loss", "approx_kl", "entropy")  # of an update, in the live line
+
+
+def mean_and_spread(values: np.ndarray) -> str:
+    """Mean over seeds, ± their sample standard deviation if there are several; seeds without a number do not count."""
+    seeds = seed_means(values)
+    seeds = seeds[np.isfinite(seeds)]
+    if not seeds.size:
+        return "–"
+    return f"{seeds.mean():.3f}" + (f" ± {seeds.std(ddof=1):.3f}" if seeds.size > 1 else "")
+
+
+def _short(number: int | float) -> str:
+    """A number in five characters or so: 950, 12.3k, 5.0M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,75 @@
+"""What the library is compared with: the published way to decode, on the library's own weights, and fair sizes."""
+
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Key
+
+from mam.config import NetworkConfig
+from mam.networks.actions import agent_noise
+from mam.networks.sequence import SequencePolicy, decision_order
+from mam.study.bench.inputs import count, policy_shapes
+from mam.types import EnvSpec, Observation, PolicyOutput
+
+
+def act_uncached(
+    policy: SequencePolicy, obs: Observation, key: Key[Array, "*batch"], steps: int | Int[Array, ""]
+) -> PolicyOutput:
+    """MAT's published decoding: for every agent the whole decoder, over all agents, and one row of what it gives.
+
+    With all steps it chooses what `policy.act` chooses: the noise is the same. Source: the code of MAT
+    (arXiv 2205.14953), where no key or value is kept from one agent to the next.
+
+    Args:
+        policy: any policy of this kind; its decoder is run in the parallel form only.
+        obs: what the agents see.
+        key: one per batch element.
+        steps: how many agents decide, at most N; what is returned for the others means nothing.
+    """
+    num_agents, num_actions = obs.action_mask.shape[-2:]
+    # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
+    order = decision_order(obs.alive)
+    encoded = policy.encode(obs, order)
+    mask = _rows(obs.action_mask, order)
+    noise = _rows(agent_noise(policy.kind, key, num_agents, num_actions), order)
+
+    # 2. One agent after another.
+    axis = order.ndim - 1  # of the agents
+
+    def decide(k: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        action, out = carry
+        rows = (policy.decoder(action, encoded.obs_rep), mask, noise)
+        out_k, mask_k, noise_k = (lax.dynamic_index_in_dim(v, k, axis, keepdims=False) for v in rows)
+        chosen = policy.kind.choose(out_k, mask_k, noise_k)
+        return tuple(lax.dynamic_update_index_in_dim(*v, k, axis) for v in ((action, chosen), (out, out_k)))
+
+    nobody = jnp.zeros_like(policy.kind.choose(noise, mask, noise))
+    action, out = lax.fori_loop(0, steps, decide, (nobody, jnp.zeros_like(noise)))
+    # 3. Log-probabilities, and everything back in the order of the agents.
+    log_prob, by_agent = policy.kind.log_prob(out, mask, action), jnp.argsort(order, axis=-1)
+    return PolicyOutput(
+        action=_rows(action, by_agent),
+        log_prob=_rows(log_prob, by_agent),
+        value=_rows(encoded.value, by_agent),
+        order=order,
+    )
+
+
+def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
+    """Entries of [*batch, N, …] taken along the agents."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), axis=index.ndim - 1)
+
+
+def matched_sizes(name: str, spec: EnvSpec, sizes: NetworkConfig, parameters: int) -> NetworkConfig:
+    """Sizes at which the named policy has as many parameters as another one, as nearly as d_model = 8, 16, … allows."""
+    grain = math.lcm(8, sizes.num_heads)  # heads share d_model evenly
+    smaller = larger = replace(sizes, d_model=grain)
+
+    def size(sizes: NetworkConfig) -> int:
+        return count(policy_shapes(name, spec, sizes))
+
+    while size(larger) < parameters:
+        smaller, larger = larger, replace(larger, d_model=larger.d_model + grain)
+    return min(smaller, larger, key=lambda sizes: abs(size(sizes) - parameters))

@@ -1,0 +1,272 @@
+"""What can be compared: for each bench the contenders, each built for one cell, and the sizes at which they meet."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from mam.config import Config, EncoderConfig, PPOConfig
+from mam.envs.probes import PROBES
+from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
+from mam.kernels.cuda.scan import kernel_supports
+from mam.kernels.native.library import use_native, without_native
+from mam.kernels.selective_scan import has_cuda, selective_scan
+from mam.kernels.ssd import ssd
+from mam.learning.rollout import init_actors, rollout
+from mam.learning.train import Learner, TrainState
+from mam.learning.update import Batch, make_optimiser, update
+from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
+from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.mixers.registry import MIXERS
+from mam.study.bench.baselines import act_uncached, matched_sizes
+from mam.study.bench.inputs import (
+    NUM_ACTIONS,
+    count,
+    normal,
+    policy_shapes,
+    random_batch,
+    random_like,
+    random_observation,
+    random_policy,
+    synthetic_task,
+)
+from mam.study.bench.measure import Case, Cell, Contender, Skip
+from mam.types import EnvSpec, Policy
+
+POLICIES = ("mam", "mam2", "mat")  # those that see agents as a sequence
+SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
+DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
+PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
+ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
+PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
+
+
+def _both_ways(function: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
+    """A function's output and, for a given gradient of the output, the gradients of all its arguments."""
+
+    def run(gradient: Array, *args: Any) -> tuple[Array, PyTree]:
+        y, pull_back = jax.vjp(function, *args)
+        return y, pull_back(gradient)
+
+    return run
+
+
+def _scan(implementation: str, cell: Cell) -> Contender:
+    """Mamba's scan, forward and backward."""
+    if implementation == "pairwise" and cell.num_agents > PAIRWISE_AGENTS:
+        raise Skip(f"made for N ≤ {PAIRWISE_AGENTS}")
+    d_inner, d_state = cell.network.d_inner, cell.network.d_state
+    if implementation == "pallas" and not has_cuda():
+        raise Skip("made for CUDA")
+    if implementation == "native" and not use_native():
+        raise Skip("no native kernels, or not only CPUs")
+    if implementation == "pallas" and not kernel_supports(cell.num_agents, d_inner, d_state):
+        raise Skip(f"takes no d_inner = {d_inner} with d_state = {d_state}")
+    A = -jnp.broadcast_to(jnp.arange(1.0, d_state + 1), (d_inner, d_state))
+
+    def scan(*args: Array) -> Array:
+        return selective_scan(*args, implementation=implementation)[0]
+
+    return _scan_contender(scan, cell, A, heads=d_inner)
+
+
+def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Contender:
+    """Mamba-2's scan, forward and backward."""
+    if implementation == "native" and not use_native():
+        raise Skip("no native kernels, or not only CPUs")
+    heads = cell.network.num_ssm_heads
+
+    def scan(*args: Array) -> Array:
+        return ssd(*args, implementation=implementation)[0]
+
+    return _scan_contender(scan, cell, -jnp.arange(1.0, heads + 1), heads=heads)
+
+
+def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: int) -> Contender:
+    shape, dtype = (cell.batch, cell.num_agents), cell.network.dtype
+    x, gradient = normal(2, *shape, cell.network.d_inner).astype(dtype)
+    dt = 0.1 * jax.nn.sigmoid(normal(*shape, heads, seed=1))
+    B, C = normal(2, *shape, cell.network.d_state, seed=2).astype(dtype)
+    return Contender(_both_ways(scan), (gradient, x, dt, A, B, C, jnp.ones(heads)), baseline="associative")
+
+
+def _block(family: str, role: str, cell: Cell) -> Contender:
+    """One mixer, forward and backward."""
+    build = getattr(MIXERS[family], role)
+    mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
+    x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
+
+    def mix(mixer: Any, x: Array, context: Array) -> Array:
+        return mixer(x, context)
+
+    args = (gradient, mixer, x, context)
+    return Contender(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
+
+
+def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential") -> Contender:
+    """One joint action per environment, encoder included."""
+    spec = synthetic_task(cell.num_agents)
+    policy = random_policy(name, spec, cell.network, _decoding(name, spec, cell, decode))
+    obs = random_observation(spec, cell.batch)
+    keys, reset = jax.random.split(jax.random.key(0), cell.batch), jnp.zeros(cell.batch, bool)
+    shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
+    if cached:
+        return Contender(lambda policy, obs, keys: policy.act((), obs, reset, keys)[1], **shared)
+    return Contender(act_uncached, steps=cell.num_agents, **shared)
+
+
+def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Contender:
+    """The same without the encoder: given what it put out, and the noise."""
+    spec = synthetic_task(cell.num_agents)
+    policy: Any = random_policy(name, spec, cell.network)
+    decoding = _decoding(name, spec, cell, decode)
+    obs_rep = normal(cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
+    noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
+
+    def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
+        ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
+        return decide(policy.decoder, policy.kind, ahead, decoding)
+
+    return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
+
+
+def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Decoding:
+    """The way to decode; raises Skip for a kernel where there is none."""
+    if decode == "kernel":
+        if not has_cuda():
+            raise Skip("made for CUDA")
+        policy: Any = policy_shapes(name, spec, cell.network)
+        if not decode_kernel_supports(policy.decoder):
+            raise Skip("no decode kernel for these sizes")
+    return Decoding(decode)
+
+
+def _update(name: str, cell: Cell, **changes: Any) -> Contender:
+    """One gradient step of PPO on random data."""
+    spec, sizes = synthetic_task(cell.num_agents), replace(cell.network, **changes)
+    ppo = PPOConfig(num_epochs=1, num_minibatches=1)
+    return _update_contender(random_policy(name, spec, sizes), spec, cell.batch, ppo, baseline="mat")
+
+
+def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
+    """The same with as many parameters as the rival has."""
+    spec = synthetic_task(cell.num_agents)
+    sizes = matched_sizes(name, spec, cell.network, count(policy_shapes(rival, spec, cell.network)))
+    return replace(_update(name, replace(cell, network=sizes)), note=f"d_model {sizes.d_model}")
+
+
+def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str) -> Contender:
+    """A whole update on that many environment steps."""
+    optimiser = make_optimiser(ppo)
+
+    def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
+        return update(policy, opt_state, batch, key, optimiser, ppo)
+
+    args = (policy, optimiser.init(cast(Any, policy)), random_batch(spec, steps), jax.random.key(2))
+    return Contender(learn, args, baseline=baseline, parameters=count(policy))
+
+
+def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
+    """A contender without the kernels made for the device: native ones, or CUDA's scan."""
+    if has_cuda():
+        return build(replace(cell, network=replace(cell.network, scan="sequential")))
+    if not use_native():
+        raise Skip("there are no native kernels to do without")
+    contender = build(cell)
+
+    def run(*args: Any) -> Any:
+        with without_native():
+            return contender.function(*args)
+
+    return replace(contender, function=run)
+
+
+def _train(name: str, part: str | None, cell: Cell) -> Contender:
+    """A whole train step, or the part of it that acts, or the part that updates."""
+    config = Config(name, network=cell.network, ppo=PPOConfig(num_envs=cell.batch, rollout_length=ROLLOUT_LENGTH))
+    env = replace(PROBES["identity"](), num_agents=cell.num_agents, num_actions=NUM_ACTIONS)
+    envs = AutoReset(EpisodeStatistics(AgentId(env, "sinusoid")), cell.batch)
+    learner, policy = Learner(config, envs.spec), random_policy(name, envs.spec, cell.network)
+    if part == "update":
+        return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
+    key, normalised = jax.random.key(0), learner.around(policy)
+    state = TrainState(
+        policy=normalised,
+        opt_state=learner.optimiser.init(cast(Any, policy)),
+        actors=jax.jit(partial(init_actors, envs))(normalised, key),
+        best_policy=normalised,
+        best_return=jnp.zeros(()),
+        best_beside=None,
+        key=key,
+        num_updates=jnp.zeros((), jnp.int32),
+    )
+
+    def act(state: TrainState, key: Key[Array, ""]) -> Any:
+        return rollout(envs, state.policy, state.actors, key, ROLLOUT_LENGTH)
+
+    def step(state: TrainState, key: Key[Array, ""]) -> Any:
+        act_key, update_key = jax.random.split(key)
+        actors, transitions = act(state, act_key)
+        return learner.learn(state, actors, transitions, update_key)
+
+    return Contender(act if part else step, (state, key), baseline=name if part else "mat", parameters=count(policy))
+
+
+def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
+    """Every policy, and the state-space ones through XLA, in one kernel, and as a fixed point."""
+    found: dict[str, Callable[[Cell], Contender]] = {name: partial(act, name) for name in POLICIES}
+    for name in ("mam", "mam2"):
+        found[f"{name}-xla"] = partial(_through_xla, partial(act, name))
+        for method in ("kernel", "fixed_point"):
+            found[f"{name}-{method.replace('_', '-')}"] = partial(act, name, decode=method)
+    return found
+
+
+CASES = {
+    "scan": Case(
+        {name: partial(_scan, name) for name in SCANS}
+        | {"ssd": partial(_ssd, "products"), "ssd native": partial(_ssd, "native")},
+        num_agents=(2, 8, 32, 128, 512),
+        tokens=16_384,
+    ),
+    "block": Case(
+        {
+            f"{family}/{role}": partial(_block, family, role)
+            for role in ("encoder", "decoder", "cross")
+            for family in MIXERS
+        },
+        num_agents=(4, 16, 64, 256),
+        tokens=8192,
+    ),
+    "act": Case(
+        _ways_to_act(_act) | {"mat-uncached": partial(_act, "mat", cached=False)},
+        num_agents=(4, 16, 64, 256),
+        batch=64,
+        derived=PER_AGENT,
+    ),
+    "decode": Case(_ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT),
+    "update": Case(
+        {name: partial(_update, name) for name in POLICIES}
+        | {
+            "mam-xla": partial(_through_xla, partial(_update, "mam")),
+            "mat-matched": partial(_update_matched, "mat", "mam"),
+            "mam-published": partial(_update, "mam", scan="associative", encoder=EncoderConfig(combine="product")),
+        },
+        num_agents=(4, 16, 64, 256),
+        tokens=8192,
+    ),
+    "train": Case(
+        {
+            f"{name}/{part}" if part else name: partial(_train, name, part)
+            for name in POLICIES
+            for part in (None, "acting", "update")
+        },
+        num_agents=(4, 16, 64),
+        batch=64,
+        derived={"env_steps_per_s": lambda cell, seconds: cell.batch * ROLLOUT_LENGTH / seconds},
+    ),
+}

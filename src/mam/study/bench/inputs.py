@@ -1,0 +1,78 @@
+"""What contenders are run on: random numbers, a synthetic task, and policies without training."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from mam.config import NetworkConfig
+from mam.learning.update import Batch
+from mam.networks.decoding.decide import Decoding
+from mam.networks.policy import SEQUENTIAL, make_policy
+from mam.types import EnvSpec, Observation, Policy
+
+OBS_DIM, NUM_ACTIONS = 32, 8  # of the synthetic task
+
+
+def normal(*shape: int, seed: int = 0) -> Float[Array, "..."]:
+    """Standard normal numbers, float32, the same at every call; beyond a million they repeat."""
+    drawn = np.random.default_rng(seed).standard_normal(min(math.prod(shape), 1 << 20), np.float32)
+    return jnp.asarray(np.resize(drawn, shape))
+
+
+def random_like(shapes: PyTree) -> PyTree:
+    """Arrays of numbers spread by 0.1, for a tree of shapes.
+
+    They stand for weights: no time depends on them, and initialising properly takes longer to compile than most
+    contenders.
+    """
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype), shapes)
+
+
+def count(tree: PyTree) -> int:
+    """Numbers in all leaves."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def policy_shapes(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> PyTree:
+    """A policy with shapes in place of arrays; nothing is computed."""
+    build = partial(make_policy, name, spec, sizes, decoding)
+    return jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
+
+
+def random_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> Policy:
+    """A named policy with numbers in it."""
+    return random_like(policy_shapes(name, spec, sizes, decoding))
+
+
+def synthetic_task(num_agents: int) -> EnvSpec:
+    """Sizes of a task that nobody plays."""
+    return EnvSpec("bench/synthetic", num_agents, OBS_DIM, NUM_ACTIONS, time_limit=None)
+
+
+def random_observation(spec: EnvSpec, *batch: int) -> Observation:
+    """What agents see, [*batch, N, …]: all alive, every action legal."""
+    agents = (*batch, spec.num_agents)
+    mask = jnp.ones((*agents, spec.num_actions), bool)
+    return Observation(normal(*agents, spec.obs_dim), action_mask=mask, alive=jnp.ones(agents, bool))
+
+
+def random_batch(spec: EnvSpec, steps: int) -> Batch:
+    """So many environment steps to learn from, of a policy without memory that acted at random."""
+    shape = (1, steps, spec.num_agents)
+    advantage, target, value = normal(3, *shape)
+    return Batch(
+        observation=random_observation(spec, 1, steps),
+        reset=jnp.zeros((1, steps), bool),
+        memory=(),
+        action=jax.random.randint(jax.random.key(1), shape, 0, spec.num_actions),
+        order=jnp.broadcast_to(jnp.arange(spec.num_agents, dtype=jnp.int32), shape),
+        log_prob=jnp.full(shape, -jnp.log(spec.num_actions)),
+        value=value,
+        advantage=advantage,
+        target=target,
+    )

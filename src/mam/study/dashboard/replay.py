@@ -1,0 +1,189 @@
+"""Episodes that were played: finding them, reading them, and playing another one in a process of its own."""
+
+import asyncio
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mam.envs.external.factories import names_code
+from mam.errors import RunError, UserError, printable, shown
+from mam.runs.files import open_regular, read_object
+from mam.study.dashboard.runs import LiveRun, changed
+
+_OTHERS = ("config.json", "versions.json", "marl_eval.json")  # of a run's folder that are no traces
+_MOST_BYTES = 1 << 28  # of a trace
+_MOST_PIXELS = 1 << 30  # of all frames of a picture
+_ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A played episode: what `mam play` wrote, see `mam.runs.play.write_trace`."""
+
+    about: dict[str, Any]  # everything but the arrays
+    trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, A]
+    frames: list[bytes]  # PNG of each state, fewer or none where nothing was drawn
+    moments: np.ndarray  # [num_frames], which of `frames` shows each state
+
+    @property
+    def length(self) -> int:
+        """Steps of the episode, T."""
+        return len(self.trace["reward"])
+
+    @property
+    def last(self) -> int:
+        """The last state that can be looked at: T, after the last action, unless there is no picture of it."""
+        return max(len(self.moments) - 1, 0) if len(self.moments) else self.length
+
+    def reward_so_far(self, state: int) -> float:
+        """The team's reward before a state, averaged over agents."""
+        return float(self.trace["reward"][:state].mean(axis=1).sum()) if state else 0.0
+
+    def frame(self, state: int) -> int | None:
+        """Which of the frames shows a state; None without pictures."""
+        return int(self.moments[min(state, len(self.moments) - 1)]) if len(self.moments) else None
+
+
+def replays_of(run: LiveRun) -> dict[str, Path]:
+    """The traces of a run by name, the newest first."""
+    found = [path for path in run.path.glob("*.json") if path.name not in _OTHERS]
+    found += run.path.glob("replays/*.json")
+    return {printable(path.stem): path for path in sorted(found, key=changed, reverse=True)}
+
+
+def load(path: Path) -> Replay:
+    """Reads a trace and its picture.
+
+    Raises:
+        UserError: if either cannot be read.
+    """
+    try:
+        data = read_object(path, max_bytes=_MOST_BYTES)
+        trace = {name: np.array(data.pop(name), np.float64) for name in _ARRAYS}
+        _check(trace)
+        data["episode_return"] = float(data.get("episode_return") or 0)
+        picture = data.get("picture")
+        frames, durations = _frames(path.parent / Path(picture).name) if picture else ([], np.empty(0))
+        count = min(int(data.get("num_frames") or 0), len(trace["reward"]) + 1) if frames else 0
+    except Exception as error:  # whatever the files hold: Pillow has errors of its own
+        raise UserError(f"{printable(path.name)} cannot be shown: {printable(error)}") from error
+    # A GIF shows a state that looks like the one before it by showing that one longer.
+    ends = np.cumsum(durations)
+    middles = (np.arange(count) + 0.5) / max(count, 1) * (ends[-1] if len(ends) else 0)
+    moments = np.minimum(np.searchsorted(ends, middles), max(len(frames) - 1, 0))
+    return Replay(about=data, trace=trace, frames=frames, moments=moments)
+
+
+def _check(trace: dict[str, np.ndarray]) -> None:
+    shape = trace["reward"].shape
+    fit = all(array.shape[:2] == shape and array.ndim <= 2 + (name == "action") for name, array in trace.items())
+    if len(shape) != 2 or not all(shape) or not fit:
+        raise ValueError("its arrays do not fit each other")
+    if (np.sort(trace["order"]) != np.arange(shape[1])).any():
+        raise ValueError("its order is none")
+
+
+def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
+    from PIL import Image, ImageSequence
+
+    frames, durations, pixels = [], [], 0
+    with open_regular(path) as gif, Image.open(gif) as image:
+        for frame in ImageSequence.Iterator(image):
+            pixels += frame.width * frame.height
+            if pixels > _MOST_PIXELS:
+                raise ValueError("its picture is too large")
+            durations.append(frame.info.get("duration", 100))
+            file = io.BytesIO()
+            frame.convert("RGB").save(file, "PNG", compress_level=1)
+            frames.append(file.getvalue())
+    return frames, np.array(durations, np.float64)
+
+
+class Players:
+    """Processes that play episodes; the page's own process compiles nothing and imports nothing that a run names.
+
+    Args:
+        trust: play runs whose environment is code that their folder names, too.
+    """
+
+    def __init__(self, *, trust: bool = False):
+        self._trust = trust
+        self._processes: set[asyncio.subprocess.Process] = set()
+
+    def refusal(self, run: LiveRun) -> str:
+        """Why a run is not played here, with what would be imported; empty if it may be."""
+        if run.config is None:
+            return "its config.json cannot be read"
+        if self._trust or not names_code(run.config.env):
+            return ""
+        return (
+            f"playing it would import {shown(run.config.env)}, which the folder names: if you trust that code, start "
+            f"the page with --trust"
+        )
+
+    async def play(
+        self, run: LiveRun, *, policy_seed: int, greedy: bool, seed: int, say: Callable[[str], None]
+    ) -> Path:
+        """Plays one episode with `mam play`, on the CPU: what trains keeps its devices.
+
+        Args:
+            run: whose best weights play.
+            policy_seed: which of the run's seeds.
+            greedy: take the most likely actions.
+            seed: decides the episode.
+            say: called with every line that `mam play` prints.
+
+        Returns:
+            The trace.
+
+        Raises:
+            UserError: if it is not to be played here.
+            RunError: if it fails, with the last line it printed.
+        """
+        if refusal := self.refusal(run):
+            raise UserError(refusal)
+        assert run.config is not None
+        out = run.path / "replays" / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
+        options = ["--seed", str(seed), "--policy-seed", str(policy_seed), *(["--greedy"] if greedy else [])]
+        if names_code(env := run.config.env):  # what was shown is what is imported, whatever the folder says by then
+            options += ["--env", env]
+        try:
+            out.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot write to {out.parent}: {error.strerror}") from error
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "mam.cli", "play", str(run.path), "--out", str(out), *options),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"},
+            start_new_session=True,  # Ctrl-C is for the page, which ends it
+        )
+        self._processes.add(process)
+        last = "it printed nothing"
+        try:
+            assert process.stdout is not None
+            async for line in process.stdout:
+                if text := line.decode(errors="replace").strip():
+                    last = text
+                    say(text)
+            code = await process.wait()
+        finally:
+            self._processes.discard(process)
+            if process.returncode is None:
+                process.kill()
+        if code:
+            raise RunError(last.removeprefix("mam: "))
+        return out.with_suffix(".json")
+
+    def close(self) -> None:
+        """Ends what still plays."""
+        for process in self._processes:
+            if process.returncode is None:
+                process.kill()

@@ -1,0 +1,62 @@
+"""Reading the metrics of a run that is being written, line by line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mam.runs.sinks import RETURN, median_speed
+
+
+class Follower:
+    """How far a run has got, from its metrics.jsonl.
+
+    Attributes:
+        step_count: environment steps done, per seed.
+        returns: each seed's mean return in the last evaluation, or as the absolute metric; empty before the first.
+        speed: environment steps per second and seed, `median_speed` of the last records; NaN at first.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._offset, self._kind = 0, ""
+        self._times: list[tuple[int, float]] = []  # steps and seconds at the last records
+        self.step_count, self.returns, self.speed = 0, np.empty(0), float("nan")
+
+    def poll(self) -> list[dict[str, Any]]:
+        """The whole lines written since the last call; a file that got shorter, by a resume, is read anew."""
+        try:
+            with self._path.open("rb") as file:
+                if file.seek(0, 2) < self._offset:
+                    self._begin()
+                file.seek(self._offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        text = text[: text.rfind(b"\n") + 1]
+        self._offset += len(text)
+        rows = [json.loads(line) for line in text.splitlines()]
+        for row in rows:
+            self._take(row)
+        return rows
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self._kind, self.step_count = row["kind"], row["step_count"]
+        self._times = [*self._times[-99:], (self.step_count, row["elapsed"])]
+        self.speed = median_speed(*zip(*self._times, strict=True))
+        if self._kind != "train" and RETURN in row:
+            self.returns = seed_returns(row)
+
+    def finished(self, budget: int) -> bool:
+        """Whether the last thing that happened is the absolute metric, with all steps done."""
+        return self._kind == "absolute" and self.step_count >= budget
+
+
+def seed_returns(row: dict[str, Any]) -> np.ndarray:
+    """Each seed's mean return in an evaluation's row; NaN where an episode had none."""
+    episodes = [[float("nan") if value is None else value for value in np.atleast_1d(seed)] for seed in row[RETURN]]
+    return np.array([np.mean(values) for values in episodes], float)

@@ -1,0 +1,156 @@
+"""The runs of an experiment, each with its folder and the command that brings it to its end."""
+
+import hashlib
+import runpy
+import shlex
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mam.config import Config
+from mam.envs.tasks import check_task
+from mam.errors import UserError, shown
+from mam.presets import preset_for
+from mam.runs.lock import is_held
+from mam.runs.loop import FREE, LOCK_FILE, RunFolder, differences, resume_options
+from mam.study.experiment.follow import Follower
+from mam.study.experiment.grid import flags
+
+_LOG = "output.log"
+_LONGEST = 200  # bytes in the name of a folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    name: str
+    config: Config
+    path: Path
+
+    @property
+    def budget(self) -> int:
+        """Environment steps per seed at its end."""
+        return self.config.num_updates * self.config.steps_per_update
+
+    @property
+    def log(self) -> Path:
+        """What the process prints."""
+        return self.path / _LOG
+
+    def follow(self) -> Follower:
+        """A reader of its metrics, from the beginning."""
+        return Follower(self.path / "metrics.jsonl")
+
+    def finished(self) -> bool:
+        """Whether the absolute metric was measured at the end of the budget, which exit codes do not tell."""
+        follower = self.follow()
+        follower.poll()
+        return follower.finished(self.budget)
+
+    def started(self) -> bool:
+        """Whether there is something to go on with."""
+        return (self.path / "config.json").exists()
+
+    def running(self) -> bool:
+        """Whether a process goes on with it, of whoever it is."""
+        return is_running(self.path)
+
+    def command(self) -> list[str]:
+        """Arguments of `mam`: start it, or resume it.
+
+        Raises:
+            UserError: if its folder holds a run with other settings.
+        """
+        if not self.started():
+            preset, _ = preset_for(self.config.env)
+            options = flags(self.config, preset)
+            return ["train", "--env", self.config.env, *options, "--out", str(self.path)]
+        saved = RunFolder(self.path).load_config()
+        if unlike := differences(saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})):
+            raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
+        return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
+
+    def command_line(self) -> str:
+        """The same for a shell."""
+        return shlex.join(["mam", *self.command()])
+
+    def last_words(self) -> str:
+        """The last line it printed."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1].strip() if lines else "it printed nothing"
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is training there, or was started to."""
+    return is_held(folder / _LOG) or is_held(folder / LOCK_FILE)
+
+
+def load_runs(file: Path) -> list[Any]:
+    """What a file defines as `runs`.
+
+    Raises:
+        UserError: if it cannot be run, with the end of its traceback, or defines none.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    try:
+        found = runpy.run_path(str(file)).get("runs")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except Exception as error:
+        last = "".join(traceback.format_exception(error)[-3:]).strip()
+        raise UserError(f"{file} failed:\n{last}") from error
+    if not isinstance(found, Iterable) or not (runs := list(found)):
+        raise UserError(f"{file} defines no `runs`: a list of Config or (name, Config), see mam.study.experiment.grid")
+    return runs
+
+
+def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
+    """One job per run; a configuration without a name is called by its task and algorithm.
+
+    Raises:
+        UserError: if something is no configuration, there is no such task, or two runs have one name.
+    """
+    jobs = dict[Path, Job]()
+    for run in runs:
+        match run:
+            case Config():
+                name, config = f"{run.env}/{run.algorithm}", run
+            case (str(name), Config() as config):
+                pass
+            case _:
+                raise UserError(f"runs must be Config or (name, Config), got {run!r}")
+        check_task(config.env)
+        path = out / _file_name(name)
+        if path == out:
+            raise UserError(f"the run called {shown(name)} needs a name with letters or digits")
+        if path in jobs:
+            raise UserError(f"two runs are called {name}, or nearly so: give them names, as (name, Config)")
+        jobs[path] = Job(name, config, path)
+    return list(jobs.values())
+
+
+def _file_name(name: str) -> Path:
+    """A name without what file systems do not like, the same on every machine."""
+    parts = ["".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")]
+    return Path(*(_short(part) for part in parts if part.strip(".")))
+
+
+def _short(part: str) -> str:
+    """The part of a name, or its beginning and a checksum where it is longer than file systems allow."""
+    data = part.encode(errors="replace")
+    if len(data) <= _LONGEST:
+        return part
+    return f"{data[: _LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def python_command(arguments: list[str]) -> list[str]:
+    """The command for a process of its own, with this interpreter."""
+    return [sys.executable, "-m", "mam", *arguments]

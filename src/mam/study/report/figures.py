@@ -1,0 +1,192 @@
+"""The report's figures: small, one statement each, side by side on a desk and in a column on a phone."""
+
+import itertools
+import textwrap
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mam.statistics import Estimate
+from mam.study.report.results import THRESHOLDS, Curve, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for its black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_ippo", "rec_mappo")  # that have a colour for good
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_WIDTH, _HEIGHT = 4.2, 2.9  # inches
+_WHOLE, _HALF = 28, 16  # letters in a line of a name beside a row, on one side and on both
+_LONGEST_NAME = 100  # letters of a task in a file's name
+_DIRECTION = {"optimality gap": " (less is better)"}
+
+Styles = Mapping[str, tuple[str, str, str]]  # algorithm → colour, dashes, mark
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing of one pair of axes, not yet drawn."""
+
+    name: str  # of its file
+    title: str
+    draw: Callable[["Axes"], None]
+    height: float = _HEIGHT  # inches
+
+
+def styles_of(algorithms: Collection[str]) -> Styles:
+    """One look per algorithm: a policy's own whatever is beside it, for others those that are left."""
+    markers = dict(zip(COLOURS, _MARKERS, strict=True))
+    looks = [(colour, dashes, markers[colour]) for dashes in _LINES for colour in COLOURS]
+    styles = {name: look for name, look in zip(_POLICIES, looks, strict=False) if name in algorithms}
+    left = itertools.cycle([look for look in looks if look not in styles.values()])
+    return styles | {name: next(left) for name in sorted(algorithms) if name not in styles}
+
+
+def aggregate_figures(results: Results) -> list[Figure]:
+    """One figure per statistic: an interval for each algorithm."""
+    styles = styles_of(results.algorithms)
+    return [
+        Figure(
+            f"aggregate_{statistic.replace(' ', '_').lower()}",
+            f"{statistic[0].upper()}{statistic[1:]} of normalised scores{_DIRECTION.get(statistic, '')}",
+            partial(_intervals, list(estimates.values()), [styles[name] for name in estimates], list(estimates)),
+            height=_rows(estimates),
+        )
+        for statistic, estimates in results.aggregates.items()
+    ]
+
+
+def comparison_figures(results: Results) -> list[Figure]:
+    """Performance profiles, probability of improvement, and IQM against steps."""
+    styles, figures = styles_of(results.algorithms), list[Figure]()
+    if results.profiles:
+        curves = {name: Curve(np.arange(len(THRESHOLDS)), profile) for name, profile in results.profiles.items()}
+        draw = partial(_curves, curves, styles, x=THRESHOLDS, labels=("normalised score τ", "share of runs above τ"))
+        figures.append(Figure("performance_profiles", "Performance profiles", draw))
+    if results.improvements:
+        better, worse = zip(*results.pairs, strict=True)
+        estimates = [results.improvements[pair] for pair in results.pairs]
+        draw = partial(_intervals, estimates, [styles[name] for name in better], better, against=worse)
+        title, height = "Probability of improvement", max(_rows(better, _HALF), _rows(worse, _HALF))
+        figures.append(Figure("probability_of_improvement", title, draw, height=height))
+    if results.efficiency:
+        draw = partial(_curves, results.efficiency, styles, labels=("environment steps", "IQM of normalised returns"))
+        figures.append(Figure("sample_efficiency", "Sample efficiency", draw))
+    return figures
+
+
+def task_figures(results: Results) -> list[Figure]:
+    """A learning curve per task that has an evaluation."""
+    styles, figures = styles_of(results.algorithms), list[Figure]()
+    for task in results.tasks:
+        curves = {name: results.curves[task, name] for name in results.algorithms if (task, name) in results.curves}
+        if curves:
+            draw = partial(_curves, curves, styles, labels=("environment steps", "mean episode return"))
+            figures.append(Figure(_file_name(task, {figure.name for figure in figures}), task, draw))
+    return figures
+
+
+def _file_name(task: str, taken: Collection[str]) -> str:
+    """A name for a task's curve without what file systems and links do not like, unlike those that are taken."""
+    letters = (c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in task)
+    name = f"curve_{''.join(letters)[:_LONGEST_NAME]}"
+    return next(
+        one for one in itertools.chain([name], map(f"{name}-{{}}".format, itertools.count(2))) if one not in taken
+    )
+
+
+def _label(name: str, width: int = _WHOLE) -> str:
+    """A name on a few lines; of a very long one the beginning and the end, as the tables hold it whole."""
+    half = 3 * width // 2
+    return textwrap.fill(name if len(name) <= 2 * half else f"{name[:half]}…{name[-half:]}", width)
+
+
+def _rows(names: Collection[str], width: int = _WHOLE) -> float:
+    lines = max(_label(name, width).count("\n") + 1 for name in names)
+    return 0.8 + max(0.3, 0.15 * lines + 0.05) * max(len(names), 2)
+
+
+def _intervals(
+    estimates: Sequence[Estimate],
+    styles: Sequence[tuple[str, str, str]],
+    names: Sequence[str],
+    axes: "Axes",
+    *,
+    against: Sequence[str] = (),
+) -> None:
+    """A row per name: a mark, and a bar for its interval; a probability stands between a name and another."""
+    for row, (estimate, (colour, _, marker)) in enumerate(zip(estimates, styles, strict=True)):
+        low, high = (end if np.isfinite(end) else estimate.value for end in (estimate.low, estimate.high))
+        axes.plot([low, high], [row, row], color=colour, linewidth=12, alpha=0.35, solid_capstyle="butt")
+        axes.plot(estimate.value, row, marker=marker, color=colour, markersize=5)
+    width = _HALF if against else _WHOLE
+    axes.set_yticks(range(len(names)), [_label(name, width) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(color="#DDDDDD", linewidth=0.6, axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(left=False)
+    if against:
+        axes.axvline(0.5, color="#666666", linestyle=":", linewidth=1)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel("← the right one is better · the left one is better →")
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(range(len(against)), [_label(name, width) for name in against])
+        right.tick_params(right=False)
+        right.spines["right"].set_visible(False)
+
+
+def _curves(
+    curves: Mapping[str, Curve],
+    styles: Styles,
+    axes: "Axes",
+    *,
+    labels: tuple[str, str],
+    x: np.ndarray | None = None,
+) -> None:
+    """A line per algorithm in the band of its interval."""
+    from matplotlib.ticker import EngFormatter
+
+    for name, curve in curves.items():
+        colour, dashes, marker = styles[name]
+        where, returns = curve.steps if x is None else x, curve.returns
+        alone = {"marker": marker, "markersize": 4} if len(where) < 12 else {}
+        axes.plot(where, returns.value, color=colour, linestyle=dashes, linewidth=1.8, label=_label(name), **alone)
+        axes.fill_between(where, returns.low, returns.high, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    if x is None:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlim(left=0)
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def render(figure: Figure, format: str) -> bytes:
+    """The figure as `svg` (letters stay letters; the same bytes every time) or `png`."""
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    # The salt keeps the names within several pictures on one page apart; a name with dollars is no formula.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": figure.name, "font.size": 9, "text.parse_math": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
+        canvas = Canvas(figsize=(_WIDTH, figure.height), dpi=200, layout="constrained")
+        FigureCanvasAgg(canvas)
+        axes = canvas.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        canvas.suptitle(_label(figure.title, 54), x=0.02, ha="left", fontsize=9, fontweight="bold")
+        figure.draw(axes)
+        file = io.BytesIO()
+        metadata = {"Date": None} if format == "svg" else None
+        canvas.savefig(file, format=format, metadata=metadata)
+        return file.getvalue()

@@ -1,0 +1,75 @@
+"""What is searched: the paper's ranges, of those settings that a policy reads."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mam.config import Config
+from mam.errors import unknown_name
+from mam.study.experiment.grid import changed
+
+RANGES: dict[str, tuple[Any, ...]] = {
+    "ppo.lr": (1e-4, 2.5e-4, 5e-4, 1e-3),
+    "ppo.num_epochs": (2, 5, 10, 15),
+    "ppo.num_minibatches": (1, 2, 4, 8),
+    "ppo.clip_eps": (0.05, 0.1, 0.2),
+    "ppo.ent_coef": (0.0, 1e-5, 1e-3, 1e-2),
+    "ppo.max_grad_norm": (0.5, 5.0, 10.0),
+    "network.d_model": (32, 64, 128),
+    "network.num_blocks": (1, 2, 3),
+    "network.num_heads": (1, 2, 4),
+    "network.d_state": (1, 2, 4, 8, 16, 32),
+    "network.dt_rank": (1, 2, 4, 8, 16, 32, 64, 128),
+}
+_READ_BY = {"network.num_heads": "A", "network.d_state": "M2", "network.dt_rank": "M"}  # letters of the mixers
+_LETTERS = {"mam": "M", "mam2": "2", "mat": "A"}  # of the policies without a layout
+
+
+def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
+    """Values of each setting to search.
+
+    Args:
+        config: its policy and layout decide what there is to search.
+        names: of the settings, `ppo.lr`, or with values of one's own, `ppo.lr=1e-4,1e-3`; all that the policy reads
+            if empty.
+
+    Raises:
+        UserError: for a setting without a range, or a value that it cannot have.
+    """
+    network = config.network
+    layouts = [network.encoder.layout, network.decoder.layout]
+    letters = {letter for layout in layouts for letter in layout or _LETTERS.get(config.policy, "")}
+    letters |= set(network.decoder.cross or "")
+    fixed = {"network.num_blocks"} if any(layouts) else set()  # a layout says how many blocks there are
+    read = {
+        name: values
+        for name, values in RANGES.items()
+        if name not in fixed and (name not in _READ_BY or letters & set(_READ_BY[name]))
+    }
+    if not names:
+        return read
+    space = {}
+    for asked in names:
+        name, given, values = asked.partition("=")
+        if given:
+            space[name] = _own_values(config, name, values)
+        elif name in read:
+            space[name] = read[name]
+        else:
+            raise unknown_name(f"setting of {config.algorithm} to search", name, read, see="mam sweep --help")
+    return space
+
+
+def _own_values(config: Config, name: str, text: str) -> tuple[Any, ...]:
+    """The values in `ppo.gamma=0.9,0.99`, each of which has to be one that the setting can have."""
+    values = tuple(map(_value, text.split(",")))
+    for value in values:
+        changed(config, {name: value})
+    return tuple(dict.fromkeys(values))
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads({"None": "null", "True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text

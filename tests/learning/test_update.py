@@ -1,0 +1,262 @@
+"""Learning from one rollout: which sequences each gradient step reads, how many there are, and what they do."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mam.config import PPOConfig
+from mam.errors import UserError
+from mam.learning.advantages import Advantages
+from mam.learning.ppo import ppo_loss
+from mam.learning.update import Batch, make_batch, make_optimiser, update
+from mam.types import Evaluation, Observation, Transition
+
+NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+update = partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)(update)
+
+
+class Learner(eqx.Module):
+    """What updates need of a policy."""
+
+    def init_memory(self, batch=()):
+        return ()
+
+    def act(self, memory, obs, reset, key, *, greedy=False):
+        raise NotImplementedError
+
+    def value(self, memory, obs):
+        raise NotImplementedError
+
+
+class Linear(Learner):
+    """Logits and value are linear in what an agent sees."""
+
+    actor: jax.Array
+    critic: jax.Array
+
+    def evaluate(self, memory, obs, action, order, reset):
+        log_probs = jax.nn.log_softmax(obs.agents_view @ self.actor)
+        log_prob = jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
+        entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
+        return Evaluation(log_prob, entropy, value=obs.agents_view @ self.critic)
+
+
+class Table(Learner):
+    """One number per row of the batch, found by what the agents see: NaN unless their memory says the same."""
+
+    numbers: jax.Array
+
+    def evaluate(self, memory, obs, action, order, reset):
+        row = obs.agents_view[..., 0].astype(int)
+        value = self.numbers[row]
+        if jax.tree.leaves(memory):
+            value = jnp.where(row == memory[:, None], value, jnp.nan)
+        return Evaluation(jnp.zeros_like(value), jnp.zeros_like(value), value)
+
+
+def observe(view):
+    action_mask = jnp.ones((*view.shape[:-1], NUM_ACTIONS), bool)
+    return Observation(view, action_mask, alive=jnp.ones(view.shape[:-1], bool))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    actor_key, critic_key = jax.random.split(jax.random.key(0))
+    return Linear(jax.random.normal(actor_key, (OBS_DIM, NUM_ACTIONS)), jax.random.normal(critic_key, (OBS_DIM,)))
+
+
+@pytest.fixture(scope="module")
+def batch(policy):
+    """32 steps of random actions, with the log-probabilities and values of `policy`."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    shape = (1, 32, NUM_AGENTS)
+    obs = observe(jax.random.normal(keys[0], (*shape, OBS_DIM)))
+    action = jax.random.randint(keys[1], shape, 0, NUM_ACTIONS)
+    order = jnp.broadcast_to(jnp.arange(NUM_AGENTS), shape)
+    reset = jnp.zeros((1, 32), bool)
+    old = policy.evaluate((), obs, action, order, reset)
+    advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
+    return Batch(obs, reset, (), action, order, old.log_prob, old.value, advantage, target)
+
+
+def rows_visited(key, size, ppo, length=None):
+    """How often each gradient step reads each row: [steps, rows], from the gradients it sees.
+
+    Rows are steps of a policy without memory, or sequences of `length` steps of one whose memory says which it is.
+    """
+    num_steps = ppo.num_epochs * ppo.num_minibatches
+
+    def record(gradients, state, params=None):
+        step, seen = state
+        visits = gradients.numbers / (-ppo.vf_coef * ppo.num_minibatches / size)
+        return jax.tree.map(jnp.zeros_like, gradients), (step + 1, seen.at[step].set(visits))
+
+    optimiser = optax.GradientTransformation(lambda policy: (jnp.array(0), jnp.zeros((num_steps, size))), record)
+    shape = (length or 1, size, NUM_AGENTS)
+    view = jnp.broadcast_to(jnp.arange(size)[:, None, None], (*shape, 1)).astype(float)
+    zeros, ones = jnp.zeros(shape), jnp.ones(shape)
+    whole, memory = jnp.zeros(shape, jnp.int32), () if length is None else jnp.arange(size)[None]
+    batch = Batch(observe(view), jnp.zeros(shape[:2], bool), memory, whole, whole, zeros, zeros, zeros, target=ones)
+    policy = Table(jnp.zeros(size))
+    _, (step, seen), _ = update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
+    assert step == num_steps
+    np.testing.assert_allclose(seen, np.round(seen), atol=1e-5)
+    return np.round(seen).astype(int)
+
+
+@pytest.mark.parametrize("length", [None, 5])
+def test_each_epoch_visits_each_row_once(length):
+    """Steps, or sequences in one piece and with their own memory."""
+    ppo = PPOConfig(num_epochs=3, num_minibatches=4)
+    visits = rows_visited(jax.random.key(0), 24, ppo, length)
+    np.testing.assert_array_equal(visits.sum(axis=1), 24 / 4)
+    epochs = visits.reshape(3, 4, 24)
+    np.testing.assert_array_equal(epochs.sum(axis=1), 1)
+    assert len({epoch.tobytes() for epoch in epochs}) == 3  # each in its own order
+    np.testing.assert_array_equal(rows_visited(jax.random.key(0), 24, ppo, length), visits)
+    assert (rows_visited(jax.random.key(1), 24, ppo, length) != visits).any()
+
+
+def test_sequences_must_be_dealt_evenly():
+    with pytest.raises(UserError) as refused:
+        rows_visited(jax.random.key(0), 6, PPOConfig(num_minibatches=4), length=8)
+    assert str(refused.value) == (
+        "a policy with memory learns from whole rollouts: ppo.num_minibatches must divide ppo.num_envs = 6, got 4"
+    )
+
+
+LENGTH, NUM_ENVS = 3, 4
+CODE = jnp.arange(LENGTH * NUM_ENVS).reshape(LENGTH, NUM_ENVS)  # t B + b
+
+
+def coded_batch(memory):
+    """The batch of a rollout in which every number tells its step and environment; of booleans, whether it is odd."""
+    per_agent = jnp.broadcast_to(CODE[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS))
+    numbers, odd = per_agent.astype(float), CODE % 2 == 1
+    obs = Observation(
+        agents_view=jnp.broadcast_to(numbers[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS, OBS_DIM)),
+        action_mask=jnp.broadcast_to(odd[..., None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS)),
+        alive=jnp.broadcast_to(odd[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS)),
+        grid=jnp.broadcast_to(CODE[..., None, None, None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, 2, 2, 1)),
+        state=numbers[..., :1],
+    )
+    transitions = Transition(
+        observation=obs,
+        reset=odd,
+        memory=memory,
+        action=per_agent,
+        log_prob=numbers + 0.1,
+        value=numbers + 0.2,
+        order=per_agent + 1,
+        reward=numbers,
+        terminated=odd,
+        truncated=odd,
+        final_observation=obs,
+        metrics={},
+    )
+    return make_batch(transitions, Advantages(advantage=numbers + 0.3, target=numbers + 0.4))
+
+
+def assert_coded(batch, rows):
+    """That element [l, m] of every field is that of the step and environment `rows[l, m]` stands for."""
+    expected = {
+        **{"action": rows, "order": rows + 1},
+        **{"log_prob": rows + 0.1, "value": rows + 0.2, "advantage": rows + 0.3, "target": rows + 0.4},
+    }
+    assert batch.num_sequences == rows.shape[1]
+    for name, values in expected.items():
+        actual = getattr(batch, name)
+        assert actual.shape == (*rows.shape, NUM_AGENTS)
+        np.testing.assert_allclose(actual, np.broadcast_to(values[..., None], actual.shape), rtol=1e-6)
+    np.testing.assert_array_equal(batch.reset, rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.agents_view[..., 1, 2], rows)
+    np.testing.assert_array_equal(batch.observation.alive[..., 1], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.action_mask[..., 1, 3], rows % 2 == 1)
+    np.testing.assert_array_equal(batch.observation.grid[..., 1, 1, 0, 0], rows)
+    np.testing.assert_array_equal(batch.observation.state[..., 0], rows)
+
+
+def test_without_memory_every_step_of_an_environment_is_a_sequence():
+    """Of length 1: number t B + b is step t in environment b."""
+    batch = coded_batch(memory=())
+    assert batch.memory == ()
+    assert_coded(batch, np.arange(LENGTH * NUM_ENVS)[None])
+
+
+def test_with_memory_every_environment_is_a_sequence():
+    """Of all its steps; what was remembered before the first of them is all the memory that is kept."""
+    batch = coded_batch(memory={"a": CODE, "b": jnp.stack([CODE, -CODE], axis=-1)})
+    assert_coded(batch, np.asarray(CODE))
+    np.testing.assert_array_equal(batch.memory["a"], CODE[:1])
+    np.testing.assert_array_equal(batch.memory["b"], np.stack([CODE, -CODE], axis=-1)[:1])
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
+def test_the_optimiser_is_adam_behind_a_limit_on_the_norm(max_grad_norm):
+    lr, epsilon = 3e-3, 1e-5
+    optimiser = make_optimiser(PPOConfig(lr=lr, max_grad_norm=max_grad_norm))
+    state = optimiser.init({"a": jnp.zeros(2), "b": jnp.zeros(())})
+    mean, square = np.zeros(3), np.zeros(3)
+    for step, gradient in enumerate(np.array([[3.0, -4.0, 12.0], [1e-5, 0.0, 2e-5], [-0.1, 0.2, 0.3]]), start=1):
+        updates, state = optimiser.update({"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2])}, state)
+        limited = gradient * min(1, max_grad_norm / np.linalg.norm(gradient))
+        mean, square = 0.9 * mean + 0.1 * limited, 0.999 * square + 0.001 * limited**2
+        expected = -lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + epsilon)
+        np.testing.assert_allclose([*updates["a"], updates["b"]], expected, rtol=2e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("lr_scale", [1.0, 0.3])
+def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
+    """With one minibatch the order of the rows does not matter, so the epochs can be taken in a plain loop."""
+    ppo = PPOConfig(lr=0.01, num_epochs=4, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, max_grad_norm=0.1)
+    optimiser = make_optimiser(ppo)
+
+    def loss(policy):
+        new = policy.evaluate((), batch.observation, batch.action, batch.order, batch.reset)
+        old = (batch.log_prob, batch.value, batch.advantage, batch.target, batch.observation.alive)
+        losses = ppo_loss(new, *old, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
+        return losses.loss, losses
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def step(policy, state):
+        gradients, losses = jax.grad(loss, has_aux=True)(policy)
+        updates, state = optimiser.update(gradients, state)
+        return jax.tree.map(lambda p, u: p + lr_scale * u, policy, updates), state, losses, gradients
+
+    by_hand, state, steps, norms = policy, optimiser.init(policy), [], []
+    for _ in range(ppo.num_epochs):
+        by_hand, state, losses, gradients = jax.device_get(step(by_hand, state))
+        steps.append(losses)
+        norms.append(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients))))
+    scaled = partial(update, optimiser=optimiser, ppo=ppo, lr_scale=jnp.float32(lr_scale))
+    learned, _, metrics = jax.device_get(scaled(policy, optimiser.init(policy), batch, jax.random.key(0)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learned, by_hand)
+    means = jax.tree.map(lambda *x: np.mean(x), *steps)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), metrics.losses, means)
+    assert metrics.grad_norm == pytest.approx(np.mean(norms), rel=1e-3)
+    assert min(norms) > ppo.max_grad_norm  # reported before clipping
+
+
+def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
+    """Defect 1. The deviation is zero if acting and evaluating agree, however far the update goes, and not if the
+    log-probabilities belong to other agents."""
+    ppo = PPOConfig(lr=0.1, num_epochs=3, num_minibatches=4)
+    optimiser = make_optimiser(ppo)
+
+    def run(batch):
+        key = jax.random.key(0)
+        return jax.device_get(update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
+
+    state, metrics = run(batch)
+    assert optax.tree.get(state, "ScaleByAdamState").count == 3 * 4
+    assert all(np.isfinite(leaf) and np.shape(leaf) == () for leaf in jax.tree.leaves(metrics))
+    assert metrics.first_ratio_deviation <= 1e-6
+    assert metrics.losses.ratio_deviation > 0.1
+    swapped = eqx.tree_at(lambda b: b.log_prob, batch, batch.log_prob[:, :, ::-1])
+    assert run(swapped)[1].first_ratio_deviation > 0.1

@@ -1,0 +1,36 @@
+"""A run folder of the first version of the library (ippo on probe/identity, 128 steps) still plays and goes on."""
+
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from mam.cli import main as cli
+from mam.runs.loop import RunFolder
+from mam.study.report.collect import read_run
+
+ARCHIVE = Path(__file__).parent / "data" / "run_of_first_version.tar.gz"
+
+
+@pytest.fixture
+def run(tmp_path):
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_it_plays_and_goes_on(run, capsys):
+    assert cli.main(["evaluate", str(run), "--episodes", "4"]) == 0
+    assert "ippo on probe/identity: 4 episodes" in capsys.readouterr().out
+    before = (run / "metrics.jsonl").read_text().splitlines()
+    assert cli.main(["train", "--resume", str(run), "--total-timesteps", "160"]) == 0
+    after = (run / "metrics.jsonl").read_text().splitlines()
+    assert after[: len(before) - 1] == before[:-1]  # all but the absolute metric, which the end of a run adds
+    assert RunFolder(run).records()[-1].step_count == 160
+    assert {path.name for path in (run / "checkpoint" / "2").iterdir()} == {"arrays.safetensors", "manifest.json"}
+
+
+def test_it_stands_in_reports(run):
+    [seed] = read_run(run)
+    assert seed.algorithm == "ippo"
+    assert seed.steps.tolist() == [64, 128]

@@ -1,0 +1,88 @@
+"""Playing one episode for looking at it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mam.config import NetworkConfig
+from mam.envs.probes import Memory
+from mam.envs.wrappers import AgentId, EpisodeStatistics
+from mam.networks.policy import make_policy
+from mam.runs.play import Episode, Trace, play, play_on_host, write_trace
+from mam.study.dashboard.replay import load
+from mam.types import EnvSpec
+
+ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
+LENGTH = 4
+
+
+@dataclass(frozen=True)
+class Drawn(EpisodeStatistics):
+    """Writes the number of states in place of their picture."""
+
+    def animate(self, states, path: Path) -> None:
+        path.write_text(str(len(states)))
+
+
+@pytest.fixture(scope="module")
+def player():
+    """Plays an episode of a probe."""
+    plain = AgentId(Memory(length=LENGTH))
+    policy = make_policy("mat", plain.spec, NetworkConfig(d_model=8), key=jax.random.key(0))
+    return lambda kind, seed, path, **how: play(kind(plain), policy, seed, path, **how)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, greedy, tmp_path):
+    path = tmp_path / "episode.gif"
+    episode = player(Drawn, 1, path, greedy=greedy, policy_seed=3)
+    assert int(path.read_text()) == LENGTH + 1
+    assert 0 <= episode.episode_return <= 1
+    row = json.loads((tmp_path / "episode.json").read_text())
+    assert (row["seed"], row["policy_seed"], row["greedy"]) == (1, 3, greedy)
+    assert (row["picture"], row["num_frames"], row["terminated"]) == ("episode.gif", LENGTH + 1, True)
+    assert row["episode_return"] == pytest.approx(np.mean(row["reward"], axis=1).sum())
+    assert {np.shape(row[name]) for name in ARRAYS} == {(LENGTH, 2)}
+    assert (np.array(row["log_prob"]) <= 0).all()
+    assert all(sorted(order) == [0, 1] for order in row["order"])
+
+
+def test_a_trace_needs_no_picture(player, tmp_path):
+    episode = player(EpisodeStatistics, 0, tmp_path / "episode.gif")
+    assert "cannot be drawn" in episode.undrawn
+    assert [path.name for path in tmp_path.iterdir()] == ["episode.json"]
+    row = json.loads((tmp_path / "episode.json").read_text())
+    assert (row["picture"], row["num_frames"], len(row["reward"])) == (None, 0, LENGTH)
+    assert load(tmp_path / "episode.json").last == LENGTH
+
+
+def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "envs"))
+    size = 3 + 4  # a one-hot id, and what cleo sees
+    spec = EnvSpec(name="lives", num_agents=3, obs_dim=size, num_actions=5, time_limit=None, state_dim=2)
+    policy = make_policy("ippo", spec, NetworkConfig(d_model=8), key=jax.random.key(0))
+    path = tmp_path / "episode.gif"
+    episode = play_on_host("host_environments:Lives", "one_hot", policy, 5, path)
+    assert not episode.terminated  # cleo would have gone on
+    replay = load(tmp_path / "episode.json")
+    assert replay.length == 7
+    assert replay.trace["alive"].sum(axis=0).tolist() == [2, 5, 7]
+    assert replay.reward_so_far(7) == pytest.approx(episode.episode_return)
+    with Image.open(path) as image:
+        assert len(replay.frames) == image.n_frames
+    assert [replay.frame(state) for state in range(7)] == sorted(replay.frame(state) for state in range(7))
+
+
+def test_numbers_that_are_none_are_null(tmp_path):
+    numbers, ones = np.full((2, 1), np.nan, np.float32), np.ones((2, 1))
+    trace = Trace(numbers, numbers, ones.astype(int), numbers, np.zeros((2, 1), int), ones.astype(bool))
+    write_trace(tmp_path / "e.gif", Episode(float("nan"), False, trace, 0, "no"), seed=0)
+    row = json.loads((tmp_path / "e.json").read_text())
+    assert row["episode_return"] is None
+    assert row["value"] == [[None], [None]]
+    assert row["alive"] == [[True], [True]]

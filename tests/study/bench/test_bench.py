@@ -1,0 +1,124 @@
+"""`mam bench`, as it is typed."""
+
+import csv
+import json
+from dataclasses import fields
+
+import jax
+import pytest
+
+from mam.cli import main as cli
+from mam.config import NetworkConfig
+from mam.study.bench.cases import CASES
+from mam.study.bench.measure import Cell, Skip
+from mam.study.bench.results import Row
+
+SIZES = NetworkConfig(d_model=8, d_state=2)
+SMALL = ("--batch", "2", "--rounds", "2", "--network.d-model", "8", "--network.d-state", "2")
+NAMES = [(what, name) for what, case in CASES.items() for name in case.contenders]
+
+
+def read_rows(folder):
+    return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize(("what", "name"), NAMES)
+def test_every_contender_is_a_program(what, name):
+    try:
+        contender = CASES[what].contenders[name](Cell(2, 2, SIZES))
+    except Skip as reason:
+        pytest.skip(str(reason))
+    steps = () if contender.steps is None else (contender.steps,)
+    outputs = jax.eval_shape(contender.function, *contender.args, *steps)
+    assert contender.baseline in CASES[what].contenders
+    if what in ("scan", "block"):
+        y, gradients = outputs
+        shapes = jax.tree.map(lambda x: x.shape, (y, *gradients))
+        assert shapes == jax.tree.map(lambda x: x.shape, contender.args)
+
+
+@pytest.mark.parametrize(
+    ("what", "contenders"),
+    [
+        ("scan", ("sequential", "associative", "pairwise")),
+        ("block", ("attention/encoder", "attention/cross")),
+        ("act", ("mat", "mat-uncached")),
+        ("decode", ("mam", "mat")),
+        ("update", ("mat",)),
+        ("train", ("mat/acting",)),
+    ],
+)
+def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
+    sizes = ("2", "4") if what == "scan" else ("2",)
+    args = ("--num-agents", *sizes, "--contenders", *contenders, "--out", str(tmp_path / "out"))
+    assert cli.main(["bench", what, *SMALL, *args]) == 0
+    out = capsys.readouterr().out
+    assert f"{what} · N = 2 · batch 2" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.csv", "plot.png", "options.json"}
+    rows = read_rows(tmp_path / "out")
+    assert list(rows[0]) == [field.name for field in fields(Row)]
+    assert {row["contender"] for row in rows} == set(contenders)
+    for row in rows:
+        if row["contender"] == "pairwise" and row["num_agents"] == "4":
+            assert row["note"].startswith("skipped")
+            continue
+        assert row["what"] == what
+        assert 0 < float(row["min_ms"]) <= float(row["median_ms"])
+        assert float(row["temp_mb"]) >= 0
+        assert float(row["compile_s"]) > 0
+        assert (row["rounds"], row["extrapolated"], row["jax"]) == ("2", "False", jax.__version__)
+        assert bool(row["ratio"]) == (row["baseline"] in contenders)
+        assert bool(row["parameters"]) == (what != "scan")
+        assert bool(row["per_agent_us"]) == (what in ("act", "decode"))
+        assert bool(row["env_steps_per_s"]) == (what == "train")
+    options = json.loads((tmp_path / "out" / "options.json").read_text())
+    assert (options["what"], options["network"]["d_model"]) == (what, 8)
+
+
+def test_tokens_decide_the_batch(tmp_path, capsys):
+    args = ("--num-agents", "8", "2", "--tokens", "20", "--contenders", "ssd", "--rounds", "1", "--out", str(tmp_path))
+    assert cli.main(["bench", "scan", "--network.d-model", "8", *args]) == 0
+    out = capsys.readouterr().out
+    assert out.index("N = 2 · batch 10") < out.index("N = 8 · batch 2")
+    assert "batch × N ≈ 20" in out
+
+
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path, capsys, monkeypatch):
+    def interrupted(cell):
+        if cell.num_agents > 2:
+            raise KeyboardInterrupt
+        return build(cell)
+
+    build = CASES["scan"].contenders["ssd"]
+    monkeypatch.setitem(CASES["scan"].contenders, "ssd", interrupted)
+    args = ("--num-agents", "2", "4", "--contenders", "ssd", "--out", str(tmp_path))
+    assert cli.main(["bench", "scan", *SMALL, *args]) == 0
+    assert "interrupted" in capsys.readouterr().out
+    assert len(read_rows(tmp_path)) == 1
+    assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["bench needs what to time", "WHAT"]),
+        (["skan"], ["unknown bench 'skan'", "did you mean scan"]),
+        (["act", "--contenders", "mat", "mma"], ["unknown contender 'mma'", "act has mam,", "mat-uncached"]),
+        (["act", "--num-agents", "4", "x"], ["--num-agents takes a whole number, got 'x'"]),
+        (["act", "--num-agents=x"], ["--num-agents takes a whole number, got 'x'"]),
+        (["act", "--num-agents", "4", "0"], ["--num-agents must be positive, got 0"]),
+        (["act", "--num-agents", "--batch", "2"], ["--num-agents needs a value"]),
+        (["act", "--batch", "2", "--tokens", "8"], ["drop one of --batch and --tokens"]),
+        (["act", "--max-seconds", "-1"], ["--max-seconds must be positive"]),
+        (["act", "--network.d-model", "0"], ["network.d_model must be positive"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", *args]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    for word in words:
+        assert word in err
+    assert not list(tmp_path.iterdir())

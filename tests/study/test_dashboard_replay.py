@@ -1,0 +1,104 @@
+"""Episodes that were played, and playing others."""
+
+import asyncio
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mam.errors import RunError, UserError
+from mam.study.dashboard.replay import Players, load, replays_of
+from mam.study.dashboard.runs import LiveRun
+from report_runs import write_run
+
+ARRAYS = {name: [[0.5, 1.5]] * 3 for name in ("reward", "value", "action", "log_prob", "alive")}
+ARRAYS["order"] = [[1, 0]] * 3
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = LiveRun(write_run(tmp_path / "run"), "run")
+    run.poll()
+    return run
+
+
+def write(path, **changes):
+    path.write_text(json.dumps(ARRAYS | {"picture": None, "num_frames": 0} | changes))
+    return path
+
+
+def test_traces_are_found_and_nothing_else(run):
+    assert replays_of(run) == {}
+    (run.path / "replays").mkdir()
+    write(run.path / "episode.json")
+    time.sleep(0.01)
+    newest = write(run.path / "replays" / "seed0-greedy-0.json")
+    assert list(replays_of(run)) == ["seed0-greedy-0", "episode"]
+    replay = load(newest)
+    assert (replay.length, replay.last, replay.frame(1), replay.reward_so_far(2)) == (3, 3, None, 2.0)
+
+
+def test_states_that_look_alike_share_a_frame(tmp_path):
+    shades = [Image.fromarray(np.full((4, 4), shade, np.uint8)) for shade in (0, 0, 0, 200)]
+    shades[0].save(tmp_path / "e.gif", save_all=True, append_images=shades[1:], duration=150, loop=0)
+    replay = load(write(tmp_path / "e.json", picture="e.gif", num_frames=4))
+    assert [replay.frame(state) for state in range(5)] == [0, 0, 0, 1, 1]
+    assert (len(replay.frames), replay.last) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reward": [[1.0]]},
+        {"picture": "missing.gif"},
+        {"value": None},
+        {"order": "no"},
+        {"order": [[0, 5]] * 3},
+        {"action": [0, 1, 2]},
+        {"episode_return": [1]},
+    ],
+)
+def test_a_trace_that_is_damaged_is_said(tmp_path, changes):
+    with pytest.raises(UserError, match=r"e\.json cannot be shown"):
+        load(write(tmp_path / "e.json", **changes))
+
+
+def played(run, monkeypatch, tmp_path, script):
+    """Plays with a shell script in place of Python; returns the trace and what was said."""
+    (tmp_path / "python").write_text("#!/bin/sh\n" + script)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python")))
+    said = []
+    return asyncio.run(Players().play(run, policy_seed=2, greedy=True, seed=7, say=said.append)), said
+
+
+def test_an_episode_is_played_in_a_process_of_its_own(run, monkeypatch, tmp_path):
+    path, said = played(run, monkeypatch, tmp_path, 'echo "$@"; echo "on $JAX_PLATFORMS"')
+    out = run.path / "replays" / "seed2-greedy-7.gif"
+    assert path == out.with_suffix(".json")
+    assert said == [f"-m mam.cli play {run.path} --out {out} --seed 7 --policy-seed 2 --greedy", "on cpu"]
+
+
+def test_what_goes_wrong_is_the_last_line(run, monkeypatch, tmp_path):
+    with pytest.raises(RunError, match=r"^no checkpoint$"):
+        played(run, monkeypatch, tmp_path, "echo playing; echo 'mam: no checkpoint' >&2; exit 2")
+
+
+def test_the_end_of_the_page_ends_what_plays(run, monkeypatch, tmp_path):
+    async def close_while_playing():
+        players = Players()
+        playing = asyncio.create_task(
+            players.play(run, policy_seed=0, greedy=False, seed=0, say=lambda line: players.close())
+        )
+        with pytest.raises(RunError, match="here"):
+            await playing
+
+    (tmp_path / "python").write_text("#!/bin/sh\necho here\nexec sleep 60")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr("mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python")))
+    begin = time.monotonic()
+    asyncio.run(close_while_playing())
+    assert time.monotonic() - begin < 20
