@@ -1,30 +1,30 @@
 """Ten defects of public implementations that this one must not have, and the tests that would find each.
 
- defect                                       tests
- 1  agents shuffled, log-probabilities not    contracts/test_training_contract::test_every_update_starts_at_ratio_one
-                                              contracts/test_policy_contract::test_evaluate_repeats_act
-                                              test_update::test_steps_metrics_and_the_first_ratio_deviation
- 2  a time limit treated as termination       test_advantages::test_a_time_limit_is_bootstrapped_a_termination_is_not
-                                              test_train::test_advantages_are_bootstrapped_from_the_true_successor
- 3  the decoder recomputed for every agent    here
- 4  evaluating the weights of before          test_train::test_evaluation_is_of_the_current_weights
-                                              test_train::test_the_evaluation_after_an_update_is_of_what_it_learned
- 5  dead parameters                           contracts/test_training_contract::test_every_parameter_learns
-                                              contracts/test_{policy,mixer}_contract::test_no_parameter_is_dead
- 6  one key for all agents                    networks/test_actions::test_noise_belongs_to_the_agent
-                                              contracts/test_policy_contract::test_joint_actions_are_as_frequent_as_evaluated
- 7  step and parallel form that differ        contracts/test_mixer_contract::test_step_equals_parallel
-                                              contracts/test_policy_contract::test_evaluate_repeats_act
- 8  dead agents trained on                    test_losses::test_the_dead_contribute_nothing
-                                              contracts/test_policy_contract::test_appended_dead_agents_change_nothing
-                                              networks/test_embed::test_what_dead_agents_see_goes_nowhere
- 9  memory not reset, or one step off         test_rollout::test_memory_counts_from_the_first_step_of_every_episode
-                                              test_evaluate::test_every_episode_equals_one_played_by_hand
-                                              test_host::test_memory_counts_from_the_first_step_of_every_episode
-                                              networks/test_independent::test_memory_is_that_of_the_episode_exactly
-                                              contracts/test_policy_contract::test_evaluate_repeats_act_over_time
-10  resuming without the optimiser's state    test_train::test_resuming_equals_going_on
-                                              test_run::test_a_stopped_and_resumed_run_equals_an_uninterrupted_one
+ defect                                     tests
+ 1  agents shuffled, log-probabilities not  contracts/test_training_contract::test_every_update_starts_at_ratio_one
+                                            contracts/test_policy_contract::test_evaluate_repeats_act
+                                            learning/test_update::test_steps_metrics_and_the_first_ratio_deviation
+ 2  a time limit treated as termination     learning/test_advantages::test_a_time_limit_is_bootstrapped_a_termination_is_not
+                                            learning/test_train::test_advantages_are_bootstrapped_from_the_true_successor
+ 3  the decoder recomputed for every agent  here
+ 4  evaluating the weights of before        learning/test_train::test_evaluation_is_of_the_current_weights
+                                            learning/test_train::test_the_evaluation_after_an_update_is_of_what_it_learned
+ 5  dead parameters                         contracts/test_training_contract::test_every_parameter_learns
+                                            contracts/test_{policy,mixer}_contract::test_no_parameter_is_dead
+ 6  one key for all agents                  networks/test_actions::test_noise_belongs_to_the_agent
+                                            contracts/test_policy_contract::test_joint_actions_are_as_frequent_as_evaluated
+ 7  step and parallel form that differ      contracts/test_mixer_contract::test_step_equals_parallel
+                                            contracts/test_policy_contract::test_evaluate_repeats_act
+ 8  dead agents trained on                  learning/test_ppo::test_the_dead_contribute_nothing
+                                            contracts/test_policy_contract::test_appended_dead_agents_change_nothing
+                                            networks/test_embed::test_what_dead_agents_see_goes_nowhere
+ 9  memory not reset, or one step off       learning/test_rollout::test_memory_counts_from_the_first_step_of_every_episode
+                                            learning/test_evaluate::test_every_episode_equals_one_played_by_hand
+                                            learning/test_external::test_memory_counts_from_the_first_step_of_every_episode
+                                            networks/test_independent::test_memory_is_that_of_the_episode_exactly
+                                            contracts/test_policy_contract::test_evaluate_repeats_act_over_time
+10  resuming without the optimiser's state  learning/test_train::test_resuming_equals_going_on
+                                            runs/test_loop::test_a_stopped_and_resumed_run_equals_an_uninterrupted_one
 """
 
 import math

@@ -5,14 +5,11 @@ The docstring under a field is its help text on the command line.
 
 import dataclasses
 import math
-import os
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mam.errors import UserError, shown, unknown_name
-from mam.runs.files import read_object
 
 T = TypeVar("T")
 
@@ -321,22 +318,6 @@ def _check_choices(group: Any, prefix: str = "") -> None:
             _check_choices(value, f"{prefix}{setting.name}.")
         elif typing.get_origin(setting.type) is Literal:
             _checked(prefix + setting.name, value, setting.type)
-
-
-def read_config(path: Path) -> Config:
-    """Read the configuration in a file, whatever the file holds.
-
-    Raises:
-        UserError: in one line that names the file, if there is none in it.
-    """
-    if not os.path.exists(path):  # Path's own raises for some names
-        run = path.name == "config.json"
-        raise UserError(f"{path.parent} holds no run: there is no config.json in it" if run else f"no file {path}")
-    data = read_object(path)
-    try:
-        return from_json(Config, data)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def _check_finite(group: Any) -> None:

@@ -1,8 +1,14 @@
-"""The one kind of error that is the user's to mend."""
+"""The one kind of error that is the user's to mend, and the names its advice installs packages by."""
 
 import difflib
 from collections.abc import Iterable
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
+
+DISTRIBUTION = "multi-agent-mamba"  # the distribution called mam is another project's
+NATIVE = "multi-agent-mamba-native"
+_FORMER = {DISTRIBUTION: "mam", NATIVE: "mam-native"}  # what older checkouts are installed as
 
 
 class UserError(Exception):
@@ -44,3 +50,16 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> Use
     near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     hint = f": did you mean {' or '.join(near)}?" if near else ""
     return UserError(f"unknown {kind} {shown(name)}{hint} (see `{see}`)")
+
+
+def installed_version(name: str) -> str | None:
+    """Return the version of a distribution that is installed, under its former name if need be; None if it is not."""
+    for candidate in filter(None, (name, _FORMER.get(name))):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(candidate)
+    return None
+
+
+def missing_extra(who: str, needs: str, extra: str) -> UserError:
+    """Return the error for a package that one of the library's extras installs."""
+    return UserError(f'{who} needs {needs}: pip install "{DISTRIBUTION}[{extra}]"')

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from mam.errors import UserError
 from mam.kernels.native import library as native
 from mam.kernels.native import scan as native_scan
 from mam.kernels.selective_scan import gated_scan, selective_scan
-from mam.networks.layers import Dense
 
 mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
 
@@ -175,9 +173,8 @@ def make_gated_problem(seed, m, n, d, s, rank):
     (x, _, A, B, C, D, h), reset, gradients = make_problem(seed, m, n, d, s)
     rng = np.random.default_rng(seed)
     features, gate = (rng.normal(size=(m, n, size)).astype(np.float32) for size in (rank, d))
-    dt_proj = Dense(rank, d, key=jax.random.key(seed))
-    dt_proj = eqx.tree_at(lambda proj: proj.bias, dt_proj, jnp.asarray(rng.normal(size=d), jnp.float32))
-    return (x, features, dt_proj, A, B, C, D, gate, h), ~reset, tuple(gradients)
+    weight, bias = (rng.normal(size=size).astype(np.float32) / rank**0.5 for size in ((rank, d), d))
+    return (x, features, weight, bias, A, B, C, D, gate, h), ~reset, tuple(gradients)
 
 
 @pytest.mark.parametrize("seed", range(10))

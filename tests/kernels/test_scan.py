@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mam.kernels.selective_scan import CHUNK, TILE, gated_scan, selective_scan, selective_step
 from mam.kernels.ssd import ssd
-from mam.networks.layers import Dense
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
@@ -257,7 +256,7 @@ def test_nothing_to_read_leaves_the_state(scan, implementation, m, n):
             return ssd(x, x[..., :2], -jnp.ones(2), B, B, jnp.ones(2), **how)
         if scan == "selective":
             return selective_scan(x, x, -jnp.ones((d, s)), B, B, jnp.ones(d), **how)
-        return gated_scan(x, x[..., :1], PROJECTION, -jnp.ones((d, s)), B, B, jnp.ones(d), x, **how)
+        return gated_scan(x, x[..., :1], *PROJECTION, -jnp.ones((d, s)), B, B, jnp.ones(d), x, **how)
 
     (y, h), pull_back = jax.vjp(run, x)
     assert y.shape == x.shape
@@ -266,7 +265,7 @@ def test_nothing_to_read_leaves_the_state(scan, implementation, m, n):
     assert gradient.shape == x.shape
 
 
-PROJECTION = Dense(1, 4, key=jax.random.key(0))
+PROJECTION = jnp.ones((1, 4)), jnp.zeros(4)
 
 
 def test_unknown_implementation():

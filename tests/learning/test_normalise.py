@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
-from mam.learning.normalise import MAX_DEVIATIONS, Moments, NormalisedPolicy, Statistics
+from mam.learning.normalise import MAX_DEVIATIONS, Moments, NormalisedPolicy, Statistics, transfer_policy
 from mam.learning.sharding import AXIS, Shard
-from mam.networks.policy import make_policy, refit
+from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
 T, B, N, F, STATE_DIM, NUM_IDS = 3, 4, 2, 5, 3, 2
@@ -128,7 +128,7 @@ def test_statistics_go_with_the_weights_to_another_number_of_agents(name, state_
     sizes, new = NetworkConfig(d_model=4), replace(SPEC, num_agents=N + 3, state_dim=state_dim)
     network = jax.eval_shape(lambda key: make_policy(name, SPEC, sizes, key=key), jax.random.key(0))
     statistics = Statistics.init(SPEC, observations=True, values=True)
-    moved = refit(NormalisedPolicy(network, statistics), name, SPEC, new, sizes)
+    moved = transfer_policy(NormalisedPolicy(network, statistics), name, SPEC, new, sizes)
     assert moved.statistics.features is statistics.features
     assert moved.statistics.values is statistics.values
     assert moved.statistics.state is (statistics.state if kept else None)

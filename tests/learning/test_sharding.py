@@ -15,7 +15,7 @@ from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.runs.sinks import read_records
 
-PROGRAM = Path(__file__).parent / "device_program.py"
+PROGRAM = Path(__file__).parents[1] / "device_program.py"
 
 
 def environment(devices=1):

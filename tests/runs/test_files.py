@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mam.config import Config, read_config, to_json
+from mam.config import Config, to_json
 from mam.errors import UserError
-from mam.runs.files import read_object
+from mam.runs.files import read_config, read_object
 
 CONTENTS = {
     "empty": (b"", "is damaged"),

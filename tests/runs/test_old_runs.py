@@ -9,7 +9,7 @@ from mam.cli import main as cli
 from mam.runs.loop import RunFolder
 from mam.study.report.collect import read_run
 
-ARCHIVE = Path(__file__).parent / "data" / "run_of_first_version.tar.gz"
+ARCHIVE = Path(__file__).parents[1] / "data" / "run_of_first_version.tar.gz"
 
 
 @pytest.fixture

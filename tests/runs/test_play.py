@@ -62,7 +62,7 @@ def test_a_trace_needs_no_picture(player, tmp_path):
 
 
 def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "envs"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "envs"))
     size = 3 + 4  # a one-hot id, and what cleo sees
     spec = EnvSpec(name="lives", num_agents=3, obs_dim=size, num_actions=5, time_limit=None, state_dim=2)
     policy = make_policy("ippo", spec, NetworkConfig(d_model=8), key=jax.random.key(0))

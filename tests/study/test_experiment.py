@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_run import CONFIG
 
 from mam.cli import main as cli
 from mam.cli.arguments import parse
@@ -24,6 +23,7 @@ from mam.study.experiment.jobs import Job, jobs_of, load_runs
 from mam.study.experiment.matrix import Row, run_matrix
 from mam.study.experiment.pools import UNKNOWN, Elsewhere, End, LocalPool, launch
 from mam.study.experiment.screen import Screen
+from small_run import CONFIG
 
 
 def test_a_grid_has_every_combination_with_a_stable_name():
@@ -110,7 +110,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
 def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
     from mam.envs.tasks import task_names
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
     jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("out"))

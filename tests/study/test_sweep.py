@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 from test_experiment import FakePool, row
-from test_run import CONFIG
 
 from mam.cli import main as cli
 from mam.config import Config, from_json, to_json
@@ -17,6 +16,7 @@ from mam.study.experiment.pools import End
 from mam.study.experiment.screen import Screen
 from mam.study.sweep.command import Sweep
 from mam.study.sweep.space import RANGES, space_of
+from small_run import CONFIG
 
 needs_optuna = pytest.mark.skipif(
     importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'multi-agent-mamba[sweep]'"

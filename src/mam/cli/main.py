@@ -14,11 +14,12 @@ import tyro
 
 from mam.cli.arguments import parse, value_of
 from mam.cli.output import discard, display, lasting, make_printable
-from mam.config import Config, read_config
+from mam.config import Config
 from mam.envs.external.factories import names_code
 from mam.envs.tasks import check_task
 from mam.errors import DISTRIBUTION, RunError, UserError, installed_version, printable, shown, unknown_name
 from mam.presets import PRESETS, origin, preset, preset_for
+from mam.runs.files import read_config
 from mam.runs.process import Hosts
 from mam.study.bench.command import Bench
 from mam.study.dashboard.command import Dashboard, serve
@@ -423,8 +424,8 @@ def _play(args: Play) -> None:
 
 def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Config, Any, Any, Any, list[int]]:
     """What playing needs of a run: configuration, trainer, policies that played best so and their returns, seeds."""
+    from mam.learning.normalise import transfer_policy
     from mam.learning.train import make_train
-    from mam.networks.policy import refit
     from mam.runs.loop import RunFolder, seeds_of
 
     folder = RunFolder(path)
@@ -438,7 +439,7 @@ def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Co
         trainer.close()
         config, spec = replace(config, env=env), trainer.spec
         trainer = make_train(config)
-        policies = refit(policies, config.policy, spec, trainer.spec, config.network)
+        policies = transfer_policy(policies, config.policy, spec, trainer.spec, config.network)
     return config, trainer, policies, best.mean_return, seeds_of(config)
 
 

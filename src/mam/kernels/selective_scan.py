@@ -19,9 +19,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.scan import kernel_supports, scan_kernel
+from mam.kernels.dense import dense
 from mam.kernels.native.library import on_cpu, use_native
 from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
-from mam.networks.layers import Dense
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
 
@@ -91,7 +91,8 @@ def selective_scan(
 def gated_scan(
     x: Float[Array, "*batch N D"],
     features: Float[Array, "*batch N R"],
-    dt_proj: Dense,
+    dt_weight: Float[Array, "R D"],
+    dt_bias: Float[Array, "D"],
     A: Float[Array, "D S"],
     B: Float[Array, "*batch N S"],
     C: Float[Array, "*batch N S"],
@@ -110,7 +111,8 @@ def gated_scan(
     Args:
         x: inputs.
         features: δ.
-        dt_proj: W and b.
+        dt_weight: W.
+        dt_bias: b.
         A: as in `selective_scan`, as are B, C, D, initial_state, reverse and implementation.
         B: input vectors.
         C: output vectors.
@@ -122,13 +124,13 @@ def gated_scan(
         implementation: of the scan.
     """
 
-    def composed(x, features, dt_proj, A, B, C, D, gate, alive, initial_state):
-        dt = step_size(dt_proj(features), alive)
+    def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state):
+        dt = step_size(dense(features, dt_weight, dt_bias), alive)
         scan = partial(selective_scan, initial_state=initial_state, reverse=reverse, implementation=implementation)
         y, h = scan(x, dt, A, B, C, D)
         return y * jax.nn.silu(gate), h
 
-    args = (x, features, dt_proj, A, B, C, D, gate, alive, initial_state)
+    args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
     if implementation in (None, "native") and fits and x.size and use_native():
         return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
@@ -203,7 +205,7 @@ def _native(x, dt, B, C, A, D, keep, h0, reverse):
     return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
 
 
-def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0, *, reverse):
+def _native_gated(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, h0, *, reverse):
     *batch, n, d = x.shape
     inputs = ScanInputs(
         x=x.reshape(-1, n, d),
@@ -214,7 +216,7 @@ def _native_gated(x, features, dt_proj, A, B, C, D, gate, alive, h0, *, reverse)
         D=D,
         keep=None,
         h0=None if h0 is None else h0.reshape(-1, *A.T.shape),
-        weight=jnp.concatenate([dt_proj.weight, dt_proj.bias[None]]),
+        weight=jnp.concatenate([dt_weight, dt_bias[None]]),
         gate=gate.reshape(-1, n, d),
         alive=None if alive is None else alive.reshape(-1, n).astype(x.dtype),
     )

@@ -1,0 +1,1 @@
+"""The algorithm: acting in environments, advantages, losses, updates."""

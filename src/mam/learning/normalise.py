@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key, Shaped
 
+from mam.config import NetworkConfig
 from mam.learning.sharding import WHOLE, Shard
+from mam.networks.policy import transfer_weights
 from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput, Transition
 
 MAX_DEVIATIONS = 10.0  # where normalised features are clipped
@@ -207,3 +209,12 @@ def as_normalised(policy: Policy) -> NormalisedPolicy:
 def simplified(policy: NormalisedPolicy) -> Policy:
     """Returns the network by itself if nothing is normalised; the inverse of `as_normalised`."""
     return policy if jax.tree.leaves(policy.statistics) else policy.network
+
+
+def transfer_policy(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
+    """Return a policy for another task with the same weights, and its statistics as far as that task has the same."""
+    whole = as_normalised(policy)
+    network, statistics = transfer_weights(whole.network, name, old, new, sizes), whole.statistics
+    if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it
+        statistics = replace(statistics, state=None)
+    return simplified(NormalisedPolicy(network, statistics))

@@ -3,8 +3,6 @@
 Activations have the type of the input, whatever the type of the parameters; norms compute in float32 or wider.
 """
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,8 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from mam.kernels.native.dense import native_product, native_product_supports
-from mam.kernels.native.library import use_native
-from mam.kernels.native.norm import native_norm, native_norm_supports
+from mam.kernels.dense import dense
+from mam.kernels.norm import normalise
 
 HIDDEN_GAIN = 2**0.5  # orthogonal gain before a GELU
 SMALL_GAIN = 0.01  # of layers whose output should start near zero
@@ -33,18 +30,11 @@ class Dense(eqx.Module):
         self.bias = jnp.zeros(out_dim) if bias else None
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
-        # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
-        y = _product(x.reshape(-1, x.shape[-1]), self.weight.astype(x.dtype))
-        y = y.reshape(*x.shape[:-1], self.weight.shape[1])
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
-
-
-def _product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
-    return native_product(x, weight) if use_native() and native_product_supports(x, weight) else x @ weight
+        return dense(x, self.weight, self.bias)
 
 
 class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then scale and offset: of x, or of a residual stream x + plus."""
+    """Zero mean and unit variance over the last axis, then scale and offset: of x, or of x + residual."""
 
     scale: Float[Array, "E"]
     offset: Float[Array, "E"]
@@ -54,9 +44,9 @@ class LayerNorm(eqx.Module):
         self.scale, self.offset, self.eps = jnp.ones(dim), jnp.zeros(dim), eps
 
     def __call__(
-        self, x: Float[Array, "*batch E"], plus: Float[Array, "*batch E"] | None = None
+        self, x: Float[Array, "*batch E"], residual: Float[Array, "*batch E"] | None = None
     ) -> Float[Array, "*batch E"]:
-        return _norm(x, plus, self.scale, self.offset, self.eps)
+        return normalise(x, self.scale, self.offset, eps=self.eps, residual=residual)
 
 
 class RMSNorm(eqx.Module):
@@ -69,57 +59,7 @@ class RMSNorm(eqx.Module):
         self.scale, self.eps = jnp.ones(dim), eps
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-        return _norm(x, None, self.scale, None, self.eps)
-
-
-def _norm(x: Array, plus: Array | None, scale: Array, offset: Array | None, eps: float) -> Array:
-    """Natively on CPU, where that is installed and takes it."""
-
-    def plain(x, plus, scale, offset):
-        x = x if plus is None else x + plus
-        return _normalise(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
-
-    args = (x, plus, scale, offset)
-    if not use_native() or not native_norm_supports(*args):
-        return plain(*args)
-    return lax.platform_dependent(*args, cpu=partial(native_norm, eps=eps), default=plain)
-
-
-@jax.custom_vjp
-def _normalise(x: Array, scale: Array, offset: Array | None, eps: Array | float) -> Array:
-    """Rows [M, E] over their deviation, from their mean if there is an offset and from zero if not."""
-    return _normalise_fwd(x, scale, offset, eps)[0]
-
-
-def _normalise_fwd(x, scale, offset, eps):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide if offset is None else wide - _row_means(wide)
-    inverse = lax.rsqrt(_row_means(jnp.square(centred)) + eps)
-    normal = centred * inverse
-    y = normal * scale
-    return y if offset is None else y + offset, (normal, inverse, scale, offset, jnp.zeros((), x.dtype))
-
-
-def _normalise_bwd(residuals, gy):
-    normal, inverse, scale, offset, like = residuals
-    g = gy * scale
-    gx = g - normal * _row_means(g * normal)
-    if offset is not None:
-        gx -= _row_means(g)
-    g_offset = None if offset is None else gy.sum(axis=0)
-    return (gx * inverse).astype(like.dtype), (gy * normal).sum(axis=0), g_offset, None
-
-
-_normalise.defvjp(_normalise_fwd, _normalise_bwd)
-
-
-def _row_means(x: Float[Array, "M E"]) -> Float[Array, "M 1"]:
-    """Means over the last axis. On CPU as a product with ones: XLA's reduction takes twice as long."""
-
-    def product(x):
-        return jnp.dot(x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), precision=lax.Precision.HIGHEST)
-
-    return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True))
+        return normalise(x, self.scale, eps=self.eps)
 
 
 @jax.custom_vjp

@@ -10,7 +10,6 @@ from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
 from mam.errors import UserError, unknown_name
-from mam.learning.normalise import NormalisedPolicy
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
@@ -77,7 +76,7 @@ def make_policy(
     return POLICIES[name].build(spec, sizes, decoding, key=key)
 
 
-def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
+def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
     """The same weights for another task, one with more agents, say.
 
     Args:
@@ -90,11 +89,6 @@ def refit(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkC
     Raises:
         UserError: if the weights do not fit, naming the sizes that are to blame.
     """
-    if isinstance(policy, NormalisedPolicy):
-        network, statistics = refit(policy.network, name, old, new, sizes), policy.statistics
-        if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it
-            statistics = replace(statistics, state=None)
-        return NormalisedPolicy(network, statistics)
     decoding = getattr(policy, "decoding", SEQUENTIAL)
 
     def shapes(spec: EnvSpec) -> Policy:

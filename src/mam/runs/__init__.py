@@ -1,0 +1,1 @@
+"""One run: its folder, its loop, and what is left of it."""

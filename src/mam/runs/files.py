@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from mam.config import Config, from_json
 from mam.errors import UserError
 
 MAX_BYTES = 2**24
@@ -89,3 +90,19 @@ def _check_depth(value: Any, levels: int) -> None:
         raise RecursionError
     for child in children:
         _check_depth(child, levels - 1)
+
+
+def read_config(path: Path) -> Config:
+    """Read the configuration in a file, whatever the file holds.
+
+    Raises:
+        UserError: in one line that names the file, if there is none in it.
+    """
+    if not os.path.exists(path):  # Path's own raises for some names
+        run = path.name == "config.json"
+        raise UserError(f"{path.parent} holds no run: there is no config.json in it" if run else f"no file {path}")
+    data = read_object(path)
+    try:
+        return from_json(Config, data)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -28,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mam.config import Config, from_json, read_config, to_json
+from mam.config import Config, from_json, to_json
 from mam.envs.external.factories import names_code
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
 from mam.runs.checkpoint import Save, Writer, has_saves, newest
+from mam.runs.files import read_config
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.lock import Lock, acquire
 from mam.runs.signals import GRACE, Stop, stop_on_signals

@@ -1,0 +1,1 @@
+"""`mam check-env`: whether an environment keeps the rules."""

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mam.errors import RunError, UserError
-from mam.runs.signals import SIGNALS
 
 if TYPE_CHECKING:
     from mam.envs.external.slice import EnvSlice
@@ -37,6 +36,9 @@ RESET = b"reset"  # followed by the seed, and by how often this worker was lost 
 DONE = b""
 
 _ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
+PARENTS_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 _QUOTED_FRAMES = 3  # of the traceback of an environment
 _OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which call it
 
@@ -54,7 +56,7 @@ class Share:
 
 def main(connection: Connection, share: Share) -> None:
     """Serves the pool until it closes its end of the pipe, or is no more."""
-    for number in set(SIGNALS) - {signal.SIGTERM}:
+    for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the pool decides what Ctrl-C, or a batch system's signal, means
     current_process().daemon = False  # or environments could have no children; the parent still ends us when it exits
     threading.Thread(target=_leave_with_parent, daemon=True).start()

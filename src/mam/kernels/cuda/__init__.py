@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs. Each has its equal in plain JAX, which runs everywhere else."""

@@ -1,0 +1,1 @@
+"""CPU kernels in C++ (the package in native/), called through XLA's foreign function interface."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from mam import errors as distribution
+from mam import errors
 from mam.errors import UserError
 
 VERSION = "0.4"  # of the package; with others kernels take other arguments
@@ -51,7 +51,7 @@ def is_installed() -> bool:
 def installed_version() -> str:
     """Of the package; empty if it is not there."""
     there = importlib.util.find_spec("mam_native") is not None
-    return (there and distribution.installed_version(distribution.NATIVE)) or ""
+    return (there and errors.installed_version(errors.NATIVE)) or ""
 
 
 @functools.cache

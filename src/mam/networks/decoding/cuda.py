@@ -1,4 +1,4 @@
-"""All agents' decisions in one kernel: `mam.networks.decoding.decide`'s loop, one agent after another, for state-space decoders.
+"""All agents' decisions in one kernel: the loop of `decide`, one agent after another, for state-space decoders.
 
 As XLA runs that loop each agent takes 40 to 60 launches, and nothing else takes time. Here a program runs all agents
 of a few environments, and nothing leaves its multiprocessor but actions and outputs.

@@ -1,0 +1,1 @@
+"""Sequence layers along the agents."""

@@ -83,7 +83,8 @@ class SelectiveSSM(AbstractSSM):
         y, ssm_state = gated_scan(
             x,
             features,
-            self.dt_proj,
+            self.dt_proj.weight,
+            required(self.dt_proj.bias),
             -jnp.exp(self.A_log),
             B,
             C,

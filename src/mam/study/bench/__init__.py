@@ -1,0 +1,1 @@
+"""`mam bench`: forward, acting and update times against the number of agents."""

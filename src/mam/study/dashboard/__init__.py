@@ -1,0 +1,1 @@
+"""`mam dashboard`: the live view of a folder of runs."""

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mam.config import Config, flat, read_config, to_json
+from mam.config import Config, flat, to_json
 from mam.errors import UserError
-from mam.runs.files import open_regular, read_object
+from mam.runs.files import open_regular, read_config, read_object
 from mam.runs.sinks import RETURN, median_speed
 from mam.study.dashboard.reading import Metrics, Reader
 

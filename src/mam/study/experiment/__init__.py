@@ -1,0 +1,1 @@
+"""`mam experiment`: a matrix of runs, to its end."""

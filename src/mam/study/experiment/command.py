@@ -2,7 +2,7 @@
 
 FILE is Python and defines `runs`, a list of configurations, or of names and configurations:
 
-    from mam.experiment import grid
+    from mam import grid
 
     runs = grid(env=["lbf/8x8-2p-2f-coop", "rware/tiny-2ag"], policy=["mam", "mat"], num_seeds=5)
 """
@@ -13,9 +13,6 @@ from pathlib import Path
 import tyro
 
 from mam.errors import UserError
-from mam.study.experiment.grid import grid
-
-__all__ = ["Experiment", "grid", "run_experiment"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Experiment:
     """
 
     file: tyro.conf.Positional[Path]
-    """Python file that defines `runs`: a list of Config or (name, Config), such as `mam.study.experiment.grid` makes."""
+    """Python file that defines `runs`: a list of Config or (name, Config), such as `mam.grid` makes."""
     out: Path | None = None
     """Folder of the runs; runs/<name of the file> if None. With --ray every machine has to see it."""
     dry_run: bool = False

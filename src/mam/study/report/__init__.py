@@ -1,0 +1,1 @@
+"""`mam report`: tables, figures and numbers over many runs."""

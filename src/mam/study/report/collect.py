@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from mam.config import Config, flat, read_config, to_json
+from mam.config import Config, flat, to_json
 from mam.errors import UserError
-from mam.runs.files import read_object
+from mam.runs.files import read_config, read_object
 from mam.runs.sinks import RETURN, Record, read_records, seed_means, training_speed
 from mam.runs.summary import evaluation_returns
 

@@ -1,0 +1,1 @@
+"""`mam sweep`: a search for good settings of one policy on one task."""

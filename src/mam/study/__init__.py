@@ -1,0 +1,1 @@
+"""Many runs: started, searched, compared, watched and timed."""
