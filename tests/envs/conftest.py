@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import jax
 import pytest
 
-from mam.envs import jaxmarl, jumanji, probes, smax
+from mam.envs import jumanji, probes
+from mam.envs.jaxmarl import base as jaxmarl
+from mam.envs.jaxmarl import smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
 

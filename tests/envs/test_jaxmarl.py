@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mam.envs import jaxmarl, smax
+from mam.envs.jaxmarl import base as jaxmarl
+from mam.envs.jaxmarl import smax
 from mam.envs.tasks import OVERCOOKED_LAYOUTS, SMAX_TASKS
 from mam.errors import UserError
 from mam.types import Environment
@@ -422,7 +423,7 @@ def test_import_is_quiet_and_leaves_the_streams_alone():
     """JaxMARL prints, imports brax if it is there, and replaces both streams then."""
     code = (
         "import sys; streams = sys.stdout, sys.stderr\n"
-        "from mam.envs import jaxmarl, smax\n"
+        "from mam.envs.jaxmarl import base as jaxmarl, smax\n"
         "assert 'jaxmarl' not in sys.modules\n"
         "jaxmarl.import_jaxmarl()\n"
         "assert 'jaxmarl' in sys.modules and 'brax' not in sys.modules\n"

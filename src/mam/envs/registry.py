@@ -14,8 +14,10 @@ from functools import cache
 from typing import Any
 
 from mam.config import WorkerConfig
-from mam.envs import jaxmarl, jumanji, probes, smax
+from mam.envs import jumanji, probes
 from mam.envs.external.factories import PREFIX, EnvFactory, find_factory, names_code
+from mam.envs.jaxmarl import base as jaxmarl
+from mam.envs.jaxmarl import smax
 from mam.envs.tasks import check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, unknown_name
