@@ -28,7 +28,7 @@ from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, Network
 from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {
@@ -90,7 +90,7 @@ class Args:
 
 def valid(rng: random.Random) -> Config:
     """A configuration that must train."""
-    policy = rng.choice(list(POLICIES))
+    policy = rng.choice(list(policies()))
     num_heads = rng.choice([1, 2, 4])
     sequence = policy not in INDEPENDENT
     num_envs, num_minibatches = rng.choice([2, 4, 6]), rng.choice([1, 2])

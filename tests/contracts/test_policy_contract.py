@@ -1,4 +1,4 @@
-"""What every policy must keep, on two kinds of task. Parametrised by `POLICIES`: a new policy is covered as it is.
+"""What every policy must keep, on two kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
 
 One has choices, the other continuous actions and a picture for each agent. Single steps are evaluated time first, as
 rollouts of length 1, after a step that put something into the memory of those policies that have one.
@@ -18,7 +18,7 @@ from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
-from mam.networks.policy import POLICIES, make_policy
+from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
 
@@ -30,8 +30,8 @@ KINDS = {
     "discrete": {"state_dim": STATE_DIM},
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
 }
-WITH_MEMORY = [name for name in POLICIES if name.startswith("rec_")]
-every_policy = pytest.mark.parametrize("name", POLICIES)
+WITH_MEMORY = [name for name in policies() if name.startswith("rec_")]
+every_policy = pytest.mark.parametrize("name", policies())
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # Which of five agents are alive, in six environments.

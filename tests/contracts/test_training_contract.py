@@ -19,7 +19,7 @@ from mam.envs.probes import Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.learning import train
 from mam.learning.train import TrainState
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -62,7 +62,7 @@ TASKS = {
     "unscaled": Unscaled(NUM_AGENTS, NUM_ACTIONS),
 }
 INDEPENDENT = ["mappo", "ippo", "rec_mappo", "rec_ippo"]
-SEQUENCE = [name for name in POLICIES if name not in INDEPENDENT]
+SEQUENCE = [name for name in policies() if name not in INDEPENDENT]
 WITH_MEMORY = ["rec_mappo", "rec_ippo"]
 
 
@@ -153,7 +153,7 @@ class Learned:
         return np.convolve(returns, np.ones(3) / 3, mode="valid")
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=policies())
 def learned(request):
     name = request.param
     rows = rows_of(name)
@@ -218,7 +218,7 @@ def test_memory_carries_a_cue_to_the_end_of_an_episode(learned):
     assert learned.returns("memory").max() > 0.9
 
 
-@only(*(name for name in POLICIES if name not in WITH_MEMORY))
+@only(*(name for name in policies() if name not in WITH_MEMORY))
 def test_without_memory_a_cue_is_forgotten(learned):
     """Chance is 0.25, give or take 0.03."""
     assert learned.returns("memory").min() > 0.15

@@ -446,13 +446,13 @@ def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Co
 def _list(args: List) -> None:
     from mam.envs.registry import auto_options, suites
     from mam.envs.tasks import task_names
-    from mam.networks.policy import POLICIES
+    from mam.networks.policy import policies
 
     if args.envs:
         _print_specs()
         return
     print("policies (--policy)")
-    for name, kind in POLICIES.items():
+    for name, kind in policies().items():
         print(f"  {name:<11}{kind.description}")
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()

@@ -28,7 +28,7 @@ from mam.learning.rollout import Actors, init_actors, rollout
 from mam.learning.sharding import AXIS, WHOLE, Devices, Shard
 from mam.learning.update import UpdateMetrics, make_batch, make_optimiser, update, update_names
 from mam.networks.decoding.decide import Decoding
-from mam.networks.mixers.roles import largest_step_size
+from mam.networks.mixers.base import mixer_metrics
 from mam.networks.policy import make_policy
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
 
@@ -185,9 +185,8 @@ class Learner:
             "explained_variance": _explained_variance(value, target, alive),
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
+            **mixer_metrics(network),
         }
-        if (step_size := largest_step_size(network)) is not None:
-            values["step_size_max"] = step_size
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,
