@@ -61,6 +61,9 @@ class NetworkConfig:
     """Inner channels that share a decay (mam2); as many up to 64 as divide the inner width evenly, if None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    memory: str | None = None
+    """What an agent remembers of earlier environment steps: none or gru; the policy's own if None. `mam list` explains
+    them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False

@@ -157,6 +157,13 @@ class NormalisedPolicy(eqx.Module):
         """Returns the state value per agent; see `mam.types.Policy`."""
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """Returns the values of what followed every step; see `mam.types.Policy`."""
+        obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
+        return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
+
     def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
         """Returns values in the network's units."""
         moments = self.statistics.values
