@@ -149,14 +149,14 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
     def program(step: Callable, out_specs: Any) -> Callable:
         return devices.share(_over_seeds(step), (specs,), out_specs)
 
-    traced = _Steps(config, source, played, learn, remember, _keys)
+    traced = _Steps(config, source, played, learn, remember, _key)
     called = _Steps(
         config,
         source,
         played,
         jax.jit(_guarded(_over_seeds(learn), config, external=True), donate_argnums=0),
         jax.jit(jax.vmap(remember)),
-        jax.jit(jax.vmap(_keys, in_axes=(0, None)), static_argnums=1),
+        jax.jit(jax.vmap(_key, in_axes=(0, None))),
     )
     init_seeds = jax.jit(devices.share(_in_turn(init), (P(),), specs))
     return Trainer(
@@ -182,12 +182,12 @@ class _Steps:
     played: Environments
     learn: Callable[..., tuple[TrainState, Values]]
     remember: Callable[[TrainState, Values], TrainState]
-    keys: Callable[[TrainState, int], Key[Array, "*seeds 2"]]
+    key: Callable[[TrainState, int], Key[Array, "*seeds"]]
 
     def train(self, state: TrainState) -> tuple[TrainState, Values]:
         """Collect a rollout and learn from it."""
-        keys = self.keys(state, TRAINING)
-        shard = self.played.devices.shard
+        key, shard = self.key(state, TRAINING), self.played.devices.shard
+        keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         carry, rollout, beside = self.source.collect(state.policy, state.actors, keys[..., 0], shard)
         state, values = self.learn(state, carry, rollout, keys[..., 1])
         return state, {**values, **beside}
@@ -207,7 +207,7 @@ class _Steps:
     def _play(self, state: TrainState, policies: list[Policy], stream: int, num_episodes: int) -> Values:
         """Metrics of the mode that counts and of the one beside it, if played, which is named in front."""
         config = self.config
-        values = self.played.play_modes(policies, self.keys(state, stream), num_episodes, config.evaluation_modes)
+        values = self.played.play_modes(policies, self.key(state, stream), num_episodes, config.evaluation_modes)
         beside = {f"{config.mode_beside}_{name}": x[1] for name, x in values.items()} if config.eval.both_modes else {}
         return {name: x[0] for name, x in values.items()} | beside
 
@@ -363,12 +363,12 @@ def _in_turn(step: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
 
 
-def _keys(state: TrainState, stream: int) -> Key[Array, "2"]:
-    """Keys for one use at this update.
+def _key(state: TrainState, stream: int) -> Key[Array, ""]:
+    """The key for one use at this update.
 
     Evaluating draws nothing from training's stream, so how often a run is evaluated does not change it.
     """
-    return jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates))
+    return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
 
 
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
