@@ -13,7 +13,7 @@ from mam.config import NetworkConfig
 from mam.errors import UserError, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
-from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
+from mam.networks.independent import GlobalView, IndependentPolicy
 from mam.networks.mixers.base import Roles
 from mam.networks.mixers.registry import MIXERS, MixerFamily, sequence_policies
 from mam.networks.sequence import Layout, SequencePolicy
@@ -26,6 +26,7 @@ class PolicyKind:
 
     description: str
     build: Callable[..., Policy]
+    memory: str = "none"  # unless the configuration names another
 
 
 def _sequence(
@@ -35,7 +36,7 @@ def _sequence(
 
 
 def _independent(
-    critic_view: Any, memory: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+    critic_view: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> IndependentPolicy:
     if sizes.layouts:
         raise UserError(
@@ -43,22 +44,16 @@ def _independent(
         )
     if decoding != Decoding():
         raise UserError(f"decode is for sequence policies ({sequence_policies()}): independent agents need no decoding")
-    return IndependentPolicy(spec, sizes, critic_view=critic_view, memory=memory, key=key)
+    return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
 
 
-_own, _global = ObservationEmbedding, GlobalView
+_own, _global = partial(_independent, ObservationEmbedding), partial(_independent, GlobalView)
 
 INDEPENDENT = {
-    "mappo": PolicyKind(
-        "agents decide by themselves, the critic sees the global state",
-        partial(_independent, _global, NoMemory),
-    ),
-    "ippo": PolicyKind(
-        "agents decide by themselves, the critic sees what the agent sees",
-        partial(_independent, _own, NoMemory),
-    ),
-    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", partial(_independent, _global, GRU)),
-    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", partial(_independent, _own, GRU)),
+    "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
+    "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
+    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", _global, memory="gru"),
+    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", _own, memory="gru"),
 }
 
 
@@ -119,7 +114,12 @@ def make_policy(
     known = policies()
     if name not in known:
         raise unknown_name("policy", name, known, see="mam list")
-    return known[name].build(spec, sizes, decoding, key=key)
+    return known[name].build(spec, replace(sizes, memory=memory_of(name, sizes)), decoding, key=key)
+
+
+def memory_of(name: str, config: NetworkConfig) -> str:
+    """Names the memory of a policy: what the configuration asks for, or else the policy's own."""
+    return config.memory or policies()[name].memory
 
 
 def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
