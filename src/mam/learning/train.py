@@ -5,7 +5,7 @@ the same learner is driven by a loop.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import equinox as eqx
@@ -20,8 +20,17 @@ from mam.envs.registry import lives_on_host, make_batched, make_host
 from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.learning.advantages import Advantages, constant_value, generalised_advantages, with_the_dead
-from mam.learning.evaluate import evaluate
-from mam.learning.external import aligned, blank_actors, host_evaluate, host_rollout, seed_of, start_actors, take_infos
+from mam.learning.evaluate import evaluate, with_kinds
+from mam.learning.external import (
+    Timed,
+    aligned,
+    blank_actors,
+    host_evaluate,
+    host_rollout,
+    seed_of,
+    start_actors,
+    take_infos,
+)
 from mam.learning.nonfinite import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
 from mam.learning.rollout import Actors, init_actors, rollout
@@ -30,6 +39,7 @@ from mam.learning.update import UpdateMetrics, make_batch, make_optimiser, updat
 from mam.networks.decoding.decide import Decoding
 from mam.networks.mixers.roles import largest_step_size
 from mam.networks.policy import make_policy
+from mam.stopwatch import Part, Stopwatch
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
 
 P = jax.P
@@ -78,11 +88,13 @@ class Trainer:
     train_step: Callable[[TrainState], tuple[TrainState, Values]]  # one rollout and the update on it
     evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]  # current weights; remembers the best
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
-    evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics
+    evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
     shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]  # of what `init` returns, and where its arrays lie
     env: Environment | HostEnvironments  # as played: one that does not reset itself, or all of them on the host
     devices: Devices
     close: Callable[[], None] = lambda: None  # ends what lives on the host
+    clock: Stopwatch = field(default_factory=Stopwatch)  # tells parts of a train step apart, where it can
+    step_part: Part = "train step"  # what the rest of a train step is
 
     def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
         """What was the first array with a number that is not finite in a train step, for each seed that had one."""
@@ -290,7 +302,8 @@ def _train_on_device(config: Config) -> Trainer:
     def play_modes(policies: Sequence[Policy], key: Key[Array, ""], num_episodes: int) -> Values:
         """Plays each mode with its policy: one program, in which the mode is data."""
         modes = jax.tree.map(lambda *x: jnp.stack(x), *policies), jnp.array(config.evaluation_modes)
-        return _by_mode(jax.lax.map(lambda mode: play(mode[0], key, num_episodes, mode[1]), modes), config)
+        values = jax.lax.map(lambda mode: play(mode[0], key, num_episodes, mode[1]), modes)
+        return _by_mode(with_kinds(values, learner.spec), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         policies = [state.policy] * len(config.evaluation_modes)
@@ -302,7 +315,7 @@ def _train_on_device(config: Config) -> Trainer:
 
     def evaluate_policies(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
         seeds = _over_seeds(lambda policy, key: play(policy, key, num_episodes, greedy))
-        return devices.share(seeds, (P(), P()), P())(policy, key)
+        return with_kinds(devices.share(seeds, (P(), P()), P())(policy, key), learner.spec, each_agent=True)
 
     specs = None  # which axes of the state are dealt out: none to a single device
     if devices.num_devices > 1:
@@ -361,6 +374,7 @@ def _train_on_host(config: Config) -> Trainer:
 
     played = start(per_round)  # where policies are evaluated
     running: list[HostEnvironments] = []  # where they learn, from the first step of training
+    clock = Stopwatch()
     learner = Learner(config, played.spec)
 
     def init(seed: Int[Array, ""]) -> TrainState:
@@ -375,9 +389,11 @@ def _train_on_host(config: Config) -> Trainer:
         keys = streams(state)[0]
         actors = state.actors
         if not running:
-            running.append(start(ppo.num_envs, first=played.num_envs))
+            with clock.part("environment"):
+                running.append(Timed(start(ppo.num_envs, first=played.num_envs), clock))
             actors, _ = start_actors(running[0], actors.memory, num_seeds, seed_of(keys))
-        actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
+        with clock.part("acting"):
+            actors, transitions = host_rollout(running[0], state.policy, actors, keys[:, 0], ppo.rollout_length)
         transitions, infos = take_infos(transitions)
         state, values = learn(state, actors, transitions, keys[:, 1])
         return state, {**values, **infos}
@@ -390,7 +406,8 @@ def _train_on_host(config: Config) -> Trainer:
     def play_modes(policies: Sequence[Policy], key: Key[Array, "seeds"], num_episodes: int) -> Values:
         modes = zip(policies, config.evaluation_modes, strict=True)
         values = [play(policy, key, num_episodes, greedy) for policy, greedy in modes]
-        return _by_mode(jax.tree.map(lambda *values: np.stack(values), *aligned(values)), config)
+        stacked = jax.tree.map(lambda *values: np.stack(values), *aligned(values))
+        return _by_mode(with_kinds(stacked, learner.spec), config)
 
     def evaluate_step(state: TrainState) -> tuple[TrainState, Values]:
         policies = [state.policy] * len(config.evaluation_modes)
@@ -410,11 +427,13 @@ def _train_on_host(config: Config) -> Trainer:
         train_step=train_step,
         evaluate_step=evaluate_step,
         absolute_metric=absolute_metric,
-        evaluate=play,
+        evaluate=lambda *args: with_kinds(play(*args), learner.spec, each_agent=True),
         shapes=lambda seeds: jax.eval_shape(init_seeds, seeds),
         env=played,
         devices=Devices(),
         close=close,
+        clock=clock,
+        step_part="update",
     )
 
 
