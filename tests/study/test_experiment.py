@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,6 +41,23 @@ def test_without_a_base_every_task_has_its_preset():
     runs = dict(grid(env=["lbf/8x8-2p-2f-coop", "rware/tiny-2ag"], policy="mat"))
     assert runs["rware/tiny-2ag/mat"] == replace(preset("rware/tiny-2ag"), policy="mat")
     assert runs["lbf/8x8-2p-2f-coop/mat"].ppo == preset("lbf").ppo
+
+
+@pytest.mark.parametrize(
+    ("printed", "free", "words"),
+    [
+        ("", 1, "it printed nothing"),
+        ("", 0, "it printed nothing (the disk is full)"),
+        ("a\nb\n", 0, "b (the disk is full)"),
+        ("a\nb\n", 1, "b"),
+    ],
+)
+def test_last_words_may_be_lost_on_a_full_disk(tmp_path, monkeypatch, printed, free, words):
+    job = Job("a", CONFIG, tmp_path)
+    assert job.last_words() == "it printed nothing"
+    job.log.write_text(printed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert job.last_words() == words
 
 
 @pytest.mark.parametrize("key", ["polcy", "ppo.lrr", "pp.lr", "ppo.lr.x"])
