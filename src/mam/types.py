@@ -231,10 +231,9 @@ class Transition(eqx.Module):
 
     observation: Observation
     reset: Bool[Array, "*batch"]  # the observation is the first of its episode
-    memory: Memory  # the policy's memory before it acted
     action: Action
-    log_prob: Float[Array, "*batch N"]
-    value: Float[Array, "*batch N"]
+    log_prob: Float[Array, "*batch N"] | None  # as of acting; None where another policy acted
+    value: Float[Array, "*batch N"] | None
     order: Int[Array, "*batch N"]
     reward: Float[Array, "*batch N"]
     terminated: Bool[Array, "*batch"]
