@@ -28,6 +28,7 @@ from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, Network
 from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
+from mam.networks.memory import MEMORIES
 from mam.networks.policy import POLICIES
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
@@ -55,6 +56,7 @@ WRONG = {
     "--network.dtype": ["float16", "int8"],
     "--network.scan": ["fast", "cuda"],
     "--network.encoder.layout": ["X", "MAX", "m"],
+    "--network.memory": ["lstm", "GRU"],
     "--network.decoder.layout": ["3", "M-A"],
     "--network.decoder.cross": ["Q", "MMMMMM"],
     "--ppo.lr": ["0", "-1e-3", "nan", "small"],
@@ -109,6 +111,7 @@ def valid(rng: random.Random, policies: tuple[str, ...]) -> Config:
         head_dim=rng.choice([None, 1, d_model, expand]),
         encoder=EncoderConfig(layout="".join(letters)[:blocks] if sequence and rng.random() < 0.3 else None),
         decoder=DecoderConfig(layout="".join(letters[::-1])[:blocks] if sequence and rng.random() < 0.3 else None),
+        memory=rng.choice([None, *MEMORIES]),
         dtype=rng.choice(["float32", "float32", "bfloat16"]),
         remat=rng.random() < 0.2,
         scan=rng.choice(["auto", "auto", "sequential", "associative"]),

@@ -20,7 +20,7 @@ from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
 from mam.learning import train
-from mam.networks.policy import POLICIES
+from mam.networks.policy import POLICIES, has_memory
 from mam.runs.process import configure
 
 SEQUENCE = ("mam", "mat")
@@ -28,7 +28,7 @@ SEQUENCE = ("mam", "mat")
 NEEDS = {
     "copy": lambda policy: policy in SEQUENCE,
     "matrix": lambda policy: policy in SEQUENCE,
-    "memory": lambda policy: policy.startswith("rec_"),
+    "memory": lambda policy: has_memory(policy, NetworkConfig()),
 }
 PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
 STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000}

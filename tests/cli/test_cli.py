@@ -39,6 +39,7 @@ from report_runs import CONFIG, write_run
         (["train", "--ppo.num-minibatches", "3"], ["ppo.num_minibatches", "must divide", "3"]),
         (["train", "--network.num-heads", "5"], ["network.num_heads", "must divide", "5"]),
         (["train", "--policy", "mma"], ["unknown policy 'mma'", "mam"]),
+        (["train", "--network.memory", "gro"], ["unknown network.memory 'gro'", "did you mean gru"]),
         (["train", "--env", "lbf/8x8"], ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"]),
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),

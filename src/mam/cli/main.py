@@ -466,6 +466,7 @@ def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Co
 def _list(args: List) -> None:
     from mam.envs.registry import auto_options, suites
     from mam.envs.tasks import task_names
+    from mam.networks.memory import MEMORIES
     from mam.networks.policy import POLICIES
 
     if args.envs:
@@ -473,6 +474,9 @@ def _list(args: List) -> None:
         return
     print("policies (--policy)")
     for name, kind in POLICIES.items():
+        print(f"  {name:<11}{kind.description}")
+    print("\nmemory of any policy (--network.memory)")
+    for name, kind in MEMORIES.items():
         print(f"  {name:<11}{kind.description}")
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()

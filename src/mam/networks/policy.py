@@ -50,8 +50,8 @@ POLICIES = {
     "mat": PolicyKind("Multi-Agent Transformer: attention along the agents", partial(_sequence, "A")),
     "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
     "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
-    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", _global, memory="gru"),
-    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", _own, memory="gru"),
+    "rec_mappo": PolicyKind("mappo with memory gru, in actor and critic", _global, memory="gru"),
+    "rec_ippo": PolicyKind("ippo with memory gru, in actor and critic", _own, memory="gru"),
 }
 
 
@@ -74,6 +74,11 @@ def make_policy(
 def memory_of(name: str, config: NetworkConfig) -> str:
     """Names the memory of a policy: what the configuration asks for, or else the policy's own."""
     return config.memory or POLICIES[name].memory
+
+
+def has_memory(name: str, config: NetworkConfig) -> bool:
+    """Says whether a policy carries anything from one environment step to the next."""
+    return memory_of(name, config) != "none"
 
 
 def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
