@@ -17,7 +17,7 @@ import pytest
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.probes import Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
-from mam.learning import train
+from mam.learning import experience, train
 from mam.learning.train import TrainState
 from mam.networks.policy import POLICIES
 from mam.types import EnvSpec
@@ -136,7 +136,9 @@ def make_trainer(name, task, shuffle):
     config = Config(policy=policy, total_timesteps=NUM_UPDATES * 256, network=network, ppo=PPO)
     with pytest.MonkeyPatch.context() as patch:
         statistics = EpisodeStatistics(AgentId(AnyTask(task)))
-        patch.setattr(train, "make_batched", lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle))
+        patch.setattr(
+            experience, "make_batched", lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle)
+        )
         return train.make_train(config)
 
 
