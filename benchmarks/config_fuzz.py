@@ -29,7 +29,6 @@ from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
 from mam.networks.memory import MEMORIES
-from mam.networks.policy import POLICIES
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {
@@ -87,14 +86,14 @@ class Args:
 
     valid: int = 300
     invalid: int = 300
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = tuple(policies())
     """Of the valid ones."""
     seed: int = 0
 
 
-def valid(rng: random.Random, policies: tuple[str, ...]) -> Config:
+def valid(rng: random.Random, names: tuple[str, ...]) -> Config:
     """A configuration that must train."""
-    policy = rng.choice(policies)
+    policy = rng.choice(names)
     num_heads = rng.choice([1, 2, 4])
     sequence = policy not in INDEPENDENT
     num_envs, num_minibatches = rng.choice([2, 4, 6]), rng.choice([1, 2])

@@ -20,7 +20,7 @@ from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
 from mam.learning import experience, train
-from mam.networks.policy import POLICIES, has_memory
+from mam.networks.policy import has_memory, policies
 from mam.runs.process import configure
 
 SEQUENCE = ("mam", "mat")
@@ -38,7 +38,7 @@ STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000,
 class Args:
     """What to try."""
 
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = tuple(policies())
     probes: tuple[str, ...] = (*PROBES, "shuffled")
     num_seeds: int = 20
 

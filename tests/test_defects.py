@@ -38,7 +38,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from mam.config import NetworkConfig
-from mam.networks.policy import POLICIES, make_policy
+from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import SequencePolicy
 from mam.types import EnvSpec, Observation
 
@@ -91,7 +91,7 @@ def work_of_recomputing(name, num_agents):
     return work(jax.make_jaxpr(act)(policy).jaxpr)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policies())
 def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
     """Defect 3. Twice the agents are twice the work, not four times: what is quadratic, or done once, is small."""
     few, many = 10, 20

@@ -90,7 +90,7 @@ def test_other_numbers_are_not_whole(written):
     "args", [["train", "--env", "lbf/8x8"], ["check-env", "lbf/8x8"], ["evaluate", "run", "--env", "lbf/8x8"]]
 )
 def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
-    program = "import sys; from mam import cli; code = cli.main(sys.argv[1:]); sys.exit(code + ('jax' in sys.modules))"
+    program = "import sys; from mam.cli.main import main; sys.exit(main(sys.argv[1:]) + ('jax' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("unknown task 'lbf/8x8'")) == (2, 1)
 
@@ -255,7 +255,11 @@ def test_the_preset_is_named_beside_its_sisters():
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
     from mam.envs import probes, tasks
 
-    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large"))
+    monkeypatch.setitem(
+        tasks.SUITES,
+        "probe",
+        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large")),
+    )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
@@ -271,7 +275,7 @@ def test_check_env(capsys, monkeypatch):
 
     assert cli.main(["check-env", "probe/identity"]) == 0
     assert "probe/identity: nothing found" in capsys.readouterr().out
-    monkeypatch.setitem(tasks.TASKS, "probe", ("broken",))
+    monkeypatch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("broken",)))
     monkeypatch.setitem(probes.PROBES, "broken", Broken)
     assert cli.main(["check-env", "probe/broken"]) == 1
     assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
@@ -286,11 +290,12 @@ class Broken(Identity):
 
 
 def test_list_envs_shows_sizes(capsys, monkeypatch):
-    from mam.envs import registry, tasks
+    from mam.envs import tasks
 
-    monkeypatch.setattr(registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(gone)})
     longest = max(tasks.task_names(), key=len).partition("/")[2]
-    monkeypatch.setattr(tasks, "TASKS", {"probe": tasks.TASKS["probe"], "gone": (longest,)})
+    suites = {"probe": tasks.SUITES["probe"], "gone": tasks.Suite("nowhere", __name__, (longest,))}
+    monkeypatch.setattr(tasks, "SUITES", suites)
+    monkeypatch.setattr("mam.envs.registry.SUITES", suites)
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
@@ -300,7 +305,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert "gone: it needs a package" in out
 
 
-def gone(task):
+def make_gone(task):
     raise UserError("it needs a package")
 
 

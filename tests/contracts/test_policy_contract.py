@@ -1,4 +1,4 @@
-"""What every policy must keep, on two kinds of task. Parametrised by `POLICIES`: a new policy is covered as it is.
+"""What every policy must keep, on two kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
 
 One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of `mam-gru`, too.
 
@@ -20,7 +20,7 @@ from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
-from mam.networks.policy import POLICIES, has_memory, make_policy
+from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
 
@@ -32,7 +32,7 @@ KINDS = {
     "discrete": {"state_dim": STATE_DIM},
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
 }
-NAMES = [*POLICIES, "mat-gru"]
+NAMES = [*policies(), "mat-gru"]
 
 
 def parts(name, config=SIZES):

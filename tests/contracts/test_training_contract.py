@@ -19,7 +19,7 @@ from mam.envs.probes import Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.learning import experience, train
 from mam.learning.train import TrainState
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -61,8 +61,9 @@ TASKS = {
     "mortal": Mortal(NUM_AGENTS, NUM_ACTIONS),
     "unscaled": Unscaled(NUM_AGENTS, NUM_ACTIONS),
 }
-NAMES = [*POLICIES, "mam-gru"]  # which is `mam` with that memory
-SEQUENCE = ["mam", "mam2", "mat"]
+INDEPENDENT = ["mappo", "ippo", "rec_mappo", "rec_ippo"]
+SEQUENCE = [name for name in policies() if name not in INDEPENDENT]
+NAMES = [*policies(), "mam-gru"]  # which is `mam` with that memory
 WITH_MEMORY = ["rec_mappo", "rec_ippo", "mam-gru"]
 
 

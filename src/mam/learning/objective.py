@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -44,6 +44,7 @@ class Losses(eqx.Module):
     maxima: dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss on the actions of a rollout, and what it needs to know of them."""
 

@@ -31,7 +31,7 @@ from mam.learning.sharding import AXIS, WHOLE, Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
 from mam.learning.update import make_optimiser, update, update_names
 from mam.networks.decoding.decide import Decoding
-from mam.networks.mixers.roles import largest_step_size
+from mam.networks.mixers.base import mixer_metrics
 from mam.networks.policy import make_policy
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
 
@@ -310,9 +310,8 @@ class Learner:
             **_value_metrics(transitions, estimates, shard),
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
+            **mixer_metrics(network),
         }
-        if (step_size := largest_step_size(network)) is not None:
-            values["step_size_max"] = step_size
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 
 from mam.config import Config, from_json, to_json
 from mam.envs.external.factories import names_code
+from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.stopwatch import Stopwatch
@@ -532,7 +533,8 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
-    others = ("jax", "jaxlib", "equinox", "optax", "numpy", "jumanji", "jaxmarl")
+    suites = (package for suite in SUITES.values() for package in suite.packages)
+    others = ("jax", "jaxlib", "equinox", "optax", "numpy", *suites)
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
