@@ -202,4 +202,4 @@ def test_keys_differ_by_step_and_environment_and_decide_everything(ran, both):
         assert (both.action != np.roll(both.action, 1, axis)).any(axis=axis).all()
     again, other = (jax.device_get(run(jax.random.key(seed))) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, again[1], ran[1])
-    assert (other[1][0].action != ran[1][0].action).any()
+    assert (other[1][0].transitions.action != ran[1][0].transitions.action).any()
