@@ -1,5 +1,6 @@
 """What a person types, and what they read."""
 
+import errno
 import io
 import json
 import re
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from mam.cli import main as cli
@@ -150,7 +153,7 @@ def finished(tmp_path_factory):
 def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json"),
+        *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json", "times.json"),
         *("learning_curve.png", "tensorboard", "checkpoint", "run.lock"),
     }
     config = json.loads((finished / "config.json").read_text())
@@ -170,6 +173,30 @@ def test_evaluate_reports_every_seed(finished, capsys):
     assert "mean ± std" in out
 
 
+def test_evaluate_tells_agents_with_rewards_of_their_own_apart(finished, capsys, monkeypatch):
+    from mam.envs import probes, tasks
+
+    class Own(probes.Matrix):
+        @property
+        def spec(self):
+            return replace(super().spec, team_reward=False, agent_names=("wolf_0", "[hare]"))
+
+    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "own"))
+    monkeypatch.setitem(probes.PROBES, "own", Own)
+    command = ["evaluate", str(finished), "--env", "probe/own", "--episodes", "4"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"│ wolf_0 +│ \d.\d+ ± \d.\d+ +│\n│ \[hare\] +│ \d", out)
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agents"] == ["wolf_0", "[hare]"]
+    assert np.shape(found["metrics"]["agent_return"]) == (2, 4, 2)
+    assert {"return_wolf", "return_[hare]"} < found["metrics"].keys()
+    monkeypatch.setattr(cli, "_MOST_AGENTS", 1)
+    cli.display(cli._agent_table(np.zeros((2, 4, 2)), Own().spec))
+    assert "and 1 more agents, all in --json" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
 def test_evaluate_prints_json_and_nothing_else(finished, capsys):
     assert cli.main(["evaluate", str(finished), "--episodes", "4", "--greedy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -181,8 +208,18 @@ def test_show_prints_command_settings_provenance_and_scores(finished, capsys):
     assert cli.main(["show", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "mam train --env probe/matrix --num-seeds 2 --total-timesteps 64" in out
-    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std"):
+    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std", r"time: compile \d+ %"):
         assert re.search(line, out)
+
+
+@pytest.mark.parametrize(("command", "unwritten"), [("play", "x.json"), ("report", "x.gif")])
+def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, command, unwritten):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mam.runs.sinks.os", SimpleNamespace(fsync=full_disk))
+    assert cli.main([command, str(finished), "--out", str(tmp_path / "x.gif")]) == 1
+    assert capsys.readouterr().err == f"mam: cannot write {tmp_path / unwritten}: No space left on device\n"
 
 
 def test_settings_start_from_a_run_or_a_file(tmp_path):

@@ -28,7 +28,7 @@ class Dice:
     Environment i throws the die of (seed, first + i), whatever the others do.
     """
 
-    spec = EnvSpec("test/dice", NUM_AGENTS, obs_dim=3, num_actions=NUM_ACTIONS, time_limit=None, team_reward=False)
+    spec = EnvSpec(*("test/dice", NUM_AGENTS, 3, NUM_ACTIONS, None), team_reward=False, agent_names=("even_0", "odd_1"))
 
     def __init__(self, num_envs, first=0):
         self.num_envs, self.first = num_envs, first
@@ -196,13 +196,18 @@ def test_every_episode_equals_one_played_by_hand():
     num_episodes = 2 * NUM_ENVS + 1
     envs = Dice(NUM_SEEDS * NUM_ENVS)
     metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], num_episodes, greedy=True)
+    own = metrics.pop("agent_return")
     assert {x.shape for x in metrics.values()} == {(NUM_SEEDS, num_episodes)}
     first = seed_of(KEYS[0])
     assert envs.seeds == [first, first + NUM_ENVS, first + 2 * NUM_ENVS]
     for seed, episode in np.ndindex(NUM_SEEDS, num_episodes):
         a_round, env = divmod(episode, NUM_ENVS)
-        steps = play_by_hand(seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True)
-        last = next(step for step in steps if step["terminated"] | step["truncated"])
+        total = np.zeros(NUM_AGENTS)
+        for last in play_by_hand(seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True):
+            total += last["reward"][0]
+            if last["terminated"] | last["truncated"]:
+                break
+        np.testing.assert_allclose(own[seed, episode], total, rtol=1e-6)
         for name, value in last["metrics"].items():
             np.testing.assert_allclose(metrics[name][seed, episode], value[0], rtol=1e-6)
     assert set(metrics["episode_length"].ravel()) == {1, 2, 3, 4}
@@ -325,10 +330,15 @@ def test_two_updates(host, policy):
         assert (square > 0).reshape(NUM_SEEDS, -1).any(axis=1).all(), jax.tree_util.keystr(path)
     changed = jax.tree.map(lambda new, old: (new != old).any(), state.policy, before)
     assert np.mean(jax.tree.leaves(changed)) > 0.9
+    spent = dict(trainer.clock.seconds)
+    assert set(spent) == {"environment", "acting"}
     state, values = trainer.evaluate_step(state)
+    assert trainer.clock.seconds == spent  # what is played is an evaluation as a whole
     assert values["episode_return"].shape == (NUM_SEEDS, 3)
     np.testing.assert_allclose(state.best_return, values["episode_return"].mean(axis=1), rtol=1e-6)
-    assert trainer.absolute_metric(state)["episode_return"].shape == (NUM_SEEDS, 5)
+    absolute = trainer.absolute_metric(state)
+    assert absolute["episode_return"].shape == absolute["return_even"].shape == (NUM_SEEDS, 5)
+    assert "agent_return" not in absolute.keys() | values.keys()
     # The environments in which it learned were reset once.
     played, learned = host.made
     assert (len(learned.seeds), learned.num_envs, len(learned.actions)) == (1, NUM_SEEDS * 4, 2 * 6)
