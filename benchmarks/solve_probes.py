@@ -19,7 +19,7 @@ import tyro
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
-from mam.learning import train
+from mam.learning import experience, train
 from mam.networks.policy import POLICIES, has_memory
 from mam.runs.process import configure
 
@@ -88,18 +88,18 @@ def main(args: Args) -> None:
         task = PROBES["identity" if probe == "shuffled" else probe]()
         for policy in args.policies:
             config = config_for(policy, task.spec.name.removeprefix("probe/"), args)
-            started, make_batched = time.monotonic(), train.make_batched
+            started, make_batched = time.monotonic(), experience.make_batched
             try:
                 if probe == "shuffled":
-                    train.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
+                    experience.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
                 score = scores(config)
             finally:
-                train.make_batched = make_batched
+                experience.make_batched = make_batched
             solved = (score > task.random_return + 0.9 * (task.optimal_return - task.random_return)).sum()
             expected = probe != "shuffled" and NEEDS.get(probe, lambda config: True)(config)
             print(
-                f"{config.algorithm:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   {score.mean():7.3f} "
-                f"{score.min():7.3f}   {solved}/{len(score)}{'' if expected else '  (cannot)'}  "
+                f"{config.algorithm:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   "
+                f"{score.mean():7.3f} {score.min():7.3f}   {solved}/{len(score)}{'' if expected else '  (cannot)'}  "
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )
