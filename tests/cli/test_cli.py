@@ -98,7 +98,14 @@ def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
 def test_overview_version_and_list(capsys):
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
     out = capsys.readouterr().out
-    for word in ("usage: mam", *cli.COMMANDS, "lbf/2s-8x8-2p-2f-coop", "rware/xlarge-4ag-hard", *PRESETS):
+    for word in (
+        "usage: mam",
+        *cli.COMMANDS,
+        "lbf/2s-8x8-2p-2f-coop",
+        "rware/xlarge-4ag-hard",
+        "--network.memory",
+        *PRESETS,
+    ):
         assert word in out
 
 
