@@ -41,13 +41,20 @@ from mam.runs.files import read_config
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.lock import Lock, acquire
 from mam.runs.signals import GRACE, Stop, stop_on_signals
-from mam.runs.sinks import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
+from mam.runs.sinks import JsonLines, Progress, Record, Sink, find_sink, read_records, write_atomically
 from mam.runs.summary import plot_learning_curve, write_marl_eval
 from mam.runs.times import are_times, write_times
 
 Outcome = Literal["finished", "stopped", "preempted"]
 LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
-FREE = ("total_timesteps", "num_devices", "num_workers", "worker", "checkpoint")  # settings a resumed run may change
+FREE = (
+    "total_timesteps",
+    "num_devices",
+    "num_workers",
+    "worker",
+    "checkpoint",
+    "log",
+)  # settings a resumed run may change
 MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
 
 
@@ -155,6 +162,8 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
     """
     if path is not None and jax.process_index() == 0:
         _check_unused(config, path)
+    for name in config.log:
+        find_sink(name)
     trainer = make_train(config)
     try:
         trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
@@ -246,6 +255,8 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
     if config.total_timesteps < saved.total_timesteps:
         raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
+    for name in config.log:
+        find_sink(name)
     if jax.process_index() == 0:
         folder = replace(folder, held=acquire(folder.lock))
     try:
@@ -372,21 +383,19 @@ class _Loop:
             stack.callback(_try, self._writer.close)
             if jax.process_index() > 0:
                 return
-            position = meta["metrics_bytes"] if meta else None
-            self._metrics = JsonLines(self._folder.metrics, append_at=position)
-            if lost := self._metrics.missing:
-                self._log(
-                    f"{self._folder.metrics} lacks {lost} of the {position} bytes that it had at the checkpoint: "
-                    "rows are lost, and the run goes on without them"
-                )
-            tensorboard = TensorBoard(
-                self._folder.path / "tensorboard",
-                seeds_of(self._config),
-                append_after_step=self.step_count if meta else None,
+            for name in dict.fromkeys(("jsonl", *self._config.log)):  # the first is what resuming and reports read
+                self._add(stack, find_sink(name)(self._folder.path, self._config, meta))
+        self._metrics = cast(JsonLines, self._sinks[0])
+        if meta and (lost := self._metrics.missing):
+            self._log(
+                f"{self._folder.metrics} lacks {lost} of the {meta['metrics_bytes']} bytes that it had at the "
+                "checkpoint: rows are lost, and the run goes on without them"
             )
-        self._sinks = [self._metrics, tensorboard, progress]
-        for sink in self._sinks:
-            stack.callback(_try, sink.close)
+        self._add(stack, progress)
+
+    def _add(self, stack: ExitStack, sink: Sink) -> None:
+        self._sinks.append(sink)
+        stack.callback(_try, sink.close)
 
     def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
         """Takes a step; if it fails, the state before it is saved.
