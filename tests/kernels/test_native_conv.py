@@ -31,9 +31,8 @@ def reference(x, weight, bias, reset, gy, reverse):
     taps, n = weight.shape[0], x.shape[1]
     reset = np.zeros(x.shape[:2], bool) if reset is None else reset[:, ::-1] if reverse else reset
     # Agents, how long ago they read another, and in which rows none was reset since.
-    pairs = [
-        (i, k, ~reset[:, i - k + 1 : i + 1].any(axis=1, keepdims=True)) for i in range(n) for k in range(min(taps, i + 1))
-    ]
+    pairs = [(i, k) for i in range(n) for k in range(min(taps, i + 1))]
+    pairs = [(i, k, ~reset[:, i - k + 1 : i + 1].any(axis=1, keepdims=True)) for i, k in pairs]
     y = np.broadcast_to(bias, x.shape).copy()
     for i, k, there in pairs:
         y[:, i] += weight[taps - 1 - k] * x[:, i - k] * there
@@ -65,7 +64,8 @@ def test_random_shapes(isa):
         mam_native.choose(isa)
         for seed in range(12):
             n = int(rng.choice([1, 2, 3, 4, rng.integers(5, 40)]))
-            problem = make_problem(seed, rng.integers(1, 40), n, rng.integers(1, 70), 1 + seed % 4, has_reset=seed % 2 == 0)
+            sizes = rng.integers(1, 40), n, rng.integers(1, 70), 1 + seed % 4
+            problem = make_problem(seed, *sizes, has_reset=seed % 2 == 0)
             assert_close(run(*problem, reverse=seed % 3 == 0), reference(*problem, seed % 3 == 0))
     finally:
         mam_native.choose(in_use)

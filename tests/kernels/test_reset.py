@@ -1,4 +1,4 @@
-"""`reset` in every implementation of every recurrence: the sequence cut there, and nothing that leaks across."""
+"""`reset` in every implementation of every recurrence: the sequence is cut, and nothing leaks across."""
 
 import contextlib
 import functools
@@ -24,8 +24,8 @@ def split(v, *sizes):
     return jnp.split(v, np.cumsum(sizes), axis=-1)
 
 
-# A recurrence is `whole(weights, xs, state, …)`, and for one agent `step(weights, x, state)`. It reads one array per
-# agent, of these many features, in float32 or wider but for the first D of them.
+# A recurrence is `whole(weights, xs, state, …)`, and for one agent `step(weights, x, state)`. What it
+# reads of an agent is one array.
 def select(weights, xs):
     x, dt, B, C = split(xs, D, D, S)
     return x, 0.5 * jnp.abs(dt), B, C
@@ -106,7 +106,7 @@ def make_problem(name, n, seed=0, dtype=jnp.float32):
 
 
 def resets_between_pieces(n, reverse):
-    """Where pieces of equal length start, as they are read; in the first row before the first piece as well."""
+    """Where pieces of equal length start, as they are read; the first piece in the first row only."""
     reset = np.zeros((ROWS, n), bool)
     reset[:, :: n // PIECES] = True
     reset[1:, 0] = False
@@ -133,7 +133,7 @@ def run(name, implementation, reverse, weights, xs, state, reset, gradients):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def run_pieces(name, implementation, weights, xs, state, gradients):
-    """The same, each piece as a sequence of its own without resets: all but the first one read start from zeros."""
+    """The same, each piece as a sequence of its own, from zeros where there is a reset."""
 
     def pieces(weights, xs, state):
         state = jnp.zeros((ROWS, PIECES, *state.shape[1:]), state.dtype).at[1:, 0].set(state[1:])
@@ -197,14 +197,14 @@ def test_random_resets(name, implementation, reverse):
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_leaks_across_a_reset(name, implementation, reverse, bad):
-    """Neither values into what is read later nor gradients into what was read earlier: all bits are the same."""
+    """Neither values into what is read later nor gradients into what was read earlier: to the bit."""
     piece = length(implementation, reverse)
     weights, xs, state, (gy, g_state) = make_problem(name, PIECES * piece)
     reset = resets_between_pieces(PIECES * piece, reverse)
     outcome = functools.partial(run, name, implementation, reverse, weights)
     (y, last), (_, g_xs, g_state_in) = outcome(xs, state, reset, (gy, g_state))
     first, middle, final = (slice(k * piece, (k + 1) * piece) for k in ((2, 1, 0) if reverse else (0, 1, 2)))
-    # 1. The first piece is bad, and in the first row, which is reset at once, the state before it instead.
+    # 1. The first piece is bad; in the first row, which is reset at once, the state before it instead.
     bad_xs, bad_state = xs.at[1:, first].set(bad), state.at[0].set(bad)
     (y_bad, last_bad), (_, g_bad, g_state_bad) = outcome(bad_xs, bad_state, reset, (gy, g_state))
     assert not np.any(np.isfinite(y_bad[1:, first]))
@@ -225,5 +225,5 @@ def test_nothing_leaks_across_a_reset(name, implementation, reverse, bad):
 
 def test_the_products_of_ssd_refuse_resets():
     weights, xs, state, _ = make_problem("ssd", 3)
-    with pytest.raises(ValueError, match="scan, native or None"):
+    with pytest.raises(ValueError, match="choose scan, native or None"):
         dual(weights, xs, state, reset=resets_between_pieces(3, False), implementation="products")

@@ -57,8 +57,8 @@ def selective_scan(
         C: output vectors, shared by all channels.
         D: skip weights.
         initial_state: h before the first agent (zeros if None).
-        reset: True where the state before agent i counts as zero, whatever it is: as if the sequence were cut there, and
-            the rest scanned by itself. That state is the one of agent i + 1 if `reverse`.
+        reset: True where the state before agent i counts as zero, even if it is NaN: as if the
+            sequence were cut there. If `reverse`, that is the state of agent i + 1.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
             (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
@@ -141,8 +141,13 @@ def gated_scan(
 
 
 def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:
-    """Zeros in rows of v ([*batch, …]) where `reset`, nowhere if None. Not a product: what is left out may be NaN."""
-    return v if reset is None else jnp.where(jnp.expand_dims(reset, range(reset.ndim, v.ndim)), 0, v)
+    """Puts zeros into v, [*batch, …], where `reset`: nowhere if None.
+
+    A choice, not a product: what is left out may be NaN.
+    """
+    if reset is None:
+        return v
+    return jnp.where(jnp.expand_dims(reset, range(reset.ndim, v.ndim)), 0, v)
 
 
 def without_agents(
@@ -260,9 +265,9 @@ def _forward(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _associative(x, dt, B, C, A, reset, h0, reverse):
-    """All states [batch, N, D, S] at once, by a parallel prefix over pairs (decay, input): MAM as published.
+    """All states [batch, N, D, S] at once, by a parallel prefix over (decay, input): MAM as published.
 
-    With resets over triples, of which the third says whether there is one: nothing on its left is then read.
+    With resets there is a third, whether there was one: what is on its left is then not read.
     """
     a = jnp.exp(dt[..., None] * A.T)
     u = (dt * x)[..., None] * B[..., None, :]
@@ -306,7 +311,7 @@ def _recurrence(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _chunked(tree):
-    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros: Δ = 0 without a reset changes no state and has no gradient."""
+    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros, which change no state and give no gradient."""
     n = jax.tree.leaves(tree)[0].shape[0]
     chunk = min(CHUNK, n)
     pad = -n % chunk
@@ -337,7 +342,7 @@ def _recurrence_bwd(reverse, residuals, cotangents):
         G_i = gy_i ⊗ C_i + a_{i+1} ⊙ G_{i+1}
         gC_i = Σ_d gy_i h_i,   gB_i = Σ_d G_i u_i,   gu_i = Σ_s G_i B_i
         gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A,   gA = Σ_i (G_i a_i h_{i-1}) Δ_i
-    Where agent i is reset, h_{i-1} is zero, and so is a_i ⊙ G_i as the gradient of what stood there before.
+    Where agent i is reset, h_{i-1} is zero, and so is a_i ⊙ G_i, the gradient of what it was.
     """
     chunks, A, h_starts, n = residuals
     gy, gh = cotangents
@@ -389,7 +394,7 @@ def _pairwise(x, dt, B, C, A, reset, h0, reverse):
     u = [dt[i] * x[i] for i in range(n)]
 
     def kept(j, i, v):
-        """Agent j's v as agent i sees it: zeros where one after the j-th, up to the i-th, is reset."""
+        """Agent j's v as agent i sees it: zeros where one after j, up to i, is reset."""
         return zero_where(None if reset is None else jnp.any(reset[:, j + 1 : i + 1], axis=1), v)
 
     outputs = []
@@ -400,7 +405,8 @@ def _pairwise(x, dt, B, C, A, reset, h0, reverse):
             y += kept(j, i, u[j]) * _decayed_product(C[i] * kept(j, i, B[j]), span, A)
         outputs.append(y)
     # The initial state and the final one, each computed only where somebody asks for it.
-    total = list(accumulate(range(1, n), lambda t, i: kept(i - 1, i, t) + dt[i], initial=dt[0]))  # since a reset
+    # Δ summed since the start or the last reset.
+    total = list(accumulate(range(1, n), lambda t, i: kept(i - 1, i, t) + dt[i], initial=dt[0]))
     h = sum(
         jnp.exp(kept(j, n - 1, total[-1] - total[j])[:, None, :] * A)
         * kept(j, n - 1, u[j])[:, None, :]

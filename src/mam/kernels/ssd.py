@@ -51,22 +51,23 @@ def ssd(
         initial_state: h before the first agent (zeros if None).
         reset: True where the state before agent i counts as zero, as in `selective_scan`.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
-        implementation: `"products"` (without resets: zero times NaN is NaN, so that a product's agents can not be kept
-            apart), `"scan"` (the recurrence, by `selective_scan`), `"native"` (the same by kernels for CPU, in float32,
-            if installed), or None for the fastest of those that take the arguments.
+        implementation: `"products"` (the dual form, which takes no resets: a product with zero does
+            not keep NaN apart), `"scan"` (the recurrence, by `selective_scan`), `"native"` (the
+            recurrence by kernels for CPU, in float32, if installed), or None for the fastest that
+            takes the arguments.
         chunk: longest sequence handled as one product.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
 
     Raises:
-        ValueError: for types that the kernels do not take, or resets among products.
+        ValueError: for types that the kernels do not take, or products with resets.
         UserError: for kernels that are not installed.
     """
     if not x.size:
         return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
     if implementation == "products" and reset is not None:
-        raise ValueError("the products of ssd take no reset: choose the implementation scan, native or None")
+        raise ValueError("products take no reset: choose scan, native or None")
     args, native = (x, dt, A, B, C, D, initial_state), partial(_native, reset=reset, reverse=reverse)
     if implementation == "native":
         return native(*args)

@@ -27,9 +27,9 @@ def native_conv_silu(
     *,
     reverse: bool,
 ) -> Float[Array, "*batch N F"]:
-    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent; i + k and the last one if `reverse`.
+    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent and before a reset.
 
-    An agent that is reset is the first of those that it and the agents after it read.
+    If `reverse`, x_{i+k}, and zeros after the last agent.
     """
     rows, n = math.prod(x.shape[:-2]), x.shape[-2]
     reset = None if reset is None else reset.reshape(rows, n)
@@ -37,7 +37,8 @@ def native_conv_silu(
 
 
 def _primal(reverse: bool, x: Array, weight: Array, bias: Array, reset: Array | None) -> Array:
-    return call("mam_native_conv", [x.shape], x, weight, bias, reset, blocks=num_blocks(x), reverse=reverse)[0]
+    arguments = x, weight, bias, reset
+    return call("mam_native_conv", [x.shape], *arguments, blocks=num_blocks(x), reverse=reverse)[0]
 
 
 def _conv_silu_fwd(reverse, x, weight, bias, reset):

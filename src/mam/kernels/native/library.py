@@ -70,7 +70,7 @@ def library() -> Any:
 
 
 def call(name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any) -> Sequence[Array]:
-    """A kernel's outputs, of these shapes; an array without elements stands for none, and 1 for True.
+    """A kernel's outputs, of these shapes. In its arguments no elements stand for None, 1 for True.
 
     Mapped over, kernels take all leading axes as one batch, of which each element has its own weights.
     """

@@ -30,7 +30,7 @@ class ScanInputs(NamedTuple):
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
-    reset: Bool[Array, "M N"] | None  # True where the state before agent i counts as zero (None: nowhere)
+    reset: Bool[Array, "M N"] | None  # where the state before agent i counts as zero (None: nowhere)
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
     # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
     weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b

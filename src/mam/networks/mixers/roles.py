@@ -1,7 +1,7 @@
 """State-space mixers: what Mamba-1 and Mamba-2 share, and the three roles they play in MAM (arXiv 2410.19382, §4)."""
 
-from abc import abstractmethod
 import operator
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial, reduce
 
@@ -59,7 +59,7 @@ class CausalConv(eqx.Module):
             state: the inputs so far; None before the first.
             x: the next M inputs.
             reset: True where what was read before an agent counts as zeros from it on.
-            reverse: agents are read from the last to the first; outputs stay in the order of the inputs.
+            reverse: read from the last to the first; outputs stay in the order of the inputs.
 
         Returns:
             The state after all M inputs, and their outputs.
@@ -68,7 +68,7 @@ class CausalConv(eqx.Module):
         if state:
             known = jnp.stack(state[::-1] if reverse else state, axis=-2)
             if reset is not None:
-                # Outputs at the known places are dropped, but the gradient of their NaN is NaN whatever it is multiplied by.
+                # The outputs at known places are dropped, but zero times their derivative may be NaN.
                 known = zero_where(reset[..., -1 if reverse else 0], known)
                 reset = jnp.pad(reset, [(0, 0)] * (x.ndim - 2) + [(0, before) if reverse else (before, 0)])
             x = jnp.concatenate([x, known] if reverse else [known, x], axis=-2)
@@ -97,7 +97,8 @@ def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reve
     plain = partial(_conv_silu, -1 if reverse else 1)
     if not use_native() or not native_conv_supports(x, weight):
         return plain(x, weight, bias, reset)
-    return lax.platform_dependent(x, weight, bias, reset, cpu=partial(native_conv_silu, reverse=reverse), default=plain)
+    native = partial(native_conv_silu, reverse=reverse)
+    return lax.platform_dependent(x, weight, bias, reset, cpu=native, default=plain)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,7 +150,8 @@ def _conv_silu_bwd(step, residuals, gy):
     g = gy * gate * (1 + y * (1 - gate))
     readers = [zero_where(_reset_since(step, reset, taps - 1 - k), g) for k in range(taps)]
     gx = sum(_shifted(readers[k], step * (k + 1 - taps)) * weight[k] for k in range(taps))
-    g_weight = jnp.stack([jnp.sum(_read(step, x, reset, taps - 1 - k) * g, axis=rows) for k in range(taps)])
+    read = [_read(step, x, reset, taps - 1 - k) for k in range(taps)]
+    g_weight = jnp.stack([jnp.sum(v * g, axis=rows) for v in read])
     return gx, g_weight, jnp.sum(g, axis=rows), None
 
 
@@ -183,7 +185,7 @@ class AbstractSSM(eqx.Module):
         *,
         reset: Bool[Array, "*batch"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch D"]]:
-        """Reads the next agent; C is read from the agent itself if None, and the state counts as zero if `reset`."""
+        """Reads the next agent; C comes from the agent itself if None, `reset` makes the state zero first."""
 
     @abstractmethod
     def extend(
@@ -203,8 +205,8 @@ class AbstractSSM(eqx.Module):
             inputs: what `project` gave.
             C: read from the agents themselves if None.
             alive: the dead leave the state as it was.
-            reset: True where a new sequence starts, such as an episode: nothing before it reaches it, NaN neither.
-            reverse: they are read from the last to the first; a reset separates an agent from the ones after it.
+            reset: True where a new sequence starts, such as an episode: nothing before reaches it.
+            reverse: read from the last to the first; a reset separates an agent from those after it.
 
         Returns:
             The state after the last one read, and the outputs before the out-projection.
