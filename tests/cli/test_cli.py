@@ -257,6 +257,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(r"probe/components +3 +5 +- +3 \+ 2 +8", out)
     assert re.search(rf"gone/{longest} +- ", out)
     assert "…" not in out
     assert "gone: it needs a package" in out

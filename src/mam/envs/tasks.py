@@ -49,7 +49,7 @@ TASKS: dict[str, Iterable[str]] = {
     "mabrax": MABRAX_TASKS,
     "overcooked": OVERCOOKED_TASKS,
     "hanabi": HANABI_TASKS,
-    "probe": ("identity", "copy", "matrix", "memory", "target"),
+    "probe": ("identity", "copy", "matrix", "memory", "target", "components"),
 }
 MADE_TO_MEASURE = ("lbf", "rware", "smax", "mpe")  # suites with suite/auto:…
 

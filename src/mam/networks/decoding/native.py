@@ -32,11 +32,11 @@ LOG2_E = math.log2(math.e)
 def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
     """Whether `native_decode` takes these.
 
-    It must be all in float32, with discrete actions and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
+    It must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
     d_model and d_inner must be multiples of 16.
     """
     mixers = [mixer for block in decoder.blocks for mixer in (block.mixer, block.cross)]
-    if decoder.embed.continuous or not all(isinstance(m, CausalSSM) for m in mixers):
+    if not decoder.embed.indexed or not all(isinstance(m, CausalSSM) for m in mixers):
         return False
     ssms = [m.ssm for m in mixers if isinstance(m, CausalSSM)]
     if not all(isinstance(ssm, SelectiveSSM | DualSSM) for ssm in ssms):
