@@ -35,10 +35,10 @@ else:
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
-# Of all agents: an index each, or one for each component, or real components in [-1, 1].
-Action = Int[Array, "*batch N"] | Int[Array, "*batch N K"] | Float[Array, "*batch N A"]
-# Of one agent, or of any number along *batch.
-AgentAction = Int[Array, "*batch"] | Int[Array, "*batch K"] | Float[Array, "*batch A"]
+# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in [-1, 1].
+Action = Int[Array, "..."] | Float[Array, "*batch N A"]
+# Of one agent, or of any number along *batch: the same without N.
+AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
 
 
 class Observation(eqx.Module):
