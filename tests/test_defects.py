@@ -25,7 +25,7 @@
                                             contracts/test_policy_contract::test_evaluate_repeats_act_over_time
 10  resuming without the optimiser's state  learning/test_train::test_resuming_equals_going_on
                                             runs/test_loop::test_a_stopped_and_resumed_run_equals_an_uninterrupted_one
-"""
+"""  # noqa: E501
 
 import math
 import re

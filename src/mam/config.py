@@ -61,6 +61,9 @@ class NetworkConfig:
     """Inner channels that share a decay (mam2); as many up to 64 as divide the inner width evenly, if None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    memory: str | None = None
+    """What an agent remembers of earlier environment steps: none or gru; the policy's own if None. `mam list` explains
+    them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
@@ -100,6 +103,8 @@ class PPOConfig:
     """Environments stepped side by side, per seed."""
     rollout_length: int = 128
     """Environment steps between two updates, per environment."""
+    sequence_length: int | None = None
+    """Steps a policy with memory learns from in one piece, a divisor of rollout_length; whole rollouts if None."""
     num_epochs: int = 5
     """Passes over each rollout."""
     num_minibatches: int = 2
@@ -296,6 +301,10 @@ def _validate(config: Config) -> None:
     for name in ("ent_coef", "vf_coef"):
         if not getattr(ppo, name) >= 0:
             raise UserError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
+    if ppo.sequence_length is not None and (ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length):
+        raise UserError(
+            f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, got {ppo.sequence_length}"
+        )
     if config.steps_per_update % ppo.num_minibatches:
         raise UserError(
             f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "

@@ -68,6 +68,9 @@ class Scripted(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
+    def successor_values(self, memory, obs, reset, successor):
+        raise NotImplementedError
+
 
 ENV = EpisodeStatistics(Drawn())
 CALLS = []

@@ -94,6 +94,9 @@ class Counter(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
+    def successor_values(self, memory, obs, reset, successor):
+        raise NotImplementedError
+
 
 POLICY = Counter(jax.random.normal(jax.random.key(0), (NUM_SEEDS, 100, NUM_ACTIONS)))  # one per seed
 KEYS = [jax.random.split(jax.random.key(k), NUM_SEEDS) for k in (1, 2)]  # of two rollouts

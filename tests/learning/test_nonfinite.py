@@ -52,6 +52,9 @@ class Fragile(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
+    def successor_values(self, memory, obs, reset, successor):
+        return self.value(memory, successor)
+
     def _log_prob(self, obs, action):
         log_probs = jax.nn.log_softmax(obs.agents_view @ self.actor)
         return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]

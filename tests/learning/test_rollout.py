@@ -84,6 +84,9 @@ class Counter(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
+    def successor_values(self, memory, obs, reset, successor):
+        raise NotImplementedError
+
 
 @jax.jit
 def run(key):

@@ -60,6 +60,9 @@ class Linear(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
+    def successor_values(self, memory, obs, reset, successor):
+        return self.value(memory, successor)
+
 
 class Layered(Linear):
     """Its value comes from a layer, whose units may change."""
@@ -80,15 +83,21 @@ class Counting(Linear):
         memory = jnp.where(reset, 0, memory)
         return memory + 1, super().act(memory, obs, reset, key, greedy=greedy)[1]
 
-    def evaluate(self, memory, obs, action, order, reset):
+    def _counts(self, memory, reset):
         def step(memory, reset):
             memory = jnp.where(reset, 0, memory)
             return memory + 1, memory
 
-        return super().evaluate(jax.lax.scan(step, memory, reset)[1], obs, action, order, reset)
+        return jax.lax.scan(step, memory, reset)[1]
+
+    def evaluate(self, memory, obs, action, order, reset):
+        return super().evaluate(self._counts(memory, reset), obs, action, order, reset)
 
     def value(self, memory, obs):
         return super().value(memory, obs) + memory[..., None]
+
+    def successor_values(self, memory, obs, reset, successor):
+        return self.value(1 + self._counts(memory, reset), successor)
 
 
 class Imprecise(Linear):

@@ -33,6 +33,9 @@ class Learner(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
+    def successor_values(self, memory, obs, reset, successor):
+        raise NotImplementedError
+
 
 class Linear(Learner):
     """Logits and value are linear in what an agent sees."""

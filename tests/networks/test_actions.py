@@ -206,7 +206,8 @@ def test_logits_may_be_added_later():
     """As the kernel does it: to the bit what is masked at once, where nothing is legal, too."""
     rng = np.random.default_rng(0)
     logits, noise = (10 ** rng.uniform(-3, 4, (500, 4)) * rng.normal(size=(500, 4)) for _ in range(2))
-    logits, noise, mask = *(jnp.asarray(x, jnp.float32) for x in (logits, noise)), jnp.asarray(rng.random((500, 4)) < 0.4)
+    logits, noise = (jnp.asarray(x, jnp.float32) for x in (logits, noise))
+    mask = jnp.asarray(rng.random((500, 4)) < 0.4)
     chosen = np.argmax(add_logits(mask_noise(noise, mask), logits), axis=-1)
     np.testing.assert_array_equal(chosen, sample(Categorical(4), logits, mask, noise))
     assert not mask.any(axis=-1).all()

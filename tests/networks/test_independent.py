@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mam.config import NetworkConfig
-from mam.networks.independent import GRU, IndependentPolicy
+from mam.networks.independent import IndependentPolicy
+from mam.networks.memory import GRU
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
@@ -30,14 +31,14 @@ def randomise(build, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty)
 
 
-GRU_LAYER = randomise(lambda key: GRU(E, key=key))
+GRU_LAYER = randomise(lambda key: GRU(NetworkConfig(d_model=E), key=key))
 HIDDEN = np.random.default_rng(1).normal(size=(B, N, E)).astype(np.float32)
 X = np.random.default_rng(2).normal(size=(T, B, N, E)).astype(np.float32)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def unroll(gru, hidden, x, reset):
-    return gru.unroll(hidden, x, reset)
+    return gru.unroll(hidden, x, reset)[1]
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -48,7 +49,7 @@ def step_by_step(gru, hidden, x, reset):
 @functools.partial(jax.jit, compiler_options=QUICK)
 def influence(gru, hidden, x, reset):
     """Which output depends on the hidden state before all of them (first column) and on which input: [T, 1 + T, B]."""
-    y, pull_back = jax.vjp(lambda hidden, x: gru.unroll(hidden, x, reset), hidden, x)
+    y, pull_back = jax.vjp(lambda hidden, x: gru.unroll(hidden, x, reset)[1], hidden, x)
     hidden_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
     return jnp.any(jnp.concatenate([hidden_gradient[:, None], x_gradient], axis=1) != 0.0, axis=(-2, -1))
 

@@ -12,7 +12,7 @@ from mam.config import NetworkConfig
 from mam.errors import UserError, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
-from mam.networks.independent import GRU, GlobalView, IndependentPolicy, NoMemory
+from mam.networks.independent import GlobalView, IndependentPolicy
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
@@ -23,6 +23,7 @@ class PolicyKind:
 
     description: str
     build: Callable[..., Policy]
+    memory: str = "none"  # unless the configuration names another
 
 
 def _sequence(
@@ -32,31 +33,25 @@ def _sequence(
 
 
 def _independent(
-    critic_view: Any, memory: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+    critic_view: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> IndependentPolicy:
     if sizes.encoder.layout or sizes.decoder.layout or sizes.decoder.cross:
         raise UserError("network.encoder.layout and network.decoder.layout are for sequence policies: mam, mam2, mat")
     if decoding != Decoding():
         raise UserError("decode is for sequence policies (mam, mam2, mat): independent agents need no decoding")
-    return IndependentPolicy(spec, sizes, critic_view=critic_view, memory=memory, key=key)
+    return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
 
 
-_own, _global = ObservationEmbedding, GlobalView
+_own, _global = partial(_independent, ObservationEmbedding), partial(_independent, GlobalView)
 
 POLICIES = {
     "mam": PolicyKind("Multi-Agent Mamba: state-space blocks along the agents", partial(_sequence, "M")),
     "mam2": PolicyKind("the same with Mamba-2 blocks: matrix products instead of a scan", partial(_sequence, "2")),
     "mat": PolicyKind("Multi-Agent Transformer: attention along the agents", partial(_sequence, "A")),
-    "mappo": PolicyKind(
-        "agents decide by themselves, the critic sees the global state",
-        partial(_independent, _global, NoMemory),
-    ),
-    "ippo": PolicyKind(
-        "agents decide by themselves, the critic sees what the agent sees",
-        partial(_independent, _own, NoMemory),
-    ),
-    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", partial(_independent, _global, GRU)),
-    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", partial(_independent, _own, GRU)),
+    "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
+    "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
+    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", _global, memory="gru"),
+    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", _own, memory="gru"),
 }
 
 
@@ -73,7 +68,12 @@ def make_policy(
     """
     if name not in POLICIES:
         raise unknown_name("policy", name, POLICIES, see="mam list")
-    return POLICIES[name].build(spec, sizes, decoding, key=key)
+    return POLICIES[name].build(spec, replace(sizes, memory=memory_of(name, sizes)), decoding, key=key)
+
+
+def memory_of(name: str, config: NetworkConfig) -> str:
+    """Names the memory of a policy: what the configuration asks for, or else the policy's own."""
+    return config.memory or POLICIES[name].memory
 
 
 def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:

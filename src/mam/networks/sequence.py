@@ -15,6 +15,7 @@ from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.layers import Dense
+from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
 from mam.networks.mixers.registry import LETTERS, MixerFamily
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
@@ -51,18 +52,22 @@ class SequencePolicy(eqx.Module):
     """
 
     embed: ObservationEmbedding
+    memory: AbstractRecurrence
     encoder: Encoder
     decoder: Decoder
     distribution: ActionDistribution
+    num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
 
     def __init__(self, spec: EnvSpec, layout: Layout, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]):
-        embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
+        embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
+        self.memory = make_memory(sizes, key=memory_key)
         self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.decoder = Decoder(self.distribution, layout.decoder, layout.cross, sizes, key=decoder_key)
+        self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = sizes.dtype
 
@@ -72,8 +77,8 @@ class SequencePolicy(eqx.Module):
         return self.encoder.value_head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Nothing is remembered across environment steps."""
-        return ()
+        """State of the memory before an episode; () if there is none."""
+        return self.memory.init((*batch, self.num_agents))
 
     def act(
         self,
@@ -87,7 +92,8 @@ class SequencePolicy(eqx.Module):
         """Chooses one joint action per batch element; see `mam.types.Policy`."""
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
         order = decision_order(obs.alive)
-        encoded = self.encode(obs, order)
+        memory, x = self.memory.step(memory, self.embed(obs), reset)
+        encoded = self.encode(x, obs.alive, order)
         mask = _rows(obs.action_mask, order)
         noise = _rows(agent_noise(self.distribution, key, obs.alive.shape[-1]), order)
         noise = jnp.where(greedy, 0.0, noise)
@@ -114,7 +120,8 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Teacher-forced pass over stored joint actions; see `mam.types.Policy`."""
-        encoded = self.encode(obs, order)
+        _, x = self.memory.unroll(memory, self.embed(obs), reset)
+        encoded = self.encode(x, obs.alive, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep)
         by_agent = jnp.argsort(order, axis=-1)
@@ -126,15 +133,28 @@ class SequencePolicy(eqx.Module):
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
         """State value per agent, from the encoder alone."""
-        order = decision_order(obs.alive)
-        return _rows(self.encode(obs, order).value, jnp.argsort(order, axis=-1))
+        going_on = jnp.zeros(obs.alive.shape[:-1], bool)
+        _, x = self.memory.step(memory, self.embed(obs), going_on)
+        return self._value(x, obs.alive)
 
-    def encode(self, obs: Observation, order: Int[Array, "*batch N"]) -> Encoded:
-        """Representations and values, in the order of deciding."""
-        embedded = self.embed(obs)
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """Values of what followed every step; see `mam.types.Policy`."""
+        x = unroll_successors(self.memory, memory, self.embed(obs), reset, self.embed(successor))
+        return self._value(x, successor.alive)
+
+    def encode(
+        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"], order: Int[Array, "*batch N"]
+    ) -> Encoded:
+        """Representations and values, in the order of deciding, of what the memory put out."""
         if self.dtype != "float32":
-            embedded = embedded.astype(self.dtype)
-        return self.encoder(_rows(embedded, order), _rows(obs.alive, order))
+            x = x.astype(self.dtype)
+        return self.encoder(_rows(x, order), _rows(alive, order))
+
+    def _value(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+        order = decision_order(alive)
+        return _rows(self.encode(x, alive, order).value, jnp.argsort(order, axis=-1))
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:

@@ -31,7 +31,7 @@ def act_uncached(
     distribution = policy.distribution
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
-    encoded = policy.encode(obs, order)
+    encoded = policy.encode(policy.embed(obs), obs.alive, order)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 

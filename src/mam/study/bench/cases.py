@@ -16,9 +16,11 @@ from mam.kernels.cuda.scan import kernel_supports
 from mam.kernels.native.library import use_native, without_native
 from mam.kernels.selective_scan import has_cuda, selective_scan
 from mam.kernels.ssd import ssd
-from mam.learning.rollout import init_actors, rollout
+from mam.learning.objective import Batch
+from mam.learning.ppo import PPO
+from mam.learning.rollout import init_rollout_state, rollout
 from mam.learning.train import Learner, TrainState
-from mam.learning.update import Batch, make_optimiser, update
+from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import MIXERS
@@ -164,7 +166,7 @@ def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig,
     optimiser = make_optimiser(ppo)
 
     def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
-        return update(policy, opt_state, batch, key, optimiser, ppo)
+        return update(policy, opt_state, batch, key, optimiser, PPO(ppo), ppo)
 
     args = (policy, optimiser.init(cast(Any, policy)), random_batch(spec, steps), jax.random.key(2))
     return Contender(learn, args, baseline=baseline, parameters=count(policy))
@@ -190,14 +192,14 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     config = Config(name, network=cell.network, ppo=PPOConfig(num_envs=cell.batch, rollout_length=ROLLOUT_LENGTH))
     env = replace(PROBES["identity"](), num_agents=cell.num_agents, num_actions=NUM_ACTIONS)
     envs = AutoReset(EpisodeStatistics(AgentId(env, "sinusoid")), cell.batch)
-    learner, policy = Learner(config, envs.spec), random_policy(name, envs.spec, cell.network)
+    learner, policy = Learner(config, envs.spec, PPO(config.ppo)), random_policy(name, envs.spec, cell.network)
     if part == "update":
         return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
     key, normalised = jax.random.key(0), learner.around(policy)
     state = TrainState(
         policy=normalised,
         opt_state=learner.optimiser.init(cast(Any, policy)),
-        actors=jax.jit(partial(init_actors, envs))(normalised, key),
+        actors=jax.jit(partial(init_rollout_state, envs))(normalised, key),
         best_policy=normalised,
         best_return=jnp.zeros(()),
         best_beside=None,
@@ -210,8 +212,8 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
 
     def step(state: TrainState, key: Key[Array, ""]) -> Any:
         act_key, update_key = jax.random.split(key)
-        actors, transitions = act(state, act_key)
-        return learner.learn(state, actors, transitions, update_key)
+        carry, found = act(state, act_key)
+        return learner.learn(state, carry, found, update_key)
 
     return Contender(act if part else step, (state, key), baseline=name if part else "mat", parameters=count(policy))
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mam.config import NetworkConfig
-from mam.learning.update import Batch
+from mam.learning.objective import Batch
+from mam.learning.ppo import PPOTargets
 from mam.networks.decoding.decide import Decoding
 from mam.networks.policy import SEQUENTIAL, make_policy
 from mam.types import EnvSpec, Observation, Policy
@@ -71,8 +72,10 @@ def random_batch(spec: EnvSpec, steps: int) -> Batch:
         memory=(),
         action=jax.random.randint(jax.random.key(1), shape, 0, spec.num_actions),
         order=jnp.broadcast_to(jnp.arange(spec.num_agents, dtype=jnp.int32), shape),
-        log_prob=jnp.full(shape, -jnp.log(spec.num_actions)),
-        value=value,
-        advantage=advantage,
-        target=target,
+        targets=PPOTargets(
+            log_prob=jnp.full(shape, -jnp.log(spec.num_actions)),
+            value=value,
+            advantage=advantage,
+            target=target,
+        ),
     )
