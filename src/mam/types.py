@@ -8,6 +8,9 @@ Axis legend, used in every shape annotation of the library:
     O  obs_dim             features one agent observes
     A  num_actions         choices of one agent, of all components side by side; real components of its action
     K  action_components   components of one agent's action where each is a choice
+    P  num_outputs         numbers that a network puts out for one agent's action
+    Z                      numbers of the noise from which one agent's action is sampled
+    V                      rows of the decoder's table of tokens
     E  d_model             width of the residual stream
     D  d_inner             width inside a state-space mixer (expand · d_model)
     S  d_state             state size per inner channel

@@ -217,7 +217,7 @@ def test_the_preset_is_named_beside_its_sisters():
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
     from mam.envs import probes, tasks
 
-    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large"))
+    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large", "parts"))
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
@@ -226,6 +226,10 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
     assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
     assert "num_actions is 4 instead of 3" in capsys.readouterr().err
+    # As many choices in all, and other ones: the weights would fit.
+    monkeypatch.setitem(probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1)))
+    assert cli.main(["evaluate", str(finished), "--env", "probe/parts"]) == 2
+    assert "action_components is (2, 1) instead of None" in capsys.readouterr().err
 
 
 def test_check_env(capsys, monkeypatch):

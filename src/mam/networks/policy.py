@@ -97,16 +97,13 @@ def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, size
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
 
-    def blames(field: str) -> bool:
-        """Whether it is another one for which the weights do not fit, or, fitting, would mean something else."""
-        there = getattr(new, field)
-        if there == getattr(old, field):
-            return False
-        return field == "action_components" or weights(replace(old, **{field: there})) != weights(old)
-
-    sizes_of = ("obs_dim", "grid_shape", "num_actions", "action_components", "continuous", "state_dim", "num_agents")
+    # Weights may fit other components of the same total, and would mean something else.
+    fields = ("action_components", "obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
     to_blame = [
-        f"{field} is {getattr(new, field)} instead of {getattr(old, field)}" for field in sizes_of if blames(field)
+        f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
+        for field in fields
+        if getattr(new, field) != getattr(old, field)
+        and (field == "action_components" or weights(replace(old, **{field: getattr(new, field)})) != weights(old))
     ]
     if to_blame:
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"
