@@ -265,7 +265,7 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     monkeypatch.setitem(
         tasks.SUITES,
         "probe",
-        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large")),
+        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts")),
     )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
@@ -275,6 +275,10 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
     assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
     assert "num_actions is 4 instead of 3" in capsys.readouterr().err
+    # As many choices in all, and other ones: the weights would fit.
+    monkeypatch.setitem(probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1)))
+    assert cli.main(["evaluate", str(finished), "--env", "probe/parts"]) == 2
+    assert "action_components is (2, 1) instead of None" in capsys.readouterr().err
 
 
 def test_check_env(capsys, monkeypatch):
@@ -307,6 +311,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(r"probe/components +3 +5 +- +3 \+ 2 +8", out)
     assert re.search(rf"gone/{longest} +- ", out)
     assert "…" not in out
     assert "gone: it needs a package" in out

@@ -131,7 +131,7 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
         ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
-        return decide(policy.decoder, policy.kind, ahead, decoding)
+        return decide(policy.decoder, policy.distribution, ahead, decoding)
 
     return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
 
