@@ -115,6 +115,7 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="mam", network=network).algorithm == "mam-encMA-decM2-crossAA"
     published = NetworkConfig(encoder=EncoderConfig(combine="product"))
     assert Config(policy="mam", network=published).algorithm == "mam-product"
+    assert Config(policy="mat", network=NetworkConfig(memory="gru")).algorithm == "mat-gru"
 
 
 def test_derived_sizes():

@@ -62,8 +62,8 @@ class NetworkConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What an agent remembers of earlier environment steps: none or gru; the policy's own if None. `mam list` explains
-    them."""
+    """What agents remember across environment steps: none or gru (see `mam list`); what the policy's name says if None:
+    gru for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
@@ -222,11 +222,12 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        """The policy's name in tables and files, with what is not its own: another layout, the published encoder."""
+        """The policy's name in tables and files, with what is not its own: layouts, memory, the published encoder."""
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
+        memory = [self.network.memory] if self.network.memory else []
         published = ["product"] * (encoder.combine == "product")
-        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *published])
+        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *memory, *published])
 
     @property
     def steps_per_update(self) -> int:
@@ -285,8 +286,9 @@ def _validate(config: Config) -> None:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
     _check_choices(config)
-    for name in ("policy", "env"):  # which stand in messages, pages and file names
-        if not (value := getattr(config, name)).isprintable():
+    names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
+    for name, value in names.items():  # which stand in messages, pages and file names
+        if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:

@@ -39,6 +39,7 @@ from report_runs import CONFIG, write_run
         (["train", "--ppo.num-minibatches", "3"], ["ppo.num_minibatches", "must divide", "3"]),
         (["train", "--network.num-heads", "5"], ["network.num_heads", "must divide", "5"]),
         (["train", "--policy", "mma"], ["unknown policy 'mma'", "mam"]),
+        (["train", "--network.memory", "gro"], ["unknown network.memory 'gro'", "did you mean gru"]),
         (["train", "--env", "lbf/8x8"], ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"]),
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
@@ -97,7 +98,14 @@ def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
 def test_overview_version_and_list(capsys):
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
     out = capsys.readouterr().out
-    for word in ("usage: mam", *cli.COMMANDS, "lbf/2s-8x8-2p-2f-coop", "rware/xlarge-4ag-hard", *PRESETS):
+    for word in (
+        "usage: mam",
+        *cli.COMMANDS,
+        "lbf/2s-8x8-2p-2f-coop",
+        "rware/xlarge-4ag-hard",
+        "--network.memory",
+        *PRESETS,
+    ):
         assert word in out
 
 
@@ -257,7 +265,7 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     monkeypatch.setitem(
         tasks.SUITES,
         "probe",
-        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large")),
+        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts")),
     )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
@@ -267,6 +275,10 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
     assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
     assert "num_actions is 4 instead of 3" in capsys.readouterr().err
+    # As many choices in all, and other ones: the weights would fit.
+    monkeypatch.setitem(probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1)))
+    assert cli.main(["evaluate", str(finished), "--env", "probe/parts"]) == 2
+    assert "action_components is (2, 1) instead of None" in capsys.readouterr().err
 
 
 def test_check_env(capsys, monkeypatch):
@@ -299,6 +311,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(r"probe/components +3 +5 +- +3 \+ 2 +8", out)
     assert re.search(rf"gone/{longest} +- ", out)
     assert "…" not in out
     assert "gone: it needs a package" in out

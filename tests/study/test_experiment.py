@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -408,6 +409,29 @@ def in_the_background():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [
+        (
+            "auto",
+            ConnectionError("Could not find\nany instance"),
+            "no Ray cluster at auto: Could not find any instance",
+        ),
+        (None, Exception("The node timed out\n during startup."), "cannot start Ray here: The node timed out during"),
+    ],
+)
+def test_ray_that_does_not_start_is_one_line(monkeypatch, address, error, said):
+    from mam.study.experiment.cluster import RayPool
+
+    shutdowns = []
+    ray = SimpleNamespace(init=Mock(side_effect=error), shutdown=lambda: shutdowns.append(1))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(UserError, match=said) as told:
+        RayPool(address, cpus=1.0, gpus=None)
+    assert "\n" not in str(told.value)
+    assert shutdowns == [1]
 
 
 @pytest.mark.skipif(

@@ -466,6 +466,7 @@ def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Co
 def _list(args: List) -> None:
     from mam.envs.registry import auto_options
     from mam.envs.tasks import SUITES
+    from mam.networks.memory import MEMORIES
     from mam.networks.policy import policies
 
     if args.envs:
@@ -473,6 +474,9 @@ def _list(args: List) -> None:
         return
     print("policies (--policy)")
     for name, kind in policies().items():
+        print(f"  {name:<11}{kind.description}")
+    print("\nmemory of any policy (--network.memory)")
+    for name, kind in MEMORIES.items():
         print(f"  {name:<11}{kind.description}")
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()
@@ -515,11 +519,13 @@ def _print_specs() -> None:
         picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
         observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
         actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
+        if spec.action_components is not None:
+            actions = " + ".join(map(str, spec.action_components))
         sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
         table.add_row(name, *map(str, sizes))
     display(table)
     print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
-    print("actions: how many there are to choose from, or real numbers")
+    print("actions: how many there are to choose from, in each component where there are several, or real numbers")
     for suite, message in missing.items():
         print(f"{suite}: {message}")
 

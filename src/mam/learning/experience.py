@@ -63,27 +63,24 @@ class OnDevice:
 
     config: Config
     devices: Devices
+    batched: AutoReset  # of all devices together
     compiled: bool = True
     clock: Stopwatch = field(default_factory=Stopwatch)
     step_part: Part = "train step"
 
-    @cached_property
-    def _environments(self) -> AutoReset:
-        return make_batched(self.config.env, self.config.ppo.num_envs, self.config.agent_id)
-
     @property
     def spec(self) -> EnvSpec:
         """Sizes and limits of the task."""
-        return self._environments.spec
+        return self.batched.spec
 
     @property
     def env(self) -> Environment:
         """One environment, as it is evaluated: it does not reset itself."""
-        return self._environments.env
+        return self.batched.env
 
     def _share(self, shard: Shard) -> AutoReset:
         share = self.config.ppo.num_envs // shard.num_shards
-        return replace(self._environments, num_envs=share, first=shard.index * share)
+        return replace(self.batched, num_envs=share, first=shard.index * share)
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
         """Start an episode in every environment."""
@@ -225,7 +222,8 @@ def environments(config: Config) -> Environments:
             f"ppo.num_envs must be a multiple of the {num_devices} devices, got {num_envs}; "
             "num_devices takes fewer of them"
         )
-    return OnDevice(config, Devices(num_devices))
+    batched = make_batched(config.env, num_envs, config.agent_id)
+    return OnDevice(config, Devices(num_devices), batched)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
@@ -131,4 +131,4 @@ def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch
 
         batch = jax.tree.map(cut, batch)
         memory = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), memory)
-    return eqx.tree_at(lambda b: b.memory, batch, memory, is_leaf=lambda x: x == ())
+    return replace(batch, memory=memory)

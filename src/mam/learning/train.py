@@ -385,10 +385,16 @@ def _key(state: TrainState, stream: int) -> Key[Array, ""]:
 
 
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
-    """Means of the environment's metrics over the episodes that ended in this rollout; NaN if none did."""
+    """Means of the environment's metrics over the episodes that ended in this rollout; infinite if none did.
+
+    No NaN: JAX_DEBUG_NANS would take it for a mistake.
+    """
     ended, metrics = shard.gather((transitions.terminated | transitions.truncated, transitions.metrics), 1)
     count = ended.sum()
-    values = {name: jnp.sum(jnp.where(ended, x, 0.0)) / count for name, x in metrics.items()}
+    values = {
+        name: jnp.where(count > 0, jnp.sum(jnp.where(ended, x, 0.0)) / jnp.maximum(count, 1), jnp.inf)
+        for name, x in metrics.items()
+    }
     return values | {"num_episodes": count}
 
 

@@ -52,8 +52,8 @@ _own, _global = partial(_independent, ObservationEmbedding), partial(_independen
 INDEPENDENT = {
     "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
     "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
-    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", _global, memory="gru"),
-    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", _own, memory="gru"),
+    "rec_mappo": PolicyKind("mappo with memory gru, in actor and critic", _global, memory="gru"),
+    "rec_ippo": PolicyKind("ippo with memory gru, in actor and critic", _own, memory="gru"),
 }
 
 
@@ -122,6 +122,11 @@ def memory_of(name: str, config: NetworkConfig) -> str:
     return config.memory or policies()[name].memory
 
 
+def has_memory(name: str, config: NetworkConfig) -> bool:
+    """Says whether a policy carries anything from one environment step to the next."""
+    return memory_of(name, config) != "none"
+
+
 def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
     """The same weights for another task, one with more agents, say.
 
@@ -143,11 +148,13 @@ def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, size
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
 
+    # Weights may fit other components of the same total, and would mean something else.
+    fields = ("action_components", "obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
     to_blame = [
         f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
-        for field in ("obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
+        for field in fields
         if getattr(new, field) != getattr(old, field)
-        and weights(replace(old, **{field: getattr(new, field)})) != weights(old)
+        and (field == "action_components" or weights(replace(old, **{field: getattr(new, field)})) != weights(old))
     ]
     if to_blame:
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from mam.errors import RunError, UserError
 from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
+_RENAMED = {".distribution.": ".kind."}  # parts of leaves' names, and what older versions called them
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
@@ -144,7 +145,7 @@ class Save:
         Raises:
             CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
         """
-        leaves = _named_leaves(like)
+        leaves = {_stored_name(name, self.leaves): leaf for name, leaf in _named_leaves(like).items()}
         _compare(self.path, self.leaves, {name: _describe(name, leaf) for name, leaf in leaves.items()})
         shapes = {name: _shape(leaf) for name, leaf in leaves.items()}
         try:
@@ -320,6 +321,14 @@ _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves by their place in the tree, such as `state.params['w'][0]`, in flattening order."""
     return {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _stored_name(name: str, saved: Container[str]) -> str:
+    """A leaf's name in a save, which may be of a version that called a part of it otherwise."""
+    old = name
+    for now, before in _RENAMED.items():
+        old = old.replace(now, before)
+    return old if old in saved else name
 
 
 def _is_key(leaf: Any) -> bool:

@@ -116,7 +116,8 @@ def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "
     keys, reset = jax.random.split(jax.random.key(0), cell.batch), jnp.zeros(cell.batch, bool)
     shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
     if cached:
-        return Contender(lambda policy, obs, keys: policy.act((), obs, reset, keys)[1], **shared)
+        memory = policy.init_memory((cell.batch,))
+        return Contender(lambda policy, obs, keys: policy.act(memory, obs, reset, keys)[1], **shared)
     return Contender(act_uncached, steps=cell.num_agents, **shared)
 
 
@@ -130,7 +131,7 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
         ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
-        return decide(policy.decoder, policy.kind, ahead, decoding)
+        return decide(policy.decoder, policy.distribution, ahead, decoding)
 
     return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
 
@@ -167,7 +168,12 @@ def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig,
     def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
         return update(policy, opt_state, batch, key, optimiser, PPO(ppo), ppo)
 
-    args = (policy, optimiser.init(cast(Any, policy)), random_batch(spec, steps), jax.random.key(2))
+    args = (
+        policy,
+        optimiser.init(cast(Any, policy)),
+        random_batch(policy, spec, steps, ROLLOUT_LENGTH),
+        jax.random.key(2),
+    )
     return Contender(learn, args, baseline=baseline, parameters=count(policy))
 
 
