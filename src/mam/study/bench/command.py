@@ -69,10 +69,12 @@ def run_bench(options: Bench) -> None:
     """
     from rich.console import Console
 
+    from mam.runs import process
     from mam.study.bench.cases import CASES
     from mam.study.bench.measure import Limits, measure
     from mam.study.bench.results import CsvFile, Row, cell_report, plot, slope_table
 
+    process.configure(keep_programs=False)  # how long compiling takes is one of the results
     if options.what not in CASES:
         raise unknown_name("bench", options.what, CASES, see="mam bench --help")
     case = CASES[options.what]

@@ -1,0 +1,71 @@
+"""`mam play RUN`: one episode to look at."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mam.cli.start import load
+from mam.errors import UserError
+
+
+@dataclass(frozen=True)
+class Play:
+    """Write a GIF of one episode played by the best weights of a run, and what every agent decided, as JSON."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    env: str | None = None
+    """Task to play in place of the run's own."""
+    out: Path | None = None
+    """The GIF; RUN/episode.gif if None. What was decided goes to the same name with .json."""
+    seed: int = 0
+    """Decides the episode."""
+    policy_seed: int | None = None
+    """Which of the run's seeds plays; the one with the best evaluation if None."""
+    greedy: bool = False
+    """Take the most likely actions instead of sampling them."""
+    trust: bool = False
+    """Import the environment that the folder names, where that is code, without naming it as --env."""
+
+
+def play(args: Play) -> None:
+    """Play one episode and write it."""
+    import jax
+    import numpy as np
+
+    from mam.runs import play as episodes
+    from mam.runs import process as runtime
+    from mam.types import HostEnvironments
+
+    runtime.configure()
+    path = args.out or args.run / "episode.gif"
+    if path.suffix.lower() != ".gif":
+        raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
+    config, trainer, policies, best_return, seeds = load(args.run, args.env, trust=args.trust, greedy=args.greedy)
+    if args.policy_seed is None:
+        index = int(np.argmax(best_return))
+    elif args.policy_seed in seeds:
+        index = seeds.index(args.policy_seed)
+    else:
+        raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {args.policy_seed}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None
+    print(f"playing seed {seeds[index]} into {path}…")
+    policy = jax.tree.map(lambda x: x[index], policies)
+    how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
+    how |= {"max_steps": config.eval.max_episode_steps}
+    try:
+        if isinstance(trainer.env, HostEnvironments):
+            trainer.close()
+            episode = episodes.play_on_host(config.env, config.agent_id, policy, args.seed, path, **how)
+        else:
+            episode = episodes.play(trainer.env, policy, args.seed, path, **how)
+    finally:
+        trainer.close()
+    if episode.undrawn:
+        print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
+    print(f"return {episode.episode_return:.3f}")
