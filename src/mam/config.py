@@ -377,6 +377,10 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         return value
     if float in allowed and type(value) is int:
         return float(value)
+    for kind in allowed:
+        items = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and type(value) is list and len(value) == len(items):  # JSON has no tuples
+            return tuple(_checked(name, item, expected) for item, expected in zip(value, items, strict=True))
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise UserError(f"{name} must be {names}, got {shown(value)}")

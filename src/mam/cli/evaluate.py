@@ -9,8 +9,6 @@ from pathlib import Path
 import tyro
 
 from mam.cli.output import display
-from mam.cli.start import load
-from mam.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -35,31 +33,25 @@ class Evaluate:
 
 def evaluate(args: Evaluate) -> None:
     """Play the episodes and print their returns."""
-    import jax
     from rich.table import Table
 
-    from mam.learning.evaluate import UNFINISHED
-    from mam.runs import process as runtime
+    from mam.runs import api, process
+    from mam.runs.files import read_config
+    from mam.runs.loop import seeds_of
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
-    runtime.configure()
-    if args.episodes < 1:
-        raise UserError(f"--episodes must be positive, got {args.episodes}")
+    process.configure()
+    asked = {"greedy": args.greedy, "seed": args.seed}
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
-        config, trainer, policies, _, seeds = load(args.run, args.env, trust=args.trust, greedy=args.greedy)
-        keys = jax.random.split(jax.random.key(args.seed), len(seeds))
-        try:
-            metrics = jax.device_get(trainer.evaluate(policies, keys, args.episodes, args.greedy))
-        finally:
-            trainer.close()
-    metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
+        metrics = api.evaluate(args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked)
+    config = read_config(args.run / "config.json")
+    env, seeds = args.env or config.env, seeds_of(config)
     if args.json:
-        facts = {"run": str(args.run), "env": config.env, "algorithm": config.algorithm, "seeds": seeds}
-        asked = {"greedy": args.greedy, "seed": args.seed}
+        facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
         print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
         return
     mode = "greedy" if args.greedy else "sampled"
-    table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
+    table = Table(title=f"{config.algorithm} on {env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
         table.add_column(name, justify="right")
     for index, seed in enumerate(seeds):

@@ -6,7 +6,6 @@ from typing import Any
 
 import tyro
 
-from mam.cli.start import load
 from mam.errors import UserError
 
 
@@ -32,36 +31,33 @@ class Play:
 
 def play(args: Play) -> None:
     """Play one episode and write it."""
-    import jax
-    import numpy as np
-
+    from mam.envs.external.factories import check_agreed
     from mam.runs import play as episodes
-    from mam.runs import process as runtime
+    from mam.runs import process
+    from mam.runs.files import read_config
+    from mam.runs.load import load_weights
     from mam.types import HostEnvironments
 
-    runtime.configure()
+    process.configure()
     path = args.out or args.run / "episode.gif"
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
-    config, trainer, policies, best_return, seeds = load(args.run, args.env, trust=args.trust, greedy=args.greedy)
-    if args.policy_seed is None:
-        index = int(np.argmax(best_return))
-    elif args.policy_seed in seeds:
-        index = seeds.index(args.policy_seed)
-    else:
-        raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {args.policy_seed}")
+    saved = read_config(args.run / "config.json")
+    check_agreed(saved.env, named=args.env, trust=args.trust)
+    weights = load_weights(args.run, greedy=args.greedy, named=args.env, trust=args.trust)
+    policy_seed, policy = weights.of_seed(args.policy_seed)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None
-    print(f"playing seed {seeds[index]} into {path}…")
-    policy = jax.tree.map(lambda x: x[index], policies)
-    how: dict[str, Any] = {"greedy": args.greedy, "algorithm": config.algorithm, "policy_seed": seeds[index]}
-    how |= {"max_steps": config.eval.max_episode_steps}
+    trainer, policy = weights.trainer(policy, args.env)
+    print(f"playing seed {policy_seed} into {path}…")
+    how: dict[str, Any] = {"greedy": args.greedy, "algorithm": saved.algorithm, "policy_seed": policy_seed}
+    how |= {"max_steps": saved.eval.max_episode_steps}
     try:
         if isinstance(trainer.env, HostEnvironments):
             trainer.close()
-            episode = episodes.play_on_host(config.env, config.agent_id, policy, args.seed, path, **how)
+            episode = episodes.play_on_host(args.env or saved.env, saved.agent_id, policy, args.seed, path, **how)
         else:
             episode = episodes.play(trainer.env, policy, args.seed, path, **how)
     finally:

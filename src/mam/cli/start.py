@@ -1,13 +1,11 @@
 """Where the settings of a command start from."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mam.cli.arguments import value_of
 from mam.config import Config
-from mam.envs.external.factories import check_agreed
 from mam.errors import UserError
 from mam.presets import preset, preset_for
 from mam.runs.files import read_config
@@ -30,24 +28,3 @@ def starting_options(kind: type, args: Sequence[str]) -> Any:
         case "--preset", name:
             return kind(config=preset(name))
     return kind(config=preset_for(value_of(args, "--env") or Config.env)[0])
-
-
-def load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Config, Any, Any, Any, list[int]]:
-    """What playing needs of a run: configuration, trainer, policies that played best so and their returns, seeds."""
-    from mam.learning.normalise import transfer_policy
-    from mam.learning.train import make_train
-    from mam.runs.loop import RunFolder, seeds_of
-
-    folder = RunFolder(path)
-    config = folder.load_config()
-    check_agreed(config.env, named=env, trust=trust)
-    trainer = make_train(config)
-    state = folder.load_state(config, trainer)
-    best = state.best(beside=greedy != config.eval.greedy)
-    policies = best.policy
-    if env is not None and env != config.env:
-        trainer.close()
-        config, spec = replace(config, env=env), trainer.spec
-        trainer = make_train(config)
-        policies = transfer_policy(policies, config.policy, spec, trainer.spec, config.network)
-    return config, trainer, policies, best.mean_return, seeds_of(config)

@@ -53,8 +53,6 @@ def train(args: Train) -> int:
         if args.out:
             raise UserError("--resume goes on in the run's own folder: drop --out")
         folder, trainer = runs.resume(args.resume, config)
-    elif jax.process_count() > 1 and args.out is None:
-        raise UserError("several processes write one run: give them the same --out")
     else:
         folder, trainer = runs.start(config, args.out)
     print(_headline(config, trainer, folder.path))

@@ -17,7 +17,7 @@ from mam.kernels.native.library import use_native, without_native
 from mam.kernels.selective_scan import has_cuda, selective_scan
 from mam.kernels.ssd import ssd
 from mam.learning.rollout import init_actors, rollout
-from mam.learning.train import Learner, TrainState
+from mam.learning.train import Learner, TrainState, with_statistics
 from mam.learning.update import Batch, make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
@@ -193,7 +193,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     learner, policy = Learner(config, envs.spec), random_policy(name, envs.spec, cell.network)
     if part == "update":
         return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
-    key, normalised = jax.random.key(0), learner.around(policy)
+    key, normalised = jax.random.key(0), with_statistics(policy, config, envs.spec)
     state = TrainState(
         policy=normalised,
         opt_state=learner.optimiser.init(cast(Any, policy)),
