@@ -9,8 +9,10 @@ import sys
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
+import mam
 from mam.cli import main as cli
 from mam.cli.arguments import parse
 from mam.cli.list import List
@@ -292,6 +294,9 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
     assert "steps/s" in capfd.readouterr().out
     assert cli.main(["evaluate", path, "--episodes", "4", "--trust"]) == 0
     assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
+    monkeypatch.setattr(HostPool, "__init__", None)  # no environment is made, and no process started
+    policy = mam.load(path)
+    assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (policy.spec.num_agents,)
 
 
 def test_what_cannot_be_drawn_is_said(finished, capsys):

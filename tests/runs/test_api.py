@@ -160,7 +160,10 @@ def test_a_loaded_policy_plays_without_an_environment(finished, no_environment):
     actions = [policy.act(views) for _ in range(8)]
     assert {action.shape for action in actions} == {(policy.spec.num_agents,)}
     again = mam.load(str(finished[0].folder))
-    np.testing.assert_array_equal([again.act(jnp.asarray(views)) for _ in range(8)], actions)
+    on_device = [again.act(jnp.asarray(views)) for _ in range(8)]
+    np.testing.assert_array_equal(on_device, actions)
+    assert {type(action) for action in actions} == {np.ndarray}
+    assert all(isinstance(action, jax.Array) for action in on_device)
 
 
 def test_memory_and_ids_are_kept_by_the_policy():
@@ -200,10 +203,10 @@ def test_a_run_that_does_not_say_its_sizes_imports_code_only_if_trusted(finished
     save = replace(save, meta={name: value for name, value in save.meta.items() if name != "spec"})
     monkeypatch.setattr(loop.RunFolder, "newest_save", lambda *_: save)
     assert mam.load(finished[0].folder).spec.name == "probe/matrix"
-    monkeypatch.setattr(loop.RunFolder, "load_config", lambda _: replace(CONFIG, env="stranger:make"))
-    with pytest.raises(UserError, match="'stranger:make', which is code"):
+    monkeypatch.setattr(loop.RunFolder, "load_config", lambda _: replace(CONFIG, env="nobody:make"))
+    with pytest.raises(UserError, match="'nobody:make', which is code"):
         mam.load(finished[0].folder)
-    with pytest.raises(UserError, match="stranger is not in"):
+    with pytest.raises(UserError, match="nobody is not in"):
         mam.load(finished[0].folder, trust=True)
 
 

@@ -54,7 +54,7 @@ def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:
     Returns:
         The arguments, with whole numbers such as 1e6 written out.
     """
-    flags, checked = _flags(kind), list(args)
+    flags, checked = known_flags(kind), list(args)
     for index, arg in enumerate(args):
         if not _is_flag(arg) or arg in ("-h", "--help"):
             continue
@@ -112,8 +112,8 @@ def _check_value(name: str, value: str, expected: Any) -> None:
     raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")
 
 
-def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
+def known_flags(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every `--flag` of a dataclass, nested ones included, with the type of its value."""
     flags: dict[str, Any] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for item in dataclasses.fields(kind):
@@ -124,7 +124,7 @@ def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
         name = name.replace("_", "-")
         if dataclasses.is_dataclass(expected):
             # A configuration's fields stand on their own; its groups put their name in front.
-            flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")
+            flags |= known_flags(expected, prefix if expected is Config else f"{prefix}{name}.")
         else:
             flags[f"--{prefix}{name}"] = expected
             if expected is bool:

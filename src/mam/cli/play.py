@@ -1,6 +1,6 @@
 """`mam play RUN`: one episode to look at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Play:
 def play(args: Play) -> None:
     """Play one episode and write it."""
     from mam.envs.external.factories import check_agreed
+    from mam.learning.train import make_train
     from mam.runs import play as episodes
     from mam.runs import process
     from mam.runs.files import read_config
@@ -44,20 +45,19 @@ def play(args: Play) -> None:
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
     saved = read_config(args.run / "config.json")
     check_agreed(saved.env, named=args.env, trust=args.trust)
-    weights = load_weights(args.run, greedy=args.greedy, named=args.env, trust=args.trust)
-    policy_seed, policy = weights.of_seed(args.policy_seed)
+    env = args.env or saved.env
+    trainer = make_train(replace(saved, env=env))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None
-    trainer, policy = weights.trainer(policy, args.env)
-    print(f"playing seed {policy_seed} into {path}…")
-    how: dict[str, Any] = {"greedy": args.greedy, "algorithm": saved.algorithm, "policy_seed": policy_seed}
-    how |= {"max_steps": saved.eval.max_episode_steps}
-    try:
+        weights = load_weights(args.run, greedy=args.greedy, named=args.env, trust=args.trust)
+        policy_seed, policy = weights.of_seed(args.policy_seed)
+        policy = weights.fitted(policy, trainer.spec)
+        _make_parent(path)
+        print(f"playing seed {policy_seed} into {path}…")
+        how: dict[str, Any] = {"greedy": args.greedy, "max_steps": saved.eval.max_episode_steps}
+        how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
         if isinstance(trainer.env, HostEnvironments):
             trainer.close()
-            episode = episodes.play_on_host(args.env or saved.env, saved.agent_id, policy, args.seed, path, **how)
+            episode = episodes.play_on_host(env, saved.agent_id, policy, args.seed, path, **how)
         else:
             episode = episodes.play(trainer.env, policy, args.seed, path, **how)
     finally:
@@ -65,3 +65,10 @@ def play(args: Play) -> None:
     if episode.undrawn:
         print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
     print(f"return {episode.episode_return:.3f}")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None

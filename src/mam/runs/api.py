@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from mam.config import Config
 from mam.envs.external.factories import check_agreed
 from mam.errors import UserError
 from mam.learning.evaluate import UNFINISHED
+from mam.learning.train import make_train
 from mam.runs import loop
 from mam.runs.callbacks import Callback
 from mam.runs.files import read_config
@@ -122,23 +124,24 @@ def evaluate(
     if episodes < 1:
         raise UserError(f"--episodes must be positive, got {episodes}")
     if isinstance(run, LoadedPolicy):
-        check_agreed(env or run.config.env, named=env, trust=trust)
         config = replace(run.config, seed=run.policy_seed, num_seeds=1)
-        policies = jax.tree.map(lambda x: jnp.asarray(x)[None], run.policy)
-        weights = Weights(config, run.spec, policies, np.zeros(1, np.float32))
+        check_agreed(env or config.env, named=env, trust=trust)
         greedy = run.greedy if greedy is None else greedy
+        policies = jax.tree.map(lambda x: jnp.asarray(x)[None], run.policy)
+        read = partial(Weights, config, run.spec, policies, np.zeros(1, np.float32))
     else:
-        config = read_config(Path(run) / "config.json")
+        path = Path(run)
+        config = read_config(path / "config.json")
         check_agreed(config.env, named=env, trust=trust)
         greedy = config.eval.greedy if greedy is None else greedy
-        weights = load_weights(Path(run), greedy=greedy, named=env, trust=trust)
-    trainer, policies = weights.trainer(weights.policies, env)
+        read = partial(load_weights, path, greedy=greedy, named=env, trust=trust)
+    trainer = make_train(replace(config, env=env or config.env))
     try:
+        weights = read()
+        policies = weights.fitted(weights.policies, trainer.spec)
         keys = jax.random.split(jax.random.key(seed), config.num_seeds)
         metrics = jax.device_get(trainer.evaluate(policies, keys, episodes, greedy))
     finally:
         trainer.close()
     metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
-    if isinstance(run, LoadedPolicy):
-        metrics = {name: value[0] for name, value in metrics.items()}
-    return metrics
+    return {name: value[0] for name, value in metrics.items()} if isinstance(run, LoadedPolicy) else metrics

@@ -15,7 +15,7 @@ from mam.envs.external.factories import check_agreed
 from mam.envs.wrappers import agent_ids
 from mam.errors import UserError
 from mam.learning.normalise import transfer_policy
-from mam.learning.train import Trainer, init_policy, make_train
+from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
 from mam.runs.loop import RunFolder, restore, seeds_of
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
@@ -44,21 +44,15 @@ class Weights:
             raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {seed}")
         return seed, jax.tree.map(lambda x: x[seeds.index(seed)], self.policies)
 
-    def trainer(self, policy: Policy, env: str | None = None) -> tuple[Trainer, Policy]:
-        """Make what plays a task, the run's own if None, and a policy of these, or several, with its sizes.
+    def fitted(self, policy: Policy, spec: EnvSpec) -> Policy:
+        """Return a policy of these, or several, with the sizes of a task.
 
         Raises:
-            UserError: if there is no such task, or the weights do not fit it.
+            UserError: if the weights do not fit it, naming the sizes that are to blame.
         """
-        config = self.config if env is None else replace(self.config, env=env)
-        trainer = make_train(config)
-        try:
-            if (spec := trainer.spec) == self.spec:
-                return trainer, policy
-            return trainer, transfer_policy(policy, config.policy, self.spec, spec, config.network)
-        except BaseException:
-            trainer.close()
-            raise
+        if spec == self.spec:
+            return policy
+        return transfer_policy(policy, self.config.policy, self.spec, spec, self.config.network)
 
 
 def load_weights(
@@ -133,7 +127,7 @@ class LoadedPolicy:
         self._memory: Memory | None = None  # None before the first step
         self._batch: tuple[int, ...] = ()
 
-    def act(self, observation: Observation | Any, *, reset: Any = False) -> np.ndarray:
+    def act(self, observation: Observation | Any, *, reset: Any = False) -> Array | np.ndarray:
         """Choose a joint action per environment, and remember the step.
 
         Args:
@@ -142,7 +136,8 @@ class LoadedPolicy:
                 very first step all are.
 
         Returns:
-            Actions [*batch, N], or [*batch, N, A] where they are continuous.
+            Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for NumPy's views, JAX's for
+            JAX's.
 
         Raises:
             UserError: if the observation has other sizes than those that the policy reads, or another batch than at the
@@ -158,7 +153,8 @@ class LoadedPolicy:
         key = jax.random.fold_in(self._key, self._num_steps)
         self._memory, output = self.apply(self._memory, obs, reset, key)
         self._num_steps += 1
-        return np.asarray(output.action)
+        view = observation.agents_view if isinstance(observation, Observation) else observation
+        return output.action if isinstance(view, jax.Array) else np.asarray(output.action)
 
     def apply(
         self,
