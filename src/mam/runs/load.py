@@ -79,27 +79,38 @@ def load_weights(
     """
     folder = RunFolder(path)
     config = folder.load_config()
-    beside = greedy is not None and greedy != config.eval.greedy
-    save, seeds = folder.newest_save(config), np.asarray(seeds_of(config))
-    if "spec" not in save.meta:
-        check_agreed(config.env, named=named, trust=trust)
-        trainer = make_train(config)
-        try:
-            state, spec = restore(save, trainer.shapes(seeds)), trainer.spec
-        finally:
-            trainer.close()
-        best = state.best(beside=beside)
-        policies = best.policy if which == "best" else state.policy
-        return Weights(config, spec, policies, np.asarray(best.mean_return))
-    spec = _read_spec(save)
-    keys = jax.eval_shape(jax.vmap(jax.random.key), seeds)
-    like = jax.eval_shape(jax.vmap(lambda key: init_policy(config, spec, key=key)), keys)
-    beside = beside and any(name.startswith("state.best_beside.") for name in save.leaves)
-    policy, best_return = (
-        (".best_beside.policy", ".best_beside.mean_return") if beside else (".best_policy", ".best_return")
-    )
-    policies = save.restore(like, policy if which == "best" else ".policy")
+    save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
+    if "spec" in save.meta:
+        return _read(config, save, which, beside=beside)
+    check_agreed(config.env, named=named, trust=trust)
+    return _read_by_environment(config, save, which, beside=beside)
+
+
+def _read(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
+    """Read the weights, and nothing else of the state."""
+    spec, seeds = _read_spec(save), np.asarray(seeds_of(config))
+
+    def init(seed: Array) -> Policy:
+        return init_policy(config, spec, key=jax.random.key(seed))
+
+    like = jax.eval_shape(jax.vmap(init), seeds)
+    best, best_return = ".best_policy", ".best_return"
+    if beside and any(name.startswith("state.best_beside.") for name in save.leaves):
+        best, best_return = ".best_beside.policy", ".best_beside.mean_return"
+    policies = save.restore(like, best if which == "best" else ".policy")
     return Weights(config, spec, policies, save.restore(np.zeros(len(seeds), np.float32), best_return))
+
+
+def _read_by_environment(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
+    """Read the weights of a save that does not say the sizes of its task: making the task tells them."""
+    trainer = make_train(config)
+    try:
+        state, spec = restore(save, trainer.shapes(np.asarray(seeds_of(config)))), trainer.spec
+    finally:
+        trainer.close()
+    best = state.best(beside=beside)
+    policies = best.policy if which == "best" else state.policy
+    return Weights(config, spec, policies, np.asarray(best.mean_return))
 
 
 def _read_spec(save: Save) -> EnvSpec:
