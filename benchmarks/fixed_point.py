@@ -41,7 +41,7 @@ class Args:
 def compare(policy, obs, args: Args) -> None:
     def ahead(policy, key):
         order = jnp.broadcast_to(jnp.arange(args.num_agents, dtype=jnp.int32), obs.alive.shape)
-        encoded = policy.encode(obs, order)
+        encoded = policy.encode(policy.embed(obs), obs.alive, order)
         noise = jax.random.gumbel(key, obs.action_mask.shape)
         return Ahead(context=policy.decoder.read(encoded.obs_rep), mask=obs.action_mask, noise=noise)
 

@@ -83,6 +83,7 @@ class EnvSpec:
     grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
     team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
+    agent_names: tuple[str, ...] | None = None  # such as adversary_0; without its number it says of which kind one is
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
 
 
@@ -203,6 +204,24 @@ class Policy(Protocol):
         """State value per agent, for an observation that continues the episode of `memory`."""
         ...
 
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """State values of what followed every step of a rollout, from one memory for all of them.
+
+        Equals `value(memory after step t, successor at t)`; axes are those of `evaluate`.
+
+        Args:
+            memory: what it was before the first step, without the time axis.
+            obs: what was seen at step t.
+            reset: whether that was the first step of its episode.
+            successor: what the action at t led to, before any auto-reset: `final_observation`.
+
+        Returns:
+            The value per agent of the successor, [*batch, N].
+        """
+        ...
+
 
 class Transition(eqx.Module):
     """One environment step as the learner sees it, stacked to [T, B, …] by the rollout.
@@ -213,10 +232,9 @@ class Transition(eqx.Module):
 
     observation: Observation
     reset: Bool[Array, "*batch"]  # the observation is the first of its episode
-    memory: Memory  # the policy's memory before it acted
     action: Action
-    log_prob: Float[Array, "*batch N"]
-    value: Float[Array, "*batch N"]
+    log_prob: Float[Array, "*batch N"] | None  # as of acting; None where another policy acted
+    value: Float[Array, "*batch N"] | None
     order: Int[Array, "*batch N"]
     reward: Float[Array, "*batch N"]
     terminated: Bool[Array, "*batch"]

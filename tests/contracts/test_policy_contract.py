@@ -1,4 +1,6 @@
-"""What every policy must keep, on two kinds of task. Parametrised by `POLICIES`: a new policy is covered as it is.
+"""What every policy must keep, on two kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
+
+One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of `mam-gru`, too.
 
 One has choices, the other continuous actions and a picture for each agent. Single steps are evaluated time first, as
 rollouts of length 1, after a step that put something into the memory of those policies that have one.
@@ -18,7 +20,7 @@ from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
-from mam.networks.policy import POLICIES, make_policy
+from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
 
@@ -30,8 +32,18 @@ KINDS = {
     "discrete": {"state_dim": STATE_DIM},
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
 }
-WITH_MEMORY = [name for name in POLICIES if name.startswith("rec_")]
-every_policy = pytest.mark.parametrize("name", POLICIES)
+NAMES = [*policies(), "mat-gru"]
+
+
+def parts(name, config=SIZES):
+    """What `make_policy` takes for a name here."""
+    policy, _, memory = name.partition("-")
+    return policy, replace(config, memory=memory or None)
+
+
+WITH_MEMORY = [name for name in (*NAMES, "mam-gru") if has_memory(*parts(name))]
+every_policy = pytest.mark.parametrize("name", NAMES)
+over_time = pytest.mark.parametrize("name", [*WITH_MEMORY, "mat", "ippo"])  # to those without, time is like any axis
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 # Which of five agents are alive, in six environments.
@@ -46,6 +58,11 @@ def make_spec(kind, num_agents=NUM_AGENTS):
     return EnvSpec("suite/task", num_agents, OBS_DIM, NUM_ACTIONS, time_limit=None, **KINDS[kind])
 
 
+def make(name, spec, key, config=SIZES):
+    policy, config = parts(name, config)
+    return make_policy(policy, spec, config, key=key)
+
+
 @functools.cache
 def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """A policy with large random parameters: under the initial ones agents hardly heed one another.
@@ -53,7 +70,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     Means of continuous actions are kept away from the limits, where log-probabilities are hardly determined.
     """
     spec = make_spec(kind, num_agents)
-    empty = jax.eval_shape(lambda key: make_policy(name, spec, SIZES, key=key), jax.random.key(0))
+    empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -178,7 +195,7 @@ def test_unknown_name():
 @every_kind
 def test_it_is_a_policy_of_arrays(name, kind):
     def build(key):
-        policy = make_policy(name, make_spec(kind), SIZES, key=key)
+        policy = make(name, make_spec(kind), key)
         assert isinstance(policy, Policy)
         assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((policy, policy.init_memory((2,)))))
         return policy
@@ -226,33 +243,66 @@ def test_new_units_of_value_change_no_value(name):
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
-def act_and_evaluate(policy, obs, reset, keys):
+def act_and_evaluate(policy, obs, reset, keys, successor):
     """Acting step by step, from a memory that is not blank; all steps evaluated at once; and values by `value`."""
     start = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory(reset.shape[1:]))
 
     def step(memory, inputs):
-        obs, reset, key = inputs
+        obs, reset, key, successor = inputs
         after, output = policy.act(memory, obs, reset, key)
-        return after, (output, policy.value(memory, obs))
+        return after, {"act": output, "value": policy.value(memory, obs), "next_value": policy.value(after, successor)}
 
-    _, (output, value) = jax.lax.scan(step, start, (obs, reset, keys))
-    return output, value, policy.evaluate(start, obs, output.action, output.order, reset)
+    _, steps = jax.lax.scan(step, start, (obs, reset, keys, successor))
+    evaluated = policy.evaluate(start, obs, steps["act"].action, steps["act"].order, reset)
+    return steps, evaluated, policy.successor_values(start, obs, reset, successor)
 
 
-@pytest.mark.parametrize("name", WITH_MEMORY)
-def test_evaluate_repeats_act_over_time(name):
-    """Wherever episodes start, at the first step or not. `value` continues an episode, so there it may be another."""
+@functools.cache
+def play(name, *, garbage=True):
+    """Four steps, with episodes that start and agents that die anywhere, each with a successor of its own."""
     length = 4
-    obs = make_observation(np.random.default_rng(1).random((length, *ALIVE.shape)) < 0.7)
+    obs, successor = (
+        make_observation(np.random.default_rng(seed).random((length, *ALIVE.shape)) < 0.7, seed=seed) for seed in (1, 3)
+    )
     reset = np.random.default_rng(2).random((length, NUM_ENVS)) < 0.4
     keys = jax.random.split(jax.random.key(2), (length, NUM_ENVS))
-    output, value, evaluated = jax.device_get(act_and_evaluate(get_policy(name), obs, reset, keys))
-    living = np.asarray(obs.alive)
-    np.testing.assert_allclose(evaluated.log_prob, output.log_prob, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(evaluated.value, output.value, rtol=1e-5, atol=1e-5)
-    close = np.abs(value - output.value) < 1e-5
+    if not garbage:
+        obs, successor = (
+            replace(o, agents_view=jnp.where(o.alive[..., None], o.agents_view, 0.0)) for o in (obs, successor)
+        )
+    return obs, reset, *jax.device_get(act_and_evaluate(get_policy(name), obs, reset, keys, successor))
+
+
+@over_time
+def test_evaluate_repeats_act_over_time(name):
+    """Wherever episodes start, at the first step or not."""
+    _, _, steps, evaluated, _ = play(name)
+    np.testing.assert_allclose(evaluated.log_prob, steps["act"].log_prob, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(evaluated.value, steps["act"].value, rtol=1e-5, atol=1e-5)
+
+
+@over_time
+def test_over_time_nobody_sees_what_the_dead_see(name):
+    """Not even they, when they live again."""
+    _, _, *results = play(name)
+    jax.tree.map(np.testing.assert_array_equal, [*play(name, garbage=False)[2:]], results)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results))
+
+
+@over_time
+def test_a_value_continues_the_episode(name):
+    """So where one starts, a policy with memory may value the same observation otherwise."""
+    obs, reset, steps, _, _ = play(name)
+    close = np.abs(steps["value"] - steps["act"].value) < 1e-5
     assert close[~reset].all()
-    assert not close[reset & living.any(-1)].all()
+    assert close[reset & np.asarray(obs.alive).any(-1)].all() == (name not in WITH_MEMORY)
+
+
+@over_time
+def test_successors_are_valued_without_a_stored_memory(name):
+    """`value` with the memory after every step, whether the episode goes on with that successor or not."""
+    _, _, steps, _, next_value = play(name)
+    np.testing.assert_allclose(next_value, steps["next_value"], rtol=1e-5, atol=5e-5)  # sums in another order
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -273,7 +323,7 @@ def gradient_norm(policy, obs):
 def test_equal_features_do_not_make_gradients_explode(name):
     """An agent that sees nothing, in new networks of two blocks, whose other biases are zero."""
     obs, sizes = make_observation(ALIVE), replace(SIZES, num_blocks=2)
-    policy = make_policy(name, make_spec("discrete"), sizes, key=jax.random.key(0))
+    policy = make(name, make_spec("discrete"), jax.random.key(0), sizes)
     usual = gradient_norm(policy, obs)
     flat = replace(obs, agents_view=obs.agents_view.at[:, 1].set(0.0))
     assert gradient_norm(policy, flat) < 3 * usual

@@ -270,6 +270,13 @@ class NoTime(Walk):
     spec = replace(Walk.spec, time_limit=0)
 
 
+@planted("spec", "agent_names")
+class OneNameForAll(Walk):
+    """One name for three agents."""
+
+    spec = replace(Walk.spec, agent_names=("walker",))
+
+
 @planted("metrics", "metrics")
 class MetricsFromStepsOnly(Walk):
     """A reset has no metrics."""

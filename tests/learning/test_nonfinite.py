@@ -52,6 +52,9 @@ class Fragile(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
+    def successor_values(self, memory, obs, reset, successor):
+        return self.value(memory, successor)
+
     def _log_prob(self, obs, action):
         log_probs = jax.nn.log_softmax(obs.agents_view @ self.actor)
         return jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]
@@ -83,7 +86,7 @@ def make_fragile(name, spec, *args, key):
 def trainers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_policy", make_fragile)
-        patch.setitem(tasks.TASKS, "probe", ("fragile",))
+        patch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("fragile",)))
         patch.setitem(probes.PROBES, "fragile", partial(Bribed))
         yield {how: train.make_train(replace(CONFIG, on_non_finite=how)) for how in ("stop", "skip", "rollback")}
 

@@ -13,7 +13,7 @@ from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.networks.actions import Categorical, make_action_kind
 from mam.networks.decoder import ActionEmbedding, Context, Decoder
 from mam.networks.decoding.decide import Ahead, Decoding, decide
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
@@ -45,7 +45,7 @@ def randomise(build, seed=0):
 
 
 def make_decoder(letters, kind):
-    layout = [LETTERS[letter] for letter in letters]
+    layout = families_of(letters, "layout")
     return randomise(lambda key: Decoder(make_spec(kind), layout, layout, SIZES, key=key))
 
 

@@ -13,7 +13,7 @@ from mam.networks.actions import Categorical
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -28,7 +28,7 @@ def make_spec(num_actions, continuous=False):
 
 
 def make_shapes(letters, sizes, num_actions=5, continuous=False, cross=None):
-    layout, cross_layout = ([LETTERS[letter] for letter in names] for names in (letters, cross or letters))
+    layout, cross_layout = (families_of(names, "layout") for names in (letters, cross or letters))
     spec = make_spec(num_actions, continuous)
     return jax.eval_shape(lambda key: Decoder(spec, layout, cross_layout, sizes, key=key), jax.random.key(0))
 

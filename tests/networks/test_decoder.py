@@ -9,7 +9,7 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.decoder import ActionEmbedding, Decoder
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -66,7 +66,7 @@ def in_pieces(decoder, action, obs_rep):
 @discrete_and_continuous
 def test_blocks_of_several_kinds_decode_as_they_were_taught(continuous):
     """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
-    layout, cross_layout = ([LETTERS[letter] for letter in letters] for letters in ("AM2", "2AM"))
+    layout, cross_layout = (families_of(letters, "layout") for letters in ("AM2", "2AM"))
     sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2, head_dim=8)
     decoder = make(Decoder, layout, cross_layout, sizes, continuous=continuous)
     action = make_action(continuous)

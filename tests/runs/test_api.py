@@ -223,7 +223,7 @@ def test_sizes_travel_as_json():
 
     from mam.config import from_json
 
-    spec = mam.EnvSpec("a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7)
+    spec = mam.EnvSpec("a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7, agent_names=("one", "two"))
     assert from_json(mam.EnvSpec, json.loads(json.dumps(to_json(spec)))) == spec
 
 

@@ -5,10 +5,13 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from mam.cli.output import display
+
+_MOST_AGENTS = 64  # rows of a table
 
 
 @dataclass(frozen=True)
@@ -35,25 +38,28 @@ def evaluate(args: Evaluate) -> None:
     """Play the episodes and print their returns."""
     from rich.table import Table
 
+    from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
     from mam.runs.files import read_config
     from mam.runs.loop import seeds_of
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
     process.configure()
-    asked = {"greedy": args.greedy, "seed": args.seed}
+    asked: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
-        metrics = api.evaluate(args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked)
+        spec, metrics = api.play_episodes(args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked)
     config = read_config(args.run / "config.json")
     env, seeds = args.env or config.env, seeds_of(config)
     if args.json:
         facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
+        if AGENT_RETURN in metrics:
+            asked |= {"agents": spec.agent_names}
         print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
         return
-    mode = "greedy" if args.greedy else "sampled"
+    of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for index, seed in enumerate(seeds):
         table.add_row(
             str(seed), *(f"{value[index].mean():.3f} ± {value[index].std():.3f}" for value in metrics.values())
@@ -62,4 +68,20 @@ def evaluate(args: Evaluate) -> None:
         table.add_section()
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
     display(table)
+    if of_agents is not None:
+        display(_agent_table(of_agents, spec))
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+
+
+def _agent_table(returns: Any, spec: Any) -> Any:
+    """Each agent's return, [seeds, episodes, N], over all seeds' episodes."""
+    from rich.table import Table
+
+    names = spec.agent_names or range(spec.num_agents)
+    left = spec.num_agents - _MOST_AGENTS
+    table = Table("agent", caption=f"and {left} more agents, all in --json" if left > 0 else None)
+    table.add_column("return", justify="right")
+    agents = zip(names, returns.mean((0, 1)), returns.std((0, 1)), strict=True)
+    for name, mean, deviation in list(agents)[:_MOST_AGENTS]:
+        table.add_row(str(name), f"{mean:.3f} ± {deviation:.3f}")
+    return table

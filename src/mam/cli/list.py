@@ -18,23 +18,27 @@ class List:
 
 def list_names(args: List) -> None:
     """Print the names that other commands take."""
-    from mam.envs.registry import auto_options, suites
-    from mam.envs.tasks import task_names
-    from mam.networks.policy import POLICIES
+    from mam.envs.registry import auto_options
+    from mam.envs.tasks import SUITES
+    from mam.networks.memory import MEMORIES
+    from mam.networks.policy import policies
 
     if args.envs:
         _print_specs()
         return
     print("policies (--policy)")
-    for name, kind in POLICIES.items():
+    for name, kind in policies().items():
+        print(f"  {name:<11}{kind.description}")
+    print("\nmemory of any policy (--network.memory)")
+    for name, kind in MEMORIES.items():
         print(f"  {name:<11}{kind.description}")
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()
-    for suite in suites():
-        print(f"  {suite}/")
-        print(*(f"    {name}" for name in task_names() if name.startswith(f"{suite}/")), sep="\n")
-        if defaults := options.get(f"{suite}/auto"):
-            print(f"    {suite}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
+    for name, suite in SUITES.items():
+        print(f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}")
+        print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
+        if defaults := options.get(f"{name}/auto"):
+            print(f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
     print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
     print("  your own                          package.module:factory")
     print("\npresets (--preset; chosen by the task unless given)")

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from mam.errors import printable
+from mam.runs.files import writing
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def report(args: Report) -> None:
     from mam.study.report.page import write_report
 
     results, warnings = load(args.runs, args.by)
-    write_report(args.out, results, warnings)
+    with writing(args.out):
+        write_report(args.out, results, warnings)
     for warning in warnings:
         print(f"warning: {printable(warning)}")
     print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")

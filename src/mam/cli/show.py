@@ -27,6 +27,7 @@ def show(args: Show) -> None:
     """
     from mam.runs.loop import RunFolder, seeds_of
     from mam.runs.summary import deployment, summary_table
+    from mam.runs.times import read_times, shares
     from mam.study.experiment.grid import flags
     from mam.study.report.collect import read_versions
 
@@ -47,3 +48,5 @@ def show(args: Show) -> None:
     display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
+    if line := shares(read_times(folder.times)):
+        print(f"time: {line}")

@@ -107,11 +107,14 @@ def price(config: Config, time_limit: int | None) -> str:
 def _print_results(config: Config, folder: Any) -> None:
     from mam.runs.loop import seeds_of
     from mam.runs.summary import deployment, summary_table
+    from mam.runs.times import read_times, shares
 
     title = f"{config.algorithm} on {config.env}"
     records = folder.records()
     display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
+    if line := shares(read_times(folder.times)):
+        print(f"time: {line}")
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
     print(f"in {folder.path}: {', '.join(name for name in names if (folder.path / name).exists())}")

@@ -290,3 +290,8 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "memory": Memory,
     "target": Target,
 }
+
+
+def make_probe(task: str) -> Probe:
+    """Make a task of `PROBES`."""
+    return PROBES[task]()

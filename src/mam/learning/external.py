@@ -5,7 +5,7 @@ and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mam.config import EvalConfig
-from mam.learning.evaluate import UNFINISHED
-from mam.learning.rollout import Actors
+from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
+from mam.learning.rollout import Rollout, RolloutState, make_transition, next_state
+from mam.learning.stopwatch import Stopwatch
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
 LAST_STEP = 2**31 - 1  # that nobody reaches
@@ -25,15 +26,42 @@ LAST_STEP = 2**31 - 1  # that nobody reaches
 @jax.jit
 @partial(jax.vmap, in_axes=(0, 0, 0, None, None))
 def act(
-    policy: Policy, actors: Actors, key: Key[Array, ""], step: Int[Array, ""], greedy: Bool[Array, ""]
+    policy: Policy, state: RolloutState, key: Key[Array, ""], step: Int[Array, ""], greedy: Bool[Array, ""]
 ) -> tuple[Memory, PolicyOutput]:
     """`policy.act` of all seeds at step t, each environment with a key of its own."""
-    keys = jax.random.split(jax.random.fold_in(key, step), actors.reset.shape[0])
-    return policy.act(actors.memory, actors.observation, actors.reset, keys, greedy=greedy)
+    keys = jax.random.split(jax.random.fold_in(key, step), state.reset.shape[0])
+    return policy.act(state.memory, state.observation, state.reset, keys, greedy=greedy)
 
 
-def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
-    """Actors of the right shapes, before there is an episode: for one seed, [B, …]."""
+@dataclass(frozen=True)
+class Timed:
+    """Environments whose resets and steps a stopwatch counts."""
+
+    envs: HostEnvironments
+    clock: Stopwatch
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self.envs.spec
+
+    @property
+    def num_envs(self) -> int:
+        return self.envs.num_envs
+
+    def reset(self, seed: int) -> TimeStep:
+        with self.clock.part("environment"):
+            return self.envs.reset(seed)
+
+    def step(self, action: np.ndarray) -> TimeStep:
+        with self.clock.part("environment"):
+            return self.envs.step(action)
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
+    """Return a state of the right shapes, before there is an episode: for one seed, [B, …]."""
     n, dtype = spec.num_agents, jax.dtypes.canonicalize_dtype(spec.grid_dtype)
     observation = Observation(
         agents_view=jnp.zeros((num_envs, n, spec.obs_dim)),
@@ -43,48 +71,40 @@ def blank_actors(policy: Policy, spec: EnvSpec, num_envs: int) -> Actors:
         state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
     )
     reset = jnp.ones(num_envs, bool)
-    return Actors(env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,)))
+    return RolloutState(env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,)))
 
 
-def start_actors(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int) -> tuple[Actors, TimeStep]:
+def start_episodes(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int) -> tuple[RolloutState, TimeStep]:
     """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
     timestep = _by_seed(envs.reset(seed), num_seeds)
     reset = np.ones_like(timestep.terminated)
-    return Actors(env_state=(), observation=timestep.observation, reset=reset, memory=memory), timestep
+    return RolloutState(env_state=(), observation=timestep.observation, reset=reset, memory=memory), timestep
 
 
 def host_rollout(
-    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], length: int
-) -> tuple[Actors, Transition]:
-    """Takes `length` steps in every environment with sampled actions.
+    envs: HostEnvironments,
+    policy: Policy,
+    state: RolloutState,
+    key: Key[Array, "seeds"],
+    length: int,
+    sequence_length: int | None = None,
+) -> tuple[RolloutState, Rollout]:
+    """Take `length` steps in every environment with sampled actions; arguments as of `rollout`, for all seeds.
 
     Returns:
-        The actors after the last step, and the transitions [seeds, T, B, …], as NumPy arrays.
+        The state after the last step, and what happened, [seeds, T, B, …], as NumPy arrays.
     """
-    transitions, metrics = [], []
+    transitions, memories = [], []
     for step in range(length):
-        memory, output, timestep = _advance(envs, policy, actors, key, step)
-        transitions.append(
-            Transition(
-                observation=actors.observation,
-                reset=actors.reset,
-                memory=jax.device_get(actors.memory),
-                action=output.action,
-                log_prob=output.log_prob,
-                value=output.value,
-                order=output.order,
-                reward=timestep.reward,
-                terminated=timestep.terminated,
-                truncated=timestep.truncated,
-                final_observation=timestep.final_observation,
-                metrics={},
-                policy_metrics=output.metrics,
-            )
-        )
-        metrics.append(timestep.metrics)
-        actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=memory)
-    transitions = [replace(step, metrics=values) for step, values in zip(transitions, aligned(metrics), strict=True)]
-    return actors, jax.tree.map(lambda *steps: np.stack(steps, axis=1), *transitions)
+        if step % (sequence_length or length) == 0:
+            memories.append(jax.device_get(state.memory))
+        memory, output, timestep = _step(envs, policy, state, key, step)
+        transitions.append(make_transition(state, output, timestep))
+        state = next_state(timestep, memory)
+    metrics = aligned([step.metrics for step in transitions])
+    steps = [replace(step, metrics=values) for step, values in zip(transitions, metrics, strict=True)]
+    memory, transitions = (jax.tree.map(lambda *x: np.stack(x, axis=1), *trees) for trees in (memories, steps))
+    return state, Rollout(transitions, memory, state.observation.alive)
 
 
 def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -128,23 +148,25 @@ def host_evaluate(
 
     Returns:
         The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
-        [seeds, num_episodes].
+        [seeds, num_episodes]; where rewards are not a team's, AGENT_RETURN, [seeds, num_episodes, N].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds
     rounds, step = [], 0
     for first in range(0, num_episodes, per_round):
-        actors, timestep = start_actors(envs, memory, num_seeds, seed=first + seed_of(key))
-        over, metrics = timestep.ended, timestep.metrics
+        state, timestep = start_episodes(envs, memory, num_seeds, seed=first + seed_of(key))
+        over, metrics, agent_return = timestep.ended, timestep.metrics, np.zeros_like(timestep.reward)
         last = step + max_steps
         while not over.all() and step < last:
-            after, _, timestep = _advance(envs, policy, actors, key, step, greedy)
+            after, _, timestep = _step(envs, policy, state, key, step, greedy)
             before, now = aligned([metrics, timestep.metrics])
             metrics = {name: np.where(over, before[name], value) for name, value in now.items()}
+            agent_return += np.where(over[..., None], np.float32(0), timestep.reward)
             over = over | timestep.ended
-            actors = Actors(env_state=(), observation=timestep.observation, reset=timestep.ended, memory=after)
+            state = next_state(timestep, after)
             step += 1
-        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))})
+        own = {} if envs.spec.team_reward else {AGENT_RETURN: agent_return}
+        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))} | own)
     rounds = aligned(rounds)
     return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
 
@@ -154,11 +176,16 @@ def seed_of(key: Key[Array, "..."]) -> int:
     return int(jax.random.bits(jax.random.fold_in(key.reshape(-1)[0], LAST_STEP)))
 
 
-def _advance(
-    envs: HostEnvironments, policy: Policy, actors: Actors, key: Key[Array, "seeds"], step: int, greedy: bool = False
+def _step(
+    envs: HostEnvironments,
+    policy: Policy,
+    state: RolloutState,
+    key: Key[Array, "seeds"],
+    step: int,
+    greedy: bool = False,
 ) -> tuple[Memory, PolicyOutput, TimeStep]:
     """One step of the policy and of every environment."""
-    memory, output = act(policy, actors, key, step, greedy)
+    memory, output = act(policy, state, key, step, greedy)
     output = jax.device_get(output)
     action = output.action.reshape(envs.num_envs, *output.action.shape[2:])
     return memory, output, _by_seed(envs.step(action), key.shape[0])

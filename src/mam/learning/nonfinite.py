@@ -22,9 +22,9 @@ def first_bad(flags: Sequence[Bool[Array, ""]], shard: Shard = WHOLE) -> Int[Arr
     return jnp.where(stacked.any(), jnp.argmax(stacked), FINE).astype(jnp.int32)
 
 
-def is_bad(x: Array, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
+def is_bad(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
     """Whether a number in it is NaN or infinite, among those of the living if `alive` is given."""
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
+    if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros((), bool)
     if alive is not None:
         x = jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - alive.ndim)), x, 0)
@@ -62,9 +62,7 @@ def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
 
 def _bad_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
     views = (observation.agents_view, observation.grid)
-    flags = [jnp.zeros((), bool) if x is None else is_bad(x, observation.alive) for x in views]
-    state = observation.state
-    return [*flags, jnp.zeros((), bool) if state is None else is_bad(state)]
+    return [*(is_bad(x, observation.alive) for x in views), is_bad(observation.state)]
 
 
 def kept(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:

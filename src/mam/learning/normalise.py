@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Key, Shaped
 from mam.config import NetworkConfig
 from mam.learning.sharding import WHOLE, Shard
 from mam.networks.policy import transfer_weights
-from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput, Transition
+from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput
 
 MAX_DEVIATIONS = 10.0  # where normalised features are clipped
 OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
@@ -157,6 +157,13 @@ class NormalisedPolicy(eqx.Module):
         """Returns the state value per agent; see `mam.types.Policy`."""
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """Returns the values of what followed every step; see `mam.types.Policy`."""
+        obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
+        return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
+
     def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
         """Returns values in the network's units."""
         moments = self.statistics.values
@@ -166,11 +173,6 @@ class NormalisedPolicy(eqx.Module):
         """Returns values in units of reward."""
         moments = self.statistics.values
         return value if moments is None else moments.restore(value)
-
-    def normalise(self, transitions: Transition) -> Transition:
-        """Returns a rollout in the network's units; rewards, which it does not see, stay what they are."""
-        observation = self.statistics.normalise(transitions.observation)
-        return replace(transitions, observation=observation, value=self.normalise_value(transitions.value))
 
     def update_values(
         self, target: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], shard: Shard = WHOLE

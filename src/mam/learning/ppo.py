@@ -1,9 +1,18 @@
-"""The PPO loss, on plain arrays."""
+"""Proximal policy optimisation: the loss, on plain arrays, and the objective."""
+
+from dataclasses import dataclass, fields
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mam.config import PPOConfig
+from mam.errors import UserError
+from mam.learning.advantages import Advantages
+from mam.learning.normalise import NormalisedPolicy
+from mam.learning.objective import Batch, Losses
+from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Evaluation
 
@@ -81,3 +90,59 @@ def ppo_loss(
         clip_fraction=mean(jnp.abs(ratio - 1) > clip_eps),
         ratio_deviation=jnp.max(jnp.abs(ratio - 1)),
     )
+
+
+class PPOTargets(eqx.Module):
+    """What the loss compares the current parameters with, [T, B, N]; values in the network's units."""
+
+    log_prob: Float[Array, "*batch N"]
+    value: Float[Array, "*batch N"]
+    advantage: Float[Array, "*batch N"]
+    target: Float[Array, "*batch N"]
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Clipped PPO on the policy's own actions; see `ppo_loss`."""
+
+    config: PPOConfig
+    needs_values: bool = True
+
+    def prepare(self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None) -> PPOTargets:
+        """Return the targets.
+
+        Raises:
+            UserError: for recorded actions, of whose probability nothing is known.
+        """
+        steps = rollout.transitions
+        if steps.log_prob is None or steps.value is None or estimates is None:
+            raise UserError("PPO learns from its own actions: recorded ones have no log-probability")
+        log_prob = steps.log_prob
+        if self.config.recompute_log_prob:
+            memory = jax.tree.map(lambda x: x[0], rollout.memory)
+            seen = (steps.observation, steps.action, steps.order, steps.reset)
+            log_prob = policy.network.evaluate(memory, *seen).log_prob
+        return PPOTargets(
+            log_prob=log_prob,
+            value=policy.normalise_value(steps.value),
+            advantage=estimates.advantage,
+            target=policy.normalise_value(estimates.target),
+        )
+
+    def loss(self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard) -> Losses:
+        """Return `ppo_loss` of a minibatch."""
+        losses = ppo_loss(
+            evaluation,
+            targets.log_prob,
+            targets.value,
+            targets.advantage,
+            targets.target,
+            batch.observation.alive,
+            clip_eps=self.config.clip_eps,
+            ent_coef=self.config.ent_coef,
+            vf_coef=self.config.vf_coef,
+            shard=shard,
+        )
+        named = {field.name: getattr(losses, field.name) for field in fields(losses)}
+        loss, deviation = named.pop("loss"), named.pop("ratio_deviation")
+        return Losses(loss, named, {"ratio_deviation": deviation})

@@ -1,4 +1,4 @@
-"""Acting in a batch of environments: policy × environment → transitions [T, B, …]."""
+"""Acting in a batch of environments: policy × environment → rollout [T, B, …]."""
 
 from typing import Protocol, runtime_checkable
 
@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Bool, Key
 
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Action, Array, EnvState, Memory, Observation, Policy, TimeStep, Transition
+from mam.types import Action, Array, EnvState, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
 
 @runtime_checkable
@@ -22,8 +22,8 @@ class BatchedEnvironment(Protocol):
     def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
 
 
-class Actors(eqx.Module):
-    """Where acting stands: what the next step needs, besides a policy and a key."""
+class RolloutState(eqx.Module):
+    """The carry of the rollout: what the next step needs, besides a policy and a key."""
 
     env_state: EnvState
     observation: Observation  # to act on, [B, N, …]
@@ -31,10 +31,18 @@ class Actors(eqx.Module):
     memory: Memory
 
 
-def init_actors(env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]) -> Actors:
-    """Starts an episode in every environment."""
+class Rollout(eqx.Module):
+    """What a policy did, or somebody else: the transitions and all that learning needs beside them."""
+
+    transitions: Transition  # [T, B, …]
+    memory: Memory  # before the first step of each sequence, [T / L, B, …]
+    final_alive: Bool[Array, "*batch N"]  # who lives after the last step, [B, N]
+
+
+def init_rollout_state(env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]) -> RolloutState:
+    """Start an episode in every environment."""
     env_state, timestep = env.reset(key)
-    return Actors(
+    return RolloutState(
         env_state=env_state,
         observation=timestep.observation,
         reset=~timestep.ended,
@@ -43,35 +51,70 @@ def init_actors(env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]) ->
 
 
 def rollout(
-    env: BatchedEnvironment, policy: Policy, actors: Actors, key: Key[Array, ""], length: int, shard: Shard = WHOLE
-) -> tuple[Actors, Transition]:
-    """Takes `length` steps in every environment (of the share of this device) with sampled actions.
+    env: BatchedEnvironment,
+    policy: Policy,
+    state: RolloutState,
+    key: Key[Array, ""],
+    length: int,
+    shard: Shard = WHOLE,
+    sequence_length: int | None = None,
+) -> tuple[RolloutState, Rollout]:
+    """Take `length` steps in every environment (of the share of this device) with sampled actions.
+
+    Args:
+        env: the environments, B of them.
+        policy: acts in all of them.
+        state: where the last rollout ended.
+        key: decides everything random.
+        length: T.
+        shard: where environments lie on several devices, this one's share.
+        sequence_length: L, a divisor of T: memory is kept before every L-th step; T if None.
 
     Returns:
-        The actors after the last step, and the transitions, time first: [T, B, …].
+        The state after the last step, and what happened, time first.
     """
+    sequence_length = sequence_length or length
 
-    def step(actors: Actors, key: Key[Array, ""]):
+    def step(state: RolloutState, key: Key[Array, ""]) -> tuple[RolloutState, Transition]:
         act_key, env_key = jax.random.split(key)
         act_keys = shard.part(jax.random.split(act_key, env.num_envs * shard.num_shards))
-        memory, output = policy.act(actors.memory, actors.observation, actors.reset, act_keys)
-        env_state, timestep = env.step(actors.env_state, output.action, env_key)
-        transition = Transition(
-            observation=actors.observation,
-            reset=actors.reset,
-            memory=actors.memory,
-            action=output.action,
-            log_prob=output.log_prob,
-            value=output.value,
-            order=output.order,
-            reward=timestep.reward,
-            terminated=timestep.terminated,
-            truncated=timestep.truncated,
-            final_observation=timestep.final_observation,
-            metrics=timestep.metrics,
-            policy_metrics=output.metrics,
-        )
-        actors = Actors(env_state=env_state, observation=timestep.observation, reset=timestep.ended, memory=memory)
-        return actors, transition
+        memory, output = policy.act(state.memory, state.observation, state.reset, act_keys)
+        env_state, timestep = env.step(state.env_state, output.action, env_key)
+        transition = make_transition(state, output, timestep)
+        return next_state(timestep, memory, env_state), transition
 
-    return lax.scan(step, actors, jax.random.split(key, length))
+    def sequence(state: RolloutState, keys: Key[Array, "L"]) -> tuple[RolloutState, tuple[Memory, Transition]]:
+        last, transitions = lax.scan(step, state, keys)
+        return last, (state.memory, transitions)
+
+    keys = jax.random.split(key, length)
+    if sequence_length == length:
+        last, (memory, transitions) = sequence(state, keys)
+        memory = jax.tree.map(lambda x: x[None], memory)
+    else:
+        last, (memory, transitions) = lax.scan(sequence, state, keys.reshape(-1, sequence_length))
+        transitions = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), transitions)
+    return last, Rollout(transitions, memory, last.observation.alive)
+
+
+def make_transition(state: RolloutState, output: PolicyOutput, timestep: TimeStep) -> Transition:
+    """Put together what was seen, what was done, and what came of it."""
+    return Transition(
+        observation=state.observation,
+        reset=state.reset,
+        action=output.action,
+        log_prob=output.log_prob,
+        value=output.value,
+        order=output.order,
+        reward=timestep.reward,
+        terminated=timestep.terminated,
+        truncated=timestep.truncated,
+        final_observation=timestep.final_observation,
+        metrics=timestep.metrics,
+        policy_metrics=output.metrics,
+    )
+
+
+def next_state(timestep: TimeStep, memory: Memory, env_state: EnvState = ()) -> RolloutState:
+    """Return the state after a step."""
+    return RolloutState(env_state, timestep.observation, reset=timestep.ended, memory=memory)

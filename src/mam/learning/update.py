@@ -8,60 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mam.config import PPOConfig
 from mam.errors import UserError
-from mam.learning.advantages import Advantages
 from mam.learning.nonfinite import FINE, bad_leaves, first_bad, is_bad, leaf_names
-from mam.learning.ppo import PPOLoss, ppo_loss
+from mam.learning.objective import Batch, Losses, Objective
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Action, Memory, Observation, Policy, Transition
-
-
-class Batch(eqx.Module):
-    """What gradient steps read: the learner's part of the transitions, and the advantages.
-
-    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the first of
-    them, is [1, M, …].
-    """
-
-    observation: Observation
-    reset: Bool[Array, "L M"]
-    memory: Memory
-    action: Action
-    order: Int[Array, "L M N"]
-    log_prob: Float[Array, "L M N"]
-    value: Float[Array, "L M N"]
-    advantage: Float[Array, "L M N"]
-    target: Float[Array, "L M N"]
-
-    @property
-    def num_sequences(self) -> int:
-        """M."""
-        return self.reset.shape[1]
-
-
-def make_batch(transitions: Transition, advantages: Advantages, shard: Shard = WHOLE) -> Batch:
-    """Cuts a rollout [T, B, …] into what is learned from in one piece; from several devices it comes together here.
-
-    A policy with memory learns from B sequences of T steps, one without from each of the T · B steps on its own.
-    """
-    batch = Batch(
-        observation=transitions.observation,
-        reset=transitions.reset,
-        memory=jax.tree.map(lambda x: x[:1], transitions.memory),
-        action=transitions.action,
-        order=transitions.order,
-        log_prob=transitions.log_prob,
-        value=transitions.value,
-        advantage=advantages.advantage,
-        target=advantages.target,
-    )
-    batch = shard.gather(batch, axis=1)
-    if jax.tree.leaves(batch.memory):
-        return batch
-    return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+from mam.types import Policy
 
 
 def make_optimiser(ppo: PPOConfig) -> optax.GradientTransformation:
@@ -73,14 +27,15 @@ def make_optimiser(ppo: PPOConfig) -> optax.GradientTransformation:
 class UpdateMetrics(eqx.Module):
     """Means over the gradient steps of an update, and where it started."""
 
-    losses: PPOLoss
+    losses: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]  # before clipping
-    first_ratio_deviation: Float[Array, ""]  # of the first minibatch: 0 up to rounding, else acting ≠ evaluating
+    first: dict[str, Float[Array, ""]]  # maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
+    # acting ≠ evaluating
     bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or FINE
 
 
 def update_names(policy: Policy) -> list[str]:
-    """What is watched in an update, in the order in which it is computed."""
+    """List what is watched in an update, in the order in which it is computed."""
     return ["loss", *leaf_names(policy, "gradient of"), *leaf_names(policy, "updated")]
 
 
@@ -90,41 +45,35 @@ def update(
     batch: Batch,
     key: Key[Array, ""],
     optimiser: optax.GradientTransformation,
-    ppo: PPOConfig,
+    objective: Objective,
+    config: PPOConfig,
     shard: Shard = WHOLE,
     lr_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
-    """Takes num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
+    """Take num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
 
-    All of them are taken with lr_scale times the learning rate in the optimiser's state.
     Where there are several devices, all of them have the whole batch, and each computes its share of every minibatch.
+
+    Args:
+        policy: the network.
+        opt_state: the optimiser's state.
+        batch: what is learned from.
+        key: decides which sequences are in which minibatch.
+        optimiser: takes the steps.
+        objective: the loss.
+        config: numbers of epochs and minibatches.
+        shard: this device's share of every minibatch.
+        lr_scale: multiplies the learning rate in the optimiser's state.
 
     Raises:
         UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the devices.
     """
-    size = batch.num_sequences
-    if size % (ppo.num_minibatches * shard.num_shards):
-        whole = jax.tree.leaves(batch.memory)
-        why = "a policy with memory learns from whole rollouts: " if whole else ""
-        what = f"ppo.num_envs = {size}" if whole else f"the {size} steps of a rollout"
-        devices = f" × {shard.num_shards} devices" if shard.num_shards > 1 else ""
-        raise UserError(f"{why}ppo.num_minibatches{devices} must divide {what}, got {ppo.num_minibatches}{devices}")
+    _check_minibatches(batch, config, shard)
 
-    def loss_fn(policy: Policy, rows: Batch) -> tuple[Float[Array, ""], PPOLoss]:
+    def loss_fn(policy: Policy, rows: Batch) -> tuple[Float[Array, ""], Losses]:
         memory = jax.tree.map(lambda x: x[0], rows.memory)
         new = policy.evaluate(memory, rows.observation, rows.action, rows.order, rows.reset)
-        losses = ppo_loss(
-            new,
-            rows.log_prob,
-            rows.value,
-            rows.advantage,
-            rows.target,
-            rows.observation.alive,
-            clip_eps=ppo.clip_eps,
-            ent_coef=ppo.ent_coef,
-            vf_coef=ppo.vf_coef,
-            shard=shard,
-        )
+        losses = objective.loss(new, rows, rows.targets, shard)
         return losses.loss, losses
 
     def gradient_step(carry, index: Int[Array, "M"]):
@@ -133,21 +82,32 @@ def update(
         rows = jax.tree.map(lambda x: x[:, index], batch)
         grads, shares = jax.grad(loss_fn, has_aux=True)(policy, rows)
         grads, losses = shard.sum((grads, shares))
-        losses = replace(losses, ratio_deviation=shard.max(shares.ratio_deviation))
+        losses = replace(losses, maxima=shard.max(shares.maxima))
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates)))
         found = first_bad([is_bad(losses.loss), *bad_leaves(grads), *bad_leaves(policy)])
         return (policy, opt_state, jnp.where(bad == FINE, found, bad)), (losses, optax.tree.norm(grads))
 
-    keys = jax.random.split(key, ppo.num_epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys)
-    minibatches = order.reshape(ppo.num_epochs * ppo.num_minibatches, -1)
+    keys = jax.random.split(key, config.num_epochs)
+    order = jax.vmap(lambda k: jax.random.permutation(k, batch.num_sequences))(keys)
+    minibatches = order.reshape(config.num_epochs * config.num_minibatches, -1)
     carry = (policy, opt_state, jnp.int32(FINE))
     (policy, opt_state, bad), (losses, grad_norm) = lax.scan(gradient_step, carry, minibatches)
     metrics = UpdateMetrics(
-        losses=jax.tree.map(jnp.mean, losses),
+        losses=jax.tree.map(jnp.mean, {"loss": losses.loss, **losses.means, **losses.maxima}),
         grad_norm=grad_norm.mean(),
-        first_ratio_deviation=losses.ratio_deviation[0],
+        first={name: x[0] for name, x in losses.maxima.items()},
         bad=bad,
     )
     return policy, opt_state, metrics
+
+
+def _check_minibatches(batch: Batch, config: PPOConfig, shard: Shard) -> None:
+    size = batch.num_sequences
+    if size % (config.num_minibatches * shard.num_shards):
+        length = batch.reset.shape[0]
+        whole = jax.tree.leaves(batch.memory)
+        why = f"a policy with memory learns from sequences of {length} steps: " if whole else ""
+        what = f"the {size} sequences of a rollout" if whole else f"the {size} steps of a rollout"
+        devices = f" × {shard.num_shards} devices" if shard.num_shards > 1 else ""
+        raise UserError(f"{why}ppo.num_minibatches{devices} must divide {what}, got {config.num_minibatches}{devices}")

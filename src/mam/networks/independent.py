@@ -2,7 +2,6 @@
 
     ippo      the critic sees what the agent sees       (de Witt et al. 2020, arXiv 2011.09533)
     mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
-    rec_…     the same with a GRU in actor and critic
 
 Both are a `Stream` for the actor and one for the critic: a view, hidden layers, a memory, a head.
 """
@@ -12,7 +11,6 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
@@ -20,6 +18,7 @@ from mam.networks.actions import ActionKind, agent_noise, make_action_kind
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
+from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
 
@@ -54,84 +53,22 @@ class GlobalView(eqx.Module):
         return self.norm(jax.nn.gelu(own + self.joint(joint)[..., None, :]))
 
 
-class NoMemory(eqx.Module):
-    """Passes everything on."""
-
-    def __init__(self, d_model: int, *, key: Key[Array, ""]):
-        del d_model, key
-
-    def init(self, shape: tuple[int, ...]) -> PyTree:
-        return ()
-
-    def step(self, hidden: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]):
-        return hidden, x
-
-    def unroll(self, hidden: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]):
-        return x
-
-
-class GRU(eqx.Module):
-    """A gated recurrent unit along time, for each agent by itself (Cho et al. 2014, arXiv 1406.1078).
-
-    r, z = σ(W x + U h + b);  n = tanh(W x + b + r ⊙ (U h + c));  h' = (1 − z) ⊙ n + z ⊙ h
-    """
-
-    inputs: Dense  # of r, z and n side by side
-    hidden: Dense
-    new_bias: Float[Array, "E"]
-
-    def __init__(self, d_model: int, *, key: Key[Array, ""]):
-        input_key, hidden_key = jax.random.split(key)
-        self.inputs = Dense(d_model, 3 * d_model, key=input_key, gain=1.0)
-        self.hidden = Dense(d_model, 3 * d_model, key=hidden_key, gain=1.0, bias=False)
-        self.new_bias = jnp.zeros(d_model)
-
-    def init(self, shape: tuple[int, ...]) -> Float[Array, "*batch N E"]:
-        return jnp.zeros((*shape, self.new_bias.shape[0]))
-
-    def step(
-        self, hidden: Float[Array, "*batch N E"], x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]
-    ) -> tuple[Float[Array, "*batch N E"], Float[Array, "*batch N E"]]:
-        """Forgets where an episode begins, then reads x; the new hidden state is the output as well."""
-        hidden = self._advance(hidden, self.inputs(x), reset)
-        return hidden, hidden
-
-    def unroll(
-        self, hidden: Float[Array, "*batch N E"], x: Float[Array, "T *batch N E"], reset: Bool[Array, "T *batch"]
-    ) -> Float[Array, "T *batch N E"]:
-        """The outputs of all steps; the inputs' share of the gates is one product for all of them."""
-
-        def step(hidden, inputs):
-            hidden = self._advance(hidden, *inputs)
-            return hidden, hidden
-
-        return lax.scan(step, hidden, (self.inputs(x), reset))[1]
-
-    def _advance(self, hidden, gates, reset):
-        hidden = jnp.where(reset[..., None, None], 0.0, hidden)
-        reset_x, update_x, new_x = jnp.split(gates, 3, axis=-1)
-        reset_h, update_h, new_h = jnp.split(self.hidden(hidden), 3, axis=-1)
-        update = jax.nn.sigmoid(update_x + update_h)
-        new = jnp.tanh(new_x + jax.nn.sigmoid(reset_x + reset_h) * (new_h + self.new_bias))
-        return (1 - update) * new + update * hidden
-
-
 class Stream(eqx.Module):
     """From observations to one output vector per agent: view, `num_blocks` hidden layers, memory, head."""
 
     view: ObservationEmbedding | GlobalView
     layers: tuple[Dense, ...]
     norms: tuple[LayerNorm, ...]
-    memory: NoMemory | GRU
+    memory: AbstractRecurrence
     head: Head
 
-    def __init__(self, view, memory: type, out_dim: int, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, view, out_dim: int, sizes: NetworkConfig, *, key: Key[Array, ""]):
         memory_key, head_key, *layer_keys = jax.random.split(key, 2 + sizes.num_blocks)
         d_model = sizes.d_model
         self.view = view
         self.layers = tuple(Dense(d_model, d_model, key=k, gain=HIDDEN_GAIN) for k in layer_keys)
         self.norms = tuple(LayerNorm(d_model) for _ in layer_keys)
-        self.memory = memory(d_model, key=memory_key)
+        self.memory = make_memory(sizes, key=memory_key)
         self.head = Head(d_model, out_dim, key=head_key)
 
     def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
@@ -147,7 +84,14 @@ class Stream(eqx.Module):
 
     def unroll(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]) -> Float[Array, "*batch N A"]:
         """Many steps, time first; `memory` is what it was before them."""
-        return self.head(self.memory.unroll(memory, self._features(obs), reset))
+        return self.head(self.memory.unroll(memory, self._features(obs), reset)[1])
+
+    def successors(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N A"]:
+        """Outputs for what followed each of many steps; see `mam.types.Policy.successor_values`."""
+        x, successor_x = self._features(obs), self._features(successor)
+        return self.head(unroll_successors(self.memory, memory, x, reset, successor_x))
 
 
 class ActorCriticMemory(eqx.Module):
@@ -171,13 +115,12 @@ class IndependentPolicy(eqx.Module):
         sizes: NetworkConfig,
         *,
         critic_view: Callable[..., ObservationEmbedding | GlobalView],
-        memory: type[NoMemory] | type[GRU],
         key: Key[Array, ""],
     ):
         actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
         actor_view = ObservationEmbedding(spec, sizes, key=actor_view_key)
-        self.actor = Stream(actor_view, memory, spec.num_actions, sizes, key=actor_key)
-        self.critic = Stream(critic_view(spec, sizes, key=critic_view_key), memory, 1, sizes, key=critic_key)
+        self.actor = Stream(actor_view, spec.num_actions, sizes, key=actor_key)
+        self.critic = Stream(critic_view(spec, sizes, key=critic_view_key), 1, sizes, key=critic_key)
         self.kind = make_action_kind(spec)
         self.num_agents = spec.num_agents
 
@@ -233,3 +176,9 @@ class IndependentPolicy(eqx.Module):
         """State value per agent, of the observation after those that `memory` has seen."""
         going_on = jnp.zeros(obs.alive.shape[:-1], bool)
         return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
+
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """Values of what followed every step; see `mam.types.Policy`."""
+        return self.critic.successors(memory.critic, obs, reset, successor)[..., 0]

@@ -15,7 +15,8 @@ from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.layers import Dense
-from mam.networks.mixers.registry import LETTERS, MixerFamily
+from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
+from mam.networks.mixers.registry import MixerFamily, families_of
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
 
@@ -29,17 +30,24 @@ class Layout:
 
     @classmethod
     def of(cls, letter: str, sizes: NetworkConfig) -> "Layout":
-        """`num_blocks` times one letter, where the configuration has no layout of its own."""
-        given = {"encoder": sizes.encoder.layout, "decoder": sizes.decoder.layout, "cross": sizes.decoder.cross}
-        decoder = given["decoder"] or letter * sizes.num_blocks
-        layouts = {"encoder": given["encoder"] or letter * sizes.num_blocks, "decoder": decoder}
-        layouts["cross"] = given["cross"] or decoder
-        if len(layouts["cross"]) != len(decoder):
+        """Return `num_blocks` times one letter, where the configuration has no layout of its own.
+
+        Raises:
+            UserError: for a letter of no mixer, or a decoder whose layouts differ in length.
+        """
+        own = letter * sizes.num_blocks
+        decoder = sizes.decoder.layout or own
+        cross = sizes.decoder.cross or decoder
+        if len(cross) != len(decoder):
             raise UserError(
                 f"network.decoder.cross must have a letter for each of the decoder's {len(decoder)} blocks, "
-                f"got {layouts['cross']!r}"
+                f"got {cross!r}"
             )
-        return cls(**{role: tuple(LETTERS[letter] for letter in layout) for role, layout in layouts.items()})
+        return cls(
+            encoder=families_of(sizes.encoder.layout or own, "network.encoder.layout"),
+            decoder=families_of(decoder, "network.decoder.layout"),
+            cross=families_of(cross, "network.decoder.cross"),
+        )
 
 
 class SequencePolicy(eqx.Module):
@@ -51,18 +59,22 @@ class SequencePolicy(eqx.Module):
     """
 
     embed: ObservationEmbedding
+    memory: AbstractRecurrence
     encoder: Encoder
     decoder: Decoder
     kind: ActionKind
+    num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
 
     def __init__(self, spec: EnvSpec, layout: Layout, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]):
-        embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
+        embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
+        self.memory = make_memory(sizes, key=memory_key)
         self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
         self.decoder = Decoder(spec, layout.decoder, layout.cross, sizes, key=decoder_key)
         self.kind = make_action_kind(spec)
+        self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = sizes.dtype
 
@@ -72,8 +84,8 @@ class SequencePolicy(eqx.Module):
         return self.encoder.value_head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Nothing is remembered across environment steps."""
-        return ()
+        """State of the memory before an episode; () if there is none."""
+        return self.memory.init((*batch, self.num_agents))
 
     def act(
         self,
@@ -88,7 +100,8 @@ class SequencePolicy(eqx.Module):
         num_agents, num_actions = obs.action_mask.shape[-2:]
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
         order = decision_order(obs.alive)
-        encoded = self.encode(obs, order)
+        memory, x = self.memory.step(memory, self.embed(obs), reset)
+        encoded = self.encode(x, obs.alive, order)
         mask = _rows(obs.action_mask, order)
         noise = _rows(agent_noise(self.kind, key, num_agents, num_actions), order)
         noise = jnp.where(greedy, 0.0, noise)
@@ -115,7 +128,8 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Teacher-forced pass over stored joint actions; see `mam.types.Policy`."""
-        encoded = self.encode(obs, order)
+        _, x = self.memory.unroll(memory, self.embed(obs), reset)
+        encoded = self.encode(x, obs.alive, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
         out = self.decoder(action, encoded.obs_rep)
         by_agent = jnp.argsort(order, axis=-1)
@@ -127,15 +141,28 @@ class SequencePolicy(eqx.Module):
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
         """State value per agent, from the encoder alone."""
-        order = decision_order(obs.alive)
-        return _rows(self.encode(obs, order).value, jnp.argsort(order, axis=-1))
+        going_on = jnp.zeros(obs.alive.shape[:-1], bool)
+        _, x = self.memory.step(memory, self.embed(obs), going_on)
+        return self._value(x, obs.alive)
 
-    def encode(self, obs: Observation, order: Int[Array, "*batch N"]) -> Encoded:
-        """Representations and values, in the order of deciding."""
-        embedded = self.embed(obs)
+    def successor_values(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+    ) -> Float[Array, "*batch N"]:
+        """Values of what followed every step; see `mam.types.Policy`."""
+        x = unroll_successors(self.memory, memory, self.embed(obs), reset, self.embed(successor))
+        return self._value(x, successor.alive)
+
+    def encode(
+        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"], order: Int[Array, "*batch N"]
+    ) -> Encoded:
+        """Representations and values, in the order of deciding, of what the memory put out."""
         if self.dtype != "float32":
-            embedded = embedded.astype(self.dtype)
-        return self.encoder(_rows(embedded, order), _rows(obs.alive, order))
+            x = x.astype(self.dtype)
+        return self.encoder(_rows(x, order), _rows(alive, order))
+
+    def _value(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+        order = decision_order(alive)
+        return _rows(self.encode(x, alive, order).value, jnp.argsort(order, axis=-1))
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:

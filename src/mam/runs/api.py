@@ -20,6 +20,7 @@ from mam.runs.files import read_config
 from mam.runs.load import LoadedPolicy, Weights, load, load_weights
 from mam.runs.sinks import Record, read_records
 from mam.runs.summary import absolute_returns, evaluation_returns
+from mam.types import EnvSpec
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,15 @@ def evaluate(
             names.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
+    how = {"episodes": episodes, "env": env, "greedy": greedy, "seed": seed, "trust": trust}
+    _, metrics = play_episodes(run, **how)
+    return {name: value[0] for name, value in metrics.items()} if isinstance(run, LoadedPolicy) else metrics
+
+
+def play_episodes(
+    run: str | Path | LoadedPolicy, *, episodes: int, env: str | None, greedy: bool | None, seed: int, trust: bool
+) -> tuple[EnvSpec, dict[str, np.ndarray]]:
+    """Return the task that was played, and `evaluate`'s metrics with an axis of seeds in any case."""
     if episodes < 1:
         raise UserError(f"--episodes must be positive, got {episodes}")
     if isinstance(run, LoadedPolicy):
@@ -138,10 +148,10 @@ def evaluate(
     trainer = make_train(replace(config, env=env or config.env))
     try:
         weights = read()
-        policies = weights.fitted(weights.policies, trainer.spec)
+        spec = trainer.spec
+        policies = weights.fitted(weights.policies, spec)
         keys = jax.random.split(jax.random.key(seed), config.num_seeds)
         metrics = jax.device_get(trainer.evaluate(policies, keys, episodes, greedy))
     finally:
         trainer.close()
-    metrics = {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
-    return {name: value[0] for name, value in metrics.items()} if isinstance(run, LoadedPolicy) else metrics
+    return spec, {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}

@@ -62,6 +62,8 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
 
     grid = spec.grid_shape
     grid_fits = isinstance(grid, tuple) and len(grid) == 3 and all(whole(size, 1) for size in grid)
+    names = spec.agent_names
+    names_fit = isinstance(names, tuple) and [isinstance(name, str) for name in names] == [True] * spec.num_agents
     rules = (
         ("name", isinstance(spec.name, str) and spec.name.strip() == spec.name != "", "a name"),
         ("num_agents", whole(spec.num_agents, 1), "a whole number, at least 1"),
@@ -72,6 +74,7 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
         ("state_dim", spec.state_dim is None or whole(spec.state_dim, 1), "a whole number, at least 1, or None"),
         ("continuous", isinstance(spec.continuous, bool), "True or False"),
         ("team_reward", isinstance(spec.team_reward, bool), "True or False"),
+        ("agent_names", names is None or names_fit, "a tuple with a name for each agent, or None"),
     )
     for field, fits, expected in rules:
         if not fits:

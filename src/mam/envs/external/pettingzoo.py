@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from mam.envs.external.shared import Arrays, Layout
 from mam.envs.external.spaces import BoxAction, View, action_readers, flatten, is_picture, picture_of, view_size
-from mam.errors import UserError
+from mam.errors import UserError, printable
 
 _PARALLEL = ("possible_agents", "reset", "step", "observation_space", "action_space")
 _STEP = ("observations", "rewards", "terminations", "truncations", "infos")
@@ -307,7 +307,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
     if state is not None and is_picture(state):
         notes.append("the global state is a picture: it is left out")
     return Layout(
-        agents=tuple(map(str, agents)),
+        agents=tuple(map(printable, agents)),
         obs_dim=max(view_sizes),
         num_actions=max(action_sizes),
         continuous=isinstance(actions[0], BoxAction),

@@ -31,7 +31,8 @@ def act_uncached(
     num_agents, num_actions = obs.action_mask.shape[-2:]
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
-    encoded = policy.encode(obs, order)
+    memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
+    encoded = policy.encode(policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(policy.kind, key, num_agents, num_actions), order)
 

@@ -1,0 +1,54 @@
+"""Behaviour cloning: actions that somebody else chose, learned as if they were the policy's own."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mam.learning.advantages import Advantages
+from mam.learning.normalise import NormalisedPolicy
+from mam.learning.objective import Batch, Losses
+from mam.learning.rollout import Rollout
+from mam.learning.sharding import Shard
+from mam.types import Evaluation
+
+
+@dataclass(frozen=True)
+class BehaviourCloning:
+    """−E[log π(a | o)] + c_V · ½ E[(v − R)²] over living agents, of joint actions with teacher forcing.
+
+    R are λ-returns of the recorded rewards, bootstrapped from the critic itself.
+
+    Source: Pomerleau 1991 (behaviour cloning); the autoregressive joint policy as in MAT (arXiv 2205.14953), eq. 5.
+    """
+
+    value_coef: float = 0.0  # c_V; with 0 the critic learns nothing, and rewards are not read
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether there are returns to predict."""
+        return self.value_coef > 0
+
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> Float[Array, "T B N"] | None:
+        """Return R, if it is to be predicted."""
+        return None if estimates is None else policy.normalise_value(estimates.target)
+
+    def loss(
+        self,
+        evaluation: Evaluation,
+        batch: Batch,
+        targets: Float[Array, "L M N"] | None,
+        shard: Shard,
+    ) -> Losses:
+        """Return the loss of a minibatch."""
+        alive = batch.observation.alive
+        count = jnp.maximum(shard.sum(alive.sum()), 1)
+        loss = -jnp.sum(jnp.where(alive, evaluation.log_prob, 0.0)) / count
+        means = {"cloning_loss": loss}
+        if self.needs_values and targets is not None:
+            error = jnp.where(alive, jnp.square(evaluation.value - targets), 0.0)
+            means["cloning_value_loss"] = 0.5 * jnp.sum(error) / count
+            loss = loss + self.value_coef * means["cloning_value_loss"]
+        return Losses(loss, means, {})

@@ -1,0 +1,271 @@
+"""Where what is learned from comes from: environments in JAX, external ones, or a recording."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Key, Shaped
+
+from mam.config import Config
+from mam.envs.registry import lives_on_host, make_batched, make_host
+from mam.envs.wrappers import AutoReset
+from mam.errors import UserError
+from mam.learning.evaluate import evaluate, with_kinds
+from mam.learning.external import (
+    Timed,
+    aligned,
+    blank_state,
+    host_evaluate,
+    host_rollout,
+    seed_of,
+    start_episodes,
+    take_infos,
+)
+from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, rollout
+from mam.learning.sharding import Devices, Shard
+from mam.learning.stopwatch import Part, Stopwatch
+from mam.networks.sequence import decision_order
+from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
+
+Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
+
+
+@runtime_checkable
+class Experience(Protocol):
+    """A source of rollouts.
+
+    Where it is compiled, `collect` is traced for one seed, on every device for its share; elsewhere it is called for
+    all seeds at once, with arrays [seeds, …].
+    """
+
+    @property
+    def compiled(self) -> bool: ...
+
+    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> Any:
+        """Return the carry before the first rollout, of one seed and this device's share."""
+        ...
+
+    def collect(
+        self, policy: Policy, carry: Any, key: Key[Array, "*seeds"], shard: Shard
+    ) -> tuple[Any, Rollout, Values]:
+        """Return the carry after the next rollout, the rollout, and metrics that came beside it."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Environments that are pure functions: rollouts and episodes are parts of compiled programs."""
+
+    config: Config
+    devices: Devices
+    batched: AutoReset  # of all devices together
+    compiled: bool = True
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    step_part: Part = "train step"
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Sizes and limits of the task."""
+        return self.batched.spec
+
+    @property
+    def env(self) -> Environment:
+        """One environment, as it is evaluated: it does not reset itself."""
+        return self.batched.env
+
+    def _share(self, shard: Shard) -> AutoReset:
+        share = self.config.ppo.num_envs // shard.num_shards
+        return replace(self.batched, num_envs=share, first=shard.index * share)
+
+    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
+        """Start an episode in every environment."""
+        return init_rollout_state(self._share(shard), policy, key)
+
+    def collect(
+        self, policy: Policy, carry: RolloutState, key: Key[Array, ""], shard: Shard
+    ) -> tuple[RolloutState, Rollout, Values]:
+        """Act for one rollout."""
+        length, sequence = self.config.ppo.rollout_length, self.config.ppo.sequence_length
+        return *rollout(self._share(shard), policy, carry, key, length, shard, sequence), {}
+
+    def play(
+        self,
+        policy: Policy,
+        key: Key[Array, ""],
+        num_episodes: int,
+        greedy: bool | Bool[Array, ""],
+    ) -> Values:
+        """Play episodes to their ends; see `evaluate`."""
+        limit, shard = self.config.eval.max_episode_steps, self.devices.shard
+        return evaluate(self.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
+
+    def play_modes(
+        self,
+        policies: Sequence[Policy],
+        key: Key[Array, ""],
+        num_episodes: int,
+        modes: Sequence[bool],
+    ) -> Values:
+        """Play each mode with its policy: one program, in which the mode is data. Metrics are [modes, …]."""
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *policies), jnp.array(modes)
+        values = lax.map(lambda mode: self.play(mode[0], key, num_episodes, mode[1]), stacked)
+        return with_kinds(values, self.spec)
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
+
+
+@dataclass(frozen=True)
+class External:
+    """Environments in worker processes of this machine, started when they are first needed.
+
+    A resumed run begins new episodes: the old ones cannot be saved.
+    """
+
+    config: Config
+    compiled: bool = False
+    devices: Devices = field(default_factory=Devices)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    step_part: Part = "update"  # besides what the clock tells apart
+
+    @property
+    def _per_round(self) -> int:
+        return min(self.config.eval.num_episodes, self.config.ppo.num_envs)
+
+    @cached_property
+    def env(self) -> HostEnvironments:
+        """Where policies are evaluated."""
+        return self._start(self._per_round)
+
+    @cached_property
+    def _learning(self) -> HostEnvironments:
+        """Where they learn."""
+        first = self.config.num_seeds * self._per_round
+        with self.clock.part("environment"):
+            return Timed(self._start(self.config.ppo.num_envs, first=first), self.clock)
+
+    def _start(self, num_envs: int, first: int = 0) -> HostEnvironments:
+        config = self.config
+        total = config.num_seeds * num_envs
+        return make_host(config.env, total, config.agent_id, config.num_workers, config.worker, first)
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Sizes and limits of the task."""
+        return self.env.spec
+
+    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
+        """Return a state of the right shapes: episodes start with the first rollout."""
+        return blank_state(policy, self.spec, self.config.ppo.num_envs)
+
+    def collect(
+        self, policy: Policy, carry: RolloutState, key: Key[Array, "seeds"], shard: Shard
+    ) -> tuple[RolloutState, Rollout, Values]:
+        """Act for one rollout."""
+        ppo, num_seeds = self.config.ppo, self.config.num_seeds
+        if "_learning" not in self.__dict__:
+            carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
+        with self.clock.part("acting"):
+            carry, found = host_rollout(self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length)
+        transitions, infos = take_infos(found.transitions)
+        return carry, replace(found, transitions=transitions), infos
+
+    def play(self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
+        """Play episodes to their ends; see `host_evaluate`."""
+        memory = jax.vmap(lambda policy: policy.init_memory((self._per_round,)))(policy)
+        limit = self.config.eval.max_episode_steps
+        return host_evaluate(self.env, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
+
+    def play_modes(
+        self,
+        policies: Sequence[Policy],
+        key: Key[Array, "seeds"],
+        num_episodes: int,
+        modes: Sequence[bool],
+    ) -> Values:
+        """Play each mode with its policy. Metrics are [modes, …]."""
+        key = jax.vmap(jax.random.split)(key)[:, 0]
+        values = [self.play(policy, key, num_episodes, greedy) for policy, greedy in zip(policies, modes, strict=True)]
+        stacked = jax.tree.map(lambda *values: np.stack(values), *aligned(values))
+        return with_kinds(stacked, self.spec)
+
+    def close(self) -> None:
+        """End the worker processes; safe to call twice."""
+        for name in ("env", "_learning"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+
+
+Environments = OnDevice | External
+
+
+def environments(config: Config) -> Environments:
+    """Return the environments that a configuration names; nothing is started.
+
+    Raises:
+        UserError: for a task that does not exist, or devices that it cannot be dealt to.
+    """
+    if lives_on_host(config.env):
+        if jax.process_count() > 1:
+            raise UserError(f"{config.env} lives in processes of one host: only environments in JAX run on several")
+        return External(config)
+    num_envs, num_devices = config.ppo.num_envs, config.num_devices or jax.device_count()
+    if num_devices > jax.device_count():
+        raise UserError(f"num_devices = {num_devices}, but there are {jax.device_count()}")
+    if num_envs % num_devices:
+        raise UserError(
+            f"ppo.num_envs must be a multiple of the {num_devices} devices, got {num_envs}; "
+            "num_devices takes fewer of them"
+        )
+    batched = make_batched(config.env, num_envs, config.agent_id)
+    return OnDevice(config, Devices(num_devices), batched)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Somebody else's joint transitions, in memory: a rollout is num_envs windows of them, drawn at random.
+
+    Each window is a sequence of its own, at whose start nothing is remembered.
+    """
+
+    transitions: Transition  # [T, B, …]; log_prob, value and metrics are not read
+    num_envs: int  # windows in a rollout
+    length: int  # their steps
+    compiled: bool = True
+
+    def __post_init__(self):
+        num_steps = self.transitions.reset.shape[0]
+        if not 1 <= self.length <= num_steps:
+            raise UserError(f"windows of {self.length} steps do not fit in {num_steps} recorded")
+
+    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
+        """Return nothing: there is nothing to carry over."""
+        return ()
+
+    def collect(
+        self, policy: Policy, carry: tuple[()], key: Key[Array, ""], shard: Shard
+    ) -> tuple[tuple[()], Rollout, Values]:
+        """Draw the windows."""
+        num_steps, num_columns = self.transitions.reset.shape
+        first_key, column_key = jax.random.split(key)
+        last = num_steps - self.length + 1
+        first = shard.part(jax.random.randint(first_key, (self.num_envs,), 0, last))
+        column = shard.part(jax.random.randint(column_key, (self.num_envs,), 0, num_columns))
+        rows = first + jnp.arange(self.length)[:, None]  # [T, B]
+        window = jax.tree.map(lambda x: jnp.asarray(x)[rows, column], self.transitions)
+        alive = window.observation.alive
+        window = replace(
+            window,
+            order=decision_order(alive),
+            log_prob=None,
+            value=None,
+            metrics={},
+            policy_metrics={},
+        )
+        memory = jax.tree.map(lambda x: x[None], policy.init_memory((first.shape[0],)))
+        return (), Rollout(window, memory, window.final_observation.alive[-1]), {}

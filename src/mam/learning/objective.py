@@ -1,0 +1,134 @@
+"""What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from mam.learning.advantages import Advantages
+from mam.learning.normalise import NormalisedPolicy
+from mam.learning.rollout import Rollout
+from mam.learning.sharding import WHOLE, Shard
+from mam.types import Action, Evaluation, Memory, Observation
+
+
+class Batch(eqx.Module):
+    """What gradient steps read of a rollout, in the network's units.
+
+    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the first of
+    them, is [1, M, …].
+    """
+
+    observation: Observation
+    reset: Bool[Array, "L M"]
+    memory: Memory
+    action: Action
+    order: Int[Array, "L M N"]
+    targets: PyTree[Float[Array, "L M N"]]  # what the objective made of the rest
+
+    @property
+    def num_sequences(self) -> int:
+        """M."""
+        return self.reset.shape[1]
+
+
+class Losses(eqx.Module):
+    """A loss and what is reported beside it: of several devices this one's share, until they are summed."""
+
+    loss: Float[Array, ""]
+    means: dict[str, Float[Array, ""]]
+    maxima: dict[str, Float[Array, ""]]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss on the actions of a rollout, and what it needs to know of them."""
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether returns are to be estimated, and their normalisation kept up."""
+        ...
+
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> PyTree[Float[Array, "T B N"]]:
+        """Return what the loss reads besides the policy's view of the actions, in the network's units.
+
+        Args:
+            policy: with the normalisation that is learned in.
+            rollout: [T, B, …], with observations in the network's units and values in those of reward.
+            estimates: advantages and value targets in units of reward, if they are needed.
+        """
+        ...
+
+    def loss(self, evaluation: Evaluation, batch: Batch, targets: PyTree, shard: Shard) -> Losses:
+        """Return the loss of a minibatch.
+
+        Args:
+            evaluation: the current parameters' view of its actions.
+            batch: the minibatch.
+            targets: what `prepare` returned, for these rows.
+            shard: where the minibatch lies on several devices, this one's share.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Several objectives at once, on the same rollouts."""
+
+    terms: tuple[tuple[float, Objective], ...]
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether one of them needs them."""
+        return any(objective.needs_values for _, objective in self.terms)
+
+    def prepare(self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None) -> list[PyTree]:
+        """Return what each of them reads."""
+        return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
+
+    def loss(self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard) -> Losses:
+        """Return Σ weight · loss, and what each reports."""
+        found = [
+            (weight, objective.loss(evaluation, batch, own, shard))
+            for (weight, objective), own in zip(self.terms, targets, strict=True)
+        ]
+        total = sum((weight * losses.loss for weight, losses in found), jnp.zeros(()))
+        means = {name: x for _, losses in found for name, x in losses.means.items()}
+        return Losses(total, means, {name: x for _, losses in found for name, x in losses.maxima.items()})
+
+
+def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:
+    """Cut a rollout [T, B, …] into sequences; from several devices it comes together here.
+
+    A policy with memory learns from T / L · B sequences of L steps, one without from each step on its own.
+    """
+    transitions = rollout.transitions
+    batch = Batch(
+        observation=transitions.observation,
+        reset=transitions.reset,
+        memory=(),
+        action=transitions.action,
+        order=transitions.order,
+        targets=targets,
+    )
+    batch, memory = shard.gather((batch, rollout.memory), axis=1)
+    num_steps, num_envs = batch.reset.shape
+    if not jax.tree.leaves(memory):
+        return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+    num_sequences = jax.tree.leaves(memory)[0].shape[0]  # of each environment
+    if num_sequences > 1:
+        length = num_steps // num_sequences
+
+        def cut(x: Array) -> Array:
+            x = jnp.swapaxes(x.reshape(num_sequences, length, *x.shape[1:]), 0, 1)
+            return x.reshape(length, num_sequences * num_envs, *x.shape[3:])
+
+        batch = jax.tree.map(cut, batch)
+        memory = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), memory)
+    return replace(batch, memory=memory)
