@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         WorkerConfig,
     )
     from mam.envs.registry import make_env
+    from mam.networks.policy import register_mixer
     from mam.presets import preset
     from mam.runs.api import Result, evaluate, train
     from mam.runs.callbacks import Callback, Event
@@ -50,12 +51,14 @@ __all__ = [
     "make_env",
     "preset",
     "presets",
+    "register_mixer",
     "train",
 ]
 
 _HOMES = {
     "mam.config": tuple(name for name in __all__ if name.endswith("Config")),
     "mam.envs.registry": ("make_env",),
+    "mam.networks.policy": ("register_mixer",),
     "mam.presets": ("preset",),
     "mam.runs.api": ("Result", "evaluate", "train"),
     "mam.runs.callbacks": ("Callback", "Event"),

@@ -3,6 +3,7 @@ import io
 import json
 import re
 import sys
+import textwrap
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
@@ -31,7 +32,10 @@ from mam.runs.sinks import (
     training_speed,
     write_atomically,
 )
+from mam.types import EnvSpec
 from small_run import CONFIG
+
+SPEC = EnvSpec("suite/task", num_agents=2, obs_dim=3, num_actions=4, time_limit=None)
 
 
 def train(update, **values):
@@ -213,7 +217,7 @@ def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(installed, 
     folder.config.write_text("{}")
     progress = Progress(96, num_seeds=2, console=Console(file=io.StringIO()))
     with ExitStack() as stack:
-        running = loop._Loop(config, folder, None, Stopwatch())
+        running = loop._Loop(config, folder, None, SPEC, Stopwatch(), ())
         running.open(stack, progress)
         running.write("train", {"loss": np.array([0.5, 0.25])})
     assert {path.name for path in tmp_path.iterdir()} - {"config.json", "checkpoint"} == files
@@ -236,7 +240,7 @@ def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
 def test_the_documented_sink_is_one(tmp_path, monkeypatch):
     """Weights & Biases, by a module that stands for it."""
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
-    code = text.partition("```python\n")[2].partition("```")[0]
+    code = textwrap.dedent(re.search(r"^    import wandb\n(?:    .*\n|\n)*", text, re.MULTILINE)[0])
     logged, made = [], {}
     finished = []
     run = SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
