@@ -1,7 +1,7 @@
 """Random configurations: every valid one trains and stays finite, every invalid one is refused in one line.
 
     python benchmarks/config_fuzz.py                        # 300 valid and 300 invalid ones, half an hour
-    python benchmarks/config_fuzz.py --valid 5 --invalid 50
+    python benchmarks/config_fuzz.py --valid 5 --invalid 50 --policies mam2
 
 A valid one takes two updates, every fifth an evaluation too, on a probe environment, compiled with few optimisations.
 An invalid one has a single setting that is wrong; `mam train` must answer with exit code 2 and one line that names the
@@ -28,7 +28,7 @@ from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, Network
 from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
-from mam.networks.policy import POLICIES
+from mam.networks.memory import MEMORIES
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {
@@ -39,7 +39,7 @@ WRONG = {
     "--seed": ["-1", "x", "1.5"],
     "--num-seeds": ["0", "-3", "two"],
     "--num-devices": ["0", "1000", "x"],
-    "--total-timesteps": ["0", "-5", "1e6", "many"],
+    "--total-timesteps": ["0", "-5", "1e-6", "many"],
     "--decode": ["parallel", "0"],
     "--decode-window": ["0", "-1", "8"],
     "--decode-max-passes": ["0", "4"],
@@ -55,6 +55,7 @@ WRONG = {
     "--network.dtype": ["float16", "int8"],
     "--network.scan": ["fast", "cuda"],
     "--network.encoder.layout": ["X", "MAX", "m"],
+    "--network.memory": ["lstm", "GRU"],
     "--network.decoder.layout": ["3", "M-A"],
     "--network.decoder.cross": ["Q", "MMMMMM"],
     "--ppo.lr": ["0", "-1e-3", "nan", "small"],
@@ -85,26 +86,31 @@ class Args:
 
     valid: int = 300
     invalid: int = 300
+    policies: tuple[str, ...] = tuple(policies())
+    """Of the valid ones."""
     seed: int = 0
 
 
-def valid(rng: random.Random) -> Config:
+def valid(rng: random.Random, names: tuple[str, ...]) -> Config:
     """A configuration that must train."""
-    policy = rng.choice(list(POLICIES))
+    policy = rng.choice(names)
     num_heads = rng.choice([1, 2, 4])
     sequence = policy not in INDEPENDENT
     num_envs, num_minibatches = rng.choice([2, 4, 6]), rng.choice([1, 2])
     letters, blocks = rng.choices("AM2", k=2), rng.choice([1, 2])
+    d_model, expand = num_heads * rng.choice([1, 2, 3, 6, 7]), rng.choice([1, 2, 3])
     network = NetworkConfig(
-        d_model=num_heads * rng.choice([2, 4, 6]),
+        d_model=d_model,
         num_blocks=blocks,
         num_heads=num_heads,
         d_state=rng.choice([1, 2, 3, 8]),
         d_conv=rng.choice([1, 2, 4]),
-        expand=rng.choice([1, 2, 3]),
+        expand=expand,
         dt_rank=rng.choice([None, 1, 3]),
+        head_dim=rng.choice([None, 1, d_model, expand]),
         encoder=EncoderConfig(layout="".join(letters)[:blocks] if sequence and rng.random() < 0.3 else None),
         decoder=DecoderConfig(layout="".join(letters[::-1])[:blocks] if sequence and rng.random() < 0.3 else None),
+        memory=rng.choice([None, *MEMORIES]),
         dtype=rng.choice(["float32", "float32", "bfloat16"]),
         remat=rng.random() < 0.2,
         scan=rng.choice(["auto", "auto", "sequential", "associative"]),
@@ -211,7 +217,7 @@ def main(args: Args) -> int:
         print(f"{args.invalid} invalid settings, {problems} problems, {time.monotonic() - begun:.0f} s", flush=True)
         with quick_compilation():
             for number in range(args.valid):
-                config = valid(rng)
+                config = valid(rng, args.policies)
                 if wrong := problem_of(config, evaluated=number % 5 == 0):
                     problems += 1
                     print(f"{wrong}\n  {config}", flush=True)

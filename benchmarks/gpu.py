@@ -333,7 +333,7 @@ def profile(config: Any, calls: int) -> Row:
 
     @jax.jit
     def act(policy, actors, key):
-        return jax.tree.map(jnp.sum, rollout(envs, policy, actors, key, ppo.rollout_length)[1].reward)
+        return jax.tree.map(jnp.sum, rollout(envs, policy, actors, key, ppo.rollout_length)[1].transitions.reward)
 
     @jax.jit
     def step_only(env_state, mask, key):

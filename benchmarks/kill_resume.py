@@ -2,6 +2,7 @@
 
     python benchmarks/kill_resume.py                       # 120 kills over mam, mat and mappo, half an hour
     python benchmarks/kill_resume.py --policies mappo --kills 3
+    python benchmarks/kill_resume.py --policies rec_ippo --env kill_resume:Parallel     # in worker processes
 
 Every third kill waits until a save is being written; the others strike anywhere, also while the program starts. Each
 run is `mam train` as a user starts it, killed by SIGKILL, and resumed until it ends. Compared are the last checkpoint's
@@ -17,7 +18,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
+from gymnasium import spaces
+
+ROLLOUT = 8  # steps between two updates
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Args:
     """What to kill."""
 
     policies: tuple[str, ...] = ("mam", "mat", "mappo")
+    env: str = "probe/identity"
+    """Task; kill_resume:Parallel is one for PettingZoo."""
     kills: int = 120
     """In all, dealt to the policies in turn."""
     updates: int = 40
@@ -46,20 +53,52 @@ class Tally:
     mismatches: int = 0
 
 
-def command(policy: str, updates: int) -> list[str]:
+class Parallel:
+    """A ParallelEnv whose episodes are as long as a rollout, and which draws nothing at random.
+
+    Simulators cannot be saved, a resumed run begins new episodes: here they are those that were lost.
+    """
+
+    possible_agents = ("ann", "bob")
+    metadata = {"name": "parallel"}  # noqa: RUF012
+    render_mode = None
+
+    def observation_space(self, agent: str) -> spaces.Box:
+        return spaces.Box(0, 1, (2,))
+
+    def action_space(self, agent: str) -> spaces.Discrete:
+        return spaces.Discrete(4)
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.agents, self.steps, self.before = list(self.possible_agents), 0, dict.fromkeys(self.possible_agents, 0)
+        return self.observe(), {agent: {} for agent in self.agents}
+
+    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
+        rewards = {agent: float(actions[agent] == (self.before[agent] + 1) % 4) for agent in self.agents}
+        self.steps, self.before = self.steps + 1, actions
+        ends, never, infos = (dict.fromkeys(self.agents, x) for x in (self.steps == ROLLOUT, False, {}))
+        observations = self.observe()
+        self.agents = [] if self.steps == ROLLOUT else self.agents
+        return observations, rewards, never, ends, infos
+
+    def observe(self) -> dict[str, np.ndarray]:
+        return {agent: np.float32([self.steps / ROLLOUT, self.before[agent] / 3]) for agent in self.agents}
+
+
+def command(policy: str, env: str, updates: int) -> list[str]:
     """A run that does everything a run does, in little time."""
-    sizes = "--network.d-model 8 --network.d-state 2 --ppo.num-envs 4 --ppo.rollout-length 8 --ppo.num-epochs 1"
+    sizes = f"--network.d-model 8 --network.d-state 2 --ppo.num-envs 4 --ppo.rollout-length {ROLLOUT}"
     ending = "--eval.num-evaluations 8 --eval.num-episodes 4 --eval.num-absolute-episodes 8 --checkpoint.seconds 0"
-    line = (
-        f"train --env probe/identity --policy {policy} --num-seeds 2 --total-timesteps {32 * updates} {sizes} {ending}"
-    )
+    length = f"--num-seeds 2 --num-workers 1 --ppo.num-epochs 1 --total-timesteps {4 * ROLLOUT * updates}"
+    line = f"train --env {env} --policy {policy} {length} {sizes} {ending}"
     return [sys.executable, "-m", "mam", *line.split()]
 
 
 def train(args: list[str], log: Path) -> subprocess.Popen:
     """Starts a run."""
     with log.open("a") as file:
-        return subprocess.Popen(args, stdout=file, stderr=subprocess.STDOUT)
+        here = Path(__file__).parent  # where kill_resume:Parallel is looked for
+        return subprocess.Popen(args, stdout=file, stderr=subprocess.STDOUT, cwd=here)
 
 
 def finish(process: subprocess.Popen, log: Path) -> None:
@@ -96,7 +135,6 @@ def _size(file: Path) -> int:
 def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     """Every number of a finished run: its rows without the clock, and the bytes of its last train state."""
     import jax
-    import numpy as np
 
     from mam.learning.train import make_train
     from mam.runs.loop import RunFolder
@@ -133,11 +171,11 @@ def soak(args: Args, folder: Path) -> Tally:
     for policy in args.policies:
         whole, log = folder / policy / "whole", folder / policy / "log.txt"
         whole.parent.mkdir(parents=True, exist_ok=True)
-        finish(train([*command(policy, args.updates), "--out", str(whole)], log), log)
+        finish(train([*command(policy, args.env, args.updates), "--out", str(whole)], log), log)
         wanted = tally.kills + -(-args.kills // len(args.policies))
         while tally.kills < wanted:
             run = folder / policy / f"run_{tally.runs}"
-            kill_until_done(policy, run, log, rng, tally, wanted, args.updates)
+            kill_until_done(command(policy, args.env, args.updates), run, log, rng, tally, wanted)
             tally.runs += 1
             different = compare(whole, run)
             tally.mismatches += different
@@ -145,14 +183,12 @@ def soak(args: Args, folder: Path) -> Tally:
     return tally
 
 
-def kill_until_done(
-    policy: str, run: Path, log: Path, rng: random.Random, tally: Tally, wanted: int, updates: int
-) -> None:
+def kill_until_done(command: list[str], run: Path, log: Path, rng: random.Random, tally: Tally, wanted: int) -> None:
     """One run to its end, killed and resumed until there were as many kills as wanted."""
     while True:
-        start = [*command(policy, updates), "--out", str(run)]
+        start = [*command, "--out", str(run)]
         if (run / "config.json").exists():
-            start = [sys.executable, "-m", "mam", "train", "--resume", str(run)]
+            start = [sys.executable, "-m", "mam", "train", "--resume", str(run), "--trust"]
         process = train(start, log)
         doing = None
         if tally.kills < wanted:
@@ -163,13 +199,13 @@ def kill_until_done(
         tally.kills += 1
         tally.during_save += doing == "saving"
         tally.starting += doing == "starting"
-        print(f"  {policy}: kill {tally.kills} while {doing}", flush=True)
+        print(f"  kill {tally.kills} while {doing}", flush=True)
 
 
 def main(args: Args) -> int:
     """Prints what was done; returns 1 if anything differed."""
     with tempfile.TemporaryDirectory() as temporary:
-        tally = soak(args, args.out or Path(temporary))
+        tally = soak(args, (args.out or Path(temporary)).absolute())
     print(
         f"{tally.kills} kills ({tally.during_save} during a save, {tally.starting} while starting) "
         f"in {tally.runs} runs: {tally.mismatches} mismatching bytes"

@@ -1,9 +1,9 @@
 """Signals at any moment of a run: exit code 75, 0 or 130, one line, and a folder that goes on.
 
 Starts a small run over and over, sends it a signal after so many seconds, and looks at how it ended. What cannot be
-caught are the milliseconds before Python runs the first line of ours: the first moment is therefore not 0.
+caught is the time before Python runs the first line of ours, long on a busy machine: seconds count from there.
 
-    python benchmarks/signals.py OUT                         # 20 moments from 0.2 to 6 s, every signal
+    python benchmarks/signals.py OUT                         # 20 moments from 0 to 6 s, every signal
     python benchmarks/signals.py OUT --moments 5 --until 3
 """
 
@@ -36,6 +36,8 @@ def interrupted(out: Path, number: int, seconds: float) -> tuple[int, str]:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
     ) as process:
+        while process.poll() is None and not listens(process.pid):
+            time.sleep(0.001)
         time.sleep(seconds)
         process.send_signal(number)
         try:
@@ -46,14 +48,21 @@ def interrupted(out: Path, number: int, seconds: float) -> tuple[int, str]:
     return process.returncode, printed
 
 
+def listens(pid: int) -> bool:
+    """Whether a process catches all of the signals, by what Linux says of it."""
+    caught = int(Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0], 16)
+    return all(caught >> (number - 1) & 1 for number in CODES)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--since", type=float, default=0.2)
+    parser.add_argument("--since", type=float, default=0.0)
     parser.add_argument("--until", type=float, default=6.0)
     args = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do theirs
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as what nohup starts
     counts, failures = Counter(), 0
     for index in range(args.moments):
         seconds = args.since + (args.until - args.since) * index / max(args.moments - 1, 1)

@@ -19,8 +19,8 @@ import tyro
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
-from mam.learning import train
-from mam.networks.policy import POLICIES
+from mam.learning import experience, train
+from mam.networks.policy import has_memory, policies
 from mam.runs.process import configure
 
 SEQUENCE = ("mam", "mat")
@@ -28,7 +28,7 @@ SEQUENCE = ("mam", "mat")
 NEEDS = {
     "copy": lambda policy: policy in SEQUENCE,
     "matrix": lambda policy: policy in SEQUENCE,
-    "memory": lambda policy: policy.startswith("rec_"),
+    "memory": lambda policy: has_memory(policy, NetworkConfig()),
 }
 PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
 STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000, "components": 30_000}
@@ -38,7 +38,7 @@ STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000,
 class Args:
     """What to try."""
 
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = tuple(policies())
     probes: tuple[str, ...] = (*PROBES, "shuffled")
     num_seeds: int = 20
 
@@ -86,13 +86,13 @@ def main(args: Args) -> None:
     for probe in args.probes:
         task = PROBES["identity" if probe == "shuffled" else probe]()
         for policy in args.policies:
-            started, make_batched = time.monotonic(), train.make_batched
+            started, make_batched = time.monotonic(), experience.make_batched
             try:
                 if probe == "shuffled":
-                    train.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
+                    experience.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
                 score = scores(config_for(policy, task.spec.name.removeprefix("probe/"), args.num_seeds))
             finally:
-                train.make_batched = make_batched
+                experience.make_batched = make_batched
             solved = (score > task.random_return + 0.9 * (task.optimal_return - task.random_return)).sum()
             expected = probe != "shuffled" and NEEDS.get(probe, lambda policy: True)(policy)
             print(

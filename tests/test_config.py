@@ -113,6 +113,7 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="mam", network=network).algorithm == "mam-encMA-decM2-crossAA"
     published = NetworkConfig(encoder=EncoderConfig(combine="product"))
     assert Config(policy="mam", network=published).algorithm == "mam-product"
+    assert Config(policy="mat", network=NetworkConfig(memory="gru")).algorithm == "mat-gru"
 
 
 def test_derived_sizes():
@@ -293,13 +294,11 @@ def test_choices():
 
 
 @pytest.mark.parametrize("key", ["network.encoder.layout", "network.decoder.layout", "network.decoder.cross"])
-@pytest.mark.parametrize("layout", ["", "X", "am", "M A", "A1"])
-def test_layouts_are_of_known_letters(key, layout):
+@pytest.mark.parametrize("layout", ["", "M A", "../A", "é"])
+def test_layouts_are_letters(key, layout):
     with pytest.raises(UserError) as refused:
         from_json(Config, nested(key, layout))
-    assert str(refused.value) == (
-        f"{key} must be letters of A, M, 2 (attention, Mamba, Mamba-2), one per block, got {layout!r}"
-    )
+    assert str(refused.value) == f"{key} must be a letter per block, such as MA, got {layout!r}"
 
 
 @pytest.mark.parametrize("decode", ["sequential", "kernel"])

@@ -21,7 +21,7 @@
  9  memory not reset, or one step off       learning/test_rollout::test_memory_counts_from_the_first_step_of_every_episode
                                             learning/test_evaluate::test_every_episode_equals_one_played_by_hand
                                             learning/test_external::test_memory_counts_from_the_first_step_of_every_episode
-                                            networks/test_independent::test_memory_is_that_of_the_episode_exactly
+                                            networks/test_memory::test_memory_is_that_of_the_episode_exactly
                                             contracts/test_policy_contract::test_evaluate_repeats_act_over_time
 10  resuming without the optimiser's state  learning/test_train::test_resuming_equals_going_on
                                             runs/test_loop::test_a_stopped_and_resumed_run_equals_an_uninterrupted_one
@@ -38,7 +38,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from mam.config import NetworkConfig
-from mam.networks.policy import POLICIES, make_policy
+from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import SequencePolicy
 from mam.types import EnvSpec, Observation
 
@@ -91,7 +91,7 @@ def work_of_recomputing(name, num_agents):
     return work(jax.make_jaxpr(act)(policy).jaxpr)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policies())
 def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
     """Defect 3. Twice the agents are twice the work, not four times: what is quadratic, or done once, is small."""
     few, many = 10, 20

@@ -5,6 +5,7 @@ The docstring under a field is its help text on the command line.
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,6 @@ from mam.errors import UserError, shown, unknown_name
 
 T = TypeVar("T")
 
-LAYOUT_LETTERS = "AM2"  # of the mixers, see mam.networks.mixers
 MAX_SEED = 2**32 - 1  # a random key is made of 32 bits: what lies above would be one of the seeds below
 MAX_INT = 2**63 - 1
 
@@ -23,10 +23,10 @@ class EncoderConfig:
     """The encoder's blocks."""
 
     layout: str | None = None
-    """A letter per block: A attention, M Mamba, 2 Mamba-2, such as MA; num_blocks times the policy's own if None."""
+    """A letter per block, such as MA (see `mam list`); num_blocks times the policy's own if None."""
     combine: Literal["sum", "product"] = "sum"
-    """The two directions of M and 2: both read the observations and are added, or as published the second reads the
-    first and they are multiplied, which learns less."""
+    """The two directions of a state-space mixer: both read the observations and are added, or as published the second
+    reads the first and they are multiplied, which learns less."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,22 @@ class NetworkConfig:
     num_blocks: int = 1
     """Blocks in the encoder, and as many in the decoder; hidden layers of the independent policies."""
     num_heads: int = 1
-    """Attention heads (mat)."""
+    """Attention heads."""
     d_state: int = 16
-    """State size per inner channel (mam, mam2)."""
+    """State size per inner channel."""
     d_conv: int = 4
-    """Width of the convolution along the agents (mam, mam2)."""
+    """Width of the convolution along the agents."""
     expand: int = 2
-    """Inner width of a Mamba block, as a multiple of d_model (mam, mam2)."""
+    """Inner width of a Mamba block, as a multiple of d_model."""
     dt_rank: int | None = None
-    """Rank of the step-size projection (mam); d_model / 16, rounded up, if None."""
+    """Rank of the step-size projection; d_model / 16, rounded up, if None."""
     head_dim: int | None = None
-    """Inner channels that share a decay (mam2); as many up to 64 as divide the inner width evenly, if None."""
+    """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What an agent remembers of earlier environment steps: none or gru; the policy's own if None. `mam list` explains
-    them."""
+    """What agents remember across environment steps: none or gru (see `mam list`); what the policy's name says if None:
+    gru for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
@@ -72,7 +72,7 @@ class NetworkConfig:
     """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
     by each other's (LayerNorm), which hides one or two features, and small ones beside large ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
-    """How mam's scan is computed: auto takes what is fastest; associative is the published form."""
+    """How Mamba's scan is computed: auto takes what is fastest; associative is the published form."""
 
     @property
     def d_inner(self) -> int:
@@ -83,6 +83,17 @@ class NetworkConfig:
     def resolved_dt_rank(self) -> int:
         """The rank in force."""
         return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """Layouts that are given, by the names of the settings."""
+        decoder = self.decoder
+        given = {
+            "encoder.layout": self.encoder.layout,
+            "decoder.layout": decoder.layout,
+            "decoder.cross": decoder.cross,
+        }
+        return {f"network.{name}": layout for name, layout in given.items() if layout is not None}
 
     @property
     def num_ssm_heads(self) -> int:
@@ -172,7 +183,7 @@ class Config:
     """One training run: everything that decides its numbers."""
 
     policy: str = "mam"
-    """Policy: mam, mam2, mat, mappo, ippo, rec_mappo or rec_ippo; `mam list` explains them."""
+    """Policy, such as mam or mappo; `mam list` explains them all."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
     """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory; see `mam list`."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
@@ -208,11 +219,12 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        """The policy's name in tables and files, with what is not its own: another layout, the published encoder."""
+        """The policy's name in tables and files, with what is not its own: layouts, memory, the published encoder."""
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
+        memory = [self.network.memory] if self.network.memory else []
         published = ["product"] * (encoder.combine == "product")
-        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *published])
+        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *memory, *published])
 
     @property
     def steps_per_update(self) -> int:
@@ -271,21 +283,18 @@ def _validate(config: Config) -> None:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
     ppo, network = config.ppo, config.network
     _check_choices(config)
-    for name in ("policy", "env"):  # which stand in messages, pages and file names
-        if not (value := getattr(config, name)).isprintable():
+    names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
+    for name, value in names.items():  # which stand in messages, pages and file names
+        if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"{name} must be positive, got {value}")
     if config.decode != "fixed_point" and (config.decode_window or config.decode_max_passes):
         raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
-    layouts = {"encoder.layout": network.encoder.layout, "decoder.layout": network.decoder.layout}
-    for name, layout in (layouts | {"decoder.cross": network.decoder.cross}).items():
-        if layout is not None and (not layout or set(layout) - set(LAYOUT_LETTERS)):
-            raise UserError(
-                f"network.{name} must be letters of {', '.join(LAYOUT_LETTERS)} "
-                f"(attention, Mamba, Mamba-2), one per block, got {shown(layout)}"
-            )
+    for name, layout in network.layouts.items():
+        if not re.fullmatch("[A-Za-z0-9]+", layout):  # which mixers there are, networks know; it stands in file names
+            raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
         ("worker.max_restarts", config.worker.max_restarts),

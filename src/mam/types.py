@@ -89,6 +89,7 @@ class EnvSpec:
     grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
     team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
+    agent_names: tuple[str, ...] | None = None  # such as adversary_0; without its number it says of which kind one is
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
     action_components: tuple[int, ...] | None = None  # choices in each component, where an agent makes several at once
 

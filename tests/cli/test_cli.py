@@ -1,5 +1,6 @@
 """What a person types, and what they read."""
 
+import errno
 import io
 import json
 import re
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from mam.cli import main as cli
@@ -36,6 +39,7 @@ from report_runs import CONFIG, write_run
         (["train", "--ppo.num-minibatches", "3"], ["ppo.num_minibatches", "must divide", "3"]),
         (["train", "--network.num-heads", "5"], ["network.num_heads", "must divide", "5"]),
         (["train", "--policy", "mma"], ["unknown policy 'mma'", "mam"]),
+        (["train", "--network.memory", "gro"], ["unknown network.memory 'gro'", "did you mean gru"]),
         (["train", "--env", "lbf/8x8"], ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"]),
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
@@ -86,7 +90,7 @@ def test_other_numbers_are_not_whole(written):
     "args", [["train", "--env", "lbf/8x8"], ["check-env", "lbf/8x8"], ["evaluate", "run", "--env", "lbf/8x8"]]
 )
 def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
-    program = "import sys; from mam import cli; code = cli.main(sys.argv[1:]); sys.exit(code + ('jax' in sys.modules))"
+    program = "import sys; from mam.cli.main import main; sys.exit(main(sys.argv[1:]) + ('jax' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("unknown task 'lbf/8x8'")) == (2, 1)
 
@@ -149,7 +153,7 @@ def finished(tmp_path_factory):
 def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json"),
+        *("config.json", "versions.json", "metrics.jsonl", "marl_eval.json", "times.json"),
         *("learning_curve.png", "tensorboard", "checkpoint", "run.lock"),
     }
     config = json.loads((finished / "config.json").read_text())
@@ -169,6 +173,30 @@ def test_evaluate_reports_every_seed(finished, capsys):
     assert "mean ± std" in out
 
 
+def test_evaluate_tells_agents_with_rewards_of_their_own_apart(finished, capsys, monkeypatch):
+    from mam.envs import probes, tasks
+
+    class Own(probes.Matrix):
+        @property
+        def spec(self):
+            return replace(super().spec, team_reward=False, agent_names=("wolf_0", "[hare]"))
+
+    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "own"))
+    monkeypatch.setitem(probes.PROBES, "own", Own)
+    command = ["evaluate", str(finished), "--env", "probe/own", "--episodes", "4"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"│ wolf_0 +│ \d.\d+ ± \d.\d+ +│\n│ \[hare\] +│ \d", out)
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agents"] == ["wolf_0", "[hare]"]
+    assert np.shape(found["metrics"]["agent_return"]) == (2, 4, 2)
+    assert {"return_wolf", "return_[hare]"} < found["metrics"].keys()
+    monkeypatch.setattr(cli, "_MOST_AGENTS", 1)
+    cli.display(cli._agent_table(np.zeros((2, 4, 2)), Own().spec))
+    assert "and 1 more agents, all in --json" in re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
 def test_evaluate_prints_json_and_nothing_else(finished, capsys):
     assert cli.main(["evaluate", str(finished), "--episodes", "4", "--greedy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -180,8 +208,18 @@ def test_show_prints_command_settings_provenance_and_scores(finished, capsys):
     assert cli.main(["show", str(finished)]) == 0
     out = capsys.readouterr().out
     assert "mam train --env probe/matrix --num-seeds 2 --total-timesteps 64" in out
-    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std"):
+    for line in (r"ppo.num_envs +4", r"jax +\d", r"git +", r"mean ± std", r"time: compile \d+ %"):
         assert re.search(line, out)
+
+
+@pytest.mark.parametrize(("command", "unwritten"), [("play", "x.json"), ("report", "x.gif")])
+def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, command, unwritten):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mam.runs.sinks.os", SimpleNamespace(fsync=full_disk))
+    assert cli.main([command, str(finished), "--out", str(tmp_path / "x.gif")]) == 1
+    assert capsys.readouterr().err == f"mam: cannot write {tmp_path / unwritten}: No space left on device\n"
 
 
 def test_settings_start_from_a_run_or_a_file(tmp_path):
@@ -217,7 +255,11 @@ def test_the_preset_is_named_beside_its_sisters():
 def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch):
     from mam.envs import probes, tasks
 
-    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "identity", "matrix-again", "matrix-large", "parts"))
+    monkeypatch.setitem(
+        tasks.SUITES,
+        "probe",
+        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts")),
+    )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
@@ -237,7 +279,7 @@ def test_check_env(capsys, monkeypatch):
 
     assert cli.main(["check-env", "probe/identity"]) == 0
     assert "probe/identity: nothing found" in capsys.readouterr().out
-    monkeypatch.setitem(tasks.TASKS, "probe", ("broken",))
+    monkeypatch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("broken",)))
     monkeypatch.setitem(probes.PROBES, "broken", Broken)
     assert cli.main(["check-env", "probe/broken"]) == 1
     assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
@@ -252,11 +294,12 @@ class Broken(Identity):
 
 
 def test_list_envs_shows_sizes(capsys, monkeypatch):
-    from mam.envs import registry, tasks
+    from mam.envs import tasks
 
-    monkeypatch.setattr(registry, "_SUITES", {"probe": registry._SUITES["probe"], "gone": registry._Suite(gone)})
     longest = max(tasks.task_names(), key=len).partition("/")[2]
-    monkeypatch.setattr(tasks, "TASKS", {"probe": tasks.TASKS["probe"], "gone": (longest,)})
+    suites = {"probe": tasks.SUITES["probe"], "gone": tasks.Suite("nowhere", __name__, (longest,))}
+    monkeypatch.setattr(tasks, "SUITES", suites)
+    monkeypatch.setattr("mam.envs.registry.SUITES", suites)
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
@@ -267,7 +310,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert "gone: it needs a package" in out
 
 
-def gone(task):
+def make_gone(task):
     raise UserError("it needs a package")
 
 

@@ -15,11 +15,11 @@ from jax import lax
 
 from mam.config import EncoderConfig, NetworkConfig
 from mam.kernels.ssd import CHUNK
-from mam.networks.mixers.base import AbstractCausalMixer
-from mam.networks.mixers.registry import MIXERS, MixerFamily
+from mam.networks.mixers.base import AbstractCausalMixer, Roles
+from mam.networks.mixers.registry import MIXERS
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-ROLES = [role.name for role in dataclasses.fields(MixerFamily) if role.name != "letter"]
+ROLES = [role.name for role in dataclasses.fields(Roles)]
 PUBLISHED = [(f, "published encoder") for f in ("mamba", "mamba2")]  # whose passes are multiplied
 every_mixer = pytest.mark.parametrize(("family", "role"), [*((f, r) for f in MIXERS for r in ROLES), *PUBLISHED])
 every_causal_mixer = pytest.mark.parametrize(
@@ -42,8 +42,8 @@ def double_precision():
 def build_mixer(family, role, key):
     if role == "published encoder":
         published = dataclasses.replace(SIZES, encoder=EncoderConfig(combine="product"))
-        return MIXERS[family].encoder(published, key=key)
-    return getattr(MIXERS[family], role)(SIZES, key=key)
+        return MIXERS[family].roles.encoder(published, key=key)
+    return getattr(MIXERS[family].roles, role)(SIZES, key=key)
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role)
         alone = jax.tree.map(lambda v: v[:LIVING], inputs)
         expected = parallel(mixer, *alone)
         assert expected.dtype == jnp.float32
-        assert 0.5 < np.std(expected) < 2
+        assert 0.3 < np.std(expected) < 3
         np.testing.assert_allclose(parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6)
         if "encoder" not in role:
             steps = recurrent(mixer, *loud)[:LIVING]

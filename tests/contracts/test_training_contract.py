@@ -17,9 +17,9 @@ import pytest
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
-from mam.learning import train
+from mam.learning import experience, train
 from mam.learning.train import TrainState
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -62,17 +62,18 @@ TASKS = {
     "unscaled": Unscaled(NUM_AGENTS, NUM_ACTIONS),
 }
 INDEPENDENT = ["mappo", "ippo", "rec_mappo", "rec_ippo"]
-SEQUENCE = [name for name in POLICIES if name not in INDEPENDENT]
-WITH_MEMORY = ["rec_mappo", "rec_ippo"]
+SEQUENCE = [name for name in policies() if name not in INDEPENDENT]
+NAMES = [*policies(), "mam-gru"]  # which is `mam` with that memory
+WITH_MEMORY = ["rec_mappo", "rec_ippo", "mam-gru"]
 
 
 def runs_of(name):
     """What a policy trains on: all tasks, and `shuffled`, which is `identity` with the rewards of other environments.
 
-    Nothing is asked of independent agents where they must agree at random (they may or may not be trapped, and those
-    with memory may take turns).
+    Only of sequence policies is anything asked where agents must agree at random (independent ones may or may not be
+    trapped, and those with memory may take turns).
     """
-    left_out = {"copy", "matrix"} if name in INDEPENDENT else {}
+    left_out = {} if name in SEQUENCE else {"copy", "matrix"}
     return [run for run in (*TASKS, "shuffled") if run not in left_out]
 
 
@@ -130,11 +131,15 @@ class Shuffled(AutoReset):
         return state, replace(timestep, reward=reward)
 
 
-def make_trainer(policy, task, shuffle):
-    config = Config(policy=policy, total_timesteps=NUM_UPDATES * 256, network=NETWORK, ppo=PPO)
+def make_trainer(name, task, shuffle):
+    policy, _, memory = name.partition("-")
+    network = replace(NETWORK, memory=memory or None)
+    config = Config(policy=policy, total_timesteps=NUM_UPDATES * 256, network=network, ppo=PPO)
     with pytest.MonkeyPatch.context() as patch:
         statistics = EpisodeStatistics(AgentId(AnyTask(task)))
-        patch.setattr(train, "make_batched", lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle))
+        patch.setattr(
+            experience, "make_batched", lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle)
+        )
         return train.make_train(config)
 
 
@@ -153,7 +158,7 @@ class Learned:
         return np.convolve(returns, np.ones(3) / 3, mode="valid")
 
 
-@pytest.fixture(scope="module", params=POLICIES)
+@pytest.fixture(scope="module", params=NAMES)
 def learned(request):
     name = request.param
     rows = rows_of(name)
@@ -218,7 +223,7 @@ def test_memory_carries_a_cue_to_the_end_of_an_episode(learned):
     assert learned.returns("memory").max() > 0.9
 
 
-@only(*(name for name in POLICIES if name not in WITH_MEMORY))
+@only(*(name for name in NAMES if name not in WITH_MEMORY))
 def test_without_memory_a_cue_is_forgotten(learned):
     """Chance is 0.25, give or take 0.03."""
     assert learned.returns("memory").min() > 0.15

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import pytest
 
-from mam.envs import jaxmarl, jumanji, probes, smax
+from mam.envs import jumanji, probes
+from mam.envs.jaxmarl import mpe, overcooked, smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
 
@@ -25,7 +26,7 @@ def make_short(make: Callable[[str], Environment], task: str) -> Environment:
         patch.setattr(jumanji, "RWARE_TIME_LIMIT", SHORT_LIMIT)
         patch.setitem(jumanji.CONNECTOR_TASKS, "5x5x3a", SHORT_LIMIT)
         patch.setitem(jumanji.CLEANER_TASKS, "5x5x2a", SHORT_LIMIT)
-        patch.setattr(jaxmarl, "OVERCOOKED_TIME_LIMIT", SHORT_LIMIT)
+        patch.setattr(overcooked, "OVERCOOKED_TIME_LIMIT", SHORT_LIMIT)
         return make(task)
 
 
@@ -36,9 +37,9 @@ RAW: dict[str, Callable[[], Environment]] = {
     "cleaner": lambda: make_short(jumanji.make_cleaner, "5x5x2a"),
     "lbf/auto": lambda: jumanji.make_lbf_auto(agents=2, grid=6, limit=SHORT_LIMIT),
     "smax": lambda: smax.make_smax_auto(agents=2, enemies=2, limit=SHORT_LIMIT),
-    "mpe": lambda: jaxmarl.make_mpe_auto(agents=2, limit=SHORT_LIMIT),
-    "mpe-continuous": lambda: jaxmarl.make_mpe_auto(agents=2, continuous=True, limit=SHORT_LIMIT),
-    "overcooked": lambda: make_short(jaxmarl.make_overcooked, "cramped_room"),
+    "mpe": lambda: mpe.make_mpe_auto(agents=2, limit=SHORT_LIMIT),
+    "mpe-continuous": lambda: mpe.make_mpe_auto(agents=2, continuous=True, limit=SHORT_LIMIT),
+    "overcooked": lambda: make_short(overcooked.make_overcooked, "cramped_room"),
 } | dict(probes.PROBES)
 
 

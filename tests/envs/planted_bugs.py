@@ -291,6 +291,13 @@ class UncountedComponent(Carriers):
     spec = replace(Carriers.spec, action_components=(3, 3))
 
 
+@planted("spec", "agent_names")
+class OneNameForAll(Walk):
+    """One name for three agents."""
+
+    spec = replace(Walk.spec, agent_names=("walker",))
+
+
 @planted("metrics", "metrics")
 class MetricsFromStepsOnly(Walk):
     """A reset has no metrics."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mam.envs import jaxmarl, smax
+from mam.envs.jaxmarl import hanabi, mabrax, mpe, overcooked, smax
 from mam.envs.tasks import OVERCOOKED_LAYOUTS, SMAX_TASKS
 from mam.errors import UserError
 from mam.types import Environment
@@ -62,24 +62,24 @@ class Task:
 
 def short_overcooked(task):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxmarl, "OVERCOOKED_TIME_LIMIT", LIMIT)
-        return jaxmarl.make_overcooked(task)
+        patch.setattr(overcooked, "OVERCOOKED_TIME_LIMIT", LIMIT)
+        return overcooked.make_overcooked(task)
 
 
 def short_mabrax(task):
     pytest.importorskip("brax")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxmarl, "MABRAX_TIME_LIMIT", LIMIT)
-        return jaxmarl.make_mabrax(task)
+        patch.setattr(mabrax, "MABRAX_TIME_LIMIT", LIMIT)
+        return mabrax.make_mabrax(task)
 
 
 MAKE = {
     "smax": lambda: smax.make_smax_auto(agents=11, enemies=2, limit=LIMIT),  # ally_10 sorts before ally_2
-    "mpe": lambda: jaxmarl.make_mpe_auto(agents=11, landmarks=2, limit=LIMIT),
-    "mpe-continuous": lambda: jaxmarl.make_mpe("simple_spread_3"),
+    "mpe": lambda: mpe.make_mpe_auto(agents=11, landmarks=2, limit=LIMIT),
+    "mpe-continuous": lambda: mpe.make_mpe("simple_spread_3"),
     "overcooked": lambda: short_overcooked("cramped_room"),
     "overcooked-shaped": lambda: short_overcooked("cramped_room-shaped"),
-    "hanabi": lambda: jaxmarl.make_hanabi("2p"),
+    "hanabi": lambda: hanabi.make_hanabi("2p"),
     "mabrax": lambda: short_mabrax("hopper_3x1"),
 }
 
@@ -167,7 +167,7 @@ def test_the_time_limit_truncates(task):
 
 def test_published_limits():
     """SMAX and MPE take a step more than the limit they are given, as in the published results."""
-    battle, particles = smax.make_smax("2s3z"), jaxmarl.make_mpe("simple_spread_3-discrete")
+    battle, particles = smax.make_smax("2s3z"), mpe.make_mpe("simple_spread_3-discrete")
     assert (battle.spec.time_limit, battle.env.max_steps) == (101, 100)
     assert (particles.spec.time_limit, particles.env.max_steps) == (26, 25)
 
@@ -258,7 +258,7 @@ def test_smax_tasks_are_jaxmarls():
 
 @pytest.mark.parametrize(("task", "continuous"), [("simple_spread_10", True), ("simple_spread_5-discrete", False)])
 def test_mpe_settings(task, continuous):
-    spec = jaxmarl.make_mpe(task).spec
+    spec = mpe.make_mpe(task).spec
     num_agents = int(task.removeprefix("simple_spread_").removesuffix("-discrete"))
     assert (spec.name, spec.num_agents, spec.continuous) == (f"mpe/{task}", num_agents, continuous)
     assert (spec.num_actions, spec.obs_dim) == (4 if continuous else 5, 4 + 4 * (num_agents - 1) + 2 * num_agents)
@@ -266,7 +266,7 @@ def test_mpe_settings(task, continuous):
 
 
 def test_auto_tasks_have_as_many_on_the_other_side():
-    spread, battle = jaxmarl.make_mpe_auto(agents=4, local_ratio=0.0), smax.make_smax_auto(agents=12)
+    spread, battle = mpe.make_mpe_auto(agents=4, local_ratio=0.0), smax.make_smax_auto(agents=12)
     assert (spread.env.num_landmarks, battle.env.num_enemies) == (4, 12)
     assert spread.spec.team_reward
 
@@ -317,7 +317,7 @@ def test_overcooked_rewards_are_shared():
 
 @pytest.mark.parametrize("layout", OVERCOOKED_LAYOUTS)
 def test_overcooked_layouts(layout):
-    spec = jaxmarl.make_overcooked(layout).spec
+    spec = overcooked.make_overcooked(layout).spec
     rows, columns, channels = spec.grid_shape
     assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == (f"overcooked/{layout}", 2, 0, 6)
     assert rows in (4, 5)
@@ -345,7 +345,7 @@ def test_hanabi_is_played_in_turn_to_its_end():
 
 @pytest.mark.parametrize(("task", "num_agents", "num_actions"), [("2p", 2, 21), ("3p", 3, 31), ("5p", 5, 49)])
 def test_hanabi_settings(task, num_agents, num_actions):
-    spec = jaxmarl.make_hanabi(task).spec
+    spec = hanabi.make_hanabi(task).spec
     assert (spec.name, spec.num_agents, spec.num_actions) == (f"hanabi/{task}", num_agents, num_actions)
     assert spec.time_limit is None
 
@@ -368,7 +368,7 @@ def test_mabrax_falls_terminate(robot, step):
 def test_mabrax_masks_the_padding():
     """The humanoid's agents have 9 and 8 joints."""
     pytest.importorskip("brax")
-    env = jaxmarl.make_mabrax("humanoid_9|8")
+    env = mabrax.make_mabrax("humanoid_9|8")
     mask = jax.jit(lambda key: env.reset(key)[1].observation.action_mask)(jax.random.key(0))
     assert mask.sum(axis=1).tolist() == [9, 8]
     assert mask[:, :8].all()
@@ -402,29 +402,16 @@ def test_options_are_checked():
     with pytest.raises(UserError, match="smax/auto: enemies must be at least 1, got -1"):
         smax.make_smax_auto(enemies=-1)
     with pytest.raises(UserError, match=r"mpe/auto: local_ratio must be between 0 and 1, got 1.5"):
-        jaxmarl.make_mpe_auto(local_ratio=1.5)
-
-
-@pytest.mark.parametrize("make", [smax.make_smax_auto, jaxmarl.make_mpe_auto])
-def test_missing_jaxmarl_is_one_clear_error(make, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jaxmarl", None)
-    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[jaxmarl\]"'):
-        make()
-
-
-def test_missing_brax_is_one_clear_error(monkeypatch):
-    monkeypatch.setitem(sys.modules, "brax", None)
-    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[mabrax\]"'):
-        jaxmarl.make_mabrax("hopper_3x1")
+        mpe.make_mpe_auto(local_ratio=1.5)
 
 
 def test_import_is_quiet_and_leaves_the_streams_alone():
     """JaxMARL prints, imports brax if it is there, and replaces both streams then."""
     code = (
         "import sys; streams = sys.stdout, sys.stderr\n"
-        "from mam.envs import jaxmarl, smax\n"
+        "from mam.envs.jaxmarl import base, mpe, smax\n"
         "assert 'jaxmarl' not in sys.modules\n"
-        "jaxmarl.import_jaxmarl()\n"
+        "base.import_jaxmarl()\n"
         "assert 'jaxmarl' in sys.modules and 'brax' not in sys.modules\n"
         "assert (sys.stdout, sys.stderr) == streams\n"
         "print('done')"

@@ -1,7 +1,6 @@
 """Conventions of the Jumanji tasks, checked on positions set up by hand."""
 
 import functools
-import sys
 from dataclasses import replace
 
 import equinox as eqx
@@ -360,20 +359,3 @@ def test_animate_writes_a_gif(family, request, tmp_path):
         assert picture.format == "GIF"
         assert picture.n_frames == 3
     assert plt.get_fignums() == []
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: jumanji.make_lbf("8x8-2p-2f-coop"),
-        lambda: jumanji.make_rware("tiny-2ag"),
-        lambda: jumanji.make_connector("5x5x3a"),
-        lambda: jumanji.make_cleaner("5x5x2a"),
-        jumanji.make_lbf_auto,
-        jumanji.make_rware_auto,
-    ],
-)
-def test_missing_jumanji_is_one_clear_error(make, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jumanji", None)
-    with pytest.raises(UserError, match=r'pip install "multi-agent-mamba\[jumanji\]"'):
-        make()

@@ -154,6 +154,7 @@ def test_agents_see_who_they_are(pool, make_pool, agent_id, num_ids):
     spec = pool.spec
     assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == ("test", 3, num_ids + 4, 5)
     assert (spec.time_limit, spec.state_dim, spec.team_reward) == (LIMIT, 2, False)
+    assert spec.agent_names == ("ann", "bob", "cleo")
 
 
 def test_pictures_and_continuous_actions(make_pool):

@@ -2,28 +2,65 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 
 import host_environments
+import numpy as np
 import pytest
 
+from mam.cli import main as cli
 from mam.envs import registry, tasks
 from mam.envs.probes import PROBES, Identity
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.errors import UserError
+from mam.runs.loop import versions
+
+ROOT = Path(__file__).parents[2]
+FIRST = [f"{name}/{next(iter(suite.tasks))}" for name, suite in tasks.SUITES.items()]
+FIRST += [f"{name}/auto" for name, suite in tasks.SUITES.items() if suite.made_to_measure]
 
 
 def test_names_and_what_they_stand_for_agree():
-    assert tuple(tasks.TASKS) == registry.suites()
-    assert tuple(f"{suite}/auto" for suite in tasks.MADE_TO_MEASURE) == tuple(registry.auto_options())
-    assert tuple(tasks.TASKS["probe"]) == tuple(PROBES)
+    for name, suite in tasks.SUITES.items():
+        module = import_module(suite.module)
+        assert hasattr(module, f"make_{name}")
+        assert hasattr(module, f"make_{name}_auto") == suite.made_to_measure
+    assert tasks.SUITES["probe"].tasks == tuple(PROBES)
+
+
+def test_what_rows_say_of_packages_is_what_is_installed_and_documented():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = ["| suite | extra | what it is | tasks |", "|---|---|---|---|"]
+    for name, suite in tasks.SUITES.items():
+        sizes = f"{len(suite.tasks)}{', and any size' if suite.made_to_measure else ''}"
+        rows.append(f"| `{name}` | {f'`{suite.extra}`' if suite.extra else 'none'} | {suite.description} | {sizes} |")
+        installed = " ".join(extras[suite.extra] if suite.extra else [])
+        assert bool(suite.extra) == bool(suite.packages)
+        assert all(package in installed for package in suite.packages), name
+    assert "\n".join(rows) in (ROOT / "docs/environments.md").read_text()
+
+
+MISSING = [(task, package) for task in FIRST for package in tasks.SUITES[task.partition("/")[0]].packages]
+
+
+@pytest.mark.parametrize(("task", "package"), MISSING)
+def test_a_missing_package_is_one_line_that_installs_it(task, package, monkeypatch):
+    suite = tasks.SUITES[task.partition("/")[0]]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError) as error:
+        registry.make(task)
+    needs = " and ".join(suite.packages)
+    assert str(error.value) == f'this task needs {needs}: pip install "multi-agent-mamba[{suite.extra}]"'
 
 
 def test_task_names():
     names = tasks.task_names()
     assert len(names) == len(set(names))
-    assert {name.split("/")[0] for name in names} == set(registry.suites())
-    count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in registry.suites()}
+    assert {name.split("/")[0] for name in names} == set(tasks.SUITES)
+    count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in tasks.SUITES}
     jumanji = {"lbf": 7, "rware": 15, "connector": 4, "cleaner": 4}
     jaxmarl = {"smax": 11, "mpe": 8, "mabrax": 5, "overcooked": 10, "hanabi": 4}
     assert count == jumanji | jaxmarl | {"probe": 5}
@@ -97,20 +134,35 @@ class Sized(Identity):
     density: float = 0.5
 
 
-def make_sized(agents: int = 3, wide: bool = False, density: float = 0.5) -> Sized:
+def make_sized(task: str) -> Sized:
+    return make_sized_auto({"small": 2}[task])
+
+
+def make_sized_auto(agents: int = 3, wide: bool = False, density: float = 0.5) -> Sized:
     return Sized(num_agents=agents, wide=wide, density=density)
+
+
+def make_plain_auto() -> Sized:
+    return Sized(num_agents=4)
 
 
 @pytest.fixture
 def sized(monkeypatch):
-    """A suite with one task, and tasks of one's own making; another one without options."""
-    suites = registry._SUITES | {
-        "sized": registry._Suite(lambda task: make_sized(2), auto=make_sized),
-        "plain": registry._Suite(lambda task: make_sized(), auto=lambda: make_sized(4)),
-    }
-    monkeypatch.setattr(registry, "_SUITES", suites)
-    monkeypatch.setattr(tasks, "TASKS", tasks.TASKS | {"sized": ["small"], "plain": []})
-    monkeypatch.setattr(tasks, "MADE_TO_MEASURE", (*tasks.MADE_TO_MEASURE, "sized", "plain"))
+    """A suite with one task, and tasks of one's own making; another one without options: a module and a row each."""
+    row = tasks.Suite("of any size", __name__, ("small",), made_to_measure=True, extra="x", packages=("numpy",))
+    monkeypatch.setitem(tasks.SUITES, "sized", row)
+    monkeypatch.setitem(tasks.SUITES, "plain", replace(row, tasks=(), packages=("no-such-package",)))
+
+
+def test_a_suite_is_a_module_and_a_row(sized, capsys):
+    """Names, lists and versions recorded derive from it."""
+    assert "sized/small" in tasks.task_names()
+    assert cli.main(["list"]) == 0
+    listed = "  sized/       of any size (extra x)\n    sized/small\n    sized/auto:agents=3,wide=false,density=0.5\n"
+    assert listed in capsys.readouterr().out
+    packages = versions()["packages"]
+    assert (packages["numpy"], packages["no-such-package"]) == (np.__version__, None)
+    assert {"jumanji", "jaxmarl", "brax"} <= packages.keys()
 
 
 @pytest.mark.parametrize(

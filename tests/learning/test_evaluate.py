@@ -1,6 +1,6 @@
 """Playing whole episodes: each counted once, from its reset to its end and no further."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import equinox as eqx
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mam.envs.wrappers import EpisodeStatistics
-from mam.learning.evaluate import evaluate
+from mam.learning.evaluate import MOST_KINDS, agents_by_kind, evaluate, with_kinds
 from mam.types import EnvSpec, Observation, PolicyOutput, TimeStep
 
 NUM_EPISODES = 40
@@ -146,6 +146,40 @@ def test_sampled_unless_greedy():
     assert len(set(first_actions)) > 1
     greedy = play(greedy=True)
     assert set(greedy["episode_return"][greedy["drawn"] == 1]) == {3}
+
+
+class Rivals(Drawn):
+    """Agents of two kinds, each of which earns its own."""
+
+    spec = replace(Drawn.spec, team_reward=False, agent_names=("wolf_0", "hare_0"))
+
+
+def test_returns_of_each_agent_and_of_each_kind():
+    env = EpisodeStatistics(Rivals())
+    metrics = evaluate(env, Scripted(jnp.asarray(3), []), jax.random.key(0), NUM_EPISODES)
+    own = metrics["agent_return"]
+    assert own.shape == (NUM_EPISODES, 2)
+    assert (own[:, 0] != own[:, 1]).any()
+    np.testing.assert_allclose(own.mean(axis=1), metrics["episode_return"], rtol=1e-6)
+    kept, kinds = (with_kinds(metrics, env.spec, each_agent=each_agent) for each_agent in (True, False))
+    assert kept.keys() - kinds.keys() == {"agent_return"}
+    assert kinds.keys() - metrics.keys() == {"return_wolf", "return_hare"}
+    np.testing.assert_array_equal(kinds["return_hare"], own[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (("wolf_0", "wolf_1", "hare_0"), {"wolf": [0, 1], "hare": [2]}),
+        (("wolf1", "hare 7", "wolf-12", "team2_a"), {"wolf": [0, 2], "hare": [1], "team2_a": [3]}),
+        (("0", "boss", "1"), {"agent": [0, 2], "boss": [1]}),
+        (("wolf_0", "wolf_1"), {}),
+        ((), {}),
+        (tuple("abcdefghijklmnopqrstuvwxyz"[: MOST_KINDS + 1]), {}),
+    ],
+)
+def test_a_kind_is_a_name_without_its_number(names, kinds):
+    assert {kind: rows.tolist() for kind, rows in agents_by_kind(names).items()} == kinds
 
 
 def test_side_by_side_equals_alone():

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.learning import train
-from mam.learning.external import host_evaluate, host_rollout, seed_of, start_actors, take_infos
+from mam.learning import experience, train
+from mam.learning.external import host_evaluate, host_rollout, seed_of, start_episodes, take_infos
 from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 7, 2, 5
+NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
 
 
 class Dice:
@@ -28,7 +28,7 @@ class Dice:
     Environment i throws the die of (seed, first + i), whatever the others do.
     """
 
-    spec = EnvSpec("test/dice", NUM_AGENTS, obs_dim=3, num_actions=NUM_ACTIONS, time_limit=None, team_reward=False)
+    spec = EnvSpec(*("test/dice", NUM_AGENTS, 3, NUM_ACTIONS, None), team_reward=False, agent_names=("even_0", "odd_1"))
 
     def __init__(self, num_envs, first=0):
         self.num_envs, self.first = num_envs, first
@@ -118,25 +118,28 @@ def play_by_hand(seed_index, env_index, seed, key_of, *, greedy=False):
         timestep = env.step(np.asarray(output.action))
         parts = ("reward", "terminated", "truncated", "final_observation", "metrics")
         yield (
-            {"observation": obs, "reset": reset, "memory": memory}
+            {"observation": obs, "reset": reset}
             | {part: getattr(output, part) for part in ("action", "log_prob", "value", "order")}
             | {part: getattr(timestep, part) for part in parts}
         )
         obs, reset, memory, t = timestep.observation, timestep.ended, after, t + 1
 
 
-def roll_out(num_seeds=NUM_SEEDS, first_seed=0):
-    """Two rollouts, one after the other, of some of the seeds: the environments, actors and transitions."""
+def roll_out(num_seeds=NUM_SEEDS, first_seed=0, sequence_length=None):
+    """Two rollouts, one after the other, of some of the seeds: the environments, states, transitions and memories."""
     seeds = slice(first_seed, first_seed + num_seeds)
     envs = Dice(num_seeds * NUM_ENVS, first_seed * NUM_ENVS)
     policy = jax.tree.map(lambda x: x[seeds], POLICY)
-    actors = [start_actors(envs, blank_memory(num_seeds), num_seeds, SEED)[0]]
+    states = [start_episodes(envs, blank_memory(num_seeds), num_seeds, SEED)[0]]
     rollouts = []
     for keys in KEYS:
-        after, transitions = host_rollout(envs, policy, actors[-1], keys[seeds], LENGTH)
-        actors.append(after)
-        rollouts.append(transitions)
-    return envs, actors, jax.tree.map(lambda *x: np.concatenate(x, axis=1), *rollouts)
+        after, found = host_rollout(envs, policy, states[-1], keys[seeds], LENGTH, sequence_length)
+        states.append(after)
+        rollouts.append(found)
+    np.testing.assert_array_equal(after.observation.alive, found.final_alive)
+    memory = np.concatenate([found.memory for found in rollouts], axis=1)
+    transitions = [found.transitions for found in rollouts]
+    return envs, states, jax.tree.map(lambda *x: np.concatenate(x, axis=1), *transitions), memory
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +153,7 @@ def test_the_toy_is_what_the_protocol_says():
 
 def test_a_rollout_equals_a_plain_loop(rolled_out):
     """Seeds first, then time, then environments; acting goes on where it stopped."""
-    envs, _, transitions = rolled_out
+    envs, _, transitions, _ = rolled_out
     assert envs.seeds == [SEED]
     assert {x.shape[:3] for x in jax.tree.leaves(transitions)} == {(NUM_SEEDS, 2 * LENGTH, NUM_ENVS)}
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(transitions))
@@ -167,7 +170,7 @@ def test_a_rollout_equals_a_plain_loop(rolled_out):
 
 
 def test_both_ends_and_many_actions_occur(rolled_out):
-    _, _, t = rolled_out
+    _, _, t, _ = rolled_out
     assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (True, True, False)
     assert set(t.action.ravel()) == set(range(NUM_ACTIONS))
     np.testing.assert_array_equal(t.final_observation.agents_view[..., 1], t.observation.agents_view[..., 1] + 1)
@@ -175,18 +178,20 @@ def test_both_ends_and_many_actions_occur(rolled_out):
 
 def test_memory_counts_from_the_first_step_of_every_episode(rolled_out):
     """Defect 9: not one step off, whatever was in the memory before."""
-    _, actors, t = rolled_out
+    _, states, t, memory = rolled_out
     np.testing.assert_array_equal(t.value, t.observation.agents_view[..., 1])
     np.testing.assert_array_equal(t.reset, t.observation.agents_view[..., 0, 1] == 0)
-    np.testing.assert_array_equal(t.memory[:, 0], 99)  # as it was before the policy acted
-    np.testing.assert_array_equal(t.memory[:, 1:], t.value[:, :-1, :, 0] + 1)
-    np.testing.assert_array_equal(actors[-1].memory, t.value[:, -1, :, 0] + 1)
-    np.testing.assert_array_equal(actors[-1].reset, (t.terminated | t.truncated)[:, -1])
+    before = np.concatenate([np.full_like(t.value[:, :1, :, 0], 99), t.value[:, :-1, :, 0] + 1], axis=1)
+    np.testing.assert_array_equal(memory, before[:, ::LENGTH])  # as it was before the policy acted
+    *_, memory = roll_out(sequence_length=3)
+    np.testing.assert_array_equal(memory, before[:, ::3])
+    np.testing.assert_array_equal(states[-1].memory, t.value[:, -1, :, 0] + 1)
+    np.testing.assert_array_equal(states[-1].reset, (t.terminated | t.truncated)[:, -1])
 
 
 def test_a_seed_does_not_depend_on_its_neighbours(rolled_out):
     for seed in range(NUM_SEEDS):
-        _, _, alone = roll_out(num_seeds=1, first_seed=seed)
+        _, _, alone, _ = roll_out(num_seeds=1, first_seed=seed)
         beside = jax.tree.map(lambda x, seed=seed: x[seed : seed + 1], rolled_out[2])
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), alone, beside)
 
@@ -196,13 +201,18 @@ def test_every_episode_equals_one_played_by_hand():
     num_episodes = 2 * NUM_ENVS + 1
     envs = Dice(NUM_SEEDS * NUM_ENVS)
     metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], num_episodes, greedy=True)
+    own = metrics.pop("agent_return")
     assert {x.shape for x in metrics.values()} == {(NUM_SEEDS, num_episodes)}
     first = seed_of(KEYS[0])
     assert envs.seeds == [first, first + NUM_ENVS, first + 2 * NUM_ENVS]
     for seed, episode in np.ndindex(NUM_SEEDS, num_episodes):
         a_round, env = divmod(episode, NUM_ENVS)
-        steps = play_by_hand(seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True)
-        last = next(step for step in steps if step["terminated"] | step["truncated"])
+        total = np.zeros(NUM_AGENTS)
+        for last in play_by_hand(seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True):
+            total += last["reward"][0]
+            if last["terminated"] | last["truncated"]:
+                break
+        np.testing.assert_allclose(own[seed, episode], total, rtol=1e-6)
         for name, value in last["metrics"].items():
             np.testing.assert_allclose(metrics[name][seed, episode], value[0], rtol=1e-6)
     assert set(metrics["episode_length"].ravel()) == {1, 2, 3, 4}
@@ -237,8 +247,8 @@ class Talkative(Dice):
 def test_metrics_that_come_up_late(monkeypatch):
     """They are NaN before, and means over the episodes that say them afterwards."""
     envs = Talkative(NUM_SEEDS * NUM_ENVS)
-    actors, _ = start_actors(envs, blank_memory(), NUM_SEEDS, SEED)
-    _, whole = host_rollout(envs, POLICY, actors, KEYS[0], LENGTH)
+    state, _ = start_episodes(envs, blank_memory(), NUM_SEEDS, SEED)
+    whole = host_rollout(envs, POLICY, state, KEYS[0], LENGTH)[1].transitions
     transitions, means = take_infos(whole)
     assert set(transitions.metrics) == {"episode_return", "episode_length"}
     won = whole.metrics["info_won"]
@@ -280,16 +290,16 @@ class Host:
     """Stands in for worker processes: keeps the environments that trainers start, and where they acted from."""
 
     def __init__(self):
-        self.made, self.actors = [], []
+        self.made, self.states = [], []
 
     def make_host(self, name, num_envs, agent_id, num_workers, limits, first):
-        assert first in (0, *(dice.num_envs for dice in self.made[-1:]))  # those that learn come after those that play
+        assert first in (0, NUM_SEEDS * 3)  # those that learn come after those that play
         self.made.append(Dice(num_envs))
         return self.made[-1]
 
-    def host_rollout(self, envs, policy, actors, key, length):
-        self.actors.append(jax.device_get(actors))
-        return host_rollout(envs, policy, actors, key, length)
+    def host_rollout(self, envs, policy, state, key, length, sequence_length):
+        self.states.append(jax.device_get(state))
+        return host_rollout(envs, policy, state, key, length, sequence_length)
 
     def make_train(self, policy):
         with pytest.MonkeyPatch.context() as patch:
@@ -300,9 +310,9 @@ class Host:
 @pytest.fixture
 def host(monkeypatch):
     host = Host()
-    monkeypatch.setattr(train, "lives_on_host", lambda name: True)
-    monkeypatch.setattr(train, "make_host", host.make_host)
-    monkeypatch.setattr(train, "host_rollout", host.host_rollout)
+    monkeypatch.setattr(experience, "lives_on_host", lambda name: True)
+    monkeypatch.setattr(experience, "make_host", host.make_host)
+    monkeypatch.setattr(experience, "host_rollout", host.host_rollout)
     return host
 
 
@@ -310,6 +320,7 @@ def host(monkeypatch):
 def test_two_updates(host, policy):
     """Learning starts at ratio one, reaches every array, and goes on with the episodes that it began."""
     trainer = host.make_train(policy)
+    assert not host.made  # nothing is started before it is needed
     assert (trainer.spec, [envs.num_envs for envs in host.made]) == (Dice.spec, [NUM_SEEDS * 3])  # for evaluating
     state = trainer.init(SEEDS)
     assert trainer.compile(state).train_step is trainer.train_step  # there is nothing to compile ahead
@@ -325,16 +336,21 @@ def test_two_updates(host, policy):
         assert (square > 0).reshape(NUM_SEEDS, -1).any(axis=1).all(), jax.tree_util.keystr(path)
     changed = jax.tree.map(lambda new, old: (new != old).any(), state.policy, before)
     assert np.mean(jax.tree.leaves(changed)) > 0.9
+    spent = dict(trainer.clock.seconds)
+    assert set(spent) == {"environment", "acting"}
     state, values = trainer.evaluate_step(state)
+    assert trainer.clock.seconds == spent  # what is played is an evaluation as a whole
     assert values["episode_return"].shape == (NUM_SEEDS, 3)
     np.testing.assert_allclose(state.best_return, values["episode_return"].mean(axis=1), rtol=1e-6)
-    assert trainer.absolute_metric(state)["episode_return"].shape == (NUM_SEEDS, 5)
+    absolute = trainer.absolute_metric(state)
+    assert absolute["episode_return"].shape == absolute["return_even"].shape == (NUM_SEEDS, 5)
+    assert "agent_return" not in absolute.keys() | values.keys()
     # The environments in which it learned were reset once.
     played, learned = host.made
     assert (len(learned.seeds), learned.num_envs, len(learned.actions)) == (1, NUM_SEEDS * 4, 2 * 6)
-    assert host.actors[0].reset.all()
-    assert not host.actors[1].reset.all()
-    np.testing.assert_array_equal(host.actors[1].reset, host.actors[1].observation.agents_view[..., 0, 1] == 0)
+    assert host.states[0].reset.all()
+    assert not host.states[1].reset.all()
+    np.testing.assert_array_equal(host.states[1].reset, host.states[1].observation.agents_view[..., 0, 1] == 0)
     trainer.close()
     trainer.close()
     assert played.closed
@@ -348,8 +364,8 @@ def test_a_resumed_run_starts_new_episodes(host):
     assert not state.actors.reset.all()
     resumed = host.make_train("rec_mappo")
     state, values = resumed.train_step(state)
-    assert host.actors[1].reset.all()
-    assert (host.actors[1].observation.agents_view[..., 1] == 0).all()
+    assert host.states[1].reset.all()
+    assert (host.states[1].observation.agents_view[..., 1] == 0).all()
     assert values["first_ratio_deviation"].max() <= 1e-5
     _, first, _, second = host.made
     assert len(first.seeds) == len(second.seeds) == 1

@@ -86,7 +86,7 @@ def make_fragile(name, spec, *args, key):
 def trainers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_policy", make_fragile)
-        patch.setitem(tasks.TASKS, "probe", ("fragile",))
+        patch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("fragile",)))
         patch.setitem(probes.PROBES, "fragile", partial(Bribed))
         yield {how: train.make_train(replace(CONFIG, on_non_finite=how)) for how in ("stop", "skip", "rollback")}
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,3 +133,24 @@ def test_statistics_go_with_the_weights_to_another_number_of_agents(name, state_
     assert moved.statistics.features is statistics.features
     assert moved.statistics.values is statistics.values
     assert moved.statistics.state is (statistics.state if kept else None)
+
+
+@jax.jit
+def successor_values_and_values(policy, obs, successor):
+    """What follows one step, and the value of it with the memory after the step."""
+    memory, reset = policy.init_memory((B,)), jnp.ones(B, bool)
+    after, _ = policy.act(memory, obs, reset, jax.random.split(jax.random.key(1), B))
+    steps = jax.tree.map(lambda x: x[None], (obs, reset, successor))
+    return policy.successor_values(memory, *steps)[0], policy.value(after, successor)
+
+
+def test_successors_are_valued_in_the_same_units_as_everything_else():
+    """Of a policy with memory, which reads the steps as well."""
+    x, alive = samples(6, offset=30)
+    obs, successor = jax.tree.map(lambda x: np.asarray(x[0]), (observe(x[0], alive[0]), observe(x[1], alive[1])))
+    network = make_policy("rec_ippo", SPEC, NetworkConfig(d_model=4), key=jax.random.key(0))
+    statistics = Statistics.init(SPEC, observations=True, values=True).update(observe(x[0], alive[0]))
+    policy = NormalisedPolicy(network, statistics).update_values(np.float32(5 + x[0].sum(-1)), alive[0])
+    found, expected = successor_values_and_values(policy, obs, successor)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(expected).min() > 5

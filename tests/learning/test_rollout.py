@@ -1,6 +1,7 @@
 """Acting in a batch: what is recorded fits together, and memory is reset exactly where an episode starts."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from mam.envs.wrappers import AutoReset, EpisodeStatistics
-from mam.learning.rollout import init_actors, rollout
+from mam.learning.rollout import init_rollout_state, rollout
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput, TimeStep
 
 LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS = 12, 5, 2, 7
@@ -88,18 +89,23 @@ class Counter(eqx.Module):
         raise NotImplementedError
 
 
-@jax.jit
-def run(key):
-    """Actors before, between and after two rollouts, their transitions, and what the policy says of them later."""
+@partial(jax.jit, static_argnames="sequence_length")
+def run(key, sequence_length=None):
+    """States before, between and after two rollouts, the rollouts, and what the policy says of them later."""
     policy = Counter(taste=jax.random.normal(jax.random.key(9), (100, NUM_ACTIONS)))
     env = AutoReset(EpisodeStatistics(Clock()), NUM_ENVS)
-    actors, transitions = [init_actors(env, policy, key)], []
+    states, rollouts = [init_rollout_state(env, policy, key)], []
     for seed in (1, 2):
-        after, stacked = rollout(env, policy, actors[-1], jax.random.fold_in(key, seed), LENGTH)
-        actors.append(after)
-        transitions.append(stacked)
-    said = [policy.evaluate(t.memory[0], t.observation, t.action, t.order, t.reset) for t in transitions]
-    return actors, transitions, said
+        act_key = jax.random.fold_in(key, seed)
+        after, found = rollout(env, policy, states[-1], act_key, LENGTH, sequence_length=sequence_length)
+        states.append(after)
+        rollouts.append(found)
+
+    def evaluate(memory, t):
+        return policy.evaluate(memory, t.observation, t.action, t.order, t.reset)
+
+    said = [evaluate(found.memory[0], found.transitions) for found in rollouts]
+    return states, rollouts, said
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +116,11 @@ def ran():
 @pytest.fixture(scope="module")
 def both(ran):
     """The two rollouts as one."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *ran[1])
+    return jax.tree.map(lambda *x: np.concatenate(x), *(found.transitions for found in ran[1]))
 
 
 def test_time_comes_first_then_environments(ran):
-    for transitions in ran[1]:
+    for transitions in (found.transitions for found in ran[1]):
         assert {leaf.shape[:2] for leaf in jax.tree.leaves(transitions)} == {(LENGTH, NUM_ENVS)}
         assert transitions.action.shape == transitions.reward.shape == (LENGTH, NUM_ENVS, NUM_AGENTS)
         assert transitions.observation.agents_view.shape == (LENGTH, NUM_ENVS, NUM_AGENTS, 2)
@@ -149,12 +155,22 @@ def test_reset_marks_first_observations(both):
 def test_memory_counts_from_the_first_step_of_every_episode(both):
     """Defect 9: not one step off, whatever was in the memory before."""
     np.testing.assert_array_equal(both.value, both.observation.agents_view[..., 1])
-    np.testing.assert_array_equal(both.memory[0], 99)  # as it was before the policy acted
-    np.testing.assert_array_equal(both.memory[1:], both.value[:-1, :, 0] + 1)
+
+
+@pytest.mark.parametrize("sequence_length", [1, 2, LENGTH // 2])
+def test_memory_is_kept_before_every_sequence(ran, both, sequence_length):
+    """As it was before the policy acted; and whatever the length, the same happens."""
+    _, rollouts, _ = jax.device_get(run(jax.random.key(0), sequence_length))
+    again = jax.tree.map(lambda *x: np.concatenate(x), *(found.transitions for found in rollouts))
+    jax.tree.map(np.testing.assert_array_equal, again, both)
+    memory = np.concatenate([found.memory for found in rollouts])
+    before = np.concatenate([np.full((1, NUM_ENVS), 99), both.value[:-1, :, 0] + 1])
+    np.testing.assert_array_equal(memory, before[::sequence_length])
+    np.testing.assert_array_equal(np.concatenate([found.memory for found in ran[1]]), before[::LENGTH])
 
 
 def test_actions_are_evaluated_as_they_were_made(ran):
-    for transitions, said in zip(*ran[1:], strict=True):
+    for transitions, said in zip((found.transitions for found in ran[1]), ran[2], strict=True):
         np.testing.assert_allclose(said.log_prob, transitions.log_prob, atol=1e-6)
         np.testing.assert_array_equal(said.value, transitions.value)
 
@@ -171,12 +187,14 @@ def test_rewards_and_metrics_are_of_the_action_beside_them(both):
             assert both.metrics["episode_return"][end, b] == pytest.approx(expected)
 
 
-def test_actors_are_those_of_the_step_that_comes_next(ran):
-    actors, (_, second), _ = ran
-    np.testing.assert_array_equal(actors[1].observation.agents_view, second.observation.agents_view[0])
-    np.testing.assert_array_equal(actors[1].reset, second.reset[0])
-    np.testing.assert_array_equal(actors[1].memory, second.memory[0])
-    np.testing.assert_array_equal(actors[2].reset, (second.terminated | second.truncated)[-1])
+def test_the_state_is_that_of_the_step_that_comes_next(ran):
+    states, (_, found), _ = ran
+    second = found.transitions
+    np.testing.assert_array_equal(states[1].observation.agents_view, second.observation.agents_view[0])
+    np.testing.assert_array_equal(states[1].reset, second.reset[0])
+    np.testing.assert_array_equal(states[1].memory, found.memory[0])
+    np.testing.assert_array_equal(states[2].reset, (second.terminated | second.truncated)[-1])
+    np.testing.assert_array_equal(states[2].observation.alive, found.final_alive)
 
 
 def test_keys_differ_by_step_and_environment_and_decide_everything(ran, both):
@@ -184,4 +202,4 @@ def test_keys_differ_by_step_and_environment_and_decide_everything(ran, both):
         assert (both.action != np.roll(both.action, 1, axis)).any(axis=axis).all()
     again, other = (jax.device_get(run(jax.random.key(seed))) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, again[1], ran[1])
-    assert (other[1][0].action != ran[1][0].action).any()
+    assert (other[1][0].transitions.action != ran[1][0].transitions.action).any()

@@ -11,14 +11,19 @@ import pytest
 
 from mam.config import PPOConfig
 from mam.errors import UserError
-from mam.learning.advantages import Advantages
-from mam.learning.ppo import ppo_loss
-from mam.learning.update import Batch, make_batch, make_optimiser, update
+from mam.learning.objective import Batch, make_batch
+from mam.learning.ppo import PPO, PPOTargets, ppo_loss
+from mam.learning.rollout import Rollout
+from mam.learning.update import make_optimiser, update
 from mam.types import Evaluation, Observation, Transition
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-update = partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)(update)
+
+
+@partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)
+def update_ppo(policy, opt_state, batch, key, *, optimiser, ppo, lr_scale=1.0):
+    return update(policy, opt_state, batch, key, optimiser, PPO(ppo), ppo, lr_scale=lr_scale)
 
 
 class Learner(eqx.Module):
@@ -85,7 +90,7 @@ def batch(policy):
     reset = jnp.zeros((1, 32), bool)
     old = policy.evaluate((), obs, action, order, reset)
     advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
-    return Batch(obs, reset, (), action, order, old.log_prob, old.value, advantage, target)
+    return Batch(obs, reset, (), action, order, PPOTargets(old.log_prob, old.value, advantage, target))
 
 
 def rows_visited(key, size, ppo, length=None):
@@ -105,9 +110,10 @@ def rows_visited(key, size, ppo, length=None):
     view = jnp.broadcast_to(jnp.arange(size)[:, None, None], (*shape, 1)).astype(float)
     zeros, ones = jnp.zeros(shape), jnp.ones(shape)
     whole, memory = jnp.zeros(shape, jnp.int32), () if length is None else jnp.arange(size)[None]
-    batch = Batch(observe(view), jnp.zeros(shape[:2], bool), memory, whole, whole, zeros, zeros, zeros, target=ones)
+    targets = PPOTargets(zeros, zeros, zeros, target=ones)
+    batch = Batch(observe(view), jnp.zeros(shape[:2], bool), memory, whole, whole, targets)
     policy = Table(jnp.zeros(size))
-    _, (step, seen), _ = update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
+    _, (step, seen), _ = update_ppo(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
     assert step == num_steps
     np.testing.assert_allclose(seen, np.round(seen), atol=1e-5)
     return np.round(seen).astype(int)
@@ -130,11 +136,12 @@ def test_sequences_must_be_dealt_evenly():
     with pytest.raises(UserError) as refused:
         rows_visited(jax.random.key(0), 6, PPOConfig(num_minibatches=4), length=8)
     assert str(refused.value) == (
-        "a policy with memory learns from whole rollouts: ppo.num_minibatches must divide ppo.num_envs = 6, got 4"
+        "a policy with memory learns from sequences of 8 steps: "
+        "ppo.num_minibatches must divide the 6 sequences of a rollout, got 4"
     )
 
 
-LENGTH, NUM_ENVS = 3, 4
+LENGTH, NUM_ENVS = 4, 5
 CODE = jnp.arange(LENGTH * NUM_ENVS).reshape(LENGTH, NUM_ENVS)  # t B + b
 
 
@@ -152,7 +159,6 @@ def coded_batch(memory):
     transitions = Transition(
         observation=obs,
         reset=odd,
-        memory=memory,
         action=per_agent,
         log_prob=numbers + 0.1,
         value=numbers + 0.2,
@@ -163,7 +169,8 @@ def coded_batch(memory):
         final_observation=obs,
         metrics={},
     )
-    return make_batch(transitions, Advantages(advantage=numbers + 0.3, target=numbers + 0.4))
+    targets = PPOTargets(numbers + 0.1, numbers + 0.2, advantage=numbers + 0.3, target=numbers + 0.4)
+    return make_batch(Rollout(transitions, memory, obs.alive[-1]), targets)
 
 
 def assert_coded(batch, rows):
@@ -174,7 +181,7 @@ def assert_coded(batch, rows):
     }
     assert batch.num_sequences == rows.shape[1]
     for name, values in expected.items():
-        actual = getattr(batch, name)
+        actual = getattr(batch if hasattr(batch, name) else batch.targets, name)
         assert actual.shape == (*rows.shape, NUM_AGENTS)
         np.testing.assert_allclose(actual, np.broadcast_to(values[..., None], actual.shape), rtol=1e-6)
     np.testing.assert_array_equal(batch.reset, rows % 2 == 1)
@@ -194,10 +201,19 @@ def test_without_memory_every_step_of_an_environment_is_a_sequence():
 
 def test_with_memory_every_environment_is_a_sequence():
     """Of all its steps; what was remembered before the first of them is all the memory that is kept."""
-    batch = coded_batch(memory={"a": CODE, "b": jnp.stack([CODE, -CODE], axis=-1)})
+    batch = coded_batch(memory={"a": CODE[:1], "b": jnp.stack([CODE, -CODE], axis=-1)[:1]})
     assert_coded(batch, np.asarray(CODE))
     np.testing.assert_array_equal(batch.memory["a"], CODE[:1])
     np.testing.assert_array_equal(batch.memory["b"], np.stack([CODE, -CODE], axis=-1)[:1])
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_with_memory_a_rollout_may_be_several_sequences(length):
+    """Number k B + b has the steps k L, k L + 1, … of environment b, and the memory before the first of them."""
+    batch = coded_batch(memory=CODE[::length])
+    rows = np.concatenate([np.asarray(CODE)[k : k + length] for k in range(0, LENGTH, length)], axis=1)
+    assert_coded(batch, rows)
+    np.testing.assert_array_equal(batch.memory, rows[:1])
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
@@ -222,8 +238,9 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
 
     def loss(policy):
         new = policy.evaluate((), batch.observation, batch.action, batch.order, batch.reset)
-        old = (batch.log_prob, batch.value, batch.advantage, batch.target, batch.observation.alive)
-        losses = ppo_loss(new, *old, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
+        targets = batch.targets
+        old = (targets.log_prob, targets.value, targets.advantage, targets.target)
+        losses = ppo_loss(new, *old, batch.observation.alive, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
         return losses.loss, losses
 
     @partial(jax.jit, compiler_options=QUICK)
@@ -237,10 +254,10 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
         by_hand, state, losses, gradients = jax.device_get(step(by_hand, state))
         steps.append(losses)
         norms.append(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients))))
-    scaled = partial(update, optimiser=optimiser, ppo=ppo, lr_scale=jnp.float32(lr_scale))
+    scaled = partial(update_ppo, optimiser=optimiser, ppo=ppo, lr_scale=jnp.float32(lr_scale))
     learned, _, metrics = jax.device_get(scaled(policy, optimiser.init(policy), batch, jax.random.key(0)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learned, by_hand)
-    means = jax.tree.map(lambda *x: np.mean(x), *steps)
+    means = {name: np.mean([getattr(step, name) for step in steps]) for name in metrics.losses}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), metrics.losses, means)
     assert metrics.grad_norm == pytest.approx(np.mean(norms), rel=1e-3)
     assert min(norms) > ppo.max_grad_norm  # reported before clipping
@@ -254,12 +271,12 @@ def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
 
     def run(batch):
         key = jax.random.key(0)
-        return jax.device_get(update(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
+        return jax.device_get(update_ppo(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
 
     state, metrics = run(batch)
     assert optax.tree.get(state, "ScaleByAdamState").count == 3 * 4
     assert all(np.isfinite(leaf) and np.shape(leaf) == () for leaf in jax.tree.leaves(metrics))
-    assert metrics.first_ratio_deviation <= 1e-6
-    assert metrics.losses.ratio_deviation > 0.1
-    swapped = eqx.tree_at(lambda b: b.log_prob, batch, batch.log_prob[:, :, ::-1])
-    assert run(swapped)[1].first_ratio_deviation > 0.1
+    assert metrics.first["ratio_deviation"] <= 1e-6
+    assert metrics.losses["ratio_deviation"] > 0.1
+    swapped = eqx.tree_at(lambda b: b.targets.log_prob, batch, batch.targets.log_prob[:, :, ::-1])
+    assert run(swapped)[1].first["ratio_deviation"] > 0.1

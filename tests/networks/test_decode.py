@@ -14,7 +14,7 @@ from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.networks.actions import Categorical, make_distribution
 from mam.networks.decoder import ActionEmbedding, Context, Decoder
 from mam.networks.decoding.decide import Ahead, Decoding, decide
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
@@ -26,7 +26,7 @@ SEQUENTIAL = Decoding()
 WHOLE, WINDOWS, GIVEN_UP = (Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)])
 MORE = [Decoding("fixed_point", *limits) for limits in [(1, None), (9, None), (None, 1), (None, 2), (4, 3)]]
 KERNEL = Decoding("kernel")  # where there is no CUDA, the loop
-KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (3, 1)}}
+KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (2, 2)}}
 
 
 def make_spec(kind):
@@ -45,7 +45,7 @@ def randomise(build, seed=0):
 
 
 def make_decoder(letters, kind):
-    layout = [LETTERS[letter] for letter in letters]
+    layout = families_of(letters, "layout")
     return randomise(lambda key: Decoder(make_distribution(make_spec(kind)), layout, layout, SIZES, key=key))
 
 

@@ -13,7 +13,7 @@ from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 IGNORE_DEPRECATION = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.11
@@ -33,7 +33,7 @@ DECLINED = pytest.mark.parametrize(
 
 
 def make_shapes(letters, sizes, distribution=Categorical(5), cross=None):  # noqa: B008 (frozen)
-    layout, cross_layout = ([LETTERS[letter] for letter in names] for names in (letters, cross or letters))
+    layout, cross_layout = (families_of(names, "layout") for names in (letters, cross or letters))
     return jax.eval_shape(lambda key: Decoder(distribution, layout, cross_layout, sizes, key=key), jax.random.key(0))
 
 

@@ -10,7 +10,7 @@ import pytest
 from mam.config import NetworkConfig
 from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import ActionEmbedding, Decoder
-from mam.networks.mixers.registry import LETTERS
+from mam.networks.mixers.registry import families_of
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 B, N, A, E = 2, 4, 3, 8
@@ -74,7 +74,7 @@ def in_pieces(decoder, tokens, obs_rep):
 @every_distribution
 def test_blocks_of_several_kinds_decode_as_they_were_taught(name):
     """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
-    layout, cross_layout = ([LETTERS[letter] for letter in letters] for letters in ("AM2", "2AM"))
+    layout, cross_layout = (families_of(letters, "layout") for letters in ("AM2", "2AM"))
     sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2, head_dim=8)
     decoder = make(Decoder, layout, cross_layout, sizes, name=name)
     tokens = make_tokens(name)

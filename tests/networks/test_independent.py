@@ -7,92 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 from mam.config import NetworkConfig
 from mam.networks.independent import IndependentPolicy
-from mam.networks.memory import GRU
-from mam.networks.policy import make_policy
+from mam.networks.policy import has_memory, make_policy
 from mam.types import EnvSpec, Observation
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-T, B, N, E = 6, 2, 3, 4
+N = 3
 OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
-RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
-thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def randomise(build, seed=0):
-    """What `build` makes of a key, with large random parameters."""
-    rng = np.random.default_rng(seed)
-    empty = jax.eval_shape(build, jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty)
-
-
-GRU_LAYER = randomise(lambda key: GRU(NetworkConfig(d_model=E), key=key))
-HIDDEN = np.random.default_rng(1).normal(size=(B, N, E)).astype(np.float32)
-X = np.random.default_rng(2).normal(size=(T, B, N, E)).astype(np.float32)
-
-
-@functools.partial(jax.jit, compiler_options=QUICK)
-def unroll(gru, hidden, x, reset):
-    return gru.unroll(hidden, x, reset)[1]
-
-
-@functools.partial(jax.jit, compiler_options=QUICK)
-def step_by_step(gru, hidden, x, reset):
-    return jax.lax.scan(lambda hidden, inputs: gru.step(hidden, *inputs), hidden, (x, reset))[1]
-
-
-@functools.partial(jax.jit, compiler_options=QUICK)
-def influence(gru, hidden, x, reset):
-    """Which output depends on the hidden state before all of them (first column) and on which input: [T, 1 + T, B]."""
-    y, pull_back = jax.vjp(lambda hidden, x: gru.unroll(hidden, x, reset)[1], hidden, x)
-    hidden_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
-    return jnp.any(jnp.concatenate([hidden_gradient[:, None], x_gradient], axis=1) != 0.0, axis=(-2, -1))
-
-
-def test_the_gru_is_that_of_equinox():
-    cell = eqx.nn.GRUCell(E, E, key=jax.random.key(0))
-    weights = (GRU_LAYER.inputs.weight.T, GRU_LAYER.hidden.weight.T, GRU_LAYER.inputs.bias, GRU_LAYER.new_bias)
-    cell = eqx.tree_at(lambda c: (c.weight_ih, c.weight_hh, c.bias, c.bias_n), cell, weights)
-
-    @functools.partial(jax.jit, compiler_options=QUICK)
-    def reference(cell, hidden, x):
-        each = jax.vmap(jax.vmap(cell))
-        return jax.lax.scan(lambda h, x: (each(x, h),) * 2, hidden, x)[1]
-
-    actual = unroll(GRU_LAYER, HIDDEN, X, np.zeros((T, B), bool))
-    np.testing.assert_allclose(actual, reference(cell, HIDDEN, X), rtol=1e-5, atol=1e-6)
-    assert np.std(actual) > 0.3
-
-
-@thorough
-@given(RESETS)
-def test_unrolling_is_stepping(reset):
-    actual = unroll(GRU_LAYER, HIDDEN, X, reset)
-    np.testing.assert_allclose(actual, step_by_step(GRU_LAYER, HIDDEN, X, reset), rtol=1e-5, atol=1e-6)
-
-
-@thorough
-@given(RESETS)
-def test_memory_is_that_of_the_episode_exactly(reset):
-    """Defect 9: not a step further and not a step less, wherever episodes start."""
-    episode = np.cumsum(reset, axis=0)  # 0 is the one that began before the first step
-    began = np.concatenate([np.zeros((1, B), int), episode])
-    expected = (episode[:, None] == began[None]) & np.tri(T, 1 + T, 1, dtype=bool)[..., None]
-    np.testing.assert_array_equal(influence(GRU_LAYER, HIDDEN, X, reset), expected)
-
-
-def test_an_episode_starts_from_zero():
-    """Whatever was in the memory, NaN included."""
-    reset = np.zeros((T, B), bool)
-    reset[0] = True
-    expected = unroll(GRU_LAYER, np.zeros_like(HIDDEN), X, np.zeros((T, B), bool))
-    np.testing.assert_array_equal(unroll(GRU_LAYER, np.full_like(HIDDEN, np.nan), X, reset), expected)
-    np.testing.assert_array_equal(GRU_LAYER.init((B, N)), np.zeros((B, N, E)))
+SIZES = NetworkConfig(d_model=8)
 
 
 # Two environments of three agents for four steps: agent 2 of the first is never alive, agent 0 of the second dies.
@@ -104,8 +28,11 @@ RESET = np.array([[False, False], [False, True], [True, False], [False, False]])
 
 @functools.cache
 def make(name, state_dim):
+    """With large random parameters."""
     spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None, state_dim=state_dim)
-    return randomise(lambda key: make_policy(name, spec, NetworkConfig(d_model=8), key=key))
+    rng = np.random.default_rng(0)
+    empty = jax.eval_shape(lambda key: make_policy(name, spec, SIZES, key=key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty)
 
 
 def make_observation(state_dim, garbage=0.0):
@@ -154,7 +81,7 @@ def test_who_knows_what(name, state_dim):
     # The steps that are remembered: [t, s, b], s no later than t and of the same episode.
     episode = np.cumsum(RESET, axis=0)
     reach = (episode[:, None] == episode[None]) & np.tri(STEPS, dtype=bool)[..., None]
-    reach &= name.startswith("rec") | np.eye(STEPS, dtype=bool)[..., None]
+    reach &= has_memory(name, SIZES) | np.eye(STEPS, dtype=bool)[..., None]
     same_env, same_agent = np.eye(2, dtype=bool), np.eye(N, dtype=bool)
     seen = np.einsum("tsb,bc,scj->tbscj", reach, same_env, ALIVE)  # the dead see nothing
     own = np.einsum("tbscj,ij->tbiscj", seen, same_agent)

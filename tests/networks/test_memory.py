@@ -1,82 +1,158 @@
-"""What learning holds in memory, read off the compiled program: never the states of all agents."""
+"""Recurrences along time: what every one must keep, and the GRU against another implementation's."""
 
 import functools
-import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from mam.config import NetworkConfig
-from mam.networks.policy import make_policy
-from mam.types import EnvSpec, Observation
+from mam.errors import UserError
+from mam.networks.memory import MEMORIES, make_memory, unroll_successors
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-NUM_ENVS, NUM_AGENTS = 256, 64
-SIZES = {"d_model": 16, "d_state": 64, "head_dim": 16}
-ALL_STATES = NUM_ENVS * NUM_AGENTS * 2 * SIZES["d_model"] * SIZES["d_state"]  # numbers in B · N · d_inner · d_state
+T, B, N, E = 6, 2, 3, 4
+RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
+thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+every_memory = pytest.mark.parametrize("name", [name for name in MEMORIES if name != "none"])
 
 
-def make_loss(name, **sizes):
-    """A policy, by its shapes, and a function of it and of a batch."""
-    spec = EnvSpec("test/memory", NUM_AGENTS, obs_dim=4, num_actions=3, time_limit=10)
-    shape = (NUM_ENVS, NUM_AGENTS)
-    obs = Observation(
-        agents_view=jnp.zeros((*shape, spec.obs_dim)),
-        action_mask=jnp.ones((*shape, spec.num_actions), bool),
-        alive=jnp.ones(shape, bool),
-    )
-    order = jnp.broadcast_to(jnp.arange(NUM_AGENTS, dtype=jnp.int32), shape)
-    policy = jax.eval_shape(
-        lambda key: make_policy(name, spec, NetworkConfig(**SIZES | sizes), key=key), jax.random.key(0)
-    )
-
-    def loss(policy, obs, action, order):
-        result = policy.evaluate((), obs, action, order, jnp.zeros(NUM_ENVS, bool))
-        return sum(jnp.sum(v) for v in (result.log_prob, result.entropy, result.value))
-
-    return policy, loss, (obs, jnp.zeros(shape, jnp.int32), order)
+def config_of(name):
+    return NetworkConfig(d_model=E, memory=name)
 
 
-def compile_gradient(name, **sizes):
-    """The gradient of a policy on a batch; compiled, not run."""
-    policy, loss, data = make_loss(name, **sizes)
-    return jax.jit(jax.grad(loss), compiler_options=QUICK).lower(policy, *data).compile()
-
-
-def largest_array(program):
-    """Elements of the largest array that the program names."""
-    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
-    return max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
+def random_like(shapes, spread, seed):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(0.0, spread, leaf.shape).astype(leaf.dtype), shapes)
 
 
 @functools.cache
-def published():
-    return compile_gradient("mam", scan="associative")
+def make(name):
+    """With large random parameters."""
+    build = functools.partial(make_memory, config_of(name))
+    return random_like(jax.eval_shape(lambda key: build(key=key), jax.random.key(0)), 0.7, seed=0)
 
 
-def temporary(program):
-    return program.memory_analysis().temp_size_in_bytes
+@functools.cache
+def state_of(name):
+    """Not that before an episode."""
+    return random_like(jax.eval_shape(lambda: make(name).init((B, N))), 1.0, seed=1)
 
 
-@pytest.mark.parametrize("name", ["mam", "mam2"])
-def test_the_states_of_all_agents_are_never_held(name):
-    program = compile_gradient(name)
-    assert largest_array(program) < ALL_STATES / 4
-    assert temporary(program) < temporary(published()) / 5
+X, SUCCESSOR = (np.random.default_rng(seed).normal(size=(T, B, N, E)).astype(np.float32) for seed in (2, 3))
 
 
-def test_the_published_form_holds_them():
-    """What the test above is sensitive to."""
-    assert largest_array(published()) >= ALL_STATES
-    assert temporary(published()) > 4 * 4 * ALL_STATES
+@functools.partial(jax.jit, compiler_options=QUICK)
+def unroll(recurrence, state, x, reset):
+    return recurrence.unroll(state, x, reset)
 
 
-def test_rematerialisation_keeps_less_for_the_backward_pass():
-    def kept(remat):
-        policy, loss, data = make_loss("mam2", num_blocks=3, remat=remat)
-        residuals = jax.eval_shape(lambda policy: jax.vjp(lambda policy: loss(policy, *data), policy)[1], policy)
-        return sum(leaf.size for leaf in jax.tree.leaves(residuals))
+@functools.partial(jax.jit, compiler_options=QUICK)
+def step_by_step(recurrence, state, x, reset):
+    return jax.lax.scan(lambda state, inputs: recurrence.step(state, *inputs), state, (x, reset))
 
-    assert kept(True) < kept(False) / 3
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def influence(recurrence, state, x, reset):
+    """Which output depends on the state before all of them (first column) and on which input: [T, 1 + T, B]."""
+    y, pull_back = jax.vjp(lambda state, x: recurrence.unroll(state, x, reset)[1], state, x)
+    state_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
+    of_state = [jnp.any(leaf.reshape(T, B, -1) != 0.0, axis=-1) for leaf in jax.tree.leaves(state_gradient)]
+    of_x = jnp.any(x_gradient != 0.0, axis=(-2, -1))
+    return jnp.concatenate([functools.reduce(jnp.logical_or, of_state)[:, None], of_x], axis=1)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK)
+def successors_by_hand(recurrence, state, x, reset, successor):
+    """From the states after every step, all of them kept."""
+
+    def step(state, inputs):
+        state = recurrence.step(state, *inputs)[0]
+        return state, state
+
+    _, states = jax.lax.scan(step, state, (x, reset))
+    return recurrence.step(states, successor, jnp.zeros_like(reset))[1]
+
+
+in_one_pass = jax.jit(unroll_successors, compiler_options=QUICK)
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match=r"unknown network.memory 'gro': did you mean gru\?"):
+        make_memory(config_of("gro"), key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", [None, "none"])
+def test_without_memory_all_axes_are_alike_and_everything_passes(name):
+    nothing = make_memory(config_of(name), key=jax.random.key(0))
+    assert not jax.tree.leaves(nothing)
+    x, successor, reset = jnp.asarray(X), jnp.asarray(SUCCESSOR), jnp.ones((T, B), bool)
+    state = nothing.init((B, N))
+    assert not jax.tree.leaves(state)
+    assert nothing.step(state, x, reset)[1] is x
+    assert nothing.unroll(state, x, reset)[1] is x
+    assert unroll_successors(nothing, state, x, reset, successor) is successor
+
+
+@every_memory
+@thorough
+@given(reset=RESETS)
+def test_unrolling_is_stepping(name, reset):
+    args = make(name), state_of(name), X, reset
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), unroll(*args), step_by_step(*args)
+    )
+
+
+@every_memory
+@thorough
+@given(reset=RESETS)
+def test_memory_is_that_of_the_episode_exactly(name, reset):
+    """Defect 9: not a step further and not a step less, wherever episodes start."""
+    episode = np.cumsum(reset, axis=0)  # 0 is the one that began before the first step
+    began = np.concatenate([np.zeros((1, B), int), episode])
+    expected = (episode[:, None] == began[None]) & np.tri(T, 1 + T, 1, dtype=bool)[..., None]
+    np.testing.assert_array_equal(influence(make(name), state_of(name), X, reset), expected)
+
+
+@every_memory
+def test_an_episode_starts_from_the_first_state(name):
+    """Whatever was in the memory, NaN included."""
+    reset = np.zeros((T, B), bool)
+    blank = jax.tree.map(jnp.zeros_like, make(name)).init((B, N))
+    expected = unroll(make(name), blank, X, reset)
+    reset[0] = True
+    spoilt = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), state_of(name))
+    jax.tree.map(np.testing.assert_array_equal, unroll(make(name), spoilt, X, reset), expected)
+
+
+@every_memory
+@thorough
+@given(reset=RESETS)
+def test_successors_are_read_from_the_state_after_their_step(name, reset):
+    """And leave no trace in it."""
+    args = make(name), state_of(name), X, reset, SUCCESSOR
+    np.testing.assert_allclose(in_one_pass(*args), successors_by_hand(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gru_is_that_of_equinox():
+    gru = make("gru")
+    cell = eqx.nn.GRUCell(E, E, key=jax.random.key(0))
+    weights = (gru.inputs.weight.T, gru.hidden.weight.T, gru.inputs.bias, gru.new_bias)
+    cell = eqx.tree_at(lambda c: (c.weight_ih, c.weight_hh, c.bias, c.bias_n), cell, weights)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def reference(cell, hidden, x):
+        each = jax.vmap(jax.vmap(cell))
+        return jax.lax.scan(lambda h, x: (each(x, h),) * 2, hidden, x)
+
+    actual = unroll(gru, state_of("gru"), X, np.zeros((T, B), bool))
+    expected = reference(cell, state_of("gru"), X)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
+    assert np.std(actual[1]) > 0.3
+    np.testing.assert_array_equal(gru.init((B, N)), np.zeros((B, N, E)))

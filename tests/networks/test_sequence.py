@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.config import LAYOUT_LETTERS, DecoderConfig, EncoderConfig, NetworkConfig
+from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.errors import UserError
 from mam.networks.decoding.decide import Decoding
-from mam.networks.mixers.registry import LETTERS
-from mam.networks.policy import POLICIES, make_policy
+from mam.networks.mixers.registry import MIXERS
+from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
 
@@ -30,9 +30,10 @@ FREE = slice(4)  # environments in which all live and may do anything, so that t
 ORDER = np.argsort(~ALIVE, axis=-1, stable=True).astype(np.int32)
 RESET = jnp.zeros(B, bool)
 
+LETTERS = "".join(family.letter for family in MIXERS.values())
 # Of both encoder and decoder; and where the decoder reads the observations by another mixer.
-LAYOUTS = ["".join(letters) for length in (1, 2, 3) for letters in product(LAYOUT_LETTERS, repeat=length)]
-CROSSED = [f"{own}/{cross}" for own, cross in product(LAYOUT_LETTERS, repeat=2) if own != cross]
+LAYOUTS = ["".join(letters) for length in (1, 2, 3) for letters in product(LETTERS, repeat=length)]
+CROSSED = [f"{own}/{cross}" for own, cross in product(LETTERS, repeat=2) if own != cross]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS + CROSSED)
 
 
@@ -159,12 +160,8 @@ def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
     jax.tree.map(np.testing.assert_array_equal, laid_out, named)
 
 
-def test_every_kind_of_mixer_has_a_letter():
-    assert set(LETTERS) == set(LAYOUT_LETTERS)
-
-
 def letters_of(name, sizes):
-    layout = Layout.of(LETTERS[name].letter, sizes)
+    layout = Layout.of(name, sizes)
     return tuple("".join(family.letter for family in role) for role in (layout.encoder, layout.decoder, layout.cross))
 
 
@@ -194,6 +191,19 @@ def test_layouts_of_the_decoder_are_equally_long(decoder, cross):
     )
 
 
+@pytest.mark.parametrize("layout", ["X", "am", "A1"])
+@pytest.mark.parametrize("setting", ["encoder.layout", "decoder.layout", "decoder.cross"])
+def test_layouts_are_of_letters_that_mixers_have(setting, layout):
+    group, _, name = setting.partition(".")
+    sizes = replace(SIZES, num_blocks=len(layout))
+    sizes = replace(sizes, **{group: replace(getattr(sizes, group), **{name: layout})})
+    with pytest.raises(UserError) as refused:
+        make_policy("mam", SPEC, sizes, key=jax.random.key(0))
+    assert str(refused.value) == (
+        f"network.{setting} must be letters of M (mamba), 2 (mamba2), A (attention), one per block, got {layout!r}"
+    )
+
+
 @pytest.mark.parametrize("name", ["ippo", "rec_mappo"])
 @pytest.mark.parametrize(
     ("changes", "decoding", "said"),
@@ -213,8 +223,8 @@ def test_independent_policies_have_no_layout_and_decode_nothing(name, changes, d
 
 def sequence_policies():
     spec, key = replace(SPEC, state_dim=2), jax.random.key(0)
-    policies = {name: jax.eval_shape(functools.partial(make_policy, name, spec, SIZES), key=key) for name in POLICIES}
-    return [name for name, policy in policies.items() if isinstance(policy, SequencePolicy)]
+    shapes = {name: jax.eval_shape(functools.partial(make_policy, name, spec, SIZES), key=key) for name in policies()}
+    return [name for name, policy in shapes.items() if isinstance(policy, SequencePolicy)]
 
 
 def make_action(obs):
@@ -250,7 +260,7 @@ def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(lay
 
 
 HALF = {"dtype": "bfloat16"}
-halved = pytest.mark.parametrize("layout", LAYOUT_LETTERS)
+halved = pytest.mark.parametrize("layout", LETTERS)
 
 
 @halved

@@ -17,7 +17,7 @@ SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_the_encoder_is_two_passes(family, combine):
     sizes = replace(SIZES, encoder=EncoderConfig(combine=combine))
-    mixer = MIXERS[family].encoder(sizes, key=jax.random.key(0))
+    mixer = MIXERS[family].roles.encoder(sizes, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, 7, 8))
 
     def one_pass(u):

@@ -94,6 +94,7 @@ def test_a_checkpoint_that_cannot_be_written(start, path, monkeypatch):
         start()
     monkeypatch.undo()
     assert saved_updates(path) in (2, 3)  # that of update 3 may have been under way
+    assert not list((path / "checkpoint").glob("*.partial"))  # which would keep the disk full
 
 
 def test_the_last_checkpoint_that_cannot_be_written(start, monkeypatch):
@@ -159,7 +160,15 @@ def test_a_run_goes_on_under_any_name(trainer, tmp_path, monkeypatch, name):
     assert runs.run(CONFIG, *runs.start(CONFIG, path)) == "stopped"
     monkeypatch.setattr(runs.JsonLines, "write", at_update(7, full_disk))
     assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
-    left = {"checkpoint", "config.json", "learning_curve.png", "marl_eval.json", "metrics.jsonl", "run.lock"}
+    left = {
+        "checkpoint",
+        "config.json",
+        "learning_curve.png",
+        "marl_eval.json",
+        "metrics.jsonl",
+        "run.lock",
+        "times.json",
+    }
     assert {file.name for file in path.iterdir()} == left | {"tensorboard", "versions.json"}
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
@@ -270,7 +279,10 @@ def test_metrics_that_lost_rows_are_said_in_one_line(start, path, monkeypatch, c
     assert metrics.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
 
 
-@pytest.mark.parametrize("meta", [{}, {"update": "2"}, {"update": -1}, {"config": []}, {"elapsed": None}], ids=str)
+NO_POSITIONS = ({}, {"update": "2"}, {"update": -1}, {"config": []}, {"elapsed": None}, {"times": {"x": 1.0}})
+
+
+@pytest.mark.parametrize("meta", NO_POSITIONS, ids=str)
 def test_saves_that_say_nothing_of_a_run_are_passed_over(start, path, monkeypatch, meta):
     start()
     good = newest(path / "checkpoint")

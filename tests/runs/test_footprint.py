@@ -60,8 +60,13 @@ smaller = plans._smaller
 def test_what_could_be_changed():
     assert [words for words, _ in smaller(CONFIG)] == [f"--ppo.num-minibatches {2**k}" for k in range(1, 5)]
     ppo = replace(CONFIG.ppo, num_envs=6)
-    memory = replace(CONFIG, policy="rec_ippo", ppo=ppo)  # whole rollouts only
-    assert [words for words, _ in smaller(memory)] == ["--ppo.num-minibatches 2"]
+    whole_rollouts = replace(CONFIG, policy="ippo", ppo=ppo, network=replace(CONFIG.network, memory="gru"))
+    for config in (whole_rollouts, replace(CONFIG, policy="rec_ippo", ppo=ppo)):
+        assert [words for words, _ in smaller(config)] == ["--ppo.num-minibatches 2"]
+    halves = replace(ppo, sequence_length=ppo.rollout_length // 2)
+    assert [words for words, _ in smaller(replace(whole_rollouts, ppo=halves))] == [
+        f"--ppo.num-minibatches {count}" for count in (2, 4)
+    ]
 
 
 def test_the_command(monkeypatch, capsys):

@@ -10,6 +10,8 @@ import pytest
 
 from mam.errors import UserError
 from mam.runs import loop as runs
+from mam.runs.checkpoint import newest
+from mam.runs.times import read_times
 from small_run import CONFIG
 
 
@@ -73,8 +75,13 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_after, whole
     assert "stopping after this step" in capsys.readouterr().out
     assert _rows(folder)[-1]["update"] == stop_after
     monkeypatch.undo()
+    before, saved = read_times(folder.times), newest(folder.checkpoint).meta["times"]
+    assert 0 < saved["train step"] == before["train step"]  # the wait for the save comes on top
 
     assert runs.run(CONFIG, *runs.resume(folder.path, CONFIG)) == "finished"
+    after = read_times(folder.times)
+    assert set(after) == {"compile", "train step", "evaluation", "saving", "logging"}
+    assert all(after[part] > seconds for part, seconds in saved.items())
     assert _rows(folder) == _rows(whole)
     assert _same(_state(folder), _state(whole))
 

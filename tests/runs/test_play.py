@@ -45,6 +45,7 @@ def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, 
     assert 0 <= episode.episode_return <= 1
     row = json.loads((tmp_path / "episode.json").read_text())
     assert (row["seed"], row["policy_seed"], row["greedy"]) == (1, 3, greedy)
+    assert row["agents"] is None
     assert (row["picture"], row["num_frames"], row["terminated"]) == ("episode.gif", LENGTH + 1, True)
     assert row["episode_return"] == pytest.approx(np.mean(row["reward"], axis=1).sum())
     assert {np.shape(row[name]) for name in ARRAYS} == {(LENGTH, 2)}
@@ -72,6 +73,7 @@ def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
     replay = load(tmp_path / "episode.json")
     assert replay.length == 7
     assert replay.trace["alive"].sum(axis=0).tolist() == [2, 5, 7]
+    assert replay.agents == ["ann", "bob", "cleo"]
     assert replay.reward_so_far(7) == pytest.approx(episode.episode_return)
     with Image.open(path) as image:
         assert len(replay.frames) == image.n_frames

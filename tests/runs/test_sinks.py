@@ -1,6 +1,8 @@
+import errno
 import io
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ from mam.runs.sinks import (
     mean_and_spread,
     read_records,
     seed_means,
-    time_spent,
     training_speed,
+    write_atomically,
 )
 
 
@@ -215,8 +217,17 @@ def test_speed_is_that_of_training_however_often_a_run_is_evaluated():
     records = [Record(*head, {}) for head in kinds]
     assert training_speed(records) == 50.0
     assert np.isnan(training_speed(records[:2]))
-    assert time_spent(records) == {"training": 4.0, "evaluations": 68.0, "start": 60.0}
-    assert sum(time_spent([]).values()) == 0.0
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_atomically(tmp_path / "a", "old")
+    monkeypatch.setattr("mam.runs.sinks.os", SimpleNamespace(fsync=full_disk))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a", "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
 
 
 def test_means():

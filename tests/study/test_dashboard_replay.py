@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mam.errors import RunError, UserError
+from mam.study.dashboard.player import _course, _decisions
 from mam.study.dashboard.replay import Players, load, replays_of
 from mam.study.dashboard.runs import LiveRun
 from report_runs import write_run
@@ -64,6 +66,21 @@ def test_states_that_look_alike_share_a_frame(tmp_path):
 def test_a_trace_that_is_damaged_is_said(tmp_path, changes):
     with pytest.raises(UserError, match=r"e\.json cannot be shown"):
         load(write(tmp_path / "e.json", **changes))
+
+
+@pytest.mark.parametrize(
+    ("agents", "shown"),
+    [
+        (["wolf_0", "<b>\n"], ["wolf_0", "<b>\\n"]),
+        *((unfit, ["0", "1"]) for unfit in (None, ["wolf_0"], "no", {"0": 1, "1": 2})),
+    ],
+)
+def test_agents_have_the_names_of_the_trace_or_their_places(tmp_path, agents, shown):
+    replay = load(write(tmp_path / "e.json", agents=agents))
+    assert replay.agents == shown
+    cells = _decisions(replay, 0)
+    assert all(f'<td class="l">{escape(name)}</td>' in cells for name in shown)
+    assert [line["name"] for line in _course(replay)["series"][1:]] == [f"value of agent {name}" for name in shown]
 
 
 def played(run, monkeypatch, tmp_path, script):

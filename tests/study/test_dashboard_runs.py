@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mam.config import flat, to_json
+from mam.runs.times import write_times
+from mam.study.dashboard.charts import Speeds
 from mam.study.dashboard.runs import LiveRun, differing, tail
 from mam.study.dashboard.watch import Watcher
 from report_runs import CONFIG, write_run
@@ -89,6 +91,13 @@ def test_a_configuration_that_cannot_be_read(tmp_path):
     state = aged(path).state(NOW)
     assert state.name == "failed"
     assert "polcy" in state.why
+
+
+def test_where_time_goes(tmp_path):
+    run = LiveRun(write_run(tmp_path / "a"), "a")
+    assert Speeds._describe([run]).endswith('<td class="l">–</td></tr></tbody></table>')
+    write_times(run.path / "times.json", {"acting": 1.0, "environment": 3.0})
+    assert "environment 75 %, acting 25 %" in Speeds._describe([run])
 
 
 def test_what_differs():

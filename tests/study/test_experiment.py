@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -39,6 +42,23 @@ def test_without_a_base_every_task_has_its_preset():
     runs = dict(grid(env=["lbf/8x8-2p-2f-coop", "rware/tiny-2ag"], policy="mat"))
     assert runs["rware/tiny-2ag/mat"] == replace(preset("rware/tiny-2ag"), policy="mat")
     assert runs["lbf/8x8-2p-2f-coop/mat"].ppo == preset("lbf").ppo
+
+
+@pytest.mark.parametrize(
+    ("printed", "free", "words"),
+    [
+        ("", 1, "it printed nothing"),
+        ("", 0, "it printed nothing (the disk is full)"),
+        ("a\nb\n", 0, "b (the disk is full)"),
+        ("a\nb\n", 1, "b"),
+    ],
+)
+def test_last_words_may_be_lost_on_a_full_disk(tmp_path, monkeypatch, printed, free, words):
+    job = Job("a", CONFIG, tmp_path)
+    assert job.last_words() == "it printed nothing"
+    job.log.write_text(printed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    assert job.last_words() == words
 
 
 @pytest.mark.parametrize("key", ["polcy", "ppo.lrr", "pp.lr", "ppo.lr.x"])
@@ -389,6 +409,29 @@ def in_the_background():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "said"),
+    [
+        (
+            "auto",
+            ConnectionError("Could not find\nany instance"),
+            "no Ray cluster at auto: Could not find any instance",
+        ),
+        (None, Exception("The node timed out\n during startup."), "cannot start Ray here: The node timed out during"),
+    ],
+)
+def test_ray_that_does_not_start_is_one_line(monkeypatch, address, error, said):
+    from mam.study.experiment.cluster import RayPool
+
+    shutdowns = []
+    ray = SimpleNamespace(init=Mock(side_effect=error), shutdown=lambda: shutdowns.append(1))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(UserError, match=said) as told:
+        RayPool(address, cpus=1.0, gpus=None)
+    assert "\n" not in str(told.value)
+    assert shutdowns == [1]
 
 
 @pytest.mark.skipif(

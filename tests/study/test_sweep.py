@@ -12,6 +12,7 @@ from test_experiment import FakePool, row
 from mam.cli import main as cli
 from mam.config import Config, from_json, to_json
 from mam.errors import UserError
+from mam.networks.mixers.registry import MIXERS
 from mam.study.experiment.pools import End
 from mam.study.experiment.screen import Screen
 from mam.study.sweep.command import Sweep
@@ -34,7 +35,9 @@ SEARCH = ("ppo.lr", "network.d_model")
     ],
 )
 def test_only_what_the_policy_reads_is_searched(policy, absent):
-    assert RANGES.keys() - space_of(replace(CONFIG, policy=policy)).keys() == absent
+    options = {f"network.{name}" for family in MIXERS.values() for name, values in family.options.items() if values}
+    assert options == {"network.num_heads", "network.d_state", "network.dt_rank"}
+    assert space_of(replace(CONFIG, policy=policy)).keys() == RANGES.keys() | options - absent
 
 
 def test_a_layout_decides_what_is_read():
@@ -53,9 +56,10 @@ def test_settings_without_a_range_are_refused():
 def test_every_value_of_the_ranges_is_valid_on_its_own():
     from mam.study.experiment.grid import changed
 
-    for name, values in RANGES.items():
-        for value in values:
-            assert changed(Config(policy="mat"), {name: value})
+    for policy in ("mam", "mam2", "mat"):
+        for name, values in space_of(Config(policy=policy)).items():
+            for value in values:
+                assert changed(Config(policy=policy), {name: value})
 
 
 def test_values_of_ones_own():

@@ -15,7 +15,8 @@ import pytest
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
 from mam.learning import external as host
-from mam.learning.external import blank_actors, host_rollout, start_actors
+from mam.learning.external import blank_state, host_rollout, start_episodes
+from mam.learning.ppo import PPO
 from mam.learning.train import Learner
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -71,22 +72,22 @@ def check_two_updates(monkeypatch):
     def check(task, name):
         """Nothing is compiled twice, all numbers are finite, ratios begin at 1, and every parameter moves."""
         envs = environments(task)
-        learner = Learner(replace(CONFIG, env=task, policy=name), envs.spec)
+        learner = Learner(replace(CONFIG, env=task, policy=name), envs.spec, PPO(CONFIG.ppo))
 
         def init(seed):
-            return learner.init(seed, lambda policy, key: blank_actors(policy, envs.spec, envs.num_envs))
+            return learner.init(seed, lambda policy, key: blank_state(policy, envs.spec, envs.num_envs))
 
         fresh = jax.eval_shape(jax.vmap(init), jnp.zeros(1, jnp.int32))
         state = jax.tree_util.tree_map_with_path(draw, eqx.tree_at(lambda s: s.key, fresh, None))
         first = state = replace(state, key=jax.random.split(jax.random.key(1), 1))
-        actors, timestep = start_actors(envs, state.actors.memory, num_seeds=1, seed=0)
+        carry, timestep = start_episodes(envs, state.actors.memory, num_seeds=1, seed=0)
 
         learn = quick_jit(jax.vmap(learner.learn))
         for update in range(2):
             keys = jax.random.split(jax.random.key(2 + update))
-            actors, transitions = host_rollout(envs, state.policy, actors, keys[:1], CONFIG.ppo.rollout_length)
-            state, values = learn(state, actors, transitions, keys[1:])
-            actors = state.actors
+            carry, found = host_rollout(envs, state.policy, carry, keys[:1], CONFIG.ppo.rollout_length)
+            state, values = learn(state, carry, found, keys[1:])
+            carry = state.actors
             values = {name: float(value[0]) for name, value in values.items() if name not in timestep.metrics}
             assert np.isfinite([*values.values()]).all(), values
             # A sum over dimensions of what is not small: the weights are large, the standard deviations are not.

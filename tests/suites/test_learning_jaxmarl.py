@@ -2,7 +2,7 @@
 
 import pytest
 
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing `.*` directly from `Data`:DeprecationWarning")  # brax's own
 
@@ -10,6 +10,6 @@ TASKS = ("smax/2s3z", "mpe/simple_spread_3", "mabrax/hopper_3x1", "overcooked/cr
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policies())
 def test_two_updates(check_two_updates, task, name):
     check_two_updates(task, name)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from mam.networks.policy import POLICIES
+from mam.networks.policy import policies
 
 TASKS = ("lbf/2s-8x8-2p-2f-coop", "rware/tiny-2ag", "connector/5x5x3a", "cleaner/5x5x2a")
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", policies())
 def test_two_updates(check_two_updates, task, name):
     check_two_updates(task, name)

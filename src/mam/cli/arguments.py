@@ -15,6 +15,7 @@ import tyro
 
 from mam.config import MAX_INT, MAX_SEED, Config
 from mam.errors import UserError, unknown_name
+from mam.networks.mixers.registry import MIXERS
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:
@@ -35,7 +36,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=f"mam {command}", description=inspect.getdoc(kind), args=args, **extra)
+            return tyro.cli(kind, prog=f"mam {command}", description=_description(kind), args=args, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -46,6 +47,17 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
+
+
+def _description(kind: type) -> str:
+    """What the command does and, where a network is chosen, of which mixers, and what each of them reads."""
+    text = inspect.getdoc(kind) or ""
+    if not any(flag.startswith("--network.") for flag in _flags(kind)):
+        return text
+    mixers = (
+        f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}" for family in MIXERS.values()
+    )
+    return f"{text}\n\nPolicies of one mixer, and what it reads of --network: {'; '.join(mixers)}."
 
 
 def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:

@@ -19,7 +19,7 @@ from mam.envs.external.factories import names_code
 from mam.envs.tasks import check_task
 from mam.errors import DISTRIBUTION, RunError, UserError, installed_version, printable, shown, unknown_name
 from mam.presets import PRESETS, origin, preset, preset_for
-from mam.runs.files import read_config
+from mam.runs.files import read_config, writing
 from mam.runs.process import Hosts
 from mam.study.bench.command import Bench
 from mam.study.dashboard.command import Dashboard, serve
@@ -324,15 +324,17 @@ def _plan(args: PlanRun) -> None:
 
 
 def _print_results(config: Config, folder: Any) -> None:
-
     from mam.runs.loop import seeds_of
     from mam.runs.summary import deployment, summary_table
+    from mam.runs.times import read_times, shares
 
     title = f"{config.algorithm} on {config.env}"
     records = folder.records()
     display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
+    if line := shares(read_times(folder.times)):
+        print(f"time: {line}")
     names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
     print(f"in {folder.path}: {', '.join(name for name in names if (folder.path / name).exists())}")
 
@@ -341,7 +343,7 @@ def _evaluate(args: Evaluate) -> None:
     import jax
     from rich.table import Table
 
-    from mam.learning.evaluate import UNFINISHED
+    from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
     from mam.runs import process as runtime
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
@@ -359,12 +361,14 @@ def _evaluate(args: Evaluate) -> None:
     if args.json:
         facts = {"run": str(args.run), "env": config.env, "algorithm": config.algorithm, "seeds": seeds}
         asked = {"greedy": args.greedy, "seed": args.seed}
+        if AGENT_RETURN in metrics:
+            asked |= {"agents": trainer.spec.agent_names}
         print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
         return
-    mode = "greedy" if args.greedy else "sampled"
+    of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {config.env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for index, seed in enumerate(seeds):
         table.add_row(
             str(seed), *(f"{value[index].mean():.3f} ± {value[index].std():.3f}" for value in metrics.values())
@@ -373,7 +377,23 @@ def _evaluate(args: Evaluate) -> None:
         table.add_section()
         table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
     display(table)
+    if of_agents is not None:
+        display(_agent_table(of_agents, trainer.spec))
     print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+
+
+def _agent_table(returns: Any, spec: Any) -> Any:
+    """Each agent's return, [seeds, episodes, N], over all seeds' episodes."""
+    from rich.table import Table
+
+    names = spec.agent_names or range(spec.num_agents)
+    left = spec.num_agents - _MOST_AGENTS
+    table = Table("agent", caption=f"and {left} more agents, all in --json" if left > 0 else None)
+    table.add_column("return", justify="right")
+    agents = zip(names, returns.mean((0, 1)), returns.std((0, 1)), strict=True)
+    for name, mean, deviation in list(agents)[:_MOST_AGENTS]:
+        table.add_row(str(name), f"{mean:.3f} ± {deviation:.3f}")
+    return table
 
 
 def _show(args: Show) -> None:
@@ -444,23 +464,27 @@ def _load(path: Path, env: str | None, *, trust: bool, greedy: bool) -> tuple[Co
 
 
 def _list(args: List) -> None:
-    from mam.envs.registry import auto_options, suites
-    from mam.envs.tasks import task_names
-    from mam.networks.policy import POLICIES
+    from mam.envs.registry import auto_options
+    from mam.envs.tasks import SUITES
+    from mam.networks.memory import MEMORIES
+    from mam.networks.policy import policies
 
     if args.envs:
         _print_specs()
         return
     print("policies (--policy)")
-    for name, kind in POLICIES.items():
+    for name, kind in policies().items():
+        print(f"  {name:<11}{kind.description}")
+    print("\nmemory of any policy (--network.memory)")
+    for name, kind in MEMORIES.items():
         print(f"  {name:<11}{kind.description}")
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()
-    for suite in suites():
-        print(f"  {suite}/")
-        print(*(f"    {name}" for name in task_names() if name.startswith(f"{suite}/")), sep="\n")
-        if defaults := options.get(f"{suite}/auto"):
-            print(f"    {suite}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
+    for name, suite in SUITES.items():
+        print(f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}")
+        print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
+        if defaults := options.get(f"{name}/auto"):
+            print(f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
     print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
     print("  your own                          package.module:factory")
     print("\npresets (--preset; chosen by the task unless given)")
@@ -511,7 +535,8 @@ def _report(args: Report) -> None:
     from mam.study.report.page import write_report
 
     results, warnings = load(args.runs, args.by)
-    write_report(args.out, results, warnings)
+    with writing(args.out):
+        write_report(args.out, results, warnings)
     for warning in warnings:
         print(f"warning: {printable(warning)}")
     print(f"in {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
@@ -555,6 +580,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "check-env": (CheckEnv, _check_env),
     "bench": (Bench, _bench),
 }
+_MOST_AGENTS = 64  # rows of a table
 _LASTING = ("train", "experiment", "sweep", "dashboard")  # nobody has to watch these to their end
 
 

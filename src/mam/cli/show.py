@@ -8,6 +8,7 @@ from mam.config import flat, to_json
 from mam.presets import preset_for
 from mam.runs.loop import RunFolder, seeds_of
 from mam.runs.summary import deployment, summary_table
+from mam.runs.times import read_times, shares
 from mam.study.experiment.grid import flags
 from mam.study.report.collect import read_versions
 
@@ -35,3 +36,5 @@ def show(path: Path) -> None:
     display(summary_table(records, seeds=seeds_of(config), title=title))
     if line := deployment(records, greedy=config.eval.greedy):
         print(line)
+    if line := shares(read_times(folder.times)):
+        print(f"time: {line}")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Int, Key
 from mam.envs import jumanji_grids as grids
 from mam.envs.base import Metrics, restart, transition
 from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZES
-from mam.errors import UserError, missing_extra
+from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
 Observe = Callable[[Any, Any], Observation]  # what Jumanji's state and observation look like to the agents
@@ -39,7 +39,6 @@ def make_lbf(task: str) -> "JumanjiEnv":
     A flaw of Jumanji's generator is kept, because published scores have it: to keep agents off the food it
     excludes whole rows of the grid from their start positions.
     """
-    _require_jumanji()
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
     from jumanji.environments.routing.lbf.generator import RandomGenerator
 
@@ -85,7 +84,6 @@ def make_lbf_auto(
     require("sight", sight, at_least=1, at_most=grid, why=f" at {grid=}")
     require("levels", levels, at_least=2)
     require("limit", limit, at_least=1)
-    _require_jumanji()
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
     from jumanji.environments.routing.lbf.generator import RandomGenerator
 
@@ -165,7 +163,6 @@ def make_connector(task: str) -> "JumanjiEnv":
     Agents draw paths, which nobody can cross, from start to target. Connecting earns 1, every step before it
     costs 0.03. The episode ends when all are connected or stuck; a connected agent can but stand still.
     """
-    _require_jumanji()
     from jumanji.environments.routing.connector.env import Connector
     from jumanji.environments.routing.connector.generator import RandomWalkGenerator
 
@@ -181,7 +178,6 @@ def make_cleaner(task: str) -> "JumanjiEnv":
     Agents start in one corner of a maze and clean the tiles they pass: the team earns 1 per tile, less 0.5 per
     step. The episode ends when all is clean, or an agent walks into a wall.
     """
-    _require_jumanji()
     from jumanji.environments.routing.cleaner.env import Cleaner
     from jumanji.environments.routing.cleaner.generator import RandomGenerator
 
@@ -234,7 +230,6 @@ class JumanjiEnv:
 def _warehouse(
     name: str, rows: int, columns: int, height: int, agents: int, sight: int, requests: int, limit: int
 ) -> JumanjiEnv:
-    _require_jumanji()
     from jumanji.environments.routing.robot_warehouse.env import RobotWarehouse
     from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
 
@@ -291,10 +286,3 @@ def _require(task: str, name: str, value: int, *, at_least: int = 1, at_most: in
 def _strongly_typed(leaf: Array) -> Array:
     # RWARE's reset returns weakly typed leaves and its step does not: every jitted loop would compile twice.
     return jnp.asarray(leaf, leaf.dtype)
-
-
-def _require_jumanji() -> None:
-    try:
-        import jumanji  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("this task", "Jumanji", "jumanji") from error

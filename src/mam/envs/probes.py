@@ -334,3 +334,8 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "target": Target,
     "components": Components,
 }
+
+
+def make_probe(task: str) -> Probe:
+    """Make a task of `PROBES`."""
+    return PROBES[task]()

@@ -1,4 +1,4 @@
-"""Tasks by name. A new suite is one row of `_SUITES`, and of `TASKS` in `mam.envs.tasks`.
+"""Tasks by name; what stands for them is looked up in `mam.envs.tasks`.
 
 suite/task                         a task of a suite
 suite/auto:agents=64,grid=48       a task of that suite of one's own making
@@ -9,47 +9,22 @@ package.module:factory             one's own environment: the factory returns it
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from mam.config import WorkerConfig
-from mam.envs import jaxmarl, jumanji, probes, smax
 from mam.envs.external.factories import PREFIX, EnvFactory, find_factory, names_code
-from mam.envs.tasks import check_task
+from mam.envs.tasks import SUITES, check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
-from mam.errors import UserError, unknown_name
+from mam.errors import UserError, missing_extra, unknown_name
 from mam.types import Environment, EnvSpec, HostEnvironments
-
-
-@dataclass(frozen=True)
-class _Suite:
-    make: Callable[[str], Environment]  # task (without the suite) -> environment; imports what it needs
-    auto: Callable[..., Environment] | None = None  # keyword arguments, all with defaults -> environment
-
-
-_SUITES = {
-    "lbf": _Suite(jumanji.make_lbf, auto=jumanji.make_lbf_auto),
-    "rware": _Suite(jumanji.make_rware, auto=jumanji.make_rware_auto),
-    "connector": _Suite(jumanji.make_connector),
-    "cleaner": _Suite(jumanji.make_cleaner),
-    "smax": _Suite(smax.make_smax, auto=smax.make_smax_auto),
-    "mpe": _Suite(jaxmarl.make_mpe, auto=jaxmarl.make_mpe_auto),
-    "mabrax": _Suite(jaxmarl.make_mabrax),
-    "overcooked": _Suite(jaxmarl.make_overcooked),
-    "hanabi": _Suite(jaxmarl.make_hanabi),
-    "probe": _Suite(lambda task: probes.PROBES[task]()),
-}
-
-
-def suites() -> tuple[str, ...]:
-    """Returns the names of all suites."""
-    return tuple(_SUITES)
 
 
 def auto_options() -> dict[str, Mapping[str, Any]]:
     """Returns, for every suite that makes tasks to measure, the options of `suite/auto:…` and their defaults."""
-    return {f"{name}/auto": _options(suite.auto) for name, suite in _SUITES.items() if suite.auto}
+    return {f"{name}/auto": _options(_maker(name, "_auto")) for name, suite in SUITES.items() if suite.made_to_measure}
 
 
 def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
@@ -156,18 +131,34 @@ def _no_environment(name: str, env: Any) -> UserError:
 
 
 def make_plain(name: str) -> Environment:
-    """Makes one environment as it is, without agent ids; what somebody's own factory returns, unchecked."""
+    """Makes one environment as it is, without agent ids; what somebody's own factory returns, unchecked.
+
+    Raises:
+        UserError: as `make`.
+    """
     check_task(name)
     if names_code(name):
         env = _own(name)
         if isinstance(env, EnvFactory):
             raise UserError(f"{name} lives on the host: it has no JAX program")
         return env
-    suite, _, rest = name.partition("/")
+    prefix, _, rest = name.partition("/")
     task, _, options = rest.partition(":")
-    if task == "auto" and (auto := _SUITES[suite].auto):
-        return auto(**_parse_options(name, options, _options(auto)))
-    return _SUITES[suite].make(task)
+    suite = SUITES[prefix]
+    try:
+        if task == "auto" and suite.made_to_measure:
+            auto = _maker(prefix, "_auto")
+            return auto(**_parse_options(name, options, _options(auto)))
+        return _maker(prefix)(task)
+    except ImportError as error:
+        if suite.extra is None:
+            raise
+        raise missing_extra("this task", " and ".join(suite.packages), suite.extra) from error
+
+
+def _maker(suite: str, kind: str = "") -> Callable[..., Environment]:
+    """The function that makes a suite's tasks, or those made to measure."""
+    return getattr(import_module(SUITES[suite].module), f"make_{suite}{kind}")
 
 
 def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:

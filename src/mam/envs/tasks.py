@@ -1,6 +1,10 @@
-"""Names of all tasks, as tables that import nothing: a name that is none is refused before JAX is loaded."""
+"""Suites and the names of their tasks, as tables that import nothing: a wrong name is refused before JAX is loaded.
+
+A new suite is a module and a row of `SUITES`.
+"""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from mam.errors import unknown_name
@@ -38,25 +42,51 @@ MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "wal
 OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
+PROBE_TASKS = ("identity", "copy", "matrix", "memory", "target", "components")
 
-TASKS: dict[str, Iterable[str]] = {
-    "lbf": LBF_TASKS,
-    "rware": RWARE_TASKS,
-    "connector": CONNECTOR_TASKS,
-    "cleaner": CLEANER_TASKS,
-    "smax": SMAX_TASKS,
-    "mpe": MPE_TASKS,
-    "mabrax": MABRAX_TASKS,
-    "overcooked": OVERCOOKED_TASKS,
-    "hanabi": HANABI_TASKS,
-    "probe": ("identity", "copy", "matrix", "memory", "target", "components"),
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite, and all that is to be known of it before it is imported."""
+
+    description: str
+    module: str  # has `make_<suite>(task)` and imports the packages in there
+    tasks: Iterable[str]
+    made_to_measure: bool = False  # the module has `make_<suite>_auto(**options)`, too: suite/auto:…
+    extra: str | None = None  # of the library, which installs the packages
+    packages: tuple[str, ...] = ()  # the distributions whose versions decide what a task is
+
+
+_JUMANJI: dict[str, Any] = {"module": "mam.envs.jumanji", "extra": "jumanji", "packages": ("jumanji",)}
+_JAXMARL: dict[str, Any] = {"extra": "jaxmarl", "packages": ("jaxmarl",)}
+
+SUITES = {
+    "lbf": Suite("Level-Based Foraging", tasks=LBF_TASKS, made_to_measure=True, **_JUMANJI),
+    "rware": Suite("the robotic warehouse", tasks=RWARE_TASKS, made_to_measure=True, **_JUMANJI),
+    "connector": Suite("wires laid without crossing", tasks=CONNECTOR_TASKS, **_JUMANJI),
+    "cleaner": Suite("a maze cleaned together", tasks=CLEANER_TASKS, **_JUMANJI),
+    "smax": Suite(
+        "battles in the manner of SMAC", "mam.envs.jaxmarl.smax", SMAX_TASKS, made_to_measure=True, **_JAXMARL
+    ),
+    "mpe": Suite(
+        "particles that spread over landmarks", "mam.envs.jaxmarl.mpe", MPE_TASKS, made_to_measure=True, **_JAXMARL
+    ),
+    "mabrax": Suite(
+        "robots whose limbs are agents",
+        "mam.envs.jaxmarl.mabrax",
+        MABRAX_TASKS,
+        extra="mabrax",
+        packages=("jaxmarl", "brax"),
+    ),
+    "overcooked": Suite("cooks in a kitchen", "mam.envs.jaxmarl.overcooked", OVERCOOKED_TASKS, **_JAXMARL),
+    "hanabi": Suite("the card game", "mam.envs.jaxmarl.hanabi", HANABI_TASKS, **_JAXMARL),
+    "probe": Suite("tiny tasks with a known optimum", "mam.envs.probes", PROBE_TASKS),
 }
-MADE_TO_MEASURE = ("lbf", "rware", "smax", "mpe")  # suites with suite/auto:…
 
 
 def task_names() -> tuple[str, ...]:
     """Return the names of all tasks, "suite/task"."""
-    return tuple(f"{suite}/{task}" for suite, tasks in TASKS.items() for task in tasks)
+    return tuple(f"{name}/{task}" for name, suite in SUITES.items() for task in suite.tasks)
 
 
 def check_task(name: str) -> None:
@@ -65,11 +95,12 @@ def check_task(name: str) -> None:
     Raises:
         UserError: there is none, with the nearest ones.
     """
-    suite, _, rest = name.partition("/")
-    if ":" in name and suite not in TASKS:
+    prefix, _, rest = name.partition("/")
+    suite = SUITES.get(prefix)
+    if ":" in name and suite is None:
         return
     task, _, options = rest.partition(":")
-    if (task == "auto" and suite in MADE_TO_MEASURE) or (not options and task in TASKS.get(suite, ())):
+    if suite and ((task == "auto" and suite.made_to_measure) or (not options and task in suite.tasks)):
         return
-    autos = (f"{suite}/auto" for suite in MADE_TO_MEASURE)
+    autos = (f"{name}/auto" for name, suite in SUITES.items() if suite.made_to_measure)
     raise unknown_name("task", name, (*task_names(), *autos), see="mam list")

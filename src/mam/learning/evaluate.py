@@ -1,16 +1,23 @@
 """Playing whole episodes with fixed weights."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import EvalConfig
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Environment, EnvState, Memory, Policy, TimeStep
+from mam.types import Environment, EnvSpec, EnvState, Memory, Policy, TimeStep
 
 UNFINISHED = "unfinished"  # the metric that is 1 for an episode that was cut off by the evaluation's own limit
+AGENT_RETURN = "agent_return"  # each agent's own, where rewards are not a team's
+MOST_KINDS = 16  # of agents, whose returns are metrics
 
 
 class Episodes(eqx.Module):
@@ -21,6 +28,7 @@ class Episodes(eqx.Module):
     memory: Memory
     over: Bool[Array, "M"]
     metrics: dict[str, Float[Array, "M"]]  # as of each episode's last step
+    agent_return: Float[Array, "M N"] | None  # so far; None of a team
     key: Key[Array, ""]
 
 
@@ -33,7 +41,7 @@ def evaluate(
     greedy: bool | Bool[Array, ""] = False,
     max_steps: int | Int[Array, ""] = EvalConfig.max_episode_steps,
     shard: Shard = WHOLE,
-) -> dict[str, Float[Array, "M"]]:
+) -> dict[str, Float[Array, "M *agents"]]:
     """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over or cut off.
 
     Args:
@@ -46,7 +54,8 @@ def evaluate(
         shard: plays its share of the episodes; all devices return those of all.
 
     Returns:
-        The environment's metrics at the end of each episode: `episode_return`, `episode_length`, …; and UNFINISHED.
+        The environment's metrics at the end of each episode, `episode_return`, `episode_length`, …; UNFINISHED; and,
+        where rewards are not a team's, AGENT_RETURN, [M, N].
     """
     share = -(-num_episodes // shard.num_shards)
 
@@ -61,6 +70,7 @@ def evaluate(
         memory=policy.init_memory((share,)),
         over=jnp.zeros(share, bool),
         metrics=timestep.metrics,
+        agent_return=None if env.spec.team_reward else jnp.zeros_like(timestep.reward),
         key=play_key,
     )
 
@@ -73,11 +83,46 @@ def evaluate(
         metrics = {
             name: jnp.where(episodes.over, episodes.metrics[name], timestep.metrics[name]) for name in timestep.metrics
         }
-        return Episodes(env_state, timestep, memory, episodes.over | timestep.ended, metrics, next_key)
+        agent_return = episodes.agent_return
+        if agent_return is not None:
+            agent_return += jnp.where(episodes.over[:, None], 0.0, timestep.reward)
+        over = episodes.over | timestep.ended
+        return Episodes(env_state, timestep, memory, over, metrics, agent_return, next_key)
 
     def goes_on(episodes: Episodes) -> Bool[Array, ""]:
         return jnp.any(~episodes.over & (episodes.metrics["episode_length"] < max_steps))
 
     episodes = lax.while_loop(goes_on, step, episodes)
     metrics = episodes.metrics | {UNFINISHED: (~episodes.over).astype(jnp.float32)}
+    if episodes.agent_return is not None:
+        metrics |= {AGENT_RETURN: episodes.agent_return}
     return {name: shard.gather(value)[:num_episodes] for name, value in metrics.items()}
+
+
+def with_kinds(metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = False) -> dict[str, Any]:
+    """Returns the metrics with `return_<kind>`, the mean over the agents of a kind, and without AGENT_RETURN.
+
+    Args:
+        metrics: of episodes, as `evaluate` returns them.
+        spec: of the environment.
+        each_agent: keep AGENT_RETURN.
+    """
+    metrics = dict(metrics)
+    if (of_agents := metrics.get(AGENT_RETURN)) is None:
+        return metrics
+    if not each_agent:
+        del metrics[AGENT_RETURN]
+    kinds = agents_by_kind(spec.agent_names or ())
+    return metrics | {f"return_{kind}": of_agents[..., rows].mean(-1) for kind, rows in kinds.items()}
+
+
+def agents_by_kind(names: tuple[str, ...]) -> dict[str, Int[np.ndarray, "n"]]:
+    """Returns the agents of each kind, which is a name without the number at its end.
+
+    Nothing where all are of one kind, or there are more than MOST_KINDS.
+    """
+    kinds = [re.sub(r"[\W_]*\d+$", "", name) or "agent" for name in names]
+    different = dict.fromkeys(kinds)
+    if not 1 < len(different) <= MOST_KINDS:
+        return {}
+    return {kind: np.flatnonzero([kind == other for other in kinds]) for kind in different}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from mam.config import Config
 from mam.envs.registry import lives_on_host, make_batched, make_host
 from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
-from mam.learning.evaluate import evaluate
+from mam.learning.evaluate import evaluate, with_kinds
 from mam.learning.external import (
+    Timed,
     aligned,
     blank_state,
     host_evaluate,
@@ -27,12 +28,14 @@ from mam.learning.external import (
 )
 from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, rollout
 from mam.learning.sharding import Devices, Shard
+from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.sequence import decision_order
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
 
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
 
 
+@runtime_checkable
 class Experience(Protocol):
     """A source of rollouts.
 
@@ -60,25 +63,24 @@ class OnDevice:
 
     config: Config
     devices: Devices
+    batched: AutoReset  # of all devices together
     compiled: bool = True
-
-    @cached_property
-    def _environments(self) -> AutoReset:
-        return make_batched(self.config.env, self.config.ppo.num_envs, self.config.agent_id)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    step_part: Part = "train step"
 
     @property
     def spec(self) -> EnvSpec:
         """Sizes and limits of the task."""
-        return self._environments.spec
+        return self.batched.spec
 
     @property
     def env(self) -> Environment:
         """One environment, as it is evaluated: it does not reset itself."""
-        return self._environments.env
+        return self.batched.env
 
     def _share(self, shard: Shard) -> AutoReset:
         share = self.config.ppo.num_envs // shard.num_shards
-        return replace(self._environments, num_envs=share, first=shard.index * share)
+        return replace(self.batched, num_envs=share, first=shard.index * share)
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
         """Start an episode in every environment."""
@@ -111,7 +113,8 @@ class OnDevice:
     ) -> Values:
         """Play each mode with its policy: one program, in which the mode is data. Metrics are [modes, …]."""
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *policies), jnp.array(modes)
-        return lax.map(lambda mode: self.play(mode[0], key, num_episodes, mode[1]), stacked)
+        values = lax.map(lambda mode: self.play(mode[0], key, num_episodes, mode[1]), stacked)
+        return with_kinds(values, self.spec)
 
     def close(self) -> None:
         """Do nothing: there is nothing to end."""
@@ -127,6 +130,8 @@ class External:
     config: Config
     compiled: bool = False
     devices: Devices = field(default_factory=Devices)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    step_part: Part = "update"  # besides what the clock tells apart
 
     @property
     def _per_round(self) -> int:
@@ -141,7 +146,8 @@ class External:
     def _learning(self) -> HostEnvironments:
         """Where they learn."""
         first = self.config.num_seeds * self._per_round
-        return self._start(self.config.ppo.num_envs, first=first)
+        with self.clock.part("environment"):
+            return Timed(self._start(self.config.ppo.num_envs, first=first), self.clock)
 
     def _start(self, num_envs: int, first: int = 0) -> HostEnvironments:
         config = self.config
@@ -164,7 +170,8 @@ class External:
         ppo, num_seeds = self.config.ppo, self.config.num_seeds
         if "_learning" not in self.__dict__:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
-        carry, found = host_rollout(self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length)
+        with self.clock.part("acting"):
+            carry, found = host_rollout(self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length)
         transitions, infos = take_infos(found.transitions)
         return carry, replace(found, transitions=transitions), infos
 
@@ -184,7 +191,8 @@ class External:
         """Play each mode with its policy. Metrics are [modes, …]."""
         key = jax.vmap(jax.random.split)(key)[:, 0]
         values = [self.play(policy, key, num_episodes, greedy) for policy, greedy in zip(policies, modes, strict=True)]
-        return jax.tree.map(lambda *values: np.stack(values), *aligned(values))
+        stacked = jax.tree.map(lambda *values: np.stack(values), *aligned(values))
+        return with_kinds(stacked, self.spec)
 
     def close(self) -> None:
         """End the worker processes; safe to call twice."""
@@ -214,7 +222,8 @@ def environments(config: Config) -> Environments:
             f"ppo.num_envs must be a multiple of the {num_devices} devices, got {num_envs}; "
             "num_devices takes fewer of them"
         )
-    return OnDevice(config, Devices(num_devices))
+    batched = make_batched(config.env, num_envs, config.agent_id)
+    return OnDevice(config, Devices(num_devices), batched)
 
 
 @dataclass(frozen=True)

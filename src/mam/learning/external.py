@@ -5,7 +5,7 @@ and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mam.config import EvalConfig
-from mam.learning.evaluate import UNFINISHED
+from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
 from mam.learning.rollout import Rollout, RolloutState, make_transition, next_state
+from mam.learning.stopwatch import Stopwatch
 from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
 
 LAST_STEP = 2**31 - 1  # that nobody reaches
@@ -30,6 +31,33 @@ def act(
     """`policy.act` of all seeds at step t, each environment with a key of its own."""
     keys = jax.random.split(jax.random.fold_in(key, step), state.reset.shape[0])
     return policy.act(state.memory, state.observation, state.reset, keys, greedy=greedy)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Environments whose resets and steps a stopwatch counts."""
+
+    envs: HostEnvironments
+    clock: Stopwatch
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self.envs.spec
+
+    @property
+    def num_envs(self) -> int:
+        return self.envs.num_envs
+
+    def reset(self, seed: int) -> TimeStep:
+        with self.clock.part("environment"):
+            return self.envs.reset(seed)
+
+    def step(self, action: np.ndarray) -> TimeStep:
+        with self.clock.part("environment"):
+            return self.envs.step(action)
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
@@ -120,23 +148,25 @@ def host_evaluate(
 
     Returns:
         The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
-        [seeds, num_episodes].
+        [seeds, num_episodes]; where rewards are not a team's, AGENT_RETURN, [seeds, num_episodes, N].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds
     rounds, step = [], 0
     for first in range(0, num_episodes, per_round):
         state, timestep = start_episodes(envs, memory, num_seeds, seed=first + seed_of(key))
-        over, metrics = timestep.ended, timestep.metrics
+        over, metrics, agent_return = timestep.ended, timestep.metrics, np.zeros_like(timestep.reward)
         last = step + max_steps
         while not over.all() and step < last:
             after, _, timestep = _step(envs, policy, state, key, step, greedy)
             before, now = aligned([metrics, timestep.metrics])
             metrics = {name: np.where(over, before[name], value) for name, value in now.items()}
+            agent_return += np.where(over[..., None], np.float32(0), timestep.reward)
             over = over | timestep.ended
             state = next_state(timestep, after)
             step += 1
-        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))})
+        own = {} if envs.spec.team_reward else {AGENT_RETURN: agent_return}
+        rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))} | own)
     rounds = aligned(rounds)
     return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
 

@@ -1,8 +1,8 @@
 """What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -44,6 +44,7 @@ class Losses(eqx.Module):
     maxima: dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A loss on the actions of a rollout, and what it needs to know of them."""
 
@@ -130,4 +131,4 @@ def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch
 
         batch = jax.tree.map(cut, batch)
         memory = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), memory)
-    return eqx.tree_at(lambda b: b.memory, batch, memory, is_leaf=lambda x: x == ())
+    return replace(batch, memory=memory)

@@ -7,7 +7,7 @@ are called in between.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import equinox as eqx
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from mam.config import Config
 from mam.learning.advantages import Advantages
 from mam.learning.estimates import estimate
+from mam.learning.evaluate import with_kinds
 from mam.learning.experience import Environments, Experience, Values, environments
 from mam.learning.nonfinite import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
@@ -27,9 +28,10 @@ from mam.learning.objective import Objective, make_batch
 from mam.learning.ppo import PPO
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import AXIS, WHOLE, Devices, Shard
+from mam.learning.stopwatch import Part, Stopwatch
 from mam.learning.update import make_optimiser, update, update_names
 from mam.networks.decoding.decide import Decoding
-from mam.networks.mixers.roles import largest_step_size
+from mam.networks.mixers.base import mixer_metrics
 from mam.networks.policy import make_policy
 from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
 
@@ -78,7 +80,7 @@ class Trainer:
     train_step: Callable[[TrainState], tuple[TrainState, Values]]  # one rollout and the update on it
     evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]  # current weights; remembers the best
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
-    evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics
+    evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
     shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]  # of what `init` returns, and where its arrays lie
     environments: Environments
     devices: Devices
@@ -96,6 +98,16 @@ class Trainer:
     def close(self) -> None:
         """End external environments, if they were started."""
         self.environments.close()
+
+    @property
+    def clock(self) -> Stopwatch:
+        """Tells parts of a train step apart, where it can."""
+        return self.environments.clock
+
+    @property
+    def step_part(self) -> Part:
+        """What the rest of a train step is."""
+        return self.environments.step_part
 
     def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
         """What was the first array with a number that is not finite in a train step, for each seed that had one."""
@@ -142,9 +154,11 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
     def remember(*args: Any) -> TrainState:
         return learner().remember(*args)
 
-    def play(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
-        seeds = _over_seeds(lambda policy, key: played.play(policy, key, num_episodes, greedy))
-        return devices.share(seeds, (P(), P()), P())(policy, key)
+    def evaluate(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
+        play = partial(played.play, num_episodes=num_episodes, greedy=greedy)
+        if played.compiled:
+            play = devices.share(_over_seeds(play), (P(), P()), P())
+        return with_kinds(play(policy, key), played.spec, each_agent=True)
 
     def program(step: Callable, out_specs: Any) -> Callable:
         return devices.share(_over_seeds(step), (specs,), out_specs)
@@ -166,7 +180,7 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
         else called.train,
         evaluate_step=jax.jit(program(traced.evaluate, (specs, P()))) if played.compiled else called.evaluate,
         absolute_metric=jax.jit(program(traced.absolute, P())) if played.compiled else called.absolute,
-        evaluate=jax.jit(play, static_argnums=(2, 3)) if played.compiled else played.play,
+        evaluate=jax.jit(evaluate, static_argnums=(2, 3)) if played.compiled else evaluate,
         shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
         devices=devices,
@@ -296,9 +310,8 @@ class Learner:
             **_value_metrics(transitions, estimates, shard),
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
             NON_FINITE: jnp.where(bad == FINE, in_update, bad),
+            **mixer_metrics(network),
         }
-        if (step_size := largest_step_size(network)) is not None:
-            values["step_size_max"] = step_size
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,
@@ -372,10 +385,16 @@ def _key(state: TrainState, stream: int) -> Key[Array, ""]:
 
 
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
-    """Means of the environment's metrics over the episodes that ended in this rollout; NaN if none did."""
+    """Means of the environment's metrics over the episodes that ended in this rollout; infinite if none did.
+
+    No NaN: JAX_DEBUG_NANS would take it for a mistake.
+    """
     ended, metrics = shard.gather((transitions.terminated | transitions.truncated, transitions.metrics), 1)
     count = ended.sum()
-    values = {name: jnp.sum(jnp.where(ended, x, 0.0)) / count for name, x in metrics.items()}
+    values = {
+        name: jnp.where(count > 0, jnp.sum(jnp.where(ended, x, 0.0)) / jnp.maximum(count, 1), jnp.inf)
+        for name, x in metrics.items()
+    }
     return values | {"num_episodes": count}
 
 

@@ -20,7 +20,7 @@ class EncoderBlock(eqx.Module):
 
     def __init__(self, mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, mlp_key = jax.random.split(key)
-        self.mixer = mixers.encoder(sizes, key=mixer_key)
+        self.mixer = mixers.roles.encoder(sizes, key=mixer_key)
         self.mixer_norm = LayerNorm(sizes.d_model)
         self.mlp = MLP(sizes.d_model, key=mlp_key)
         self.mlp_norm = LayerNorm(sizes.d_model)
@@ -51,8 +51,8 @@ class DecoderBlock(eqx.Module):
 
     def __init__(self, mixers: MixerFamily, cross_mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.mixer = mixers.decoder(sizes, key=mixer_key)
-        self.cross = cross_mixers.cross(sizes, key=cross_key)
+        self.mixer = mixers.roles.decoder(sizes, key=mixer_key)
+        self.cross = cross_mixers.roles.cross(sizes, key=cross_key)
         self.mlp = MLP(sizes.d_model, key=mlp_key)
         self.mixer_norm, self.cross_norm, self.mlp_norm = (LayerNorm(sizes.d_model) for _ in range(3))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -132,6 +133,13 @@ class Decoder(eqx.Module):
         rows = self.embed.rows().astype(dtype)
         table = (rows, project(rows))
         return lambda token: lookup(table, token)
+
+    @property
+    def fused(self) -> list[Any] | None:
+        """What decoders of one call run in place of the mixers, in their order; None if one of them is not known."""
+        mixers = [mixer for block in self.blocks for mixer in (block.mixer, block.cross)]
+        known = [mixer.fused for mixer in mixers if mixer.fused is not None]
+        return known if len(known) == len(mixers) else None
 
     def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> tuple[DecoderState, ...]:
         """The state before the first agent, for observation representations of this type."""

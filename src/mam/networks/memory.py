@@ -81,7 +81,7 @@ class GRU(AbstractRecurrence):
         self.new_bias = jnp.zeros(d_model)
 
     def init(self, shape: tuple[int, ...]) -> Float[Array, "*batch N E"]:
-        return jnp.zeros((*shape, self.new_bias.shape[0]))
+        return jnp.zeros((*shape, self.new_bias.shape[0]), self.new_bias.dtype)
 
     def step(
         self, state: Float[Array, "*batch N E"], x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]

@@ -1,6 +1,7 @@
 """Policies by name."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
-from mam.errors import UserError, unknown_name
+from mam.errors import UserError, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
+from mam.networks.mixers.base import Roles
+from mam.networks.mixers.registry import MIXERS, MixerFamily, sequence_policies
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
@@ -35,27 +38,69 @@ def _sequence(
 def _independent(
     critic_view: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> IndependentPolicy:
-    if sizes.encoder.layout or sizes.decoder.layout or sizes.decoder.cross:
-        raise UserError("network.encoder.layout and network.decoder.layout are for sequence policies: mam, mam2, mat")
+    if sizes.layouts:
+        raise UserError(
+            f"network.encoder.layout and network.decoder.layout are for sequence policies: {sequence_policies()}"
+        )
     if decoding != Decoding():
-        raise UserError("decode is for sequence policies (mam, mam2, mat): independent agents need no decoding")
+        raise UserError(f"decode is for sequence policies ({sequence_policies()}): independent agents need no decoding")
     return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
 
 
 _own, _global = partial(_independent, ObservationEmbedding), partial(_independent, GlobalView)
 
-POLICIES = {
-    "mam": PolicyKind("Multi-Agent Mamba: state-space blocks along the agents", partial(_sequence, "M")),
-    "mam2": PolicyKind("the same with Mamba-2 blocks: matrix products instead of a scan", partial(_sequence, "2")),
-    "mat": PolicyKind("Multi-Agent Transformer: attention along the agents", partial(_sequence, "A")),
+INDEPENDENT = {
     "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
     "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
-    "rec_mappo": PolicyKind("mappo with a GRU in actor and critic", _global, memory="gru"),
-    "rec_ippo": PolicyKind("ippo with a GRU in actor and critic", _own, memory="gru"),
+    "rec_mappo": PolicyKind("mappo with memory gru, in actor and critic", _global, memory="gru"),
+    "rec_ippo": PolicyKind("ippo with memory gru, in actor and critic", _own, memory="gru"),
 }
 
 
 SEQUENTIAL = Decoding()
+
+
+def policies() -> dict[str, PolicyKind]:
+    """Return all policies by name: one for every family of mixers, and those of independent agents."""
+    families = MIXERS.values()
+    sequence = {
+        f.policy: PolicyKind(f"{f.description} ({f.letter} in layouts)", partial(_sequence, f.letter)) for f in families
+    }
+    return sequence | INDEPENDENT
+
+
+def register_mixer(
+    name: str,
+    *,
+    letter: str,
+    policy: str,
+    description: str,
+    roles: Roles,
+    options: Mapping[str, tuple[Any, ...]] | None = None,
+) -> None:
+    """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
+
+    One of the same name is replaced.
+
+    Args:
+        name: of the kind, as in `mamba`.
+        letter: its name in layouts.
+        policy: the name of the policy whose blocks are all of this kind.
+        description: of that policy, in a line.
+        roles: how it is built as encoder, decoder and cross mixer.
+        options: settings of `NetworkConfig` that it reads, and the values that a sweep tries.
+
+    Raises:
+        UserError: the letter is no letter or digit, or it or the policy's name is taken.
+    """
+    if not re.fullmatch("[A-Za-z0-9]", letter):
+        raise UserError(f"the letter of {name} must be one of A-Z, a-z, 0-9, got {shown(letter)}")
+    others = [family for other, family in MIXERS.items() if other != name]
+    if letter in (family.letter for family in others):
+        raise UserError(f"the letter {letter} of {name} is taken: choose another")
+    if policy in (*INDEPENDENT, *(family.policy for family in others)):
+        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
+    MIXERS[name] = MixerFamily(letter, policy, description, load=lambda: roles, options=options or {})
 
 
 def make_policy(
@@ -66,14 +111,20 @@ def make_policy(
     Raises:
         UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
     """
-    if name not in POLICIES:
-        raise unknown_name("policy", name, POLICIES, see="mam list")
-    return POLICIES[name].build(spec, replace(sizes, memory=memory_of(name, sizes)), decoding, key=key)
+    known = policies()
+    if name not in known:
+        raise unknown_name("policy", name, known, see="mam list")
+    return known[name].build(spec, replace(sizes, memory=memory_of(name, sizes)), decoding, key=key)
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:
     """Names the memory of a policy: what the configuration asks for, or else the policy's own."""
-    return config.memory or POLICIES[name].memory
+    return config.memory or policies()[name].memory
+
+
+def has_memory(name: str, config: NetworkConfig) -> bool:
+    """Says whether a policy carries anything from one environment step to the next."""
+    return memory_of(name, config) != "none"
 
 
 def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:

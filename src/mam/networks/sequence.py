@@ -16,7 +16,7 @@ from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.layers import Dense
 from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
-from mam.networks.mixers.registry import LETTERS, MixerFamily
+from mam.networks.mixers.registry import MixerFamily, families_of
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
 
@@ -30,17 +30,24 @@ class Layout:
 
     @classmethod
     def of(cls, letter: str, sizes: NetworkConfig) -> "Layout":
-        """`num_blocks` times one letter, where the configuration has no layout of its own."""
-        given = {"encoder": sizes.encoder.layout, "decoder": sizes.decoder.layout, "cross": sizes.decoder.cross}
-        decoder = given["decoder"] or letter * sizes.num_blocks
-        layouts = {"encoder": given["encoder"] or letter * sizes.num_blocks, "decoder": decoder}
-        layouts["cross"] = given["cross"] or decoder
-        if len(layouts["cross"]) != len(decoder):
+        """Return `num_blocks` times one letter, where the configuration has no layout of its own.
+
+        Raises:
+            UserError: for a letter of no mixer, or a decoder whose layouts differ in length.
+        """
+        own = letter * sizes.num_blocks
+        decoder = sizes.decoder.layout or own
+        cross = sizes.decoder.cross or decoder
+        if len(cross) != len(decoder):
             raise UserError(
                 f"network.decoder.cross must have a letter for each of the decoder's {len(decoder)} blocks, "
-                f"got {layouts['cross']!r}"
+                f"got {cross!r}"
             )
-        return cls(**{role: tuple(LETTERS[letter] for letter in layout) for role, layout in layouts.items()})
+        return cls(
+            encoder=families_of(sizes.encoder.layout or own, "network.encoder.layout"),
+            decoder=families_of(decoder, "network.decoder.layout"),
+            cross=families_of(cross, "network.decoder.cross"),
+        )
 
 
 class SequencePolicy(eqx.Module):

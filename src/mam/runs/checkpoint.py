@@ -108,9 +108,13 @@ class Writer:
         number = contents["number"]
         path, final = self._folder / f"{number}{_PARTIAL}", self._folder / str(number)
         path.mkdir()
-        checksum = _write_arrays(path / _ARRAYS, arrays)
-        _write_manifest(path / _MANIFEST, {"sha256": checksum, **contents})
-        _open(path, number)  # what cannot be read again is no save, and no reason to delete one
+        try:
+            checksum = _write_arrays(path / _ARRAYS, arrays)
+            _write_manifest(path / _MANIFEST, {"sha256": checksum, **contents})
+            _open(path, number)  # what cannot be read again is no save, and no reason to delete one
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # on a full disk there is room again to say so
+            raise
         if os.path.lexists(final):  # not a save, which would have been continued or deleted
             _remove(final)
         path.rename(final)

@@ -1,18 +1,33 @@
-"""Reading files that anyone may have written."""
+"""Reading files that anyone may have written, and writing where there may be no room."""
 
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from mam.config import Config, from_json
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 
 MAX_BYTES = 2**24
 MAX_DEPTH = 32
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what could not be written, and why.
+
+    Raises:
+        RunError: for an OSError, which knows of no file where the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def open_regular(path: Path) -> BufferedReader:

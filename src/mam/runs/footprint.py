@@ -18,6 +18,7 @@ import numpy as np
 from mam.config import Config
 from mam.errors import RunError, UserError
 from mam.learning.train import Trainer, make_train
+from mam.networks.policy import has_memory
 
 ROOM = 0.9  # of a device's memory that may be planned for
 
@@ -80,8 +81,9 @@ def plan(config: Config) -> Iterator[Plan]:
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     """Runs that need less memory, and how they differ, the mildest first."""
     ppo = config.ppo
-    size = ppo.num_envs * (1 if config.policy.startswith("rec_") else ppo.rollout_length)
-    counts = [count for k in range(1, 5) if size % (count := ppo.num_minibatches * 2**k) == 0]
+    whole = has_memory(config.policy, config.network)
+    num_sequences = config.steps_per_update // ((ppo.sequence_length or ppo.rollout_length) if whole else 1)
+    counts = [count for k in range(1, 5) if num_sequences % (count := ppo.num_minibatches * 2**k) == 0]
     for count in counts:
         yield f"--ppo.num-minibatches {count}", replace(config, ppo=replace(ppo, num_minibatches=count))
     if not config.network.remat and jax.default_backend() != "cpu":  # XLA's CPU compiler undoes it

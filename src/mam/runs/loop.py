@@ -3,7 +3,8 @@
 RUN/config.json        what was run           RUN/metrics.jsonl       every number it reported
 RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
 RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
-RUN/run.lock           held while it trains   RUN/learning_curve.png  the same to look at
+RUN/times.json         where time went        RUN/learning_curve.png  the same to look at
+RUN/run.lock           held while it trains
 """
 
 import errno
@@ -30,8 +31,10 @@ from jax.experimental import multihost_utils
 
 from mam.config import Config, from_json, to_json
 from mam.envs.external.factories import names_code
+from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
+from mam.learning.stopwatch import Stopwatch
 from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
 from mam.runs.checkpoint import Save, Writer, has_saves, newest
 from mam.runs.files import read_config
@@ -40,6 +43,7 @@ from mam.runs.lock import Lock, acquire
 from mam.runs.signals import GRACE, Stop, stop_on_signals
 from mam.runs.sinks import JsonLines, Progress, Record, Sink, TensorBoard, read_records, write_atomically
 from mam.runs.summary import plot_learning_curve, write_marl_eval
+from mam.runs.times import are_times, write_times
 
 Outcome = Literal["finished", "stopped", "preempted"]
 LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
@@ -65,6 +69,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def times(self) -> Path:
+        return self.path / "times.json"
 
     @property
     def checkpoint(self) -> Path:
@@ -279,12 +287,14 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         stack.callback(folder.release)
         stack.callback(trainer.close)
         save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
-        loop = _Loop(config, folder, save)
+        clock = trainer.clock
+        loop = _Loop(config, folder, save, clock)
         total = config.num_updates * config.steps_per_update
         progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
         stop = stack.enter_context(stop_on_signals(progress.log, loop.last_words))
         stack.enter_context(out_of_memory(config))
-        with progress.compiling("the update and the evaluation"):
+        stack.enter_context(clock.compiling_apart())
+        with progress.compiling("the update and the evaluation"), clock.part("compile"):
             state = restore(save, trainer.shapes(seeds)) if save else trainer.init(seeds)
             trainer = trainer.compile(state)
         if line := footprint(trainer):
@@ -298,16 +308,18 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
                 if loop.update and not loop.has_saved:
                     loop.save(state)  # however long the first evaluation takes, what was learned before it is safe
                 progress.evaluating(config.eval.num_episodes)
-                state, values = loop.take(trainer.evaluate_step, state)
-                loop.evaluated = loop.update
-                loop.write("evaluation", values)
+                with clock.part("evaluation"):
+                    state, values = loop.take(trainer.evaluate_step, state)
+                    loop.evaluated = loop.update
+                    loop.write("evaluation", values)
             elif loop.update < config.num_updates:
-                state, values = loop.take(trainer.train_step, state)
-                if not loop.healthy(trainer, state, values):
-                    loop.save(state)
-                    raise RunError(loop.diagnosis)
-                loop.update += 1
-                loop.write("train", values)
+                with clock.part(trainer.step_part):
+                    state, values = loop.take(trainer.train_step, state)
+                    if not loop.healthy(trainer, state, values):
+                        loop.save(state)
+                        raise RunError(loop.diagnosis)
+                    loop.update += 1
+                    loop.write("train", values)
             else:
                 break
             if loop.agreed_to_save(time.monotonic() - begun):
@@ -316,7 +328,8 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         loop.save(state)
         if finished:
             progress.log(f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…")
-            loop.write("absolute", loop.take(trainer.absolute_metric, state))
+            with clock.part("evaluation"):
+                loop.write("absolute", loop.take(trainer.absolute_metric, state))
         loop.finish()
     if jax.process_index() == 0:
         with _writing(folder.path):
@@ -327,12 +340,13 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
 class _Loop:
     """Where the loop stands, and where its numbers go."""
 
-    def __init__(self, config: Config, folder: RunFolder, save: Save | None):
+    def __init__(self, config: Config, folder: RunFolder, save: Save | None, clock: Stopwatch):
         meta = save.meta if save else {"update": 0, "evaluated": -1, "elapsed": 0.0}
         self.update, self.evaluated = meta["update"], meta["evaluated"]
         self.diagnosis = ""  # of what was not finite
         self._config, self._folder, self._resumed = config, folder, save
         self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
+        self._clock, clock.seconds = clock, dict(meta.get("times", {}))
         self._saved, self._saved_at = (self.update, self.evaluated) if save else None, time.monotonic()
         self._sinks: list[Sink] = []
         self._writer: Writer | None = None
@@ -394,9 +408,11 @@ class _Loop:
     def write(self, kind: Any, values: Values) -> None:
         numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
-        with _writing(self._folder.path):
+        with _writing(self._folder.path), self._clock.part("logging"):
             for sink in self._sinks:
                 sink.write(record)
+            if self._metrics and kind != "train":
+                write_times(self._folder.times, self._clock.seconds)
         if not self._said_unfinished:
             self._say_unfinished(numbers)
 
@@ -415,11 +431,11 @@ class _Loop:
         stands, self._saved_at = (self.update, self.evaluated), time.monotonic()
         if self._saved == stands:
             return
-        with _writing(self._folder.path):
+        with _writing(self._folder.path), self._clock.part("saving"):
             position = self._metrics.sync() if self._metrics else 0
             meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
             meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
-            meta |= {"config": to_json(self._config)}
+            meta |= {"config": to_json(self._config), "times": dict(self._clock.seconds)}
             cast(Writer, self._writer).save(state, meta)
         self._saved = stands
 
@@ -464,8 +480,11 @@ class _Loop:
     def finish(self) -> None:
         """Waits until everything is on disk."""
         with _writing(self._folder.path):
-            if self._writer:
-                self._writer.wait()
+            with self._clock.part("saving"):
+                if self._writer:
+                    self._writer.wait()
+            if self._metrics:
+                write_times(self._folder.times, self._clock.seconds)
 
     def last_words(self) -> str:
         """What is saved, once the save being written is done."""
@@ -481,6 +500,7 @@ def _is_position(meta: dict[str, Any]) -> bool:
         all(isinstance(count := meta.get(name), int) and count >= low for name, low in least.items())
         and isinstance(meta.get("elapsed"), float)
         and isinstance(meta.get("config", {}), dict)
+        and are_times(meta.get("times", {}))
     )
 
 
@@ -513,7 +533,8 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 def versions() -> dict[str, Any]:
     """What the run's numbers depend on besides its configuration."""
-    others = ("jax", "jaxlib", "equinox", "optax", "numpy", "jumanji", "jaxmarl")
+    suites = (package for suite in SUITES.values() for package in suite.packages)
+    others = ("jax", "jaxlib", "equinox", "optax", "numpy", *suites)
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

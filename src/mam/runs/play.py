@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Num
 from mam.config import EvalConfig
 from mam.envs.wrappers import IdEncoding, agent_ids
 from mam.errors import UserError
+from mam.runs.files import writing
 from mam.runs.sinks import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
 
@@ -92,7 +93,8 @@ def play(
         ended = bool(first)
     undrawn = ""
     try:
-        env.animate(states, path)
+        with writing(path):
+            env.animate(states, path)
     except NotImplementedError as error:
         undrawn = str(error)
     episode = Episode(
@@ -102,6 +104,7 @@ def play(
         num_frames=0 if undrawn else len(states),
         undrawn=undrawn,
     )
+    about |= {"agents": env.spec.agent_names}
     write_trace(path, episode, env=env.spec.name, seed=seed, greedy=greedy, **about)
     return episode
 
@@ -159,10 +162,12 @@ def play_on_host(
     if not frames and not undrawn:
         undrawn = f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
     if frames:
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
+        with writing(path):
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
     trace = Trace.of(notes)
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     episode = Episode(episode_return, terminated, trace, len(frames), undrawn)
+    about |= {"agents": env.layout.agents}
     write_trace(path, episode, env=name, seed=seed, greedy=greedy, **about)
     return episode
 
@@ -176,10 +181,10 @@ def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
 def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     """Writes what happened in an episode as one JSON object.
 
-    `env`, `seed`, `greedy` and whatever else is said about it; `episode_return`, `terminated`, `picture` (name of the
-    GIF, null if there is none), `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
-    then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`, `order`, `alive`. Numbers
-    that are not finite are null.
+    `env`, `seed`, `greedy`, `agents` (their names, null if they have none) and whatever else is said about it;
+    `episode_return`, `terminated`, `picture` (name of the GIF, null if there is none), `num_frames` (T + 1 or T, of
+    which a GIF leaves out repetitions) and `undrawn` (why); then the arrays of `Trace`, as lists over steps: `reward`,
+    `value`, `action`, `log_prob`, `order`, `alive`. Numbers that are not finite are null.
 
     Args:
         path: the GIF; the trace goes to `trace_path` of it.
@@ -191,4 +196,5 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     picture = None if episode.undrawn else path.name
     drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
     arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}
-    write_atomically(trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False))
+    with writing(trace_path(path)):
+        write_atomically(trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False))

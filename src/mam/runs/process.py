@@ -1,12 +1,19 @@
 """Settings of the whole process, made before JAX starts: the compilation cache, the allocator, the other hosts."""
 
 import ctypes
+import logging
 import os
 import platform
+import re
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mam.errors import UserError
+
+_log = logging.getLogger("mam")
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,41 @@ def cache_folder() -> Path:
 def enable_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that the second run of a configuration starts in seconds.
 
-    JAX_COMPILATION_CACHE_DIR chooses another folder; MAM_COMPILATION_CACHE=0 turns the cache off.
+    JAX_COMPILATION_CACHE_DIR chooses another folder; MAM_COMPILATION_CACHE=0 turns the cache off. Where the folder
+    cannot be made, nothing is kept, and that is said.
     """
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        try:
+            folder = cache_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # the latter where the user has no home
+            _log.warning("compiled programs are not kept: %s; XDG_CACHE_HOME names a place for them", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        _remove_damaged(folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Removes programs that cannot be read, such as half-written ones after a kill, as soon as JAX warns of them.
+
+    JAX compiles them anew, but would never write them again, and warn at every start.
+    """
+    show = warnings.showwarning
+
+    def shown(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+        if found:
+            for entry in folder.glob(f"{found[1]}-*"):
+                with suppress(OSError):
+                    entry.unlink()
+            _log.warning("a compiled program in %s is damaged: %s is compiled anew", folder, found[1])
+        else:
+            show(message, *args, **kwargs)
+
+    warnings.showwarning = shown
 
 
 def _keep_freed_memory() -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -71,15 +71,6 @@ def training_speed(records: Sequence[Record]) -> float:
     return median_speed([record.step_count for record in records], [record.elapsed for record in records])
 
 
-def time_spent(records: Sequence[Record]) -> dict[str, float]:
-    """Return the seconds in training, in evaluations, and before the first record: starting, compiling, one update."""
-    elapsed = np.array([0.0, *(record.elapsed for record in records)])
-    spent = {"training": 0.0, "evaluations": 0.0, "start": float(elapsed[1]) if records else 0.0}
-    for record, seconds in zip(records[1:], np.diff(elapsed)[1:], strict=True):
-        spent["training" if record.kind == "train" else "evaluations"] += max(float(seconds), 0.0)
-    return spent
-
-
 def to_json(values: np.ndarray) -> Any:
     """An array as nested lists of plain numbers; NaN and infinity, which JSON lacks, become None."""
     array = np.asarray(values)
@@ -90,13 +81,18 @@ def to_json(values: np.ndarray) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one."""
+    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one. A failure leaves the old."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 class JsonLines:

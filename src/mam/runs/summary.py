@@ -10,16 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
-from mam.runs.sinks import (
-    RETURN,
-    Record,
-    mean_and_spread,
-    seed_means,
-    time_spent,
-    to_json,
-    training_speed,
-    write_atomically,
-)
+from mam.runs.sinks import RETURN, Record, mean_and_spread, seed_means, to_json, training_speed, write_atomically
 from mam.statistics import CONFIDENCE, MIN_SEEDS, interval, mean
 
 if TYPE_CHECKING:
@@ -120,15 +111,14 @@ def _interval(values: np.ndarray | None) -> str:
 
 
 def _effort(records: Sequence[Record], num_seeds: int) -> str:
-    """Steps, speed while training, and the wall-clock with what it went into."""
+    """Steps, speed while training, and the wall-clock."""
     if not records:
         return "no records"
-    last, spent = records[-1], time_spent(records)
+    last = records[-1]
     steps = f"{last.step_count:,} steps" + (f" × {num_seeds} seeds" if num_seeds > 1 else "")
     speed = training_speed(records) * num_seeds
-    shares = ", ".join(f"{name} {seconds / max(sum(spent.values()), 1e-9):.0%}" for name, seconds in spent.items())
     shown = f"{speed:,.0f}" if np.isfinite(speed) else "–"
-    return f"{steps} · {shown} steps/s · {timedelta(seconds=round(last.elapsed))} wall-clock: {shares}"
+    return f"{steps} · {shown} steps/s · {timedelta(seconds=round(last.elapsed))} wall-clock"
 
 
 def write_marl_eval(

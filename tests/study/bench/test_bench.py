@@ -2,30 +2,33 @@
 
 import csv
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import jax
 import pytest
 
 from mam.cli import main as cli
 from mam.config import NetworkConfig
-from mam.study.bench.cases import CASES
+from mam.study.bench.cases import cases
 from mam.study.bench.measure import Cell, Skip
 from mam.study.bench.results import Row
 
 SIZES = NetworkConfig(d_model=8, d_state=2)
+CASES = cases()
 SMALL = ("--batch", "2", "--rounds", "2", "--network.d-model", "8", "--network.d-state", "2")
-NAMES = [(what, name) for what, case in CASES.items() for name in case.contenders]
+NAMES = [(what, name, None) for what, case in CASES.items() for name in case.contenders]
+REMEMBERING = [("act", "mat"), ("act", "mat-uncached"), ("update", "mat"), ("train", "mat"), ("train", "mat/update")]
+NAMES += [(what, name, "gru") for what, name in REMEMBERING]
 
 
 def read_rows(folder):
     return list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
 
 
-@pytest.mark.parametrize(("what", "name"), NAMES)
-def test_every_contender_is_a_program(what, name):
+@pytest.mark.parametrize(("what", "name", "memory"), NAMES)
+def test_every_contender_is_a_program(what, name, memory):
     try:
-        contender = CASES[what].contenders[name](Cell(2, 2, SIZES))
+        contender = CASES[what].contenders[name](Cell(2, 2, replace(SIZES, memory=memory)))
     except Skip as reason:
         pytest.skip(str(reason))
     steps = () if contender.steps is None else (contender.steps,)
@@ -90,6 +93,7 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path, capsys, monkeypatch):
         return build(cell)
 
     build = CASES["scan"].contenders["ssd"]
+    monkeypatch.setattr("mam.study.bench.cases.cases", lambda: CASES)
     monkeypatch.setitem(CASES["scan"].contenders, "ssd", interrupted)
     args = ("--num-agents", "2", "4", "--contenders", "ssd", "--out", str(tmp_path))
     assert cli.main(["bench", "scan", *SMALL, *args]) == 0

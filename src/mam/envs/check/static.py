@@ -64,6 +64,8 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
     grid_fits = isinstance(grid, tuple) and len(grid) == 3 and all(whole(size, 1) for size in grid)
     parts = spec.action_components
     parts_fit = isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
+    names = spec.agent_names
+    names_fit = isinstance(names, tuple) and [isinstance(name, str) for name in names] == [True] * spec.num_agents
     rules = (
         ("name", isinstance(spec.name, str) and spec.name.strip() == spec.name != "", "a name"),
         ("num_agents", whole(spec.num_agents, 1), "a whole number, at least 1"),
@@ -79,6 +81,7 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
             f"a tuple of whole numbers that add up to num_actions, {spec.num_actions}, or None",
         ),
         ("team_reward", isinstance(spec.team_reward, bool), "True or False"),
+        ("agent_names", names is None or names_fit, "a tuple with a name for each agent, or None"),
     )
     for field, fits, expected in rules:
         if not fits:

@@ -26,7 +26,7 @@ from mam.envs.external.spaces import (
     read_mask,
     view_size,
 )
-from mam.errors import UserError
+from mam.errors import UserError, printable
 
 _PARALLEL = ("possible_agents", "reset", "step", "observation_space", "action_space")
 _STEP = ("observations", "rewards", "terminations", "truncations", "infos")
@@ -317,7 +317,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
     if state is not None and is_picture(state):
         notes.append("the global state is a picture: it is left out")
     return Layout(
-        agents=tuple(map(str, agents)),
+        agents=tuple(map(printable, agents)),
         obs_dim=max(view_sizes),
         num_actions=sum(components),
         continuous=isinstance(actions[0], BoxAction),

@@ -96,6 +96,7 @@ class HostPool:
             grid_dtype=layout.grid_dtype,
             state_dim=layout.state_dim,
             team_reward=False,
+            agent_names=layout.agents,
             id_dim=self._ids.shape[1],
         )
 

@@ -34,7 +34,6 @@ from mam.networks.decoding.cuda_pack import MIN_SIDE, padded
 from mam.networks.decoding.cuda_programs import SHARED_MEMORY, Inputs, Plan, Tiling, matrix_shapes, run
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
-from mam.networks.mixers.roles import CausalSSM
 
 MULTIPROCESSORS = 132  # of an H100
 STATES_PER_THREAD, MOST_STATES_PER_THREAD = 64, 128  # of 255 registers: better, and at most
@@ -62,8 +61,8 @@ def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
     """
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return False
-    ssms = _ssms(decoder)
-    if not decoder.embed.indexed or len(ssms) != 2 * len(decoder.blocks) or decoder.embed.table.shape[0] > MAX_TOKENS:
+    ssms = decoder.fused
+    if not decoder.embed.indexed or ssms is None or decoder.embed.table.shape[0] > MAX_TOKENS:
         return False
     sides = {size for ssm in ssms for size in ssm.out_proj.weight.shape}
     if len(_d_states(decoder)) > 1 or any(size != padded(size) for size in sides):
@@ -143,8 +142,7 @@ def _rows(v: Array, size: int, tiling: Tiling, features: int, fill: float = 0.0)
 
 
 def _ssms(decoder: Decoder) -> list[SelectiveSSM | DualSSM]:
-    mixers = [mixer for block in decoder.blocks for mixer in (block.mixer, block.cross)]
-    return [m.ssm for m in mixers if isinstance(m, CausalSSM) and isinstance(m.ssm, SelectiveSSM | DualSSM)]
+    return decoder.fused or []
 
 
 def _d_states(decoder: Decoder) -> set[int]:

@@ -35,14 +35,11 @@ def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
     It must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
     d_model and d_inner must be multiples of 16.
     """
-    mixers = [mixer for block in decoder.blocks for mixer in (block.mixer, block.cross)]
-    if not decoder.embed.indexed or not all(isinstance(m, CausalSSM) for m in mixers):
-        return False
-    ssms = [m.ssm for m in mixers if isinstance(m, CausalSSM)]
-    if not all(isinstance(ssm, SelectiveSSM | DualSSM) for ssm in ssms):
+    ssms = decoder.fused
+    if not decoder.embed.indexed or ssms is None:
         return False
     arrays = [ahead.noise, ahead.context.obs_rep, *jax.tree.leaves(decoder)]
-    sides = [side for ssm in ssms if isinstance(ssm, SelectiveSSM | DualSSM) for side in ssm.out_proj.weight.shape]
+    sides = [side for ssm in ssms for side in ssm.out_proj.weight.shape]
     return all(v.dtype == jnp.float32 for v in arrays) and all(side % LANES == 0 for side in sides)
 
 

@@ -1,6 +1,6 @@
 """Multi-head softmax attention over agents: the mixers of the Multi-Agent Transformer (arXiv 2205.14953, §3)."""
 
-from functools import reduce
+from functools import partial, reduce
 
 import equinox as eqx
 import jax
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import SMALL_GAIN, Dense
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, required
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
 
 MASKED = -1e9
 
@@ -151,3 +151,6 @@ class CausalAttention(AbstractCausalMixer):
             values = lax.dynamic_update_slice_in_dim(state.values, new.values, state.length, axis)
             state = KVCache(keys=keys, values=values, length=state.length + num_new)
         return state, self.projections.merge(heads_first(y))
+
+
+ROLES = Roles(encoder=Attention, decoder=CausalAttention, cross=partial(CausalAttention, cross=True))

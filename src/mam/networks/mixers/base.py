@@ -1,9 +1,12 @@
 """What a mixer is: a sequence layer along the agent axis. The only thing in which MAM and MAT differ."""
 
 from abc import abstractmethod
-from typing import TypeVar, final
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -32,6 +35,10 @@ class AbstractMixer(eqx.Module):
             alive: agents that exist; the dead must come last. They change nothing for the others, and their
                 own outputs mean nothing. None: all are alive.
         """
+
+    def metrics(self) -> dict[str, Float[Array, ""]]:
+        """Return numbers to watch in training; of all mixers of a policy the largest is reported."""
+        return {}
 
 
 class AbstractCausalMixer(AbstractMixer):
@@ -70,6 +77,11 @@ class AbstractCausalMixer(AbstractMixer):
     ) -> tuple[MixerState, Float[Array, "*batch M E"]]:
         """The next M agents' outputs, and the state after them; a state of None is that before the first agent."""
 
+    @property
+    def fused(self) -> Any:
+        """The block that decoders of one call (native, CUDA) run in its place; None if they do not know it."""
+        return None
+
     @final
     def __call__(self, x, context=None, *, alive=None):
         return self.extend(None, self.project(x), self.project_context(context), alive)[1]
@@ -80,6 +92,26 @@ class AbstractCausalMixer(AbstractMixer):
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
         """The next agent's output, and the state after it."""
         return self.advance(state, self.project(x), self.project_context(context))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The three roles that a kind of mixer plays, each built as `role(config, key=key)` with a `NetworkConfig`."""
+
+    encoder: Callable[..., AbstractMixer]
+    decoder: Callable[..., AbstractCausalMixer]
+    cross: Callable[..., AbstractCausalMixer]  # of the decoder, reading the observations as its context
+
+
+def mixer_metrics(policy: PyTree) -> dict[str, Float[Array, ""]]:
+    """Return what the mixers of a policy have to say, the largest of each."""
+    mixers = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractMixer))
+    found: dict[str, list[Array]] = {}
+    for mixer in mixers:
+        if isinstance(mixer, AbstractMixer):
+            for name, value in mixer.metrics().items():
+                found.setdefault(name, []).append(value)
+    return {name: jnp.stack(values).max() for name, values in found.items()}
 
 
 def required(context: T | None) -> T:

@@ -1,5 +1,7 @@
 """The Mamba block (arXiv 2312.00752, Fig. 3): a state per channel, and Δ, B and C read from the input."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,16 @@ from mam.config import NetworkConfig
 from mam.kernels.selective_scan import gated_scan, selective_step, step_size
 from mam.networks.layers import Dense
 from mam.networks.mixers.base import required
-from mam.networks.mixers.roles import AbstractSSM, CausalConv, SSMState, init_ssm_state, initial_dt_bias, living
+from mam.networks.mixers.roles import (
+    AbstractSSM,
+    CausalConv,
+    SSMState,
+    init_ssm_state,
+    initial_dt_bias,
+    largest_step_size,
+    living,
+    state_space_roles,
+)
 
 
 class SelectiveInputs(eqx.Module):
@@ -39,6 +50,7 @@ class SelectiveSSM(AbstractSSM):
     skip: Float[Array, "D"]
     out_proj: Dense
     scan: str | None = eqx.field(static=True)
+    has_fused_decoder: ClassVar[bool] = True
 
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
         d_inner, d_state, dt_rank = sizes.d_inner, sizes.d_state, sizes.resolved_dt_rank
@@ -59,6 +71,9 @@ class SelectiveSSM(AbstractSSM):
         self.skip = jnp.ones(d_inner)
         self.out_proj = Dense(d_inner, sizes.d_model, key=out_key, bias=False)
         self.scan = None if sizes.scan == "auto" else sizes.scan
+
+    def metrics(self):
+        return largest_step_size(self.dt_proj)
 
     def project(self, x):
         return SelectiveInputs(x=self.in_proj(x), gate=self.gate_proj(x))
@@ -102,3 +117,6 @@ class SelectiveSSM(AbstractSSM):
         dt_rank, d_state = self.dt_proj.weight.shape[0], self.A_log.shape[1]
         features, B, *own = jnp.split(self.x_proj(x), [dt_rank, dt_rank + d_state], axis=-1)
         return features, B, own[0] if C is None else C
+
+
+ROLES = state_space_roles(SelectiveSSM)

@@ -1,5 +1,7 @@
 """The Mamba-2 block (arXiv 2405.21060, §7): one decay per head, which makes the scan a matrix product."""
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,16 @@ from mam.kernels.selective_scan import step_size
 from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.layers import Dense, RMSNorm
 from mam.networks.mixers.base import required
-from mam.networks.mixers.roles import AbstractSSM, CausalConv, SSMState, init_ssm_state, initial_dt_bias, living
+from mam.networks.mixers.roles import (
+    AbstractSSM,
+    CausalConv,
+    SSMState,
+    init_ssm_state,
+    initial_dt_bias,
+    largest_step_size,
+    living,
+    state_space_roles,
+)
 
 NORM_EPS = 1e-5
 
@@ -47,6 +58,7 @@ class DualSSM(AbstractSSM):
     norm: RMSNorm
     out_proj: Dense
     d_state: int = eqx.field(static=True)
+    has_fused_decoder: ClassVar[bool] = True
 
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
         d_model, d_inner, d_state, heads = sizes.d_model, sizes.d_inner, sizes.d_state, sizes.num_ssm_heads
@@ -65,6 +77,9 @@ class DualSSM(AbstractSSM):
         self.norm = RMSNorm(d_inner, eps=NORM_EPS)
         self.out_proj = Dense(d_inner, d_model, key=next(keys), bias=False)
         self.d_state = d_state
+
+    def metrics(self):
+        return largest_step_size(self.dt_proj)
 
     def project(self, x):
         return DualInputs(gate=self.gate_proj(x), x=self.in_proj(x), BC=self.state_proj(x), dt=self.dt_proj(x))
@@ -96,3 +111,6 @@ class DualSSM(AbstractSSM):
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
         """B and C, which may come from elsewhere."""
         return (BC[..., : self.d_state], BC[..., self.d_state :]) if C is None else (BC, C)
+
+
+ROLES = state_space_roles(DualSSM)

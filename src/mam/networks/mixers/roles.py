@@ -3,19 +3,20 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, required
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, Roles, required
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
 
@@ -118,8 +119,8 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 class AbstractSSM(eqx.Module):
     """A state-space block without norms and residual. Its out-projection is for the mixers to apply."""
 
-    dt_proj: eqx.AbstractVar[Dense]  # to the step sizes, before the softplus
     out_proj: eqx.AbstractVar[Dense]
+    has_fused_decoder: ClassVar[bool] = False  # whether decoders of one call (native, CUDA) know it
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
@@ -150,6 +151,10 @@ class AbstractSSM(eqx.Module):
         reverse: bool = False,
     ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
         """The next M agents, read from the last to the first if `reverse`."""
+
+    def metrics(self) -> dict[str, Float[Array, ""]]:
+        """Return numbers to watch in training, such as `largest_step_size`."""
+        return {}
 
 
 MakeSSM = Callable[..., AbstractSSM]  # make(sizes, key=key, cross=cross)
@@ -186,6 +191,9 @@ class BidirectionalSSM(AbstractMixer):
         both = self._pass(inputs, alive) + self._pass(inputs, alive, reverse=True)
         return self.post_norm(x, self.ssm.out_proj(both))
 
+    def metrics(self):
+        return self.ssm.metrics()
+
     def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
         return self.ssm.extend(None, inputs, None, alive, reverse=reverse)[1]
 
@@ -214,6 +222,13 @@ class CausalSSM(AbstractCausalMixer):
         self.context_norm = RMSNorm(sizes.d_model) if cross else None
         self.ssm = make(sizes, key=key, cross=cross)
         self.post_norm = LayerNorm(sizes.d_model)
+
+    def metrics(self):
+        return self.ssm.metrics()
+
+    @property
+    def fused(self):
+        return self.ssm if self.ssm.has_fused_decoder else None
 
     def project(self, x):
         return NormedInputs(x=x, ssm=self.ssm.project(self.pre_norm(x)))
@@ -257,11 +272,18 @@ def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def largest_step_size(policy: PyTree) -> Float[Array, ""] | None:
-    """The largest Δ that an input of zeros gets in any state-space mixer; None where there is none.
+def largest_step_size(dt_proj: Dense) -> dict[str, Float[Array, ""]]:
+    """Return the largest Δ that an input of zeros gets, as a metric.
 
     Where Δ drifts upward in training, it is seen here, long before anything is NaN.
     """
-    found = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractSSM))
-    biases = [required(node.dt_proj.bias) for node in found if isinstance(node, AbstractSSM)]
-    return jnp.stack([step_size(bias).max() for bias in biases]).max() if biases else None
+    return {"step_size_max": step_size(required(dt_proj.bias)).max()}
+
+
+def state_space_roles(make: MakeSSM) -> Roles:
+    """Return the roles of a state-space block."""
+    return Roles(
+        encoder=partial(BidirectionalSSM, make),
+        decoder=partial(CausalSSM, make),
+        cross=partial(CausalSSM, make, cross=True),
+    )

@@ -31,7 +31,8 @@ def act_uncached(
     distribution = policy.distribution
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
-    encoded = policy.encode(policy.embed(obs), obs.alive, order)
+    memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
+    encoded = policy.encode(policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from mam.config import Config, EncoderConfig, PPOConfig
+from mam.config import Config, EncoderConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.kernels.cuda.scan import kernel_supports
@@ -39,7 +39,6 @@ from mam.study.bench.inputs import (
 from mam.study.bench.measure import Case, Cell, Contender, Skip
 from mam.types import EnvSpec, Policy
 
-POLICIES = ("mam", "mam2", "mat")  # those that see agents as a sequence
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
@@ -98,7 +97,7 @@ def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: 
 
 def _block(family: str, role: str, cell: Cell) -> Contender:
     """One mixer, forward and backward."""
-    build = getattr(MIXERS[family], role)
+    build = getattr(MIXERS[family].roles, role)
     mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
     x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
 
@@ -117,7 +116,8 @@ def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "
     keys, reset = jax.random.split(jax.random.key(0), cell.batch), jnp.zeros(cell.batch, bool)
     shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
     if cached:
-        return Contender(lambda policy, obs, keys: policy.act((), obs, reset, keys)[1], **shared)
+        memory = policy.init_memory((cell.batch,))
+        return Contender(lambda policy, obs, keys: policy.act(memory, obs, reset, keys)[1], **shared)
     return Contender(act_uncached, steps=cell.num_agents, **shared)
 
 
@@ -168,7 +168,12 @@ def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig,
     def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
         return update(policy, opt_state, batch, key, optimiser, PPO(ppo), ppo)
 
-    args = (policy, optimiser.init(cast(Any, policy)), random_batch(spec, steps), jax.random.key(2))
+    args = (
+        policy,
+        optimiser.init(cast(Any, policy)),
+        random_batch(policy, spec, steps, ROLLOUT_LENGTH),
+        jax.random.key(2),
+    )
     return Contender(learn, args, baseline=baseline, parameters=count(policy))
 
 
@@ -219,56 +224,69 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
 
 
 def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
-    """Every policy, and the state-space ones through XLA, in one kernel, and as a fixed point."""
-    found: dict[str, Callable[[Cell], Contender]] = {name: partial(act, name) for name in POLICIES}
-    for name in ("mam", "mam2"):
+    """Every policy and, of those with decoders of one call, through XLA, in one kernel, and as a fixed point."""
+    found: dict[str, Callable[[Cell], Contender]] = {name: partial(act, name) for name in _policies()}
+    for family in MIXERS.values():
+        decoder = jax.eval_shape(
+            lambda key, role=family.roles.decoder: role(NetworkConfig(), key=key), jax.random.key(0)
+        )
+        if decoder.fused is None:
+            continue
+        name = family.policy
         found[f"{name}-xla"] = partial(_through_xla, partial(act, name))
         for method in ("kernel", "fixed_point"):
             found[f"{name}-{method.replace('_', '-')}"] = partial(act, name, decode=method)
     return found
 
 
-CASES = {
-    "scan": Case(
-        {name: partial(_scan, name) for name in SCANS}
-        | {"ssd": partial(_ssd, "products"), "ssd native": partial(_ssd, "native")},
-        num_agents=(2, 8, 32, 128, 512),
-        tokens=16_384,
-    ),
-    "block": Case(
-        {
-            f"{family}/{role}": partial(_block, family, role)
-            for role in ("encoder", "decoder", "cross")
-            for family in MIXERS
-        },
-        num_agents=(4, 16, 64, 256),
-        tokens=8192,
-    ),
-    "act": Case(
-        _ways_to_act(_act) | {"mat-uncached": partial(_act, "mat", cached=False)},
-        num_agents=(4, 16, 64, 256),
-        batch=64,
-        derived=PER_AGENT,
-    ),
-    "decode": Case(_ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT),
-    "update": Case(
-        {name: partial(_update, name) for name in POLICIES}
-        | {
-            "mam-xla": partial(_through_xla, partial(_update, "mam")),
-            "mat-matched": partial(_update_matched, "mat", "mam"),
-            "mam-published": partial(_update, "mam", scan="associative", encoder=EncoderConfig(combine="product")),
-        },
-        num_agents=(4, 16, 64, 256),
-        tokens=8192,
-    ),
-    "train": Case(
-        {
-            f"{name}/{part}" if part else name: partial(_train, name, part)
-            for name in POLICIES
-            for part in (None, "acting", "update")
-        },
-        num_agents=(4, 16, 64),
-        batch=64,
-        derived={"env_steps_per_s": lambda cell, seconds: cell.batch * ROLLOUT_LENGTH / seconds},
-    ),
-}
+def _policies() -> list[str]:
+    """Names of those that see agents as a sequence."""
+    return [family.policy for family in MIXERS.values()]
+
+
+def cases() -> dict[str, Case]:
+    """Return all benches by name, with every kind of mixer there is."""
+    return {
+        "scan": Case(
+            {name: partial(_scan, name) for name in SCANS}
+            | {"ssd": partial(_ssd, "products"), "ssd native": partial(_ssd, "native")},
+            num_agents=(2, 8, 32, 128, 512),
+            tokens=16_384,
+        ),
+        "block": Case(
+            {
+                f"{family}/{role}": partial(_block, family, role)
+                for role in ("encoder", "decoder", "cross")
+                for family in MIXERS
+            },
+            num_agents=(4, 16, 64, 256),
+            tokens=8192,
+        ),
+        "act": Case(
+            _ways_to_act(_act) | {"mat-uncached": partial(_act, "mat", cached=False)},
+            num_agents=(4, 16, 64, 256),
+            batch=64,
+            derived=PER_AGENT,
+        ),
+        "decode": Case(_ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT),
+        "update": Case(
+            {name: partial(_update, name) for name in _policies()}
+            | {
+                "mam-xla": partial(_through_xla, partial(_update, "mam")),
+                "mat-matched": partial(_update_matched, "mat", "mam"),
+                "mam-published": partial(_update, "mam", scan="associative", encoder=EncoderConfig(combine="product")),
+            },
+            num_agents=(4, 16, 64, 256),
+            tokens=8192,
+        ),
+        "train": Case(
+            {
+                f"{name}/{part}" if part else name: partial(_train, name, part)
+                for name in _policies()
+                for part in (None, "acting", "update")
+            },
+            num_agents=(4, 16, 64),
+            batch=64,
+            derived={"env_steps_per_s": lambda cell, seconds: cell.batch * ROLLOUT_LENGTH / seconds},
+        ),
+    }

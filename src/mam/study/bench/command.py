@@ -69,13 +69,14 @@ def run_bench(options: Bench) -> None:
     """
     from rich.console import Console
 
-    from mam.study.bench.cases import CASES
+    from mam.study.bench.cases import cases
     from mam.study.bench.measure import Limits, measure
     from mam.study.bench.results import CsvFile, Row, cell_report, plot, slope_table
 
-    if options.what not in CASES:
-        raise unknown_name("bench", options.what, CASES, see="mam bench --help")
-    case = CASES[options.what]
+    benches = cases()
+    if options.what not in benches:
+        raise unknown_name("bench", options.what, benches, see="mam bench --help")
+    case = benches[options.what]
     names, cells = _contenders(options, case), list(_cells(options, case))
     limits = Limits(options.rounds, options.max_seconds, options.max_memory)
     out, rows = options.out or Path("bench") / options.what, list[Row]()

@@ -62,14 +62,23 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
     return Observation(normal(*agents, spec.obs_dim), action_mask=mask, alive=jnp.ones(agents, bool))
 
 
-def random_batch(spec: EnvSpec, steps: int) -> Batch:
-    """So many environment steps to learn from, of a policy without memory that acted at random."""
-    shape = (1, steps, spec.num_agents)
+def random_batch(policy: Policy, spec: EnvSpec, steps: int, length: int) -> Batch:
+    """Environment steps that a policy took at random, to learn from.
+
+    Args:
+        policy: that is to learn from them.
+        spec: of the task.
+        steps: about so many of them.
+        length: of sequences, if the policy has memory; one without reads each step by itself.
+    """
+    length = min(length, steps) if jax.tree.leaves(policy.init_memory()) else 1
+    sequences = steps // length
+    shape = (length, sequences, spec.num_agents)
     advantage, target, value = normal(3, *shape)
     return Batch(
-        observation=random_observation(spec, 1, steps),
-        reset=jnp.zeros((1, steps), bool),
-        memory=(),
+        observation=random_observation(spec, length, sequences),
+        reset=jnp.zeros((length, sequences), bool),
+        memory=jax.tree.map(lambda x: x[None], policy.init_memory((sequences,))),
         action=jax.random.randint(jax.random.key(1), shape, 0, spec.num_actions),
         order=jnp.broadcast_to(jnp.arange(spec.num_agents, dtype=jnp.int32), shape),
         targets=PPOTargets(

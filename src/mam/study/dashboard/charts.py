@@ -146,7 +146,7 @@ class Chart:
 
 
 class Speeds:
-    """Steps per second: of each run as a whole, and over time."""
+    """Steps per second, of each run as a whole and over time, and where its time goes."""
 
     def __init__(self, charts: Charts):
         self._charts = charts
@@ -163,10 +163,16 @@ class Speeds:
     def _describe(runs: list[LiveRun]) -> str:
         speeds = sorted(((one.median_speed(), one) for one in runs), key=lambda pair: -np.nan_to_num(pair[0], nan=-1))
         rows = [
-            [one.name, f"{speed:,.0f}" if np.isfinite(speed) else "–", one.num_seeds, one.versions().get("device", "–")]
+            [
+                one.name,
+                f"{speed:,.0f}" if np.isfinite(speed) else "–",
+                one.num_seeds,
+                one.versions().get("device", "–"),
+                one.times() or "–",
+            ]
             for speed, one in speeds
         ]
-        return grid(["run", "steps/s", "seeds", "device"], rows, "lrrl")
+        return grid(["run", "steps/s", "seeds", "device", "wall-clock time"], rows, "lrrll")
 
 
 def _series(label: str, curve: Curve | None, colour: str, dashes: str) -> list[dict[str, Any]]:

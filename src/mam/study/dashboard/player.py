@@ -201,11 +201,11 @@ def _decisions(replay: Replay, step: int) -> str:
     for agent in range(min(len(place), _MOST_AGENTS)):
         shown = ", ".join(f"{part:.{decimals}f}" for part in np.atleast_1d(trace["action"][agent]))
         numbers = [f"{trace[name][agent]:.3f}" for name in ("log_prob", "value", "reward")]
-        rows.append([agent, place[agent], shown, *numbers])
+        rows.append([replay.agents[agent], place[agent], shown, *numbers])
     header = ["agent", "decides", "action", "log-prob.", "value", "reward"]
     more = len(place) - len(rows)
     note = f"<p>and {more} more agents</p>" if more > 0 else ""
-    return grid(header, rows, "r" * len(header), faint=[not alive for alive in trace["alive"]]) + note
+    return grid(header, rows, "lrrrrr", faint=[not alive for alive in trace["alive"]]) + note
 
 
 def _course(replay: Replay) -> dict[str, Any]:
@@ -220,12 +220,12 @@ def _course(replay: Replay) -> dict[str, Any]:
         | {"id": "reward", "name": "reward so far", "data": rewards, "step": "end", "color": GREY, "z": 3}
         | {"lineStyle": {"width": 2}, "markLine": _marker(0)}
     ]
-    for agent in range(min(values.shape[1], _MOST_LINES)):
+    for agent, name in enumerate(replay.agents[:_MOST_LINES]):
         points = [
             [step + 1, float(f"{value:.6g}") if value == value else None] for step, value in enumerate(values[:, agent])
         ]
         look = {"color": COLOURS[agent % (len(COLOURS) - 1)], "lineStyle": {"width": 1.5}}
-        series.append(common | look | {"id": f"value {agent}", "name": f"value of agent {agent}", "data": points})
+        series.append(common | look | {"id": f"value {agent}", "name": f"value of agent {name}", "data": points})
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 4, "right": 14, "top": 26, "bottom": 4, "containLabel": True},

@@ -16,7 +16,7 @@ from mam.errors import RunError, UserError, printable, shown
 from mam.runs.files import open_regular, read_object
 from mam.study.dashboard.runs import LiveRun, changed
 
-_OTHERS = ("config.json", "versions.json", "marl_eval.json")  # of a run's folder that are no traces
+_OTHERS = ("config.json", "versions.json", "marl_eval.json", "times.json")  # of a run's folder that are no traces
 _MOST_BYTES = 1 << 28  # of a trace
 _MOST_PIXELS = 1 << 30  # of all frames of a picture
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
@@ -40,6 +40,13 @@ class Replay:
     def last(self) -> int:
         """The last state that can be looked at: T, after the last action, unless there is no picture of it."""
         return max(len(self.moments) - 1, 0) if len(self.moments) else self.length
+
+    @property
+    def agents(self) -> list[str]:
+        """Names of the agents; their places where a trace has none."""
+        names, count = self.about.get("agents"), self.trace["reward"].shape[1]
+        given = names if isinstance(names, list) and len(names) == count else range(count)
+        return [printable(name) for name in given]
 
     def reward_so_far(self, state: int) -> float:
         """The team's reward before a state, averaged over agents."""

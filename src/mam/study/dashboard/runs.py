@@ -12,6 +12,7 @@ from mam.config import Config, flat, to_json
 from mam.errors import UserError
 from mam.runs.files import open_regular, read_config, read_object
 from mam.runs.sinks import RETURN, median_speed
+from mam.runs.times import read_times, shares
 from mam.study.dashboard.reading import Metrics, Reader
 
 _RECENT = 100  # updates whose median speed is shown
@@ -145,6 +146,10 @@ class LiveRun:
             return flat(read_object(self.path / "versions.json"))
         except UserError:
             return {}
+
+    def times(self) -> str:
+        """Where its wall-clock time went, as far as it is known: shares of it."""
+        return shares(read_times(self.path / "times.json"))
 
     def settings(self) -> dict[str, Any]:
         """Its configuration, flat: ppo.lr and so on."""

@@ -35,8 +35,10 @@ class RayPool:
         local = {"include_dashboard": False} if address is None else {}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
-        except ConnectionError as error:
-            raise UserError(f"no Ray cluster at {address}: {error}") from error
+        except Exception as error:  # Ray's are of every kind, also where a slow machine does not start in time
+            ray.shutdown()
+            where = "cannot start Ray here" if address is None else f"no Ray cluster at {address}"
+            raise UserError(f"{where}: {' '.join(str(error).split())}") from error
         self._needs = {"CPU": cpus, "GPU": min(1.0, self._has("GPU")) if gpus is None else gpus}
         if lacking := [name for name, amount in self._needs.items() if amount > self._has(name)]:
             have = ", ".join(f"{self._has(name):g} {name}" for name in lacking)

@@ -3,6 +3,7 @@
 import hashlib
 import runpy
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterable
@@ -79,12 +80,13 @@ class Job:
         return shlex.join(["mam", *self.command()])
 
     def last_words(self) -> str:
-        """The last line it printed."""
+        """The last line it printed; on a full disk, where its error may be lost, that, too."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            full = shutil.disk_usage(self.path).free == 0
         except OSError:
-            lines = []
-        return lines[-1].strip() if lines else "it printed nothing"
+            lines, full = [], False
+        return (lines[-1].strip() if lines else "it printed nothing") + " (the disk is full)" * full
 
 
 def is_running(folder: Path) -> bool:

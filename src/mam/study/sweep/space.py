@@ -1,4 +1,4 @@
-"""What is searched: the paper's ranges, of those settings that a policy reads."""
+"""What is searched: the paper's ranges, of those settings that a policy reads; of mixers', as their families say."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 from mam.config import Config
 from mam.errors import unknown_name
+from mam.networks.mixers.registry import MIXERS, MixerFamily, families_of
 from mam.study.experiment.grid import changed
 
 RANGES: dict[str, tuple[Any, ...]] = {
@@ -17,12 +18,7 @@ RANGES: dict[str, tuple[Any, ...]] = {
     "ppo.max_grad_norm": (0.5, 5.0, 10.0),
     "network.d_model": (32, 64, 128),
     "network.num_blocks": (1, 2, 3),
-    "network.num_heads": (1, 2, 4),
-    "network.d_state": (1, 2, 4, 8, 16, 32),
-    "network.dt_rank": (1, 2, 4, 8, 16, 32, 64, 128),
 }
-_READ_BY = {"network.num_heads": "A", "network.d_state": "M2", "network.dt_rank": "M"}  # letters of the mixers
-_LETTERS = {"mam": "M", "mam2": "2", "mat": "A"}  # of the policies without a layout
 
 
 def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
@@ -36,16 +32,11 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
     Raises:
         UserError: for a setting without a range, or a value that it cannot have.
     """
-    network = config.network
-    layouts = [network.encoder.layout, network.decoder.layout]
-    letters = {letter for layout in layouts for letter in layout or _LETTERS.get(config.policy, "")}
-    letters |= set(network.decoder.cross or "")
-    fixed = {"network.num_blocks"} if any(layouts) else set()  # a layout says how many blocks there are
-    read = {
-        name: values
-        for name, values in RANGES.items()
-        if name not in fixed and (name not in _READ_BY or letters & set(_READ_BY[name]))
-    }
+    read = dict(RANGES)
+    if config.network.encoder.layout or config.network.decoder.layout:
+        del read["network.num_blocks"]  # a layout says how many blocks there are
+    for family in _families(config):
+        read |= {f"network.{name}": values for name, values in family.options.items() if values}
     if not names:
         return read
     space = {}
@@ -58,6 +49,15 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
         else:
             raise unknown_name(f"setting of {config.algorithm} to search", name, read, see="mam sweep --help")
     return space
+
+
+def _families(config: Config) -> list[MixerFamily]:
+    """The mixers of its layouts and, where encoder or decoder has none, of its policy."""
+    layouts = config.network.layouts
+    used = [family for name, layout in layouts.items() for family in families_of(layout, name)]
+    if not {"network.encoder.layout", "network.decoder.layout"} <= layouts.keys():
+        used += [family for family in MIXERS.values() if family.policy == config.policy]
+    return [family for family in MIXERS.values() if family in used]
 
 
 def _own_values(config: Config, name: str, text: str) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from mam.envs.base import Metrics
-from mam.envs.jaxmarl import JaxMarlEnv, draw_discs, import_jaxmarl, require_positive
+from mam.envs.jaxmarl.base import JaxMarlEnv, draw_discs, import_jaxmarl, require_positive
 from mam.types import EnvSpec, EnvState, Observation
 
 SMAX_TIME_LIMIT = 101  # JaxMARL's limit of 100 is compared before the step is counted, so one more is taken

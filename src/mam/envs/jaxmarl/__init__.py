@@ -1,0 +1,1 @@
+"""JaxMARL's suites, and what their adapters share."""

@@ -1,0 +1,213 @@
+"""A mixer of one's own, from its registration to its first updates: nothing else has to know of it."""
+
+import inspect
+from dataclasses import fields, replace
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_mixer_contract as contract
+from jaxtyping import Array, Float
+
+from mam.cli import main as cli
+from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
+from mam.errors import UserError
+from mam.learning.train import make_train
+from mam.networks.layers import Dense, LayerNorm
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
+from mam.networks.mixers.registry import MIXERS
+from mam.networks.policy import make_policy, policies, register_mixer
+from mam.study.bench.cases import cases
+from mam.study.bench.measure import Cell
+from mam.study.sweep.space import space_of
+from mam.types import EnvSpec
+from small_run import CONFIG
+
+
+class Average(eqx.Module):
+    """A leaky average h_i = a h_{i−1} + (1 − a) W x_i of what agents are, and the residual around it."""
+
+    in_proj: Dense
+    leak: Float[Array, "E"]
+    out_proj: Dense
+    norm: LayerNorm
+
+    def __init__(self, config, *, key):
+        in_key, out_key = jax.random.split(key)
+        self.in_proj = Dense(config.d_model, config.d_model, key=in_key)
+        self.leak = jnp.zeros(config.d_model)
+        self.out_proj = Dense(config.d_model, config.d_model, key=out_key)
+        self.norm = LayerNorm(config.d_model)
+
+    def advance(self, h, u):
+        a = jax.nn.sigmoid(self.leak).astype(u.dtype)
+        return a * h + (1 - a) * u
+
+    def extend(self, h, u, *, reverse=False):
+        def agent(h, u):
+            h = self.advance(h, u)
+            return h, h
+
+        h = jnp.zeros_like(u[..., 0, :]) if h is None else h
+        h, average = jax.lax.scan(agent, h, jnp.moveaxis(u, -2, 0), reverse=reverse)
+        return h, jnp.moveaxis(average, 0, -2)
+
+    def out(self, x, average):
+        return self.norm(x, self.out_proj(average))
+
+    def metrics(self):
+        return {"largest_leak": jax.nn.sigmoid(self.leak).max()}
+
+
+class LeakBothWays(AbstractMixer):
+    average: Average
+
+    def __init__(self, config, *, key):
+        self.average = Average(config, key=key)
+
+    def __call__(self, x, context=None, *, alive=None):
+        u = self.average.in_proj(x)
+        u = u if alive is None else jnp.where(alive[..., None], u, 0.0)
+        both = self.average.extend(None, u)[1] + self.average.extend(None, u, reverse=True)[1]
+        return self.average.out(x, both)
+
+    def metrics(self):
+        return self.average.metrics()
+
+
+class Leak(AbstractCausalMixer):
+    average: Average
+    gate: Dense | None
+
+    def __init__(self, config, *, key, cross=False):
+        key, gate_key = jax.random.split(key)
+        self.average = Average(config, key=key)
+        self.gate = Dense(config.d_model, config.d_model, key=gate_key) if cross else None
+
+    def project(self, x):
+        return x, self.average.in_proj(x)
+
+    def project_context(self, context):
+        return self.gate(required(context)) if self.gate else None
+
+    def init_state(self, num_agents, batch=(), dtype=None):
+        return jnp.zeros((*batch, self.average.leak.shape[0]), dtype)
+
+    def advance(self, state, inputs, context):
+        state = self.average.advance(state, inputs[1])
+        return state, self._out(inputs[0], state, context)
+
+    def extend(self, state, inputs, context, alive=None):
+        state, average = self.average.extend(state, inputs[1])
+        return state, self._out(inputs[0], average, context)
+
+    def _out(self, x, average, context):
+        return self.average.out(x, average if context is None else average * context)
+
+
+def arguments_of(check):
+    """What a check of the contract is called with besides the family, as for one that is known: a role, or nothing."""
+    (cases,) = (mark.args[1] for mark in check.pytestmark)
+    return [case[1:] for case in cases if case[0] == "attention"] or [()]
+
+
+FACTS = {
+    "letter": "L",
+    "policy": "leak",
+    "description": "leaky averages along the agents",
+    "roles": Roles(encoder=LeakBothWays, decoder=Leak, cross=lambda config, key: Leak(config, key=key, cross=True)),
+    "options": {"expand": (1, 2)},
+}
+ROLES = [role.name for role in fields(Roles)]
+CHECKS = [
+    pytest.param(check, arguments, id=f"{name}-{'-'.join(arguments)}")
+    for name, check in vars(contract).items()
+    if name.startswith("test_") and set(inspect.signature(check).parameters) <= {"family", "role"}
+    for arguments in arguments_of(check)
+]
+
+
+@pytest.fixture(autouse=True)
+def leaky():
+    register_mixer("leaky", **FACTS)
+    yield
+    del MIXERS["leaky"]
+
+
+@pytest.mark.parametrize(("check", "arguments"), CHECKS)
+def test_it_keeps_the_contract(check, arguments):
+    with jax.enable_x64(True):
+        check("leaky", *arguments)
+
+
+def test_it_is_in_help_and_lists(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    assert "leak (L in layouts): expand" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["list"]) == 0
+    assert "leak       leaky averages along the agents (L in layouts)" in capsys.readouterr().out
+
+
+def test_it_is_searched_where_it_is_used():
+    layout = replace(CONFIG.network, decoder=DecoderConfig(cross="L"))
+    for config in (replace(CONFIG, policy="leak"), replace(CONFIG, network=layout)):
+        assert space_of(config)["network.expand"] == (1, 2)
+    assert "network.d_state" not in space_of(replace(CONFIG, policy="leak"))
+
+
+def test_it_is_in_benches():
+    names = {what: set(case.contenders) for what, case in cases().items()}
+    assert {f"leaky/{role}" for role in ROLES} <= names["block"]
+    assert all("leak" in names[what] for what in ("act", "decode", "update", "train"))
+    assert "leak-kernel" not in names["act"]  # no decoder of one call knows it
+    contender = cases()["act"].contenders["leak"](Cell(2, 2, NetworkConfig(d_model=8)))
+    jax.eval_shape(contender.function, *contender.args)
+
+
+def test_it_mixes_with_others_in_layouts():
+    sizes = NetworkConfig(d_model=8, encoder=EncoderConfig("LA"), decoder=DecoderConfig("ML", "L2"))
+    spec = EnvSpec("suite/task", 3, 4, 5, time_limit=None)
+    policy = jax.eval_shape(lambda key: make_policy("mat", spec, sizes, key=key), jax.random.key(0))
+    assert [type(block.mixer) is LeakBothWays for block in policy.encoder.blocks] == [True, False]
+    assert [type(block.cross) is Leak for block in policy.decoder.blocks] == [True, False]
+    assert policy.decoder.fused is None
+    with pytest.raises(UserError, match=r"letters of M \(mamba\), .*, L \(leaky\), one per block, got 'X'$"):
+        make_policy("mat", spec, replace(sizes, encoder=EncoderConfig("X")), key=jax.random.key(0))
+
+
+def test_it_learns(monkeypatch):
+    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=contract.QUICK))
+    trainer = make_train(replace(CONFIG, policy="leak", num_seeds=1))
+    state = trainer.init(np.zeros(1, np.int32))
+    for _ in range(3):
+        state, values = trainer.train_step(state)
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert values["first_ratio_deviation"] <= 1e-5
+    leaks = [block.mixer.average.leak for block in state.policy.network.encoder.blocks]
+    assert np.max(np.abs(leaks)) > 0  # where it began
+    assert values["largest_leak"] > 0.5
+    assert "step_size_max" not in values
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"letter": "M"}, "the letter M of leakier is taken: choose another"),
+        ({"letter": "LL"}, "the letter of leakier must be one of A-Z, a-z, 0-9, got 'LL'"),
+        ({"letter": "K", "policy": "mam"}, "the policy 'mam' of leakier exists: choose another name"),
+        ({"letter": "K", "policy": "mappo"}, "the policy 'mappo' of leakier exists: choose another name"),
+    ],
+)
+def test_what_is_taken_is_refused(changes, said):
+    with pytest.raises(UserError) as refused:
+        register_mixer("leakier", **FACTS | changes)
+    assert str(refused.value) == said
+
+
+def test_one_of_the_same_name_is_replaced():
+    register_mixer("leaky", **FACTS | {"letter": "K"})
+    assert [family.letter for family in MIXERS.values() if family.policy == "leak"] == ["K"]
+    assert list(policies()).count("leak") == 1
