@@ -87,32 +87,32 @@ def judged(name: str, tolerance: float, measure: Callable[[], dict[str, float]])
     return row
 
 
-def scan_reference(x, dt, B, C, A, keep, h0, *, reverse):
+def scan_reference(x, dt, B, C, A, reset, h0, *, reverse):
     """The recurrence as it is written, one agent after another: [M, N, …] → outputs and last state."""
     import jax
     import jax.numpy as jnp
 
     def step(h, agent):
-        x, dt, B, C, keep = agent
-        h = jnp.exp(dt[:, None] * A) * keep[:, None, None] * h + (dt * x)[:, None] * B[:, :, None]
+        x, dt, B, C, reset = agent
+        h = jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0, h) + (dt * x)[:, None] * B[:, :, None]
         return h, jnp.sum(h * C[:, :, None], axis=1)
 
-    xs = [jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C, keep)]
+    xs = [jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C, reset)]
     h, y = jax.lax.scan(step, h0, tuple(xs), reverse=reverse)
     return jnp.moveaxis(y, 0, 1), h
 
 
 def scan_inputs(m: int, n: int, d: int, s: int, dtype: Any) -> tuple[list[Any], Any, Any]:
-    """Arguments to differentiate by, `keep`, and the gradients of outputs and last state."""
+    """Arguments to differentiate by, `reset`, and the gradients of outputs and last state."""
     import jax.numpy as jnp
 
     rng = np.random.default_rng(n)
     shapes = ((m, n, d), (m, n, d), (m, n, s), (m, n, s), (s, d), (m, s, d), (m, n, d), (m, s, d))
     x, dt, B, C, A, h0, gy, gh = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     dt, A = 0.5 * np.abs(dt), -np.exp(A - 1.0)  # some channels remember far more than a chunk
-    keep = (rng.random((m, n)) > 0.1).astype(np.float32)
+    reset = rng.random((m, n)) < 0.1
     arguments = [jnp.asarray(v, dtype) for v in (x, dt, B, C)] + [jnp.asarray(A), jnp.asarray(h0)]
-    return arguments, jnp.asarray(keep), (jnp.asarray(gy, dtype), jnp.asarray(gh))
+    return arguments, jnp.asarray(reset), (jnp.asarray(gy, dtype), jnp.asarray(gh))
 
 
 def check_scan(short: bool) -> list[Row]:
@@ -125,19 +125,19 @@ def check_scan(short: bool) -> list[Row]:
     on_gpu = jax.default_backend() == "gpu"
     names = ("x", "dt", "B", "C", "A", "h0")
 
-    def both_ways(scan, reverse, arguments, keep, gradients):
+    def both_ways(scan, reverse, arguments, reset, gradients):
         def run(x, dt, B, C, A, h0):
-            return scan(x, dt, B, C, A, keep, h0, reverse=reverse)
+            return scan(x, dt, B, C, A, reset, h0, reverse=reverse)
 
         (y, h), pull_back = jax.vjp(run, *arguments)
         found = pull_back(jax.tree.map(lambda g, v: g.astype(v.dtype), gradients, (y, h)))
         return {"y": y, "h": h} | {f"d{name}": g for name, g in zip(names, found, strict=True)}
 
     def measure(m, n, d, s, reverse, dtype):
-        arguments, keep, gradients = scan_inputs(m, n, d, s, dtype)
+        arguments, reset, gradients = scan_inputs(m, n, d, s, dtype)
         kernel = partial(scan_kernel, interpret=not on_gpu)
-        actual = jax.jit(partial(both_ways, kernel, reverse))(arguments, keep, gradients)
-        return errors(actual, in_float64(partial(both_ways, scan_reference, reverse), arguments, keep, gradients))
+        actual = jax.jit(partial(both_ways, kernel, reverse))(arguments, reset, gradients)
+        return errors(actual, in_float64(partial(both_ways, scan_reference, reverse), arguments, reset, gradients))
 
     sizes = [(64, n, 128, 16) for n in (1, 4, 8, 9, 32, 128)]
     sizes += [(16, 1024, 128, 16), (64, 33, 64, 4), (64, 33, 256, 64), (64, 33, 24, 64), (8192, 4, 128, 16)]

@@ -1,7 +1,7 @@
 """How many seeds of each policy solve each probe, and what they make of shuffled rewards.
 
     python benchmarks/solve_probes.py --num-seeds 20
-    python benchmarks/solve_probes.py --policies rec_ippo --probes memory
+    python benchmarks/solve_probes.py --policies mam --memory gru --probes memory
 
 A probe has a known best score and a known score of random actions; it is solved by 90 % of the way from one to the
 other. `shuffled` is `identity` in which environment i is paid what environment i − 1 earned: nothing can be learned.
@@ -26,9 +26,9 @@ from mam.runs.process import configure
 SEQUENCE = ("mam", "mat")
 # Probes that a policy can only solve if it has what they probe for.
 NEEDS = {
-    "copy": lambda policy: policy in SEQUENCE,
-    "matrix": lambda policy: policy in SEQUENCE,
-    "memory": lambda policy: has_memory(policy, NetworkConfig()),
+    "copy": lambda config: config.policy in SEQUENCE,
+    "matrix": lambda config: config.policy in SEQUENCE,
+    "memory": lambda config: has_memory(config.policy, config.network),
 }
 PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
 STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000, "components": 30_000}
@@ -41,6 +41,7 @@ class Args:
     policies: tuple[str, ...] = tuple(policies())
     probes: tuple[str, ...] = (*PROBES, "shuffled")
     num_seeds: int = 20
+    memory: str | None = None
 
 
 class Shuffled(AutoReset):
@@ -51,7 +52,7 @@ class Shuffled(AutoReset):
         return state, replace(timestep, reward=jnp.roll(timestep.reward, 1, axis=0))
 
 
-def config_for(policy: str, probe: str, num_seeds: int) -> Config:
+def config_for(policy: str, probe: str, args: Args) -> Config:
     ppo = {
         "copy": replace(PPO, ent_coef=0.1, gamma=0.5),
         "matrix": replace(PPO, ent_coef=0.05),
@@ -60,9 +61,9 @@ def config_for(policy: str, probe: str, num_seeds: int) -> Config:
     return Config(
         policy=policy,
         env=f"probe/{probe}",
-        num_seeds=num_seeds,
+        num_seeds=args.num_seeds,
         total_timesteps=STEPS[probe],
-        network=NetworkConfig(d_model=16, d_state=4),
+        network=NetworkConfig(d_model=16, d_state=4, memory=args.memory),
         ppo=ppo,
         eval=EvalConfig(num_evaluations=10, num_absolute_episodes=64),
     )
@@ -86,18 +87,19 @@ def main(args: Args) -> None:
     for probe in args.probes:
         task = PROBES["identity" if probe == "shuffled" else probe]()
         for policy in args.policies:
+            config = config_for(policy, task.spec.name.removeprefix("probe/"), args)
             started, make_batched = time.monotonic(), experience.make_batched
             try:
                 if probe == "shuffled":
                     experience.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
-                score = scores(config_for(policy, task.spec.name.removeprefix("probe/"), args.num_seeds))
+                score = scores(config)
             finally:
                 experience.make_batched = make_batched
             solved = (score > task.random_return + 0.9 * (task.optimal_return - task.random_return)).sum()
-            expected = probe != "shuffled" and NEEDS.get(probe, lambda policy: True)(policy)
+            expected = probe != "shuffled" and NEEDS.get(probe, lambda config: True)(config)
             print(
-                f"{policy:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   {score.mean():7.3f} "
-                f"{score.min():7.3f}   {solved}/{len(score)}{'' if expected else '  (cannot)'}  "
+                f"{config.algorithm:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   "
+                f"{score.mean():7.3f} {score.min():7.3f}   {solved}/{len(score)}{'' if expected else '  (cannot)'}  "
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )

@@ -79,6 +79,7 @@ configs = st.builds(
     agent_id=st.sampled_from(["one_hot", "sinusoid", "none"]),
     num_workers=st.none() | sizes,
     total_timesteps=st.integers(1, 10**12),
+    log=st.lists(st.sampled_from(["jsonl", "tensorboard", "wandb"]), min_size=1).map(tuple),
     network=network_configs(),
     ppo=ppo_configs(),
     eval=st.builds(
@@ -87,6 +88,7 @@ configs = st.builds(
 )
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # beartype looks at one item of a tuple
 @thorough
 @given(configs)
 def test_json_round_trip(config):
@@ -244,6 +246,8 @@ def test_limits_themselves_are_allowed(key, value):
         ("network.scan", True, "must be one of auto, sequential, associative, pairwise, native, pallas, got True"),
         ("decode", "parallel", "must be one of sequential, fixed_point, kernel, got 'parallel'"),
         ("decode_window", True, "must be int or null, got True"),
+        ("log", "jsonl", "must be a list of str, got 'jsonl'"),
+        ("log", ["jsonl", 3], r"must be a list of str, got \['jsonl', 3\]"),
         ("network", 3, "must be a group of keys, got 3"),
         ("network", None, "must be a group of keys, got None"),
     ],
@@ -281,6 +285,11 @@ def test_agent_ids_are_of_a_known_kind():
     assert from_json(Config, {"agent_id": "none"}).agent_id == "none"
     with pytest.raises(UserError, match=r"^agent_id must be one of one_hot, sinusoid, none, got 'onehot'$"):
         from_json(Config, {"agent_id": "onehot"})
+
+
+def test_a_run_reports_somewhere():
+    with pytest.raises(UserError, match=r"^log must name where numbers go, such as jsonl, got \(\)$"):
+        Config(log=())
 
 
 def test_choices():

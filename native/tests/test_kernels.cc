@@ -28,12 +28,19 @@ void test_exp2() {
   EXPECT(std::isnan(y[4]), "not a number is %g", y[4]);
 }
 
+// 1 in a fifth of all places, 0 elsewhere.
+Array rare(int64_t size) {
+  Array values = normal(size);
+  for (float& v : values) v = v < -0.8f;
+  return values;
+}
+
 struct Problem {
   mam::Scan sizes;
-  Array x, dt, A, B, C, D, keep, initial, gy, g_last;
+  Array x, dt, A, B, C, D, reset, initial, gy, g_last;
   Array features, weight, gate, alive;  // of a gated scan: dt is made of them
 
-  Problem(mam::Scan s, bool has_keep, bool has_initial) : sizes(s) {
+  Problem(mam::Scan s, bool has_reset, bool has_initial) : sizes(s) {
     const int64_t rows = s.groups * s.sequences;
     const int64_t wide = rows * s.agents * s.channels, narrow = rows * s.agents * s.states;
     x = normal(wide), dt = normal(wide, 0.5f), B = normal(narrow), C = normal(narrow), gy = normal(wide);
@@ -42,13 +49,12 @@ struct Problem {
     for (float& v : dt) v = std::abs(v);
     for (float& v : A) v = -std::exp(v - 1.0f);
     if (has_initial) initial = normal(rows * s.states * s.channels);
-    if (has_keep)
-      for (float v : normal(rows * s.agents)) keep.push_back(v > -0.8f);
+    if (has_reset) reset = rare(rows * s.agents);
     if (!s.rank) return;
     features = normal(rows * s.agents * s.rank), weight = normal(s.groups * (s.rank + 1) * s.channels);
     gate = normal(wide);
-    if (has_keep)
-      for (float v : normal(rows * s.agents)) alive.push_back(v > -0.8f);
+    if (has_reset)
+      for (float dead : rare(rows * s.agents)) alive.push_back(1 - dead);
     for (int64_t place = 0; place < wide; ++place) dt[place] = std::min(std::log1p(std::exp(before(place))), 20.0);
   }
 
@@ -66,7 +72,7 @@ struct Problem {
   void give(Scan& scan) const {
     static_cast<mam::Scan&>(scan) = sizes;
     scan.x = x.data(), scan.dt = dt.data(), scan.A = A.data(), scan.B = B.data(), scan.C = C.data(), scan.D = D.data();
-    scan.keep = keep.empty() ? nullptr : keep.data();
+    scan.reset = reset.empty() ? nullptr : reset.data();
     scan.initial = initial.empty() ? nullptr : initial.data();
     if (!sizes.rank) return;
     scan.dt = features.data(), scan.weight = weight.data(), scan.gate = gate.data();
@@ -111,7 +117,7 @@ Results compute(const Problem& problem, int64_t threads) {
   return r;
 }
 
-// The recurrence as it is written; the gradients per agent are compared in tests/networks/test_native_scan.py.
+// The recurrence as it is written; the gradients per agent are compared in tests/kernels/test_native_scan.py.
 void check(const Problem& p, const Results& r) {
   const mam::Scan& s = p.sizes;
   double worst = 0;
@@ -131,7 +137,7 @@ void check(const Problem& p, const Results& r) {
           std::vector<double> h = {p.initial.empty() ? 0.0 : p.initial[state]};
           const auto agent = [&](int64_t i) { return row * s.agents + (s.reverse ? s.agents - 1 - i : i); };
           const auto decay = [&](int64_t i) {
-            return (p.keep.empty() || p.keep[agent(i)]) ? std::exp(A * p.dt[agent(i) * s.channels + d]) : 0.0;
+            return !p.reset.empty() && p.reset[agent(i)] ? 0.0 : std::exp(A * p.dt[agent(i) * s.channels + d]);
           };
           for (int64_t i = 0; i < s.agents; ++i) {
             const int64_t at = agent(i) * s.channels + d;
@@ -230,7 +236,36 @@ void test_scan() {
   }
 }
 
-// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_conv.py).
+void run(const mam::Convolution& c) {
+  for (int64_t task = 0; task < c.tasks(); ++task) mam::kernels().convolution(c, task);
+}
+
+// Of a convolution with resets, every piece by itself: the same bits.
+void check_pieces(const mam::Convolution& whole) {
+  mam::Convolution piece = whole;
+  piece.groups = piece.sequences = piece.blocks = 1, piece.reset = nullptr;
+  Array y(whole.agents * whole.channels), gx = y;
+  Array g_weight(whole.taps * whole.channels), g_bias(whole.channels);
+  piece.g_weight = g_weight.data(), piece.g_bias = g_bias.data();
+  for (int64_t row = 0; row < whole.groups * whole.sequences; ++row)
+    for (int64_t begin = 0, end; begin < whole.agents; begin = end) {
+      const auto agent = [&](int64_t i) { return row * whole.agents + (whole.reverse ? whole.agents - 1 - i : i); };
+      for (end = begin + 1; end < whole.agents && !whole.reset[agent(end)];) ++end;
+      const int64_t first = std::min(agent(begin), agent(end - 1)) * whole.channels;
+      const int64_t size = (end - begin) * whole.channels;
+      piece.agents = end - begin, piece.x = whole.x + first;
+      piece.weight = whole.weight + row / whole.sequences * whole.taps * whole.channels;
+      piece.bias = whole.bias + row / whole.sequences * whole.channels;
+      piece.gy = nullptr, piece.y = y.data();
+      run(piece);
+      piece.gy = whole.gy + first, piece.gx = gx.data();
+      run(piece);
+      EXPECT(!std::memcmp(y.data(), whole.y + first, size * sizeof(float)), "forward, from agent %ld on", long(begin));
+      EXPECT(!std::memcmp(gx.data(), whole.gx + first, size * sizeof(float)), "back, from agent %ld on", long(begin));
+    }
+}
+
+// Forward against a loop; backward that all is written (its numbers: tests/kernels/test_native_conv.py).
 void test_convolution() {
   for (int i = 0; i < 40; ++i) {
     mam::Convolution c{};
@@ -238,16 +273,16 @@ void test_convolution() {
     c.taps = draw(1, 4), c.blocks = draw(1, c.sequences), c.reverse = draw(0, 1);
     const int64_t size = c.groups * c.sequences * c.agents * c.channels, taps = c.groups * c.taps * c.channels;
     const Array x = normal(size), weight = normal(taps), bias = normal(c.groups * c.channels), gy = normal(size);
+    const Array reset = rare(size / c.channels);
     Array y(size, NAN), gx(size, NAN), g_weight(taps * c.blocks, NAN), g_bias(c.groups * c.channels * c.blocks, NAN);
     c.x = x.data(), c.weight = weight.data(), c.bias = bias.data(), c.y = y.data();
-    const auto run = [&] {
-      for (int64_t task = 0; task < c.tasks(); ++task) mam::kernels().convolution(c, task);
-    };
-    run();
+    c.reset = i % 2 ? reset.data() : nullptr;
+    run(c);
     c.gy = gy.data(), c.gx = gx.data(), c.g_weight = g_weight.data(), c.g_bias = g_bias.data();
-    run();
+    run(c);
+    if (c.reset) check_pieces(c);
     double worst = 0;
-    for (int64_t place = 0; place < size; ++place) {
+    for (int64_t place = 0; !c.reset && place < size; ++place) {
       const int64_t d = place % c.channels, agent = place / c.channels % c.agents;
       const int64_t group = place / c.channels / c.agents / c.sequences;
       double sum = bias[group * c.channels + d];
@@ -261,7 +296,7 @@ void test_convolution() {
   }
 }
 
-// Forward against a loop; backward that all is written (its numbers: tests/networks/test_native_layers.py).
+// Forward against a loop; backward that all is written (its numbers: tests/kernels/test_native_layers.py).
 void test_normalisation() {
   for (int i = 0; i < 20; ++i) {
     mam::Normalisation n{};

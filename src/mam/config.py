@@ -208,6 +208,9 @@ class Config:
     on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
     """What to do with an update in which a number is NaN or infinite, after which the state is that of before: end the
     run, go on with other random numbers, or do so with half the learning rate."""
+    log: tuple[str, ...] = ("jsonl", "tensorboard")
+    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed package adds under its
+    own name; see docs/runs.md. Changes no numbers."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -292,6 +295,8 @@ def _validate(config: Config) -> None:
             raise UserError(f"{name} must be positive, got {value}")
     if config.decode != "fixed_point" and (config.decode_window or config.decode_max_passes):
         raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
+    if not config.log:
+        raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
     for name, layout in network.layouts.items():
         if not re.fullmatch("[A-Za-z0-9]+", layout):  # which mixers there are, networks know; it stands in file names
             raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
@@ -393,8 +398,18 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         if value not in allowed:
             raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}")
         return value
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
+            raise UserError(f"{name} must be a list of {allowed[0].__name__}, got {shown(value)}")
+        return tuple(value)
     if float in allowed and type(value) is int:
         return float(value)
+    for kind in allowed:  # JSON has lists in place of tuples
+        if typing.get_origin(kind) is tuple and type(value) is list:
+            items = typing.get_args(kind)
+            items = items[:1] * len(value) if items[-1] is Ellipsis else items
+            if len(items) == len(value):
+                return tuple(_checked(name, item, expected) for item, expected in zip(value, items, strict=True))
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise UserError(f"{name} must be {names}, got {shown(value)}")

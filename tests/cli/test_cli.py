@@ -14,13 +14,19 @@ import jax
 import numpy as np
 import pytest
 
+import mam
 from mam.cli import main as cli
 from mam.cli.arguments import parse
+from mam.cli.list import List
+from mam.cli.plan import Plan
+from mam.cli.start import starting_options
+from mam.cli.train import Train, price
 from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runs import loop as run
+from mam.study.sweep.command import Sweep
 from report_runs import CONFIG, write_run
 
 
@@ -77,13 +83,13 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypa
 @pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)])
 def test_whole_numbers_are_written_as_in_papers(written, meant):
     for args in (["--total-timesteps", written], [f"--total-timesteps={written}"]):
-        assert parse("train", cli.Train, args, cli.Train()).config.total_timesteps == meant
+        assert parse("train", Train, args, Train()).config.total_timesteps == meant
 
 
 @pytest.mark.parametrize("written", ["1.5e0", "1e-3", "1e400", "nan", "1.0"])
 def test_other_numbers_are_not_whole(written):
     with pytest.raises(UserError, match="--total-timesteps takes a whole number"):
-        parse("train", cli.Train, ["--total-timesteps", written], cli.Train())
+        parse("train", Train, ["--total-timesteps", written], Train())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,14 @@ def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
 def test_overview_version_and_list(capsys):
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
     out = capsys.readouterr().out
-    for word in ("usage: mam", *cli.COMMANDS, "lbf/2s-8x8-2p-2f-coop", "rware/xlarge-4ag-hard", *PRESETS):
+    for word in (
+        "usage: mam",
+        *cli.COMMANDS,
+        "lbf/2s-8x8-2p-2f-coop",
+        "rware/xlarge-4ag-hard",
+        "--network.memory",
+        *PRESETS,
+    ):
         assert word in out
 
 
@@ -225,22 +238,22 @@ def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, comman
 def test_settings_start_from_a_run_or_a_file(tmp_path):
     write_run(tmp_path / "run")
     for start in (tmp_path / "run", tmp_path / "run" / "config.json"):
-        for kind in (cli.Train, cli.PlanRun, cli.Sweep):
-            assert cli._default(kind, ["--config", str(start)]).config == CONFIG
+        for kind in (Train, Plan, Sweep):
+            assert starting_options(kind, ["--config", str(start)]).config == CONFIG
     args = ["--config", str(tmp_path / "run"), "--seed", "7"]
-    assert parse("train", cli.Train, args, cli._default(cli.Train, args)).config == replace(CONFIG, seed=7)
+    assert parse("train", Train, args, starting_options(Train, args)).config == replace(CONFIG, seed=7)
 
 
 def test_the_price_of_evaluations_is_said():
     config = replace(preset_for("mine:own")[0], total_timesteps=65_536)
     assert (config.agent_id, config.evaluation_modes) == ("sinusoid", (False,))
-    assert cli._price(config, 100) == (
+    assert price(config, 100) == (
         "evaluations: 1 + 8 and the absolute metric, 140 episodes per seed, "
         "up to 14,000 steps: 21% of those in training"
     )
     both = replace(config, eval=replace(config.eval, both_modes=True, greedy=True))
     assert both.evaluation_modes == (True, False)
-    assert cli._price(both, None).endswith("280 episodes per seed in both modes")
+    assert price(both, None).endswith("280 episodes per seed in both modes")
 
 
 def test_the_preset_is_named_beside_its_sisters():
@@ -335,6 +348,9 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
     assert "steps/s" in capfd.readouterr().out
     assert cli.main(["evaluate", path, "--episodes", "4", "--trust"]) == 0
     assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
+    monkeypatch.setattr(HostPool, "__init__", None)  # no environment is made, and no process started
+    policy = mam.load(path)
+    assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (policy.spec.num_agents,)
 
 
 def test_what_cannot_be_drawn_is_said(finished, capsys):
@@ -421,7 +437,7 @@ def test_long_commands_go_on_without_theirs(stream, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream())
-        patch.setitem(cli.COMMANDS, "dashboard", (cli.List, work))
+        patch.setitem(cli.COMMANDS, "dashboard", (List, work))
         assert cli.main(["dashboard"]) == 0
     assert reached
     assert capsys.readouterr().err.startswith("mam: nobody reads the output any more")

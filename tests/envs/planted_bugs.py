@@ -284,18 +284,18 @@ class NoTime(Walk):
     spec = replace(Walk.spec, time_limit=0)
 
 
-@planted("spec", "action_components")
-class UncountedComponent(Carriers):
-    """Sizes of components that do not add up to the number of actions."""
-
-    spec = replace(Carriers.spec, action_components=(3, 3))
-
-
 @planted("spec", "agent_names")
 class OneNameForAll(Walk):
     """One name for three agents."""
 
     spec = replace(Walk.spec, agent_names=("walker",))
+
+
+@planted("spec", "action_components")
+class UncountedComponent(Carriers):
+    """Sizes of components that do not add up to the number of actions."""
+
+    spec = replace(Carriers.spec, action_components=(3, 3))
 
 
 @planted("metrics", "metrics")

@@ -16,35 +16,39 @@ mam_native = pytest.importorskip("mam_native", reason="the native kernels are no
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 
 
-def make_problem(seed, m, n, features, taps):
-    """Inputs, weights, bias, and a gradient of the output."""
+def make_problem(seed, m, n, features, taps, has_reset=False):
+    """Inputs, weights, bias, resets, and a gradient of the output."""
     rng = np.random.default_rng(seed)
     shapes = (m, n, features), (taps, features), (features,), (m, n, features)
-    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    *arguments, gy = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    return *arguments, rng.random((m, n)) < 0.2 if has_reset else None, gy
 
 
-def reference(x, weight, bias, gy, reverse):
+def reference(x, weight, bias, reset, gy, reverse):
     """Output and gradients, one agent and tap after another, in double precision."""
     x, weight, bias, gy = (v.astype(np.float64) for v in (x, weight, bias, gy))
     x, gy = (v[:, ::-1] if reverse else v for v in (x, gy))
     taps, n = weight.shape[0], x.shape[1]
+    reset = np.zeros(x.shape[:2], bool) if reset is None else reset[:, ::-1] if reverse else reset
+    # Agents, how long ago they read another, and in which rows none was reset since.
     pairs = [(i, k) for i in range(n) for k in range(min(taps, i + 1))]
+    pairs = [(i, k, ~reset[:, i - k + 1 : i + 1].any(axis=1, keepdims=True)) for i, k in pairs]
     y = np.broadcast_to(bias, x.shape).copy()
-    for i, k in pairs:
-        y[:, i] += weight[taps - 1 - k] * x[:, i - k]
+    for i, k, there in pairs:
+        y[:, i] += weight[taps - 1 - k] * x[:, i - k] * there
     gate = 1 / (1 + np.exp(-y))
     g = gy * gate * (1 + y * (1 - gate))
     gx, g_weight = np.zeros_like(x), np.zeros_like(weight)
-    for i, k in pairs:
-        gx[:, i - k] += weight[taps - 1 - k] * g[:, i]
-        g_weight[taps - 1 - k] += np.sum(g[:, i] * x[:, i - k], axis=0)
+    for i, k, there in pairs:
+        gx[:, i - k] += weight[taps - 1 - k] * g[:, i] * there
+        g_weight[taps - 1 - k] += np.sum(g[:, i] * x[:, i - k] * there, axis=0)
     y, gx = (v[:, ::-1] if reverse else v for v in (y * gate, gx))
     return y, gx, g_weight, np.sum(g, axis=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnames="reverse", compiler_options=QUICK)
-def run(x, weight, bias, gy, reverse=False):
-    y, pull_back = jax.vjp(functools.partial(native_conv_silu, reverse=reverse), x, weight, bias)
+def run(x, weight, bias, reset, gy, reverse=False):
+    y, pull_back = jax.vjp(lambda *a: native_conv_silu(*a, reset, reverse=reverse), x, weight, bias)
     return y, *pull_back(gy)
 
 
@@ -60,14 +64,15 @@ def test_random_shapes(isa):
         mam_native.choose(isa)
         for seed in range(12):
             n = int(rng.choice([1, 2, 3, 4, rng.integers(5, 40)]))
-            problem = make_problem(seed, rng.integers(1, 40), n, rng.integers(1, 70), 1 + seed % 4)
+            sizes = rng.integers(1, 40), n, rng.integers(1, 70), 1 + seed % 4
+            problem = make_problem(seed, *sizes, has_reset=seed % 2 == 0)
             assert_close(run(*problem, reverse=seed % 3 == 0), reference(*problem, seed % 3 == 0))
     finally:
         mam_native.choose(in_use)
 
 
 def test_a_map_over_seeds_is_a_loop_over_seeds():
-    problems = [make_problem(k, 3, 5, 20, 4) for k in range(2)]
+    problems = [make_problem(k, 3, 5, 20, 4, has_reset=True) for k in range(2)]
     together = jax.jit(jax.vmap(run.__wrapped__))(*jax.tree.map(lambda *v: np.stack(v), *problems))
     for k, problem in enumerate(problems):
         for a, b in zip(together, run(*problem), strict=True):
@@ -88,7 +93,7 @@ def test_the_layer_takes_it(with_state, reverse):
 
 
 def test_what_it_does_not_take():
-    x, weight, *_ = map(jnp.asarray, make_problem(0, 2, 3, 4, 4))
+    x, weight = map(jnp.asarray, make_problem(0, 2, 3, 4, 4)[:2])
     assert native_conv_supports(x, weight)
     assert not native_conv_supports(x.astype(jnp.bfloat16), weight)
     assert not native_conv_supports(x, jnp.zeros((5, 4)))

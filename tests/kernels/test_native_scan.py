@@ -158,12 +158,14 @@ def test_leading_axes():
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "reverse"), compiler_options=QUICK)
-def run_gated(arguments, alive, gradients, *, reverse=False, implementation="native"):
+def run_gated(arguments, masks, gradients, *, reverse=False, implementation="native"):
     """Both outputs, and the gradients of all arguments."""
 
     def scan(*arguments):
         *xs, h = arguments
-        return gated_scan(*xs, alive=alive, initial_state=h, reverse=reverse, implementation=implementation)
+        alive, reset = masks
+        how = {"reverse": reverse, "implementation": implementation}
+        return gated_scan(*xs, alive=alive, initial_state=h, reset=reset, **how)
 
     outputs, pull_back = jax.vjp(scan, *arguments)
     return outputs, pull_back(gradients)
@@ -174,7 +176,8 @@ def make_gated_problem(seed, m, n, d, s, rank):
     rng = np.random.default_rng(seed)
     features, gate = (rng.normal(size=(m, n, size)).astype(np.float32) for size in (rank, d))
     weight, bias = (rng.normal(size=size).astype(np.float32) / rank**0.5 for size in ((rank, d), d))
-    return (x, features, weight, bias, A, B, C, D, gate, h), ~reset, tuple(gradients)
+    masks = rng.random((m, n)) < 0.8, reset  # who is alive, and where the state is
+    return (x, features, weight, bias, A, B, C, D, gate, h), masks, tuple(gradients)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -17,19 +17,19 @@ GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", 132, "g
 ARGUMENTS = ("x", "dt", "B", "C", "A", "h0")
 
 
-def loop(x, dt, B, C, A, keep, h0, *, reverse):
+def loop(x, dt, B, C, A, reset, h0, *, reverse):
     """The recurrence as it is written, one agent after another."""
     dtype = x.dtype
     x, dt, B, C = (jnp.moveaxis(v.astype(jnp.float32), 1, 0) for v in (x, dt, B, C))
-    keep = jnp.ones(x.shape[:2]) if keep is None else keep.T
+    reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset.T
     h0 = jnp.zeros((x.shape[1], *A.shape)) if h0 is None else h0
 
     def step(h, agent):
-        x, dt, B, C, keep = agent
-        h = jnp.exp(dt[:, None] * A) * keep[:, None, None] * h + (dt * x)[:, None] * B[:, :, None]
+        x, dt, B, C, reset = agent
+        h = jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0.0, h) + (dt * x)[:, None] * B[:, :, None]
         return h, jnp.sum(h * C[:, :, None], axis=1)
 
-    h, y = jax.lax.scan(step, h0, (x, dt, B, C, keep), reverse=reverse)
+    h, y = jax.lax.scan(step, h0, (x, dt, B, C, reset), reverse=reverse)
     return jnp.moveaxis(y, 0, 1).astype(dtype), h
 
 
@@ -37,20 +37,20 @@ kernel = functools.partial(scan_kernel, interpret=True)
 
 
 def make_arguments(seed, m, n, d, s, dtype=np.float32):
-    """Differentiable arguments in the order of ARGUMENTS, and `keep`."""
+    """Differentiable arguments in the order of ARGUMENTS, and `reset`."""
     rng = np.random.default_rng(seed)
     shapes = ((m, n, d), (m, n, d), (m, n, s), (m, n, s), (s, d), (m, s, d))
     x, dt, B, C, A, h0 = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     dt, A = 0.5 * np.abs(dt), -np.exp(A - 1.0)  # some channels remember far more than a chunk
-    keep = (rng.random((m, n)) > 0.2).astype(np.float32)
-    return [jnp.asarray(v, dtype) for v in (x, dt, B, C)] + [jnp.asarray(A), jnp.asarray(h0)], jnp.asarray(keep)
+    reset = rng.random((m, n)) < 0.2
+    return [jnp.asarray(v, dtype) for v in (x, dt, B, C)] + [jnp.asarray(A), jnp.asarray(h0)], jnp.asarray(reset)
 
 
-def value_and_gradients(scan, reverse, arguments, keep):
+def value_and_gradients(scan, reverse, arguments, reset):
     """(y, final state), and the gradients of all arguments through a sum of both with weights of their size."""
 
     def run(x, dt, B, C, A, h0):
-        return scan(x, dt, B, C, A, keep, h0, reverse=reverse)
+        return scan(x, dt, B, C, A, reset, h0, reverse=reverse)
 
     outputs, pull_back = jax.vjp(run, *arguments)
     weights = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape), outputs)
@@ -72,7 +72,7 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "s", "reverse", "has_state", "has_keep"),
+    ("n", "d", "s", "reverse", "has_state", "has_reset"),
     [
         (1, 16, 4, False, True, True),
         (2, 16, 4, True, False, False),
@@ -84,25 +84,25 @@ def assert_close(actual, expected, tolerance):
         (CHUNK // 2 + 1, 24, 64, True, True, False),  # three tiles, and chunks of half the length
     ],
 )
-def test_values_and_gradients_equal_the_loop(n, d, s, reverse, has_state, has_keep):
-    arguments, keep = make_arguments(n, 2, n, d, s)
+def test_values_and_gradients_equal_the_loop(n, d, s, reverse, has_state, has_reset):
+    arguments, reset = make_arguments(n, 2, n, d, s)
     arguments = arguments if has_state else [*arguments[:-1], None]
-    keep = keep if has_keep else None
-    assert_close(*(compiled(scan, reverse, arguments, keep) for scan in (kernel, loop)), 1e-5)
+    reset = reset if has_reset else None
+    assert_close(*(compiled(scan, reverse, arguments, reset) for scan in (kernel, loop)), 1e-5)
 
 
 def test_several_sequences_per_program(monkeypatch):
     """Where sequences are short and many, a program runs a few, and sums their gradients of A."""
     monkeypatch.setattr(kernel_module, "MIN_PROGRAMS", 1)
-    arguments, keep = make_arguments(0, 6, 3, 16, 4)
+    arguments, reset = make_arguments(0, 6, 3, 16, 4)
     assert kernel_module._Plan(6, 3, 16, 4, False, True, True).rows == 2
-    assert_close(*(compiled(scan, False, arguments, keep) for scan in (kernel, loop)), 1e-5)
+    assert_close(*(compiled(scan, False, arguments, reset) for scan in (kernel, loop)), 1e-5)
 
 
 def test_bfloat16():
     """Arithmetic and states are in float32: only what is read and written is rounded."""
-    arguments, keep = make_arguments(0, 2, CHUNK + 2, 16, 4, jnp.bfloat16)
-    actual, expected = (compiled(scan, False, arguments, keep) for scan in (kernel, loop))
+    arguments, reset = make_arguments(0, 2, CHUNK + 2, 16, 4, jnp.bfloat16)
+    actual, expected = (compiled(scan, False, arguments, reset) for scan in (kernel, loop))
     assert [g.dtype for g in actual[1][:4]] == [jnp.bfloat16] * 4
     assert_close(actual[0][1], expected[0][1], 1e-5)
     assert_close(actual, expected, 1e-2)
@@ -141,14 +141,14 @@ def test_the_final_state_may_be_left_out():
 def test_mapped_over_seeds_inside_a_loop():
     """As training uses it: jitted, seeds mapped, A and h0 with them, inside `lax.scan`, differentiated."""
     seeds = [make_arguments(seed, 2, 3, 16, 4) for seed in range(2)]
-    stacked, keep = jax.tree.map(lambda *v: jnp.stack(v), *seeds)
+    stacked, reset = jax.tree.map(lambda *v: jnp.stack(v), *seeds)
 
-    def loss(scan, arguments, keep):
+    def loss(scan, arguments, reset):
         *xs, h0 = arguments
 
         def layer(carry, _):
             x, h = carry
-            y, h = scan(x, *xs[1:], keep, h, reverse=False)
+            y, h = scan(x, *xs[1:], reset, h, reverse=False)
             return (jnp.tanh(y), h), None
 
         (y, h), _ = jax.lax.scan(layer, (xs[0], h0), None, length=2)
@@ -157,31 +157,32 @@ def test_mapped_over_seeds_inside_a_loop():
     def gradients(scan):
         return jax.jit(jax.vmap(jax.value_and_grad(functools.partial(loss, scan))), compiler_options=QUICK)
 
-    assert_close(gradients(kernel)(stacked, keep), gradients(loop)(stacked, keep), 1e-5)
+    assert_close(gradients(kernel)(stacked, reset), gradients(loop)(stacked, reset), 1e-5)
 
 
 @pytest.mark.parametrize("n", [CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_one_state_is_kept_per_chunk(n):
     """The first chunk starts from h0, so one of N = CHUNK keeps none."""
-    arguments, keep = make_arguments(0, 2, n, 16, 4)
+    arguments, reset = make_arguments(0, 2, n, 16, 4)
 
     def residuals(*arguments):
-        return jax.vjp(lambda x, dt, B, C, A, h0: kernel(x, dt, B, C, A, keep, h0, reverse=False), *arguments)[1]
+        return jax.vjp(lambda x, dt, B, C, A, h0: kernel(x, dt, B, C, A, reset, h0, reverse=False), *arguments)[1]
 
     kept = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, *arguments)))
-    states = kept - keep.size - sum(v.size for v in arguments)
+    states = kept - reset.size - sum(v.size for v in arguments)
     assert states == (n - 1) // CHUNK * arguments[-1].size
 
 
-def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, **options):
+def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, has_reset=False, **options):
     """Text of the forward and backward kernels' program for a GPU."""
     shapes = ((m, n, d), (m, n, d), (m, n, s), (m, n, s), (s, d), (m, s, d))
     types = (dtype, dtype, dtype, dtype, jnp.float32, jnp.float32)
     lead = () if seeds is None else (seeds,)
     arguments = [jax.ShapeDtypeStruct(lead + shape, t) for shape, t in zip(shapes, types, strict=True)]
+    reset = jnp.arange(m * n).reshape(m, n) % 5 == 0 if has_reset else None
 
     def loss(x, dt, B, C, A, h0):
-        y, h = scan_kernel(x, dt, B, C, A, None, h0, reverse=False, **options)
+        y, h = scan_kernel(x, dt, B, C, A, reset, h0, reverse=False, **options)
         return jnp.sum(y**2) + (0.0 if h is None else jnp.sum(h**2))
 
     gradient = jax.grad(loss, argnums=range(6))
@@ -195,6 +196,7 @@ def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, **options):
     ("m", "n", "d", "s", "options"),
     [
         (64, 3, 64, 16, {}),
+        (64, 33, 64, 16, {"has_reset": True}),
         (8192, 4, 128, 16, {"dtype": jnp.bfloat16, "final_state": False}),  # several sequences per program
         (64, 32, 128, 32, {}),
         (64, 33, 256, 16, {"dtype": jnp.bfloat16, "seeds": 4}),

@@ -1,6 +1,7 @@
 """Who knows what in the independent policies: of themselves, of the others, of the state, and of the steps before."""
 
 import functools
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -120,3 +121,18 @@ def test_all_agents_have_the_same_weights(name):
     (_, value), (_, moved_value) = (results(make(name, None), o) for o in (obs, moved))
     np.testing.assert_allclose(moved_value, value[:, :, jnp.array(places)], rtol=1e-5, atol=1e-6)
     assert np.std(value) > 0.01
+
+
+@pytest.mark.parametrize("name", ["ippo", "mappo"])
+def test_a_recurrent_policy_is_the_plain_one_with_a_gru(name):
+    """The same program makes its weights; and without that memory it is the plain one."""
+    spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None)
+
+    def program(name, memory):
+        def build(key):
+            return jax.tree.leaves(make_policy(name, spec, replace(SIZES, memory=memory), key=key))
+
+        return str(jax.make_jaxpr(build)(jax.random.key(0)))
+
+    assert program(f"rec_{name}", None) == program(name, "gru") != program(name, None)
+    assert program(f"rec_{name}", "none") == program(name, "none") == program(name, None)

@@ -2,6 +2,11 @@ import errno
 import io
 import json
 import re
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,17 +14,24 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from mam.errors import UserError
+from mam.learning.stopwatch import Stopwatch
+from mam.runs import loop
 from mam.runs.sinks import (
+    SINKS,
     JsonLines,
     Progress,
     Record,
+    Sink,
     TensorBoard,
+    find_sink,
     mean_and_spread,
     read_records,
     seed_means,
     training_speed,
     write_atomically,
 )
+from small_run import CONFIG
 
 
 def train(update, **values):
@@ -150,6 +162,93 @@ def test_tensorboard_has_one_sub_run_per_seed(tmp_path):
         "evaluation/episode_return_std": [(100, 0.5)],
     }
     assert read_events(tmp_path / "seed_5")["evaluation/episode_return"] == [(100, 2.0)]
+
+
+class Kept:
+    """A sink of one's own."""
+
+    def __init__(self, folder, config, resume):
+        self.opened, self.records = (folder, config, resume), []
+
+    def write(self, record):
+        self.records.append(record)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Packages that add sinks."""
+    names = {"kept": f"{__name__}:Kept", "broken": "nowhere.at_all:Sink"}
+    points = EntryPoints(EntryPoint(name, value, "mam.sinks") for name, value in names.items())
+    monkeypatch.setattr("mam.runs.sinks.entry_points", lambda group: points.select(group=group))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tensorbord", "unknown sink 'tensorbord': did you mean tensorboard? (see `mam train --help`)"),
+        ("kep", "unknown sink 'kep': did you mean kept? (see `mam train --help`)"),
+        ("broken", "the sink broken cannot be imported: No module named 'nowhere'"),
+    ],
+)
+def test_sinks_that_are_none_are_refused(installed, name, said, tmp_path):
+    with pytest.raises(UserError) as refused:
+        loop.start(replace(CONFIG, log=("jsonl", name)), tmp_path / "run")
+    assert str(refused.value) == said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "files"),
+    [
+        (("jsonl", "tensorboard"), {"metrics.jsonl", "tensorboard"}),
+        (("kept",), {"metrics.jsonl"}),
+        (("kept", "tensorboard", "kept"), {"metrics.jsonl", "tensorboard"}),
+    ],
+)
+def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(installed, log, files, tmp_path):
+    config, folder = replace(CONFIG, log=log), loop.RunFolder(tmp_path)
+    folder.config.write_text("{}")
+    progress = Progress(96, num_seeds=2, console=Console(file=io.StringIO()))
+    with ExitStack() as stack:
+        running = loop._Loop(config, folder, None, Stopwatch())
+        running.open(stack, progress)
+        running.write("train", {"loss": np.array([0.5, 0.25])})
+    assert {path.name for path in tmp_path.iterdir()} - {"config.json", "checkpoint"} == files
+    assert [record.values["loss"].tolist() for record in folder.records()] == [[0.5, 0.25]]
+    kept = [sink for sink in running._sinks if isinstance(sink, Kept)]
+    assert [sink.opened for sink in kept] == [(tmp_path, config, None)] * ("kept" in log)
+    assert all(sink.records[0].kind == "train" for sink in kept)
+
+
+def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
+    positions = write(tmp_path / "metrics.jsonl", [train(u, loss=[u / 3, u]) for u in (1, 2, 3)])
+    for name in SINKS:
+        find_sink(name)(tmp_path, CONFIG, {"metrics_bytes": positions[1], "step_count": 200}).close()
+    assert [record.update for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    for seed in (0, 1):
+        (path,) = (tmp_path / "tensorboard" / f"seed_{seed}").iterdir()
+        assert path.name.endswith(".200")
+
+
+def test_the_documented_sink_is_one(tmp_path, monkeypatch):
+    """Weights & Biases, by a module that stands for it."""
+    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    logged, made = [], {}
+    finished = []
+    run = SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: made.update(options) or run))
+    names = {}
+    exec(code, names)
+    sink = names["WandB"](tmp_path / "mine", CONFIG, None)
+    assert isinstance(sink, Sink)
+    sink.write(train(1, loss=[0.5, 1.5]))
+    sink.close()
+    assert logged == [{"step_count": 100, "train/loss": 1.0}]
+    assert (made["id"], made["config"]["env"], finished) == ("mine", CONFIG.env, [True])
 
 
 def run_progress(console, *, fail=False):

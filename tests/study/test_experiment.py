@@ -78,7 +78,7 @@ def test_settings_are_checked_together():
     "config",
     [
         CONFIG,
-        replace(CONFIG, network=replace(CONFIG.network, dt_rank=3, remat=True, dtype="bfloat16"), agent_id="none"),
+        replace(CONFIG, network=replace(CONFIG.network, dt_rank=3, remat=True, dtype="bfloat16"), log=("jsonl", "a b")),
         replace(preset("rware/tiny-4ag"), ppo=replace(CONFIG.ppo, lr=1e-7, recompute_log_prob=True)),
     ],
 )

@@ -1,5 +1,5 @@
 // SiLU of a causal depthwise convolution along the agents, forward and backward: a part of kernels.cc. The last inputs,
-// and the gradients that are not complete yet, are in registers. The equations are those of mam.networks.mixers.ssm.
+// and the gradients that are not complete yet, are in registers. The equations are those of mam.networks.mixers.roles.
 #pragma once
 
 #include "kernels.h"
@@ -10,13 +10,25 @@ namespace {
 
 using mam::Convolution;
 
-// Sequence by sequence and vector by vector: f(place of the first agent, channel, lanes).
+// The first agent after this one, of those of a sequence in the order in which they are read, that is reset.
+MAM_INLINE int64_t next_reset(const Convolution& c, int64_t row, int64_t agent) {
+  if (!c.reset) return c.agents;
+  const float* reset = c.reset + row * c.agents;
+  while (++agent < c.agents && reset[c.reverse ? c.agents - 1 - agent : agent] == 0.0f) continue;
+  return agent;
+}
+
+// Sequence by sequence, in the pieces that resets cut it into, and vector by vector:
+// f(place of the piece's first agent, agents, channel, lanes).
 template <class F>
-MAM_INLINE void for_sequences(const Convolution& c, int64_t task, F f) {
+MAM_INLINE void for_pieces(const Convolution& c, int64_t task, F f) {
   const Share own(c.sequences, c.blocks, task);
-  const int64_t size = c.agents * c.channels, first = c.reverse ? size - c.channels : 0;
   for (int64_t row = own.begin; row < own.end; ++row)
-    for (int64_t e = 0; e < c.channels; e += kLanes) f(row * size + first + e, e, c.channels - e);
+    for (int64_t begin = 0, end; begin < c.agents; begin = end) {
+      end = next_reset(c, row, begin);
+      const int64_t first = row * c.agents + (c.reverse ? c.agents - 1 - begin : begin);
+      for (int64_t e = 0; e < c.channels; e += kLanes) f(first * c.channels + e, end - begin, e, c.channels - e);
+    }
 }
 
 // Moves every element one place on; a new one comes first.
@@ -49,10 +61,10 @@ struct Weights {
 template <int K>
 void convolve_forward(const Convolution& c, int64_t task) {
   const int64_t next = c.agents * c.channels, step = c.step();
-  for_sequences(c, task, [&](int64_t first, int64_t channel, int64_t lanes) {
+  for_pieces(c, task, [&](int64_t first, int64_t agents, int64_t channel, int64_t lanes) {
     const Weights<K> weights(c, task / c.blocks, channel, lanes);
     V x[K] = {};
-    for (int64_t i = 0; i < c.agents; ++i) {
+    for (int64_t i = 0; i < agents; ++i) {
       const int64_t here = first + i * step;
       shift(x, load(c.x + here, lanes));
       prefetch(c.x + here + next);
@@ -68,15 +80,15 @@ void convolve_backward(const Convolution& c, int64_t task) {
   float *g_weight = c.g_weight + task * K * c.channels, *g_bias = c.g_bias + task * c.channels;
   __builtin_memset(g_weight, 0, K * c.channels * sizeof(float));
   __builtin_memset(g_bias, 0, c.channels * sizeof(float));
-  for_sequences(c, task, [&](int64_t first, int64_t channel, int64_t lanes) {
+  for_pieces(c, task, [&](int64_t first, int64_t agents, int64_t channel, int64_t lanes) {
     const Weights<K> weights(c, task / c.blocks, channel, lanes);
     V x[K] = {}, gx[K] = {}, sums[K], sum = load(g_bias + channel, lanes);
     MAM_UNROLL
     for (int k = 0; k < K; ++k) sums[k] = load(g_weight + (K - 1 - k) * c.channels + channel, lanes);
-    for (int64_t i = 0; i < c.agents + K - 1; ++i) {
+    for (int64_t i = 0; i < agents + K - 1; ++i) {
       const int64_t here = first + i * step;
       shift(gx, V{});
-      if (i < c.agents) {
+      if (i < agents) {
         shift(x, load(c.x + here, lanes));
         prefetch(c.x + here + next);
         prefetch(c.gy + here + next);

@@ -10,7 +10,7 @@ namespace {
 
 // Forward, or with all that belongs to the backward pass that.
 ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats x, Floats weight, Floats bias,
-                    Floats* y, Floats* gy, Floats* gx, Floats* g_weight, Floats* g_bias) {
+                    Floats reset, Floats* y, Floats* gy, Floats* gx, Floats* g_weight, Floats* g_bias) {
   Checks checks("convolution");
   const auto dims = x.dimensions();
   checks.demand(dims.size() >= 3, "x must have axes [sequences, agents, channels]");
@@ -29,6 +29,7 @@ ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats 
   c.x = checks.data("x", x, wide);
   c.weight = checks.data("weight", weight, lead.with({c.taps, c.channels}));
   c.bias = checks.data("bias", bias, lead.with({c.channels}));
+  c.reset = checks.optional("reset", reset, lead.with({c.sequences, c.agents}));
   if (y) {
     c.y = checks.data("y", *y, wide);
   } else {
@@ -45,14 +46,14 @@ ffi::Error convolve(ffi::ThreadPool& pool, int64_t blocks, bool reverse, Floats 
   return ffi::Error::Success();
 }
 
-ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, FloatsOut y, int64_t blocks,
-                   bool reverse) {
-  return convolve(pool, blocks, reverse, x, weight, bias, &*y, nullptr, nullptr, nullptr, nullptr);
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, Floats reset, FloatsOut y,
+                   int64_t blocks, bool reverse) {
+  return convolve(pool, blocks, reverse, x, weight, bias, reset, &*y, nullptr, nullptr, nullptr, nullptr);
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, Floats gy, FloatsOut gx,
-                    FloatsOut g_weight, FloatsOut g_bias, int64_t blocks, bool reverse) {
-  return convolve(pool, blocks, reverse, x, weight, bias, nullptr, &gy, &*gx, &*g_weight, &*g_bias);
+ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats weight, Floats bias, Floats reset, Floats gy,
+                    FloatsOut gx, FloatsOut g_weight, FloatsOut g_bias, int64_t blocks, bool reverse) {
+  return convolve(pool, blocks, reverse, x, weight, bias, reset, nullptr, &gy, &*gx, &*g_weight, &*g_bias);
 }
 
 }  // namespace
@@ -64,9 +65,11 @@ using xla::ffi::ThreadPool;
 
 // clang-format off
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_conv, mam::forward, Ffi::Bind().Ctx<ThreadPool>()
-  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>("blocks").Attr<bool>("reverse"));
+  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>()
+  .Attr<int64_t>("blocks").Attr<bool>("reverse"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mam_native_conv_backward, mam::backward, Ffi::Bind().Ctx<ThreadPool>()
-  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Ret<Floats>().Ret<Floats>().Ret<Floats>()
+  .Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>().Arg<Floats>()
+  .Ret<Floats>().Ret<Floats>().Ret<Floats>()
   .Attr<int64_t>("blocks").Attr<bool>("reverse"));
 // clang-format on

@@ -1,5 +1,5 @@
 // The decode loop as XLA calls it: all parameters of a decoder, in the order in which
-// mam.networks.kernels.native_decode packs them, and one list of sizes that says what they are.
+// mam.networks.decoding.native packs them, and one list of sizes that says what they are.
 #include <algorithm>
 #include <cstdint>
 #include <string>

@@ -48,7 +48,7 @@ class ScanCall {
     return checks.optional(name, buffer, lead_.with(own));
   }
 
-  void read_inputs(Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep, Floats initial,
+  void read_inputs(Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats reset, Floats initial,
                    Floats weight, Floats gate, Floats alive) {
     scan_.x = data("x", x, wide());
     scan_.dt = data("dt", dt, scan_.rank ? features() : wide());
@@ -59,7 +59,7 @@ class ScanCall {
     scan_.B = data("B", B, narrow());
     scan_.C = data("C", C, narrow());
     scan_.D = data("D", D, {scan_.channels});
-    scan_.keep = optional("keep", keep, {scan_.sequences, scan_.agents});
+    scan_.reset = optional("reset", reset, {scan_.sequences, scan_.agents});
     scan_.initial = optional("initial_state", initial, state());
   }
 
@@ -91,20 +91,20 @@ class ScanCall {
   Lead lead_{Shape{}, 0};
 };
 
-ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep,
+ffi::Error forward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats reset,
                    Floats initial, Floats weight, Floats gate, Floats alive, FloatsOut y, FloatsOut last,
                    FloatsOut starts, FloatsOut scratch, bool reverse, int64_t blocks, int64_t tiles) {
   ScanForward scan;
   ScanCall call("scan", x, dt, A, B, weight, reverse, blocks, tiles, scan);
   if (!call.checks.passed()) return call.checks.error();
-  call.read_inputs(x, dt, A, B, C, D, keep, initial, weight, gate, alive);
+  call.read_inputs(x, dt, A, B, C, D, reset, initial, weight, gate, alive);
   scan.y = call.optional("y", *y, call.wide());
   scan.last = call.optional("final state", *last, call.state());
   scan.starts = call.optional("kept states", *starts, call.kept());
   return call.run(pool, kernels().scan_forward, scan, scratch);
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats keep,
+ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats B, Floats C, Floats D, Floats reset,
                     Floats initial, Floats weight, Floats gate, Floats alive, Floats starts, Floats gy, Floats g_last,
                     FloatsOut gx, FloatsOut gdt, FloatsOut gA, FloatsOut gB, FloatsOut gC, FloatsOut gD,
                     FloatsOut g_initial, FloatsOut g_weight, FloatsOut g_gate, FloatsOut scratch, bool reverse,
@@ -112,7 +112,7 @@ ffi::Error backward(ffi::ThreadPool pool, Floats x, Floats dt, Floats A, Floats 
   ScanBackward scan;
   ScanCall call("scan's gradient", x, dt, A, B, weight, reverse, blocks, tiles, scan);
   if (!call.checks.passed()) return call.checks.error();
-  call.read_inputs(x, dt, A, B, C, D, keep, initial, weight, gate, alive);
+  call.read_inputs(x, dt, A, B, C, D, reset, initial, weight, gate, alive);
   const auto per_tile = [&](Shape shape) {
     shape.insert(shape.begin(), tiles);
     return shape;

@@ -8,7 +8,7 @@ namespace mam {
 constexpr int64_t kChunk = 16;         // agents between two states that are kept for the backward pass
 constexpr int64_t kMaxLanes = 16;      // floats in the widest vector
 constexpr int64_t kMaxStateGroup = 16; // states that are in registers together
-constexpr float kDtLimit = 20.0f;      // of step sizes: DT_LIMIT in mam/networks/scan.py
+constexpr float kDtLimit = 20.0f;      // of step sizes: DT_LIMIT in mam/kernels/selective_scan.py
 
 // The sizes and inputs of a selective scan. Work is cut into tasks: blocks of sequences times tiles of channels.
 // How it is cut depends on sizes only, so results have the same bits whatever the number of threads.
@@ -29,7 +29,7 @@ struct Scan {
   const float *B, *C;    // [groups, sequences, agents, states]
   const float* A;        // [groups, rates, channels]
   const float* D;        // [groups, channels]
-  const float* keep;     // [groups, sequences, agents]: 0 where the state is zeroed first; or null
+  const float* reset;    // [groups, sequences, agents]: not 0 where the state before an agent counts as zero; or null
   const float* initial;  // [groups, sequences, states, channels], or null
   const float* weight;   // gated: [groups, rank + 1, channels], from dt to step sizes before the softplus; then bias
   const float* gate;     // gated: as x
@@ -79,6 +79,7 @@ struct Convolution {
   const float* x;       // [groups, sequences, agents, channels]
   const float* weight;  // [groups, taps, channels]; the last row is for the agent itself
   const float* bias;    // [groups, channels]
+  const float* reset;   // [groups, sequences, agents]: not 0 where nothing before an agent is read from it on; or null
   float* y;             // as x
   const float* gy;      // as x, as is gx
   float* gx;

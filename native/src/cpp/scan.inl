@@ -2,8 +2,8 @@
 //
 // A task runs one sequence after another, and each in chunks of kChunk agents: while a chunk's inputs are in the cache,
 // every vector of channels passes over them with up to kGroup states in registers. Backward, the decays and states of
-// a chunk are computed again from the state before it. The equations are those of mam.networks.scan. Of a gated scan,
-// a chunk's step sizes are made before the chunk, and what their gradients are made of is gathered after it.
+// a chunk are computed again from the state before it. The equations are those of mam.kernels.selective_scan. Of a gated
+// scan, a chunk's step sizes are made before the chunk, and what their gradients are made of is gathered after it.
 #pragma once
 
 #include "kernels.h"
@@ -33,10 +33,7 @@ MAM_INLINE void advance(const Scan& scan, const Agents& agents, int64_t channel,
     prefetch(agents.x + here + ahead);
     prefetch(agents.second() + here + ahead);
     if (y) prefetch(y + here + ahead);
-    if (agents.reset(i)) {
-      MAM_UNROLL
-      for (int s = 0; s < G; ++s) h[s] = V{};
-    }
+    if (agents.reset(i)) zero(h);
     V sum[2] = {state ? V{} : skip * x, V{}}, a = V{};
     if (kShared) a = exp2(dt * load(own_rates));
     MAM_UNROLL
@@ -117,6 +114,8 @@ struct Outer {
   MAM_INLINE const float* second() const { return g_gate ? g_gate : gdt; }
 };
 
+alignas(64) constexpr float kNoState[mam::kMaxStateGroup * mam::kMaxLanes] = {};  // before an agent that is reset
+
 // One vector of channels and one group of states, over a chunk.
 template <int G, Form kForm>
 MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64_t lanes, int64_t state, const float* D,
@@ -135,7 +134,6 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     const int64_t here = i * agents.wide + channel;
     const V dt = load(agents.dt + i * agents.dt_step + channel, lanes), u = dt * load(agents.x + here, lanes);
     const float *B = opaque(agents.B + i * agents.narrow + state), *own_rates = opaque(rates);
-    const bool reset = agents.reset(i);
     float *decays = opaque(to.decays + i * kRates * kLanes), *states = opaque(to.states + i * G * kLanes);
     prefetch(agents.x + here + ahead);
     prefetch(agents.second() + here + ahead);
@@ -143,14 +141,16 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     prefetch(outer.gx + here + ahead);
     prefetch(outer.second() + here + ahead);
     if (kGated) open[i] = 1.0f / (1.0f + exp(-load(agents.gate + here, lanes)));
+    MAM_UNROLL
+    for (int s = 0; s < G; ++s) store(states + s * kLanes, h[s]);
+    if (agents.reset(i)) zero(h);
     V a = V{};
     MAM_UNROLL
     for (int s = 0; s < G; ++s) {
       if (s < kRates) {
-        a = reset ? V{} : exp2(dt * load(own_rates + s * kLanes));
+        a = exp2(dt * load(own_rates + s * kLanes));
         store(decays + s * kLanes, a);
       }
-      store(states + s * kLanes, h[s]);
       h[s] = a * h[s] + u * B[s];
     }
   }
@@ -168,6 +168,7 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
     const V gy = kGated ? g_out * gate : g_out;
     const float *B = opaque(agents.B + i * agents.narrow + state), *C = opaque(agents.C + i * agents.narrow + state);
     const float *decays = opaque(to.decays + i * kRates * kLanes), *states = opaque(to.states + i * G * kLanes);
+    const float* known = opaque(agents.reset(i) ? kNoState : states);
     float* gB = opaque(to.gB + (i * scan.states + state) * kLanes);
     float* gC = opaque(to.gC + (i * scan.states + state) * kLanes);
     const float* own_rates = opaque(rates);
@@ -183,13 +184,14 @@ MAM_INLINE void retreat(const Scan& scan, const Agents& agents, int64_t e, int64
       add(gB + s * kLanes, g * u);
       gu += g * B[s];
       later[s] = g * load(decays + (kShared ? 0 : s) * kLanes);
-      const V own_ag_h = later[s] * load(states + s * kLanes);
+      const V own_ag_h = later[s] * load(known + s * kLanes);
       ag_h = kShared ? ag_h + own_ag_h : own_ag_h;
       if (!kShared || s == G - 1) {
         g_rate += ag_h * load(own_rates + (kShared ? 0 : s) * kLanes);
         add(own_gA + (kShared ? 0 : s) * kLanes, ag_h * dt);
       }
     }
+    if (agents.reset(i)) zero(later);
     V gx = gu * dt, gdt = gu * x + g_rate * kLn2;
     if (state) {
       gx += load(outer.gx + here, lanes);

@@ -78,7 +78,7 @@ struct Agents {
   int64_t step;           // from one agent to the next: 1 or -1
   int64_t wide, narrow;   // the same in arrays over channels, and over states
   int64_t from_wide;      // the place of the first one in arrays over channels
-  const float *x, *B, *C, *keep;
+  const float *x, *B, *C, *resets;
   const float* dt;
   int64_t dt_step;        // from one agent to the next in dt and its gradient
   const float* features;  // gated: what dt is made of
@@ -100,7 +100,7 @@ struct Agents {
     alive = scan.alive ? scan.alive + first : nullptr;
     B = scan.B + first * scan.states;
     C = scan.C + first * scan.states;
-    keep = scan.keep ? scan.keep + first : nullptr;
+    resets = scan.reset ? scan.reset + first : nullptr;
   }
 
   // How far away those are that come next, in arrays over channels: to be fetched in time.
@@ -109,7 +109,7 @@ struct Agents {
   // The array over channels that is read besides x: it is fetched in time, too.
   MAM_INLINE const float* second() const { return gate ? gate : dt; }
 
-  MAM_INLINE bool reset(int64_t i) const { return keep && keep[i * step] == 0.0f; }
+  MAM_INLINE bool reset(int64_t i) const { return resets && resets[i * step] != 0.0f; }
   MAM_INLINE bool dead(int64_t i) const { return alive && alive[i * step] == 0.0f; }
 };
 
@@ -145,6 +145,12 @@ MAM_INLINE void read_rates(const Scan& scan, const Task& task, float* rates) {
     for (int64_t s = 0; s < scan.rates; ++s)
       store(rates + (e * scan.rates + s) * kLanes,
             load(A + s * scan.channels + e * kLanes, task.width - e * kLanes) * kLog2E);
+}
+
+template <int N>
+MAM_INLINE void zero(V (&v)[N]) {
+  MAM_UNROLL
+  for (int k = 0; k < N; ++k) v[k] = V{};
 }
 
 MAM_INLINE void zero(float* to, int64_t size) { __builtin_memset(to, 0, size * sizeof(float)); }

@@ -1,6 +1,6 @@
 """CPU kernels for `mam`, as handlers of XLA's foreign function interface.
 
-`mam` finds and registers them by itself (`mam.networks.kernels.native`). They are compiled for several instruction
+`mam` finds and registers them by itself (`mam.kernels.native.library`). They are compiled for several instruction
 sets, of which the best that the processor has is used; the environment variable MAM_NATIVE_ISA chooses another.
 """
 

@@ -57,7 +57,8 @@ def selective_scan(
         C: output vectors, shared by all channels.
         D: skip weights.
         initial_state: h before the first agent (zeros if None).
-        reset: True where the state is zeroed before agent i reads its input.
+        reset: True where the state before agent i counts as zero, even if it is NaN: as if the
+            sequence were cut there. If `reverse`, that is the state of agent i + 1.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
             (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
@@ -80,11 +81,11 @@ def selective_scan(
     # 1. One batch axis, and channels minor in the state: [batch, S, D].
     wide = jnp.promote_types(x.dtype, jnp.float32)
     flat = [v.reshape(-1, n, v.shape[-1]).astype(wide) for v in (x, dt, B, C)]
-    keep = None if reset is None else 1.0 - reset.reshape(-1, n).astype(A.dtype)
+    reset = None if reset is None else reset.reshape(-1, n)
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
     # 2. The recurrence, and the skip connection.
     scan: Callable[..., Any] = _automatic if implementation is None else _SCANS[implementation]
-    y, h = scan(*flat, A.T, D, keep, h0, reverse)
+    y, h = scan(*flat, A.T, D, reset, h0, reverse)
     return y.reshape(x.shape).astype(x.dtype), h.reshape(*batch, s, d)
 
 
@@ -101,6 +102,7 @@ def gated_scan(
     *,
     alive: Bool[Array, "*batch N"] | None = None,
     initial_state: Float[Array, "*batch S D"] | None = None,
+    reset: Bool[Array, "*batch N"] | None = None,
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
@@ -113,28 +115,39 @@ def gated_scan(
         features: δ.
         dt_weight: W.
         dt_bias: b.
-        A: as in `selective_scan`, as are B, C, D, initial_state, reverse and implementation.
+        A: as in `selective_scan`, as are B, C, D, initial_state, reset, reverse and implementation.
         B: input vectors.
         C: output vectors.
         D: skip weights.
         gate: its SiLU multiplies the outputs.
         alive: False where Δ = 0, so that the state stays as it was (all alive if None).
         initial_state: h before the first agent.
+        reset: True where the state before agent i counts as zero.
         reverse: run from the last agent to the first.
         implementation: of the scan.
     """
 
-    def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state):
+    def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset):
         dt = step_size(dense(features, dt_weight, dt_bias), alive)
-        scan = partial(selective_scan, initial_state=initial_state, reverse=reverse, implementation=implementation)
-        y, h = scan(x, dt, A, B, C, D)
+        scan = partial(selective_scan, reverse=reverse, implementation=implementation)
+        y, h = scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset)
         return y * jax.nn.silu(gate), h
 
-    args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state)
+    args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
     if implementation in (None, "native") and fits and x.size and use_native():
         return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
     return composed(*args)
+
+
+def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:
+    """Puts zeros into v, [*batch, …], where `reset`: nowhere if None.
+
+    A choice, not a product: what is left out may be NaN.
+    """
+    if reset is None:
+        return v
+    return jnp.where(jnp.expand_dims(reset, range(reset.ndim, v.ndim)), 0, v)
 
 
 def without_agents(
@@ -175,17 +188,17 @@ def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*ba
 def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the skip connection to a recurrence."""
 
-    def run(x, dt, B, C, A, D, keep, h0, reverse):
-        y, h = scan(x, dt, B, C, A, keep, h0, reverse)
+    def run(x, dt, B, C, A, D, reset, h0, reverse):
+        y, h = scan(x, dt, B, C, A, reset, h0, reverse)
         return y + D * x, h
 
     return run
 
 
-def _automatic(x, dt, B, C, A, D, keep, h0, reverse):
+def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
     """The kernels of the device that is there, where they take sizes and types; elsewhere what is fastest on CPU."""
     xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse)
-    args = (x, dt, B, C, A, D, keep, h0)
+    args = (x, dt, B, C, A, D, reset, h0)
     if x.dtype == jnp.float32 and use_native():
         return on_cpu(partial(_native, reverse=reverse), xla, *args)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
@@ -198,14 +211,14 @@ def has_cuda() -> bool:
     return any(device.platform == "gpu" for device in jax.devices())
 
 
-def _native(x, dt, B, C, A, D, keep, h0, reverse):
+def _native(x, dt, B, C, A, D, reset, h0, reverse):
     if x.dtype != jnp.float32:
         raise ValueError(f"the native scan is for float32, not {x.dtype}")
-    inputs = ScanInputs(x, dt, A, B, C, D.astype(x.dtype), keep, h0)
+    inputs = ScanInputs(x, dt, A, B, C, D.astype(x.dtype), reset, h0)
     return native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
 
 
-def _native_gated(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, h0, *, reverse):
+def _native_gated(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, h0, reset, *, reverse):
     *batch, n, d = x.shape
     inputs = ScanInputs(
         x=x.reshape(-1, n, d),
@@ -214,69 +227,73 @@ def _native_gated(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, h0, 
         B=B.reshape(-1, *B.shape[-2:]),
         C=C.reshape(-1, *C.shape[-2:]),
         D=D,
-        keep=None,
+        reset=None if reset is None else reset.reshape(-1, n),
         h0=None if h0 is None else h0.reshape(-1, *A.T.shape),
         weight=jnp.concatenate([dt_weight, dt_bias[None]]),
         gate=gate.reshape(-1, n, d),
-        alive=None if alive is None else alive.reshape(-1, n).astype(x.dtype),
+        alive=None if alive is None else alive.reshape(-1, n),
     )
     y, h = native_outputs(inputs, reverse=reverse), native_final_state(inputs, reverse=reverse)
     return y.reshape(x.shape), h.reshape(*batch, *A.T.shape)
 
 
-def _pallas(x, dt, B, C, A, keep, h0, reverse, *, interpret=False):
+def _pallas(x, dt, B, C, A, reset, h0, reverse, *, interpret=False):
     if not kernel_supports(x.shape[1], *A.shape[::-1]):
         raise ValueError(f"the scan's kernels take no d_inner = {A.shape[1]} with d_state = {A.shape[0]}")
-    return scan_kernel(x, dt, B, C, A, keep, h0, reverse=reverse, interpret=interpret)
+    return scan_kernel(x, dt, B, C, A, reset, h0, reverse=reverse, interpret=interpret)
 
 
-def _decay(dt, A, keep):
-    """exp(Δ A), zero where the state is reset: [batch, S, D]."""
-    a = jnp.exp(dt[:, None, :] * A)
-    return a if keep is None else a * keep[:, None, None]
+def _decay(dt, A):
+    """exp(Δ A): [batch, S, D]."""
+    return jnp.exp(dt[:, None, :] * A)
 
 
-def _advance(A, h, x, dt, B, keep):
-    return _decay(dt, A, keep) * h + (dt * x)[:, None, :] * B[:, :, None]
+def _advance(A, h, x, dt, B):
+    return _decay(dt, A) * h + (dt * x)[:, None, :] * B[:, :, None]
 
 
-def _forward(x, dt, B, C, A, keep, h0, reverse):
+def _forward(x, dt, B, C, A, reset, h0, reverse):
     """Outputs [N, batch, D] and the last state; xs are agents-first, A is [S, D]."""
 
     def body(h, inputs):
-        x, dt, B, C, keep = inputs
-        h = _advance(A, h, x, dt, B, keep)
+        x, dt, B, C, reset = inputs
+        h = _advance(A, zero_where(reset, h), x, dt, B)
         return h, sum_over_states(h, C)
 
-    h, y = lax.scan(body, h0, (x, dt, B, C, keep), reverse=reverse)
+    h, y = lax.scan(body, h0, (x, dt, B, C, reset), reverse=reverse)
     return y, h
 
 
-def _associative(x, dt, B, C, A, keep, h0, reverse):
-    """All states [batch, N, D, S] at once, by a parallel prefix over pairs (decay, input): MAM as published."""
+def _associative(x, dt, B, C, A, reset, h0, reverse):
+    """All states [batch, N, D, S] at once, by a parallel prefix over (decay, input): MAM as published.
+
+    With resets there is a third, whether there was one: what is on its left is then not read.
+    """
     a = jnp.exp(dt[..., None] * A.T)
-    a = a if keep is None else a * keep[..., None, None]
     u = (dt * x)[..., None] * B[..., None, :]
 
     def combine(left, right):
-        return left[0] * right[0], right[0] * left[1] + right[1]
+        a, u, reset = right
+        a_left, u_left = (zero_where(reset, v) for v in left[:2])
+        return a_left * a, a * u_left + u, None if reset is None else left[2] | reset
 
-    a, h = lax.associative_scan(combine, (a, u), axis=1, reverse=reverse)
+    a, h, reset = lax.associative_scan(combine, (a, u, reset), axis=1, reverse=reverse)
     if h0 is not None:
-        h += a * jnp.swapaxes(h0, 1, 2)[:, None]
+        start = jnp.swapaxes(h0, 1, 2)[:, None]
+        h += a * (start if reset is None else zero_where(reset, jnp.broadcast_to(start, h.shape)))
     return jnp.einsum("bnds,bns->bnd", h, C), jnp.swapaxes(h[:, 0 if reverse else -1], 1, 2)
 
 
-def _sequential(x, dt, B, C, A, keep, h0, reverse):
+def _sequential(x, dt, B, C, A, reset, h0, reverse):
     """Tiles of the batch one after another: a tile's states stay in the processor's cache."""
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
-    batched = (x, dt, B, C, keep, h0)
+    batched = (x, dt, B, C, reset, h0)
 
     def tile(batched):
         *agents, h0 = batched
-        x, dt, B, C, keep = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tuple(agents))
-        y, h = cast(Any, _recurrence)(x, dt, B, C, A, keep, h0, reverse)
+        x, dt, B, C, reset = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), tuple(agents))
+        y, h = cast(Any, _recurrence)(x, dt, B, C, A, reset, h0, reverse)
         return jnp.swapaxes(y, 0, 1), h
 
     rows = x.shape[0]
@@ -289,12 +306,12 @@ def _sequential(x, dt, B, C, A, keep, h0, reverse):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _recurrence(x, dt, B, C, A, keep, h0, reverse):
-    return _forward(x, dt, B, C, A, keep, h0, reverse)
+def _recurrence(x, dt, B, C, A, reset, h0, reverse):
+    return _forward(x, dt, B, C, A, reset, h0, reverse)
 
 
 def _chunked(tree):
-    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros: Δ = 0 and x = 0 change no state and give no gradient."""
+    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros, which change no state and give no gradient."""
     n = jax.tree.leaves(tree)[0].shape[0]
     chunk = min(CHUNK, n)
     pad = -n % chunk
@@ -306,15 +323,13 @@ def _chunked(tree):
     return jax.tree.map(split, tree)
 
 
-def _recurrence_fwd(x, dt, B, C, A, keep, h0, reverse):
+def _recurrence_fwd(x, dt, B, C, A, reset, h0, reverse):
     def chunk(h, inputs):
-        x, dt, B, C, keep = inputs
-        y, h_next = _forward(x, dt, B, C, A, keep, h, reverse)
+        x, dt, B, C, reset = inputs
+        y, h_next = _forward(x, dt, B, C, A, reset, h, reverse)
         return h_next, (y, h)
 
-    # A padded agent must not be reset: `keep` is padded with ones by padding its complement.
-    chunks = _chunked((x, dt, B, C, None if keep is None else keep - 1.0))
-    chunks = (*chunks[:4], None if keep is None else chunks[4] + 1.0)
+    chunks = _chunked((x, dt, B, C, reset))
     h, (y, h_starts) = lax.scan(chunk, h0, chunks, reverse=reverse)
     y = y.reshape(-1, *y.shape[2:])[: x.shape[0]]
     return (y, h), (chunks, A, h_starts, x.shape[0])
@@ -327,74 +342,79 @@ def _recurrence_bwd(reverse, residuals, cotangents):
         G_i = gy_i ⊗ C_i + a_{i+1} ⊙ G_{i+1}
         gC_i = Σ_d gy_i h_i,   gB_i = Σ_d G_i u_i,   gu_i = Σ_s G_i B_i
         gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A,   gA = Σ_i (G_i a_i h_{i-1}) Δ_i
+    Where agent i is reset, h_{i-1} is zero, and so is a_i ⊙ G_i, the gradient of what it was.
     """
     chunks, A, h_starts, n = residuals
     gy, gh = cotangents
 
     def recompute(h, inputs):
-        x, dt, B, keep, gy = inputs
-        h_next = _advance(A, h, x, dt, B, keep)
+        x, dt, B, reset, gy = inputs
+        h = zero_where(reset, h)
+        h_next = _advance(A, h, x, dt, B)
         return h_next, (h, jnp.einsum("bd,bsd->bs", gy, h_next))
 
     def agent(carry, inputs):
         later, gA = carry  # a_{i+1} G_{i+1}, and the sum over agents with the batch still apart
-        x, dt, B, C, keep, gy, h = inputs
+        x, dt, B, C, reset, gy, h = inputs
         u = dt * x
         # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
         # each is a small contraction and none needs G itself in memory.
         gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
         gu = sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
-        aG = _decay(dt, A, keep) * (later + gy[:, None, :] * C[:, :, None])
+        aG = _decay(dt, A) * (later + gy[:, None, :] * C[:, :, None])
         aGh = aG * h
         gdt = gu * x + sum(aGh[:, s] * A[s] for s in range(A.shape[0]))
-        return (aG, gA + aGh * dt[:, None, :]), (gu * dt, gdt, gB)
+        return (zero_where(reset, aG), gA + aGh * dt[:, None, :]), (gu * dt, gdt, gB)
 
     def chunk(carry, inputs):
-        (x, dt, B, C, keep), h_start, gy = inputs
-        _, (h, gC) = lax.scan(recompute, h_start, (x, dt, B, keep, gy), reverse=reverse)
-        carry, (gx, gdt, gB) = lax.scan(agent, carry, (x, dt, B, C, keep, gy, h), reverse=not reverse)
+        (x, dt, B, C, reset), h_start, gy = inputs
+        _, (h, gC) = lax.scan(recompute, h_start, (x, dt, B, reset, gy), reverse=reverse)
+        carry, (gx, gdt, gB) = lax.scan(agent, carry, (x, dt, B, C, reset, gy, h), reverse=not reverse)
         return carry, (gx, gdt, gB, gC)
 
     carry = (gh, jnp.zeros_like(gh))
     (gh0, gA), grads = lax.scan(chunk, carry, (chunks, h_starts, _chunked(gy)), reverse=not reverse)
     gx, gdt, gB, gC = (g.reshape(-1, *g.shape[2:])[:n] for g in grads)
-    keep = chunks[4]
-    return gx, gdt, gB, gC, gA.sum(0), None if keep is None else jnp.zeros((n, keep.shape[2]), keep.dtype), gh0
+    return gx, gdt, gB, gC, gA.sum(0), None, gh0
 
 
 _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
-def _pairwise(x, dt, B, C, A, keep, h0, reverse):
+def _pairwise(x, dt, B, C, A, reset, h0, reverse):
     """The recurrence written out as a sum over pairs of agents: no state is formed, and K_ii needs no exponential.
 
     y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d]),   u = Δ ⊙ x
     """
     if reverse:
         x, dt, B, C = (jnp.flip(v, axis=1) for v in (x, dt, B, C))
-        keep = None if keep is None else jnp.flip(keep, axis=1)
+        reset = None if reset is None else jnp.flip(reset, axis=1)
     n = x.shape[1]
     x, dt, B, C = ([v[:, i] for i in range(n)] for v in (x, dt, B, C))
     u = [dt[i] * x[i] for i in range(n)]
 
-    def kept(j, i):
-        """1 unless an agent after the j-th, up to the i-th, is reset: [batch, 1]."""
-        return jnp.ones((1, 1)) if keep is None else jnp.prod(keep[:, j + 1 : i + 1], axis=1)[:, None]
+    def kept(j, i, v):
+        """Agent j's v as agent i sees it: zeros where one after j, up to i, is reset."""
+        return zero_where(None if reset is None else jnp.any(reset[:, j + 1 : i + 1], axis=1), v)
 
     outputs = []
     for i in range(n):
         y = u[i] * jnp.sum(B[i] * C[i], axis=-1, keepdims=True)
         for j in range(i):
-            y += u[j] * kept(j, i) * _decayed_product(C[i] * B[j], sum(dt[j + 1 : i + 1]), A)
+            span = kept(j, i, sum(dt[j + 1 : i + 1]))
+            y += kept(j, i, u[j]) * _decayed_product(C[i] * kept(j, i, B[j]), span, A)
         outputs.append(y)
     # The initial state and the final one, each computed only where somebody asks for it.
-    total = list(accumulate(dt))
+    # Δ summed since the start or the last reset.
+    total = list(accumulate(range(1, n), lambda t, i: kept(i - 1, i, t) + dt[i], initial=dt[0]))
     h = sum(
-        jnp.exp((total[-1] - total[j])[:, None, :] * A) * (u[j] * kept(j, n - 1))[:, None, :] * B[j][:, :, None]
+        jnp.exp(kept(j, n - 1, total[-1] - total[j])[:, None, :] * A)
+        * kept(j, n - 1, u[j])[:, None, :]
+        * kept(j, n - 1, B[j])[:, :, None]
         for j in range(n)
     )
     if h0 is not None:
-        from_start = [jnp.exp(total[i][:, None, :] * A) * h0 * kept(-1, i)[..., None] for i in range(n)]
+        from_start = [jnp.exp(total[i][:, None, :] * A) * kept(-1, i, h0) for i in range(n)]
         outputs = [y + jnp.einsum("bs,bsd->bd", C[i], from_start[i]) for i, y in enumerate(outputs)]
         h += from_start[-1]
     return jnp.stack(outputs[::-1] if reverse else outputs, axis=1), h

@@ -14,11 +14,11 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mam.kernels.native.library import on_cpu, use_native
 from mam.kernels.native.scan import ScanInputs, native_final_state, native_outputs
-from mam.kernels.selective_scan import sum_over_states, without_agents
+from mam.kernels.selective_scan import selective_scan, sum_over_states, without_agents
 
 # Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64 agents on.
 CHUNK = 32
@@ -34,8 +34,9 @@ def ssd(
     D: Float[Array, "H"],
     *,
     initial_state: Float[Array, "*batch S D"] | None = None,
+    reset: Bool[Array, "*batch N"] | None = None,
     reverse: bool = False,
-    implementation: Literal["products", "native"] | None = None,
+    implementation: Literal["products", "scan", "native"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
     """Runs the recurrence along the agent axis, in float32 or wider; head k has channels k·P to (k+1)·P, P = D / H.
@@ -48,36 +49,54 @@ def ssd(
         C: output vectors, shared by all heads.
         D: skip weight per head.
         initial_state: h before the first agent (zeros if None).
+        reset: True where the state before agent i counts as zero, as in `selective_scan`.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
-        implementation: `"products"`, `"native"` (kernels for CPU, in float32, if installed), or None for the fastest.
+        implementation: `"products"` (the dual form, which takes no resets: a product with zero does
+            not keep NaN apart), `"scan"` (the recurrence, by `selective_scan`), `"native"` (the
+            recurrence by kernels for CPU, in float32, if installed), or None for the fastest that
+            takes the arguments.
         chunk: longest sequence handled as one product.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
 
     Raises:
-        ValueError: for types that the kernels do not take.
+        ValueError: for types that the kernels do not take, or products with resets.
         UserError: for kernels that are not installed.
     """
     if not x.size:
         return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
-    native, products = partial(_native, reverse=reverse), partial(_products, reverse=reverse, chunk=chunk)
+    if implementation == "products" and reset is not None:
+        raise ValueError("products take no reset: choose scan, native or None")
+    args, native = (x, dt, A, B, C, D, initial_state), partial(_native, reset=reset, reverse=reverse)
     if implementation == "native":
-        return native(x, dt, A, B, C, D, initial_state)
-    if implementation == "products" or not use_native() or not _is_single(x, dt, B, C):
-        return products(x, dt, A, B, C, D, initial_state)
-    return on_cpu(native, products, x, dt, A, B, C, D, initial_state)
+        return native(*args)
+    plain = partial(_products, reverse=reverse, chunk=chunk)
+    if implementation == "scan" or reset is not None:
+        plain = partial(_scan, reset=reset, reverse=reverse)
+    if implementation is not None or not use_native() or not _is_single(x, dt, B, C):
+        return plain(*args)
+    return on_cpu(native, plain, *args)
 
 
-def _native(x, dt, A, B, C, D, initial_state, *, reverse):
+def _scan(x, dt, A, B, C, D, initial_state, *, reset, reverse):
+    """The recurrence of Mamba-1, whose rates and step sizes are the same in all of a head."""
+    channels = x.shape[-1] // A.shape[0]
+    A, D, dt = (jnp.repeat(v, channels, axis=-1) for v in (A, D, dt))
+    A = jnp.broadcast_to(A[:, None], (A.shape[0], B.shape[-1]))
+    return selective_scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset, reverse=reverse)
+
+
+def _native(x, dt, A, B, C, D, initial_state, *, reset, reverse):
     """The recurrence, with one rate for all states of a channel."""
     if not _is_single(x, dt, B, C):
         raise ValueError("the native scan is for float32")
     *batch, n, d = x.shape
     channels, s = d // A.shape[0], B.shape[-1]
     x_, dt_, B_, C_ = (v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C))
+    reset = None if reset is None else reset.reshape(-1, n)
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
-    inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), keep=None, h0=h0)
+    inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), reset, h0)
     y, h = (run(inputs, reverse=reverse) for run in (native_outputs, native_final_state))
     return y.reshape(x.shape), h.reshape(*batch, s, d)
 

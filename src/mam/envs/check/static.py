@@ -62,10 +62,10 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
 
     grid = spec.grid_shape
     grid_fits = isinstance(grid, tuple) and len(grid) == 3 and all(whole(size, 1) for size in grid)
-    parts = spec.action_components
-    parts_fit = isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
     names = spec.agent_names
     names_fit = isinstance(names, tuple) and [isinstance(name, str) for name in names] == [True] * spec.num_agents
+    parts = spec.action_components
+    parts_fit = isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
     rules = (
         ("name", isinstance(spec.name, str) and spec.name.strip() == spec.name != "", "a name"),
         ("num_agents", whole(spec.num_agents, 1), "a whole number, at least 1"),

@@ -22,7 +22,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.launch import launch
 from mam.kernels.cuda.scan_programs import AXES, Inputs, backward_program, forward_program
@@ -51,7 +51,7 @@ def scan_kernel(
     B: Float[Array, "M N S"],
     C: Float[Array, "M N S"],
     A: Float[Array, "S D"],
-    keep: Float[Array, "M N"] | None,
+    reset: Bool[Array, "M N"] | None,
     h0: Float[Array, "M S D"] | None,
     *,
     reverse: bool,
@@ -60,7 +60,7 @@ def scan_kernel(
 ) -> tuple[Float[Array, "M N D"], Float[Array, "M S D"] | None]:
     """Runs the recurrence along the agents of M sequences.
 
-        h_i = keep_i exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i,   y_i = Σ_s h_i[s] C_i[s]
+        h_i = exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i,   y_i = Σ_s h_i[s] C_i[s]
 
     Args:
         x: inputs, float32 or bfloat16, as may be dt, B and C; all arithmetic is in float32.
@@ -68,7 +68,7 @@ def scan_kernel(
         B: input vectors.
         C: output vectors.
         A: diagonal of the state matrix, negative.
-        keep: 0 where the state is zeroed before agent i reads its input, else 1 (None: 1). Its gradient is zero.
+        reset: True where the state before agent i counts as zero (None: nowhere).
         h0: h before the first agent (zeros if None).
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         interpret: run as ordinary JAX operations, on any device.
@@ -87,9 +87,9 @@ def scan_kernel(
     if not kernel_supports(n, d, s):
         raise ValueError(f"no scan kernel for N, D, S = {n}, {d}, {s}")
     plan = _Plan(m, n, d, s, reverse, final_state, interpret)
-    keep = None if keep is None else keep.astype(jnp.float32)
+    reset = None if reset is None else reset.astype(jnp.float32)
     h0 = None if h0 is None else jnp.swapaxes(h0, 1, 2).astype(jnp.float32)
-    y, last = _scan(plan, Inputs(x, dt, B, C, A.T.astype(jnp.float32), keep, h0))
+    y, last = _scan(plan, Inputs(x, dt, B, C, A.T.astype(jnp.float32), reset, h0))
     return y, None if last is None else jnp.swapaxes(last, 1, 2)
 
 
@@ -176,8 +176,7 @@ def _scan_bwd(plan, residuals, cotangents):
     outputs = (*per_agent, (jnp.float32, "GDS"), (None if inputs.h0 is None else jnp.float32, "MDS"))
     gx, gdt, gB, gC, gA, gh0 = plan.run(backward_program, operands, outputs)
     gB, gC = gB.sum(0).astype(inputs.B.dtype), gC.sum(0).astype(inputs.C.dtype)
-    g_keep = None if inputs.keep is None else jnp.zeros_like(inputs.keep)
-    return (Inputs(gx, gdt, gB, gC, gA.sum(0), g_keep, gh0),)
+    return (Inputs(gx, gdt, gB, gC, gA.sum(0), None, gh0),)
 
 
 _scan = jax.custom_vjp(_primal, nondiff_argnums=(0,))

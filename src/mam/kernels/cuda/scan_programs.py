@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
     B: Any  # [M, N, S]
     C: Any  # [M, N, S]
     A: Any  # [D, S]
-    keep: Any  # [M, N] or None
+    reset: Any  # [M, N], 1 where the state before an agent counts as zero, else 0; or None
     h0: Any  # [M, D, S] or None
 
 
@@ -36,7 +36,7 @@ class _Agent(NamedTuple):
     dt: Any  # [block]
     B: Any  # [1, S]
     C: Any  # [1, S]
-    keep: Any  # a number or None
+    reset: Any  # a number or None
 
 
 def forward_program(*refs, plan):
@@ -48,7 +48,7 @@ def forward_program(*refs, plan):
         # All are read before the first is used: then memory is waited for once per chunk.
         agents = [_read(inputs, row, place) for place in places]
         for place, agent in zip(places, agents, strict=True):
-            h = _advance(plan, A, h, agent)
+            h = _advance(plan, A, _zero_if_reset(agent, h), agent)
             y[row, place] = jnp.sum(h * agent.C, axis=1).astype(y.dtype)
         return h
 
@@ -78,8 +78,8 @@ def backward_program(*refs, plan):
         # 1. The states before each agent; with the ones after them, gC.
         h, before = start, []
         for place, agent, g in [(place, _read(inputs, row, place), _wide(gy, row, place)) for place in places]:
-            before.append(h)
-            h = _advance(plan, A, h, agent)
+            before.append(_zero_if_reset(agent, h))
+            h = _advance(plan, A, before[-1], agent)
             gC[row, place] = jnp.sum(g[:, None] * h, axis=0)
         # 2. Back. The inputs are read again, from the cache: there are not registers for them and the states. And with
         #    the same Δ as above, the compiler would not compute the decays again but hold them, too.
@@ -93,6 +93,7 @@ def backward_program(*refs, plan):
             gx[row, place] = (gu * agent.dt).astype(gx.dtype)
             gdt[row, place] = (gu * agent.x + jnp.sum(aGh * A, axis=1) * LN_2).astype(gdt.dtype)
             sum_A = multiply_add(aGh, agent.dt[:, None], sum_A, interpret=plan.interpret)
+            later = _zero_if_reset(agent, later)
         return later, sum_A
 
     def sequence(row, sum_A):
@@ -116,7 +117,7 @@ def _wide(ref, row, place):
 
 def _read(inputs, row, place):
     x, dt, B, C = (_wide(ref, row, place) for ref in inputs[:4])
-    return _Agent(x, dt, B[None], C[None], None if inputs.keep is None else inputs.keep[row, place])
+    return _Agent(x, dt, B[None], C[None], None if inputs.reset is None else inputs.reset[row, place])
 
 
 def _state(ref, row, A):
@@ -124,9 +125,13 @@ def _state(ref, row, A):
 
 
 def _decay(plan, A, agent):
-    """The factor keep exp(Δ A), given A log2(e): [block, S]."""
-    a = exp2(agent.dt[:, None] * A, interpret=plan.interpret)
-    return a if agent.keep is None else a * agent.keep
+    """The factor exp(Δ A), given A log2(e): [block, S]."""
+    return exp2(agent.dt[:, None] * A, interpret=plan.interpret)
+
+
+def _zero_if_reset(agent, state):
+    """Not a product: what is left out may be NaN."""
+    return state if agent.reset is None else jnp.where(agent.reset != 0, 0.0, state)
 
 
 def _advance(plan, A, h, agent):

@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mam.kernels.native.library import block_sums, call, num_blocks
 
@@ -20,27 +20,37 @@ def native_conv_supports(x: Array, weight: Array) -> bool:
 
 
 def native_conv_silu(
-    x: Float[Array, "*batch N F"], weight: Float[Array, "K F"], bias: Float[Array, "F"], *, reverse: bool
+    x: Float[Array, "*batch N F"],
+    weight: Float[Array, "K F"],
+    bias: Float[Array, "F"],
+    reset: Bool[Array, "*batch N"] | None = None,
+    *,
+    reverse: bool,
 ) -> Float[Array, "*batch N F"]:
-    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent; i + k and the last one if `reverse`."""
-    *batch, n, features = x.shape
-    return _conv_silu(reverse, x.reshape(math.prod(batch), n, features), weight, bias).reshape(x.shape)
+    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent and before a reset.
+
+    If `reverse`, x_{i+k}, and zeros after the last agent.
+    """
+    rows, n = math.prod(x.shape[:-2]), x.shape[-2]
+    reset = None if reset is None else reset.reshape(rows, n)
+    return _conv_silu(reverse, x.reshape(rows, *x.shape[-2:]), weight, bias, reset).reshape(x.shape)
 
 
-def _primal(reverse: bool, x: Array, weight: Array, bias: Array) -> Array:
-    return call("mam_native_conv", [x.shape], x, weight, bias, blocks=num_blocks(x), reverse=reverse)[0]
+def _primal(reverse: bool, x: Array, weight: Array, bias: Array, reset: Array | None) -> Array:
+    arguments = x, weight, bias, reset
+    return call("mam_native_conv", [x.shape], *arguments, blocks=num_blocks(x), reverse=reverse)[0]
 
 
-def _conv_silu_fwd(reverse, x, weight, bias):
-    return _primal(reverse, x, weight, bias), (x, weight, bias)
+def _conv_silu_fwd(reverse, x, weight, bias, reset):
+    return _primal(reverse, x, weight, bias, reset), (x, weight, bias, reset)
 
 
 def _conv_silu_bwd(reverse, inputs, gy):
-    x, *weights = inputs
+    x, *weights, _ = inputs
     shapes = x.shape, *(block_sums(x, v) for v in weights)
     grads = call("mam_native_conv_backward", shapes, *inputs, gy, blocks=num_blocks(x), reverse=reverse)
     gx, g_weight, g_bias = grads
-    return gx, g_weight.sum(axis=0), g_bias.sum(axis=0)
+    return gx, g_weight.sum(axis=0), g_bias.sum(axis=0), None
 
 
 _conv_silu = jax.custom_vjp(_primal, nondiff_argnums=(0,))

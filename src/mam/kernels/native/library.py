@@ -18,7 +18,7 @@ from jaxtyping import Array
 from mam import errors
 from mam.errors import UserError
 
-VERSION = "0.4"  # of the package; with others kernels take other arguments
+VERSION = "0.5"  # of the package; with others kernels take other arguments
 LANES = 16  # floats in the widest vector: kMaxLanes in native/src/cpp/kernels.h
 MAX_BLOCKS = 32  # of sequences or rows: each has its own sums for the gradients of weights
 _allowed = jax.make_user_context(True)  # a part of every jitted function's key
@@ -70,14 +70,15 @@ def library() -> Any:
 
 
 def call(name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any) -> Sequence[Array]:
-    """A kernel's outputs, of these shapes; an array without elements stands for none.
+    """A kernel's outputs, of these shapes. In its arguments no elements stand for None, 1 for True.
 
     Mapped over, kernels take all leading axes as one batch, of which each element has its own weights.
     """
     library()
-    present = [jnp.zeros(0, jnp.float32) if v is None else v for v in arguments]
+    arrays = [jnp.zeros(0, jnp.float32) if v is None else v for v in arguments]
+    arrays = [v.astype(jnp.float32) if v.dtype == bool else v for v in arrays]
     outputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all")(*present, **attributes)
+    return jax.ffi.ffi_call(name, outputs, vmap_method="broadcast_all")(*arrays, **attributes)
 
 
 def num_blocks(x: Array) -> np.int64:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mam.kernels.native.library import LANES, MAX_BLOCKS, call, library
 
@@ -22,7 +22,7 @@ MAX_RANK = 16  # features of which step sizes are made: more are better multipli
 
 
 class ScanInputs(NamedTuple):
-    """What the recurrence reads, in float32."""
+    """What the recurrence reads; numbers are in float32."""
 
     x: Float[Array, "M N D"]
     dt: Float[Array, "M N D"] | Float[Array, "M N R"]  # step sizes, or what they are made of
@@ -30,12 +30,12 @@ class ScanInputs(NamedTuple):
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
-    keep: Float[Array, "M N"] | None  # 0 where the state is zeroed before agent i reads its input, else 1 (None: 1)
+    reset: Bool[Array, "M N"] | None  # where the state before agent i counts as zero (None: nowhere)
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
     # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
     weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b
     gate: Float[Array, "M N D"] | None = None  # its SiLU multiplies the outputs
-    alive: Float[Array, "M N"] | None = None  # 0 where Δ = 0, else 1 (None: 1)
+    alive: Bool[Array, "M N"] | None = None  # False where Δ = 0 (None: nowhere)
 
 
 def native_outputs(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M N D"]:
@@ -78,7 +78,7 @@ def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tu
     inputs, starts = residuals
     cut = _Cut.of(inputs.x.shape[0], inputs.x.shape[2])
     gradients = (gradient, None) if output == "y" else (None, gradient)
-    x, dt, A, B, C, D, keep, h0, weight, gate, alive = inputs
+    x, dt, A, B, C, D, _, h0, weight, gate, _ = inputs
     shapes = (
         *(x.shape, dt.shape if weight is None else (cut.tiles, *dt.shape)),
         *((cut.blocks, *A.shape), (cut.tiles, *B.shape), (cut.tiles, *C.shape), (cut.blocks, *D.shape)),
@@ -97,11 +97,10 @@ def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tu
         B=_total(gB),
         C=_total(gC),
         D=_total(gD),
-        keep=None if keep is None else jnp.zeros_like(keep),
+        reset=None,
         h0=None if h0 is None else gh0,
         weight=None if weight is None else _total(g_weight),
         gate=None if gate is None else g_gate,
-        alive=None if alive is None else jnp.zeros_like(alive),
     )
     return (g,)
 

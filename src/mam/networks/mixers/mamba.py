@@ -84,16 +84,17 @@ class SelectiveSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.A_log.shape[1], (self.conv,), dtype)
 
-    def advance(self, state, inputs, C):
+    def advance(self, state, inputs, C, *, reset=None):
+        state = state.restarted(reset)
         conv_state, x = self.conv.advance(state.conv_state[0], inputs.x)
         features, B, C = self._select(x, C)
         dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * jax.nn.silu(inputs.gate)
 
-    def extend(self, state, inputs, C, alive, *, reverse=False):
+    def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
-        conv_state, x = self.conv.extend(before, living(inputs.x, alive), reverse=reverse)
+        conv_state, x = self.conv.extend(before, living(inputs.x, alive), reset=reset, reverse=reverse)
         features, B, C = self._select(x, C)
         y, ssm_state = gated_scan(
             x,
@@ -107,6 +108,7 @@ class SelectiveSSM(AbstractSSM):
             inputs.gate,
             alive=alive,
             initial_state=start,
+            reset=reset,
             reverse=reverse,
             implementation=self.scan,
         )

@@ -90,7 +90,8 @@ class DualSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.d_state, (self.conv, self.state_conv), dtype)
 
-    def advance(self, state, inputs, C):
+    def advance(self, state, inputs, C, *, reset=None):
+        state = state.restarted(reset)
         conv_x, conv_BC = state.conv_state
         conv_x, x = self.conv.advance(conv_x, inputs.x)
         conv_BC, BC = self.state_conv.advance(conv_BC, inputs.BC)
@@ -99,13 +100,14 @@ class DualSSM(AbstractSSM):
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
 
-    def extend(self, state, inputs, C, alive, *, reverse=False):
+    def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (conv_x, conv_BC) = (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
-        conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive), reverse=reverse)
-        conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive), reverse=reverse)
+        conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive), reset=reset, reverse=reverse)
+        conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive), reset=reset, reverse=reverse)
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt, alive)
-        y, ssm_state = ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, initial_state=start, reverse=reverse)
+        rates = -jnp.exp(self.A_log)
+        y, ssm_state = ssd(x, dt, rates, B, C, self.skip, initial_state=start, reset=reset, reverse=reverse)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):

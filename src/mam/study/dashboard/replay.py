@@ -165,7 +165,7 @@ class Players:
         except OSError as error:
             raise RunError(f"cannot write to {out.parent}: {error.strerror}") from error
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mam.cli", "play", str(run.path), "--out", str(out), *options),
+            *(sys.executable, "-m", "mam", "play", str(run.path), "--out", str(out), *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

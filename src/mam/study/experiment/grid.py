@@ -61,6 +61,8 @@ def flags(config: Config, base: Config) -> list[str]:
         head, dot, last = key.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
             found.append(f"--{head}{dot}{'' if value else 'no-'}{last}")
+        elif isinstance(value, tuple):
+            found += [f"--{head}{dot}{last}", *map(str, value)]
         else:
             found += [f"--{head}{dot}{last}", str(value)]
     return found

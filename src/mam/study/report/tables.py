@@ -156,7 +156,7 @@ def _settings(results: Results) -> Table:
 
 
 # What is said elsewhere, or changes no numbers.
-_NO_SETTINGS = ("env", "policy", "seed", "num_seeds", "checkpoint.", "num_workers", "num_devices")
+_NO_SETTINGS = ("env", "policy", "seed", "num_seeds", "checkpoint.", "log", "num_workers", "num_devices")
 
 
 def _runs(results: Results) -> Table:
