@@ -112,7 +112,8 @@ SOURCES = [path for path in sorted((ROOT / "src/mam").rglob("*.py")) if path.par
 def test_dotted_names_lead_somewhere(path):
     """Also those in docstrings."""
     for name in re.findall(r"(?<![\w./-])mam(?:\.[A-Za-z_]\w*)+(?![\w/:(]*:)", path.read_text(encoding="utf-8")):
-        pkgutil.resolve_name(name)
+        if name != "mam.sinks":  # a group of entry points
+            pkgutil.resolve_name(name)
 
 
 def rooms(text):
