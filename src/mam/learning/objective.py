@@ -120,9 +120,8 @@ def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch
     batch, memory = shard.gather((batch, rollout.memory), axis=1)
     num_steps, num_envs = batch.reset.shape
     if not jax.tree.leaves(memory):
-        return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
-    num_sequences = jax.tree.leaves(memory)[0].shape[0]  # of each environment
-    if num_sequences > 1:
+        batch = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+    elif (num_sequences := jax.tree.leaves(memory)[0].shape[0]) > 1:  # of each environment
         length = num_steps // num_sequences
 
         def cut(x: Array) -> Array:
