@@ -53,7 +53,7 @@ def main() -> None:
         run.mkdir()
         (run / "config.json").write_text(json.dumps(to_json(CONFIG)))
         append(run / "metrics.jsonl", 1)
-        command = [sys.executable, "-m", "mam.cli", "dashboard", folder, "--port", "0"]
+        command = [sys.executable, "-m", "mam", "dashboard", folder, "--port", "0"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert server.stdout is not None
         found = re.search(r"http://\S+", server.stdout.readline())

@@ -46,7 +46,7 @@ def compare(policy, obs, args: Args) -> None:
         return Ahead(context=policy.decoder.read(encoded.obs_rep), mask=obs.action_mask, noise=noise)
 
     def run(decoding):
-        return jax.jit(lambda policy, ahead: decide(policy.decoder, policy.kind, ahead, decoding))
+        return jax.jit(lambda policy, ahead: decide(policy.decoder, policy.distribution, ahead, decoding))
 
     ahead = jax.jit(ahead)
     loop, windows = run(Decoding()), (None, *args.windows)

@@ -176,7 +176,7 @@ def check_decode(short: bool) -> list[Row]:
             ahead = Ahead(context=policy.decoder.read(obs_rep), mask=mask, noise=noise)
             if kernel:
                 return decode_kernel(policy.decoder, ahead, operand_dtype=operand_dtype, interpret=not on_gpu)
-            decision = decide(policy.decoder, policy.kind, ahead, Decoding())
+            decision = decide(policy.decoder, policy.distribution, ahead, Decoding())
             return decision.action, decision.out
 
         if not kernel_supports(policy.decoder, operand_dtype):

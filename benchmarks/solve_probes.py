@@ -31,7 +31,7 @@ NEEDS = {
     "memory": lambda config: has_memory(config.policy, config.network),
 }
 PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
-STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000}
+STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000, "components": 30_000}
 
 
 @dataclass(frozen=True)

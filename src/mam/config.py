@@ -404,6 +404,12 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
         return tuple(value)
     if float in allowed and type(value) is int:
         return float(value)
+    for kind in allowed:  # JSON has lists in place of tuples
+        if typing.get_origin(kind) is tuple and type(value) is list:
+            items = typing.get_args(kind)
+            items = items[:1] * len(value) if items[-1] is Ellipsis else items
+            if len(items) == len(value):
+                return tuple(_checked(name, item, expected) for item, expected in zip(value, items, strict=True))
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise UserError(f"{name} must be {names}, got {shown(value)}")

@@ -6,7 +6,11 @@ Axis legend, used in every shape annotation of the library:
     B  num_envs            environments stepped side by side
     N  num_agents          agents of one environment
     O  obs_dim             features one agent observes
-    A  num_actions         choices of one agent; components of its action where actions are continuous
+    A  num_actions         choices of one agent, of all components side by side; real components of its action
+    K  action_components   components of one agent's action where each is a choice
+    P  num_outputs         numbers that a network puts out for one agent's action
+    Z                      numbers of the noise from which one agent's action is sampled
+    V                      rows of the decoder's table of tokens
     E  d_model             width of the residual stream
     D  d_inner             width inside a state-space mixer (expand · d_model)
     S  d_state             state size per inner channel
@@ -34,15 +38,17 @@ else:
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
-Action = Int[Array, "*batch N"] | Float[Array, "*batch N A"]  # of all agents: indices, or components in [-1, 1]
-AgentAction = Int[Array, "*batch"] | Float[Array, "*batch A"]  # of one agent, or of any number along *batch
+# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in [-1, 1].
+Action = Int[Array, "..."] | Float[Array, "*batch N A"]
+# Of one agent, or of any number along *batch: the same without N.
+AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
 
 
 class Observation(eqx.Module):
     """What the agents see before they act, and what a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
-    action_mask: Bool[Array, "*batch N A"]  # True = legal, or in use; every agent has at least one
+    action_mask: Bool[Array, "*batch N A"]  # True = legal, or in use; every agent has one, in every component
     alive: Bool[Array, "*batch N"]  # False = dead or padded: its action is ignored, nothing is learned from it
     grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None  # a picture for each agent
     state: Float[Array, "*batch G"] | None = None  # of the whole environment, for centralised critics
@@ -76,7 +82,7 @@ class EnvSpec:
     name: str  # "suite/task"
     num_agents: int
     obs_dim: int
-    num_actions: int  # choices of one agent; with `continuous`, components of its action
+    num_actions: int  # choices of one agent, of all components; with `continuous`, components of its action
     time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
     continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
     grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
@@ -85,6 +91,15 @@ class EnvSpec:
     team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
     agent_names: tuple[str, ...] | None = None  # such as adversary_0; without its number it says of which kind one is
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
+    action_components: tuple[int, ...] | None = None  # choices in each component, where an agent makes several at once
+
+    @property
+    def joint_action(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of all agents' actions: [N], [N, K], or [N, A] where they are continuous."""
+        if self.continuous:
+            return jax.ShapeDtypeStruct((self.num_agents, self.num_actions), np.float32)
+        components = () if self.action_components is None else (len(self.action_components),)
+        return jax.ShapeDtypeStruct((self.num_agents, *components), np.int32)
 
 
 @runtime_checkable
@@ -132,7 +147,7 @@ class HostEnvironments(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> TimeStep:
-        """Applies one joint action per environment, [B, N] or, where actions are continuous, [B, N, A]."""
+        """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
         ...
 
     def close(self) -> None:

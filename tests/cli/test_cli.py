@@ -14,13 +14,19 @@ import jax
 import numpy as np
 import pytest
 
+import mam
 from mam.cli import main as cli
 from mam.cli.arguments import parse
+from mam.cli.list import List
+from mam.cli.plan import Plan
+from mam.cli.start import starting_options
+from mam.cli.train import Train, price
 from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
 from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runs import loop as run
+from mam.study.sweep.command import Sweep
 from report_runs import CONFIG, write_run
 
 
@@ -77,13 +83,13 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypa
 @pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)])
 def test_whole_numbers_are_written_as_in_papers(written, meant):
     for args in (["--total-timesteps", written], [f"--total-timesteps={written}"]):
-        assert parse("train", cli.Train, args, cli.Train()).config.total_timesteps == meant
+        assert parse("train", Train, args, Train()).config.total_timesteps == meant
 
 
 @pytest.mark.parametrize("written", ["1.5e0", "1e-3", "1e400", "nan", "1.0"])
 def test_other_numbers_are_not_whole(written):
     with pytest.raises(UserError, match="--total-timesteps takes a whole number"):
-        parse("train", cli.Train, ["--total-timesteps", written], cli.Train())
+        parse("train", Train, ["--total-timesteps", written], Train())
 
 
 @pytest.mark.parametrize(
@@ -232,22 +238,22 @@ def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, comman
 def test_settings_start_from_a_run_or_a_file(tmp_path):
     write_run(tmp_path / "run")
     for start in (tmp_path / "run", tmp_path / "run" / "config.json"):
-        for kind in (cli.Train, cli.PlanRun, cli.Sweep):
-            assert cli._default(kind, ["--config", str(start)]).config == CONFIG
+        for kind in (Train, Plan, Sweep):
+            assert starting_options(kind, ["--config", str(start)]).config == CONFIG
     args = ["--config", str(tmp_path / "run"), "--seed", "7"]
-    assert parse("train", cli.Train, args, cli._default(cli.Train, args)).config == replace(CONFIG, seed=7)
+    assert parse("train", Train, args, starting_options(Train, args)).config == replace(CONFIG, seed=7)
 
 
 def test_the_price_of_evaluations_is_said():
     config = replace(preset_for("mine:own")[0], total_timesteps=65_536)
     assert (config.agent_id, config.evaluation_modes) == ("sinusoid", (False,))
-    assert cli._price(config, 100) == (
+    assert price(config, 100) == (
         "evaluations: 1 + 8 and the absolute metric, 140 episodes per seed, "
         "up to 14,000 steps: 21% of those in training"
     )
     both = replace(config, eval=replace(config.eval, both_modes=True, greedy=True))
     assert both.evaluation_modes == (True, False)
-    assert cli._price(both, None).endswith("280 episodes per seed in both modes")
+    assert price(both, None).endswith("280 episodes per seed in both modes")
 
 
 def test_the_preset_is_named_beside_its_sisters():
@@ -265,7 +271,7 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     monkeypatch.setitem(
         tasks.SUITES,
         "probe",
-        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large")),
+        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts")),
     )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
@@ -275,6 +281,10 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
     assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
     assert "num_actions is 4 instead of 3" in capsys.readouterr().err
+    # As many choices in all, and other ones: the weights would fit.
+    monkeypatch.setitem(probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1)))
+    assert cli.main(["evaluate", str(finished), "--env", "probe/parts"]) == 2
+    assert "action_components is (2, 1) instead of None" in capsys.readouterr().err
 
 
 def test_check_env(capsys, monkeypatch):
@@ -307,6 +317,7 @@ def test_list_envs_shows_sizes(capsys, monkeypatch):
     assert cli.main(["list", "--envs"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"probe/target +3 +2 +- +2 real +8", out)
+    assert re.search(r"probe/components +3 +5 +- +3 \+ 2 +8", out)
     assert re.search(rf"gone/{longest} +- ", out)
     assert "…" not in out
     assert "gone: it needs a package" in out
@@ -337,6 +348,9 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
     assert "steps/s" in capfd.readouterr().out
     assert cli.main(["evaluate", path, "--episodes", "4", "--trust"]) == 0
     assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
+    monkeypatch.setattr(HostPool, "__init__", None)  # no environment is made, and no process started
+    policy = mam.load(path)
+    assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (policy.spec.num_agents,)
 
 
 def test_what_cannot_be_drawn_is_said(finished, capsys):
@@ -423,7 +437,7 @@ def test_long_commands_go_on_without_theirs(stream, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream())
-        patch.setitem(cli.COMMANDS, "dashboard", (cli.List, work))
+        patch.setitem(cli.COMMANDS, "dashboard", (List, work))
         assert cli.main(["dashboard"]) == 0
     assert reached
     assert capsys.readouterr().err.startswith("mam: nobody reads the output any more")

@@ -1,9 +1,10 @@
-"""What every policy must keep, on two kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
+"""What every policy must keep, on three kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
 
 One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of `mam-gru`, too.
 
-One has choices, the other continuous actions and a picture for each agent. Single steps are evaluated time first, as
-rollouts of length 1, after a step that put something into the memory of those policies that have one.
+One has choices, one continuous actions and a picture for each agent, one several choices at once. Single steps are
+evaluated time first, as rollouts of length 1, after a step that put something into the memory of those policies that
+have one.
 """
 
 import functools
@@ -31,6 +32,7 @@ OBS_DIM, NUM_ACTIONS, STATE_DIM = 6, 4, 3
 KINDS = {
     "discrete": {"state_dim": STATE_DIM},
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
+    "components": {"state_dim": STATE_DIM, "action_components": (2, 2)},
 }
 NAMES = [*policies(), "mat-gru"]
 
@@ -45,6 +47,11 @@ WITH_MEMORY = [name for name in (*NAMES, "mam-gru") if has_memory(*parts(name))]
 every_policy = pytest.mark.parametrize("name", NAMES)
 over_time = pytest.mark.parametrize("name", [*WITH_MEMORY, "mat", "ippo"])  # to those without, time is like any axis
 every_kind = pytest.mark.parametrize("kind", KINDS)
+# What compiles. Several choices at once with one policy of each class: they differ in the distribution alone.
+every_case = pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in NAMES for kind in KINDS if kind != "components" or name in ("mam-gru", "mappo")],
+)
 
 # Which of five agents are alive, in six environments.
 ALIVE = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
@@ -87,6 +94,11 @@ def is_sequence(name):
     return isinstance(get_policy(name), SequencePolicy)
 
 
+def cuts(kind):
+    """Where one component's choices end and the next one's begin."""
+    return np.cumsum(KINDS[kind].get("action_components", ()), dtype=int)[:-1]
+
+
 def make_observation(alive, kind="discrete", seed=9):
     """Random views and masks for the living; the dead see garbage: large numbers here, NaN there."""
     rng = np.random.default_rng(seed)
@@ -98,7 +110,8 @@ def make_observation(alive, kind="discrete", seed=9):
 
     agents_view = view(OBS_DIM)
     mask = rng.random((*alive.shape, NUM_ACTIONS)) < 0.7
-    mask[..., 1] |= ~mask.any(axis=-1)
+    for part in np.split(mask, cuts(kind), axis=-1):
+        part[..., 1] |= ~part.any(axis=-1)
     grid_shape = KINDS[kind].get("grid_shape")
     return Observation(
         agents_view=agents_view,
@@ -158,7 +171,7 @@ def run_all(policy, obs, key):
 
 all_methods = jax.jit(run_all, compiler_options=QUICK)
 two_methods = jax.jit(act_then_evaluate, compiler_options=QUICK)
-draw_noise = jax.jit(agent_noise, static_argnums=(2, 3), compiler_options=QUICK)
+draw_noise = jax.jit(agent_noise, static_argnums=2, compiler_options=QUICK)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -178,7 +191,7 @@ def evaluate_env(name, obs, env, actions, order, kind="discrete"):
     obs = jax.tree.map(lambda v: jnp.broadcast_to(v[env], (NUM_ENVS, *v.shape[1:])), obs)
     order = jnp.broadcast_to(jnp.asarray(order, jnp.int32), (NUM_ENVS, NUM_AGENTS))
     padded = np.pad(actions, [(0, -len(actions) % NUM_ENVS), *[(0, 0)] * (actions.ndim - 1)])
-    dtype = jnp.float32 if kind == "continuous" else jnp.int32
+    dtype = make_spec(kind).joint_action.dtype
     parts = [
         jax.device_get(evaluate(get_policy(name, kind), obs, jnp.asarray(part, dtype), order))
         for part in np.split(padded, len(padded) // NUM_ENVS)
@@ -204,19 +217,24 @@ def test_it_is_a_policy_of_arrays(name, kind):
 
 
 @every_policy
-@pytest.mark.parametrize(
-    ("what", "kind"), [("single", "discrete"), ("pair", "discrete"), *(("team", kind) for kind in KINDS)]
-)
-def test_evaluate_repeats_act(name, what, kind):
+@pytest.mark.parametrize("what", ["single", "pair"])
+def test_evaluate_repeats_act_of_few(name, what):
+    assert_repeated(results(name, what))
+
+
+@every_case
+def test_evaluate_repeats_act(name, kind):
     """So the probability ratio starts at 1."""
-    result = results(name, what, kind)
+    assert_repeated(results(name, "team", kind))
+
+
+def assert_repeated(result):
     sampled, evaluated = result["sampled"], result["evaluated"]
     np.testing.assert_allclose(evaluated.log_prob, sampled.log_prob, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(evaluated.value, sampled.value, rtol=1e-5, atol=1e-5)
 
 
-@every_policy
-@every_kind
+@every_case
 def test_the_value_is_one_whoever_asks(name, kind):
     result = results(name, "team", kind)
     for value in (result["value"], result["greedy"].value):
@@ -347,7 +365,7 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
     output = results(name, "team")[mode]
     candidates = np.arange(NUM_ACTIONS)
     for env in range(NUM_ENVS):
-        noise = draw_noise(get_policy(name).kind, keys[env], NUM_AGENTS, NUM_ACTIONS) * (mode == "sampled")
+        noise = draw_noise(get_policy(name).distribution, keys[env], NUM_AGENTS) * (mode == "sampled")
         chosen = np.zeros(NUM_AGENTS, int)
         for agent in output.order[env]:
             actions = np.tile(chosen, (NUM_ACTIONS, 1))
@@ -363,9 +381,9 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
 def test_continuous_acting_uses_the_noise_of_the_agent(name):
     """log π(a) = Σ log N(ε) − log σ − log(1 − a²) over the components in use, with ε = 0 in the greedy mode."""
     obs, keys = observe("team", "continuous")
-    kind, result = get_policy(name, "continuous").kind, results(name, "team", "continuous")
-    noise = np.asarray(draw_noise(kind, keys, NUM_AGENTS, NUM_ACTIONS), np.float64)
-    log_std = np.log(np.log1p(np.exp(np.asarray(kind.log_std, np.float64))))
+    normal, result = get_policy(name, "continuous").distribution, results(name, "team", "continuous")
+    noise = np.asarray(draw_noise(normal, keys, NUM_AGENTS), np.float64)
+    log_std = np.log(np.log1p(np.exp(np.asarray(normal.log_std, np.float64))))
     for mode, epsilon in (("sampled", noise), ("greedy", np.zeros_like(noise))):
         action = result[mode].action.astype(np.float64)
         terms = -0.5 * epsilon**2 - 0.5 * np.log(2 * np.pi) - log_std - np.log1p(-(action**2))
@@ -396,9 +414,13 @@ def test_illegal_actions_have_no_probability(name):
         assert np.all(np.take_along_axis(mask, action[..., None], axis=-1))
 
 
-@every_policy
 @pytest.mark.parametrize(
-    ("kind", "order"), [("discrete", [0, 1, 2, 3, 4]), ("discrete", [3, 0, 4, 2, 1]), ("continuous", [3, 0, 4, 2, 1])]
+    ("name", "kind", "order"),
+    [
+        *((name, "discrete", [0, 1, 2, 3, 4]) for name in NAMES),
+        *((name, kind, [3, 0, 4, 2, 1]) for name in NAMES for kind in ("discrete", "continuous")),
+        *((name, "components", [3, 0, 4, 2, 1]) for name in ("mam-gru", "mappo")),
+    ],
 )
 def test_later_agents_answer_earlier_ones(name, kind, order):
     """Changing an agent's action changes what every later agent does, and nothing of the earlier ones.
@@ -412,6 +434,8 @@ def test_later_agents_answer_earlier_ones(name, kind, order):
     changed = np.concatenate([np.zeros((1, NUM_AGENTS), int), np.eye(NUM_AGENTS, dtype=int)])
     if kind == "continuous":
         changed = changed[..., None] * np.array([0.5, -0.9, 0.7, 0.2])
+    if kind == "components":
+        changed = changed[..., None] * np.array([0, 1])
     evaluation = evaluate_env(name, obs, 0, changed, order, kind)
     for place, agent in enumerate(order):
         before, after = order[:place], order[place + 1 :]
@@ -546,8 +570,7 @@ def test_environments_do_not_touch(name):
         np.testing.assert_array_equal(a[0], b[0])
 
 
-@every_policy
-@every_kind
+@every_case
 def test_dead_agents_are_finite(name, kind):
     for result in jax.tree.leaves(results(name, "team", kind)):
         assert np.all(np.isfinite(result))
@@ -562,8 +585,7 @@ def gradient(policy, obs, action, weights):
     return sum(jnp.sum(w * v) for w, v in zip(weights, jax.tree.leaves(result), strict=True))
 
 
-@every_policy
-@every_kind
+@every_case
 def test_no_parameter_is_dead(name, kind):
     """Every row and column of every leaf has a part in log-probability, entropy or value; no gradient is NaN.
 
@@ -580,7 +602,9 @@ def test_no_parameter_is_dead(name, kind):
         action = jnp.clip(jnp.asarray(action, jnp.float32), -LARGEST, LARGEST)
         assert np.max(action) == np.float32(LARGEST)
     else:
-        action = jnp.argmax(obs.action_mask + rng.random(obs.action_mask.shape), axis=-1).astype(jnp.int32)
+        scores = np.split(obs.action_mask + rng.random(obs.action_mask.shape), cuts(kind), axis=-1)
+        choices = jnp.stack([jnp.argmax(part, axis=-1).astype(jnp.int32) for part in scores], axis=-1)
+        action = choices if kind == "components" else choices[..., 0]
     leaves = gradient(get_policy(name, kind, num_agents), obs, action, weights)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(leaves))
     smallest = {
@@ -603,12 +627,11 @@ def test_types_are_stable(name, kind):
     policy, (obs, keys) = get_policy(name, kind), observe("team", kind)
     outputs = jax.eval_shape(run_all, policy, obs, keys)
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
-        field = getattr(path[-1], "name", None)
-        continuous = field == "action" and kind == "continuous"
-        integer = field == "order" or (field == "action" and not continuous)
-        assert leaf.dtype == (jnp.int32 if integer else jnp.float32), path
+        field, of_agents = getattr(path[-1], "name", None), jax.ShapeDtypeStruct(ALIVE.shape[1:], jnp.float32)
+        special = {"action": make_spec(kind).joint_action, "order": of_agents.update(dtype=jnp.int32)}
+        expected = special.get(field, of_agents)
+        assert (leaf.shape, leaf.dtype) == ((NUM_ENVS, *expected.shape), expected.dtype), path
         assert not leaf.weak_type, path
-        assert leaf.shape == (*ALIVE.shape, *[NUM_ACTIONS] * continuous), path
     memory = policy.init_memory((NUM_ENVS,))
     after = jax.eval_shape(policy.act, memory, obs, jnp.zeros(NUM_ENVS, bool), keys)[0]
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), after) == jax.tree.map(

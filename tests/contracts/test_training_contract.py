@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mam.config import Config, NetworkConfig, PPOConfig
-from mam.envs.probes import Copy, Identity, Matrix, Memory
+from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.learning import experience, train
 from mam.learning.train import TrainState
@@ -265,3 +265,20 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
                 lambda a, b, seed=seed: np.testing.assert_allclose(a[seed], b[0, 0], rtol=1e-4, atol=1e-5),
                 *((both.policy, both.opt_state), (alone.policy, alone.opt_state)),
             )
+
+
+@pytest.mark.parametrize("name", ["mam", "ippo"])
+def test_several_choices_at_once_are_learned(name):
+    """From one answer in six to nearly all: a component mixed up with another would be left to chance."""
+    config = Config(policy=name, env="probe/components", total_timesteps=10**6, network=NETWORK, ppo=PPO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
+        trainer = train.make_train(config)
+    state, returns = trainer.init(jnp.zeros(1, jnp.int32)), []
+    for _ in range(NUM_UPDATES):
+        state, values = trainer.train_step(state)
+        assert values["first_ratio_deviation"] <= 1e-5
+        returns.append(float(values["episode_return"][0]))
+    task = PROBES["components"]()
+    assert returns[0] < 2 * task.random_return
+    assert np.mean(returns[-3:]) > 0.85 * task.optimal_return

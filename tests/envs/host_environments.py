@@ -141,6 +141,29 @@ class Camera:
         pass
 
 
+class Signals:
+    """Two agents see what each of them chose last, forever; the second makes the first choice only."""
+
+    possible_agents = ("left", "right")
+    metadata = {}  # noqa: RUF012
+
+    def observation_space(self, agent):
+        return spaces.Box(0, 9, (2,))
+
+    def action_space(self, agent):
+        return spaces.MultiDiscrete([3, 2] if agent == "left" else [4])
+
+    def reset(self, seed=None, options=None):
+        self.agents = list(self.possible_agents)
+        return dict.fromkeys(self.agents, np.zeros(2)), {"left": {"action_mask": ([1, 0, 1], [0, 1])}}
+
+    def step(self, actions):
+        return {agent: np.resize(choices, 2) for agent, choices in actions.items()}, {}, {}, {}, {}
+
+    def close(self):
+        pass
+
+
 class Parent(Lives):
     """Has a child process of its own."""
 

@@ -127,6 +127,20 @@ class Walk:
 
 
 @good
+class Carriers(Walk):
+    """Walkers who say at the same time whether to carry what they have, which they may not at the ends."""
+
+    spec = replace(Walk.spec, num_actions=5, action_components=(3, 2))
+
+    def way(self, action):
+        return super().way(action[:, 0])
+
+    def mask(self, state):
+        inside = (state.cell > 0) & (state.cell < NUM_CELLS - 1)
+        return jnp.concatenate([super().mask(state), jnp.stack([jnp.ones_like(inside), inside], axis=1)], axis=1)
+
+
+@good
 class Selfish(Walk):
     """Every walker earns for itself, the dead nothing."""
 
@@ -275,6 +289,13 @@ class OneNameForAll(Walk):
     """One name for three agents."""
 
     spec = replace(Walk.spec, agent_names=("walker",))
+
+
+@planted("spec", "action_components")
+class UncountedComponent(Carriers):
+    """Sizes of components that do not add up to the number of actions."""
+
+    spec = replace(Carriers.spec, action_components=(3, 3))
 
 
 @planted("metrics", "metrics")
@@ -480,6 +501,14 @@ class NothingForTheDead(Walk):
 
     def mask(self, state):
         return super().mask(state) & state.alive[:, None]
+
+
+@planted("action_mask", "action_mask")
+class NothingInOneComponent(Carriers):
+    """One component has no legal choice at the ends, the other has."""
+
+    def mask(self, state):
+        return super().mask(state).at[:, 3].set(False)
 
 
 @planted("never_legal", "action_mask")

@@ -55,6 +55,19 @@ class Walkers:
         pass
 
 
+class Carriers(Walkers):
+    """Walkers who say at the same time whether to carry what they have."""
+
+    def action_space(self, agent):
+        return spaces.MultiDiscrete([3, 2])
+
+    def step(self, actions):
+        return super().step({agent: move for agent, (move, _) in actions.items()})
+
+    def infos(self, agents):
+        return {agent: {"action_mask": ([1, 1, 1], [1, int(self.steps % 2)])} for agent in agents}
+
+
 # With one mistake each ------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +168,22 @@ class NothingAllowed(Walkers):
         return {agent: {"action_mask": [1, 1, int(agent == "ann" or self.steps != 2)]} for agent in agents} | (
             {"bob": {"action_mask": [0, 0, 0]}} if self.steps == 2 else {}
         )
+
+
+@planted("action_mask", "action_mask", 1, "none, which is read as all of them")
+class HalfAllowed(Carriers):
+    """Bob has nothing to choose from in one component."""
+
+    def infos(self, agents):
+        return super().infos(agents) | {"bob": {"action_mask": [1, 1, 1, 0, 0]}}
+
+
+@planted("mask_name", "action_mask", 0, "what may be one under another, 'legal'")
+class OtherNameOfComponents(Carriers):
+    """Masks of components under another name."""
+
+    def infos(self, agents):
+        return {agent: {"legal": mask["action_mask"]} for agent, mask in super().infos(agents).items()}
 
 
 @planted("exception", "step", None, "KeyError: 'road_17' (planted_parallel_bugs.py, line ")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from host_environments import Lives
-from planted_parallel_bugs import BUGS, FarAway, NoRoad, Walkers, far_away
+from planted_parallel_bugs import BUGS, Carriers, FarAway, NoRoad, Walkers, far_away
 
 from mam.envs.check.parallel import check_parallel, limit_of_one, read_findings
 from mam.envs.external.audit import Audited
@@ -19,7 +19,7 @@ def findings(make, folder, num_episodes=12):
         over = False
         while not over:
             try:
-                outcome = env.step(random.integers(0, 3, 2))
+                outcome = env.step(random.integers(0, env.layout.action_components or 3, env.layout.action[0]))
             except KeyError:
                 break
             over = outcome.terminated or outcome.truncated
@@ -35,8 +35,9 @@ def test_planted_bug_is_noted(name, tmp_path):
     assert {finding.check for finding in found} == {bug.check}
 
 
-def test_nothing_is_noted_of_good_ones(tmp_path):
-    assert findings(Walkers, tmp_path) == []
+@pytest.mark.parametrize("make", [Walkers, Carriers])
+def test_nothing_is_noted_of_good_ones(make, tmp_path):
+    assert findings(make, tmp_path) == []
 
 
 def test_each_place_is_noted_once(tmp_path):
@@ -52,7 +53,7 @@ def test_an_end_at_the_limit_may_be_a_coincidence(at_limit, elsewhere, found):
     assert bool(list(limit_of_one(ends))) is found
 
 
-@pytest.mark.parametrize("make", [Lives, far_away])
+@pytest.mark.parametrize("make", [Lives, far_away, Carriers])
 def test_check_in_workers(make):
     report = check_parallel("test", make, num_episodes=4, time_budget=4.0)
     assert {finding.check for finding in report.errors} == ({"space"} if make is far_away else set())

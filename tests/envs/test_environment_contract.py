@@ -16,7 +16,10 @@ def random_actions(spec, timestep, key):
     mask = timestep.observation.action_mask
     if spec.continuous:
         return jax.random.uniform(key, mask.shape, minval=-1.0, maxval=1.0)
-    return jax.random.categorical(key, jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
+    cuts = np.cumsum(spec.action_components or ())[:-1].astype(int)
+    parts = jnp.split(jnp.where(mask, 0.0, -jnp.inf), cuts, axis=-1)
+    choices = [jax.random.categorical(key, part).astype(jnp.int32) for part in parts]
+    return choices[0] if spec.action_components is None else jnp.stack(choices, axis=-1)
 
 
 def play_episode(task, seed):
@@ -54,11 +57,8 @@ def test_step_returns_what_reset_returns(task):
     """Same structure, shapes, dtypes and weak types, so that loops over steps compile once."""
     key = jax.eval_shape(jax.random.key, 0)
     spec = task.env.spec
-    action = jax.ShapeDtypeStruct((spec.num_agents,), jnp.int32)
-    if spec.continuous:
-        action = jax.ShapeDtypeStruct((spec.num_agents, spec.num_actions), jnp.float32)
     first = jax.eval_shape(task.env.reset, key)
-    later = jax.eval_shape(task.env.step, first[0], action, key)
+    later = jax.eval_shape(task.env.step, first[0], spec.joint_action, key)
     assert avals(first) == avals(later)
     assert not any(aval.endswith("weak") for aval in jax.tree.leaves(avals(first)))
 

@@ -316,6 +316,63 @@ def test_indices_count_from_the_start_of_the_space():
     assert env._env.actions == [{"a": 2, "b": 0}]
 
 
+def test_components_of_all_agents_stand_side_by_side():
+    """Padded to the largest of each; an agent with fewer of them, or a single choice, has the first of the others."""
+    done = {
+        "a": spaces.MultiDiscrete([2, 3], start=[1, 0]),
+        "b": spaces.Discrete(4, start=-1),
+        "c": spaces.MultiDiscrete([[1], [2], [2]]),
+    }
+    env = adapt(dict.fromkeys("abc", ZEROS), done=done, script=[({}, {}, {}, [])])
+    layout = env.layout
+    assert (layout.action_components, layout.num_actions, layout.action[0]) == ((4, 3, 2), 9, (3, 3))
+    expected = [[1, 1, 0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1, 0, 1, 1]]
+    np.testing.assert_array_equal(env.reset(0)["action_mask"], expected)
+    assert env.notes == ["agents have up to 4 + 3 + 2 actions: those that an agent does not have are masked"]
+    env.step(np.array([[1, 2, 0], [3, 0, 0], [0, 1, 1]], np.int32))
+    (actions,) = env._env.actions
+    assert all(done[agent].contains(action) for agent, action in actions.items())
+    assert [np.ravel(action).tolist() for action in actions.values()] == [[2, 2], [2], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("given", "legal"),
+    [
+        (([1, 0], [0, 1, 1]), [1, 0, 0, 1, 1]),
+        ([np.array([1, 0], np.int8), np.array([0, 0, 1], np.int8)], [1, 0, 0, 0, 1]),
+        (np.array([0, 1, 1, 0, 1]), [0, 1, 1, 0, 1]),
+        ([False, True, False, False, False], [0, 1, 1, 1, 1]),  # the second choice cannot matter
+    ],
+)
+@pytest.mark.parametrize("where", ["info", "observation"])
+def test_masks_of_components(given, legal, where):
+    done, seen = spaces.MultiDiscrete([2, 3]), NUMBERS
+    masks = spaces.Tuple((spaces.MultiBinary(2), spaces.MultiBinary(3)))
+    if where == "observation":
+        seen = spaces.Dict({"x": NUMBERS, "action_mask": masks})
+    env = adapt({"a": ZEROS if where == "info" else {"x": ZEROS, "action_mask": given}}, seen=seen, done=done)
+    env._env.infos = {"a": {"action_mask": given}} if where == "info" else {}
+    np.testing.assert_array_equal(env.reset(0)["action_mask"], [legal])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 1, 1, 1], "action_mask has shape (4,), there are 2 + 3 actions"),
+        (([1, 1, 1], [1, 1]), "action_mask has shape [(3,), (2,)], there are 2 + 3 actions"),
+        (([1, 1],), "action_mask has shape [(2,)], there are 2 + 3 actions"),
+        (([1, 1], [0, 2, 1]), "action_mask holds 2: expected 1 for legal"),
+        (3, "action_mask has shape (), there are 2 + 3 actions"),
+    ],
+)
+def test_masks_of_components_that_do_not_fit(given, message):
+    env = adapt({"a": ZEROS}, done=spaces.MultiDiscrete([2, 3]))
+    env._env.infos = {"a": {"action_mask": given}}
+    with pytest.raises(UserError, match=r"^test: what agent 'a' observes does not fit ") as error:
+        env.reset(0)
+    assert message in str(error.value)
+
+
 def test_continuous_actions_fill_their_limits():
     done = {
         "a": spaces.Box(np.array([0, -2, -np.inf, 0], np.float32), np.array([1, 2, np.inf, np.inf], np.float32)),
@@ -343,8 +400,12 @@ def test_continuous_actions_fill_their_limits():
         (lambda: Scripted({}), "test: the environment has no agents (its possible_agents is empty)"),
         (lambda: object(), "test: object is not a PettingZoo ParallelEnv: it has no possible_agents"),
         (
-            lambda: Scripted({"a": ZEROS}, done=spaces.MultiDiscrete([2, 2])),
-            "test: agent 'a' acts in MultiDiscrete([2 2]); supported: Discrete for all agents, or",
+            lambda: Scripted({"a": ZEROS}, done=spaces.MultiBinary(2)),
+            "test: agent 'a' acts in MultiBinary(2); supported: Discrete or MultiDiscrete for all agents, or for",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS}, done=spaces.MultiDiscrete([10**5, 2])),
+            "test: agent 'a' acts in MultiDiscrete([100000      2]); at most 100,000 choices are supported",
         ),
         (
             lambda: Scripted({"a": 5}, seen=spaces.Discrete(10**9)),
@@ -360,7 +421,7 @@ def test_continuous_actions_fill_their_limits():
         ),
         (
             lambda: Scripted({"a": ZEROS}, done=OldSpace()),
-            "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; supported: Discrete for all",
+            "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; supported: Discrete or Mu",
         ),
         (lambda: Odd(observation_space=spaces.Dict()), "test: observation_space is a Dict: expected a method, obs"),
         (lambda: Odd(reset=lambda: ({}, {})), "test: reset() takes no seed: expected reset(seed=None, options=None)"),

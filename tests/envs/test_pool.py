@@ -171,6 +171,17 @@ def test_pictures_and_continuous_actions(make_pool):
     assert not first.grid.any()
 
 
+def test_several_choices_at_once(make_pool):
+    pool = make_pool(hosts.Signals, num_envs=2)
+    assert (pool.spec.action_components, pool.spec.num_actions) == ((4, 2), 6)
+    mask = pool.reset(0).observation.action_mask
+    np.testing.assert_array_equal(mask, [[[1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 1, 0]]] * 2)
+    actions = np.array([[[2, 1], [3, 0]], [[0, 1], [1, 0]]])
+    seen = pool.step(actions).observation.agents_view[..., 2:]
+    np.testing.assert_array_equal(seen, [[[2, 1], [3, 3]], [[0, 1], [1, 1]]])
+    assert pool.spec.joint_action.shape == actions.shape[1:]
+
+
 def test_mpe2(make_pool):
     pytest.importorskip("mpe2")
     pool = make_pool(find_factory("pettingzoo/mpe2:simple_spread_v3:max_cycles=4"), num_envs=2)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory, Target
+from mam.envs.probes import PROBES, Components, Copy, Identity, Matrix, Memory, Target
 
 SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
     Target(num_agents=2, num_actions=3, time_limit=5),
+    Components(num_agents=2, sizes=(2, 1, 3), time_limit=5),
     Identity(num_agents=5, num_actions=2, time_limit=3),
     Copy(num_agents=2, num_actions=5, time_limit=9),
     Matrix(num_agents=3, num_actions=4),
@@ -48,12 +49,17 @@ def optimal(env):
     def copy(first, view, key):
         return jnp.full(env.num_agents, jax.random.randint(key, (), 0, env.num_actions))
 
+    def components(first, view, key):
+        parts = jnp.split(view, np.cumsum(env.sizes)[:-1], axis=-1)
+        return jnp.stack([part.argmax(axis=-1) for part in parts], axis=-1)
+
     return {
         Identity: lambda first, view, key: view.argmax(axis=-1),
         Copy: copy,
         Matrix: lambda first, view, key: jnp.zeros(env.num_agents, jnp.int32),
         Memory: lambda first, view, key: first.argmax(axis=-1),
         Target: lambda first, view, key: view,
+        Components: components,
     }[type(env)]
 
 
@@ -61,7 +67,8 @@ def uniform(env):
     if isinstance(env, Target):
         shape = (env.num_agents, env.num_actions)
         return lambda first, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
-    return lambda first, view, key: jax.random.randint(key, (env.num_agents,), 0, env.num_actions)
+    choices = env.num_actions if env.spec.action_components is None else jnp.array(env.spec.action_components)
+    return lambda first, view, key: jax.random.randint(key, env.spec.joint_action.shape, 0, choices)
 
 
 def assert_mean(returns, expected):
@@ -140,7 +147,7 @@ def test_ends_are_of_the_documented_kind(name):
     state, timestep = env.reset(jax.random.key(0))
     while not timestep.ended:
         state, timestep = env.step(state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0))
-    assert bool(timestep.truncated) == (name in ("identity", "copy", "target"))
+    assert bool(timestep.truncated) == (name in ("identity", "copy", "target", "components"))
 
 
 def test_probes_cannot_be_drawn():

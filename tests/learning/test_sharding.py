@@ -38,7 +38,7 @@ def command(out, steps, *more):
     line = f"""train --env probe/identity --policy ippo --total-timesteps {steps} --out {out}
         --network.d-model 8 --ppo.num-envs 8 --ppo.rollout-length 8 --ppo.num-epochs 1 --ppo.num-minibatches 2
         --eval.num-evaluations 2 --eval.num-episodes 6 --eval.num-absolute-episodes 5"""
-    return [sys.executable, "-m", "mam.cli", *line.split(), *more]
+    return [sys.executable, "-m", "mam", *line.split(), *more]
 
 
 def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
@@ -59,7 +59,7 @@ def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "2 × cpu" in said[0]
-    resume = [sys.executable, "-m", "mam.cli", "train", "--resume", str(tmp_path / "two"), "--total-timesteps", "256"]
+    resume = [sys.executable, "-m", "mam", "train", "--resume", str(tmp_path / "two"), "--total-timesteps", "256"]
     for line in (resume, command(tmp_path / "one", 256)):
         subprocess.run(line, check=True, env=environment(), timeout=600, stdout=subprocess.DEVNULL)
     files = (tmp_path / name / "metrics.jsonl" for name in ("two", "one"))

@@ -1,4 +1,4 @@
-"""Both kinds of action against NumPy and SciPy in double precision, and what masks and limits must not break."""
+"""Distributions of actions against NumPy and SciPy in double precision, and what masks and limits must not break."""
 
 import functools
 from dataclasses import dataclass
@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mam.networks.actions import LARGEST, ActionKind, Categorical, TanhNormal, agent_noise, make_action_kind
+from mam.networks.actions import (
+    LARGEST,
+    ActionDistribution,
+    Categorical,
+    MultiCategorical,
+    TanhNormal,
+    add_logits,
+    agent_noise,
+    make_distribution,
+    mask_noise,
+)
 from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
@@ -34,29 +44,47 @@ def compiled(name):
 
 log_prob, log_prob_gradient = compiled("log_prob")
 entropy, entropy_gradient = compiled("entropy")
-choose, _ = compiled("choose")
-draw_noise = functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=QUICK)(agent_noise)
+sample, _ = compiled("sample_from_noise")
+draw_noise = functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)(agent_noise)
+DISTRIBUTIONS = {
+    "categorical": (Categorical(4), {}),
+    "components": (MultiCategorical((3, 1)), {"action_components": (3, 1)}),
+    "tanh_normal": (TanhNormal(4), {"continuous": True}),
+}
+every_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
 
 
-@pytest.mark.parametrize(("continuous", "kind"), [(False, Categorical), (True, TanhNormal)])
-def test_the_task_decides_the_kind(continuous, kind):
-    made = make_action_kind(EnvSpec("suite/task", 2, 3, num_actions=4, time_limit=None, continuous=continuous))
-    assert isinstance(made, kind)
-    assert isinstance(made, ActionKind)
-    assert [leaf.shape for leaf in jax.tree.leaves(made)] == [(4,)] * continuous  # nothing but log_std is learned
+@every_distribution
+def test_the_task_decides_the_distribution_and_it_owns_its_shapes(name):
+    expected, options = DISTRIBUTIONS[name]
+    spec = EnvSpec("suite/task", 2, 3, num_actions=4, time_limit=None, **options)
+    made = make_distribution(spec)
+    assert eqx.tree_equal(made, expected)
+    assert isinstance(made, ActionDistribution)
+    learned = [leaf.shape for leaf in jax.tree.leaves(made)]
+    assert learned == [(4,)] * spec.continuous  # nothing but log_std
+    outputs, mask = np.zeros((5, 2, made.num_outputs), np.float32), np.ones((5, 2, 4), bool)
+    action = sample(made, outputs, mask, draw_noise(made, jax.random.split(jax.random.key(0), 5), 2))
+    assert (action.shape[1:], action.dtype) == (spec.joint_action.shape, spec.joint_action.dtype)
+    assert log_prob(made, outputs, mask, action).shape == entropy(made, outputs, mask).shape == (5, 2)
+    np.testing.assert_array_equal(made.equal(action, action), np.ones((5, 2), bool))
+    token = made.token(action)
+    assert token.shape == ((5, 2) if made.indexed else (5, 2, made.token_dim))
 
 
 @pytest.mark.parametrize(
-    ("kind", "distribution"), [(Categorical(), stats.gumbel_r), (TanhNormal(4), stats.norm)], ids=["gumbel", "normal"]
+    ("kind", "distribution"),
+    [(Categorical(4), stats.gumbel_r), (MultiCategorical((2, 2)), stats.gumbel_r), (TanhNormal(4), stats.norm)],
+    ids=["categorical", "components", "tanh_normal"],
 )
 def test_noise_belongs_to_the_agent(kind, distribution):
     keys = jax.random.split(jax.random.key(0), 300)
-    noise = np.asarray(draw_noise(kind, keys, 5, 4))
+    noise = np.asarray(draw_noise(kind, keys, 5))
     assert len(np.unique(noise)) > 0.999 * noise.size  # no two agents, components or environments share any
     assert stats.kstest(noise.ravel(), distribution.cdf).pvalue > 0.05
-    np.testing.assert_array_equal(draw_noise(kind, keys, 7, 4)[:, :5], noise)  # however many there are
-    np.testing.assert_array_equal(draw_noise(kind, keys[1], 5, 4), noise[1])
-    np.testing.assert_array_equal(draw_noise(kind, keys.reshape(10, 30), 5, 4), noise.reshape(10, 30, 5, 4))
+    np.testing.assert_array_equal(draw_noise(kind, keys, 7)[:, :5], noise)  # however many there are
+    np.testing.assert_array_equal(draw_noise(kind, keys[1], 5), noise[1])
+    np.testing.assert_array_equal(draw_noise(kind, keys.reshape(10, 30), 5), noise.reshape(10, 30, 5, 4))
 
 
 def probabilities(logits, mask):
@@ -68,7 +96,7 @@ def probabilities(logits, mask):
 def all_log_probs(mask):
     """Of every choice: [3, A]."""
     rows = [np.broadcast_to(x[:, None], (3, 4, 4)) for x in (LOGITS, mask)]
-    return np.asarray(log_prob(Categorical(), *rows, np.tile(np.arange(4), (3, 1))))
+    return np.asarray(log_prob(Categorical(4), *rows, np.tile(np.arange(4), (3, 1))))
 
 
 def test_masked_probabilities():
@@ -80,26 +108,26 @@ def test_masked_probabilities():
 
 def test_a_forced_choice_has_no_log_prob_and_no_entropy():
     forced = np.arange(4) == np.array([[2], [0], [1]])
-    np.testing.assert_array_equal(log_prob(Categorical(), LOGITS, forced, np.array([2, 0, 1])), 0.0)
-    np.testing.assert_array_equal(entropy(Categorical(), LOGITS, forced), 0.0)
+    np.testing.assert_array_equal(log_prob(Categorical(4), LOGITS, forced, np.array([2, 0, 1])), 0.0)
+    np.testing.assert_array_equal(entropy(Categorical(4), LOGITS, forced), 0.0)
 
 
 def test_entropy_is_that_of_the_legal_choices():
     p = probabilities(LOGITS, MASK)
     expected = -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
-    np.testing.assert_allclose(entropy(Categorical(), LOGITS, MASK), expected, atol=1e-6)
+    np.testing.assert_allclose(entropy(Categorical(4), LOGITS, MASK), expected, atol=1e-6)
 
 
 def test_choices_are_as_frequent_as_their_probabilities_and_greedy_ones_the_likeliest():
     num = 4000
     logits, mask = (np.broadcast_to(x[:, None], (3, num, 4)) for x in (LOGITS, MASK))
-    noise = np.asarray(draw_noise(Categorical(), jax.random.split(jax.random.key(1), 3), num, 4))
-    chosen = np.asarray(choose(Categorical(), logits, mask, noise))
+    noise = np.asarray(draw_noise(Categorical(4), jax.random.split(jax.random.key(1), 3), num))
+    chosen = np.asarray(sample(Categorical(4), logits, mask, noise))
     p = probabilities(LOGITS, MASK)
     counts = np.stack([np.bincount(row, minlength=4) for row in chosen])
     assert np.all(counts[p == 0.0] == 0)
     assert np.all(np.abs(counts - num * p) <= 1 + 4 * np.sqrt(num * p * (1 - p)))
-    greedy = choose(Categorical(), LOGITS, MASK, np.zeros_like(LOGITS))
+    greedy = sample(Categorical(4), LOGITS, MASK, np.zeros_like(LOGITS))
     np.testing.assert_array_equal(greedy, p.argmax(axis=-1))
     assert greedy.dtype == chosen.dtype == np.int32
 
@@ -111,20 +139,78 @@ def test_illegal_choices_are_never_made_however_likely_they_would_be():
     mask = rng.random(shape) < 0.5
     mask[..., 0] |= ~mask.any(axis=-1)
     logits = np.where(mask, -100.0, 1e4).astype(np.float32)
-    noise = np.asarray(draw_noise(Categorical(), jax.random.split(jax.random.key(3), 1000), 1000, 4))
-    chosen = np.asarray(choose(Categorical(), logits, mask, noise))
+    noise = np.asarray(draw_noise(Categorical(4), jax.random.split(jax.random.key(3), 1000), 1000))
+    chosen = np.asarray(sample(Categorical(4), logits, mask, noise))
     assert chosen.size == 10**6
     assert np.take_along_axis(mask, chosen[..., None], axis=-1).all()
 
 
 def test_gradients_are_finite_and_zero_for_illegal_choices():
     for _, gradient in (
-        entropy_gradient(Categorical(), LOGITS, MASK),
-        log_prob_gradient(Categorical(), LOGITS, MASK, np.array([3, 0, 1])),
+        entropy_gradient(Categorical(4), LOGITS, MASK),
+        log_prob_gradient(Categorical(4), LOGITS, MASK, np.array([3, 0, 1])),
     ):
         assert np.all(np.isfinite(gradient))
         np.testing.assert_array_equal(np.asarray(gradient)[~MASK], 0.0)
         assert np.any(gradient != 0.0)
+
+
+SIZES = (3, 1, 4)
+# Of two agents: all is legal; in the last component only one choice is, and in the first not all.
+MASKS = np.array([[1] * 8, [1, 0, 1, 1, 0, 0, 1, 0]], bool)
+
+
+def test_components_are_independent_choices():
+    """Log-probabilities and entropies of all joint choices, from those of each component by itself."""
+    outputs = np.random.default_rng(0).normal(0.0, 2.0, (2, 8)).astype(np.float32)
+    joint = np.indices(SIZES).reshape(3, -1).T
+    rows = [np.repeat(x[:, None], len(joint), axis=1) for x in (outputs, MASKS)]
+    found = np.asarray(log_prob(MultiCategorical(SIZES), *rows, np.tile(joint, (2, 1, 1))))
+    cuts = np.cumsum(SIZES)[:-1]
+    parts = list(zip(*(np.split(x, cuts, axis=-1) for x in (outputs, MASKS)), strict=True))
+    p = [probabilities(*part) for part in parts]
+    expected = np.prod([p[k][:, joint[:, k]] for k in range(3)], axis=0)
+    np.testing.assert_allclose(np.exp(found), expected, atol=1e-6)
+    np.testing.assert_array_equal(np.exp(found)[expected == 0], 0.0)
+    np.testing.assert_allclose(expected.sum(axis=1), 1.0)
+    each = [-np.sum(x * np.log(np.where(x > 0, x, 1)), axis=-1) for x in p]
+    np.testing.assert_allclose(entropy(MultiCategorical(SIZES), outputs, MASKS), np.sum(each, axis=0), atol=1e-6)
+
+
+def test_samples_of_components_follow_their_probabilities():
+    num, of = 4000, MultiCategorical(SIZES)
+    outputs = np.random.default_rng(1).normal(size=(2, 8)).astype(np.float32)
+    rows = [np.repeat(x[:, None], num, axis=1) for x in (outputs, MASKS)]
+    noise = draw_noise(of, jax.random.split(jax.random.key(5), 2), num)
+    chosen = np.asarray(sample(of, *rows, noise))
+    p = np.exp(np.asarray(log_prob(of, *rows, chosen), np.float64))
+    for agent in range(2):
+        joint, index, counts = np.unique(chosen[agent], axis=0, return_index=True, return_counts=True)
+        share = p[agent][index]
+        assert len(joint) == (12, 2)[agent]
+        np.testing.assert_allclose(share.sum(), 1.0, atol=1e-5)
+        assert np.all(np.abs(counts - num * share) <= 1 + 4 * np.sqrt(num * share * (1 - share)))
+    greedy = np.asarray(sample(of, outputs, MASKS, np.zeros_like(outputs)))
+    np.testing.assert_array_equal(greedy[:, 1], 0)
+    np.testing.assert_array_equal(greedy[0, 2], outputs[0, 4:].argmax())
+    np.testing.assert_array_equal(greedy[1, 2], 2)
+
+
+def test_components_are_read_one_hot_and_equal_as_a_whole():
+    of, action = MultiCategorical(SIZES), jnp.array([[2, 0, 3], [0, 0, 3]])
+    np.testing.assert_array_equal(of.token(action), [[0, 0, 1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(of.equal(action, action.at[0, 0].set(0)), [False, True])
+
+
+def test_logits_may_be_added_later():
+    """As the kernel does it: to the bit what is masked at once, where nothing is legal, too."""
+    rng = np.random.default_rng(0)
+    logits, noise = (10 ** rng.uniform(-3, 4, (500, 4)) * rng.normal(size=(500, 4)) for _ in range(2))
+    logits, noise = (jnp.asarray(x, jnp.float32) for x in (logits, noise))
+    mask = jnp.asarray(rng.random((500, 4)) < 0.4)
+    chosen = np.argmax(add_logits(mask_noise(noise, mask), logits), axis=-1)
+    np.testing.assert_array_equal(chosen, sample(Categorical(4), logits, mask, noise))
+    assert not mask.any(axis=-1).all()
 
 
 def tanh_normal(std):
@@ -186,8 +272,8 @@ def test_the_density_integrates_to_one_and_samples_follow_it():
     share = area.reshape(cells, fine, -1).sum(axis=1)
     np.testing.assert_allclose(share.sum(axis=0), 1.0, atol=2e-3)
     kind = tanh_normal(STDS)
-    noise = draw_noise(kind, jax.random.key(2), num, len(STDS))
-    samples = np.asarray(choose(kind, *rows(MEANS, num), noise))
+    noise = draw_noise(kind, jax.random.key(2), num)
+    samples = np.asarray(sample(kind, *rows(MEANS, num), noise))
     for column, expected in zip(samples.T, share.T, strict=True):
         counts = np.histogram(column, edge[::fine])[0]
         assert np.all(np.abs(counts - num * expected) <= 8 + 4 * np.sqrt(num * expected))
@@ -203,8 +289,8 @@ def test_what_is_chosen_has_the_log_prob_of_its_noise():
     """log π(a) = Σ log N(ε) − log σ − log(1 − a²), sums over the components of one action."""
     kind = tanh_normal(STDS)
     out, mask = rows(MEANS, 1000)
-    noise = np.asarray(draw_noise(kind, jax.random.key(3), 1000, len(STDS)))
-    action = choose(kind, out, mask, noise)
+    noise = np.asarray(draw_noise(kind, jax.random.key(3), 1000))
+    action = sample(kind, out, mask, noise)
     x = out + STDS * noise.astype(np.float64)
     expected = stats.norm.logpdf(noise) - np.log(STDS) + 2 * np.log(np.cosh(x))
     np.testing.assert_allclose(action, np.tanh(x), atol=1e-6)
@@ -213,7 +299,7 @@ def test_what_is_chosen_has_the_log_prob_of_its_noise():
 
 def test_greedy_actions_are_tanh_of_the_mean():
     out, mask = rows(MEANS, 1)
-    np.testing.assert_allclose(choose(tanh_normal(STDS), out, mask, np.zeros_like(out)), np.tanh(out), rtol=1e-6)
+    np.testing.assert_allclose(sample(tanh_normal(STDS), out, mask, np.zeros_like(out)), np.tanh(out), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("std", "tolerance"), [(STDS, 2e-5), (np.full(6, 1.0), 2e-5), (np.full(6, 2.0), 3.2e-3)])
@@ -226,7 +312,7 @@ def test_entropy_is_the_integral(std, tolerance):
 def test_entropy_is_the_mean_of_minus_log_prob():
     """The same by Monte Carlo, with the kind's own samples and log-probabilities."""
     kind, (out, mask) = tanh_normal(STDS), rows(MEANS, 20_000)
-    action = choose(kind, out, mask, draw_noise(kind, jax.random.key(4), len(out), len(STDS)))
+    action = sample(kind, out, mask, draw_noise(kind, jax.random.key(4), len(out)))
     information = -np.asarray(log_prob(kind, out, mask, action), np.float64)
     deviation = information.mean() - float(entropy(kind, out[:1], mask[:1])[0])
     assert abs(deviation) < 4 * information.std() / np.sqrt(len(out))
@@ -237,7 +323,7 @@ def test_components_not_in_use_are_zero_and_count_for_nothing(what):
     """In value and in gradient, whatever the network puts out for them."""
     kind, used = tanh_normal(STDS), np.array([True, False, True, True, False, True])
     out, noise = np.where(used, MEANS, 1e4).astype(np.float32), np.linspace(-2, 2, 6).astype(np.float32)
-    action = np.asarray(choose(kind, out, used, noise))
+    action = np.asarray(sample(kind, out, used, noise))
     np.testing.assert_array_equal(action == 0.0, ~used)
     value, gradient, rest = {
         "log_prob": (log_prob, log_prob_gradient, [action]),
@@ -255,7 +341,7 @@ def test_components_not_in_use_are_zero_and_count_for_nothing(what):
 @pytest.mark.parametrize("std", [1e-3, 1.0, 20.0])
 def test_actions_at_the_limits_have_finite_log_probs_and_gradients(mean, std):
     kind, (out, mask) = tanh_normal([std] * 3), rows([mean] * 3, 1)
-    action = choose(kind, out, mask, np.array([[-40.0, 0.0, 40.0]], np.float32))
+    action = sample(kind, out, mask, np.array([[-40.0, 0.0, 40.0]], np.float32))
     assert np.all(np.abs(action) <= LARGEST)
     numbers = (
         *(log_prob(kind, out, mask, action), log_prob_gradient(kind, out, mask, action)),
@@ -268,5 +354,5 @@ def test_an_action_close_to_one_still_says_where_it_came_from():
     """d log N(x; μ, 1) / dμ is x at μ = 0, up to the limit: no gradient explodes there."""
     x = np.array([2.0, 5.0, 7.0, -7.0], np.float32)
     kind, (out, mask) = tanh_normal(np.ones(4)), rows(np.zeros(4), 1)
-    _, slope = log_prob_gradient(kind, out, mask, choose(kind, out, mask, x[None]))
+    _, slope = log_prob_gradient(kind, out, mask, sample(kind, out, mask, x[None]))
     np.testing.assert_allclose(slope[0], x, rtol=0.05)

@@ -1,6 +1,7 @@
 """Acting as the fixed point of whole passes: the same actions as one after another, however agents heed each other."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
-from mam.networks.actions import Categorical, make_action_kind
+from mam.networks.actions import Categorical, make_distribution
 from mam.networks.decoder import ActionEmbedding, Context, Decoder
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import families_of
@@ -25,12 +26,11 @@ SEQUENTIAL = Decoding()
 WHOLE, WINDOWS, GIVEN_UP = (Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)])
 MORE = [Decoding("fixed_point", *limits) for limits in [(1, None), (9, None), (None, 1), (None, 2), (4, 3)]]
 KERNEL = Decoding("kernel")  # where there is no CUDA, the loop
-KINDS = {"discrete": False, "continuous": True}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (3, 1)}}
 
 
-def make_spec(kind, num_actions=A):
-    return EnvSpec("suite/task", N, O, num_actions, time_limit=None, continuous=KINDS[kind])
+def make_spec(kind):
+    return EnvSpec("suite/task", N, O, A, time_limit=None, **KINDS[kind])
 
 
 def randomise(build, seed=0):
@@ -46,7 +46,7 @@ def randomise(build, seed=0):
 
 def make_decoder(letters, kind):
     layout = families_of(letters, "layout")
-    return randomise(lambda key: Decoder(make_spec(kind), layout, layout, SIZES, key=key))
+    return randomise(lambda key: Decoder(make_distribution(make_spec(kind)), layout, layout, SIZES, key=key))
 
 
 def make_inputs(decoder, kind, batch, seed=0):
@@ -54,7 +54,7 @@ def make_inputs(decoder, kind, batch, seed=0):
     rng = np.random.default_rng(seed)
     mask = rng.random((*batch, N, A)) < 0.8
     mask[..., 1] |= ~mask.any(-1)
-    noise = rng.normal(size=mask.shape) if kind.startswith("c") else rng.gumbel(size=mask.shape)
+    noise = rng.normal(size=mask.shape) if kind == "continuous" else rng.gumbel(size=mask.shape)
     obs_rep = jnp.asarray(rng.normal(size=(*batch, N, SIZES.d_model)), decoder.embed.table.dtype)
     return obs_rep, jnp.asarray(mask), jnp.asarray(noise, obs_rep.dtype)
 
@@ -63,19 +63,23 @@ def make_inputs(decoder, kind, batch, seed=0):
 def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
     """One after another and in other ways, and what the decoder puts out if taught the former's actions."""
     ahead = Ahead(context=decoder.read(obs_rep), mask=mask, noise=noise)
-    action_kind = make_action_kind(make_spec(kind))
-    sequential, *others = (decide(decoder, action_kind, ahead, decoding) for decoding in (SEQUENTIAL, *decodings))
-    return sequential, others, decoder(sequential.action, obs_rep)
+    distribution = make_distribution(make_spec(kind))
+    sequential, *others = (decide(decoder, distribution, ahead, decoding) for decoding in (SEQUENTIAL, *decodings))
+    chosen = distribution.sample_from_noise(sequential.out, mask, noise)
+    return sequential, others, decoder(distribution.token(sequential.action), obs_rep), chosen
 
 
-@pytest.mark.parametrize("layout", ["M", "A", "2", "AM2"])
-@every_kind
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [*itertools.product(["M", "A", "2", "AM2"], ["discrete", "continuous"]), ("M", "components")],
+)
 def test_all_ways_lead_to_the_same_actions(layout, kind):
     decodings = (WHOLE, WINDOWS, GIVEN_UP, *([*MORE, KERNEL] if (layout, kind) == ("A", "discrete") else ()))
     with jax.enable_x64(True):
         decoder = make_decoder(layout, kind)
         results = all_ways(decoder, *make_inputs(decoder, kind, (B,)), kind=kind, decodings=decodings)
-        sequential, others, taught = jax.device_get(results)
+        sequential, others, taught, chosen = jax.device_get(results)
+    np.testing.assert_allclose(sequential.action, chosen, atol=1e-10)
     np.testing.assert_allclose(sequential.out, taught, rtol=1e-10, atol=1e-10)
     np.testing.assert_array_equal(sequential.passes, 1.0)
     passes = {}
@@ -97,7 +101,7 @@ def test_in_single_precision_only_ties_are_decided_otherwise(letters):
     decoder = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_decoder(letters, "discrete"))
     _, mask, noise = inputs = make_inputs(decoder, "discrete", (20_000 // N + 1,))
     results = all_ways(decoder, *inputs, kind="discrete", decodings=(WINDOWS,))
-    sequential, (decision,), _ = jax.device_get(results)
+    sequential, (decision,), *_ = jax.device_get(results)
     differs = decision.action != sequential.action
     assert differs.size >= 20_000
     assert differs.mean() <= 1e-4
@@ -111,7 +115,7 @@ class Alternating(Decoder):
     """Whoever reads an action takes the other one, and the first agent takes action 0."""
 
     def __init__(self):
-        self.embed = randomise(lambda key: ActionEmbedding(make_spec("discrete", num_actions=2), 1, key=key))
+        self.embed = randomise(lambda key: ActionEmbedding(Categorical(2), 1, key=key))
         self.blocks, self.head, self.remat = (), None, False
 
     def init_state(self, num_agents, batch, dtype):
@@ -148,7 +152,7 @@ def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passe
         noise=jnp.broadcast_to(jnp.asarray([0.0, 0.1]), (1, N, 2)),  # so the first guess is action 1
     )
     decoding = Decoding("fixed_point", window, max_passes)
-    decision = jax.jit(lambda ahead: decide(decoder, Categorical(), ahead, decoding), compiler_options=QUICK)(ahead)
+    decision = jax.jit(lambda ahead: decide(decoder, Categorical(2), ahead, decoding), compiler_options=QUICK)(ahead)
     np.testing.assert_array_equal(decision.action[0], np.arange(N) % 2)
     np.testing.assert_array_equal(decision.passes, passes)
 
@@ -164,7 +168,7 @@ def make(name, kind, decoding, seed=1):
     name, sizes = POLICIES[name]
     policy = randomise(lambda key: make_policy(name, make_spec(kind), sizes, decoding, key=key), seed)
     # Means near zero: at the limits of continuous actions log-probabilities are hardly determined.
-    shrink = 0.1 if KINDS[kind] else 1.0
+    shrink = 0.1 if kind == "continuous" else 1.0
     return eqx.tree_at(lambda p: p.decoder.head.out.weight, policy, shrink * policy.decoder.head.out.weight)
 
 

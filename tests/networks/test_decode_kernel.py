@@ -9,12 +9,11 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from mam.config import NetworkConfig
-from mam.networks.actions import Categorical
+from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import families_of
-from mam.types import EnvSpec
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
 IGNORE_DEPRECATION = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.11
@@ -23,14 +22,19 @@ SIZES = NetworkConfig(d_model=16, d_state=4, head_dim=16)
 FAST = NetworkConfig(d_model=64, d_state=16)
 
 
-def make_spec(num_actions, continuous=False):
-    return EnvSpec("suite/task", 3, 5, num_actions, time_limit=None, continuous=continuous)
+DECLINED = pytest.mark.parametrize(
+    ("letters", "sizes", "distribution"),
+    [
+        *((letters, SIZES, Categorical(5)) for letters in ("A", "MA")),
+        ("M", NetworkConfig(d_model=24), Categorical(5)),
+        *(("M", SIZES, distribution) for distribution in (TanhNormal(5), MultiCategorical((3, 2)))),
+    ],
+)
 
 
-def make_shapes(letters, sizes, num_actions=5, continuous=False, cross=None):
+def make_shapes(letters, sizes, distribution=Categorical(5), cross=None):  # noqa: B008 (frozen)
     layout, cross_layout = (families_of(names, "layout") for names in (letters, cross or letters))
-    spec = make_spec(num_actions, continuous)
-    return jax.eval_shape(lambda key: Decoder(spec, layout, cross_layout, sizes, key=key), jax.random.key(0))
+    return jax.eval_shape(lambda key: Decoder(distribution, layout, cross_layout, sizes, key=key), jax.random.key(0))
 
 
 def make_decoder(letters, sizes, num_actions=5, seed=0):
@@ -41,7 +45,7 @@ def make_decoder(letters, sizes, num_actions=5, seed=0):
         spread = 1.5 * leaf.shape[0] ** -0.5 if leaf.ndim > 1 and path[-1].name != "A_log" else 0.4
         return jnp.asarray(rng.normal(path[-1].name == "scale", spread, leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, make_shapes(letters, sizes, num_actions))
+    return jax.tree_util.tree_map_with_path(draw, make_shapes(letters, sizes, Categorical(num_actions)))
 
 
 def make_inputs(sizes, num_agents, num_actions, batch, seed=0):
@@ -58,7 +62,7 @@ def look_ahead(decoder, obs_rep, mask, noise):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def loop(decoder, obs_rep, mask, noise):
-    decision = decide(decoder, Categorical(), look_ahead(decoder, obs_rep, mask, noise), Decoding())
+    decision = decide(decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding())
     return decision.action, decision.out
 
 
@@ -87,6 +91,7 @@ def test_equals_the_loop(letters, sizes, num_agents, num_actions, batch, num_env
     expected_action, expected_out = loop(decoder, *inputs)
     assert action.dtype == jnp.int32
     np.testing.assert_array_equal(action, expected_action)
+    np.testing.assert_array_equal(action, Categorical(num_actions).sample_from_noise(out, *inputs[1:]))
     np.testing.assert_allclose(out, expected_out, rtol=1e-4, atol=1e-4)  # rounding, over all agents before
     assert num_agents == 1 or np.std(out) > 0.5
 
@@ -136,10 +141,7 @@ def test_lowers_for_a_gpu(letters, sizes, num_agents, batch):
     assert "triton" in text
 
 
-@pytest.mark.parametrize(
-    ("letters", "sizes", "continuous"),
-    [("A", SIZES, False), ("MA", SIZES, False), ("M", SIZES, True), ("M", NetworkConfig(d_model=24), False)],
-)
-def test_what_it_does_not_take(letters, sizes, continuous):
-    assert not kernel_supports(make_shapes(letters, sizes, continuous=continuous))
+@DECLINED
+def test_what_it_does_not_take(letters, sizes, distribution):
+    assert not kernel_supports(make_shapes(letters, sizes, distribution))
     assert kernel_supports(make_shapes("M", FAST))

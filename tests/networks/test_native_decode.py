@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decode_kernel import FAST, SIZES, look_ahead, make_decoder, make_inputs, make_shapes
+from test_decode_kernel import DECLINED, FAST, SIZES, look_ahead, make_decoder, make_inputs, make_shapes
 
 from mam.config import NetworkConfig
 from mam.kernels.native.library import without_native
@@ -28,7 +28,9 @@ def native(decoder, obs_rep, mask, noise):
 
 @functools.partial(jax.jit, static_argnames=("method",), compiler_options=QUICK)
 def decided(decoder, obs_rep, mask, noise, *, method="sequential"):
-    decision = decide(decoder, Categorical(), look_ahead(decoder, obs_rep, mask, noise), Decoding(method))
+    decision = decide(
+        decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding(method)
+    )
     return decision.action, decision.out
 
 
@@ -58,8 +60,9 @@ def assert_same(actual, expected):
 def test_equals_the_loop(letters, sizes, num_agents, num_actions, batch):
     decoder = make_decoder(letters, sizes, num_actions)
     inputs = make_inputs(sizes, num_agents, num_actions, batch)
-    expected = loop(decoder, *inputs)
-    assert_same(native(decoder, *inputs), expected)
+    actual, expected = native(decoder, *inputs), loop(decoder, *inputs)
+    assert_same(actual, expected)
+    np.testing.assert_array_equal(actual[0], Categorical(num_actions).sample_from_noise(actual[1], *inputs[1:]))
     assert num_agents == 1 or np.std(expected[1]) > 0.5
 
 
@@ -105,12 +108,9 @@ def ahead_of(sizes, num_actions=5, dtype=jnp.float32):
     return Ahead(context=Context(obs_rep=obs_rep, blocks=()), mask=noise == 0, noise=noise)
 
 
-@pytest.mark.parametrize(
-    ("letters", "sizes", "continuous"),
-    [("A", SIZES, False), ("MA", SIZES, False), ("M", SIZES, True), ("M", NetworkConfig(d_model=24), False)],
-)
-def test_what_it_does_not_take(letters, sizes, continuous):
-    assert not native_supports(make_shapes(letters, sizes, continuous=continuous), ahead_of(sizes))
+@DECLINED
+def test_what_it_does_not_take(letters, sizes, distribution):
+    assert not native_supports(make_shapes(letters, sizes, distribution), ahead_of(sizes))
     assert native_supports(make_shapes("M", FAST), ahead_of(FAST))
     assert not native_supports(make_shapes("M", FAST), ahead_of(FAST, dtype=jnp.bfloat16))
 

@@ -272,7 +272,8 @@ def test_half_precision_is_that_of_activations_alone(layout):
         encoded = policy.encode(policy.embed(obs), obs.alive, jnp.asarray(ORDER))
         context = policy.decoder.read(encoded.obs_rep)
         state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
-        embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(policy.decoder.embed.previous(make_action(obs)))
+        read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
+        embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(read)
         after, out = policy.decoder.extend(state, embedded, context)
         return {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)}, state, after
 

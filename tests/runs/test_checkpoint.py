@@ -74,6 +74,19 @@ def test_round_trip_is_exact(tmp_path):
     assert found.meta == meta
 
 
+class Now(eqx.Module):
+    distribution: Layer
+
+
+class Before(eqx.Module):
+    kind: Layer
+
+
+def test_saves_from_before_a_part_was_renamed_are_read(tmp_path):
+    layer = Layer(jnp.arange(3.0))
+    assert_same(save(tmp_path, {"policy": Before(layer)}).restore({"policy": Now(layer)}), {"policy": Now(layer)})
+
+
 def test_restores_into_shapes_alone(tmp_path):
     state = {"key": jax.random.key(3), "w": jnp.ones((2, 2)), "none": jnp.zeros((0,))}
     assert_same(save(tmp_path, state).restore(jax.eval_shape(lambda: state)), state)

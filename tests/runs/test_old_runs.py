@@ -3,8 +3,10 @@
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import mam
 from mam.cli import main as cli
 from mam.runs.loop import RunFolder
 from mam.study.report.collect import read_run
@@ -28,6 +30,12 @@ def test_it_plays_and_goes_on(run, capsys):
     assert after[: len(before) - 1] == before[:-1]  # all but the absolute metric, which the end of a run adds
     assert RunFolder(run).records()[-1].step_count == 160
     assert {path.name for path in (run / "checkpoint" / "2").iterdir()} == {"arrays.safetensors", "manifest.json"}
+
+
+def test_its_policy_loads_by_way_of_its_environment(run):
+    policy = mam.load(run, greedy=True)
+    actions = policy.act(np.zeros((3, policy.spec.num_agents, policy.spec.obs_dim)))
+    assert actions.shape == (3, policy.spec.num_agents)
 
 
 def test_it_stands_in_reports(run):

@@ -53,6 +53,15 @@ def test_a_command_imports_nothing_that_only_a_folder_names(folder, capsys, comm
     assert not (folder / "imported").exists()
 
 
+@pytest.mark.parametrize("command", [["plan"], ["train"], ["sweep"]], ids=" ".join)
+def test_settings_of_a_folder_are_no_users_word(folder, capsys, command):
+    assert cli.main([*command, "--config", "run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    agree = "--env stranger:make or --trust" if command == ["train"] else "--env stranger:make"
+    assert line.endswith(f"'stranger:make', which is code to import and run: if you trust it, add {agree}")
+    assert not (folder / "imported").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 @pytest.mark.parametrize("word", [["--trust"], ["--env", "stranger:make"], ["--env=stranger:make"]], ids=" ".join)
 def test_the_users_word_imports_it_and_what_it_returns_has_to_be_an_environment(folder, capsys, command, word):

@@ -63,7 +63,7 @@ def write_episode(run):
 
 def serve(root, *options):
     """Starts the command; returns the process and what it says first."""
-    command = [sys.executable, "-m", "mam.cli", "dashboard", str(root), *options]
+    command = [sys.executable, "-m", "mam", "dashboard", str(root), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return process, process.stdout.readline()
 

@@ -96,7 +96,7 @@ def test_an_episode_is_played_in_a_process_of_its_own(run, monkeypatch, tmp_path
     path, said = played(run, monkeypatch, tmp_path, 'echo "$@"; echo "on $JAX_PLATFORMS"')
     out = run.path / "replays" / "seed2-greedy-7.gif"
     assert path == out.with_suffix(".json")
-    assert said == [f"-m mam.cli play {run.path} --out {out} --seed 7 --policy-seed 2 --greedy", "on cpu"]
+    assert said == [f"-m mam play {run.path} --out {out} --seed 7 --policy-seed 2 --greedy", "on cpu"]
 
 
 def test_what_goes_wrong_is_the_last_line(run, monkeypatch, tmp_path):

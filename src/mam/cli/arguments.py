@@ -52,7 +52,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
 def _description(kind: type) -> str:
     """What the command does and, where a network is chosen, of which mixers, and what each of them reads."""
     text = inspect.getdoc(kind) or ""
-    if not any(flag.startswith("--network.") for flag in _flags(kind)):
+    if not any(flag.startswith("--network.") for flag in known_flags(kind)):
         return text
     mixers = (
         f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}" for family in MIXERS.values()
@@ -66,7 +66,7 @@ def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:
     Returns:
         The arguments, with whole numbers such as 1e6 written out.
     """
-    flags, checked = _flags(kind), list(args)
+    flags, checked = known_flags(kind), list(args)
     for index, arg in enumerate(args):
         if not _is_flag(arg) or arg in ("-h", "--help"):
             continue
@@ -124,8 +124,8 @@ def _check_value(name: str, value: str, expected: Any) -> None:
     raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")
 
 
-def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Every `--flag` of a dataclass, nested ones included, with the type of its value."""
+def known_flags(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every `--flag` of a dataclass, nested ones included, with the type of its value."""
     flags: dict[str, Any] = {}
     hints = typing.get_type_hints(kind, include_extras=True)
     for item in dataclasses.fields(kind):
@@ -136,7 +136,7 @@ def _flags(kind: Any, prefix: str = "") -> dict[str, Any]:
         name = name.replace("_", "-")
         if dataclasses.is_dataclass(expected):
             # A configuration's fields stand on their own; its groups put their name in front.
-            flags |= _flags(expected, prefix if expected is Config else f"{prefix}{name}.")
+            flags |= known_flags(expected, prefix if expected is Config else f"{prefix}{name}.")
         else:
             flags[f"--{prefix}{name}"] = expected
             if expected is bool:

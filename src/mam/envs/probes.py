@@ -1,17 +1,19 @@
 """Tiny tasks with a known best score: each fails for one reason only, so a score says what is broken.
 
-    task      what it takes                               optimal_return     random_return    ends by
-    identity  acting on one's own observation             T                  T / A            truncation
-    copy      knowing what earlier agents just chose      (T−1)(1 − 1/A)     optimal / A      truncation
-    matrix    coordinating on the better of two optima    1                  see the class    termination
-    memory    carrying a cue across environment steps     1                  1 / A            termination
-    target    a continuous action per agent               T                  T / 3            truncation
+    task        what it takes                               optimal_return     random_return    ends by
+    identity    acting on one's own observation             T                  T / A            truncation
+    copy        knowing what earlier agents just chose      (T−1)(1 − 1/A)     optimal / A      truncation
+    matrix      coordinating on the better of two optima    1                  see the class    termination
+    memory      carrying a cue across environment steps     1                  1 / A            termination
+    target      a continuous action per agent               T                  T / 3            truncation
+    components  several choices per agent at once           T                  T / Π sizes      truncation
 
 T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on average.
 All actions are legal and all agents alive.
 """
 
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +29,7 @@ from mam.types import Environment, EnvSpec, EnvState, Observation, TimeStep
 class CueState(eqx.Module):
     """What each agent is to answer, and how far the episode has come."""
 
-    cue: Int[Array, "N"]
+    cue: Int[Array, "N"] | Int[Array, "N K"]
     step_count: Int[Array, ""]
 
 
@@ -36,7 +38,6 @@ class Probe(Environment, abc.ABC):
     """What the probes share."""
 
     num_agents: int
-    num_actions: int
 
     @property
     @abc.abstractmethod
@@ -49,10 +50,10 @@ class Probe(Environment, abc.ABC):
         """Expected return of uniformly random actions."""
 
     def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
-        return jax.random.randint(key, (self.num_agents,), 0, self.num_actions)
+        return jax.random.randint(key, (self.num_agents,), 0, self.spec.num_actions)
 
     def _observe(self, view: Float[Array, "N O"]) -> Observation:
-        action_mask = jnp.ones((self.num_agents, self.num_actions), bool)
+        action_mask = jnp.ones((self.num_agents, self.spec.num_actions), bool)
         return Observation(view, action_mask, alive=jnp.ones(self.num_agents, bool))
 
     def _blank(self) -> Observation:
@@ -283,12 +284,55 @@ class Target(Probe):
         return jax.random.uniform(key, (self.num_agents, self.num_actions), minval=-1.0, maxval=1.0)
 
 
+@dataclass(frozen=True)
+class Components(Probe):
+    """`Identity` with several choices at once: every agent sees a cue for each component of its action.
+
+    The reward is the fraction of agents that answer all of theirs, so a component that is mixed up with another, or
+    left to chance, costs its share.
+    """
+
+    num_agents: int = 3
+    sizes: tuple[int, ...] = (3, 2)
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        sizes = (self.num_agents, sum(self.sizes), sum(self.sizes), self.time_limit)
+        return EnvSpec("probe/components", *sizes, action_components=self.sizes)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        return self.time_limit / math.prod(self.sizes)
+
+    def reset(self, key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._view(state))
+
+    def step(self, state: CueState, action: Int[Array, "N K"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+        reward = (action == state.cue).all(axis=-1).mean()
+        state = CueState(self._draw_cue(key), state.step_count + 1)
+        return state, transition(self._view(state), reward, truncated=state.step_count >= self.time_limit)
+
+    def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N K"]:
+        return jax.random.randint(key, (self.num_agents, len(self.sizes)), 0, jnp.array(self.sizes))
+
+    def _view(self, state: CueState) -> Observation:
+        cues = [jax.nn.one_hot(state.cue[:, k], size) for k, size in enumerate(self.sizes)]
+        return self._observe(jnp.concatenate(cues, axis=1))
+
+
 PROBES: dict[str, Callable[[], Probe]] = {
     "identity": Identity,
     "copy": Copy,
     "matrix": Matrix,
     "memory": Memory,
     "target": Target,
+    "components": Components,
 }
 
 

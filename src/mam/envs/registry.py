@@ -92,6 +92,29 @@ def make_host(
     return HostPool(name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits)
 
 
+def make_env(
+    name: str, num_envs: int | None = None, *, agent_id: IdEncoding = "one_hot"
+) -> Environment | AutoReset | HostEnvironments:
+    """Make an environment whose agents see who they are.
+
+    Args:
+        name: as for `make` or `make_host`.
+        num_envs: environments side by side that reset themselves; if None a single one that does not or, of those
+            that JAX does not step, a batch of one.
+        agent_id: how agents see who they are; see `AgentId`.
+
+    Returns:
+        An environment in JAX, whose `reset` and `step` are pure functions; of any other, worker processes, which
+        `close` ends.
+
+    Raises:
+        UserError: the name is unknown, or the suite is not installed.
+    """
+    if lives_on_host(name):
+        return make_host(name, num_envs or 1, agent_id)
+    return make(name, agent_id) if num_envs is None else make_batched(name, num_envs, agent_id)
+
+
 _FOREIGN = {
     "gym": " of gym, which has one agent",
     "gymnasium": " of Gymnasium, which has one agent",

@@ -42,7 +42,7 @@ MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "wal
 OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
-PROBE_TASKS = ("identity", "copy", "matrix", "memory", "target")
+PROBE_TASKS = ("identity", "copy", "matrix", "memory", "target", "components")
 
 
 @dataclass(frozen=True)

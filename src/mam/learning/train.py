@@ -241,6 +241,20 @@ def watched(policy: Policy) -> list[str]:
     return [*parameters, *ROLLOUT_NAMES, *statistics, *update_names(whole.network)]
 
 
+def init_policy(config: Config, spec: EnvSpec, *, key: Key[Array, ""]) -> Policy:
+    """Draw the first weights of a run's policy; what it decides depends on nothing else of the environment."""
+    decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
+    network = make_policy(config.policy, spec, config.network, decoding, key=key)
+    return with_statistics(network, config, spec)
+
+
+def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:
+    """Return a network with the normalisation that the configuration asks for."""
+    running, values = config.network.observation_norm == "running", config.ppo.normalise_value
+    statistics = Statistics.init(spec, observations=running, values=values)
+    return simplified(NormalisedPolicy(network, statistics))
+
+
 @dataclass(frozen=True)
 class Learner:
     """What training does besides acting, for one seed: the same wherever the environments live."""
@@ -257,13 +271,11 @@ class Learner:
     def init(self, seed: Int[Array, ""], start: Callable[[Policy, Key[Array, ""]], Any]) -> TrainState:
         """Return a fresh state; `start` makes the carry of experience."""
         config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
-        decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
-        network = make_policy(config.policy, self.spec, config.network, decoding, key=policy_key)
-        policy = self.around(network)
+        policy = init_policy(config, self.spec, key=policy_key)
         never = jnp.array(-jnp.inf, jnp.float32)
         return TrainState(
             policy=policy,
-            opt_state=self.optimiser.init(cast(Any, network)),
+            opt_state=self.optimiser.init(cast(Any, as_normalised(policy).network)),
             actors=start(policy, env_key),
             best_policy=policy,
             best_return=never,
@@ -271,12 +283,6 @@ class Learner:
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
         )
-
-    def around(self, network: Policy) -> Policy:
-        """A network with the normalisation that the configuration asks for."""
-        observations, values = self.config.network.observation_norm == "running", self.config.ppo.normalise_value
-        statistics = Statistics.init(self.spec, observations=observations, values=values)
-        return simplified(NormalisedPolicy(network, statistics))
 
     def learn(self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]) -> tuple[TrainState, Values]:
         """Learn from a rollout [T, B, …], after which experience goes on from `carry`."""

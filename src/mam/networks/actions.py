@@ -1,10 +1,13 @@
-"""How agents act, given what a network put out: one of several choices, or a vector of real numbers.
+"""Distributions over one agent's actions: one choice, several choices, or a vector of real numbers.
 
-The one place where masks apply: an illegal choice has probability zero, a component not in use is zero and
-counts for nothing. Both kinds draw from noise that is handed to them, so that noise can belong to the agent.
+A distribution owns every shape that depends on the kind of action: what the network puts out for it, the noise it is
+sampled from, and what later agents read of it. Masks apply here alone: an illegal choice has probability zero, a
+component that is not in use is zero and counts for nothing. Noise is handed in, so that it can belong to the agent.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -17,62 +20,160 @@ from mam.types import AgentAction, EnvSpec
 ILLEGAL = -1e9  # exp(ILLEGAL − any logit) is exactly zero, and unlike −inf it has a gradient
 LARGEST = 1 - 1e-6  # of a continuous action's components, where atanh is still finite and sensible
 
+Token = Int[Array, "..."] | Float[Array, "... _"]  # an index, or features
+
 
 @runtime_checkable
-class ActionKind(Protocol):
-    """A distribution over one agent's actions, for any leading axes. `out` and `mask` are [*batch, A]."""
+class ActionDistribution(Protocol):
+    """A distribution over one agent's actions, for any leading axes.
 
-    def noise(self, key: Key[Array, ""], num_actions: int) -> Float[Array, "A"]:
-        """What makes `choose` a random sample; with zeros it takes the mode."""
+    `outputs` are the network's, [*batch, num_outputs]; `mask` is [*batch, A]; an action is [*batch], or [*batch, K] or
+    [*batch, A] where it has components.
+    """
+
+    indexed: ClassVar[bool]  # tokens are one-hot, and therefore given as indices
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers that the network puts out for an agent."""
         ...
 
-    def choose(
-        self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+    @property
+    def token_dim(self) -> int:
+        """Features of a token."""
+        ...
+
+    def token(self, action: AgentAction) -> Token:
+        """Returns what a decoder embeds of an action: features [*batch, token_dim], or indices [*batch]."""
+        ...
+
+    def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "..."]:
+        """Draws what makes `sample_from_noise` a random sample."""
+        ...
+
+    def sample_from_noise(
+        self,
+        outputs: Float[Array, "*batch P"],
+        mask: Bool[Array, "*batch A"],
+        noise: Float[Array, "*batch Z"],
     ) -> AgentAction:
-        """An action: [*batch] or, if continuous, [*batch, A]."""
+        """Returns the action that the noise leads to; the mode for zeros."""
         ...
 
-    def same(self, one: AgentAction, other: AgentAction) -> Bool[Array, "*batch"]:
-        """Whether they are equal, up to rounding."""
+    def equal(self, one: AgentAction, other: AgentAction) -> Bool[Array, "*batch"]:
+        """Returns whether actions are the same, up to rounding."""
         ...
 
-    def log_prob(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: AgentAction) -> Array:
-        """Its log-probability (density), [*batch]."""
+    def log_prob(
+        self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"], action: AgentAction
+    ) -> Float[Array, "*batch"]:
+        """Returns the log-probability (density) of an action."""
         ...
 
-    def entropy(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
-        """In nats."""
+    def entropy(self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        """Returns the entropy, in nats."""
         ...
+
+
+def mask_logits(logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+    """Returns logits of which the illegal ones are `ILLEGAL`: the rule by which every decoder masks."""
+    return jnp.where(mask, logits, ILLEGAL)
+
+
+def mask_noise(noise: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+    """Returns the scores of choices apart from their logits, for a decoder that adds these later, by `add_logits`."""
+    return mask_logits(jnp.zeros_like(noise), mask) + noise
+
+
+def add_logits(scores: Float[Array, "..."], logits: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns mask_logits(logits, mask) + noise, given mask_noise(noise, mask)."""
+    return jnp.where(scores > ILLEGAL / 2, logits + scores, scores)
 
 
 class Categorical(eqx.Module):
     """One of A choices; the network's outputs are logits."""
 
-    def noise(self, key: Key[Array, ""], num_actions: int) -> Float[Array, "A"]:
-        """Gumbel noise: argmax(logits + noise) is a sample from softmax(logits)."""
-        return jax.random.gumbel(key, (num_actions,))
+    num_outputs: int = eqx.field(static=True)
+    indexed: ClassVar[bool] = True
 
-    def choose(
-        self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+    @property
+    def token_dim(self) -> int:
+        return self.num_outputs
+
+    def token(self, action: Int[Array, "*batch"]) -> Int[Array, "*batch"]:
+        return action
+
+    def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "A"]:
+        """Draws Gumbel noise: argmax(logits + noise) is a sample from softmax(logits)."""
+        return jax.random.gumbel(key, (self.num_outputs,))
+
+    def sample_from_noise(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
     ) -> Int[Array, "*batch"]:
-        return jnp.argmax(_legal(out, mask) + noise, axis=-1).astype(jnp.int32)
+        return jnp.argmax(mask_logits(outputs, mask) + noise, axis=-1).astype(jnp.int32)
 
-    def same(self, one: Int[Array, "*batch"], other: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    def equal(self, one: Int[Array, "*batch"], other: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
         return one == other
 
     def log_prob(
-        self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch"]
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch"]
     ) -> Float[Array, "*batch"]:
-        return jnp.take_along_axis(jax.nn.log_softmax(_legal(out, mask)), action[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(jax.nn.log_softmax(mask_logits(outputs, mask)), action[..., None], axis=-1)[..., 0]
 
-    def entropy(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
-        """An illegal action contributes nothing, in value and in gradient."""
-        log_probs = jax.nn.log_softmax(_legal(out, mask))
+    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        """Returns the entropy; an illegal action contributes nothing, in value and in gradient."""
+        log_probs = jax.nn.log_softmax(mask_logits(outputs, mask))
         return -jnp.sum(jnp.where(mask, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
 
 
-def _legal(logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch A"]:
-    return jnp.where(mask, logits, ILLEGAL)
+class MultiCategorical(eqx.Module):
+    """One choice in each of K components, which are independent; the network's outputs are their logits side by side.
+
+    log π(a) = Σ_k log π_k(a_k),  H(π) = Σ_k H(π_k),  each π_k a `Categorical` over its part of outputs and mask
+    """
+
+    sizes: tuple[int, ...] = eqx.field(static=True)  # choices of each component; Σ sizes = A
+    indexed: ClassVar[bool] = False
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def token_dim(self) -> int:
+        return self.num_outputs
+
+    def token(self, action: Int[Array, "*batch K"]) -> Float[Array, "*batch A"]:
+        """Returns one-hot choices, side by side."""
+        return jnp.concatenate([jax.nn.one_hot(action[..., k], size) for k, size in enumerate(self.sizes)], axis=-1)
+
+    def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "A"]:
+        return jax.random.gumbel(key, (self.num_outputs,))
+
+    def sample_from_noise(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+    ) -> Int[Array, "*batch K"]:
+        choices = [one.sample_from_noise(*parts) for one, *parts in self._components(outputs, mask, noise)]
+        return jnp.stack(choices, axis=-1)
+
+    def equal(self, one: Int[Array, "*batch K"], other: Int[Array, "*batch K"]) -> Bool[Array, "*batch"]:
+        return jnp.all(one == other, axis=-1)
+
+    def log_prob(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch K"]
+    ) -> Float[Array, "*batch"]:
+        components = enumerate(self._components(outputs, mask))
+        log_probs = [one.log_prob(*parts, action[..., k]) for k, (one, *parts) in components]
+        return jnp.sum(jnp.stack(log_probs, axis=-1), axis=-1)
+
+    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+        entropies = [one.entropy(*parts) for one, *parts in self._components(outputs, mask)]
+        return jnp.sum(jnp.stack(entropies, axis=-1), axis=-1)
+
+    def _components(self, *arrays: Array) -> Iterator[tuple]:
+        """Yields each component's distribution and its part of every array."""
+        for size, stop in zip(self.sizes, accumulate(self.sizes), strict=True):
+            yield Categorical(size), *(x[..., stop - size : stop] for x in arrays)
 
 
 # Nodes and weights of ∫ f(x) N(x; 0, 1) dx ≈ Σ w f(x): exact for polynomials up to degree 31.
@@ -93,32 +194,44 @@ class TanhNormal(eqx.Module):
     """
 
     log_std: Float[Array, "A"]
+    indexed: ClassVar[bool] = False
 
     def __init__(self, num_actions: int):
         self.log_std = jnp.zeros(num_actions)
 
-    def noise(self, key: Key[Array, ""], num_actions: int) -> Float[Array, "A"]:
-        return jax.random.normal(key, (num_actions,))
+    @property
+    def num_outputs(self) -> int:
+        return self.log_std.shape[-1]
 
-    def choose(
-        self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+    @property
+    def token_dim(self) -> int:
+        return self.num_outputs
+
+    def token(self, action: Float[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+        return action
+
+    def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "A"]:
+        return jax.random.normal(key, (self.num_outputs,))
+
+    def sample_from_noise(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
     ) -> Float[Array, "*batch A"]:
-        action = jnp.tanh(out + jax.nn.softplus(self.log_std) * noise)
+        action = jnp.tanh(outputs + jax.nn.softplus(self.log_std) * noise)
         return jnp.where(mask, jnp.clip(action, -LARGEST, LARGEST), 0.0)
 
-    def same(self, one: Float[Array, "*batch A"], other: Float[Array, "*batch A"]) -> Bool[Array, "*batch"]:
+    def equal(self, one: Float[Array, "*batch A"], other: Float[Array, "*batch A"]) -> Bool[Array, "*batch"]:
         return jnp.all(jnp.abs(one - other) <= 8 * jnp.finfo(one.dtype).eps, axis=-1)
 
     def log_prob(
-        self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Float[Array, "*batch A"]
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Float[Array, "*batch A"]
     ) -> Float[Array, "*batch"]:
         std, x = jax.nn.softplus(self.log_std), jnp.arctanh(action)
-        log_normal = -0.5 * jnp.square((x - out) / std) - jnp.log(std) - 0.5 * jnp.log(2 * jnp.pi)
+        log_normal = -0.5 * jnp.square((x - outputs) / std) - jnp.log(std) - 0.5 * jnp.log(2 * jnp.pi)
         return jnp.sum(jnp.where(mask, log_normal - _log_slope(x), 0.0), axis=-1)
 
-    def entropy(self, out: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
         std = jax.nn.softplus(self.log_std)
-        log_slope = _log_slope(out[..., None] + std[:, None] * _NODES) @ _WEIGHTS
+        log_slope = _log_slope(outputs[..., None] + std[:, None] * _NODES) @ _WEIGHTS
         entropy = 0.5 * jnp.log(2 * jnp.pi * jnp.e * jnp.square(std)) + log_slope
         return jnp.sum(jnp.where(mask, entropy, 0.0), axis=-1)
 
@@ -128,16 +241,21 @@ def _log_slope(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 2 * (jnp.log(2.0) - x - jax.nn.softplus(-2 * x))
 
 
-def make_action_kind(spec: EnvSpec) -> ActionKind:
-    """The kind of action a task takes."""
-    return TanhNormal(spec.num_actions) if spec.continuous else Categorical()
+def make_distribution(spec: EnvSpec) -> ActionDistribution:
+    """Returns the distribution over the actions that a task takes."""
+    if spec.continuous:
+        return TanhNormal(spec.num_actions)
+    if spec.action_components is not None:
+        return MultiCategorical(spec.action_components)
+    return Categorical(spec.num_actions)
 
 
-def agent_noise(kind: ActionKind, key: Key[Array, "*batch"], num_agents: int, num_actions: int) -> Array:
-    """Noise [*batch, N, A] keyed by the agent, never by its place in the order."""
+def agent_noise(distribution: ActionDistribution, key: Key[Array, "*batch"], num_agents: int) -> Array:
+    """Draws noise [*batch, N, …] keyed by the agent, never by its place in the order."""
 
-    def one(key: Key[Array, ""]) -> Float[Array, "N A"]:
+    def one(key: Key[Array, ""]) -> Float[Array, "N ..."]:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_agents))
-        return jax.vmap(lambda k: kind.noise(k, num_actions))(keys)
+        return jax.vmap(distribution.draw_noise)(keys)
 
-    return jax.vmap(one)(key.reshape(-1)).reshape(*key.shape, num_agents, num_actions)
+    noise = jax.vmap(one)(key.reshape(-1))
+    return noise.reshape(*key.shape, *noise.shape[1:])

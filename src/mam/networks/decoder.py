@@ -8,65 +8,67 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.nn import initializers
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
+from mam.networks.actions import ActionDistribution, Token
 from mam.networks.blocks import DecoderBlock, DecoderState
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
 from mam.networks.mixers.base import MixerInputs
 from mam.networks.mixers.registry import MixerFamily
-from mam.types import Action, AgentAction, EnvSpec
 
-Token = Int[Array, "..."] | Float[Array, "... K"]  # what an agent reads of the action before its own; K = A + 1
+Embedded = tuple[Float[Array, "..."], MixerInputs]  # tokens [*batch, E], and what the first block's mixer reads of them
 
 
 class ActionEmbedding(eqx.Module):
-    """LN(GELU(token W)), W a table of num_actions + 1 rows: a bias-free dense layer (MAT, §3).
+    """LN(GELU(token W)), W a table of V = token_dim + 1 rows: a bias-free dense layer (MAT, §3).
 
-    A token is the action before: one-hot, for which the index stands, or its components; the last row of the
-    table is the start token's, which the first agent reads.
+    Its tokens are the distribution's with a feature more, the last, which only the start token has: that is what the
+    first agent reads. Where tokens are one-hot, indices of rows stand for them.
     """
 
-    table: Float[Array, "K E"]
+    table: Float[Array, "V E"]
     norm: LayerNorm
-    continuous: bool = eqx.field(static=True)
+    indexed: bool = eqx.field(static=True)
 
-    def __init__(self, spec: EnvSpec, d_model: int, *, key: Key[Array, ""]):
-        self.table = initializers.orthogonal(HIDDEN_GAIN)(key, (spec.num_actions + 1, d_model))
+    def __init__(self, distribution: ActionDistribution, d_model: int, *, key: Key[Array, ""]):
+        self.table = initializers.orthogonal(HIDDEN_GAIN)(key, (distribution.token_dim + 1, d_model))
         self.norm = LayerNorm(d_model)
-        self.continuous = spec.continuous
+        self.indexed = distribution.indexed
 
     def start(self, batch: tuple[int, ...]) -> Token:
-        """The start token."""
+        """Returns the start token."""
         last = self.table.shape[0] - 1
-        if self.continuous:
-            return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
-        return jnp.full(batch, last, jnp.int32)
+        if self.indexed:
+            return jnp.full(batch, last, jnp.int32)
+        return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
 
-    def token(self, action: AgentAction) -> Token:
-        """The token that stands for an action."""
-        return jnp.concatenate([action, jnp.zeros_like(action[..., :1])], axis=-1) if self.continuous else action
+    def pad(self, token: Token) -> Token:
+        """Returns the distribution's token with what tells it from the start token."""
+        return token if self.indexed else jnp.concatenate([token, jnp.zeros_like(token[..., :1])], axis=-1)
 
-    def previous(self, action: Action, first: Token | None = None) -> Token:
-        """What each of the agents reads, given their actions in the order of deciding; the first reads `first`.
+    def shift_right(self, tokens: Token, first: Token | None = None) -> Token:
+        """Returns what each agent reads.
 
-        The start token if None.
+        Args:
+            tokens: the distribution's, of all agents in the order of deciding.
+            first: what the first of them reads; the start token if None.
         """
-        axis = -2 if self.continuous else -1
-        tokens = self.token(action)
+        axis = -1 if self.indexed else -2
+        tokens = self.pad(tokens)
         first = self.start(tokens.shape[: tokens.ndim + axis]) if first is None else first
         return jnp.concatenate(
             [jnp.expand_dims(first, axis), jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis
         )
 
     def __call__(self, token: Token) -> Float[Array, "... E"]:
-        if self.continuous:
-            return self.norm(jax.nn.gelu(token @ self.table))
-        return lookup(self.rows(), token)
+        if self.indexed:
+            return lookup(self.rows(), token)
+        return self.norm(jax.nn.gelu(token @ self.table))
 
-    def rows(self) -> Float[Array, "K E"]:
-        """Discrete actions: the embeddings of all tokens."""
+    def rows(self) -> Float[Array, "V E"]:
+        """Returns the embeddings of all tokens that are indices."""
         return self.norm(jax.nn.gelu(self.table))
 
 
@@ -75,9 +77,6 @@ class Context(eqx.Module):
 
     obs_rep: Float[Array, "*batch E"]
     blocks: tuple[MixerInputs, ...]
-
-
-Embedded = tuple[Float[Array, "..."], MixerInputs]  # tokens [*batch, E], and what the first block's mixer reads of them
 
 
 class Decoder(eqx.Module):
@@ -93,7 +92,7 @@ class Decoder(eqx.Module):
 
     def __init__(
         self,
-        spec: EnvSpec,
+        distribution: ActionDistribution,
         layout: Sequence[MixerFamily],
         cross_layout: Sequence[MixerFamily],
         sizes: NetworkConfig,
@@ -101,17 +100,17 @@ class Decoder(eqx.Module):
         key: Key[Array, ""],
     ):
         table_key, head_key, *block_keys = jax.random.split(key, 2 + len(layout))
-        self.embed = ActionEmbedding(spec, sizes.d_model, key=table_key)
+        self.embed = ActionEmbedding(distribution, sizes.d_model, key=table_key)
         self.blocks = tuple(
             DecoderBlock(mixers, cross_mixers, sizes, key=k)
             for mixers, cross_mixers, k in zip(layout, cross_layout, block_keys, strict=True)
         )
-        self.head = Head(sizes.d_model, spec.num_actions, key=head_key)
+        self.head = Head(sizes.d_model, distribution.num_outputs, key=head_key)
         self.remat = sizes.remat
 
-    def __call__(self, action: Action, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N A"]:
-        """Teacher-forced: the output for every agent given the actions before it, in the order of deciding."""
-        embedded = self.embedder(obs_rep.dtype)(self.embed.previous(action))
+    def __call__(self, tokens: Token, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N P"]:
+        """Teacher-forced: the outputs for every agent given the tokens before it, in the order of deciding."""
+        embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
         return self.extend(None, embedded, self.read(obs_rep))[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
@@ -121,10 +120,10 @@ class Decoder(eqx.Module):
     def embedder(self, dtype) -> Callable[[Token], Embedded]:
         """The embedding of tokens, made once for all the agents who will use it.
 
-        Of discrete actions there are few: all are embedded here, and projected, once per action and not per agent.
+        Of indices there are few: all are embedded here, and projected, once per action and not per agent.
         """
         project = self.blocks[0].mixer.project
-        if self.embed.continuous:
+        if not self.embed.indexed:
 
             def embed(token: Token) -> Embedded:
                 x = self.embed(token).astype(dtype)
@@ -148,13 +147,13 @@ class Decoder(eqx.Module):
 
     def advance(
         self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
-    ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch A"]]:
-        """Autoregressive: the output for the next agent, given the action before."""
+    ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch P"]]:
+        """Autoregressive: the outputs for the next agent, given the action before."""
         return self._run(state, embedded, context, single=True)
 
     def extend(
         self, state: tuple[DecoderState, ...] | None, embedded: Embedded, context: Context
-    ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M A"]]:
+    ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M P"]]:
         """The outputs for the next M agents, given the action before each of them; None: from the first agent on."""
         return self._run(state, embedded, context, single=False)
 

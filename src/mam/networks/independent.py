@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
-from mam.networks.actions import ActionKind, agent_noise, make_action_kind
+from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
@@ -106,7 +106,7 @@ class IndependentPolicy(eqx.Module):
 
     actor: Stream
     critic: Stream
-    kind: ActionKind
+    distribution: ActionDistribution
     num_agents: int = eqx.field(static=True)
 
     def __init__(
@@ -119,9 +119,9 @@ class IndependentPolicy(eqx.Module):
     ):
         actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
         actor_view = ObservationEmbedding(spec, sizes, key=actor_view_key)
-        self.actor = Stream(actor_view, spec.num_actions, sizes, key=actor_key)
+        self.distribution = make_distribution(spec)
+        self.actor = Stream(actor_view, self.distribution.num_outputs, sizes, key=actor_key)
         self.critic = Stream(critic_view(spec, sizes, key=critic_view_key), 1, sizes, key=critic_key)
-        self.kind = make_action_kind(spec)
         self.num_agents = spec.num_agents
 
     @property
@@ -144,14 +144,14 @@ class IndependentPolicy(eqx.Module):
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses all agents' actions at once; see `mam.types.Policy`."""
-        num_agents, num_actions = obs.action_mask.shape[-2:]
+        num_agents = obs.alive.shape[-1]
         actor_memory, out = self.actor.step(memory.actor, obs, reset)
         critic_memory, value = self.critic.step(memory.critic, obs, reset)
-        noise = jnp.where(greedy, 0.0, agent_noise(self.kind, key, num_agents, num_actions))
-        action = self.kind.choose(out, obs.action_mask, noise)
+        noise = jnp.where(greedy, 0.0, agent_noise(self.distribution, key, num_agents))
+        action = self.distribution.sample_from_noise(out, obs.action_mask, noise)
         return ActorCriticMemory(actor=actor_memory, critic=critic_memory), PolicyOutput(
             action=action,
-            log_prob=self.kind.log_prob(out, obs.action_mask, action),
+            log_prob=self.distribution.log_prob(out, obs.action_mask, action),
             value=value[..., 0],
             order=jnp.broadcast_to(jnp.arange(num_agents, dtype=jnp.int32), obs.alive.shape),
         )
@@ -167,8 +167,8 @@ class IndependentPolicy(eqx.Module):
         """Stored joint actions, the steps of an episode in one pass; see `mam.types.Policy`."""
         out = self.actor.unroll(memory.actor, obs, reset)
         return Evaluation(
-            log_prob=self.kind.log_prob(out, obs.action_mask, action),
-            entropy=self.kind.entropy(out, obs.action_mask),
+            log_prob=self.distribution.log_prob(out, obs.action_mask, action),
+            entropy=self.distribution.entropy(out, obs.action_mask),
             value=self.critic.unroll(memory.critic, obs, reset)[..., 0],
         )
 

@@ -148,11 +148,13 @@ def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, size
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
 
+    # Weights may fit other components of the same total, and would mean something else.
+    fields = ("action_components", "obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
     to_blame = [
         f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
-        for field in ("obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
+        for field in fields
         if getattr(new, field) != getattr(old, field)
-        and weights(replace(old, **{field: getattr(new, field)})) != weights(old)
+        and (field == "action_components" or weights(replace(old, **{field: getattr(new, field)})) != weights(old))
     ]
     if to_blame:
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
-from mam.networks.actions import ActionKind, agent_noise, make_action_kind
+from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
@@ -62,7 +62,7 @@ class SequencePolicy(eqx.Module):
     memory: AbstractRecurrence
     encoder: Encoder
     decoder: Decoder
-    kind: ActionKind
+    distribution: ActionDistribution
     num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
@@ -72,8 +72,8 @@ class SequencePolicy(eqx.Module):
         self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
         self.memory = make_memory(sizes, key=memory_key)
         self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
-        self.decoder = Decoder(spec, layout.decoder, layout.cross, sizes, key=decoder_key)
-        self.kind = make_action_kind(spec)
+        self.distribution = make_distribution(spec)
+        self.decoder = Decoder(self.distribution, layout.decoder, layout.cross, sizes, key=decoder_key)
         self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = sizes.dtype
@@ -97,19 +97,18 @@ class SequencePolicy(eqx.Module):
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses one joint action per batch element; see `mam.types.Policy`."""
-        num_agents, num_actions = obs.action_mask.shape[-2:]
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
         order = decision_order(obs.alive)
         memory, x = self.memory.step(memory, self.embed(obs), reset)
         encoded = self.encode(x, obs.alive, order)
         mask = _rows(obs.action_mask, order)
-        noise = _rows(agent_noise(self.kind, key, num_agents, num_actions), order)
+        noise = _rows(agent_noise(self.distribution, key, obs.alive.shape[-1]), order)
         noise = jnp.where(greedy, 0.0, noise)
         ahead = Ahead(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
         # 2. The actions.
-        decision = decide(self.decoder, self.kind, ahead, self.decoding)
+        decision = decide(self.decoder, self.distribution, ahead, self.decoding)
         # 3. Their log-probabilities, and everything back in the order of the agents.
-        log_prob = self.kind.log_prob(decision.out, mask, decision.action)
+        log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
         return memory, PolicyOutput(
             action=_rows(decision.action, by_agent),
@@ -131,11 +130,11 @@ class SequencePolicy(eqx.Module):
         _, x = self.memory.unroll(memory, self.embed(obs), reset)
         encoded = self.encode(x, obs.alive, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
-        out = self.decoder(action, encoded.obs_rep)
+        out = self.decoder(self.distribution.token(action), encoded.obs_rep)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
-            log_prob=_rows(self.kind.log_prob(out, mask, action), by_agent),
-            entropy=_rows(self.kind.entropy(out, mask), by_agent),
+            log_prob=_rows(self.distribution.log_prob(out, mask, action), by_agent),
+            entropy=_rows(self.distribution.entropy(out, mask), by_agent),
             value=_rows(encoded.value, by_agent),
         )
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent import futures
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from mam.errors import RunError, UserError
 from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
+_RENAMED = {".distribution.": ".kind."}  # parts of leaves' names, and what older versions called them
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
@@ -130,13 +131,14 @@ class Save:
     leaves: dict[str, str]  # name → dtype and shape
     meta: dict[str, Any]
 
-    def restore(self, like: PyTree) -> PyTree:
-        """Reads the state, bit for bit.
+    def restore(self, like: PyTree, part: str = "") -> PyTree:
+        """Reads the state, or a part of it, bit for bit.
 
         Args:
             like: pytree of the structure, shapes and dtypes to expect, for instance a freshly initialised
                 state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the sharding they have here,
                 whatever it was when they were saved.
+            part: the attribute of the state that is wanted, such as `.policy`; all of it if empty.
 
         Returns:
             The state, with the containers of `like` and the values of the save.
@@ -144,8 +146,9 @@ class Save:
         Raises:
             CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
         """
-        leaves = _named_leaves(like)
-        _compare(self.path, self.leaves, {name: _describe(name, leaf) for name, leaf in leaves.items()})
+        leaves = {_stored_name(name, self.leaves): leaf for name, leaf in _named_leaves(like, part).items()}
+        saved = {name: leaf for name, leaf in self.leaves.items() if _belongs(name, f"state{part}")}
+        _compare(self.path, saved, {name: _describe(name, leaf) for name, leaf in leaves.items()})
         shapes = {name: _shape(leaf) for name, leaf in leaves.items()}
         try:
             arrays = self._read_orbax(shapes) if (self.path / _ORBAX).is_dir() else self._read()
@@ -317,9 +320,22 @@ def _whole(array: Any) -> Any:
 _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves by their place in the tree, such as `state.params['w'][0]`, in flattening order."""
-    return {f"state{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
+    """Leaves by their place in the state, such as `state.params['w'][0]`, in flattening order."""
+    return {f"state{part}{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _belongs(name: str, part: str) -> bool:
+    """Whether a leaf is this part of the state, or within it."""
+    return name == part or (name.startswith(part) and name[len(part)] in ".[")
+
+
+def _stored_name(name: str, saved: Container[str]) -> str:
+    """A leaf's name in a save, which may be of a version that called a part of it otherwise."""
+    old = name
+    for now, before in _RENAMED.items():
+        old = old.replace(now, before)
+    return old if old in saved else name
 
 
 def _is_key(leaf: Any) -> bool:

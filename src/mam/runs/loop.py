@@ -16,9 +16,9 @@ import shlex
 import subprocess
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -36,6 +36,7 @@ from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_vers
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.stopwatch import Stopwatch
 from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
+from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves, newest
 from mam.runs.files import read_config
 from mam.runs.footprint import footprint, out_of_memory
@@ -44,6 +45,7 @@ from mam.runs.signals import GRACE, Stop, stop_on_signals
 from mam.runs.sinks import JsonLines, Progress, Record, Sink, find_sink, read_records, write_atomically
 from mam.runs.summary import plot_learning_curve, write_marl_eval
 from mam.runs.times import are_times, write_times
+from mam.types import EnvSpec
 
 Outcome = Literal["finished", "stopped", "preempted"]
 LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
@@ -160,6 +162,8 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         UserError: for a task or policy that does not exist, a folder that holds a run already or is in use, or one
             that cannot be made.
     """
+    if path is None and jax.process_count() > 1:
+        raise UserError("several processes write one run: give them the same --out")
     if path is not None and jax.process_index() == 0:
         _check_unused(config, path)
     for name in config.log:
@@ -284,8 +288,22 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
+def run(
+    config: Config,
+    folder: RunFolder,
+    trainer: Trainer,
+    *,
+    callbacks: Sequence[Callback] = (),
+    signals: bool = True,
+) -> Outcome:
     """Trains from where the folder's newest intact checkpoint stands, or from scratch, to the end or to a stop.
+
+    Args:
+        config: what is run.
+        folder: where, as `start` or `resume` returned it.
+        trainer: what trains there, as they returned it; closed at the end.
+        callbacks: called after every update and every evaluation.
+        signals: stop on SIGINT, SIGTERM and the like, whose handlers are replaced for as long as the run takes.
 
     Returns:
         How it ended: whoever was stopped is saved and can be resumed.
@@ -299,10 +317,11 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
         stack.callback(trainer.close)
         save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
         clock = trainer.clock
-        loop = _Loop(config, folder, save, clock)
+        loop = _Loop(config, folder, save, trainer.spec, clock, callbacks)
         total = config.num_updates * config.steps_per_update
         progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
-        stop = stack.enter_context(stop_on_signals(progress.log, loop.last_words))
+        listening = stop_on_signals(progress.log, loop.last_words) if signals else nullcontext(Stop())
+        stop = stack.enter_context(listening)
         stack.enter_context(out_of_memory(config))
         stack.enter_context(clock.compiling_apart())
         with progress.compiling("the update and the evaluation"), clock.part("compile"):
@@ -322,7 +341,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
                 with clock.part("evaluation"):
                     state, values = loop.take(trainer.evaluate_step, state)
                     loop.evaluated = loop.update
-                    loop.write("evaluation", values)
+                    loop.report("evaluation", values, state, stop)
             elif loop.update < config.num_updates:
                 with clock.part(trainer.step_part):
                     state, values = loop.take(trainer.train_step, state)
@@ -330,7 +349,7 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
                         loop.save(state)
                         raise RunError(loop.diagnosis)
                     loop.update += 1
-                    loop.write("train", values)
+                    loop.report("train", values, state, stop)
             else:
                 break
             if loop.agreed_to_save(time.monotonic() - begun):
@@ -351,11 +370,20 @@ def run(config: Config, folder: RunFolder, trainer: Trainer) -> Outcome:
 class _Loop:
     """Where the loop stands, and where its numbers go."""
 
-    def __init__(self, config: Config, folder: RunFolder, save: Save | None, clock: Stopwatch):
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        save: Save | None,
+        spec: EnvSpec,
+        clock: Stopwatch,
+        callbacks: Sequence[Callback],
+    ):
         meta = save.meta if save else {"update": 0, "evaluated": -1, "elapsed": 0.0}
         self.update, self.evaluated = meta["update"], meta["evaluated"]
         self.diagnosis = ""  # of what was not finite
         self._config, self._folder, self._resumed = config, folder, save
+        self._spec, self._callbacks = spec, callbacks
         self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
         self._clock, clock.seconds = clock, dict(meta.get("times", {}))
         self._saved, self._saved_at = (self.update, self.evaluated) if save else None, time.monotonic()
@@ -401,7 +429,7 @@ class _Loop:
         """Takes a step; if it fails, the state before it is saved.
 
         Raises:
-            RunError: an environment failed.
+            RunError: an environment or a callback failed.
         """
         try:
             return step(state)
@@ -414,7 +442,19 @@ class _Loop:
             what, *traceback = str(error).split("\n")
             raise RunError("\n".join([f"{what}; {self.last_words()}", *traceback])) from error
 
-    def write(self, kind: Any, values: Values) -> None:
+    def report(self, kind: Any, values: Values, state: TrainState, stop: Stop) -> None:
+        """Writes what a step came to, and tells the callbacks, which may stop the run."""
+        record = self.write(kind, values)
+        event = Event(record.update, record.step_count, record.values, state, self._log, stop.ask)
+
+        def tell(_: TrainState) -> None:
+            for callback in self._callbacks:
+                if (callback.on_update if kind == "train" else callback.on_evaluation)(event):
+                    event.stop()
+
+        self.take(tell, state)
+
+    def write(self, kind: Any, values: Values) -> Record:
         numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
         with _writing(self._folder.path), self._clock.part("logging"):
@@ -424,6 +464,7 @@ class _Loop:
                 write_times(self._folder.times, self._clock.seconds)
         if not self._said_unfinished:
             self._say_unfinished(numbers)
+        return record
 
     def _say_unfinished(self, values: Mapping[str, np.ndarray]) -> None:
         cut = np.concatenate([x.ravel() for name, x in values.items() if name.endswith(UNFINISHED)] or [np.zeros(0)])
@@ -444,7 +485,8 @@ class _Loop:
             position = self._metrics.sync() if self._metrics else 0
             meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
             meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
-            meta |= {"config": to_json(self._config), "times": dict(self._clock.seconds)}
+            meta |= {"config": to_json(self._config), "spec": asdict(self._spec)}
+            meta |= {"times": dict(self._clock.seconds)}
             cast(Writer, self._writer).save(state, meta)
         self._saved = stands
 
@@ -508,7 +550,7 @@ def _is_position(meta: dict[str, Any]) -> bool:
     return (
         all(isinstance(count := meta.get(name), int) and count >= low for name, low in least.items())
         and isinstance(meta.get("elapsed"), float)
-        and isinstance(meta.get("config", {}), dict)
+        and all(isinstance(meta.get(name, {}), dict) for name in ("config", "spec"))
         and are_times(meta.get("times", {}))
     )
 

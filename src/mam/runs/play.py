@@ -25,7 +25,7 @@ class Trace:
 
     reward: Float[np.ndarray, "T N"]  # a team's is repeated
     value: Float[np.ndarray, "T N"]
-    action: Num[np.ndarray, "T N"] | Float[np.ndarray, "T N A"]
+    action: Num[np.ndarray, "T N"] | Num[np.ndarray, "T N K"]  # indices, or components
     log_prob: Float[np.ndarray, "T N"]  # given the earlier agents' actions
     order: Int[np.ndarray, "T N"]  # order[t, k] = the agent that decided k-th
     alive: Bool[np.ndarray, "T N"]

@@ -48,6 +48,10 @@ class Stop:
         """Remembers the first signal. Called between two instructions of the main thread, which may be busy."""
         self.signal = self.signal or number
 
+    def ask(self) -> None:
+        """Ends the run as a signal would, without a deadline."""
+        self.receive(signal.SIGTERM)
+
     def watch(self, wakeup: socket.socket) -> None:
         """Answers signals at once, in a thread of its own: the main one may be inside a long computation."""
         deadline = None

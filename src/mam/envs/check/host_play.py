@@ -98,8 +98,7 @@ class _Player:
             num_ended, age = num_ended + ends(timestep).sum(), np.where(ends(timestep), 0, age + 1)
             if num_episodes and (num_ended >= num_episodes or age.max() > (self.spec.time_limit or STEP_LIMIT)):
                 break
-        components = (self.spec.num_actions,) if self.spec.continuous else ()
-        return stack(actions, timesteps, (*self.batch, *components))
+        return stack(actions, timesteps, (self.batch[0], *self.spec.joint_action.shape))
 
     def _call(self, name: str, step: int, function: Callable[[], Any]) -> TimeStep:
         timestep = attempt(name, function, step=step)

@@ -22,7 +22,7 @@ class Episode:
 
     number: int
     observation: Observation  # [T+1, …] the first one, then the successor of every action
-    action: Numbers  # [T, N] or [T, N, A]
+    action: Numbers  # [T, N], [T, N, K] or [T, N, A]
     timestep: TimeStep  # [T, …] as the environment returned them
     first: TimeStep | None  # what `reset` returned; None if the environment started this episode by itself
     clocks: Numbers  # [T+1, K] single numbers of the state, one of which may count steps
@@ -83,15 +83,24 @@ def steps_that_fit(timestep: TimeStep) -> int:
 
 
 def choose(spec: EnvSpec, mask: Any, noise: Any, xp: Any = np) -> Any:
-    """Random legal actions [..., N] or [..., N, A] from uniform noise [..., N, A + 1].
+    """Random legal actions [..., N], [..., N, K] or [..., N, A] from uniform noise [..., N, A + 1].
 
     Continuous components are uniform in (−1, 1), except that one agent in ten plays ±1 in all of them.
     """
     noise, extreme = noise[..., :-1], noise[..., -1:] < 0.1
+    if spec.action_components is not None:
+        parts = component_parts(spec, xp.where(mask, noise, -1), xp)
+        return xp.stack([xp.argmax(part, axis=-1) for part in parts], axis=-1).astype(np.int32)
     if not spec.continuous:
         return xp.argmax(xp.where(mask, noise, -1), axis=-1).astype(np.int32)
     action = 2 * noise - 1
     return (xp.where(extreme, xp.sign(action), action) * mask).astype(np.float32)
+
+
+def component_parts(spec: EnvSpec, x: Any, xp: Any = np) -> list[Any]:
+    """Cuts [..., A] into one array for each component; a single one where an agent makes one choice."""
+    sizes = spec.action_components or (spec.num_actions,)
+    return xp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def differs(one: Any, other: Any, xp: Any = np) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.envs.check.recording import Episode, Numbers, Recording, differs
+from mam.envs.check.recording import Episode, Numbers, Recording, component_parts, differs
 from mam.envs.check.report import Finding, Severity
 
 HUGE = 1e6  # of an observation or reward: what networks do not survive unnormalised
@@ -123,11 +123,13 @@ def magnitude(recording: Recording) -> Iterator[Finding]:
 
 
 def action_mask(recording: Recording) -> Iterator[Finding]:
-    """Every agent, dead or alive, has at least one legal action."""
-    kind = ("action_mask", "error", "action_mask", "at least one legal action")
+    """Every agent, dead or alive, has at least one legal action, in every component."""
     for episode in recording.episodes:
         got = lambda at, x=episode.observation.alive: "none" if x[at] else "none (the agent is dead)"  # noqa: E731
-        yield from places(episode, ~episode.observation.action_mask.any(axis=-1), kind, got)
+        for number, mask in enumerate(component_parts(recording.spec, episode.observation.action_mask)):
+            where = "" if recording.spec.action_components is None else f" in component {number}"
+            kind = ("action_mask", "error", "action_mask", f"at least one legal action{where}")
+            yield from places(episode, ~mask.any(axis=-1), kind, got)
 
 
 def never_legal(recording: Recording) -> Iterator[Finding]:
@@ -135,9 +137,12 @@ def never_legal(recording: Recording) -> Iterator[Finding]:
     if not enough(recording):
         return
     masks = [episode.observation.action_mask.any(axis=(0, 1)) for episode in recording.episodes]
-    for action in np.flatnonzero(~np.any(masks, axis=0)):
-        got = f"illegal in all {num_steps(recording):,} steps"
-        yield Finding("never_legal", "warning", "action_mask", f"action {action} to be legal at some time", got)
+    got = f"illegal in all {num_steps(recording):,} steps"
+    for number, legal in enumerate(component_parts(recording.spec, np.any(masks, axis=0))):
+        where = "" if recording.spec.action_components is None else f" of component {number}"
+        for action in np.flatnonzero(~legal):
+            expected = f"action {action}{where} to be legal at some time"
+            yield Finding("never_legal", "warning", "action_mask", expected, got)
 
 
 def mask_frozen(recording: Recording) -> Iterator[Finding]:

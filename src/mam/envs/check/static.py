@@ -64,6 +64,8 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
     grid_fits = isinstance(grid, tuple) and len(grid) == 3 and all(whole(size, 1) for size in grid)
     names = spec.agent_names
     names_fit = isinstance(names, tuple) and [isinstance(name, str) for name in names] == [True] * spec.num_agents
+    parts = spec.action_components
+    parts_fit = isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
     rules = (
         ("name", isinstance(spec.name, str) and spec.name.strip() == spec.name != "", "a name"),
         ("num_agents", whole(spec.num_agents, 1), "a whole number, at least 1"),
@@ -73,6 +75,11 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
         ("grid_shape", grid is None or grid_fits, "(rows, columns, channels), or None"),
         ("state_dim", spec.state_dim is None or whole(spec.state_dim, 1), "a whole number, at least 1, or None"),
         ("continuous", isinstance(spec.continuous, bool), "True or False"),
+        (
+            "action_components",
+            parts is None or (parts_fit and sum(parts) == spec.num_actions),
+            f"a tuple of whole numbers that add up to num_actions, {spec.num_actions}, or None",
+        ),
         ("team_reward", isinstance(spec.team_reward, bool), "True or False"),
         ("agent_names", names is None or names_fit, "a tuple with a name for each agent, or None"),
     )
@@ -132,17 +139,11 @@ def attempt(
 def trace_environment(env: Any, spec: EnvSpec) -> Traced:
     """Traces `reset` and `step`, unbatched; raises `Unplayable`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    agents = (spec.num_agents,)
-    action = (
-        jax.ShapeDtypeStruct((*agents, spec.num_actions), jnp.float32)
-        if spec.continuous
-        else jax.ShapeDtypeStruct(agents, jnp.int32)
-    )
     reset, first = _trace("reset", env.reset, key)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), first[0])
     if any(map(is_fatal, found := list(check_fields(first[1], spec)))):
         raise Unplayable(*(replace(finding, step=0) for finding in found))  # else the step fails, and less clearly
-    step, later = _trace("step", env.step, state, action, key)
+    step, later = _trace("step", env.step, state, spec.joint_action, key)
     return Traced(reset, step, first, later)
 
 

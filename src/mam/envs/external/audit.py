@@ -18,7 +18,7 @@ from gymnasium import spaces
 
 from mam.envs.external.factories import make_numbered
 from mam.envs.external.pettingzoo import as_parallel, listed_agents, read_result
-from mam.envs.external.spaces import out_of_bounds
+from mam.envs.external.spaces import CHOICES, DiscreteAction, cut_mask, out_of_bounds
 from mam.envs.external.worker import describe
 
 END = "end"  # a note of agents that ended; any other has the fields of a `Finding`
@@ -92,8 +92,8 @@ class Audit:
             observation, space = observations[agent], self._env.observation_space(agent)
             self._check_space("observation", space, observation, agent)
             choice, info = self._env.action_space(agent), infos.get(agent) or {}
-            if isinstance(choice, spaces.Discrete):
-                self._check_masks(agent, observation, info, int(choice.n))
+            if isinstance(choice, CHOICES):
+                self._check_masks(agent, observation, info, DiscreteAction(choice).sizes)
 
     def _check_space(self, field: str, space: spaces.Space, value: Any, agent: Hashable) -> None:
         try:
@@ -103,17 +103,17 @@ class Audit:
         if found:
             self._note("space", "error", field, f"values as {field}_space says", found, agent)
 
-    def _check_masks(self, agent: Hashable, observation: Any, info: Mapping, num_actions: int) -> None:
+    def _check_masks(self, agent: Hashable, observation: Any, info: Mapping, sizes: tuple[int, ...]) -> None:
         seen = observation if isinstance(observation, Mapping) else {}
         for given in (seen.get("action_mask"), info.get("action_mask")):
-            if given is not None and not np.any(given):
+            if any(not row.any() for row in _mask_rows(given, sizes)):
                 got = "none, which is read as all of them"
                 self._note("action_mask", "warning", "action_mask", "at least one legal action", got, agent)
         if "action_mask" in seen or "action_mask" in info:
             return
         named = {key: value for key, value in seen.items() if _MASK.search(str(key))}
         for key, value in (named | dict(info)).items():
-            if _is_mask(value, num_actions):
+            if (rows := _mask_rows(value, sizes)) and all(np.isin(row, (0, 1)).all() for row in rows):
                 got = f"what may be one under another, '{key}'"
                 self._note("mask_name", "warning", "action_mask", "a mask under the name action_mask", got, agent)
 
@@ -142,7 +142,10 @@ def read_notes(folder: str) -> Iterator[list]:
         yield from map(json.loads, path.read_text().splitlines())
 
 
-def _is_mask(value: Any, num_actions: int) -> bool:
-    """Whether it is a row of zeros and ones, one for each action."""
-    array = np.asarray(value)
-    return array.dtype.kind in "biuf" and array.shape == (num_actions,) and bool(np.isin(array, (0, 1)).all())
+def _mask_rows(value: Any, sizes: tuple[int, ...]) -> list[np.ndarray]:
+    """A row of numbers for each component, if the value has the shape of a mask; none otherwise."""
+    try:
+        rows = cut_mask(value, sizes)
+    except (ValueError, TypeError, LookupError):
+        return []
+    return rows if all(row.dtype.kind in "biuf" for row in rows) else []

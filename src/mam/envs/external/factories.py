@@ -18,6 +18,7 @@ import inspect
 import os
 import pkgutil
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
-from mam.errors import UserError, unknown_name
+from mam.errors import UserError, printable, shown, unknown_name
 
 PREFIX = "pettingzoo/"
 # An option ends at a comma that is not within quotes or brackets.
@@ -118,6 +119,25 @@ class EnvFactory:
 def names_code(name: str) -> bool:
     """Whether a task's name is code to import, and no task of the library's suites."""
     return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
+
+
+def check_agreed(name: str, *, named: str | None, trust: bool | None) -> None:
+    """Refuse a task that is code if a folder named it, which may be a stranger's, and not the user.
+
+    Args:
+        name: of the task, as the folder has it.
+        named: the task that the user named, if any.
+        trust: whether the user agreed to whatever the folder names; None where that cannot be said.
+
+    Raises:
+        UserError: with the name, and what would agree to it.
+    """
+    if names_code(name) and name != named and not trust:
+        agree = f"--env {shlex.quote(printable(name))}" + " or --trust" * (trust is not None)
+        raise UserError(
+            f"the folder names the environment {shown(name)}, which is code to import and run: "
+            f"if you trust it, add {agree}"
+        )
 
 
 def find_factory(name: str) -> EnvFactory:

@@ -8,13 +8,24 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
 from mam.envs.external.shared import Arrays, Layout
-from mam.envs.external.spaces import BoxAction, View, action_readers, flatten, is_picture, picture_of, view_size
+from mam.envs.external.spaces import (
+    BoxAction,
+    View,
+    action_readers,
+    flatten,
+    is_picture,
+    pad_masks,
+    picture_of,
+    read_mask,
+    view_size,
+)
 from mam.errors import UserError, printable
 
 _PARALLEL = ("possible_agents", "reset", "step", "observation_space", "action_space")
@@ -62,7 +73,8 @@ class PettingZooEnv:
         self._actions = action_readers(name, {agent: env.action_space(agent) for agent in agents})
         self._views = [View.of(env.observation_space(agent), env.action_space(agent)) for agent in agents]
         self.layout = _lay_out(name, env, agents, self._views, self._actions)
-        self._own_actions = np.arange(self.layout.num_actions) < np.array([[a.size] for a in self._actions])
+        own = [[np.ones(size, bool) for size in action.sizes] for action in self._actions]
+        self._own_actions = np.stack([self._padded(masks) for masks in own])
         self._ended: set[Hashable] = set()  # agents whose part in the episode is over
         self._acting: set[Hashable] = set()  # agents who go on
         self._last_state = np.zeros(self.layout.state_dim or 0, np.float32)
@@ -88,7 +100,7 @@ class PettingZooEnv:
         """Applies a joint action.
 
         Args:
-            action: [N] indices, or [N, A] components in [-1, 1].
+            action: [N] indices, [N, K] of components, or [N, A] real components in [-1, 1].
             into: as for `reset`.
         """
         # Who has ended but is still listed is expected to act, too, by the environment that lists it.
@@ -183,16 +195,11 @@ class PettingZooEnv:
         given = observation["action_mask"] if self._views[n].masked else info.get("action_mask")
         if given is None or self.layout.continuous:
             return
-        given, size = np.asarray(given), self._actions[n].size
-        if given.shape != (size,):
-            raise ValueError(f"action_mask has shape {given.shape}, there are {size} actions")
-        legal = given == 1
-        if not (legal | (given == 0)).all():
-            raise ValueError(
-                f"action_mask holds {given[~legal & (given != 0)][0]}: expected 1 for legal, 0 for illegal"
-            )
-        if legal.any():  # an agent to which nothing is allowed is read as one whose choice does not matter
-            mask[n, :size] = legal
+        mask[n] = self._padded(read_mask(given, self._actions[n].sizes))
+
+    def _padded(self, masks: list[np.ndarray]) -> np.ndarray:
+        """An agent's masks among those that all agents have room for."""
+        return pad_masks(masks, self.layout.action_components or (self.layout.num_actions,))
 
     def _read_action(self, agent: Hashable, action: np.ndarray) -> Any:
         n = self._index[agent]
@@ -295,9 +302,12 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         notes.append("not all agents see pictures of one size: pictures are flattened")
     if len(set(view_sizes)) > 1:
         notes.append(f"agents observe {_span(view_sizes)} numbers: the shorter observations are padded with zeros")
-    action_sizes = [action.size for action in actions]
-    if len(set(action_sizes)) > 1:
-        notes.append(f"agents have {_span(action_sizes)} actions: those that an agent does not have are masked")
+    sizes = [action.sizes for action in actions]
+    components = tuple(max(choices) for choices in zip_longest(*sizes, fillvalue=0))
+    several = any(isinstance(action.space, spaces.MultiDiscrete) for action in actions)
+    if len(set(sizes)) > 1:
+        theirs = f"up to {' + '.join(map(str, components))}" if several else _span([size for (size,) in sizes])
+        notes.append(f"agents have {theirs} actions: those that an agent does not have are masked")
     if any(isinstance(action, BoxAction) and action.unlimited for action in actions):
         notes.append("actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both")
     first = views[0]
@@ -309,8 +319,9 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
     return Layout(
         agents=tuple(map(printable, agents)),
         obs_dim=max(view_sizes),
-        num_actions=max(action_sizes),
+        num_actions=sum(components),
         continuous=isinstance(actions[0], BoxAction),
+        action_components=components if several else None,
         time_limit=_time_limit(env),
         grid_shape=first.grid_shape if picture else None,
         grid_dtype=str(picture.dtype) if picture and picture.dtype.kind in "biu" else "float32",

@@ -91,6 +91,7 @@ class HostPool:
             num_actions=layout.num_actions,
             time_limit=layout.time_limit,
             continuous=layout.continuous,
+            action_components=layout.action_components,
             grid_shape=layout.grid_shape,
             grid_dtype=layout.grid_dtype,
             state_dim=layout.state_dim,
@@ -122,7 +123,7 @@ class HostPool:
         return self._timestep()
 
     def step(self, action: np.ndarray) -> TimeStep:
-        """Applies one joint action per environment, [B, N] or, where actions are continuous, [B, N, A]."""
+        """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
         self._check_open()
         if np.shape(action) != self._slab.action.shape:
             raise ValueError(f"actions have shape {np.shape(action)}, expected {self._slab.action.shape}")

@@ -20,8 +20,9 @@ class Layout:
 
     agents: tuple[str, ...]
     obs_dim: int
-    num_actions: int  # choices of one agent, or components of its action
+    num_actions: int  # choices of one agent, of all components, or real components of its action
     continuous: bool
+    action_components: tuple[int, ...] | None = None
     time_limit: int | None = None
     grid_shape: tuple[int, int, int] | None = None
     grid_dtype: str = "float32"
@@ -37,7 +38,8 @@ class Layout:
         """Shape and type of one joint action."""
         if self.continuous:
             return (self.num_agents, self.num_actions), np.dtype(np.float32)
-        return (self.num_agents,), np.dtype(np.int32)
+        components = () if self.action_components is None else (len(self.action_components),)
+        return (self.num_agents, *components), np.dtype(np.int32)
 
     @property
     def observation(self) -> dict[str, Field]:

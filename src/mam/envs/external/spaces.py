@@ -4,7 +4,9 @@ Free of JAX: worker processes import it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from gymnasium import spaces
 from mam.errors import UserError
 
 OBSERVATIONS = "Box, Discrete, MultiBinary, MultiDiscrete, Dict and Tuple"
-ACTIONS = "Discrete for all agents, or for all of them Box of floats with one axis"
+ACTIONS = "Discrete or MultiDiscrete for all agents, or for all of them Box of floats with one axis"
+CHOICES = (spaces.Discrete, spaces.MultiDiscrete)
 MAX_CHANNELS = 4  # of what is a picture for certain: grey or colours, with or without transparency
 MAX_CHOICES = 100_000  # of one space; each is a number of its own in every array
 _UNBOUNDED = 1e30  # limits beyond this, such as the largest float, are not meant to be reached
@@ -125,7 +128,7 @@ class View:
         """Takes the action mask and the observation proper apart where the space is a dictionary of both."""
         if not isinstance(space, spaces.Dict):
             return cls(space, inside=None, masked=False)
-        masked = "action_mask" in space.spaces and isinstance(action_space, spaces.Discrete)
+        masked = "action_mask" in space.spaces and isinstance(action_space, CHOICES)
         rest = {key: part for key, part in space.spaces.items() if not (masked and key == "action_mask")}
         if len(rest) == 1:
             ((key, proper),) = rest.items()
@@ -190,18 +193,66 @@ def _named(space: Any) -> str:
     return f"{space}" if package == "gymnasium" else f"{space} of {package}, not of gymnasium"
 
 
+def cut_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Returns a row for each component, of one row of all of them side by side or of such rows.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    nested = len(sizes) > 1 and (any(map(np.ndim, given)) if isinstance(given, tuple | list) else np.ndim(given) > 1)
+    rows = [np.asarray(row) for row in given] if nested else [np.asarray(given)]
+    shapes = [row.shape for row in rows]
+    if shapes != ([(size,) for size in sizes] if nested else [(sum(sizes),)]):
+        shape, actions = shapes if nested else shapes[0], " + ".join(map(str, sizes))
+        raise ValueError(f"action_mask has shape {shape}, there are {actions} actions")
+    return rows if nested else np.split(rows[0], np.cumsum(sizes)[:-1])
+
+
+def read_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
+    """Returns which choices are legal, in each component; as `cut_mask`.
+
+    A component in which nothing is allowed is read as one whose choice does not matter.
+
+    Raises:
+        ValueError: it has another shape, or holds something else than 0 and 1.
+    """
+    rows = cut_mask(given, sizes)
+    for row in rows:
+        if (odd := row[(row != 0) & (row != 1)]).size:
+            raise ValueError(f"action_mask holds {odd[0]}: expected 1 for legal, 0 for illegal")
+    return [row == 1 if row.any() else row == 0 for row in rows]
+
+
+def pad_masks(rows: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
+    """Returns the masks of an agent's components in one row for components of these sizes, no smaller.
+
+    What the agent does not have is illegal, but for the first choice of a component that it does not have at all.
+    """
+    padded = np.zeros(sum(sizes), bool)
+    starts = np.cumsum(sizes) - sizes
+    for start, row in zip_longest(starts, rows, fillvalue=np.ones(1, bool)):
+        padded[start : start + len(row)] = row
+    return padded
+
+
 @dataclass(frozen=True)
 class DiscreteAction:
-    """An index, counted from the space's first value."""
+    """An index, or one for each component, counted from the space's first value."""
 
-    space: spaces.Discrete
+    space: spaces.Discrete | spaces.MultiDiscrete
 
     @property
-    def size(self) -> int:
-        return int(self.space.n)
+    def sizes(self) -> tuple[int, ...]:
+        """Choices in each component."""
+        if isinstance(self.space, spaces.Discrete):
+            return (int(self.space.n),)
+        return tuple(self.space.nvec.reshape(-1).tolist())
 
-    def read(self, action: np.integer) -> int:
-        return int(action) + int(self.space.start)
+    def read(self, action: np.ndarray | np.integer) -> Any:
+        choices = np.ravel(action)[: len(self.sizes)]
+        if isinstance(self.space, spaces.Discrete):
+            return int(choices[0]) + int(self.space.start)
+        return (choices.reshape(self.space.shape) + self.space.start).astype(self.space.dtype)
 
 
 @dataclass(frozen=True)
@@ -226,11 +277,12 @@ class BoxAction:
         return bool((np.maximum(np.abs(self.space.low), np.abs(self.space.high)) >= _UNBOUNDED).any())
 
     @property
-    def size(self) -> int:
-        return self.space.shape[0]
+    def sizes(self) -> tuple[int, ...]:
+        """Real components: all of them in one."""
+        return (self.space.shape[0],)
 
     def read(self, action: np.ndarray) -> np.ndarray:
-        value = self.centre + self.half * action[: self.size]
+        value = self.centre + self.half * action[: len(self.centre)]
         # Rounding must not carry an action over the edge: some environments check.
         return np.clip(value.astype(self.space.dtype), self.space.low, self.space.high)
 
@@ -243,11 +295,11 @@ def action_readers(name: str, action_spaces: dict[str, spaces.Space]) -> list[Di
     """
     for agent, space in action_spaces.items():
         floats = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
-        if not floats and not isinstance(space, spaces.Discrete):
+        if not floats and not isinstance(space, CHOICES):
             raise UserError(f"{name}: agent '{agent}' acts in {_named(space)}; supported: {ACTIONS}")
-        if isinstance(space, spaces.Discrete) and space.n > MAX_CHOICES:
+        if isinstance(space, CHOICES) and sum(DiscreteAction(space).sizes) > MAX_CHOICES:
             raise UserError(f"{name}: agent '{agent}' acts in {space}; at most {MAX_CHOICES:,} choices are supported")
-    discrete = [DiscreteAction(space) for space in action_spaces.values() if isinstance(space, spaces.Discrete)]
+    discrete = [DiscreteAction(space) for space in action_spaces.values() if isinstance(space, CHOICES)]
     boxes = [BoxAction.of(space) for space in action_spaces.values() if isinstance(space, spaces.Box)]
     if discrete and boxes:
         kinds = {type(space): f"agent '{agent}' acts in {space}" for agent, space in action_spaces.items()}

@@ -27,7 +27,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mam.networks.actions import ILLEGAL
+from mam.networks.actions import mask_noise
 from mam.networks.decoder import Context, Decoder
 from mam.networks.decoding.cuda_columns import COLUMNS
 from mam.networks.decoding.cuda_pack import MIN_SIDE, padded
@@ -55,14 +55,14 @@ class AheadLike(Protocol):
 def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
     """Whether `decode_kernel` takes this decoder.
 
-    It must have discrete actions, at most 255, and blocks of Mamba and Mamba-2 mixers only, mixed as you like; d_model
-    and d_inner must be powers of two from 16 on. States of one environment must fit into registers, and any one of the
-    matrices into a third of the shared memory.
+    Its agents must make one choice each, of at most 255, and its blocks be of Mamba and Mamba-2 mixers only, mixed as
+    you like; d_model and d_inner must be powers of two from 16 on. States of one environment must fit into registers,
+    and any one of the matrices into a third of the shared memory.
     """
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return False
     ssms = decoder.fused
-    if decoder.embed.continuous or ssms is None or decoder.embed.table.shape[0] > MAX_TOKENS:
+    if not decoder.embed.indexed or ssms is None or decoder.embed.table.shape[0] > MAX_TOKENS:
         return False
     sides = {size for ssm in ssms for size in ssm.out_proj.weight.shape}
     if len(_d_states(decoder)) > 1 or any(size != padded(size) for size in sides):
@@ -105,7 +105,7 @@ def decode_kernel(
     tiling = tiling or default_tiling(decoder, size)
     # 1. [batch, N, …], the batch a multiple of the environments per program. The scores of actions apart from their
     #    logits: where illegal, that is all there is; past the last action, less than any.
-    score = jnp.where(ahead.mask, ahead.noise, ILLEGAL + ahead.noise)
+    score = mask_noise(ahead.noise, ahead.mask)
     obs_rep, blocks = ahead.context.obs_rep, ahead.context.blocks
     inputs = Inputs(
         obs_rep=_rows(obs_rep, size, tiling, obs_rep.shape[-1]),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mam.networks.actions import ILLEGAL
+from mam.networks.actions import add_logits
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda_columns import COLUMNS, Columns, split_rows
 from mam.networks.decoding.cuda_pack import Packer
@@ -185,7 +185,7 @@ def _decide(decoder, matrices, inputs, action, out, *, plan):
         own = (state_envs, jnp.full(states.shape, index, jnp.int32), states)
         C = [split_rows(block[own].astype(jnp.float32)) for block in inputs.C]
         state, logits = network.advance(columns, state, token, obs_rep, C)
-        chosen = lax.argmax(jnp.where(score > ILLEGAL / 2, logits + score, score), 0, jnp.int32)
+        chosen = lax.argmax(add_logits(score, logits), 0, jnp.int32)
         # Columns of one environment write the same.
         action[envs, here] = chosen
         out[envs, here] = logits.T

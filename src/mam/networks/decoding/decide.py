@@ -16,11 +16,11 @@ from jaxtyping import Array, Bool, Float
 
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import has_cuda
-from mam.networks.actions import ActionKind
-from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Token
+from mam.networks.actions import ActionDistribution, Token
+from mam.networks.decoder import Context, Decoder, DecoderState, Embedded
 from mam.networks.decoding.cuda import decode_kernel, kernel_supports
 from mam.networks.decoding.native import native_decode, native_supports
-from mam.types import Action
+from mam.types import Action, AgentAction
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Ahead(eqx.Module):
 
     context: Context
     mask: Bool[Array, "*batch M A"]
-    noise: Float[Array, "*batch M A"]
+    noise: Float[Array, "*batch M Z"]
 
 
 class Decision(eqx.Module):
     """A joint action, what the network put out for it, and what it took."""
 
     action: Action
-    out: Float[Array, "*batch M A"]
+    out: Float[Array, "*batch M P"]
     passes: Float[Array, "*batch"]  # over the agents; a step for one agent is 1 / M of a pass
 
 
@@ -60,15 +60,19 @@ class _Chooser:
     """Who decides."""
 
     decoder: Decoder
-    kind: ActionKind
+    distribution: ActionDistribution
     embed: Callable[[Token], Embedded]
 
+    def token(self, action: AgentAction) -> Token:
+        """What the next agent reads of an action."""
+        return self.decoder.embed.pad(self.distribution.token(action))
 
-def decide(decoder: Decoder, kind: ActionKind, ahead: Ahead, decoding: Decoding) -> Decision:
+
+def decide(decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, decoding: Decoding) -> Decision:
     """Chooses one joint action per batch element, as `decoding` says."""
     *batch, num_agents, _ = ahead.mask.shape
     dtype = ahead.context.obs_rep.dtype
-    chooser = _Chooser(decoder, kind, decoder.embedder(dtype))
+    chooser = _Chooser(decoder, distribution, decoder.embedder(dtype))
     size = num_agents if decoding.window is None else min(decoding.window, num_agents)
     start = Progress(
         state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
@@ -109,8 +113,8 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
 
     def agent(progress: Progress, ahead: Ahead):
         state, out = chooser.decoder.advance(progress.state, chooser.embed(progress.token), ahead.context)
-        action = chooser.kind.choose(out, ahead.mask, ahead.noise)
-        return Progress(state=state, token=chooser.decoder.embed.token(action)), (action, out)
+        action = chooser.distribution.sample_from_noise(out, ahead.mask, ahead.noise)
+        return Progress(state=state, token=chooser.token(action)), (action, out)
 
     agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), ahead)
     progress, (action, out) = lax.scan(agent, progress, agents_first)
@@ -132,7 +136,7 @@ def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool)
     def in_one_call(decode: Callable[[Decoder, Ahead], tuple[Action, Array]]) -> Callable[[Ahead], Decision]:
         def call(ahead: Ahead) -> Decision:
             action, out = decode(chooser.decoder, ahead)
-            return Decision(action=action, out=out, passes=jnp.ones(action.shape[:-1]))
+            return Decision(action=action, out=out, passes=jnp.ones(ahead.mask.shape[:-2]))
 
         return call
 
@@ -149,7 +153,7 @@ class _Attempt(eqx.Module):
 
     read: Action
     action: Action
-    out: Float[Array, "*batch M A"]
+    out: Float[Array, "*batch M P"]
     state: tuple[DecoderState, ...]
     passes: Float[Array, ""]
 
@@ -163,24 +167,27 @@ def _fixed_point(
     coupling decides how many are needed. The whole batch waits for its slowest element.
     """
     *batch, size, _ = ahead.mask.shape
+    distribution = chooser.distribution
 
     def attempt(read: Action, passes: Float[Array, ""]) -> _Attempt:
-        tokens = chooser.decoder.embed.previous(read, first=progress.token)
+        tokens = chooser.decoder.embed.shift_right(distribution.token(read), first=progress.token)
         state, out = chooser.decoder.extend(progress.state, chooser.embed(tokens), ahead.context)
-        return _Attempt(read, chooser.kind.choose(out, ahead.mask, ahead.noise), out, state, passes + 1)
+        action = distribution.sample_from_noise(out, ahead.mask, ahead.noise)
+        return _Attempt(read, action, out, state, passes + 1)
 
     def settled(last: _Attempt) -> Bool[Array, ""]:
-        moved = ~chooser.kind.same(last.read, last.action) & real
+        moved = ~distribution.equal(last.read, last.action) & real
         return ~jnp.any(moved[..., :-1])  # nobody of the window reads its last agent
 
     # The first guess: what would be chosen without any preference.
-    first = attempt(chooser.kind.choose(jnp.zeros_like(ahead.noise), ahead.mask, ahead.noise), jnp.zeros(()))
+    indifferent = jnp.zeros((*batch, size, distribution.num_outputs), ahead.noise.dtype)
+    first = attempt(distribution.sample_from_noise(indifferent, ahead.mask, ahead.noise), jnp.zeros(()))
     last = lax.while_loop(
         lambda last: ~settled(last) & (last.passes < max_passes), lambda last: attempt(last.action, last.passes), first
     )
 
     def found() -> tuple[Progress, Decision]:
-        token = chooser.decoder.embed.token(jnp.take(last.action, size - 1, axis=len(batch)))
+        token = chooser.token(jnp.take(last.action, size - 1, axis=len(batch)))
         passes = jnp.broadcast_to(last.passes, tuple(batch))
         return Progress(state=last.state, token=token), Decision(last.action, last.out, passes)
 

@@ -32,11 +32,11 @@ LOG2_E = math.log2(math.e)
 def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
     """Whether `native_decode` takes these.
 
-    It must be all in float32, with discrete actions and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
+    It must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
     d_model and d_inner must be multiples of 16.
     """
     ssms = decoder.fused
-    if decoder.embed.continuous or ssms is None:
+    if not decoder.embed.indexed or ssms is None:
         return False
     arrays = [ahead.noise, ahead.context.obs_rep, *jax.tree.leaves(decoder)]
     sides = [side for ssm in ssms for side in ssm.out_proj.weight.shape]

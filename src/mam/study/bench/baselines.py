@@ -28,28 +28,28 @@ def act_uncached(
         key: one per batch element.
         steps: how many agents decide, at most N; what is returned for the others means nothing.
     """
-    num_agents, num_actions = obs.action_mask.shape[-2:]
+    distribution = policy.distribution
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
     encoded = policy.encode(policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order)
     mask = _rows(obs.action_mask, order)
-    noise = _rows(agent_noise(policy.kind, key, num_agents, num_actions), order)
+    noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 
     # 2. One agent after another.
     axis = order.ndim - 1  # of the agents
 
     def decide(k: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         action, out = carry
-        rows = (policy.decoder(action, encoded.obs_rep), mask, noise)
+        rows = (policy.decoder(distribution.token(action), encoded.obs_rep), mask, noise)
         out_k, mask_k, noise_k = (lax.dynamic_index_in_dim(v, k, axis, keepdims=False) for v in rows)
-        chosen = policy.kind.choose(out_k, mask_k, noise_k)
+        chosen = distribution.sample_from_noise(out_k, mask_k, noise_k)
         return tuple(lax.dynamic_update_index_in_dim(*v, k, axis) for v in ((action, chosen), (out, out_k)))
 
-    nobody = jnp.zeros_like(policy.kind.choose(noise, mask, noise))
+    nobody = jnp.zeros_like(distribution.sample_from_noise(noise, mask, noise))
     action, out = lax.fori_loop(0, steps, decide, (nobody, jnp.zeros_like(noise)))
     # 3. Log-probabilities, and everything back in the order of the agents.
-    log_prob, by_agent = policy.kind.log_prob(out, mask, action), jnp.argsort(order, axis=-1)
+    log_prob, by_agent = distribution.log_prob(out, mask, action), jnp.argsort(order, axis=-1)
     return PolicyOutput(
         action=_rows(action, by_agent),
         log_prob=_rows(log_prob, by_agent),

@@ -19,7 +19,7 @@ from mam.kernels.ssd import ssd
 from mam.learning.objective import Batch
 from mam.learning.ppo import PPO
 from mam.learning.rollout import init_rollout_state, rollout
-from mam.learning.train import Learner, TrainState
+from mam.learning.train import Learner, TrainState, with_statistics
 from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
@@ -131,7 +131,7 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
         ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
-        return decide(policy.decoder, policy.kind, ahead, decoding)
+        return decide(policy.decoder, policy.distribution, ahead, decoding)
 
     return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
 
@@ -200,7 +200,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     learner, policy = Learner(config, envs.spec, PPO(config.ppo)), random_policy(name, envs.spec, cell.network)
     if part == "update":
         return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
-    key, normalised = jax.random.key(0), learner.around(policy)
+    key, normalised = jax.random.key(0), with_statistics(policy, config, envs.spec)
     state = TrainState(
         policy=normalised,
         opt_state=learner.optimiser.init(cast(Any, policy)),

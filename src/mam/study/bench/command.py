@@ -69,10 +69,12 @@ def run_bench(options: Bench) -> None:
     """
     from rich.console import Console
 
+    from mam.runs import process
     from mam.study.bench.cases import cases
     from mam.study.bench.measure import Limits, measure
     from mam.study.bench.results import CsvFile, Row, cell_report, plot, slope_table
 
+    process.configure(keep_programs=False)  # how long compiling takes is one of the results
     benches = cases()
     if options.what not in benches:
         raise unknown_name("bench", options.what, benches, see="mam bench --help")

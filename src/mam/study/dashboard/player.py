@@ -197,10 +197,9 @@ def _decisions(replay: Replay, step: int) -> str:
     trace = {name: array[step] for name, array in replay.trace.items()}
     place = np.empty(len(trace["order"]), int)
     place[trace["order"].astype(int)] = np.arange(1, len(place) + 1)
-    rows = []
+    rows, decimals = [], 0 if (replay.trace["action"] % 1 == 0).all() else 2
     for agent in range(min(len(place), _MOST_AGENTS)):
-        action = np.atleast_1d(trace["action"][agent])
-        shown = f"{action[0]:.0f}" if trace["action"].ndim == 1 else ", ".join(f"{part:.2f}" for part in action)
+        shown = ", ".join(f"{part:.{decimals}f}" for part in np.atleast_1d(trace["action"][agent]))
         numbers = [f"{trace[name][agent]:.3f}" for name in ("log_prob", "value", "reward")]
         rows.append([replay.agents[agent], place[agent], shown, *numbers])
     header = ["agent", "decides", "action", "log-prob.", "value", "reward"]

@@ -27,7 +27,7 @@ class Replay:
     """A played episode: what `mam play` wrote, see `mam.runs.play.write_trace`."""
 
     about: dict[str, Any]  # everything but the arrays
-    trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, A]
+    trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, K] or [T, N, A]
     frames: list[bytes]  # PNG of each state, fewer or none where nothing was drawn
     moments: np.ndarray  # [num_frames], which of `frames` shows each state
 
@@ -165,7 +165,7 @@ class Players:
         except OSError as error:
             raise RunError(f"cannot write to {out.parent}: {error.strerror}") from error
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "mam.cli", "play", str(run.path), "--out", str(out), *options),
+            *(sys.executable, "-m", "mam", "play", str(run.path), "--out", str(out), *options),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -1,0 +1,87 @@
+"""`mam evaluate RUN`: fresh episodes with the best weights."""
+
+import contextlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mam.cli.output import display
+
+_MOST_AGENTS = 64  # rows of a table
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Play fresh episodes with the best weights of a run and report the returns."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    env: str | None = None
+    """Task to play in place of the run's own: with another number of agents, say."""
+    episodes: int = 320
+    """Episodes per seed."""
+    greedy: bool = False
+    """Take the most likely actions instead of sampling them."""
+    seed: int = 0
+    """Decides the episodes."""
+    json: bool = False
+    """Print one JSON object with every episode instead of a table."""
+    trust: bool = False
+    """Import the environment that the folder names, where that is code, without naming it as --env."""
+
+
+def evaluate(args: Evaluate) -> None:
+    """Play the episodes and print their returns."""
+    from rich.table import Table
+
+    from mam.learning.evaluate import AGENT_RETURN
+    from mam.runs import api, process
+    from mam.runs.files import read_config
+    from mam.runs.loop import seeds_of
+    from mam.runs.sinks import RETURN, mean_and_spread, to_json
+
+    process.configure()
+    asked: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
+        spec, metrics = api.play_episodes(args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked)
+    config = read_config(args.run / "config.json")
+    env, seeds = args.env or config.env, seeds_of(config)
+    if args.json:
+        facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
+        if AGENT_RETURN in metrics:
+            asked |= {"agents": spec.agent_names}
+        print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
+        return
+    of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if args.greedy else "sampled"
+    table = Table(title=f"{config.algorithm} on {env}: {args.episodes} episodes, {mode} actions")
+    for name in ("seed", *metrics):
+        table.add_column(name, justify="right", overflow="fold")
+    for index, seed in enumerate(seeds):
+        table.add_row(
+            str(seed), *(f"{value[index].mean():.3f} ± {value[index].std():.3f}" for value in metrics.values())
+        )
+    if len(seeds) > 1:
+        table.add_section()
+        table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
+    display(table)
+    if of_agents is not None:
+        display(_agent_table(of_agents, spec))
+    print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+
+
+def _agent_table(returns: Any, spec: Any) -> Any:
+    """Each agent's return, [seeds, episodes, N], over all seeds' episodes."""
+    from rich.table import Table
+
+    names = spec.agent_names or range(spec.num_agents)
+    left = spec.num_agents - _MOST_AGENTS
+    table = Table("agent", caption=f"and {left} more agents, all in --json" if left > 0 else None)
+    table.add_column("return", justify="right")
+    agents = zip(names, returns.mean((0, 1)), returns.std((0, 1)), strict=True)
+    for name, mean, deviation in list(agents)[:_MOST_AGENTS]:
+        table.add_row(str(name), f"{mean:.3f} ± {deviation:.3f}")
+    return table

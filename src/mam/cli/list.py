@@ -1,0 +1,84 @@
+"""`mam list`: policies, tasks and presets."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mam.cli.output import display
+from mam.errors import UserError
+from mam.presets import PRESETS
+
+
+@dataclass(frozen=True)
+class List:
+    """List policies, tasks and presets."""
+
+    envs: bool = False
+    """A table of all tasks with their agents, observations, actions and limits; loads every suite, in a minute."""
+
+
+def list_names(args: List) -> None:
+    """Print the names that other commands take."""
+    from mam.envs.registry import auto_options
+    from mam.envs.tasks import SUITES
+    from mam.networks.memory import MEMORIES
+    from mam.networks.policy import policies
+
+    if args.envs:
+        _print_specs()
+        return
+    print("policies (--policy)")
+    for name, kind in policies().items():
+        print(f"  {name:<11}{kind.description}")
+    print("\nmemory of any policy (--network.memory)")
+    for name, kind in MEMORIES.items():
+        print(f"  {name:<11}{kind.description}")
+    print("\ntasks (--env; `mam list --envs` shows their sizes)")
+    options = auto_options()
+    for name, suite in SUITES.items():
+        print(f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}")
+        print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
+        if defaults := options.get(f"{name}/auto"):
+            print(f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
+    print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
+    print("  your own                          package.module:factory")
+    print("\npresets (--preset; chosen by the task unless given)")
+    for name, make in PRESETS.items():
+        print(f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_specs() -> None:
+    """Every task with its sizes; a suite that is not installed with how to get it."""
+    from rich.table import Column, Table
+
+    from mam.envs.registry import auto_options, make
+    from mam.envs.tasks import task_names
+
+    names = ("task", "agents", "observation", "state", "actions", "limit")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None, padding=(0, 2, 0, 0))
+    missing = {}
+    for name in (*task_names(), *auto_options()):
+        suite = name.partition("/")[0]
+        try:
+            spec = None if suite in missing else make(name, "none").spec
+        except UserError as error:
+            missing[suite] = str(error)
+            spec = None
+        if spec is None:
+            table.add_row(name, *["-"] * 5)
+            continue
+        picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
+        observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
+        actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
+        if spec.action_components is not None:
+            actions = " + ".join(map(str, spec.action_components))
+        sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
+        table.add_row(name, *map(str, sizes))
+    display(table)
+    print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
+    print("actions: how many there are to choose from, in each component where there are several, or real numbers")
+    for suite, message in missing.items():
+        print(f"{suite}: {message}")

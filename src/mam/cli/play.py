@@ -1,0 +1,74 @@
+"""`mam play RUN`: one episode to look at."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mam.errors import UserError
+
+
+@dataclass(frozen=True)
+class Play:
+    """Write a GIF of one episode played by the best weights of a run, and what every agent decided, as JSON."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    env: str | None = None
+    """Task to play in place of the run's own."""
+    out: Path | None = None
+    """The GIF; RUN/episode.gif if None. What was decided goes to the same name with .json."""
+    seed: int = 0
+    """Decides the episode."""
+    policy_seed: int | None = None
+    """Which of the run's seeds plays; the one with the best evaluation if None."""
+    greedy: bool = False
+    """Take the most likely actions instead of sampling them."""
+    trust: bool = False
+    """Import the environment that the folder names, where that is code, without naming it as --env."""
+
+
+def play(args: Play) -> None:
+    """Play one episode and write it."""
+    from mam.envs.external.factories import check_agreed
+    from mam.learning.train import make_train
+    from mam.runs import play as episodes
+    from mam.runs import process
+    from mam.runs.files import read_config
+    from mam.runs.load import load_weights
+    from mam.types import HostEnvironments
+
+    process.configure()
+    path = args.out or args.run / "episode.gif"
+    if path.suffix.lower() != ".gif":
+        raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
+    saved = read_config(args.run / "config.json")
+    check_agreed(saved.env, named=args.env, trust=args.trust)
+    env = args.env or saved.env
+    trainer = make_train(replace(saved, env=env))
+    try:
+        weights = load_weights(args.run, greedy=args.greedy, named=args.env, trust=args.trust)
+        policy_seed, policy = weights.of_seed(args.policy_seed)
+        policy = weights.fitted(policy, trainer.spec)
+        _make_parent(path)
+        print(f"playing seed {policy_seed} into {path}…")
+        how: dict[str, Any] = {"greedy": args.greedy, "max_steps": saved.eval.max_episode_steps}
+        how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
+        if isinstance(trainer.env, HostEnvironments):
+            trainer.close()
+            episode = episodes.play_on_host(env, saved.agent_id, policy, args.seed, path, **how)
+        else:
+            episode = episodes.play(trainer.env, policy, args.seed, path, **how)
+    finally:
+        trainer.close()
+    if episode.undrawn:
+        print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
+    print(f"return {episode.episode_return:.3f}")
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {path.parent} cannot be made: {error.strerror}") from None

@@ -1,0 +1,157 @@
+"""Runs from Python: what `import mam` gives of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mam.config import Config
+from mam.envs.external.factories import check_agreed
+from mam.errors import UserError
+from mam.learning.evaluate import UNFINISHED
+from mam.learning.train import make_train
+from mam.runs import loop
+from mam.runs.callbacks import Callback
+from mam.runs.files import read_config
+from mam.runs.load import LoadedPolicy, Weights, load, load_weights
+from mam.runs.sinks import Record, read_records
+from mam.runs.summary import absolute_returns, evaluation_returns
+from mam.types import EnvSpec
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run that ended."""
+
+    folder: Path
+    config: Config
+    outcome: loop.Outcome  # stopped and preempted runs can go on: `train(resume=folder)`
+
+    @property
+    def records(self) -> list[Record]:
+        """Everything the run has reported, from its first update on."""
+        return read_records(self.folder / "metrics.jsonl")
+
+    @property
+    def returns(self) -> np.ndarray:
+        """Mean return of each evaluation, [evaluations, num_seeds]."""
+        return evaluation_returns(self.records)[1]
+
+    @property
+    def absolute_metric(self) -> np.ndarray | None:
+        """Mean return of the best weights in fresh episodes, [num_seeds]; None of a run that did not finish."""
+        return absolute_returns(self.records)
+
+    def policy(self) -> LoadedPolicy:
+        """Load the best weights of the best seed; `mam.load` has others."""
+        return load(self.folder)
+
+
+def train(
+    config: Config | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    signals: bool = False,
+    trust: bool = False,
+) -> Result:
+    """Train a run to its end, or to a stop: what `mam train` does, in this process.
+
+    Unlike the command it keeps compiled programs and freed memory only as this process is set to do
+    (`mam.runs.process.configure` sets it as the command does).
+
+    Args:
+        config: what to run. On a resume the run's own if None; otherwise it may differ in the settings that a resumed
+            run may change.
+        out: folder of a new run; runs/<task>/<policy>/<time> if None.
+        resume: folder of a run to go on with.
+        callbacks: hear of every update and every evaluation, and may end the run.
+        signals: end the run, saved, on Ctrl-C, SIGTERM and the like, whose handlers are replaced for as long as it
+            takes; in the main thread only. Without, Ctrl-C raises KeyboardInterrupt, and what was saved before stays.
+        trust: import the environment that the resumed folder names, where that is code.
+
+    Raises:
+        UserError: for a configuration that cannot be run, or a folder that is in use or holds another run.
+        RunError: if the run could not go on; what it had saved is as it was.
+    """
+    if resume is not None:
+        if out is not None:
+            raise UserError("a resumed run goes on in its own folder: drop out")
+        saved = read_config(Path(resume) / "config.json")
+        check_agreed(saved.env, named=config.env if config else None, trust=trust)
+        config = config or saved
+        folder, trainer = loop.resume(Path(resume), config)
+    elif config is None:
+        raise UserError("there is nothing to train: give a configuration, or resume=, the folder of a run")
+    else:
+        folder, trainer = loop.start(config, None if out is None else Path(out))
+    outcome = loop.run(config, folder, trainer, callbacks=callbacks, signals=signals)
+    return Result(folder.path, config, outcome)
+
+
+def evaluate(
+    run: str | Path | LoadedPolicy,
+    *,
+    episodes: int = 320,
+    env: str | None = None,
+    greedy: bool | None = None,
+    seed: int = 0,
+    trust: bool = False,
+) -> dict[str, np.ndarray]:
+    """Play fresh episodes with the best weights of a run, or with a policy that was loaded.
+
+    Args:
+        run: folder of the run, all of whose seeds play, or a policy.
+        episodes: per seed.
+        env: task to play in place of the run's own: with another number of agents, say.
+        greedy: take the most likely actions instead of sampling them; as the run's evaluations, or the policy, if None.
+        seed: decides the episodes.
+        trust: import the environment that the folder names, where that is code, without naming it as `env`.
+
+    Returns:
+        Metrics of each episode by name, `episode_return` and `episode_length` among them: [num_seeds, episodes] of a
+        run, [episodes] of a policy.
+
+    Raises:
+        UserError: if there is no run or no such task, the weights do not fit it, or it is code that only the folder
+            names.
+        CheckpointError: if nothing was saved yet, or what was saved is damaged.
+    """
+    how = {"episodes": episodes, "env": env, "greedy": greedy, "seed": seed, "trust": trust}
+    _, metrics = play_episodes(run, **how)
+    return {name: value[0] for name, value in metrics.items()} if isinstance(run, LoadedPolicy) else metrics
+
+
+def play_episodes(
+    run: str | Path | LoadedPolicy, *, episodes: int, env: str | None, greedy: bool | None, seed: int, trust: bool
+) -> tuple[EnvSpec, dict[str, np.ndarray]]:
+    """Return the task that was played, and `evaluate`'s metrics with an axis of seeds in any case."""
+    if episodes < 1:
+        raise UserError(f"--episodes must be positive, got {episodes}")
+    if isinstance(run, LoadedPolicy):
+        config = replace(run.config, seed=run.policy_seed, num_seeds=1)
+        check_agreed(env or config.env, named=env, trust=trust)
+        greedy = run.greedy if greedy is None else greedy
+        policies = jax.tree.map(lambda x: jnp.asarray(x)[None], run.policy)
+        read = partial(Weights, config, run.spec, policies, np.zeros(1, np.float32))
+    else:
+        path = Path(run)
+        config = read_config(path / "config.json")
+        check_agreed(config.env, named=env, trust=trust)
+        greedy = config.eval.greedy if greedy is None else greedy
+        read = partial(load_weights, path, greedy=greedy, named=env, trust=trust)
+    trainer = make_train(replace(config, env=env or config.env))
+    try:
+        weights = read()
+        spec = trainer.spec
+        policies = weights.fitted(weights.policies, spec)
+        keys = jax.random.split(jax.random.key(seed), config.num_seeds)
+        metrics = jax.device_get(trainer.evaluate(policies, keys, episodes, greedy))
+    finally:
+        trainer.close()
+    return spec, {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}

@@ -1,0 +1,33 @@
+"""What a run that was started from Python tells while it goes on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mam.learning.train import TrainState
+
+
+@dataclass(frozen=True)
+class Event:
+    """An update or an evaluation that just ended."""
+
+    update: int  # updates done
+    step_count: int  # environment steps done, per seed
+    metrics: Mapping[str, np.ndarray]  # name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    state: TrainState  # its arrays are gone after the next update: copy what is to be kept
+    log: Callable[[str], None]  # prints a line above the progress bar
+    stop: Callable[[], None]  # ends the run, saved, before its next step
+
+
+class Callback:
+    """Hears of a run. Subclasses write the methods that they need.
+
+    Either may return True to end the run, saved, as a signal would. What one raises ends it, too: saved, and raised on.
+    """
+
+    def on_update(self, event: Event) -> bool | None:
+        """Hear of an update: losses, and the episodes that ended in its rollout."""
+
+    def on_evaluation(self, event: Event) -> bool | None:
+        """Hear of an evaluation: its episodes, in each mode that is played."""

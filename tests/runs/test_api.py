@@ -1,0 +1,234 @@
+"""Runs from Python: callbacks, stops, and policies that play without an environment."""
+
+import signal
+import threading
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mam
+from mam.config import NetworkConfig, to_json
+from mam.errors import RunError, UserError
+from mam.learning.train import init_policy
+from mam.runs import load as loading
+from mam.runs import loop
+from mam.runs.load import load_weights
+from small_run import CONFIG
+
+
+class Listener(mam.Callback):
+    """Notes what it hears, and what there is to see at that moment."""
+
+    def __init__(self):
+        self.heard, self.handlers = [], set()
+
+    def on_update(self, event):
+        assert event.metrics["policy_loss"].shape == (2,)
+        self.note("update", event)
+
+    def on_evaluation(self, event):
+        assert event.metrics["episode_return"].shape == (2, 3)
+        event.log(f"heard of step {event.step_count}")
+        self.note("evaluation", event)
+
+    def note(self, kind, event):
+        self.heard.append((kind, event.update, event.step_count))
+        self.handlers.add(signal.getsignal(signal.SIGTERM))
+        assert np.asarray(event.state.num_updates).tolist() == [event.update] * 2
+
+
+class Until(mam.Callback):
+    """Ends a run after an update: by what it returns, by asking, or by raising something."""
+
+    def __init__(self, update, how):
+        self.update, self.how = update, how
+
+    def on_update(self, event):
+        if event.update < self.update:
+            return False
+        if self.how == "ask":
+            event.stop()
+        elif self.how != "return":
+            raise self.how
+        return self.how == "return"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run to its end in a thread that is not the main one, what a callback heard of it, and what it printed."""
+    listener, results = Listener(), []
+    path = tmp_path_factory.mktemp("api") / "run"
+    thread = threading.Thread(
+        target=lambda: results.append(mam.train(CONFIG, out=str(path), callbacks=[listener], signals=True))
+    )
+    thread.start()
+    thread.join()
+    return results[0], listener
+
+
+def rows(path):
+    keep = ("kind", "update", "step_count", "values")
+    return [{name: getattr(record, name) for name in keep} for record in loop.RunFolder(path).records()]
+
+
+def test_callbacks_hear_of_every_update_and_evaluation(finished):
+    result, listener = finished
+    assert listener.heard == [
+        *(("evaluation", 0, 0), ("update", 1, 16), ("update", 2, 32), ("evaluation", 2, 32), ("update", 3, 48)),
+        *(("update", 4, 64), ("evaluation", 4, 64), ("update", 5, 80), ("update", 6, 96), ("evaluation", 6, 96)),
+    ]
+    assert (result.outcome, result.config) == ("finished", CONFIG)
+    assert [record.kind for record in result.records].count("train") == 6
+    assert (result.returns.shape, result.absolute_metric.shape) == ((4, 2), (2,))
+
+
+@pytest.mark.parametrize("how", ["return", "ask"])
+def test_a_callback_ends_a_run_that_goes_on_later(how, finished, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    listener = Listener()
+    stopped = mam.train(CONFIG, out=tmp_path / "run", callbacks=[Until(3, how), listener])
+    assert stopped.outcome == "stopped"
+    assert stopped.absolute_metric is None
+    assert listener.heard[-1] == ("update", 3, 48)
+    assert listener.handlers == {before}
+    assert "heard of step 32" in capsys.readouterr().out
+    if how == "ask":
+        result = mam.train(resume=stopped.folder)
+        assert result.outcome == "finished"
+        np.testing.assert_equal(rows(result.folder), rows(finished[0].folder))
+
+
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyError("mine"), KeyError), (UserError("not so"), RunError)], ids=["any", "of a user"]
+)
+def test_what_a_callback_raises_ends_the_run_with_everything_saved(error, seen, tmp_path):
+    with pytest.raises(seen, match=r"mine|^not so; the run is saved up to update 2$"):
+        mam.train(CONFIG, out=tmp_path / "run", callbacks=[Until(2, error)])
+    assert loop.RunFolder(tmp_path / "run").newest_save(CONFIG).meta["update"] == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({}, "nothing to train"),
+        ({"config": CONFIG, "out": "a", "resume": "b"}, "drop out"),
+        ({"resume": "nowhere"}, "holds no run"),
+    ],
+    ids=["nothing", "both", "nowhere"],
+)
+def test_mistakes(how, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        mam.train(**how)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_environment(monkeypatch):
+    """Nothing may ask for an environment."""
+    monkeypatch.setattr(loading, "make_train", None)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("greedy", [None, False, True])
+@pytest.mark.parametrize("which", ["best", "latest"])
+def test_weights_are_those_of_the_run(greedy, which, finished, monkeypatch):
+    folder = loop.RunFolder(finished[0].folder)
+    state = folder.load_state(CONFIG, loop.make_train(CONFIG))
+    monkeypatch.setattr(loading, "make_train", None)
+    weights = load_weights(folder.path, greedy=greedy, which=which)
+    best = state.best(beside=bool(greedy))
+    assert same(weights.policies, best.policy if which == "best" else state.policy)
+    np.testing.assert_array_equal(weights.best_return, best.mean_return)
+    seed, policy = weights.of_seed(None)
+    assert seed == np.argmax(best.mean_return)
+    assert same(policy, jax.tree.map(lambda x: x[seed], weights.policies))
+    with pytest.raises(UserError, match=r"one of the run's seeds 0…1, got 7"):
+        weights.of_seed(7)
+
+
+def test_a_loaded_policy_plays_without_an_environment(finished, no_environment):
+    policy = mam.load(finished[0].folder)
+    assert (policy.spec.name, policy.greedy, policy.config) == ("probe/matrix", False, CONFIG)
+    views = np.zeros((policy.spec.num_agents, policy.spec.obs_dim - policy.spec.id_dim))
+    actions = [policy.act(views) for _ in range(8)]
+    assert {action.shape for action in actions} == {(policy.spec.num_agents,)}
+    again = mam.load(str(finished[0].folder))
+    on_device = [again.act(jnp.asarray(views)) for _ in range(8)]
+    np.testing.assert_array_equal(on_device, actions)
+    assert {type(action) for action in actions} == {np.ndarray}
+    assert all(isinstance(action, jax.Array) for action in on_device)
+
+
+def test_memory_and_ids_are_kept_by_the_policy():
+    """Acting step by step equals the policy's own pure functions, with ids and memory handed on by hand."""
+    spec = mam.EnvSpec("suite/task", num_agents=3, obs_dim=5, num_actions=4, time_limit=None, id_dim=3)
+    config = replace(CONFIG, policy="rec_ippo", network=NetworkConfig(d_model=8))
+    pure = init_policy(config, spec, key=jax.random.key(1))
+    policy = mam.LoadedPolicy(config, spec, pure, policy_seed=0, greedy=True)
+    views = np.random.default_rng(0).normal(size=(4, 2, 3, 2)).astype(np.float32)
+    resets = np.array([[1, 1], [0, 0], [0, 1], [0, 0]], bool)
+    memory, act = pure.init_memory((2,)), jax.jit(lambda *args: pure.act(*args, greedy=True))
+    for view, reset in zip(views, resets, strict=True):
+        ids = np.broadcast_to(np.eye(3, dtype=np.float32), (2, 3, 3))
+        shape = (2, 3)
+        obs = mam.Observation(np.concatenate([ids, view], -1), np.ones((*shape, 4), bool), np.ones(shape, bool))
+        memory, output = act(memory, obs, reset, jax.random.split(jax.random.key(0), 2))
+        np.testing.assert_array_equal(policy.act(view, reset=reset), output.action)
+    assert same(policy._memory, memory)
+    with pytest.raises(UserError, match=r"the batch was \(2,\) and is \(1,\)"):
+        policy.act(views[0, :1])
+    policy.act(views[0, :1], reset=True)
+    with pytest.raises(UserError, match=r"agents' views are \[…, 3, 5\] or \[…, 3, 2\] in suite/task, got \[3, 4\]"):
+        policy.act(np.zeros((3, 4)))
+
+
+def test_evaluating_a_run_and_a_policy(finished):
+    metrics = mam.evaluate(finished[0].folder, episodes=4)
+    assert metrics["episode_return"].shape == (2, 4)
+    assert mam.evaluate(finished[0].policy(), episodes=4)["episode_return"].shape == (4,)
+    with pytest.raises(UserError, match="must be positive, got 0"):
+        mam.evaluate(finished[0].folder, episodes=0)
+
+
+def test_a_run_that_does_not_say_its_sizes_imports_code_only_if_trusted(finished, monkeypatch):
+    """As runs of early versions."""
+    save = loop.RunFolder(finished[0].folder).newest_save(CONFIG)
+    save = replace(save, meta={name: value for name, value in save.meta.items() if name != "spec"})
+    monkeypatch.setattr(loop.RunFolder, "newest_save", lambda *_: save)
+    assert mam.load(finished[0].folder).spec.name == "probe/matrix"
+    monkeypatch.setattr(loop.RunFolder, "load_config", lambda _: replace(CONFIG, env="nobody:make"))
+    with pytest.raises(UserError, match="'nobody:make', which is code"):
+        mam.load(finished[0].folder)
+    with pytest.raises(UserError, match="nobody is not in"):
+        mam.load(finished[0].folder, trust=True)
+
+
+@pytest.mark.parametrize("spec", [{"num_agents": "three"}, {"nothing": 1}, {}], ids=str)
+def test_sizes_that_are_none_are_refused(spec, finished, monkeypatch):
+    save = loop.RunFolder(finished[0].folder).newest_save(CONFIG)
+    monkeypatch.setattr(loop.RunFolder, "newest_save", lambda *_: replace(save, meta=save.meta | {"spec": spec}))
+    with pytest.raises(RunError, match="is damaged, or of a later version"):
+        mam.load(finished[0].folder)
+
+
+def test_sizes_travel_as_json():
+    import json
+
+    from mam.config import from_json
+
+    spec = mam.EnvSpec("a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7, agent_names=("one", "two"))
+    assert from_json(mam.EnvSpec, json.loads(json.dumps(to_json(spec)))) == spec
+
+
+@pytest.mark.parametrize(("num_envs", "batch"), [(None, ()), (3, (3,))])
+def test_environments_by_name(num_envs, batch):
+    env = mam.make_env("probe/matrix", num_envs)
+    _, timestep = jax.eval_shape(env.reset, jax.random.key(0))
+    assert timestep.reward.shape == (*batch, env.spec.num_agents)
