@@ -62,8 +62,8 @@ class NetworkConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's own if None: gru for
-    rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's own if None: gru
+    for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
