@@ -443,7 +443,7 @@ def test_later_agents_answer_earlier_ones(name, kind, order):
             before, after = before + after, []
         base, other = (jax.tree.map(lambda v, row=row: v[row], evaluation) for row in (0, 1 + agent))
         np.testing.assert_allclose(other.value, base.value, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(other.log_prob[before], base.log_prob[before], rtol=3e-5, atol=1e-6)
+        np.testing.assert_allclose(other.log_prob[before], base.log_prob[before], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
             other.entropy[[*before, agent]], base.entropy[[*before, agent]], rtol=1e-5, atol=1e-6
         )
