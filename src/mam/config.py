@@ -62,8 +62,8 @@ class NetworkConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember across environment steps: none or gru (see `mam list`); what the policy's name says if None:
-    gru for rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's own if None: gru
+    for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
@@ -399,17 +399,15 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
             raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}")
         return value
     if typing.get_origin(expected) is tuple:
-        if not isinstance(value, list | tuple) or not all(type(item) is allowed[0] for item in value):
+        listed = isinstance(value, list | tuple) and (allowed[-1] is Ellipsis or len(value) == len(allowed))
+        if not listed or not all(type(item) is allowed[0] for item in value):
             raise UserError(f"{name} must be a list of {allowed[0].__name__}, got {shown(value)}")
         return tuple(value)
     if float in allowed and type(value) is int:
         return float(value)
-    for kind in allowed:  # JSON has lists in place of tuples
-        if typing.get_origin(kind) is tuple and type(value) is list:
-            items = typing.get_args(kind)
-            items = items[:1] * len(value) if items[-1] is Ellipsis else items
-            if len(items) == len(value):
-                return tuple(_checked(name, item, expected) for item, expected in zip(value, items, strict=True))
+    for kind in allowed:
+        if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+            return _checked(name, value, kind)
     if type(value) not in allowed:
         names = " or ".join("null" if t is type(None) else t.__name__ for t in allowed)
         raise UserError(f"{name} must be {names}, got {shown(value)}")

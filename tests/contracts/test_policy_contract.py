@@ -50,7 +50,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # What compiles. Several choices at once with one policy of each class: they differ in the distribution alone.
 every_case = pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in NAMES for kind in KINDS if kind != "components" or name in ("mam-gru", "mappo")],
+    [(name, kind) for name in NAMES for kind in KINDS if kind != "components" or name in ("mat-gru", "mappo")],
 )
 
 # Which of five agents are alive, in six environments.
@@ -419,7 +419,7 @@ def test_illegal_actions_have_no_probability(name):
     [
         *((name, "discrete", [0, 1, 2, 3, 4]) for name in NAMES),
         *((name, kind, [3, 0, 4, 2, 1]) for name in NAMES for kind in ("discrete", "continuous")),
-        *((name, "components", [3, 0, 4, 2, 1]) for name in ("mam-gru", "mappo")),
+        *((name, "components", [3, 0, 4, 2, 1]) for name in ("mat-gru", "mappo")),
     ],
 )
 def test_later_agents_answer_earlier_ones(name, kind, order):

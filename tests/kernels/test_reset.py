@@ -83,8 +83,12 @@ RECURRENCES = {
     "ssd": (dual, dual_one, D + HEADS + 2 * S, ("scan",)),
     "convolution": (convolved, convolved_one, D, ("xla",)),
 }
-CASES = [(name, how) for name, (*_, hows) in RECURRENCES.items() for how in hows]
-CASES += [pytest.param(name, "native", marks=NATIVE) for name in RECURRENCES]
+PLAIN = [(name, how) for name, (*_, hows) in RECURRENCES.items() for how in hows]
+CASES = [*PLAIN, *(pytest.param(name, "native", marks=NATIVE) for name in RECURRENCES)]
+SINGLE = [(*case, jnp.float32) for case in PLAIN]
+SINGLE += [pytest.param(name, "native", jnp.float32, marks=NATIVE) for name in RECURRENCES]
+# The native kernels are for single precision, and these read and write as `sequential` does.
+HALF = [(*case, jnp.bfloat16) for case in PLAIN if case[1] not in ("associative", "pairwise")]
 # Pieces longer and shorter than chunks and the convolution; the sum over pairs is unrolled.
 LENGTHS = {False: 9, True: 3}
 
@@ -169,15 +173,13 @@ def assert_close(actual, expected, tolerance):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("name", "implementation"), CASES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("name", "implementation", "dtype"), [*SINGLE, *HALF])
 def test_resets_cut_the_sequence(name, implementation, dtype):
-    if dtype == jnp.bfloat16 and implementation in ("native", "pairwise", "associative"):
-        pytest.skip("for float32, or as another one")
     n = PIECES * length(implementation, False)
-    weights, *problem, gradients = make_problem(name, n, dtype=dtype)
-    whole = run(name, implementation, False, weights, *problem, resets_between_pieces(n, False), gradients)
-    pieces = run_pieces(name, implementation, weights, *problem, gradients)
+    weights, xs, state, gradients = make_problem(name, n, dtype=dtype)
+    reset = resets_between_pieces(n, False)
+    whole = run(name, implementation, False, weights, xs, state, reset, gradients)
+    pieces = run_pieces(name, implementation, weights, xs, state, gradients)
     assert_close(whole, pieces, 1e-5 if dtype == jnp.float32 else 1e-2)
 
 

@@ -26,7 +26,7 @@ SEQUENTIAL = Decoding()
 WHOLE, WINDOWS, GIVEN_UP = (Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)])
 MORE = [Decoding("fixed_point", *limits) for limits in [(1, None), (9, None), (None, 1), (None, 2), (4, 3)]]
 KERNEL = Decoding("kernel")  # where there is no CUDA, the loop
-KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (3, 1)}}
+KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (2, 2)}}
 
 
 def make_spec(kind):

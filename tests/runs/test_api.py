@@ -1,5 +1,6 @@
 """Runs from Python: callbacks, stops, and policies that play without an environment."""
 
+import json
 import signal
 import threading
 from dataclasses import replace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import mam
-from mam.config import NetworkConfig, to_json
+from mam.config import NetworkConfig, from_json, to_json
 from mam.errors import RunError, UserError
 from mam.learning.train import init_policy
 from mam.runs import load as loading
@@ -219,12 +220,11 @@ def test_sizes_that_are_none_are_refused(spec, finished, monkeypatch):
 
 
 def test_sizes_travel_as_json():
-    import json
-
-    from mam.config import from_json
-
     spec = mam.EnvSpec("a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7, agent_names=("one", "two"))
     assert from_json(mam.EnvSpec, json.loads(json.dumps(to_json(spec)))) == spec
+    for name, value in {"grid_shape": [3, 4], "agent_names": ["one", 2]}.items():
+        with pytest.raises(UserError, match=f"^{name} must be a list of"):
+            from_json(mam.EnvSpec, to_json(spec) | {name: value})
 
 
 @pytest.mark.parametrize(("num_envs", "batch"), [(None, ()), (3, (3,))])

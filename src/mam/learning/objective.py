@@ -118,17 +118,12 @@ def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch
         targets=targets,
     )
     batch, memory = shard.gather((batch, rollout.memory), axis=1)
-    num_steps, num_envs = batch.reset.shape
-    if not jax.tree.leaves(memory):
-        return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
-    num_sequences = jax.tree.leaves(memory)[0].shape[0]  # of each environment
-    if num_sequences > 1:
-        length = num_steps // num_sequences
+    kept = jax.tree.leaves(memory)
+    length = batch.reset.shape[0] // kept[0].shape[0] if kept else 1
 
-        def cut(x: Array) -> Array:
-            x = jnp.swapaxes(x.reshape(num_sequences, length, *x.shape[1:]), 0, 1)
-            return x.reshape(length, num_sequences * num_envs, *x.shape[3:])
+    def cut(x: Array) -> Array:
+        x = jnp.swapaxes(x.reshape(-1, length, *x.shape[1:]), 0, 1)
+        return x.reshape(length, -1, *x.shape[3:])
 
-        batch = jax.tree.map(cut, batch)
-        memory = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), memory)
-    return replace(batch, memory=memory)
+    memory = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), memory)
+    return replace(jax.tree.map(cut, batch), memory=memory)
