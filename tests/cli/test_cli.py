@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 import mam
+from mam.cli import evaluate
 from mam.cli import main as cli
 from mam.cli.arguments import parse
 from mam.cli.list import List
+from mam.cli.output import display
 from mam.cli.plan import Plan
 from mam.cli.start import starting_options
 from mam.cli.train import Train, price
@@ -194,7 +196,7 @@ def test_evaluate_tells_agents_with_rewards_of_their_own_apart(finished, capsys,
         def spec(self):
             return replace(super().spec, team_reward=False, agent_names=("wolf_0", "[hare]"))
 
-    monkeypatch.setitem(tasks.TASKS, "probe", ("matrix", "own"))
+    monkeypatch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("matrix", "own")))
     monkeypatch.setitem(probes.PROBES, "own", Own)
     command = ["evaluate", str(finished), "--env", "probe/own", "--episodes", "4"]
     assert cli.main(command) == 0
@@ -205,8 +207,8 @@ def test_evaluate_tells_agents_with_rewards_of_their_own_apart(finished, capsys,
     assert found["agents"] == ["wolf_0", "[hare]"]
     assert np.shape(found["metrics"]["agent_return"]) == (2, 4, 2)
     assert {"return_wolf", "return_[hare]"} < found["metrics"].keys()
-    monkeypatch.setattr(cli, "_MOST_AGENTS", 1)
-    cli.display(cli._agent_table(np.zeros((2, 4, 2)), Own().spec))
+    monkeypatch.setattr(evaluate, "_MOST_AGENTS", 1)
+    display(evaluate._agent_table(np.zeros((2, 4, 2)), Own().spec))
     assert "and 1 more agents, all in --json" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
