@@ -117,7 +117,7 @@ def test_long_names_made_of_settings_stay_apart_and_short(tmp_path):
     [
         ("runs = []", "defines no `runs`"),
         ("x = 1 / 0", "division by zero"),
-        ("from mam.study.experiment import grid\nruns = grid(polcy='mam')", "unknown key 'polcy'"),
+        ("from mam import grid\nruns = grid(polcy='mam')", "unknown key 'polcy'"),
     ],
 )
 def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
