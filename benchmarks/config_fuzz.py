@@ -108,8 +108,12 @@ def valid(rng: random.Random, names: tuple[str, ...]) -> Config:
         expand=expand,
         dt_rank=rng.choice([None, 1, 3]),
         head_dim=rng.choice([None, 1, d_model, expand]),
-        encoder=EncoderConfig(layout="".join(letters)[:blocks] if sequence and rng.random() < 0.3 else None),
-        decoder=DecoderConfig(layout="".join(letters[::-1])[:blocks] if sequence and rng.random() < 0.3 else None),
+        encoder=EncoderConfig(
+            layout="".join(letters)[:blocks] if sequence and rng.random() < 0.3 else None
+        ),
+        decoder=DecoderConfig(
+            layout="".join(letters[::-1])[:blocks] if sequence and rng.random() < 0.3 else None
+        ),
         memory=rng.choice([None, *MEMORIES]),
         dtype=rng.choice(["float32", "float32", "bfloat16"]),
         remat=rng.random() < 0.2,
@@ -184,7 +188,11 @@ def complaint_about(flag: str, value: str) -> str | None:
         except Exception as error:
             return f"a traceback: {type(error).__name__}: {error}"
     lines = said.getvalue().strip().splitlines()
-    words = flag.lstrip("-").replace("-", "_").split(".")[-1], flag.lstrip("-").split(".")[-1], value
+    words = (
+        flag.lstrip("-").replace("-", "_").split(".")[-1],
+        flag.lstrip("-").split(".")[-1],
+        value,
+    )
     if code != 2:
         return f"exit code {code}"
     if len(lines) != 1:
@@ -197,7 +205,10 @@ def complaint_about(flag: str, value: str) -> str | None:
 @contextlib.contextmanager
 def quick_compilation() -> Iterator[None]:
     """Less time for programs that run three times."""
-    jit, options = jax.jit, {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    jit, options = (
+        jax.jit,
+        {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    )
     jax.jit = partial(jit, compiler_options=options)
     try:
         yield
@@ -214,7 +225,10 @@ def main(args: Args) -> int:
             if wrong := complaint_about(flag, value):
                 problems += 1
                 print(f"{flag}={value}: {wrong}", flush=True)
-        print(f"{args.invalid} invalid settings, {problems} problems, {time.monotonic() - begun:.0f} s", flush=True)
+        print(
+            f"{args.invalid} invalid settings, {problems} problems, {time.monotonic() - begun:.0f} s",
+            flush=True,
+        )
         with quick_compilation():
             for number in range(args.valid):
                 config = valid(rng, args.policies)
@@ -223,7 +237,10 @@ def main(args: Args) -> int:
                     print(f"{wrong}\n  {config}", flush=True)
                 if number % 10 == 9:
                     jax.clear_caches()
-                    print(f"{number + 1} of {args.valid} valid ones, {time.monotonic() - begun:.0f} s", flush=True)
+                    print(
+                        f"{number + 1} of {args.valid} valid ones, {time.monotonic() - begun:.0f} s",
+                        flush=True,
+                    )
     print(f"{args.valid} valid and {args.invalid} invalid configurations: {problems} problems")
     return int(problems > 0)
 

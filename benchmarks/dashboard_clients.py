@@ -28,7 +28,9 @@ def append(path: Path, row: int) -> None:
     """A row of a run's metrics, with a return that can be looked for."""
     head = {"update": row, "step_count": row * CONFIG.steps_per_update, "elapsed": float(row)}
     with path.open("a") as file:
-        file.write(json.dumps({"kind": "evaluation", **head, "episode_return": [[float(row)]]}) + "\n")
+        file.write(
+            json.dumps({"kind": "evaluation", **head, "episode_return": [[float(row)]]}) + "\n"
+        )
 
 
 def slowest(pages: list[Any], text: str) -> float:
@@ -41,7 +43,9 @@ def slowest(pages: list[Any], text: str) -> float:
 
 def main() -> None:
     """Starts the server and the browser, and measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pages", type=int, default=50)
     parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--browser", default="/usr/bin/chromium")
@@ -65,7 +69,9 @@ def main() -> None:
         for page in pages:
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(found.group())
-        print(f"{args.pages} pages opened, the last one shows the run after {slowest(pages, '1.000'):.1f} s")
+        print(
+            f"{args.pages} pages opened, the last one shows the run after {slowest(pages, '1.000'):.1f} s"
+        )
         times = []
         for row in range(2, args.rows + 2):
             append(run / "metrics.jsonl", row)
@@ -79,9 +85,13 @@ def main() -> None:
         append(run / "metrics.jsonl", args.rows + 2)
         for context in contexts:
             context.set_offline(False)
-        print(f"back from 10 s without network after {slowest(pages, f'{args.rows + 2}.000'):.1f} s")
+        print(
+            f"back from 10 s without network after {slowest(pages, f'{args.rows + 2}.000'):.1f} s"
+        )
         ticks = Path(f"/proc/{server.pid}/stat").read_text().split()
-        print(f"the server took {(int(ticks[13]) + int(ticks[14])) / 100:.1f} s of CPU; errors: {errors}")
+        print(
+            f"the server took {(int(ticks[13]) + int(ticks[14])) / 100:.1f} s of CPU; errors: {errors}"
+        )
         browser.close()
         server.send_signal(signal.SIGINT)
         server.wait(20)

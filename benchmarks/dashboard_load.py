@@ -46,9 +46,17 @@ def write_runs(root: Path, num_runs: int, num_rows: int) -> int:
         write_atomically(path / "config.json", json.dumps(to_json(config)))
         with (path / "metrics.jsonl").open("w") as file:
             for update in range(1, num_rows + 1):
-                file.write(row("train", update, {name: rng.random(SEEDS, np.float32) for name in METRICS}))
+                file.write(
+                    row("train", update, {name: rng.random(SEEDS, np.float32) for name in METRICS})
+                )
                 if update % EVALUATE_EVERY == 0:
-                    file.write(row("evaluation", update, {"episode_return": rng.random((SEEDS, EPISODES), np.float32)}))
+                    file.write(
+                        row(
+                            "evaluation",
+                            update,
+                            {"episode_return": rng.random((SEEDS, EPISODES), np.float32)},
+                        )
+                    )
             size += file.tell()
     return size
 
@@ -56,23 +64,32 @@ def write_runs(root: Path, num_runs: int, num_rows: int) -> int:
 def row(kind: str, update: int, values: dict[str, np.ndarray]) -> str:
     """A line of metrics.jsonl."""
     head = {"kind": kind, "update": update, "step_count": 512 * update, "elapsed": 0.5 * update}
-    return json.dumps(head | {name: value.astype(float).tolist() for name, value in values.items()}) + "\n"
+    return (
+        json.dumps(head | {name: value.astype(float).tolist() for name, value in values.items()})
+        + "\n"
+    )
 
 
 def timed(what: str, action: Callable[[], Any]) -> Any:
     """Does something and prints how long it took."""
     begin, cpu = time.perf_counter(), time.process_time()
     result = action()
-    print(f"{what:<62}{time.perf_counter() - begin:>9.3f} s {time.process_time() - cpu:>9.3f} s CPU")
+    print(
+        f"{what:<62}{time.perf_counter() - begin:>9.3f} s {time.process_time() - cpu:>9.3f} s CPU"
+    )
     return result
 
 
 def main() -> None:
     """Makes the folder, measures, and removes it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--keep", type=Path, help="a folder to make, or to use if it exists, and to leave")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder to make, or to use if it exists, and to leave"
+    )
     args = parser.parse_args()
     root = args.keep or Path(tempfile.mkdtemp(prefix="dashboard-"))
     try:
@@ -96,11 +113,16 @@ def measure(root: Path) -> None:
             update = run.metrics.step_count // 512 + 1
             file.write(row("train", update, {name: np.ones(SEEDS, np.float32) for name in METRICS}))
     timed("a look, every run has a new row", watcher.refresh)
-    runs = next(iter(groups(watcher.runs.values(), labels_of(watcher.runs.values())).values()))["mam"]
+    runs = next(iter(groups(watcher.runs.values(), labels_of(watcher.runs.values())).values()))[
+        "mam"
+    ]
     end = runs[0].metrics.step_count
     curves.of(runs[:1], "evaluation/episode_return", "steps")  # imports SciPy
     timed("curve of a run, 3 seeds", lambda: curves.of(runs[:1], "train/loss", "steps"))
-    timed(f"curve of {len(runs)} runs, {SEEDS * len(runs)} seeds", lambda: curves.of(runs, "train/loss", "steps"))
+    timed(
+        f"curve of {len(runs)} runs, {SEEDS * len(runs)} seeds",
+        lambda: curves.of(runs, "train/loss", "steps"),
+    )
     window = (0.4 * end, 0.41 * end)
     timed("the same, zoomed in", lambda: curves.of(runs, "train/loss", "steps", window))
     timed("the same against wall-clock", lambda: curves.of(runs, "train/loss", "time"))

@@ -49,7 +49,9 @@ def endure(args: Args) -> bool:
     """Whether memory grew by less than a hundredth and nothing compiled after the first update."""
     compiled, seen = [], {}
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
+        lambda name, seconds, **_: (
+            compiled.append(name) if name.endswith("backend_compile_duration") else None
+        )
     )
     write = JsonLines.write
 
@@ -65,7 +67,9 @@ def endure(args: Args) -> bool:
         total_timesteps=32 * args.updates,
         network=NetworkConfig(d_model=8, d_state=2),
         ppo=PPOConfig(num_envs=4, rollout_length=8, num_epochs=1, num_minibatches=1),
-        eval=EvalConfig(num_evaluations=args.updates // 100, num_episodes=4, num_absolute_episodes=8),
+        eval=EvalConfig(
+            num_evaluations=args.updates // 100, num_episodes=4, num_absolute_episodes=8
+        ),
         checkpoint=CheckpointConfig(seconds=5.0),
     )
     with tempfile.TemporaryDirectory() as folder:

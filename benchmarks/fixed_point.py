@@ -43,10 +43,14 @@ def compare(policy, obs, args: Args) -> None:
         order = jnp.broadcast_to(jnp.arange(args.num_agents, dtype=jnp.int32), obs.alive.shape)
         encoded = policy.encode(policy.embed(obs), obs.alive, order)
         noise = jax.random.gumbel(key, obs.action_mask.shape)
-        return Ahead(context=policy.decoder.read(encoded.obs_rep), mask=obs.action_mask, noise=noise)
+        return Ahead(
+            context=policy.decoder.read(encoded.obs_rep), mask=obs.action_mask, noise=noise
+        )
 
     def run(decoding):
-        return jax.jit(lambda policy, ahead: decide(policy.decoder, policy.distribution, ahead, decoding))
+        return jax.jit(
+            lambda policy, ahead: decide(policy.decoder, policy.distribution, ahead, decoding)
+        )
 
     ahead = jax.jit(ahead)
     loop, windows = run(Decoding()), (None, *args.windows)
@@ -63,7 +67,10 @@ def compare(policy, obs, args: Args) -> None:
     for call in range(-(-args.decisions // (args.batch * args.num_agents)) + 1):
         inputs = jax.block_until_ready(ahead(policy, jax.random.key(call)))
         expected = timed("loop", loop, policy, inputs)
-        top = np.sort(np.where(inputs.mask, np.asarray(expected.out) + np.asarray(inputs.noise), -np.inf), axis=-1)
+        top = np.sort(
+            np.where(inputs.mask, np.asarray(expected.out) + np.asarray(inputs.noise), -np.inf),
+            axis=-1,
+        )
         for window, way in ways.items():
             found = timed(window, way, policy, inputs)
             differs = np.asarray(found.action != expected.action)
@@ -92,7 +99,9 @@ def main(args: Args) -> None:
         for weights in ("initial", "large random"):
             policy = make_policy(name, spec, sizes, key=jax.random.key(0))
             if weights == "large random":
-                policy = jax.tree.map(lambda v: v + jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), policy)
+                policy = jax.tree.map(
+                    lambda v: v + jnp.asarray(0.3 * rng.normal(size=v.shape), v.dtype), policy
+                )
             print(f"  {name}, {weights} weights", flush=True)
             compare(policy, obs, args)
 

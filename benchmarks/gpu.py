@@ -34,9 +34,13 @@ Row = dict[str, Any]  # a line of a step's result
 class Step:
     """A part of the whole, run in a process of its own."""
 
-    run: Callable[..., list[Row]]  # given whether to be short; and, where there are parts, one of them or None
+    run: Callable[
+        ..., list[Row]
+    ]  # given whether to be short; and, where there are parts, one of them or None
     seconds: float  # its time limit, once everything is compiled
-    parts: tuple[str, ...] = ()  # what is compiled apart, before it is timed; none if it is not timed
+    parts: tuple[
+        str, ...
+    ] = ()  # what is compiled apart, before it is timed; none if it is not timed
 
 
 # --- Kernels against float64 ----------------------------------------------------------------------------------------
@@ -80,9 +84,15 @@ def judged(name: str, tolerance: float, measure: Callable[[], dict[str, float]])
             "error": float("inf"),
             "message": f"{type(error).__name__}: {error}"[:500],
         }
-    row = {"check": name, "tolerance": tolerance, **row, "seconds": round(time.perf_counter() - start, 2)}
+    row = {
+        "check": name,
+        "tolerance": tolerance,
+        **row,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
     print(
-        f"{'ok  ' if row['ok'] else 'FAIL'} {name}: {row['error']:.2e} ({row['worst']}, {row['seconds']} s)", flush=True
+        f"{'ok  ' if row['ok'] else 'FAIL'} {name}: {row['error']:.2e} ({row['worst']}, {row['seconds']} s)",
+        flush=True,
     )
     return row
 
@@ -94,7 +104,10 @@ def scan_reference(x, dt, B, C, A, reset, h0, *, reverse):
 
     def step(h, agent):
         x, dt, B, C, reset = agent
-        h = jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0, h) + (dt * x)[:, None] * B[:, :, None]
+        h = (
+            jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0, h)
+            + (dt * x)[:, None] * B[:, :, None]
+        )
         return h, jnp.sum(h * C[:, :, None], axis=1)
 
     xs = [jnp.moveaxis(v, 1, 0) for v in (x, dt, B, C, reset)]
@@ -137,10 +150,19 @@ def check_scan(short: bool) -> list[Row]:
         arguments, reset, gradients = scan_inputs(m, n, d, s, dtype)
         kernel = partial(scan_kernel, interpret=not on_gpu)
         actual = jax.jit(partial(both_ways, kernel, reverse))(arguments, reset, gradients)
-        return errors(actual, in_float64(partial(both_ways, scan_reference, reverse), arguments, reset, gradients))
+        return errors(
+            actual,
+            in_float64(partial(both_ways, scan_reference, reverse), arguments, reset, gradients),
+        )
 
     sizes = [(64, n, 128, 16) for n in (1, 4, 8, 9, 32, 128)]
-    sizes += [(16, 1024, 128, 16), (64, 33, 64, 4), (64, 33, 256, 64), (64, 33, 24, 64), (8192, 4, 128, 16)]
+    sizes += [
+        (16, 1024, 128, 16),
+        (64, 33, 64, 4),
+        (64, 33, 256, 64),
+        (64, 33, 24, 64),
+        (8192, 4, 128, 16),
+    ]
     sizes = [(4, 3, 16, 4), (4, 9, 16, 4)] if short else sizes
     rows = []
     for m, n, d, s in sizes:
@@ -169,13 +191,18 @@ def check_decode(short: bool) -> list[Row]:
         rng = np.random.default_rng(0)
         shape = (batch, num_agents, spec.num_actions)
         obs_rep = jnp.asarray(rng.normal(size=(batch, num_agents, sizes.d_model)), jnp.float32)
-        mask, noise = jnp.asarray(rng.random(shape) < 0.7), jnp.asarray(rng.gumbel(size=shape), jnp.float32)
+        mask, noise = (
+            jnp.asarray(rng.random(shape) < 0.7),
+            jnp.asarray(rng.gumbel(size=shape), jnp.float32),
+        )
 
         @partial(jax.jit, static_argnums=1)
         def run(policy, kernel, obs_rep, mask, noise):
             ahead = Ahead(context=policy.decoder.read(obs_rep), mask=mask, noise=noise)
             if kernel:
-                return decode_kernel(policy.decoder, ahead, operand_dtype=operand_dtype, interpret=not on_gpu)
+                return decode_kernel(
+                    policy.decoder, ahead, operand_dtype=operand_dtype, interpret=not on_gpu
+                )
             decision = decide(policy.decoder, policy.distribution, ahead, Decoding())
             return decision.action, decision.out
 
@@ -185,22 +212,34 @@ def check_decode(short: bool) -> list[Row]:
         with jax.default_matmul_precision("highest"):
             expected_action, expected = run(policy, False, obs_rep, mask, noise)
         same = np.cumprod(np.asarray(action == expected_action), axis=-1).astype(bool)
-        before = np.concatenate([np.ones_like(same[:, :1]), same[:, :-1]], axis=1)  # read what the loop read
+        before = np.concatenate(
+            [np.ones_like(same[:, :1]), same[:, :-1]], axis=1
+        )  # read what the loop read
         gap = np.abs(np.asarray(out) - np.asarray(expected))[before & np.ones_like(same)]
         return {"out": float(gap.mean()), "decided otherwise / 10": 0.1 * float(1 - same.mean())}
 
     fast = NetworkConfig(d_model=64, d_state=16)
-    cases = [(name, fast, n, b, jnp.float16) for name in ("mam", "mam2") for n, b in ((4, 64), (32, 512), (128, 4096))]
-    cases += [("mam", fast, 4, 64, jnp.float32), ("mam2", NetworkConfig(d_model=32, d_state=16), 32, 64, jnp.float16)]
+    cases = [
+        (name, fast, n, b, jnp.float16)
+        for name in ("mam", "mam2")
+        for n, b in ((4, 64), (32, 512), (128, 4096))
+    ]
+    cases += [
+        ("mam", fast, 4, 64, jnp.float32),
+        ("mam2", NetworkConfig(d_model=32, d_state=16), 32, 64, jnp.float16),
+    ]
     cases += [("mam", NetworkConfig(d_model=64, d_state=16, num_blocks=2), 32, 64, jnp.float16)]
     cases += [("mam", NetworkConfig(d_model=128, d_state=32, dt_rank=128), 8, 64, jnp.float16)]
     if short:
         cases = [
-            (name, NetworkConfig(d_model=16, d_state=4, head_dim=16), 3, 5, jnp.float32) for name in ("mam", "mam2")
+            (name, NetworkConfig(d_model=16, d_state=4, head_dim=16), 3, 5, jnp.float32)
+            for name in ("mam", "mam2")
         ]
     rows = []
     for name, sizes, n, batch, dtype in cases:
-        label = f"decode {name} d_model {sizes.d_model} blocks {sizes.num_blocks} N {n} batch {batch}"
+        label = (
+            f"decode {name} d_model {sizes.d_model} blocks {sizes.num_blocks} N {n} batch {batch}"
+        )
         label += f" {jnp.dtype(dtype).name}"
         tolerance = 1e-4 if dtype == jnp.float32 else 1e-2
         rows.append(judged(label, tolerance, partial(measure, name, sizes, n, batch, dtype)))
@@ -225,11 +264,15 @@ def check_policy(short: bool) -> list[Row]:
         keys = jax.random.split(jax.random.key(0), batch)
 
         def learner(policy, obs, action, order):
-            evaluation = policy.evaluate(memory, *jax.tree.map(lambda x: x[None], (obs, action, order)), reset[None])
+            evaluation = policy.evaluate(
+                memory, *jax.tree.map(lambda x: x[None], (obs, action, order)), reset[None]
+            )
             return {"log_prob": evaluation.log_prob[0], "value": evaluation.value[0]}
 
         with jax.default_matmul_precision(precision):
-            _, output = jax.jit(lambda policy, *args: policy.act(*args))(policy, memory, obs, reset, keys)
+            _, output = jax.jit(lambda policy, *args: policy.act(*args))(
+                policy, memory, obs, reset, keys
+            )
             learned = jax.jit(learner)(policy, obs, output.action, output.order)
         exact = in_float64(learner, policy, obs, output.action, output.order)
         ratio = np.max(np.abs(np.asarray(output.log_prob - learned["log_prob"])))
@@ -241,20 +284,36 @@ def check_policy(short: bool) -> list[Row]:
         for n in (3,) if short else (4, 32):
             for precision in ("default", "highest"):
                 tolerance = 1e-4 if precision == "highest" else 1e-2
-                rows.append(judged(f"policy {name} N {n} {precision}", tolerance, partial(measure, name, n, precision)))
+                rows.append(
+                    judged(
+                        f"policy {name} N {n} {precision}",
+                        tolerance,
+                        partial(measure, name, n, precision),
+                    )
+                )
     return rows
 
 
 # --- Speed ----------------------------------------------------------------------------------------------------------
 
 
-def bench(what: str, names: tuple[str, ...], tokens: int, short: bool, part: str | None) -> list[Row]:
+def bench(
+    what: str, names: tuple[str, ...], tokens: int, short: bool, part: str | None
+) -> list[Row]:
     """`mam bench` in this process, as rows: all candidates, or one of them just to have its programs compiled."""
     from mam.cli.main import main
 
     out = Path(OUT, "bench", part or "all", what)
-    sizes = ("2", "4", "--network.d-model", "16", "--network.d-state", "4") if short else ("4", "32", "128", "1024")
-    size = ("--batch", "64") if what in ("act", "decode") else ("--tokens", str(32 if short else tokens))
+    sizes = (
+        ("2", "4", "--network.d-model", "16", "--network.d-state", "4")
+        if short
+        else ("4", "32", "128", "1024")
+    )
+    size = (
+        ("--batch", "64")
+        if what in ("act", "decode")
+        else ("--tokens", str(32 if short else tokens))
+    )
     limits = ("--max-seconds", "10", "--max-memory", "40", "--rounds", "1" if part else "7")
     candidates = ("--contenders", *((part,) if part else names))
     main(["bench", what, *size, *limits, *candidates, "--out", str(out), "--num-agents", *sizes])
@@ -275,9 +334,16 @@ def ceilings(short: bool, part: str | None) -> list[Row]:
     matrix = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
     device = jax.devices()[0]
     return [
-        {"what": "device", "value": f"{device.platform} {device.device_kind}", "jax": jax.__version__},
+        {
+            "what": "device",
+            "value": f"{device.platform} {device.device_kind}",
+            "jax": jax.__version__,
+        },
         {"what": "copy, TB/s", "value": 8e-12 * size / seconds_of(lambda: copy(big))},
-        {"what": "bf16 product, TFLOP/s", "value": 2e-12 * side**3 / seconds_of(lambda: product(matrix))},
+        {
+            "what": "bf16 product, TFLOP/s",
+            "value": 2e-12 * side**3 / seconds_of(lambda: product(matrix)),
+        },
     ]
 
 
@@ -307,7 +373,9 @@ def train_step(task: str, short: bool, part: str | None) -> list[Row]:
     for name in (part,) if part else POLICIES:
         row = {"task": task, "policy": name, "num_envs": ppo.num_envs}
         try:
-            row |= profile(Config(policy=name, env=task, network=network, ppo=ppo), 1 if part else 3)
+            row |= profile(
+                Config(policy=name, env=task, network=network, ppo=ppo), 1 if part else 3
+            )
         except Exception as error:
             traceback.print_exc()
             row["message"] = f"{type(error).__name__}: {error}"[:500]
@@ -333,7 +401,9 @@ def profile(config: Any, calls: int) -> Row:
 
     @jax.jit
     def act(policy, actors, key):
-        return jax.tree.map(jnp.sum, rollout(envs, policy, actors, key, ppo.rollout_length)[1].transitions.reward)
+        return jax.tree.map(
+            jnp.sum, rollout(envs, policy, actors, key, ppo.rollout_length)[1].transitions.reward
+        )
 
     @jax.jit
     def step_only(env_state, mask, key):
@@ -345,7 +415,9 @@ def profile(config: Any, calls: int) -> Row:
 
         return jax.lax.scan(step, (env_state, mask), jax.random.split(key, ppo.rollout_length))[1]
 
-    environment = seconds_of(lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls)
+    environment = seconds_of(
+        lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls
+    )
     acting = seconds_of(lambda: act(policy, actors, key), calls)
     start = time.perf_counter()
     step = trainer.train_step.lower(state).compile()
@@ -389,12 +461,17 @@ def steps() -> dict[str, Step]:
         "bench-act": measured("act", ACTING, 60),
         "bench-update": measured("update", ("mam", "mam-xla", "mam2", "mat"), 60),
         "bench-scan": measured("scan", ("associative", "sequential", "pallas", "ssd"), 60),
-        **{f"train-{task.partition('/')[0]}": Step(partial(train_step, task), 60, POLICIES) for task in TASKS},
+        **{
+            f"train-{task.partition('/')[0]}": Step(partial(train_step, task), 60, POLICIES)
+            for task in TASKS
+        },
         "bench-decode": measured("decode", ACTING, 60),
     }
 
 
-def run_step(name: str, out: Path, seconds: float, short: bool, part: str | None = None) -> dict[str, Any]:
+def run_step(
+    name: str, out: Path, seconds: float, short: bool, part: str | None = None
+) -> dict[str, Any]:
     """Runs one step in a process of its own and returns what it left."""
     result, log = (out / f"{name}{f'-{part}' * bool(part)}{end}" for end in (".json", ".log"))
     command = [sys.executable, __file__, "--out", str(out), "--step", name, *["--short"] * short]
@@ -410,7 +487,13 @@ def run_step(name: str, out: Path, seconds: float, short: bool, part: str | None
             command, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, env=environment
         ).returncode
     rows = json.loads(result.read_text()) if result.exists() else []
-    return {"step": name, "part": part, "exit": code, "seconds": round(time.perf_counter() - start, 1), "rows": rows}
+    return {
+        "step": name,
+        "part": part,
+        "exit": code,
+        "seconds": round(time.perf_counter() - start, 1),
+        "rows": rows,
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -419,9 +502,16 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         lines.append(f"## {result['step']}: exit {result['exit']}, {result['seconds']} s")
         for row in result["rows"]:
-            shown = {k: v for k, v in row.items() if k not in ("all", "device", "jax", "what", "rounds", "baseline")}
+            shown = {
+                k: v
+                for k, v in row.items()
+                if k not in ("all", "device", "jax", "what", "rounds", "baseline")
+            }
             lines.append(
-                "  " + " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())
+                "  "
+                + " ".join(
+                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()
+                )
             )
     return "\n".join(lines)
 
@@ -429,9 +519,13 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs the steps asked for, all by default, within the time given."""
     global OUT
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results")
-    parser.add_argument("--only", nargs="*", choices=list(steps()), help="steps to run, instead of all")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(steps()), help="steps to run, instead of all"
+    )
     parser.add_argument("--seconds", type=float, default=560.0, help="for all steps together")
     parser.add_argument("--short", action="store_true", help="tiny sizes: does the script work?")
     parser.add_argument("--step", help=argparse.SUPPRESS)

@@ -70,24 +70,37 @@ class Parallel:
         return spaces.Discrete(4)
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        self.agents, self.steps, self.before = list(self.possible_agents), 0, dict.fromkeys(self.possible_agents, 0)
+        self.agents, self.steps, self.before = (
+            list(self.possible_agents),
+            0,
+            dict.fromkeys(self.possible_agents, 0),
+        )
         return self.observe(), {agent: {} for agent in self.agents}
 
     def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
-        rewards = {agent: float(actions[agent] == (self.before[agent] + 1) % 4) for agent in self.agents}
+        rewards = {
+            agent: float(actions[agent] == (self.before[agent] + 1) % 4) for agent in self.agents
+        }
         self.steps, self.before = self.steps + 1, actions
-        ends, never, infos = (dict.fromkeys(self.agents, x) for x in (self.steps == ROLLOUT, False, {}))
+        ends, never, infos = (
+            dict.fromkeys(self.agents, x) for x in (self.steps == ROLLOUT, False, {})
+        )
         observations = self.observe()
         self.agents = [] if self.steps == ROLLOUT else self.agents
         return observations, rewards, never, ends, infos
 
     def observe(self) -> dict[str, np.ndarray]:
-        return {agent: np.float32([self.steps / ROLLOUT, self.before[agent] / 3]) for agent in self.agents}
+        return {
+            agent: np.float32([self.steps / ROLLOUT, self.before[agent] / 3])
+            for agent in self.agents
+        }
 
 
 def command(policy: str, env: str, updates: int) -> list[str]:
     """A run that does everything a run does, in little time."""
-    sizes = f"--network.d-model 8 --network.d-state 2 --ppo.num-envs 4 --ppo.rollout-length {ROLLOUT}"
+    sizes = (
+        f"--network.d-model 8 --network.d-state 2 --ppo.num-envs 4 --ppo.rollout-length {ROLLOUT}"
+    )
     ending = "--eval.num-evaluations 8 --eval.num-episodes 4 --eval.num-absolute-episodes 8 --checkpoint.seconds 0"
     length = f"--num-seeds 2 --num-workers 1 --ppo.num-epochs 1 --total-timesteps {4 * ROLLOUT * updates}"
     line = f"train --env {env} --policy {policy} {length} {sizes} {ending}"
@@ -110,12 +123,18 @@ def kill(process: subprocess.Popen, run: Path, rng: random.Random, *, in_save: b
     """Waits for a moment and kills the process there; returns what it was doing, None if it was done before."""
     deadline = time.monotonic() + (rng.uniform(0, 4) if rng.random() < 0.1 and not in_save else 600)
     rows = _size(run / "metrics.jsonl")
-    while process.poll() is None and time.monotonic() < deadline and _size(run / "metrics.jsonl") <= rows:
+    while (
+        process.poll() is None
+        and time.monotonic() < deadline
+        and _size(run / "metrics.jsonl") <= rows
+    ):
         time.sleep(0.002)
     starting = _size(run / "metrics.jsonl") <= rows
     if not starting:
         time.sleep(rng.uniform(0, 0.4))
-        while in_save and process.poll() is None and not list((run / "checkpoint").glob("*.partial")):
+        while (
+            in_save and process.poll() is None and not list((run / "checkpoint").glob("*.partial"))
+        ):
             time.sleep(0.0002)
         if in_save:
             time.sleep(rng.uniform(0, 0.03))
@@ -148,13 +167,17 @@ def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         leaves[jax.tree_util.keystr(path)] = np.asarray(leaf).tobytes()
-    return [{name: value for name, value in row.items() if name != "elapsed"} for row in rows], leaves
+    return [
+        {name: value for name, value in row.items() if name != "elapsed"} for row in rows
+    ], leaves
 
 
 def compare(whole: Path, resumed: Path) -> int:
     """How many bytes and rows differ; says which."""
     (rows, leaves), (other_rows, other_leaves) = numbers(whole), numbers(resumed)
-    different = sum(a != b for a, b in zip(rows, other_rows, strict=False)) + abs(len(rows) - len(other_rows))
+    different = sum(a != b for a, b in zip(rows, other_rows, strict=False)) + abs(
+        len(rows) - len(other_rows)
+    )
     if different:
         print(f"    {different} rows of metrics.jsonl differ")
     for name, data in leaves.items():
@@ -179,11 +202,16 @@ def soak(args: Args, folder: Path) -> Tally:
             tally.runs += 1
             different = compare(whole, run)
             tally.mismatches += different
-            print(f"{policy}: run {tally.runs}, {tally.kills} kills so far, {different} bytes differ", flush=True)
+            print(
+                f"{policy}: run {tally.runs}, {tally.kills} kills so far, {different} bytes differ",
+                flush=True,
+            )
     return tally
 
 
-def kill_until_done(command: list[str], run: Path, log: Path, rng: random.Random, tally: Tally, wanted: int) -> None:
+def kill_until_done(
+    command: list[str], run: Path, log: Path, rng: random.Random, tally: Tally, wanted: int
+) -> None:
     """One run to its end, killed and resumed until there were as many kills as wanted."""
     while True:
         start = [*command, "--out", str(run)]

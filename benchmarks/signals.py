@@ -34,7 +34,11 @@ def interrupted(out: Path, number: int, seconds: float) -> tuple[int, str]:
     """Starts a run, sends it a signal, and returns its exit code and all it printed."""
     command = [sys.executable, "-m", "mam", "train", "--out", str(out), *RUN.split()]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
     ) as process:
         while process.poll() is None and not listens(process.pid):
             time.sleep(0.001)
@@ -61,7 +65,9 @@ def main() -> int:
     parser.add_argument("--since", type=float, default=0.0)
     parser.add_argument("--until", type=float, default=6.0)
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do theirs
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs ignore it, and so do theirs
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as what nohup starts
     counts, failures = Counter(), 0
     for index in range(args.moments):

@@ -30,8 +30,23 @@ NEEDS = {
     "matrix": lambda config: config.policy in SEQUENCE,
     "memory": lambda config: has_memory(config.policy, config.network),
 }
-PPO = PPOConfig(lr=3e-3, num_envs=32, rollout_length=16, num_epochs=4, num_minibatches=4, gamma=0.95, ent_coef=0.02)
-STEPS = {"identity": 15_000, "matrix": 15_000, "copy": 50_000, "memory": 40_000, "target": 80_000, "components": 30_000}
+PPO = PPOConfig(
+    lr=3e-3,
+    num_envs=32,
+    rollout_length=16,
+    num_epochs=4,
+    num_minibatches=4,
+    gamma=0.95,
+    ent_coef=0.02,
+)
+STEPS = {
+    "identity": 15_000,
+    "matrix": 15_000,
+    "copy": 50_000,
+    "memory": 40_000,
+    "target": 80_000,
+    "components": 30_000,
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,9 @@ def scores(config: Config) -> np.ndarray:
 
 def main(args: Args) -> None:
     configure()
-    print(f"{'policy':10} {'probe':9} {'random':>7} {'best':>7}   {'mean':>7} {'worst':>7}   solved")
+    print(
+        f"{'policy':10} {'probe':9} {'random':>7} {'best':>7}   {'mean':>7} {'worst':>7}   solved"
+    )
     for probe in args.probes:
         task = PROBES["identity" if probe == "shuffled" else probe]()
         for policy in args.policies:
@@ -91,11 +108,15 @@ def main(args: Args) -> None:
             started, make_batched = time.monotonic(), experience.make_batched
             try:
                 if probe == "shuffled":
-                    experience.make_batched = lambda *a, make=make_batched: Shuffled(make(*a).env, a[1])
+                    experience.make_batched = lambda *a, make=make_batched: Shuffled(
+                        make(*a).env, a[1]
+                    )
                 score = scores(config)
             finally:
                 experience.make_batched = make_batched
-            solved = (score > task.random_return + 0.9 * (task.optimal_return - task.random_return)).sum()
+            solved = (
+                score > task.random_return + 0.9 * (task.optimal_return - task.random_return)
+            ).sum()
             expected = probe != "shuffled" and NEEDS.get(probe, lambda config: True)(config)
             print(
                 f"{config.algorithm:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   "

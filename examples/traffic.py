@@ -30,7 +30,13 @@ class Traffic(Environment):
 
     @property
     def spec(self) -> EnvSpec:
-        return EnvSpec("examples/traffic", self.num_lights, obs_dim=4, num_actions=2, time_limit=self.time_limit)
+        return EnvSpec(
+            "examples/traffic",
+            self.num_lights,
+            obs_dim=4,
+            num_actions=2,
+            time_limit=self.time_limit,
+        )
 
     def reset(self, key):
         queue = jax.random.randint(key, (self.num_lights, 2), 0, 5)
@@ -41,18 +47,26 @@ class Traffic(Environment):
         green = jnp.stack([action == 0, action == 1], axis=1)
         leaving = jnp.minimum(state.queue, 2) * green  # two cars a step
         entering = jax.random.bernoulli(key, 0.4, (self.num_lights, 2)).astype(jnp.int32)
-        entering = entering.at[1:, 0].set(leaving[:-1, 0])  # the next light gets what this one lets through
+        entering = entering.at[1:, 0].set(
+            leaving[:-1, 0]
+        )  # the next light gets what this one lets through
         queue = jnp.minimum(state.queue - leaving + entering, 10)
         state = TrafficState(queue, state.step_count + 1)
-        reward = -queue.mean() / self.time_limit  # the whole team's; an array [N] where agents earn their own
-        return state, transition(self._observe(state), reward, truncated=state.step_count >= self.time_limit)
+        reward = (
+            -queue.mean() / self.time_limit
+        )  # the whole team's; an array [N] where agents earn their own
+        return state, transition(
+            self._observe(state), reward, truncated=state.step_count >= self.time_limit
+        )
 
     def _observe(self, state) -> Observation:
         """A light sees its own queues and those before it."""
         before = jnp.roll(state.queue, 1, axis=0).at[0].set(0)
         view = jnp.concatenate([state.queue, before], axis=1) / 10.0
         all_of_them = jnp.ones(self.num_lights, bool)
-        return Observation(view, action_mask=jnp.ones((self.num_lights, 2), bool), alive=all_of_them)
+        return Observation(
+            view, action_mask=jnp.ones((self.num_lights, 2), bool), alive=all_of_them
+        )
 
 
 def make_env() -> Environment:

@@ -31,11 +31,31 @@ TASKS = {
     "fingerprint:Cues": ("--num-workers", "1"),
 }
 SETTINGS = (
-    *("--total-timesteps", "96", "--ppo.num-envs", "4", "--ppo.rollout-length", "8", "--ppo.num-minibatches", "2"),
-    *("--ppo.num-epochs", "2", "--network.d-model", "16", "--network.num-blocks", "1", "--network.num-heads", "2"),
+    *(
+        "--total-timesteps",
+        "96",
+        "--ppo.num-envs",
+        "4",
+        "--ppo.rollout-length",
+        "8",
+        "--ppo.num-minibatches",
+        "2",
+    ),
+    *(
+        "--ppo.num-epochs",
+        "2",
+        "--network.d-model",
+        "16",
+        "--network.num-blocks",
+        "1",
+        "--network.num-heads",
+        "2",
+    ),
     *("--eval.num-episodes", "4", "--eval.max-episode-steps", "20"),
 )
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # less time compiling
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # less time compiling
+)
 CLOCK = ("elapsed", "kind")  # fields of a row that are no metrics
 
 
@@ -86,7 +106,18 @@ def fingerprint(policy: str, task: str) -> dict:
         out, here = Path(scratch) / "run", str(Path(__file__).parent)
         path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), here])
         flags = " ".join([os.environ.get("XLA_FLAGS", ""), QUICK])
-        command = [sys.executable, "-m", "mam", "train", "--policy", policy, "--env", task, "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "mam",
+            "train",
+            "--policy",
+            policy,
+            "--env",
+            task,
+            "--out",
+            str(out),
+        ]
         done = subprocess.run(
             [*command, *SETTINGS, *TASKS[task]],
             env=os.environ | {"PYTHONPATH": path, "XLA_FLAGS": flags},
@@ -99,7 +130,9 @@ def fingerprint(policy: str, task: str) -> dict:
         arrays = load_file(save / "arrays.safetensors")
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     parameters = [x for name, x in arrays.items() if name.startswith("state.policy.")]
-    digests = sorted(hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for x in parameters)
+    digests = sorted(
+        hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest() for x in parameters
+    )
     metrics = {
         f"{row['update']} {row['kind']} {name}": np.ravel(np.asarray(value, float)).tolist()
         for row in rows
@@ -116,13 +149,20 @@ def fingerprint(policy: str, task: str) -> dict:
 
 def write(file: Path, jobs: int, only: list[str]) -> None:
     """Fingerprint every cell, as many at a time as `jobs`."""
-    cells = [cell for cell in product(POLICIES, TASKS) if not only or " on ".join(cell) in only or cell[0] in only]
+    cells = [
+        cell
+        for cell in product(POLICIES, TASKS)
+        if not only or " on ".join(cell) in only or cell[0] in only
+    ]
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(lambda cell: fingerprint(*cell), cells)
         found = {}
         for cell, result in zip(cells, results, strict=True):
             found[" on ".join(cell)] = result
-            print(f"{' on '.join(cell)}: {result['parameters'][:12]} {result['metrics'][:12]}", flush=True)
+            print(
+                f"{' on '.join(cell)}: {result['parameters'][:12]} {result['metrics'][:12]}",
+                flush=True,
+            )
     file.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -137,20 +177,30 @@ def compare(before: Path, after: Path) -> int:
             shared = old[cell]["means"].keys() & new[cell]["means"].keys()
             pairs = {name: (old[cell]["means"][name], new[cell]["means"][name]) for name in shared}
             pairs["norm"] = (old[cell]["norm"], new[cell]["norm"])
-            far = {name: abs(a - b) / max(1.0, abs(a)) for name, (a, b) in pairs.items() if a == a or b == b}
+            far = {
+                name: abs(a - b) / max(1.0, abs(a))
+                for name, (a, b) in pairs.items()
+                if a == a or b == b
+            }
             worst = max(far, key=far.__getitem__)
-            print(f"{cell}: not the same; furthest apart, by {far[worst]:.1e}: {worst}, {pairs[worst]}")
+            print(
+                f"{cell}: not the same; furthest apart, by {far[worst]:.1e}: {worst}, {pairs[worst]}"
+            )
     print(f"{len(new) - differing} of {len(new)} the same to the bit")
     return differing
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("write")
     one.add_argument("file", type=Path)
     one.add_argument("--jobs", type=int, default=2)
-    one.add_argument("--only", nargs="*", default=[], help="policies, or cells such as 'mam on probe/identity'")
+    one.add_argument(
+        "--only", nargs="*", default=[], help="policies, or cells such as 'mam on probe/identity'"
+    )
     two = commands.add_parser("compare")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)

@@ -27,9 +27,21 @@ PATH = Path(__file__).resolve().parents[1] / "tests" / "golden" / "mamba.npz"
 
 # name: (batch, length, config); C is shorter than its convolution
 CASES = {
-    "A": (2, 7, {"hidden_size": 16, "state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 1}),
-    "B": (1, 33, {"hidden_size": 24, "state_size": 8, "conv_kernel": 3, "expand": 2, "time_step_rank": 5}),
-    "C": (3, 2, {"hidden_size": 8, "state_size": 16, "conv_kernel": 4, "expand": 1, "time_step_rank": 2}),
+    "A": (
+        2,
+        7,
+        {"hidden_size": 16, "state_size": 4, "conv_kernel": 4, "expand": 2, "time_step_rank": 1},
+    ),
+    "B": (
+        1,
+        33,
+        {"hidden_size": 24, "state_size": 8, "conv_kernel": 3, "expand": 2, "time_step_rank": 5},
+    ),
+    "C": (
+        3,
+        2,
+        {"hidden_size": 8, "state_size": 16, "conv_kernel": 4, "expand": 1, "time_step_rank": 2},
+    ),
 }
 
 
@@ -51,15 +63,26 @@ def randomise(mixer: MambaMixer) -> None:
 def decode(mixer: MambaMixer, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Run the cached path one token at a time, from zero states."""
     cache = MambaCache(mixer.config, inputs.shape[0], dtype=inputs.dtype)
-    newest = torch.tensor([mixer.conv_kernel_size - 1])  # the slot a token takes in the rolling window
+    newest = torch.tensor(
+        [mixer.conv_kernel_size - 1]
+    )  # the slot a token takes in the rolling window
     outputs = [mixer.slow_forward(token, cache, newest) for token in inputs.split(1, dim=1)]
-    return {"output": torch.cat(outputs, dim=1), "conv_state": cache.conv_states[0], "ssm_state": cache.ssm_states[0]}
+    return {
+        "output": torch.cat(outputs, dim=1),
+        "conv_state": cache.conv_states[0],
+        "ssm_state": cache.ssm_states[0],
+    }
 
 
-def make_case(seed: int, batch: int, length: int, config: dict[str, int]) -> dict[str, torch.Tensor]:
+def make_case(
+    seed: int, batch: int, length: int, config: dict[str, int]
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     mixer = MambaMixer(
-        MambaConfig(**config, num_hidden_layers=1, use_conv_bias=True, use_bias=False, hidden_act="silu"), layer_idx=0
+        MambaConfig(
+            **config, num_hidden_layers=1, use_conv_bias=True, use_bias=False, hidden_act="silu"
+        ),
+        layer_idx=0,
     )
     randomise(mixer)
     inputs, cotangent = torch.randn(2, batch, length, config["hidden_size"])
@@ -78,7 +101,10 @@ def make_case(seed: int, batch: int, length: int, config: dict[str, int]) -> dic
 
 def main() -> None:
     torch.set_num_threads(1)
-    arrays = {"meta/torch": np.array(torch.__version__), "meta/transformers": np.array(transformers.__version__)}
+    arrays = {
+        "meta/torch": np.array(torch.__version__),
+        "meta/transformers": np.array(transformers.__version__),
+    }
     for seed, (name, spec) in enumerate(CASES.items()):
         for key, value in make_case(seed, *spec).items():
             arrays[f"{name}/{key}"] = value.detach().float().numpy()

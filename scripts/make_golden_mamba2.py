@@ -29,9 +29,42 @@ PATH = Path(__file__).resolve().parents[1] / "tests" / "golden" / "mamba2.npz"
 
 # name: (batch, length, config); C is shorter than its convolution
 CASES = {
-    "A": (2, 7, {"hidden_size": 16, "state_size": 4, "head_dim": 16, "conv_kernel": 4, "expand": 2, "chunk_size": 3}),
-    "B": (1, 33, {"hidden_size": 24, "state_size": 8, "head_dim": 16, "conv_kernel": 3, "expand": 2, "chunk_size": 8}),
-    "C": (3, 2, {"hidden_size": 8, "state_size": 16, "head_dim": 2, "conv_kernel": 4, "expand": 1, "chunk_size": 16}),
+    "A": (
+        2,
+        7,
+        {
+            "hidden_size": 16,
+            "state_size": 4,
+            "head_dim": 16,
+            "conv_kernel": 4,
+            "expand": 2,
+            "chunk_size": 3,
+        },
+    ),
+    "B": (
+        1,
+        33,
+        {
+            "hidden_size": 24,
+            "state_size": 8,
+            "head_dim": 16,
+            "conv_kernel": 3,
+            "expand": 2,
+            "chunk_size": 8,
+        },
+    ),
+    "C": (
+        3,
+        2,
+        {
+            "hidden_size": 8,
+            "state_size": 16,
+            "head_dim": 2,
+            "conv_kernel": 4,
+            "expand": 1,
+            "chunk_size": 16,
+        },
+    ),
 }
 
 
@@ -50,19 +83,32 @@ def randomise(mixer: Mamba2Mixer) -> None:
                 param.normal_(std=param[0].numel() ** -0.5)
 
 
-def decode(mixer: Mamba2Mixer, config: Mamba2Config, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def decode(
+    mixer: Mamba2Mixer, config: Mamba2Config, inputs: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Run the cached path one token at a time, from zero states."""
     cache = Mamba2Cache(config, inputs.shape[0], dtype=inputs.dtype)
     later = torch.tensor([1])  # any position but 0, which would start a new sequence
     outputs = [mixer.torch_forward(token, cache, later) for token in inputs.split(1, dim=1)]
-    return {"output": torch.cat(outputs, dim=1), "conv_state": cache.conv_states[0], "ssm_state": cache.ssm_states[0]}
+    return {
+        "output": torch.cat(outputs, dim=1),
+        "conv_state": cache.conv_states[0],
+        "ssm_state": cache.ssm_states[0],
+    }
 
 
-def make_case(seed: int, batch: int, length: int, config: dict[str, int]) -> dict[str, torch.Tensor]:
+def make_case(
+    seed: int, batch: int, length: int, config: dict[str, int]
+) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     num_heads = config["expand"] * config["hidden_size"] // config["head_dim"]
     config = Mamba2Config(
-        **config, num_heads=num_heads, n_groups=1, num_hidden_layers=1, use_conv_bias=True, use_bias=False
+        **config,
+        num_heads=num_heads,
+        n_groups=1,
+        num_hidden_layers=1,
+        use_conv_bias=True,
+        use_bias=False,
     )
     mixer = Mamba2Mixer(config, layer_idx=0)
     randomise(mixer)
@@ -82,7 +128,10 @@ def make_case(seed: int, batch: int, length: int, config: dict[str, int]) -> dic
 
 def main() -> None:
     torch.set_num_threads(1)
-    arrays = {"meta/torch": np.array(torch.__version__), "meta/transformers": np.array(transformers.__version__)}
+    arrays = {
+        "meta/torch": np.array(torch.__version__),
+        "meta/transformers": np.array(transformers.__version__),
+    }
     for seed, (name, spec) in enumerate(CASES.items()):
         for key, value in make_case(seed, *spec).items():
             arrays[f"{name}/{key}"] = value.detach().float().numpy()

@@ -10,9 +10,27 @@ import sys
 import tokenize
 from pathlib import Path
 
-CORE = {"networks", "kernels", "learning", "types", "rollout", "host", "advantages", "losses", "update", "evaluate"}
+CORE = {
+    "networks",
+    "kernels",
+    "learning",
+    "types",
+    "rollout",
+    "host",
+    "advantages",
+    "losses",
+    "update",
+    "evaluate",
+}
 CORE |= {"train", "guard", "devices"}  # of the algorithm, before it had a room
-NO_TOKENS = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER}
+NO_TOKENS = {
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.COMMENT,
+    tokenize.ENDMARKER,
+}
 COPIED = 6  # lines in a row
 
 
@@ -27,7 +45,9 @@ def functions(tree: ast.AST, public: bool = True):
 
 def tokens_per_line(text: str) -> tuple[int, int]:
     """Count tokens and the lines they stand on, docstrings and comments left out."""
-    found = [t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in NO_TOKENS]
+    found = [
+        t for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type not in NO_TOKENS
+    ]
     found = [t for t in found if not (t.type == tokenize.STRING and t.string.startswith('"""'))]
     return len(found), len({t.start[0] for t in found})
 
@@ -37,12 +57,20 @@ def copied_lines(texts: list[str]) -> tuple[int, int]:
     files = []
     for text in texts:
         lines = [line.strip() for line in text.splitlines()]
-        files.append([line for line in lines if line and not line.startswith(("from ", "import ", "#"))])
+        files.append(
+            [line for line in lines if line and not line.startswith(("from ", "import ", "#"))]
+        )
     places: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for file, lines in enumerate(files):
         for i in range(len(lines) - COPIED + 1):
             places.setdefault(tuple(lines[i : i + COPIED]), []).append((file, i))
-    copied = {(file, i + k) for found in places.values() if len(found) > 1 for file, i in found for k in range(COPIED)}
+    copied = {
+        (file, i + k)
+        for found in places.values()
+        if len(found) > 1
+        for file, i in found
+        for k in range(COPIED)
+    }
     return len(copied), sum(map(len, files))
 
 
@@ -58,16 +86,32 @@ def measure(checkout: Path) -> dict[str, str]:
             lengths.append((function.end_lineno or 0) - function.lineno + 1)
             docstring = ast.get_docstring(function) or ""
             num_docstrings += bool(docstring)
-            takes = len(function.args.args) + len(function.args.kwonlyargs) - (function.args.args[:1] != [])
+            takes = (
+                len(function.args.args)
+                + len(function.args.kwonlyargs)
+                - (function.args.args[:1] != [])
+            )
             if is_core and public and takes >= 2:
                 core += 1
                 documented += "Args:" in docstring
     lengths.sort()
     counts = [tokens_per_line(text) for text in texts.values()]
     copied, lines = copied_lines(list(texts.values()))
-    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "D401", "--output-format", "concise"]
+    ruff = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select",
+        "D401",
+        "--output-format",
+        "concise",
+    ]
     convention = ["--config", 'lint.pydocstyle.convention = "google"']
-    passive = subprocess.run([*ruff, *convention, str(root)], capture_output=True, text=True).stdout.count(" D401 ")
+    passive = subprocess.run(
+        [*ruff, *convention, str(root)], capture_output=True, text=True
+    ).stdout.count(" D401 ")
     entries = [path for path in root.iterdir() if path.name not in ("__pycache__", "py.typed")]
     return {
         "entries of src/mam": f"{len(entries)}",

@@ -11,7 +11,9 @@ install_import_hook("mam", "beartype.beartype")
 from mam.runs.process import enable_compilation_cache  # noqa: E402
 
 enable_compilation_cache()
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what starts the tests may ignore it (nohup), and its children would
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # what starts the tests may ignore it (nohup), and its children would
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -68,13 +68,17 @@ def main():
         sharding = jax.tree.leaves(state.actors.observation)[0].sharding
         assert len(sharding.device_set) == count
         assert not sharding.is_fully_replicated
-        found[count] = difference((state.policy, values), (expected[0].policy, expected[1][: len(script)]))
+        found[count] = difference(
+            (state.policy, values), (expected[0].policy, expected[1][: len(script)])
+        )
     # A checkpoint knows nothing of where its arrays lay: from the most devices to the fewest.
     with tempfile.TemporaryDirectory() as folder:
         with Writer(Path(folder)) as writer:
             writer.save(state, {})
         restored = newest(Path(folder)).restore(trainers[counts[0]].shapes(SEEDS))
-    found["resumed"] = difference(train(trainers[counts[0]], restored, "t"), train(trainers[1], expected[0], "t"))
+    found["resumed"] = difference(
+        train(trainers[counts[0]], restored, "t"), train(trainers[1], expected[0], "t")
+    )
     print(json.dumps(found))
 
 

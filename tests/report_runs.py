@@ -15,7 +15,9 @@ CONFIG = Config(
 )
 
 
-def write_run(path, config=CONFIG, quality=0.5, *, updates=None, seed=0, device="cpu: cpu", won=False):
+def write_run(
+    path, config=CONFIG, quality=0.5, *, updates=None, seed=0, device="cpu: cpu", won=False
+):
     """A run whose returns rise to about `quality`; stopped after some updates, finished if None."""
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(to_json(config)))
@@ -26,7 +28,9 @@ def write_run(path, config=CONFIG, quality=0.5, *, updates=None, seed=0, device=
     def row(kind, update, num_episodes):
         level = quality * update / total + 0.1 * rng.normal(size=(config.num_seeds, 1))
         returns = level + 0.05 * rng.normal(size=(config.num_seeds, num_episodes))
-        values = {"episode_return": returns.tolist()} | ({"won": (returns > 0.4).astype(float).tolist()} if won else {})
+        values = {"episode_return": returns.tolist()} | (
+            {"won": (returns > 0.4).astype(float).tolist()} if won else {}
+        )
         head = {"kind": kind, "update": update, "step_count": update * config.steps_per_update}
         rows.append(head | {"elapsed": 10.0 + 2 * update} | values)
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, NetworkConfig, PPOConfig, from_json, to_json
+from mam.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    EvalConfig,
+    NetworkConfig,
+    PPOConfig,
+    from_json,
+    to_json,
+)
 from mam.errors import UserError
 
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -41,8 +50,14 @@ def ppo_configs(draw):
 
 
 layouts = st.none() | st.text("AM2", min_size=1, max_size=3)
-decodings = st.fixed_dictionaries({"decode": st.sampled_from(["sequential", "kernel"])}) | st.fixed_dictionaries(
-    {"decode": st.just("fixed_point"), "decode_window": st.none() | sizes, "decode_max_passes": st.none() | sizes}
+decodings = st.fixed_dictionaries(
+    {"decode": st.sampled_from(["sequential", "kernel"])}
+) | st.fixed_dictionaries(
+    {
+        "decode": st.just("fixed_point"),
+        "decode_window": st.none() | sizes,
+        "decode_max_passes": st.none() | sizes,
+    }
 )
 
 
@@ -83,12 +98,18 @@ configs = st.builds(
     network=network_configs(),
     ppo=ppo_configs(),
     eval=st.builds(
-        EvalConfig, num_evaluations=sizes, num_episodes=sizes, num_absolute_episodes=sizes, greedy=st.booleans()
+        EvalConfig,
+        num_evaluations=sizes,
+        num_episodes=sizes,
+        num_absolute_episodes=sizes,
+        greedy=st.booleans(),
     ),
 )
 
 
-@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # beartype looks at one item of a tuple
+@pytest.mark.filterwarnings(
+    "ignore:Do not use the `random` module"
+)  # beartype looks at one item of a tuple
 @thorough
 @given(configs)
 def test_json_round_trip(config):
@@ -111,7 +132,9 @@ def test_nothing_can_be_changed():
 
 def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="mat").algorithm == "mat"
-    network = NetworkConfig(encoder=EncoderConfig(layout="MA"), decoder=DecoderConfig(layout="M2", cross="AA"))
+    network = NetworkConfig(
+        encoder=EncoderConfig(layout="MA"), decoder=DecoderConfig(layout="M2", cross="AA")
+    )
     assert Config(policy="mam", network=network).algorithm == "mam-encMA-decM2-crossAA"
     published = NetworkConfig(encoder=EncoderConfig(combine="product"))
     assert Config(policy="mam", network=published).algorithm == "mam-product"
@@ -143,7 +166,9 @@ def test_heads_are_as_wide_as_said_or_as_may_be_up_to_64(d_inner, head_dim, head
     assert NetworkConfig(d_model=d_inner, expand=1, head_dim=head_dim).num_ssm_heads == heads
 
 
-@pytest.mark.parametrize(("total", "updates"), [(1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)])
+@pytest.mark.parametrize(
+    ("total", "updates"), [(1, 1), (31, 1), (32, 1), (33, 2), (64, 2), (65, 3)]
+)
 def test_steps_are_rounded_up_to_whole_updates(total, updates):
     config = Config(total_timesteps=total, num_seeds=5, ppo=PPOConfig(num_envs=4, rollout_length=8))
     assert config.steps_per_update == 32
@@ -154,7 +179,9 @@ def test_steps_are_rounded_up_to_whole_updates(total, updates):
 @given(num_evaluations=st.integers(1, 200), num_updates=st.integers(1, 300))
 def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(num_evaluations, num_updates):
     ppo = PPOConfig(num_envs=1, rollout_length=1, num_minibatches=1)
-    config = Config(total_timesteps=num_updates, ppo=ppo, eval=EvalConfig(num_evaluations=num_evaluations))
+    config = Config(
+        total_timesteps=num_updates, ppo=ppo, eval=EvalConfig(num_evaluations=num_evaluations)
+    )
     evaluated = [update for update in range(1, num_updates + 1) if config.evaluate_after(update)]
     assert len(evaluated) == min(num_evaluations, num_updates)
     assert evaluated[-1] == num_updates
@@ -174,7 +201,13 @@ def nested(key, value):
     [
         *(
             (key, value, "must be positive")
-            for key in ("total_timesteps", "num_seeds", "network.d_model", "network.num_blocks", "network.num_heads")
+            for key in (
+                "total_timesteps",
+                "num_seeds",
+                "network.d_model",
+                "network.num_blocks",
+                "network.num_heads",
+            )
             for value in (0, -1)
         ),
         *(
@@ -204,7 +237,10 @@ def nested(key, value):
         ("seed", -1, "must lie in 0"),
         ("ppo.num_minibatches", 3, r"must divide ppo.num_envs × ppo.rollout_length = 8192"),
         ("network.num_heads", 3, r"must divide network.d_model = 64"),
-        *(("network.head_dim", value, "must divide the inner width 128") for value in (0, -1, 3, 256)),
+        *(
+            ("network.head_dim", value, "must divide the inner width 128")
+            for value in (0, -1, 3, 256)
+        ),
     ],
 )
 def test_impossible_values_are_refused(key, value, rule):
@@ -214,7 +250,13 @@ def test_impossible_values_are_refused(key, value, rule):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("ppo.gamma", 0.0), ("ppo.gamma", 1.0), ("ppo.gae_lambda", 0.0), ("ppo.ent_coef", 0.0), ("ppo.vf_coef", 0.0)],
+    [
+        ("ppo.gamma", 0.0),
+        ("ppo.gamma", 1.0),
+        ("ppo.gae_lambda", 0.0),
+        ("ppo.ent_coef", 0.0),
+        ("ppo.vf_coef", 0.0),
+    ],
 )
 def test_limits_themselves_are_allowed(key, value):
     assert to_json(from_json(Config, nested(key, value)))["ppo"][key.removeprefix("ppo.")] == value
@@ -243,7 +285,11 @@ def test_limits_themselves_are_allowed(key, value):
         ("network.encoder", "MA", "must be a group of keys, got 'MA'"),
         ("network.encoder.combine", "max", "must be one of sum, product, got 'max'"),
         ("network.dtype", "float16", "must be one of float32, bfloat16, got 'float16'"),
-        ("network.scan", True, "must be one of auto, sequential, associative, pairwise, native, pallas, got True"),
+        (
+            "network.scan",
+            True,
+            "must be one of auto, sequential, associative, pairwise, native, pallas, got True",
+        ),
         ("decode", "parallel", "must be one of sequential, fixed_point, kernel, got 'parallel'"),
         ("decode_window", True, "must be int or null, got True"),
         ("log", "jsonl", "must be a list of str, got 'jsonl'"),
@@ -283,12 +329,16 @@ def test_unknown_keys_are_named_with_the_nearest_valid_one(key, nearest):
 def test_agent_ids_are_of_a_known_kind():
     assert Config().agent_id == "one_hot"
     assert from_json(Config, {"agent_id": "none"}).agent_id == "none"
-    with pytest.raises(UserError, match=r"^agent_id must be one of one_hot, sinusoid, none, got 'onehot'$"):
+    with pytest.raises(
+        UserError, match=r"^agent_id must be one of one_hot, sinusoid, none, got 'onehot'$"
+    ):
         from_json(Config, {"agent_id": "onehot"})
 
 
 def test_a_run_reports_somewhere():
-    with pytest.raises(UserError, match=r"^log must name where numbers go, such as jsonl, got \(\)$"):
+    with pytest.raises(
+        UserError, match=r"^log must name where numbers go, such as jsonl, got \(\)$"
+    ):
         Config(log=())
 
 
@@ -302,7 +352,9 @@ def test_choices():
         from_json(Choice, {"mode": "slow"})
 
 
-@pytest.mark.parametrize("key", ["network.encoder.layout", "network.decoder.layout", "network.decoder.cross"])
+@pytest.mark.parametrize(
+    "key", ["network.encoder.layout", "network.decoder.layout", "network.decoder.cross"]
+)
 @pytest.mark.parametrize("layout", ["", "M A", "../A", "é"])
 def test_layouts_are_letters(key, layout):
     with pytest.raises(UserError) as refused:
@@ -313,6 +365,8 @@ def test_layouts_are_letters(key, layout):
 @pytest.mark.parametrize("decode", ["sequential", "kernel"])
 @pytest.mark.parametrize("limit", [{"decode_window": 4}, {"decode_max_passes": 2}])
 def test_windows_and_passes_are_of_the_fixed_point(decode, limit):
-    with pytest.raises(UserError, match=r"^decode_window and decode_max_passes belong to --decode fixed_point$"):
+    with pytest.raises(
+        UserError, match=r"^decode_window and decode_max_passes belong to --decode fixed_point$"
+    ):
         Config(decode=decode, **limit)
     assert Config(decode="fixed_point", **limit).decode == "fixed_point"

@@ -52,7 +52,9 @@ def work(jaxpr):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
-            total += math.prod(shape[axis] for axis in contracted) * math.prod(equation.outvars[0].aval.shape)
+            total += math.prod(shape[axis] for axis in contracted) * math.prod(
+                equation.outvars[0].aval.shape
+            )
         assert equation.primitive.name != "while", "turns unknown"
         inner = sum(work(sub) for sub in jaxprs_in_params(equation.params))
         total += inner * equation.params.get("length", 1)
@@ -64,7 +66,9 @@ def setup(name, num_agents):
     sizes = NetworkConfig(d_model=64)
     policy = jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
     shape = (BATCH, num_agents)
-    obs = Observation(jnp.zeros((*shape, 4)), jnp.ones((*shape, NUM_ACTIONS), bool), jnp.ones(shape, bool))
+    obs = Observation(
+        jnp.zeros((*shape, 4)), jnp.ones((*shape, NUM_ACTIONS), bool), jnp.ones(shape, bool)
+    )
     return policy, obs
 
 
@@ -84,7 +88,10 @@ def work_of_recomputing(name, num_agents):
 
     def act(policy):
         obs_rep = jnp.zeros((BATCH, num_agents, 64))
-        decide = lambda action, _: (policy.decoder(action, obs_rep).argmax(-1).astype(jnp.int32), None)  # noqa: E731
+        decide = lambda action, _: (
+            policy.decoder(action, obs_rep).argmax(-1).astype(jnp.int32),
+            None,
+        )  # noqa: E731
         return jax.lax.scan(decide, jnp.zeros((BATCH, num_agents), jnp.int32), length=num_agents)
 
     policy, _ = setup(name, num_agents)

@@ -18,7 +18,9 @@ from report_runs import write_run
 from small_run import CONFIG
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "native/README.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "native/README.md")
+]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 COMMAND_TEXTS = [*DOCUMENTS, ROOT / "src/mam/presets.py"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -30,7 +32,9 @@ def relative(path):
 
 def prose(path):
     """The text without its code in Python."""
-    return FENCED.sub(lambda block: "" if block[1] == "python" else block[0], path.read_text(encoding="utf-8"))
+    return FENCED.sub(
+        lambda block: "" if block[1] == "python" else block[0], path.read_text(encoding="utf-8")
+    )
 
 
 SNIPPETS = [
@@ -44,7 +48,9 @@ SNIPPETS = [
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_snippets_run(code, tmp_path, monkeypatch):
     """To the letter, but that the probe's preset is a smaller run: compiling is what takes time."""
-    monkeypatch.setitem(PRESETS, "probe", lambda: replace(CONFIG, env="probe/identity", policy="ippo"))
+    monkeypatch.setitem(
+        PRESETS, "probe", lambda: replace(CONFIG, env="probe/identity", policy="ippo")
+    )
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
@@ -55,12 +61,17 @@ def commands(text):
     spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     for line in (*lines, *spans):
         for part in re.split(r"[;&|]|\bthen\b|\belse\b", line.partition(" #")[0]):
-            found = re.match(r"(?:XLA_FLAGS=\S+ )?(?:\.venv/bin/)?mam((?: .*)?)$", part.strip().replace("\\|", "|"))
+            found = re.match(
+                r"(?:XLA_FLAGS=\S+ )?(?:\.venv/bin/)?mam((?: .*)?)$",
+                part.strip().replace("\\|", "|"),
+            )
             if found and re.match(r" [-a-z]+(?: |$)", found[1]):
                 yield [word for word in shlex.split(found[1]) if "…" not in word]
 
 
-WRITTEN = sorted({(relative(path), " ".join(args)) for path in COMMAND_TEXTS for args in commands(prose(path))})
+WRITTEN = sorted(
+    {(relative(path), " ".join(args)) for path in COMMAND_TEXTS for args in commands(prose(path))}
+)
 
 
 @pytest.mark.parametrize(("path", "line"), WRITTEN)
@@ -94,7 +105,10 @@ OTHERS = re.compile(r"#SBATCH.*|--xla_\w+")  # options that are not of `mam`
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=relative)
 def test_options_exist(path):
-    known = {flag for kind, _ in COMMANDS.values() for flag in known_flags(kind)} | {"--help", "--version"}
+    known = {flag for kind, _ in COMMANDS.values() for flag in known_flags(kind)} | {
+        "--help",
+        "--version",
+    }
     for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", OTHERS.sub("", prose(path))):
         assert flag in known or any(name.startswith(f"{flag}.") for name in known), flag
 
@@ -105,13 +119,17 @@ def test_links_lead_to_files(path):
         assert target.startswith("http") or (path.parent / target).exists(), target
 
 
-SOURCES = [path for path in sorted((ROOT / "src/mam").rglob("*.py")) if path.parent.name != "dashboard"]  # JavaScript
+SOURCES = [
+    path for path in sorted((ROOT / "src/mam").rglob("*.py")) if path.parent.name != "dashboard"
+]  # JavaScript
 
 
 @pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES], ids=relative)
 def test_dotted_names_lead_somewhere(path):
     """Also those in docstrings."""
-    for name in re.findall(r"(?<![\w./-])mam(?:\.[A-Za-z_]\w*)+(?![\w/:(]*:)", path.read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"(?<![\w./-])mam(?:\.[A-Za-z_]\w*)+(?![\w/:(]*:)", path.read_text(encoding="utf-8")
+    ):
         if name != "mam.sinks":  # a group of entry points
             pkgutil.resolve_name(name)
 
@@ -127,7 +145,9 @@ def rooms(text):
         elif room and line.startswith(" " * 8):
             found[room] += line
     names = {room: re.sub(r"\([^)]*\)", "", entries) for room, entries in found.items()}
-    return {room: sorted(filter(None, re.split(r"[\s,·]+", entries))) for room, entries in names.items()}
+    return {
+        room: sorted(filter(None, re.split(r"[\s,·]+", entries))) for room, entries in names.items()
+    }
 
 
 def test_every_file_is_in_the_list_of_rooms():
@@ -135,7 +155,9 @@ def test_every_file_is_in_the_list_of_rooms():
     for path in (ROOT / "src/mam").rglob("*.py"):
         names = tree.setdefault(f"{path.parent.relative_to(ROOT / 'src')}/", [])
         names += [path.stem] * (path.stem != "__init__")
-    assert rooms((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")) == {room: sorted(tree[room]) for room in tree}
+    assert rooms((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")) == {
+        room: sorted(tree[room]) for room in tree
+    }
 
 
 def test_every_invariant_names_tests_that_exist():
@@ -154,7 +176,9 @@ def test_scores_of_presets_were_measured(make):
     named = re.findall(r"results/[\w/.]+\w", make.__doc__)
     measured = "".join((ROOT / name).read_text(encoding="utf-8") for name in named)
     for score in scores:
-        assert re.search(rf"(?<![\d.]){re.escape(score)}(?!\d)", measured), f"{score} is not in {named}"
+        assert re.search(rf"(?<![\d.]){re.escape(score)}(?!\d)", measured), (
+            f"{score} is not in {named}"
+        )
 
 
 def test_the_table_of_the_readme_was_measured():

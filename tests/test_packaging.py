@@ -16,13 +16,52 @@ from mam.errors import DISTRIBUTION, NATIVE
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WRITTEN = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "native/README.md")),
-    *(path for folder in ("docs", "examples", "src") for path in sorted((ROOT / folder).rglob("*.*"))),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "Makefile",
+            "pyproject.toml",
+            "native/README.md",
+        )
+    ),
+    *(
+        path
+        for folder in ("docs", "examples", "src")
+        for path in sorted((ROOT / folder).rglob("*.*"))
+    ),
 ]
 TRAIN = (
-    *("train", "--env", "probe/identity", "--total-timesteps", "32", "--out", "run", "--policy", "ippo"),
-    *("--ppo.num-envs", "4", "--ppo.rollout-length", "4", "--ppo.num-epochs", "1", "--ppo.num-minibatches", "1"),
-    *("--eval.num-evaluations", "1", "--eval.num-episodes", "2", "--eval.num-absolute-episodes", "2"),
+    *(
+        "train",
+        "--env",
+        "probe/identity",
+        "--total-timesteps",
+        "32",
+        "--out",
+        "run",
+        "--policy",
+        "ippo",
+    ),
+    *(
+        "--ppo.num-envs",
+        "4",
+        "--ppo.rollout-length",
+        "4",
+        "--ppo.num-epochs",
+        "1",
+        "--ppo.num-minibatches",
+        "1",
+    ),
+    *(
+        "--eval.num-evaluations",
+        "1",
+        "--eval.num-episodes",
+        "2",
+        "--eval.num-absolute-episodes",
+        "2",
+    ),
 )
 
 
@@ -52,8 +91,18 @@ def test_what_is_built_installs_with_extras_and_trains(built, suffix, tmp_path):
         return done.stdout + done.stderr
 
     source = f"{DISTRIBUTION}[envs,report] @ {archive.as_uri()}"
-    pip = ("-m", "pip", "install", "--no-index", "--no-build-isolation", "--disable-pip-version-check", source)
-    assert "WARNING" not in run(str(binaries / "python"), *pip)  # such as of an extra that does not exist
+    pip = (
+        "-m",
+        "pip",
+        "install",
+        "--no-index",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        source,
+    )
+    assert "WARNING" not in run(
+        str(binaries / "python"), *pip
+    )  # such as of an extra that does not exist
     mam = str(binaries / "mam")
     assert run(mam, "--version").startswith(f"mam {PROJECT['version']},")
     (installed,) = environment.glob("lib/python*/site-packages/mam")

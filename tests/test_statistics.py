@@ -16,7 +16,10 @@ RLIABLE = {
     "mean": (0.4255615929238264, 0.7282707828772418),
     "optimality gap": (0.5744384070761736, 0.29982512379260284),
 }
-RLIABLE_IQM_INTERVAL = (0.29816129655826695, 0.5396495641917856)  # of A, 20,000 resamples of its own
+RLIABLE_IQM_INTERVAL = (
+    0.29816129655826695,
+    0.5396495641917856,
+)  # of A, 20,000 resamples of its own
 
 
 @pytest.mark.parametrize("name", RLIABLE)
@@ -56,11 +59,15 @@ def test_interval_of_the_iqm_equals_plain_numpy_with_the_same_indices():
     found = st.estimate(st.iqm, tasks, rng=rng)
     assert [draws.shape for draws in rng.drawn] == [(st.NUM_RESAMPLES, len(task)) for task in tasks]
     resampled = [
-        numpy_iqm(np.concatenate([task[draws[i]] for task, draws in zip(tasks, rng.drawn, strict=True)]))
+        numpy_iqm(
+            np.concatenate([task[draws[i]] for task, draws in zip(tasks, rng.drawn, strict=True)])
+        )
         for i in range(st.NUM_RESAMPLES)
     ]
     low, high = np.quantile(resampled, [0.025, 0.975])
-    np.testing.assert_allclose((found.value, found.low, found.high), (numpy_iqm(np.concatenate(tasks)), low, high))
+    np.testing.assert_allclose(
+        (found.value, found.low, found.high), (numpy_iqm(np.concatenate(tasks)), low, high)
+    )
 
 
 def test_interval_is_near_rliables_own():

@@ -14,7 +14,9 @@ from mam.errors import UserError, shown, unknown_name
 
 T = TypeVar("T")
 
-MAX_SEED = 2**32 - 1  # a random key is made of 32 bits: what lies above would be one of the seeds below
+MAX_SEED = (
+    2**32 - 1
+)  # a random key is made of 32 bits: what lies above would be one of the seeds below
 MAX_INT = 2**63 - 1
 
 
@@ -68,7 +70,9 @@ class NetworkConfig:
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory for more time, for very many agents."""
-    observation_norm: Literal["running", "layer"] = field(default="running", metadata={"before": "layer"})
+    observation_norm: Literal["running", "layer"] = field(
+        default="running", metadata={"before": "layer"}
+    )
     """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
     by each other's (LayerNorm), which hides one or two features, and small ones beside large ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
@@ -227,7 +231,14 @@ class Config:
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         published = ["product"] * (encoder.combine == "product")
-        return "-".join([self.policy, *(f"{name}{layout}" for name, layout in parts if layout), *memory, *published])
+        return "-".join(
+            [
+                self.policy,
+                *(f"{name}{layout}" for name, layout in parts if layout),
+                *memory,
+                *published,
+            ]
+        )
 
     @property
     def steps_per_update(self) -> int:
@@ -247,7 +258,11 @@ class Config:
     @property
     def evaluation_modes(self) -> tuple[bool, ...]:
         """Whether actions are greedy, in each mode that is played: the one that counts first."""
-        return (self.eval.greedy, not self.eval.greedy) if self.eval.both_modes else (self.eval.greedy,)
+        return (
+            (self.eval.greedy, not self.eval.greedy)
+            if self.eval.both_modes
+            else (self.eval.greedy,)
+        )
 
     @property
     def mode_beside(self) -> str:
@@ -269,7 +284,15 @@ class Config:
 _POSITIVE = (
     ("total_timesteps", "num_seeds"),
     ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
-    ("num_envs", "rollout_length", "num_epochs", "num_minibatches", "lr", "clip_eps", "max_grad_norm"),
+    (
+        "num_envs",
+        "rollout_length",
+        "num_epochs",
+        "num_minibatches",
+        "lr",
+        "clip_eps",
+        "max_grad_norm",
+    ),
     ("num_evaluations", "num_episodes", "num_absolute_episodes", "max_episode_steps"),
     ("keep",),
     ("step_timeout", "reset_timeout"),
@@ -298,7 +321,9 @@ def _validate(config: Config) -> None:
     if not config.log:
         raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
     for name, layout in network.layouts.items():
-        if not re.fullmatch("[A-Za-z0-9]+", layout):  # which mixers there are, networks know; it stands in file names
+        if not re.fullmatch(
+            "[A-Za-z0-9]+", layout
+        ):  # which mixers there are, networks know; it stands in file names
             raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
@@ -308,14 +333,18 @@ def _validate(config: Config) -> None:
             raise UserError(f"{name} must not be negative, got {value}")
     if not 0 <= config.seed <= MAX_SEED - config.num_seeds + 1:
         last = MAX_SEED - config.num_seeds + 1
-        raise UserError(f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}")
+        raise UserError(
+            f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}"
+        )
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise UserError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
     for name in ("ent_coef", "vf_coef"):
         if not getattr(ppo, name) >= 0:
             raise UserError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
-    if ppo.sequence_length is not None and (ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length):
+    if ppo.sequence_length is not None and (
+        ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length
+    ):
         raise UserError(
             f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, got {ppo.sequence_length}"
         )
@@ -325,9 +354,15 @@ def _validate(config: Config) -> None:
             f"= {config.steps_per_update}, got {ppo.num_minibatches}"
         )
     if network.d_model % network.num_heads:
-        raise UserError(f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}")
-    if network.head_dim is not None and (network.head_dim < 1 or network.d_inner % network.head_dim):
-        raise UserError(f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}")
+        raise UserError(
+            f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}"
+        )
+    if network.head_dim is not None and (
+        network.head_dim < 1 or network.d_inner % network.head_dim
+    ):
+        raise UserError(
+            f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}"
+        )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
     _check_finite(config)
@@ -361,7 +396,9 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, with dots in its keys, as in `ppo.lr`."""
     found = {}
     for name, value in data.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return found
 
 
@@ -377,10 +414,14 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
     types = typing.get_type_hints(kind)
     settings = dataclasses.fields(typing.cast(Any, kind))
     values = {s.name: s.metadata["before"] for s in settings if "before" in s.metadata}
-    data = {name: {} for name, expected in types.items() if dataclasses.is_dataclass(expected)} | data
+    data = {
+        name: {} for name, expected in types.items() if dataclasses.is_dataclass(expected)
+    } | data
     for name, value in data.items():
         if name not in types:
-            raise unknown_name("key", prefix + name, [prefix + n for n in types], see="mam train --help")
+            raise unknown_name(
+                "key", prefix + name, [prefix + n for n in types], see="mam train --help"
+            )
         expected = types[name]
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, dict):
@@ -396,10 +437,14 @@ def _checked(name: str, value: Any, expected: Any) -> Any:
     allowed = typing.get_args(expected) or (expected,)
     if typing.get_origin(expected) is Literal:
         if value not in allowed:
-            raise UserError(f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}")
+            raise UserError(
+                f"{name} must be one of {', '.join(map(str, allowed))}, got {shown(value)}"
+            )
         return value
     if typing.get_origin(expected) is tuple:
-        listed = isinstance(value, list | tuple) and (allowed[-1] is Ellipsis or len(value) == len(allowed))
+        listed = isinstance(value, list | tuple) and (
+            allowed[-1] is Ellipsis or len(value) == len(allowed)
+        )
         if not listed or not all(type(item) is allowed[0] for item in value):
             raise UserError(f"{name} must be a list of {allowed[0].__name__}, got {shown(value)}")
         return tuple(value)

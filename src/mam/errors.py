@@ -39,7 +39,8 @@ def printable(text: object) -> str:
     escapes such as `\x1b`; what is different stays different.
     """
     letters = (
-        c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode() for c in str(text)
+        c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode()
+        for c in str(text)
     )
     return "".join(letters)
 
@@ -47,7 +48,9 @@ def printable(text: object) -> str:
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
     """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""
     names = list(valid)
-    near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(
+        name, names, n=3, cutoff=0.6
+    )
     hint = f": did you mean {' or '.join(near)}?" if near else ""
     return UserError(f"unknown {kind} {shown(name)}{hint} (see `{see}`)")
 

@@ -44,7 +44,14 @@ def lbf_15x15_4p_5f() -> Config:
         lbf(),
         env="lbf/15x15-4p-5f",
         network=NetworkConfig(d_model=128, num_blocks=3),
-        ppo=PPOConfig(lr=2.5e-4, num_epochs=15, num_minibatches=1, max_grad_norm=0.5, clip_eps=0.1, ent_coef=0.01),
+        ppo=PPOConfig(
+            lr=2.5e-4,
+            num_epochs=15,
+            num_minibatches=1,
+            max_grad_norm=0.5,
+            clip_eps=0.1,
+            ent_coef=0.01,
+        ),
     )
 
 
@@ -92,24 +99,52 @@ def _long(env: str, d_model: int, num_blocks: int, **ppo: Any) -> Config:
 
 def smax() -> Config:
     """StarCraft-like battles, any of them."""
-    return _long("smax/2s3z", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=10.0, clip_eps=0.2, ent_coef=0.01)
+    return _long(
+        "smax/2s3z",
+        128,
+        1,
+        lr=5e-4,
+        num_minibatches=4,
+        max_grad_norm=10.0,
+        clip_eps=0.2,
+        ent_coef=0.01,
+    )
 
 
 def smax_5m_vs_6m() -> Config:
     """Marines against one marine more."""
     return _long(
-        "smax/5m_vs_6m", 64, 1, lr=1e-3, num_epochs=2, num_minibatches=2, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3
+        "smax/5m_vs_6m",
+        64,
+        1,
+        lr=1e-3,
+        num_epochs=2,
+        num_minibatches=2,
+        max_grad_norm=0.5,
+        clip_eps=0.1,
+        ent_coef=1e-3,
     )
 
 
 def smax_10m_vs_11m() -> Config:
     """Ten marines against eleven."""
-    return replace(smax_5m_vs_6m(), env="smax/10m_vs_11m", network=NetworkConfig(d_model=32, num_blocks=2))
+    return replace(
+        smax_5m_vs_6m(), env="smax/10m_vs_11m", network=NetworkConfig(d_model=32, num_blocks=2)
+    )
 
 
 def smax_27m_vs_30m() -> Config:
     """Twenty-seven marines against thirty."""
-    return _long("smax/27m_vs_30m", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=5.0, clip_eps=0.2, ent_coef=1e-3)
+    return _long(
+        "smax/27m_vs_30m",
+        128,
+        1,
+        lr=5e-4,
+        num_minibatches=4,
+        max_grad_norm=5.0,
+        clip_eps=0.2,
+        ent_coef=1e-3,
+    )
 
 
 def smax_6h_vs_8z() -> Config:
@@ -129,14 +164,27 @@ def smax_6h_vs_8z() -> Config:
 
 def smax_smacv2_5_units() -> Config:
     """Five units of random kinds in random places."""
-    ppo = {"num_epochs": 10, "num_minibatches": 1, "max_grad_norm": 5.0, "clip_eps": 0.05, "ent_coef": 1e-3}
+    ppo = {
+        "num_epochs": 10,
+        "num_minibatches": 1,
+        "max_grad_norm": 5.0,
+        "clip_eps": 0.05,
+        "ent_coef": 1e-3,
+    }
     return _long("smax/smacv2_5_units", 64, 1, lr=1e-3, **ppo)
 
 
 def connector() -> Config:
     """Agents that lay wires to their targets without crossing, any board."""
     return _long(
-        "connector/5x5x3a", 128, 1, lr=1e-3, num_minibatches=8, max_grad_norm=10.0, clip_eps=0.05, ent_coef=0.01
+        "connector/5x5x3a",
+        128,
+        1,
+        lr=1e-3,
+        num_minibatches=8,
+        max_grad_norm=10.0,
+        clip_eps=0.05,
+        ent_coef=0.01,
     )
 
 
@@ -154,25 +202,56 @@ def cleaner() -> Config:
 def mpe() -> Config:
     """Particles that spread over landmarks, any number."""
     return _long(
-        "mpe/simple_spread_3", 128, 3, lr=5e-4, num_minibatches=8, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3
+        "mpe/simple_spread_3",
+        128,
+        3,
+        lr=5e-4,
+        num_minibatches=8,
+        max_grad_norm=0.5,
+        clip_eps=0.1,
+        ent_coef=1e-3,
     )
 
 
 def mpe_simple_spread_10() -> Config:
     """Ten particles."""
     return _long(
-        "mpe/simple_spread_10", 128, 1, lr=1e-3, num_minibatches=4, max_grad_norm=10.0, clip_eps=0.2, ent_coef=0.01
+        "mpe/simple_spread_10",
+        128,
+        1,
+        lr=1e-3,
+        num_minibatches=4,
+        max_grad_norm=10.0,
+        clip_eps=0.2,
+        ent_coef=0.01,
     )
 
 
 def mabrax() -> Config:
     """Limbs of one robot as agents, any robot."""
-    return _long("mabrax/ant_4x2", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, clip_eps=0.1, ent_coef=1e-3)
+    return _long(
+        "mabrax/ant_4x2",
+        128,
+        1,
+        lr=5e-4,
+        num_minibatches=4,
+        max_grad_norm=0.5,
+        clip_eps=0.1,
+        ent_coef=1e-3,
+    )
 
 
 def overcooked() -> Config:
     """Two cooks in one kitchen, any kitchen."""
-    return _long("overcooked/cramped_room", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, ent_coef=0.01)
+    return _long(
+        "overcooked/cramped_room",
+        128,
+        1,
+        lr=5e-4,
+        num_minibatches=4,
+        max_grad_norm=0.5,
+        ent_coef=0.01,
+    )
 
 
 def hanabi() -> Config:
@@ -241,7 +320,9 @@ def own() -> Config:
     Ids of a size that does not depend on the number of agents, so that the policy can play with others; and few
     evaluations in one mode, because a simulator's steps cost as much there as in training.
     """
-    few = EvalConfig(num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False)
+    few = EvalConfig(
+        num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False
+    )
     return Config(agent_id="sinusoid", eval=few)
 
 
@@ -255,7 +336,9 @@ def origin(name: str) -> str:
         network = _network(PRESETS[other]())
         if other.partition("/")[0] == suite and network != mine:
             unlike.setdefault(network, []).append("other tasks" if other == suite else other)
-    others = "".join(f"; {', '.join(names)} of the suite: {network}" for network, names in unlike.items())
+    others = "".join(
+        f"; {', '.join(names)} of the suite: {network}" for network, names in unlike.items()
+    )
     return f"settings start from preset {name}: {mine}{others}"
 
 

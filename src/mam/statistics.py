@@ -59,11 +59,18 @@ def improvement(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
         axis: the seeds.
     """
     x, y = tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]
-    signs = [np.sign(np.expand_dims(a, -1) - np.expand_dims(b, -2)) for a, b in zip(x, y, strict=True)]
+    signs = [
+        np.sign(np.expand_dims(a, -1) - np.expand_dims(b, -2)) for a, b in zip(x, y, strict=True)
+    ]
     return np.asarray(np.mean([0.5 + 0.5 * sign.mean((-1, -2)) for sign in signs], axis=0))
 
 
-AGGREGATES: dict[str, Statistic] = {"IQM": iqm, "median": median, "mean": mean, "optimality gap": optimality_gap}
+AGGREGATES: dict[str, Statistic] = {
+    "IQM": iqm,
+    "median": median,
+    "mean": mean,
+    "optimality gap": optimality_gap,
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,9 @@ class Estimate:
         return min(self.runs, other.runs) >= ENOUGH_RUNS and bool(np.all(self.low > other.high))
 
 
-def estimate(statistic: Statistic, tasks: Scores, *, rng: np.random.Generator | None = None) -> Estimate:
+def estimate(
+    statistic: Statistic, tasks: Scores, *, rng: np.random.Generator | None = None
+) -> Estimate:
     """A statistic and its 95 % percentile interval, the same at every call.
 
     Args:
@@ -119,7 +128,12 @@ def interval(
     """
     from scipy.stats import bootstrap
 
-    options: dict[str, Any] = {"paired": False, "vectorized": True, "method": "percentile", "axis": -1}
+    options: dict[str, Any] = {
+        "paired": False,
+        "vectorized": True,
+        "method": "percentile",
+        "axis": -1,
+    }
     found = bootstrap(
         tuple(tasks),
         statistic,

@@ -34,7 +34,9 @@ from jaxtyping import Bool, Float, Int, Key, Num, PyTree
 if TYPE_CHECKING:
     from jax import Array
 else:
-    Array = jax.Array | np.ndarray  # where an environment lives on the host, the same structures hold NumPy arrays
+    Array = (
+        jax.Array | np.ndarray
+    )  # where an environment lives on the host, the same structures hold NumPy arrays
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
@@ -48,10 +50,18 @@ class Observation(eqx.Module):
     """What the agents see before they act, and what a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
-    action_mask: Bool[Array, "*batch N A"]  # True = legal, or in use; every agent has one, in every component
-    alive: Bool[Array, "*batch N"]  # False = dead or padded: its action is ignored, nothing is learned from it
-    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None  # a picture for each agent
-    state: Float[Array, "*batch G"] | None = None  # of the whole environment, for centralised critics
+    action_mask: Bool[
+        Array, "*batch N A"
+    ]  # True = legal, or in use; every agent has one, in every component
+    alive: Bool[
+        Array, "*batch N"
+    ]  # False = dead or padded: its action is ignored, nothing is learned from it
+    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = (
+        None  # a picture for each agent
+    )
+    state: Float[Array, "*batch G"] | None = (
+        None  # of the whole environment, for centralised critics
+    )
 
 
 class TimeStep(eqx.Module):
@@ -63,11 +73,15 @@ class TimeStep(eqx.Module):
     """
 
     observation: Observation  # to act on next; the new episode's first one after an auto-reset
-    reward: Float[Array, "*batch N"]  # of the action just taken, per agent; a team reward is repeated
+    reward: Float[
+        Array, "*batch N"
+    ]  # of the action just taken, per agent; a team reward is repeated
     terminated: Bool[Array, "*batch"]  # the task itself ended
     truncated: Bool[Array, "*batch"]  # cut off by the time limit
     final_observation: Observation  # successor of the action just taken, before any auto-reset
-    metrics: dict[str, Float[Array, "*batch"]]  # scalars such as episode_return; the same names at every step
+    metrics: dict[
+        str, Float[Array, "*batch"]
+    ]  # scalars such as episode_return; the same names at every step
 
     @property
     def ended(self) -> Bool[Array, "*batch"]:
@@ -82,16 +96,24 @@ class EnvSpec:
     name: str  # "suite/task"
     num_agents: int
     obs_dim: int
-    num_actions: int  # choices of one agent, of all components; with `continuous`, components of its action
+    num_actions: (
+        int  # choices of one agent, of all components; with `continuous`, components of its action
+    )
     time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
     continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
     grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
     grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
-    team_reward: bool = True  # all agents earn the same, the dead too; if not, the dead earn nothing more
-    agent_names: tuple[str, ...] | None = None  # such as adversary_0; without its number it says of which kind one is
+    team_reward: bool = (
+        True  # all agents earn the same, the dead too; if not, the dead earn nothing more
+    )
+    agent_names: tuple[str, ...] | None = (
+        None  # such as adversary_0; without its number it says of which kind one is
+    )
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
-    action_components: tuple[int, ...] | None = None  # choices in each component, where an agent makes several at once
+    action_components: tuple[int, ...] | None = (
+        None  # choices in each component, where an agent makes several at once
+    )
 
     @property
     def joint_action(self) -> jax.ShapeDtypeStruct:
@@ -118,7 +140,9 @@ class Environment(Protocol):
         """Starts an episode; reward is zero, `terminated` and `truncated` are False."""
         ...
 
-    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         """Applies the joint action; `final_observation` equals `observation` here."""
         ...
 
@@ -162,7 +186,9 @@ class PolicyOutput(eqx.Module):
     log_prob: Float[Array, "*batch N"]  # of each agent's action given the earlier agents' actions
     value: Float[Array, "*batch N"]
     order: Int[Array, "*batch N"]  # order[k] = the agent that decided k-th
-    metrics: dict[str, Float[Array, "*batch"]] = eqx.field(default_factory=dict)  # of acting; the same names always
+    metrics: dict[str, Float[Array, "*batch"]] = eqx.field(
+        default_factory=dict
+    )  # of acting; the same names always
 
 
 class Evaluation(eqx.Module):

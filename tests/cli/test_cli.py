@@ -40,15 +40,24 @@ from report_runs import CONFIG, write_run
         (["train", "--ppo.lr", "fast"], ["--ppo.lr", "a number", "'fast'"]),
         (["train", "--ppo.lr=fast"], ["--ppo.lr", "a number", "'fast'"]),
         (["train", "--num-seeds", "1.5"], ["--num-seeds", "a whole number", "'1.5'"]),
-        (["train", "--network.dt-rank", "few"], ["--network.dt-rank", "a whole number or None", "'few'"]),
+        (
+            ["train", "--network.dt-rank", "few"],
+            ["--network.dt-rank", "a whole number or None", "'few'"],
+        ),
         (["train", "--ppo.lr"], ["--ppo.lr", "needs a value"]),
         (["train", "--ppo.lr", "--seed", "1"], ["--ppo.lr", "needs a value"]),
         (["train", "--ppo.lr", "-1"], ["ppo.lr", "positive", "-1"]),
         (["train", "--ppo.num-minibatches", "3"], ["ppo.num_minibatches", "must divide", "3"]),
         (["train", "--network.num-heads", "5"], ["network.num_heads", "must divide", "5"]),
         (["train", "--policy", "mma"], ["unknown policy 'mma'", "mam"]),
-        (["train", "--network.memory", "gro"], ["unknown network.memory 'gro'", "did you mean gru"]),
-        (["train", "--env", "lbf/8x8"], ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"]),
+        (
+            ["train", "--network.memory", "gro"],
+            ["unknown network.memory 'gro'", "did you mean gru"],
+        ),
+        (
+            ["train", "--env", "lbf/8x8"],
+            ["unknown task 'lbf/8x8'", "lbf/8x8-2p-2f-coop", "mam list"],
+        ),
         (["train", "--env", "nowhere/nothing"], ["unknown task 'nowhere/nothing'", "mam list"]),
         (["train", "--preset", "lfb"], ["unknown preset 'lfb'", "did you mean lbf"]),
         (["train", "--resume", "nowhere"], ["nowhere", "no run"]),
@@ -62,9 +71,15 @@ from report_runs import CONFIG, write_run
         (["play", "nowhere", "--gready"], ["--gready", "did you mean --greedy"]),
         (["train", "--agent-id", "name"], ["--agent-id", "one_hot, sinusoid or none", "'name'"]),
         (["train", "--num-workers", "0"], ["num_workers", "positive", "0"]),
-        (["train", "--env", "lbf/auto:agnets=4"], ["unknown option 'agnets'", "did you mean agents", "mam list"]),
+        (
+            ["train", "--env", "lbf/auto:agnets=4"],
+            ["unknown option 'agnets'", "did you mean agents", "mam list"],
+        ),
         (["train", "--env", "lbf/auto:agents=few"], ["agents", "a whole number", "'few'"]),
-        (["train", "--env", "nowhere.at_all:make_env"], ["nowhere.at_all:make_env", "not installed"]),
+        (
+            ["train", "--env", "nowhere.at_all:make_env"],
+            ["nowhere.at_all:make_env", "not installed"],
+        ),
         (["check-env"], ["check-env needs the name of an environment"]),
         (["check-env", "probe/idnetity"], ["did you mean probe/identity"]),
     ],
@@ -82,7 +97,9 @@ def test_a_mistake_gets_one_line_and_exit_code_2(args, words, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)])
+@pytest.mark.parametrize(
+    ("written", "meant"), [("1e6", 1_000_000), ("2.5E5", 250_000), ("1_000", 1000), ("300", 300)]
+)
 def test_whole_numbers_are_written_as_in_papers(written, meant):
     for args in (["--total-timesteps", written], [f"--total-timesteps={written}"]):
         assert parse("train", Train, args, Train()).config.total_timesteps == meant
@@ -95,7 +112,12 @@ def test_other_numbers_are_not_whole(written):
 
 
 @pytest.mark.parametrize(
-    "args", [["train", "--env", "lbf/8x8"], ["check-env", "lbf/8x8"], ["evaluate", "run", "--env", "lbf/8x8"]]
+    "args",
+    [
+        ["train", "--env", "lbf/8x8"],
+        ["check-env", "lbf/8x8"],
+        ["evaluate", "run", "--env", "lbf/8x8"],
+    ],
 )
 def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
     program = "import sys; from mam.cli.main import main; sys.exit(main(sys.argv[1:]) + ('jax' in sys.modules))"
@@ -104,7 +126,9 @@ def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
 
 
 def test_overview_version_and_list(capsys):
-    assert cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
+    assert (
+        cli.main([]) == cli.main(["--help"]) == cli.main(["--version"]) == cli.main(["list"]) == 0
+    )
     out = capsys.readouterr().out
     for word in (
         "usage: mam",
@@ -119,7 +143,9 @@ def test_overview_version_and_list(capsys):
 
 def test_a_reader_that_goes_away():
     command = [sys.executable, "-m", "mam", "list"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 128 + signal.SIGPIPE
@@ -151,9 +177,34 @@ def test_the_preset_of_a_task_is_its_own_or_its_suites():
 
 
 SMALL = (
-    *("--env", "probe/matrix", "--network.d-model", "8", "--network.d-state", "2", "--ppo.num-envs", "4"),
-    *("--ppo.rollout-length", "4", "--ppo.num-epochs", "1", "--ppo.num-minibatches", "1", "--num-seeds", "2"),
-    *("--eval.num-evaluations", "2", "--eval.num-episodes", "3", "--eval.num-absolute-episodes", "5"),
+    *(
+        "--env",
+        "probe/matrix",
+        "--network.d-model",
+        "8",
+        "--network.d-state",
+        "2",
+        "--ppo.num-envs",
+        "4",
+    ),
+    *(
+        "--ppo.rollout-length",
+        "4",
+        "--ppo.num-epochs",
+        "1",
+        "--ppo.num-minibatches",
+        "1",
+        "--num-seeds",
+        "2",
+    ),
+    *(
+        "--eval.num-evaluations",
+        "2",
+        "--eval.num-episodes",
+        "3",
+        "--eval.num-absolute-episodes",
+        "5",
+    ),
 )
 
 
@@ -172,7 +223,11 @@ def test_train_says_what_it_does_and_leaves_everything(finished, capsys):
         *("learning_curve.png", "tensorboard", "checkpoint", "run.lock"),
     }
     config = json.loads((finished / "config.json").read_text())
-    assert (config["env"], config["num_seeds"], config["network"]["d_model"]) == ("probe/matrix", 2, 8)
+    assert (config["env"], config["num_seeds"], config["network"]["d_model"]) == (
+        "probe/matrix",
+        2,
+        8,
+    )
     versions = json.loads((finished / "versions.json").read_text())
     assert {"python", "packages", "git", "device", "platform"} <= versions.keys()
     results = json.loads((finished / "marl_eval.json").read_text())["probe"]["matrix"]["mam"]
@@ -196,7 +251,9 @@ def test_evaluate_tells_agents_with_rewards_of_their_own_apart(finished, capsys,
         def spec(self):
             return replace(super().spec, team_reward=False, agent_names=("wolf_0", "[hare]"))
 
-    monkeypatch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("matrix", "own")))
+    monkeypatch.setitem(
+        tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("matrix", "own"))
+    )
     monkeypatch.setitem(probes.PROBES, "own", Own)
     command = ["evaluate", str(finished), "--env", "probe/own", "--episodes", "4"]
     assert cli.main(command) == 0
@@ -234,7 +291,10 @@ def test_a_full_disk_is_one_line(finished, tmp_path, capsys, monkeypatch, comman
 
     monkeypatch.setattr("mam.runs.sinks.os", SimpleNamespace(fsync=full_disk))
     assert cli.main([command, str(finished), "--out", str(tmp_path / "x.gif")]) == 1
-    assert capsys.readouterr().err == f"mam: cannot write {tmp_path / unwritten}: No space left on device\n"
+    assert (
+        capsys.readouterr().err
+        == f"mam: cannot write {tmp_path / unwritten}: No space left on device\n"
+    )
 
 
 def test_settings_start_from_a_run_or_a_file(tmp_path):
@@ -243,7 +303,9 @@ def test_settings_start_from_a_run_or_a_file(tmp_path):
         for kind in (Train, Plan, Sweep):
             assert starting_options(kind, ["--config", str(start)]).config == CONFIG
     args = ["--config", str(tmp_path / "run"), "--seed", "7"]
-    assert parse("train", Train, args, starting_options(Train, args)).config == replace(CONFIG, seed=7)
+    assert parse("train", Train, args, starting_options(Train, args)).config == replace(
+        CONFIG, seed=7
+    )
 
 
 def test_the_price_of_evaluations_is_said():
@@ -273,18 +335,25 @@ def test_a_run_plays_another_task_if_its_sizes_fit(finished, capsys, monkeypatch
     monkeypatch.setitem(
         tasks.SUITES,
         "probe",
-        replace(tasks.SUITES["probe"], tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts")),
+        replace(
+            tasks.SUITES["probe"],
+            tasks=("matrix", "identity", "matrix-again", "matrix-large", "parts"),
+        ),
     )
     monkeypatch.setitem(probes.PROBES, "matrix-again", probes.Matrix)
     monkeypatch.setitem(probes.PROBES, "matrix-large", lambda: probes.Matrix(num_agents=3))
-    assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
+    assert (
+        cli.main(["evaluate", str(finished), "--env", "probe/matrix-again", "--episodes", "4"]) == 0
+    )
     assert "mam on probe/matrix-again" in capsys.readouterr().out
     assert cli.main(["evaluate", str(finished), "--env", "probe/matrix-large"]) == 2
     assert "obs_dim is 4 instead of 3; trained with --agent-id sinusoid" in capsys.readouterr().err
     assert cli.main(["evaluate", str(finished), "--env", "probe/identity"]) == 2
     assert "num_actions is 4 instead of 3" in capsys.readouterr().err
     # As many choices in all, and other ones: the weights would fit.
-    monkeypatch.setitem(probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1)))
+    monkeypatch.setitem(
+        probes.PROBES, "parts", lambda: probes.Components(num_agents=2, sizes=(2, 1))
+    )
     assert cli.main(["evaluate", str(finished), "--env", "probe/parts"]) == 2
     assert "action_components is (2, 1) instead of None" in capsys.readouterr().err
 
@@ -297,7 +366,9 @@ def test_check_env(capsys, monkeypatch):
     monkeypatch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("broken",)))
     monkeypatch.setitem(probes.PROBES, "broken", Broken)
     assert cli.main(["check-env", "probe/broken"]) == 1
-    assert re.search(r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out)
+    assert re.search(
+        r"error · shape · agents_view.*: expected \[3, 5\], got \[3, 4\]", capsys.readouterr().out
+    )
 
 
 class Broken(Identity):
@@ -344,15 +415,30 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
 
     monkeypatch.setattr(HostPool, "step", killing)
     env, path = "pettingzoo/mpe2:simple_spread_v3:max_cycles=5", str(tmp_path / "run")
-    host = ("--env", env, "--policy", "ippo", "--num-workers", "2", "--num-seeds", "2", "--out", path)
+    host = (
+        "--env",
+        env,
+        "--policy",
+        "ippo",
+        "--num-workers",
+        "2",
+        "--num-seeds",
+        "2",
+        "--out",
+        path,
+    )
     assert cli.main(["train", *SMALL, *host, "--total-timesteps", "64"]) == 0
     assert "worker 0 (environments 0 to 3) was killed by SIGKILL; starting it again" in caplog.text
     assert "steps/s" in capfd.readouterr().out
     assert cli.main(["evaluate", path, "--episodes", "4", "--trust"]) == 0
     assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
-    monkeypatch.setattr(HostPool, "__init__", None)  # no environment is made, and no process started
+    monkeypatch.setattr(
+        HostPool, "__init__", None
+    )  # no environment is made, and no process started
     policy = mam.load(path)
-    assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (policy.spec.num_agents,)
+    assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (
+        policy.spec.num_agents,
+    )
 
 
 def test_what_cannot_be_drawn_is_said(finished, capsys):
@@ -420,7 +506,9 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("stream", "code", "said"), [(Deaf, 141, ""), (Full, 1, "mam: No space left on device\n")])
+@pytest.mark.parametrize(
+    ("stream", "code", "said"), [(Deaf, 141, ""), (Full, 1, "mam: No space left on device\n")]
+)
 def test_short_commands_end_with_their_reader(stream, code, said, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stream())
@@ -481,7 +569,10 @@ def test_seeds_of_32_bits_everywhere(command, capsys):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RuntimeError("Unable to initialize backend 'tpu':\nno TPU"), "Unable to initialize backend 'tpu': no TPU"),
+        (
+            RuntimeError("Unable to initialize backend 'tpu':\nno TPU"),
+            "Unable to initialize backend 'tpu': no TPU",
+        ),
         (AssertionError(), "JAX finds no such device here"),
     ],
 )
@@ -492,4 +583,7 @@ def test_a_device_that_is_not_there(error, reason, monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert cli.main(["train", "--env", "probe/matrix"]) == 2
-    assert capsys.readouterr().err == f"mam: JAX_PLATFORMS=tpu: {reason}; leave it out, or set it to cpu\n"
+    assert (
+        capsys.readouterr().err
+        == f"mam: JAX_PLATFORMS=tpu: {reason}; leave it out, or set it to cpu\n"
+    )

@@ -19,7 +19,10 @@ from mam.learning.objective import WeightedSum
 from mam.networks.policy import policies
 from mam.types import Transition
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 NUM_UPDATES = 25
 CONFIG = Config(
     env="probe/identity",
@@ -93,7 +96,9 @@ def test_returns_are_learned_beside_and_objectives_add_up(monkeypatch):
 
 
 def test_ppo_refuses_actions_that_are_not_its_own(monkeypatch):
-    with pytest.raises(UserError, match="PPO learns from its own actions: recorded ones have no log-probability"):
+    with pytest.raises(
+        UserError, match="PPO learns from its own actions: recorded ones have no log-probability"
+    ):
         clone("ippo", None, monkeypatch, 1)
 
 

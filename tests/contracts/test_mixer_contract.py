@@ -18,10 +18,15 @@ from mam.kernels.ssd import CHUNK
 from mam.networks.mixers.base import AbstractCausalMixer, Roles
 from mam.networks.mixers.registry import MIXERS
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 ROLES = [role.name for role in dataclasses.fields(Roles)]
 PUBLISHED = [(f, "published encoder") for f in ("mamba", "mamba2")]  # whose passes are multiplied
-every_mixer = pytest.mark.parametrize(("family", "role"), [*((f, r) for f in MIXERS for r in ROLES), *PUBLISHED])
+every_mixer = pytest.mark.parametrize(
+    ("family", "role"), [*((f, r) for f in MIXERS for r in ROLES), *PUBLISHED]
+)
 every_causal_mixer = pytest.mark.parametrize(
     ("family", "role"), [(f, r) for f in MIXERS for r in ROLES if r != "encoder"]
 )
@@ -74,7 +79,9 @@ def run_in_pieces(mixer, x, context, cuts):
     *batch, num_agents, _ = x.shape
     state, outputs = mixer.init_state(num_agents, tuple(batch)), []
     for start, stop in pairwise((0, *cuts, num_agents)):
-        piece, piece_context = jax.tree.map(lambda v, at=slice(start, stop): v[..., at, :], (x, context))
+        piece, piece_context = jax.tree.map(
+            lambda v, at=slice(start, stop): v[..., at, :], (x, context)
+        )
         state, y = mixer.extend(state, mixer.project(piece), mixer.project_context(piece_context))
         outputs.append(y)
     return jnp.concatenate(outputs, axis=-2)
@@ -97,7 +104,9 @@ recurrent = jax.jit(run_recurrent, static_argnames="capacity", compiler_options=
 @functools.partial(jax.jit, compiler_options=QUICK)
 def influence(mixer, x, context, alive):
     """Outputs, and the gradients of a random projection of each agent's output, agents first: [N, …]."""
-    y, pull_back = jax.vjp(lambda mixer, x, context: mixer(x, context, alive=alive), mixer, x, context)
+    y, pull_back = jax.vjp(
+        lambda mixer, x, context: mixer(x, context, alive=alive), mixer, x, context
+    )
     projection = np.random.default_rng(1).normal(size=y.shape)
     return y, *jax.vmap(pull_back)(jnp.eye(len(y))[:, :, None] * projection)
 
@@ -132,7 +141,8 @@ def test_step_equals_parallel(family, role, length):
 
 
 @pytest.mark.parametrize(
-    ("length", "cuts"), [(7, (5,)), (7, (1, 3)), (CHUNK + 6, (CHUNK + 1,)), (2 * CHUNK + 6, (2, CHUNK + 3))]
+    ("length", "cuts"),
+    [(7, (5,)), (7, (1, 3)), (CHUNK + 6, (CHUNK + 1,)), (2 * CHUNK + 6, (2, CHUNK + 3))],
 )
 @every_causal_mixer
 def test_a_sequence_may_be_cut_anywhere(family, role, length, cuts):
@@ -145,7 +155,10 @@ def test_a_sequence_may_be_cut_anywhere(family, role, length, cuts):
 def gathered_before_and_after(mixer, table, context, index):
     """Agents that are rows of a table: projected once for every row there is, and once for every agent."""
     rows = jax.tree.map(lambda v: v[index], (mixer.project(table), mixer.project_context(context)))
-    own = mixer.project(table[index]), mixer.project_context(None if context is None else context[index])
+    own = (
+        mixer.project(table[index]),
+        mixer.project_context(None if context is None else context[index]),
+    )
     return mixer.extend(None, *rows)[1], mixer.extend(None, *own)[1]
 
 
@@ -172,7 +185,9 @@ def test_who_sees_whom(family, role):
     if role == "cross":
         seen = sees(context_gradient)
         assert not np.any(seen & ~expected)
-        assert np.all(np.diagonal(seen)[1:])  # the first agent's context may have only one answer to choose from
+        assert np.all(
+            np.diagonal(seen)[1:]
+        )  # the first agent's context may have only one answer to choose from
 
 
 @pytest.mark.parametrize("family", MIXERS)
@@ -185,7 +200,8 @@ def test_encoders_know_no_direction(family):
 def test_no_parameter_is_dead(family, role):
     _, gradients, *_ = influence_of(family, role)
     sizes = {
-        jax.tree_util.keystr(path): np.max(np.abs(g)) for path, g in jax.tree_util.tree_leaves_with_path(gradients)
+        jax.tree_util.keystr(path): np.max(np.abs(g))
+        for path, g in jax.tree_util.tree_leaves_with_path(gradients)
     }
     # Not zero: a parameter that cancels out has a gradient of rounding errors.
     assert not {name: size for name, size in sizes.items() if size < 1e-9 * max(sizes.values())}
@@ -206,7 +222,9 @@ def test_the_dead_change_nothing(family, role):
     """Outputs are those of the living alone, in value and in gradient, whatever the dead are made of."""
     y, _, *gradients = influence_of(family, role, LIVING, garbage=1e6)
     assert np.all(np.isfinite(y))
-    alone = parallel(make_mixer(family, role), *(v if v is None else v[:LIVING] for v in make_inputs(role, (N,))))
+    alone = parallel(
+        make_mixer(family, role), *(v if v is None else v[:LIVING] for v in make_inputs(role, (N,)))
+    )
     close(y[:LIVING], alone)
     for gradient in gradients:
         assert gradient is None or not np.any(sees(gradient)[:LIVING, LIVING:])
@@ -241,7 +259,9 @@ def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role)
         expected = parallel(mixer, *alone)
         assert expected.dtype == jnp.float32
         assert 0.3 < np.std(expected) < 3
-        np.testing.assert_allclose(parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            parallel(mixer, *loud, jnp.arange(N) < LIVING)[:LIVING], expected, rtol=0, atol=1e-6
+        )
         if "encoder" not in role:
             steps = recurrent(mixer, *loud)[:LIVING]
             np.testing.assert_allclose(steps, recurrent(mixer, *alone), rtol=0, atol=1e-6)
@@ -249,14 +269,19 @@ def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role)
 
 @every_mixer
 def test_nobody_alive_is_no_accident(family, role):
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(influence_of(family, role, num_living=0)))
+    assert all(
+        np.all(np.isfinite(leaf))
+        for leaf in jax.tree.leaves(influence_of(family, role, num_living=0))
+    )
 
 
 @every_mixer
 def test_leading_axes_are_vmap(family, role):
     mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
     alive = jnp.asarray(np.arange(7) < np.array([[7, 3, 1], [4, 5, 6]])[..., None])
-    mapped = jax.jit(jax.vmap(jax.vmap(run_parallel, (None, 0, 0, 0)), (None, 0, 0, 0)), compiler_options=QUICK)
+    mapped = jax.jit(
+        jax.vmap(jax.vmap(run_parallel, (None, 0, 0, 0)), (None, 0, 0, 0)), compiler_options=QUICK
+    )
     actual = parallel(mixer, *inputs, alive)
     close(actual[alive], mapped(mixer, *inputs, alive)[alive])
 
@@ -264,7 +289,9 @@ def test_leading_axes_are_vmap(family, role):
 @every_causal_mixer
 def test_leading_axes_are_vmap_step_by_step(family, role):
     mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
-    mapped = jax.jit(jax.vmap(jax.vmap(run_recurrent, (None, 0, 0)), (None, 0, 0)), compiler_options=QUICK)
+    mapped = jax.jit(
+        jax.vmap(jax.vmap(run_recurrent, (None, 0, 0)), (None, 0, 0)), compiler_options=QUICK
+    )
     close(recurrent(mixer, *inputs), mapped(mixer, *inputs))
 
 

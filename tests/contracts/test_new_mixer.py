@@ -118,7 +118,11 @@ FACTS = {
     "letter": "L",
     "policy": "leak",
     "description": "leaky averages along the agents",
-    "roles": Roles(encoder=LeakBothWays, decoder=Leak, cross=lambda config, key: Leak(config, key=key, cross=True)),
+    "roles": Roles(
+        encoder=LeakBothWays,
+        decoder=Leak,
+        cross=lambda config, key: Leak(config, key=key, cross=True),
+    ),
     "options": {"expand": (1, 2)},
 }
 ROLES = [role.name for role in fields(Roles)]
@@ -174,7 +178,9 @@ def test_it_mixes_with_others_in_layouts():
     assert [type(block.mixer) is LeakBothWays for block in policy.encoder.blocks] == [True, False]
     assert [type(block.cross) is Leak for block in policy.decoder.blocks] == [True, False]
     assert policy.decoder.fused is None
-    with pytest.raises(UserError, match=r"letters of M \(mamba\), .*, L \(leaky\), one per block, got 'X'$"):
+    with pytest.raises(
+        UserError, match=r"letters of M \(mamba\), .*, L \(leaky\), one per block, got 'X'$"
+    ):
         make_policy("mat", spec, replace(sizes, encoder=EncoderConfig("X")), key=jax.random.key(0))
 
 
@@ -197,8 +203,14 @@ def test_it_learns(monkeypatch):
     [
         ({"letter": "M"}, "the letter M of leakier is taken: choose another"),
         ({"letter": "LL"}, "the letter of leakier must be one of A-Z, a-z, 0-9, got 'LL'"),
-        ({"letter": "K", "policy": "mam"}, "the policy 'mam' of leakier exists: choose another name"),
-        ({"letter": "K", "policy": "mappo"}, "the policy 'mappo' of leakier exists: choose another name"),
+        (
+            {"letter": "K", "policy": "mam"},
+            "the policy 'mam' of leakier exists: choose another name",
+        ),
+        (
+            {"letter": "K", "policy": "mappo"},
+            "the policy 'mappo' of leakier exists: choose another name",
+        ),
     ],
 )
 def test_what_is_taken_is_refused(changes, said):

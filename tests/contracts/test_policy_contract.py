@@ -25,7 +25,10 @@ from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 OBS_DIM, NUM_ACTIONS, STATE_DIM = 6, 4, 3
 # With a state, which the critics of mappo read: without one they are made for a number of agents.
@@ -45,16 +48,32 @@ def parts(name, config=SIZES):
 
 WITH_MEMORY = [name for name in (*NAMES, "mam-gru") if has_memory(*parts(name))]
 every_policy = pytest.mark.parametrize("name", NAMES)
-over_time = pytest.mark.parametrize("name", [*WITH_MEMORY, "mat", "ippo"])  # to those without, time is like any axis
+over_time = pytest.mark.parametrize(
+    "name", [*WITH_MEMORY, "mat", "ippo"]
+)  # to those without, time is like any axis
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # What compiles. Several choices at once with one policy of each class: they differ in the distribution alone.
 every_case = pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in NAMES for kind in KINDS if kind != "components" or name in ("mat-gru", "mappo")],
+    [
+        (name, kind)
+        for name in NAMES
+        for kind in KINDS
+        if kind != "components" or name in ("mat-gru", "mappo")
+    ],
 )
 
 # Which of five agents are alive, in six environments.
-ALIVE = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+ALIVE = np.array(
+    [
+        [1, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0],
+        [0, 1, 0, 1, 1],
+        [0, 0, 0, 1, 0],
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+    ]
+)
 ALIVE = ALIVE.astype(bool)
 NUM_ENVS, NUM_AGENTS = ALIVE.shape
 PAIRS = np.array([1, 5])  # environments in which the first two live
@@ -81,7 +100,10 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
-        centre, spread = 1.0 if path[-1].name == "scale" else 0.0, {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim]
+        centre, spread = (
+            1.0 if path[-1].name == "scale" else 0.0,
+            {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim],
+        )
         if kind == "continuous" and ".head.out." in jax.tree_util.keystr(path):
             spread = 0.1
         return jnp.asarray(rng.normal(centre, spread, leaf.shape), leaf.dtype)
@@ -134,9 +156,15 @@ def observe(what, kind="discrete"):
     obs, keys = make_observation(ALIVE, kind), jax.random.split(jax.random.key(0), NUM_ENVS)
     if what == "single":  # the living agent of environment 4, without a batch axis
         return pick(obs, 4, 1), keys[4]
-    if what == "pair":  # the living agents of environments 1 and 5, often, and the first time with the same keys
-        obs = jax.tree.map(lambda v: jnp.repeat(v[:, None], NUM_SAMPLES, axis=1), pick(obs, PAIRS, 2))
-        many = jax.vmap(lambda key: jax.random.split(key, NUM_SAMPLES))(jax.random.split(jax.random.key(1), 2))
+    if (
+        what == "pair"
+    ):  # the living agents of environments 1 and 5, often, and the first time with the same keys
+        obs = jax.tree.map(
+            lambda v: jnp.repeat(v[:, None], NUM_SAMPLES, axis=1), pick(obs, PAIRS, 2)
+        )
+        many = jax.vmap(lambda key: jax.random.split(key, NUM_SAMPLES))(
+            jax.random.split(jax.random.key(1), 2)
+        )
         keys = many.at[:, 0].set(keys[PAIRS])
     return obs, keys
 
@@ -160,13 +188,19 @@ def evaluate_step(policy, memory, obs, action, order):
 def act_then_evaluate(policy, obs, key):
     memory = remember(policy, obs)
     _, sampled = policy.act(memory, obs, jnp.zeros(key.shape, bool), key)
-    return {"sampled": sampled, "evaluated": evaluate_step(policy, memory, obs, sampled.action, sampled.order)}
+    return {
+        "sampled": sampled,
+        "evaluated": evaluate_step(policy, memory, obs, sampled.action, sampled.order),
+    }
 
 
 def run_all(policy, obs, key):
     memory = remember(policy, obs)
     _, greedy = policy.act(memory, obs, jnp.zeros(key.shape, bool), key, greedy=True)
-    return act_then_evaluate(policy, obs, key) | {"greedy": greedy, "value": policy.value(memory, obs)}
+    return act_then_evaluate(policy, obs, key) | {
+        "greedy": greedy,
+        "value": policy.value(memory, obs),
+    }
 
 
 all_methods = jax.jit(run_all, compiler_options=QUICK)
@@ -210,7 +244,10 @@ def test_it_is_a_policy_of_arrays(name, kind):
     def build(key):
         policy = make(name, make_spec(kind), key)
         assert isinstance(policy, Policy)
-        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((policy, policy.init_memory((2,)))))
+        assert all(
+            isinstance(leaf, jax.Array)
+            for leaf in jax.tree.leaves((policy, policy.init_memory((2,))))
+        )
         return policy
 
     jax.eval_shape(build, jax.random.key(0))
@@ -245,7 +282,9 @@ def test_the_value_is_one_whoever_asks(name, kind):
 def in_new_units(policy, obs, target):
     """Values before and after two changes of the value's units, of which only the second has anything to keep."""
     memory = remember(policy, obs)
-    policy = NormalisedPolicy(policy, Statistics.init(make_spec("discrete"), observations=True, values=True))
+    policy = NormalisedPolicy(
+        policy, Statistics.init(make_spec("discrete"), observations=True, values=True)
+    )
     first = policy.update_values(target, obs.alive)
     second = first.update_values(100 * target - 1000, obs.alive)
     return first.value(memory, obs), second.value(memory, obs), second.network.value(memory, obs)
@@ -256,7 +295,9 @@ def test_new_units_of_value_change_no_value(name):
     obs, _ = observe("team")
     target = np.random.default_rng(3).normal(5.0, 3.0, ALIVE.shape).astype(np.float32)
     before, after, in_units = in_new_units(get_policy(name), obs, np.where(ALIVE, target, np.nan))
-    np.testing.assert_allclose(after[ALIVE], before[ALIVE], rtol=1e-5, atol=1e-3)  # beside targets of 1000
+    np.testing.assert_allclose(
+        after[ALIVE], before[ALIVE], rtol=1e-5, atol=1e-3
+    )  # beside targets of 1000
     assert np.abs(before - in_units)[ALIVE].max() > 1
 
 
@@ -268,7 +309,11 @@ def act_and_evaluate(policy, obs, reset, keys, successor):
     def step(memory, inputs):
         obs, reset, key, successor = inputs
         after, output = policy.act(memory, obs, reset, key)
-        return after, {"act": output, "value": policy.value(memory, obs), "next_value": policy.value(after, successor)}
+        return after, {
+            "act": output,
+            "value": policy.value(memory, obs),
+            "next_value": policy.value(after, successor),
+        }
 
     _, steps = jax.lax.scan(step, start, (obs, reset, keys, successor))
     evaluated = policy.evaluate(start, obs, steps["act"].action, steps["act"].order, reset)
@@ -280,15 +325,23 @@ def play(name, *, garbage=True):
     """Four steps, with episodes that start and agents that die anywhere, each with a successor of its own."""
     length = 4
     obs, successor = (
-        make_observation(np.random.default_rng(seed).random((length, *ALIVE.shape)) < 0.7, seed=seed) for seed in (1, 3)
+        make_observation(
+            np.random.default_rng(seed).random((length, *ALIVE.shape)) < 0.7, seed=seed
+        )
+        for seed in (1, 3)
     )
     reset = np.random.default_rng(2).random((length, NUM_ENVS)) < 0.4
     keys = jax.random.split(jax.random.key(2), (length, NUM_ENVS))
     if not garbage:
         obs, successor = (
-            replace(o, agents_view=jnp.where(o.alive[..., None], o.agents_view, 0.0)) for o in (obs, successor)
+            replace(o, agents_view=jnp.where(o.alive[..., None], o.agents_view, 0.0))
+            for o in (obs, successor)
         )
-    return obs, reset, *jax.device_get(act_and_evaluate(get_policy(name), obs, reset, keys, successor))
+    return (
+        obs,
+        reset,
+        *jax.device_get(act_and_evaluate(get_policy(name), obs, reset, keys, successor)),
+    )
 
 
 @over_time
@@ -320,7 +373,9 @@ def test_a_value_continues_the_episode(name):
 def test_successors_are_valued_without_a_stored_memory(name):
     """`value` with the memory after every step, whether the episode goes on with that successor or not."""
     _, _, steps, _, next_value = play(name)
-    np.testing.assert_allclose(next_value, steps["next_value"], rtol=1e-5, atol=5e-5)  # sums in another order
+    np.testing.assert_allclose(
+        next_value, steps["next_value"], rtol=1e-5, atol=5e-5
+    )  # sums in another order
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -350,7 +405,14 @@ def test_equal_features_do_not_make_gradients_explode(name):
 @every_policy
 def test_the_living_decide_first_and_by_index(name):
     """Where all decide at once, the order means nothing and is that of the agents."""
-    expected = [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [1, 3, 4, 0, 2], [3, 0, 1, 2, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    expected = [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+        [1, 3, 4, 0, 2],
+        [3, 0, 1, 2, 4],
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+    ]
     np.testing.assert_array_equal(decision_order(jnp.asarray(ALIVE)), expected)
     if not is_sequence(name):
         expected = np.tile(np.arange(NUM_AGENTS), (NUM_ENVS, 1))
@@ -365,14 +427,18 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
     output = results(name, "team")[mode]
     candidates = np.arange(NUM_ACTIONS)
     for env in range(NUM_ENVS):
-        noise = draw_noise(get_policy(name).distribution, keys[env], NUM_AGENTS) * (mode == "sampled")
+        noise = draw_noise(get_policy(name).distribution, keys[env], NUM_AGENTS) * (
+            mode == "sampled"
+        )
         chosen = np.zeros(NUM_AGENTS, int)
         for agent in output.order[env]:
             actions = np.tile(chosen, (NUM_ACTIONS, 1))
             actions[:, agent] = candidates
             log_probs = evaluate_env(name, obs, env, actions, output.order[env]).log_prob[:, agent]
             chosen[agent] = np.argmax(log_probs + noise[agent])
-            np.testing.assert_allclose(log_probs[chosen[agent]], output.log_prob[env, agent], atol=1e-5)
+            np.testing.assert_allclose(
+                log_probs[chosen[agent]], output.log_prob[env, agent], atol=1e-5
+            )
             np.testing.assert_allclose(np.sum(np.exp(log_probs)), 1.0, atol=1e-5)
         np.testing.assert_array_equal(chosen, output.action[env])
 
@@ -381,7 +447,10 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
 def test_continuous_acting_uses_the_noise_of_the_agent(name):
     """log π(a) = Σ log N(ε) − log σ − log(1 − a²) over the components in use, with ε = 0 in the greedy mode."""
     obs, keys = observe("team", "continuous")
-    normal, result = get_policy(name, "continuous").distribution, results(name, "team", "continuous")
+    normal, result = (
+        get_policy(name, "continuous").distribution,
+        results(name, "team", "continuous"),
+    )
     noise = np.asarray(draw_noise(normal, keys, NUM_AGENTS), np.float64)
     log_std = np.log(np.log1p(np.exp(np.asarray(normal.log_std, np.float64))))
     for mode, epsilon in (("sampled", noise), ("greedy", np.zeros_like(noise))):
@@ -390,7 +459,9 @@ def test_continuous_acting_uses_the_noise_of_the_agent(name):
         expected = np.sum(terms, axis=-1, where=np.asarray(obs.action_mask))
         clear = np.all(np.abs(action) < 0.9999, axis=-1)  # of the limit, where rounding tells
         assert clear.mean() > 0.9
-        np.testing.assert_allclose(result[mode].log_prob[clear], expected[clear], rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(
+            result[mode].log_prob[clear], expected[clear], rtol=1e-2, atol=1e-2
+        )
 
 
 @every_policy
@@ -409,7 +480,12 @@ def test_illegal_actions_have_no_probability(name):
     is_illegal = ~np.take_along_axis(mask, illegal[..., None], axis=-1)[..., 0]
     assert is_illegal.sum() > 10
     np.testing.assert_array_equal(np.exp(log_prob)[is_illegal], 0.0)
-    for what, mode in (("single", "sampled"), ("pair", "sampled"), ("team", "sampled"), ("team", "greedy")):
+    for what, mode in (
+        ("single", "sampled"),
+        ("pair", "sampled"),
+        ("team", "sampled"),
+        ("team", "greedy"),
+    ):
         mask, action = np.asarray(observe(what)[0].action_mask), results(name, what)[mode].action
         assert np.all(np.take_along_axis(mask, action[..., None], axis=-1))
 
@@ -441,9 +517,13 @@ def test_later_agents_answer_earlier_ones(name, kind, order):
         before, after = order[:place], order[place + 1 :]
         if not is_sequence(name):
             before, after = before + after, []
-        base, other = (jax.tree.map(lambda v, row=row: v[row], evaluation) for row in (0, 1 + agent))
+        base, other = (
+            jax.tree.map(lambda v, row=row: v[row], evaluation) for row in (0, 1 + agent)
+        )
         np.testing.assert_allclose(other.value, base.value, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(other.log_prob[before], base.log_prob[before], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            other.log_prob[before], base.log_prob[before], rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_allclose(
             other.entropy[[*before, agent]], base.entropy[[*before, agent]], rtol=1e-5, atol=1e-6
         )
@@ -455,7 +535,9 @@ def test_the_key_decides_samples_and_nothing_else(name):
     obs, keys = observe("team")
     first = results(name, "team")
     again = all_methods(get_policy(name), obs, keys)
-    other = jax.device_get(all_methods(get_policy(name), obs, jax.random.split(jax.random.key(9), NUM_ENVS)))
+    other = jax.device_get(
+        all_methods(get_policy(name), obs, jax.random.split(jax.random.key(9), NUM_ENVS))
+    )
     assert jax.tree.all(jax.tree.map(np.array_equal, again, first))
     assert jax.tree.all(jax.tree.map(np.array_equal, other["greedy"], first["greedy"]))
     assert np.any(other["sampled"].action != first["sampled"].action)
@@ -468,7 +550,8 @@ def joint_probabilities(name, env):
     actions = np.pad(pairs, [(0, 0), (0, NUM_AGENTS - 2)])
     evaluation = evaluate_env(name, observe("team")[0], env, actions, np.arange(NUM_AGENTS))
     log_prob, entropy = (
-        v[:, :2].reshape(NUM_ACTIONS, NUM_ACTIONS, 2).astype(float) for v in (evaluation.log_prob, evaluation.entropy)
+        v[:, :2].reshape(NUM_ACTIONS, NUM_ACTIONS, 2).astype(float)
+        for v in (evaluation.log_prob, evaluation.entropy)
     )
     return np.exp(log_prob.sum(-1)), np.exp(log_prob[:, 0, 0]), entropy
 
@@ -485,7 +568,9 @@ def test_joint_actions_are_as_frequent_as_evaluated(name):
         deviation = np.abs(counts - NUM_SAMPLES * joint) - 1.0
         assert np.all(deviation <= 4.0 * np.sqrt(NUM_SAMPLES * joint * (1.0 - joint)))
         likely = first > 1e-3
-        dependence = np.max(np.ptp(joint[likely] / first[likely, None], axis=0))  # of the second agent on the first
+        dependence = np.max(
+            np.ptp(joint[likely] / first[likely, None], axis=0)
+        )  # of the second agent on the first
         assert dependence > 0.01 if is_sequence(name) else dependence < 1e-4
 
 
@@ -495,7 +580,9 @@ def test_entropy_is_that_of_the_probabilities(name):
         joint, first, entropy = joint_probabilities(name, env)
         for a in np.flatnonzero(first):
             np.testing.assert_allclose(entropy[a, :, 0], entropy_in_nats(first), atol=1e-5)
-            np.testing.assert_allclose(entropy[a, :, 1], entropy_in_nats(joint[a] / first[a]), atol=1e-5)
+            np.testing.assert_allclose(
+                entropy[a, :, 1], entropy_in_nats(joint[a] / first[a]), atol=1e-5
+            )
 
 
 def entropy_in_nats(p):
@@ -512,7 +599,9 @@ def test_appended_dead_agents_change_nothing(name, kind):
         for field, values in vars(team[method]).items():
             if field == "metrics":
                 continue
-            close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=f"{method}.{field}")
+            close = functools.partial(
+                np.testing.assert_allclose, rtol=1e-5, atol=1e-6, err_msg=f"{method}.{field}"
+            )
             close(values[4, :1], getattr(single[method], field))
             if pair:
                 close(values[PAIRS, :2], getattr(pair[method], field)[:, 0])
@@ -539,7 +628,9 @@ def test_it_does_not_matter_which_agents_are_dead(name):
     evaluation = evaluate(get_policy(name), scattered, jnp.asarray(action, jnp.int32), order)
     for values in jax.tree.leaves(evaluation):
         living = np.asarray(values)[rows, places]
-        np.testing.assert_allclose(living, np.broadcast_to(living[0], living.shape), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            living, np.broadcast_to(living[0], living.shape), rtol=1e-5, atol=1e-6
+        )
 
 
 @every_policy
@@ -547,15 +638,25 @@ def test_it_does_not_matter_which_agents_are_dead(name):
 @hypothesis.given(names=st.permutations(range(NUM_AGENTS)), seed=st.integers(0, 2**16))
 def test_agents_may_be_called_otherwise(name, names, seed):
     """Agents under other numbers, who decide in the same order: the same evaluation, under other numbers."""
-    obs, names, order = make_observation(ALIVE, seed=seed), np.array(names), decision_order(jnp.asarray(ALIVE))
-    action = jnp.asarray(np.random.default_rng(seed).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32)
-    renamed = replace(jax.tree.map(lambda v: v[:, names], replace(obs, state=None)), state=obs.state)
+    obs, names, order = (
+        make_observation(ALIVE, seed=seed),
+        np.array(names),
+        decision_order(jnp.asarray(ALIVE)),
+    )
+    action = jnp.asarray(
+        np.random.default_rng(seed).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32
+    )
+    renamed = replace(
+        jax.tree.map(lambda v: v[:, names], replace(obs, state=None)), state=obs.state
+    )
     new_order = jnp.asarray(np.argsort(names)[np.asarray(order)], jnp.int32)
     expected = evaluate(get_policy(name), obs, action, order)
     found = evaluate(get_policy(name), renamed, action[:, names], new_order)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         alive = ALIVE[:, names]
-        np.testing.assert_allclose(np.asarray(a)[alive], np.asarray(b)[:, names][alive], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(a)[alive], np.asarray(b)[:, names][alive], rtol=1e-5, atol=1e-5
+        )
 
 
 @every_policy
@@ -603,13 +704,17 @@ def test_no_parameter_is_dead(name, kind):
         assert np.max(action) == np.float32(LARGEST)
     else:
         scores = np.split(obs.action_mask + rng.random(obs.action_mask.shape), cuts(kind), axis=-1)
-        choices = jnp.stack([jnp.argmax(part, axis=-1).astype(jnp.int32) for part in scores], axis=-1)
+        choices = jnp.stack(
+            [jnp.argmax(part, axis=-1).astype(jnp.int32) for part in scores], axis=-1
+        )
         action = choices if kind == "components" else choices[..., 0]
     leaves = gradient(get_policy(name, kind, num_agents), obs, action, weights)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(leaves))
     smallest = {
         jax.tree_util.keystr(path): min(
-            np.min(np.max(np.abs(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)), axis=-1))
+            np.min(
+                np.max(np.abs(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)), axis=-1)
+            )
             for axis in range(leaf.ndim)
         )
         for path, leaf in leaves
@@ -627,8 +732,14 @@ def test_types_are_stable(name, kind):
     policy, (obs, keys) = get_policy(name, kind), observe("team", kind)
     outputs = jax.eval_shape(run_all, policy, obs, keys)
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
-        field, of_agents = getattr(path[-1], "name", None), jax.ShapeDtypeStruct(ALIVE.shape[1:], jnp.float32)
-        special = {"action": make_spec(kind).joint_action, "order": of_agents.update(dtype=jnp.int32)}
+        field, of_agents = (
+            getattr(path[-1], "name", None),
+            jax.ShapeDtypeStruct(ALIVE.shape[1:], jnp.float32),
+        )
+        special = {
+            "action": make_spec(kind).joint_action,
+            "order": of_agents.update(dtype=jnp.int32),
+        }
         expected = special.get(field, of_agents)
         assert (leaf.shape, leaf.dtype) == ((NUM_ENVS, *expected.shape), expected.dtype), path
         assert not leaf.weak_type, path
@@ -646,6 +757,8 @@ def test_it_is_compiled_once(name):
     evaluate(policy, obs, output.action, output.order)
     compiled = all_methods._cache_size(), evaluate._cache_size()
     policy = jax.tree.map(lambda leaf: leaf + 0.1, policy)
-    output = all_methods(policy, make_observation(ALIVE, seed=5), jax.random.split(keys[0], NUM_ENVS))["sampled"]
+    output = all_methods(
+        policy, make_observation(ALIVE, seed=5), jax.random.split(keys[0], NUM_ENVS)
+    )["sampled"]
     evaluate(policy, obs, output.action, output.order)
     assert (all_methods._cache_size(), evaluate._cache_size()) == compiled

@@ -22,10 +22,21 @@ from mam.learning.train import TrainState
 from mam.networks.policy import policies
 from mam.types import EnvSpec
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 5, 4
 NUM_UPDATES = 27
-PPO = PPOConfig(lr=5e-3, num_envs=16, rollout_length=16, num_epochs=4, num_minibatches=2, gamma=0.9, ent_coef=0.2)
+PPO = PPOConfig(
+    lr=5e-3,
+    num_envs=16,
+    rollout_length=16,
+    num_epochs=4,
+    num_minibatches=2,
+    gamma=0.9,
+    ent_coef=0.2,
+)
 NETWORK = NetworkConfig(d_model=16, num_heads=2, d_state=2, d_conv=2)
 
 
@@ -91,7 +102,10 @@ def only(*names):
 def pad(observation):
     """The same for all tasks; what a task does not have is zero, or illegal."""
     view, mask = observation.agents_view, observation.action_mask
-    view, mask = (jnp.pad(x, ((0, 0), (0, size - x.shape[1]))) for x, size in ((view, OBS_DIM), (mask, NUM_ACTIONS)))
+    view, mask = (
+        jnp.pad(x, ((0, 0), (0, size - x.shape[1])))
+        for x, size in ((view, OBS_DIM), (mask, NUM_ACTIONS))
+    )
     return replace(observation, agents_view=view, action_mask=mask)
 
 
@@ -106,7 +120,9 @@ class AnyTask:
         return self._choose([task.reset(key) for task in TASKS.values()])
 
     def step(self, state, action, key):
-        return self._choose([task.step(s, action, key) for task, s in zip(TASKS.values(), state, strict=True)])
+        return self._choose(
+            [task.step(s, action, key) for task, s in zip(TASKS.values(), state, strict=True)]
+        )
 
     def animate(self, states, path):
         raise NotImplementedError
@@ -114,7 +130,8 @@ class AnyTask:
     def _choose(self, outcomes):
         states, timesteps = zip(*outcomes, strict=True)
         same = [
-            replace(t, observation=pad(t.observation), final_observation=pad(t.final_observation)) for t in timesteps
+            replace(t, observation=pad(t.observation), final_observation=pad(t.final_observation))
+            for t in timesteps
         ]
         return states, jax.tree.map(lambda *x: jnp.stack(x)[self.task], *same)
 
@@ -138,7 +155,9 @@ def make_trainer(name, task, shuffle):
     with pytest.MonkeyPatch.context() as patch:
         statistics = EpisodeStatistics(AgentId(AnyTask(task)))
         patch.setattr(
-            experience, "make_batched", lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle)
+            experience,
+            "make_batched",
+            lambda name, num_envs, agent_id: Shuffled(statistics, num_envs, shuffle),
         )
         return train.make_train(config)
 
@@ -196,7 +215,11 @@ def test_learns_whatever_the_scale_of_features_and_the_offset_of_rewards(learned
 def test_later_agents_learn_from_the_choices_of_earlier_ones(learned):
     """Far above what agents that choose independently could earn."""
     task = TASKS["copy"]
-    assert (task.random_return, task.independent_return, task.optimal_return) == (2.8125, 3.75, 11.25)
+    assert (task.random_return, task.independent_return, task.optimal_return) == (
+        2.8125,
+        3.75,
+        11.25,
+    )
     assert learned.returns("copy").max() > 7.5
 
 
@@ -245,7 +268,9 @@ def test_every_parameter_learns(learned):
     """Defect 5, through the whole loss: Adam has seen a gradient of every array after one update."""
     adam = learned.states[0].opt_state[1].inner_state[0]
     for path, square in jax.tree.leaves_with_path(adam.nu):
-        assert (np.asarray(square)[runs_of(learned.name).index("mortal")] > 0).any(), jax.tree_util.keystr(path)
+        assert (np.asarray(square)[runs_of(learned.name).index("mortal")] > 0).any(), (
+            jax.tree_util.keystr(path)
+        )
 
 
 @only("mam", "rec_mappo")
@@ -262,7 +287,9 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
         both, _ = trainer.train_step(both)
         for seed in (0, 1):
             jax.tree.map(
-                lambda a, b, seed=seed: np.testing.assert_allclose(a[seed], b[0, 0], rtol=1e-4, atol=1e-5),
+                lambda a, b, seed=seed: np.testing.assert_allclose(
+                    a[seed], b[0, 0], rtol=1e-4, atol=1e-5
+                ),
                 *((both.policy, both.opt_state), (alone.policy, alone.opt_state)),
             )
 
@@ -270,7 +297,9 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
 @pytest.mark.parametrize("name", ["mam", "ippo"])
 def test_several_choices_at_once_are_learned(name):
     """From one answer in six to nearly all: a component mixed up with another would be left to chance."""
-    config = Config(policy=name, env="probe/components", total_timesteps=10**6, network=NETWORK, ppo=PPO)
+    config = Config(
+        policy=name, env="probe/components", total_timesteps=10**6, network=NETWORK, ppo=PPO
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
         trainer = train.make_train(config)

@@ -14,7 +14,8 @@ from mam.types import Environment
 
 # Less time compiling.
 quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
 )
 SHORT_LIMIT = 6  # environment steps; keeps episodes of the Jumanji tasks short
 

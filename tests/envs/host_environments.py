@@ -65,7 +65,10 @@ class Lives:
 
     def observe(self):
         sizes = {agent: self.observation_space(agent).shape[0] for agent in self.agents}
-        return {a: np.array([self.steps, self.noise, 1, 2][:size], np.float32) for a, size in sizes.items()}
+        return {
+            a: np.array([self.steps, self.noise, 1, 2][:size], np.float32)
+            for a, size in sizes.items()
+        }
 
     def render(self):
         return np.full((2, 3, 3), self.steps, np.uint8) if self.render_mode == "rgb_array" else None
@@ -155,7 +158,9 @@ class Signals:
 
     def reset(self, seed=None, options=None):
         self.agents = list(self.possible_agents)
-        return dict.fromkeys(self.agents, np.zeros(2)), {"left": {"action_mask": ([1, 0, 1], [0, 1])}}
+        return dict.fromkeys(self.agents, np.zeros(2)), {
+            "left": {"action_mask": ([1, 0, 1], [0, 1])}
+        }
 
     def step(self, actions):
         return {agent: np.resize(choices, 2) for agent, choices in actions.items()}, {}, {}, {}, {}

@@ -35,7 +35,9 @@ BUGS: dict[str, Bug] = {}
 GOOD: dict[str, Callable[[], Any]] = {}
 
 
-def planted(check: str, field: str | None = None, agent: int | None = None) -> Callable[[type], type]:
+def planted(
+    check: str, field: str | None = None, agent: int | None = None
+) -> Callable[[type], type]:
     def add(cls: type) -> type:
         BUGS[cls.__name__] = Bug(cls, cls.__doc__ or "", check, field, agent)
         return cls
@@ -74,7 +76,9 @@ class Walk:
 
     def reset(self, key):
         state = self.start(key)
-        return state, self.timestep(state, jnp.zeros(NUM_AGENTS), jnp.zeros((), bool), jnp.zeros((), bool))
+        return state, self.timestep(
+            state, jnp.zeros(NUM_AGENTS), jnp.zeros((), bool), jnp.zeros((), bool)
+        )
 
     def start(self, key):
         cell, target = draw(key, 2, NUM_AGENTS) % NUM_CELLS
@@ -105,7 +109,12 @@ class Walk:
 
     def view(self, state):
         ones = jnp.ones(NUM_AGENTS)
-        columns = (state.cell / NUM_CELLS, state.target / NUM_CELLS, state.alive * ones, state.count / LIMIT * ones)
+        columns = (
+            state.cell / NUM_CELLS,
+            state.target / NUM_CELLS,
+            state.alive * ones,
+            state.count / LIMIT * ones,
+        )
         return jnp.stack(columns, axis=1)
 
     def mask(self, state):
@@ -120,7 +129,9 @@ class Walk:
 
     def timestep(self, state, reward, terminated, truncated):
         observation = self.observe(state)
-        return TimeStep(observation, reward, terminated, truncated, observation, self.metrics(state))
+        return TimeStep(
+            observation, reward, terminated, truncated, observation, self.metrics(state)
+        )
 
     def animate(self, states, path):
         raise NotImplementedError
@@ -137,7 +148,9 @@ class Carriers(Walk):
 
     def mask(self, state):
         inside = (state.cell > 0) & (state.cell < NUM_CELLS - 1)
-        return jnp.concatenate([super().mask(state), jnp.stack([jnp.ones_like(inside), inside], axis=1)], axis=1)
+        return jnp.concatenate(
+            [super().mask(state), jnp.stack([jnp.ones_like(inside), inside], axis=1)], axis=1
+        )
 
 
 @good
@@ -176,7 +189,12 @@ class Picture(Walk):
     """Walkers see a picture of themselves on the line, and the critic sees where all are."""
 
     spec = replace(
-        Walk.spec, name="toy/picture", obs_dim=0, grid_shape=(1, NUM_CELLS, 2), grid_dtype="bool", state_dim=NUM_AGENTS
+        Walk.spec,
+        name="toy/picture",
+        obs_dim=0,
+        grid_shape=(1, NUM_CELLS, 2),
+        grid_dtype="bool",
+        state_dim=NUM_AGENTS,
     )
 
     def view(self, state):
@@ -205,7 +223,8 @@ class IntView(Walk):
 
     def view(self, state):
         return jnp.stack(
-            [state.cell, state.target, state.alive.astype(jnp.int32), state.cell * 0 + state.count], axis=1
+            [state.cell, state.target, state.alive.astype(jnp.int32), state.cell * 0 + state.count],
+            axis=1,
         )
 
 
@@ -366,7 +385,9 @@ class HostCall(Walk):
     """Asks the host, which is called with one environment only."""
 
     def reward(self, before, after):
-        return jax.pure_callback(lambda x: -x, jax.ShapeDtypeStruct((NUM_AGENTS,), jnp.float32), self.distance(after))
+        return jax.pure_callback(
+            lambda x: -x, jax.ShapeDtypeStruct((NUM_AGENTS,), jnp.float32), self.distance(after)
+        )
 
 
 @planted("exception", "reset")
@@ -424,7 +445,10 @@ class HostNoise(Walk):
         view = super().view(state)
         shape = jax.ShapeDtypeStruct(view.shape, view.dtype)
         noise = jax.pure_callback(
-            lambda x: np.random.random(x.shape).astype(np.float32), shape, view, vmap_method="broadcast_all"
+            lambda x: np.random.random(x.shape).astype(np.float32),
+            shape,
+            view,
+            vmap_method="broadcast_all",
         )
         return view + noise
 
@@ -754,7 +778,9 @@ class FinalIsReset(Walk):
     def step(self, state, action, key):
         after, timestep = super().step(state, action, key)
         fresh = replace(self.start(key), alive=after.alive, count=after.count)
-        seen = self.observe(jax.tree.map(lambda a, b: jnp.where(timestep.truncated, a, b), fresh, after))
+        seen = self.observe(
+            jax.tree.map(lambda a, b: jnp.where(timestep.truncated, a, b), fresh, after)
+        )
         return after, replace(timestep, observation=seen, final_observation=seen)
 
 
@@ -777,19 +803,25 @@ class HostWalk:
 
     def reset(self, seed):
         self.generators = [self.generator(seed, env) for env in range(self.num_envs)]
-        self.cell, self.target, self.alive = (np.zeros((self.num_envs, NUM_AGENTS), int) for _ in range(3))
+        self.cell, self.target, self.alive = (
+            np.zeros((self.num_envs, NUM_AGENTS), int) for _ in range(3)
+        )
         self.count, self.earned = np.zeros(self.num_envs, int), np.zeros(self.num_envs)
         for env in range(self.num_envs):
             self.start(env)
         no = np.zeros(self.num_envs, bool)
         first = self.observe()
-        return TimeStep(first, np.zeros(self.cell.shape, np.float32), no, no.copy(), first, self.metrics())
+        return TimeStep(
+            first, np.zeros(self.cell.shape, np.float32), no, no.copy(), first, self.metrics()
+        )
 
     def generator(self, seed, env):
         return np.random.default_rng((seed, env))
 
     def start(self, env):
-        self.cell[env], self.target[env] = self.generators[env].integers(0, NUM_CELLS, (2, NUM_AGENTS))
+        self.cell[env], self.target[env] = self.generators[env].integers(
+            0, NUM_CELLS, (2, NUM_AGENTS)
+        )
         self.alive[env], self.count[env], self.earned[env] = 1, 0, 0
 
     def step(self, action):
@@ -886,7 +918,9 @@ class HostNextStepReset(HostWalk):
 
     def finish(self, reward, terminated, truncated):
         self.over = terminated | truncated
-        return TimeStep(self.observe(), reward, terminated, truncated, self.observe(), self.metrics())
+        return TimeStep(
+            self.observe(), reward, terminated, truncated, self.observe(), self.metrics()
+        )
 
 
 @planted("auto_reset", "observation")
@@ -923,7 +957,10 @@ class HostFinalIsPrevious(HostWalk):
         def choose(previous, now):
             return np.where(ended.reshape(-1, *[1] * (now.ndim - 1)), previous, now)
 
-        return replace(timestep, final_observation=jax.tree.map(choose, self.before, timestep.final_observation))
+        return replace(
+            timestep,
+            final_observation=jax.tree.map(choose, self.before, timestep.final_observation),
+        )
 
 
 @planted("env_independence")

@@ -37,7 +37,9 @@ class Walkers:
 
     def ends(self, acted):
         terminated = {agent: agent == "ann" and self.at[agent] >= self.end for agent in acted}
-        return terminated, {agent: self.steps >= self.length and not terminated[agent] for agent in acted}
+        return terminated, {
+            agent: self.steps >= self.length and not terminated[agent] for agent in acted
+        }
 
     def views(self, agents):
         return {agent: np.array([self.at[agent], self.steps], np.float32) for agent in agents}
@@ -157,7 +159,9 @@ class OtherEntry(Walkers):
     observed = spaces.Dict({"x": Walkers.observed, "legal_moves": spaces.MultiBinary(3)})
 
     def views(self, agents):
-        return {agent: {"x": x, "legal_moves": [1, 0, 1]} for agent, x in super().views(agents).items()}
+        return {
+            agent: {"x": x, "legal_moves": [1, 0, 1]} for agent, x in super().views(agents).items()
+        }
 
 
 @planted("action_mask", "action_mask", 1, "none, which is read as all of them")
@@ -165,9 +169,10 @@ class NothingAllowed(Walkers):
     """Bob has nothing to choose from for a while."""
 
     def infos(self, agents):
-        return {agent: {"action_mask": [1, 1, int(agent == "ann" or self.steps != 2)]} for agent in agents} | (
-            {"bob": {"action_mask": [0, 0, 0]}} if self.steps == 2 else {}
-        )
+        return {
+            agent: {"action_mask": [1, 1, int(agent == "ann" or self.steps != 2)]}
+            for agent in agents
+        } | ({"bob": {"action_mask": [0, 0, 0]}} if self.steps == 2 else {})
 
 
 @planted("action_mask", "action_mask", 1, "none, which is read as all of them")
@@ -183,7 +188,9 @@ class OtherNameOfComponents(Carriers):
     """Masks of components under another name."""
 
     def infos(self, agents):
-        return {agent: {"legal": mask["action_mask"]} for agent, mask in super().infos(agents).items()}
+        return {
+            agent: {"legal": mask["action_mask"]} for agent, mask in super().infos(agents).items()
+        }
 
 
 @planted("exception", "step", None, "KeyError: 'road_17' (planted_parallel_bugs.py, line ")

@@ -19,7 +19,9 @@ def findings(make, folder, num_episodes=12):
         over = False
         while not over:
             try:
-                outcome = env.step(random.integers(0, env.layout.action_components or 3, env.layout.action[0]))
+                outcome = env.step(
+                    random.integers(0, env.layout.action_components or 3, env.layout.action[0])
+                )
             except KeyError:
                 break
             over = outcome.terminated or outcome.truncated
@@ -30,7 +32,11 @@ def findings(make, folder, num_episodes=12):
 def test_planted_bug_is_noted(name, tmp_path):
     bug = BUGS[name]
     found = findings(bug.make, tmp_path)
-    fits = [f for f in found if (f.check, f.field, f.agent) == (bug.check, bug.field, bug.agent) and bug.got in f.got]
+    fits = [
+        f
+        for f in found
+        if (f.check, f.field, f.agent) == (bug.check, bug.field, bug.agent) and bug.got in f.got
+    ]
     assert fits, found
     assert {finding.check for finding in found} == {bug.check}
 
@@ -49,14 +55,20 @@ def test_each_place_is_noted_once(tmp_path):
     [(1, 0, False), (12, 0, True), (6, 0, True), (6, 90, False)],
 )
 def test_an_end_at_the_limit_may_be_a_coincidence(at_limit, elsewhere, found):
-    ends = [(10, [0], [1], True)] * at_limit + [(10, [], [0, 1], True)] * 4 + [(3, [0], [], False)] * elsewhere
+    ends = (
+        [(10, [0], [1], True)] * at_limit
+        + [(10, [], [0, 1], True)] * 4
+        + [(3, [0], [], False)] * elsewhere
+    )
     assert bool(list(limit_of_one(ends))) is found
 
 
 @pytest.mark.parametrize("make", [Lives, far_away, Carriers])
 def test_check_in_workers(make):
     report = check_parallel("test", make, num_episodes=4, time_budget=4.0)
-    assert {finding.check for finding in report.errors} == ({"space"} if make is far_away else set())
+    assert {finding.check for finding in report.errors} == (
+        {"space"} if make is far_away else set()
+    )
     padded = "agents observe 2 to 4 numbers: the shorter observations are padded with zeros"
     assert (padded in report.notes) == (make is Lives)
     assert report.episodes >= 4

@@ -57,7 +57,9 @@ def test_corpus_is_large_enough():
     on_host = [name for name, bug in BUGS.items() if hasattr(bug.make, "num_envs")]
     assert len(on_host) >= 6
     assert len(BUGS) - len(on_host) >= 24
-    untried = {*check.CHECKS, *check.JAX_CHECKS, *check.HOST_CHECKS} - {bug.check for bug in BUGS.values()}
+    untried = {*check.CHECKS, *check.JAX_CHECKS, *check.HOST_CHECKS} - {
+        bug.check for bug in BUGS.values()
+    }
     assert untried == {"no_end"}  # would take long; see below
 
 
@@ -105,7 +107,9 @@ for name in {names}:
     print(name, {{finding.check for finding in check_environment(planted_bugs.BUGS[name].make()).findings}})
 """
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines() == [f"{name} {{'{BUGS[name].check}'}}" for name in names]
 
 
@@ -139,7 +143,9 @@ def test_a_run_for_which_there_was_no_time_shows_nothing():
     env = GOOD["HostWalk"]()
     play = recording.Recording(env.spec, True, recording.Influence.none(3))
     player = host_play._Player(env, env.spec, play)
-    main, other = (player.run(0, 5, deadline, deviates=lambda alive: alive) for deadline in (np.inf, 0.0))
+    main, other = (
+        player.run(0, 5, deadline, deviates=lambda alive: alive) for deadline in (np.inf, 0.0)
+    )
     assert (main.length, other.length) == (5, 0)
     for who in range(4):
         player._measure(main, other, env=0, who=who)
@@ -186,7 +192,9 @@ def _numpy_time_steps():
 def test_an_episode_without_limit_must_end_in_the_end(num_steps, severity):
     play = make_recording(num_steps, time_limit=None)
     assert [finding.severity for finding in episode_rules.no_end(play)] == severity
-    assert not list(episode_rules.no_end(make_recording(num_steps, terminated=True, time_limit=None)))
+    assert not list(
+        episode_rules.no_end(make_recording(num_steps, terminated=True, time_limit=None))
+    )
 
 
 @pytest.mark.usefixtures("_numpy_time_steps")
@@ -209,22 +217,38 @@ def test_an_agent_is_called_ignored_on_evidence_only(decisions, severity):
 
 
 def test_a_finding_is_one_line():
-    finding = Finding("action_mask", "error", "action_mask", "at least one legal action", "none", agent=2, step=17)
-    assert str(finding) == "error · action_mask · agent 2, step 17: expected at least one legal action, got none"
-    finding = Finding("time_limit", "error", "truncated", "an end", "none", episode=3, step=9, count=1200)
-    assert str(finding) == "error · time_limit · truncated · episode 3, step 9: expected an end, got none (1,200 times)"
+    finding = Finding(
+        "action_mask", "error", "action_mask", "at least one legal action", "none", agent=2, step=17
+    )
+    assert (
+        str(finding)
+        == "error · action_mask · agent 2, step 17: expected at least one legal action, got none"
+    )
+    finding = Finding(
+        "time_limit", "error", "truncated", "an end", "none", episode=3, step=9, count=1200
+    )
+    assert (
+        str(finding)
+        == "error · time_limit · truncated · episode 3, step 9: expected an end, got none (1,200 times)"
+    )
 
 
 def test_places_of_one_mistake_are_one_finding():
-    place = Finding("finite", "error", "reward", "finite numbers", "nan", agent=1, step=4, episode=0, count=2)
+    place = Finding(
+        "finite", "error", "reward", "finite numbers", "nan", agent=1, step=4, episode=0, count=2
+    )
     agent = Finding("constant_view", "warning", "agents_view", "a change", "none", agent=0)
-    merged = collapse([agent, place, replace(place, agent=0, step=1, episode=1), replace(agent, agent=1)])
+    merged = collapse(
+        [agent, place, replace(place, agent=0, step=1, episode=1), replace(agent, agent=1)]
+    )
     assert merged == (replace(place, count=4), agent, replace(agent, agent=1))
 
 
 def test_a_report_ends_with_what_was_looked_at():
     finding = Finding("spec", "error", "num_agents", "a whole number, at least 1", "0")
-    report = Report("toy", (finding,), ("spec",) * 12, episodes=3, steps=1234, seconds=1.26, notes=("a note",))
+    report = Report(
+        "toy", (finding,), ("spec",) * 12, episodes=3, steps=1234, seconds=1.26, notes=("a note",)
+    )
     assert not report.passed
     assert report.lines() == [
         "error · spec · num_agents: expected a whole number, at least 1, got 0",
@@ -232,5 +256,6 @@ def test_a_report_ends_with_what_was_looked_at():
         "toy: 1 error · 12 checks of 3 episodes, 1,234 steps in 1.3 s",
     ]
     assert (
-        replace(report, findings=()).lines()[-1] == "toy: nothing found · 12 checks of 3 episodes, 1,234 steps in 1.3 s"
+        replace(report, findings=()).lines()[-1]
+        == "toy: nothing found · 12 checks of 3 episodes, 1,234 steps in 1.3 s"
     )

@@ -29,7 +29,9 @@ def play_episode(task, seed):
     timesteps = [timestep]
     while not timestep.ended:
         key, action_key, step_key = jax.random.split(key, 3)
-        state, timestep = task.step(state, random_actions(task.env.spec, timestep, action_key), step_key)
+        state, timestep = task.step(
+            state, random_actions(task.env.spec, timestep, action_key), step_key
+        )
         timesteps.append(timestep)
     return [host(timestep) for timestep in timesteps]
 
@@ -45,7 +47,10 @@ def host(tree):
 
 
 def avals(tree):
-    return jax.tree.map(lambda leaf: f"{leaf.dtype} {leaf.shape}" + " weak" * getattr(leaf, "weak_type", False), tree)
+    return jax.tree.map(
+        lambda leaf: f"{leaf.dtype} {leaf.shape}" + " weak" * getattr(leaf, "weak_type", False),
+        tree,
+    )
 
 
 def test_follows_the_protocol(task):
@@ -79,7 +84,9 @@ def test_shapes_and_dtypes_match_the_spec(task):
         )
     assert (timestep.reward.shape, timestep.reward.dtype) == ((spec.num_agents,), jnp.float32)
     assert timestep.terminated.shape == timestep.truncated.shape == ()
-    assert all((metric.shape, metric.dtype) == ((), jnp.float32) for metric in timestep.metrics.values())
+    assert all(
+        (metric.shape, metric.dtype) == ((), jnp.float32) for metric in timestep.metrics.values()
+    )
 
 
 def test_reset_depends_on_the_key_only(task):
@@ -96,7 +103,9 @@ def test_episode(task):
     for timestep in (first, *rest):
         assert timestep.observation.action_mask.any(axis=-1).all()
         assert timestep.observation.alive.any() or timestep.ended
-        assert not timestep.observation.agents_view[~timestep.observation.alive, spec.num_agents :].any()
+        assert not timestep.observation.agents_view[
+            ~timestep.observation.alive, spec.num_agents :
+        ].any()
         assert np.isfinite(timestep.observation.agents_view).all()
         assert eqx.tree_equal(timestep.observation, timestep.final_observation)
         assert (timestep.reward == timestep.reward[0]).all() or not spec.team_reward
@@ -106,7 +115,9 @@ def test_episode(task):
     if last.truncated:
         assert len(rest) == task.env.spec.time_limit
     assert last.metrics["episode_length"] == len(rest)
-    np.testing.assert_allclose(last.metrics["episode_return"], sum(t.reward.mean() for t in rest), rtol=1e-5)
+    np.testing.assert_allclose(
+        last.metrics["episode_return"], sum(t.reward.mean() for t in rest), rtol=1e-5
+    )
 
 
 def test_batch_equals_single_environments(task):

@@ -28,7 +28,16 @@ def test_render_mode_goes_to_those_who_take_it():
 
 def test_option_values():
     text = "a=5,b=-0.5,c=true,d=False,e=hello,f=None,g='x,y',h=\"a=b\",i=[1,2],j=(3,),k={'z': 4},l=maps/3m-v2,m='5'"
-    expected = {"a": 5, "b": -0.5, "c": True, "d": False, "e": "hello", "f": None, "g": "x,y", "h": "a=b"}
+    expected = {
+        "a": 5,
+        "b": -0.5,
+        "c": True,
+        "d": False,
+        "e": "hello",
+        "f": None,
+        "g": "x,y",
+        "h": "a=b",
+    }
     expected |= {"i": [1, 2], "j": (3,), "k": {"z": 4}, "l": "maps/3m-v2", "m": "5"}
     assert find_factory(f"host_environments:Lives:{text}").options == tuple(expected.items())
 
@@ -36,8 +45,14 @@ def test_option_values():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pettingzoo/mpe2", "expected a module and what to take from it, such as pettingzoo/mpe2:simple_spread_v3"),
-        ("mine:", "mine:: expected a module and what to take from it, such as my_package.my_module:make_env"),
+        (
+            "pettingzoo/mpe2",
+            "expected a module and what to take from it, such as pettingzoo/mpe2:simple_spread_v3",
+        ),
+        (
+            "mine:",
+            "mine:: expected a module and what to take from it, such as my_package.my_module:make_env",
+        ),
         (
             "pettingzoo/no_zoo:env",
             "no_zoo is not in {cwd} and not installed: run this where it is, or say where with PYTHONPATH",
@@ -48,9 +63,15 @@ def test_option_values():
         ),
         ("pettingzoo/pettingzoo.no_zoo:env", "there is no module pettingzoo.no_zoo"),
         ("./my_env.py:make", "expected a module, not its file, such as my_env:make"),
-        ("sims/my_env.py:make:n=3", "expected a module, not its file, such as sims.my_env:make:n=3"),
+        (
+            "sims/my_env.py:make:n=3",
+            "expected a module, not its file, such as sims.my_env:make:n=3",
+        ),
         ("host_environments.mine:env", "there is no module host_environments.mine"),
-        ("host_environments:Live", "unknown environment 'Live': did you mean Lives? (see `pydoc host_environments`)"),
+        (
+            "host_environments:Live",
+            "unknown environment 'Live': did you mean Lives? (see `pydoc host_environments`)",
+        ),
         (
             "host_environments:LIMIT",
             "is nothing that makes an environment, but of type int: expected a function or a class",
@@ -68,8 +89,14 @@ def test_names_that_stand_for_nothing(name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("host_environments:Lives:limits=3", "got an unexpected keyword argument 'limits'; options are written "),
-        ("host_environments:numbered", "missing a required argument: 'index'; options are written {name}:option=value"),
+        (
+            "host_environments:Lives:limits=3",
+            "got an unexpected keyword argument 'limits'; options are written ",
+        ),
+        (
+            "host_environments:numbered",
+            "missing a required argument: 'index'; options are written {name}:option=value",
+        ),
     ],
 )
 def test_options_that_do_not_fit(name, message):
@@ -97,7 +124,9 @@ def test_module_that_needs_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r"^needy:env: needy needs no_zoo, which is not installed$"):
         find_factory("needy:env")
-    with pytest.raises(UserError, match=r"^grumpy:env: grumpy cannot be imported: moved elsewhere$"):
+    with pytest.raises(
+        UserError, match=r"^grumpy:env: grumpy cannot be imported: moved elsewhere$"
+    ):
         find_factory("grumpy:env")
 
 
@@ -115,5 +144,7 @@ def test_pettingzoo_names():
     pytest.importorskip("mpe2")
     env = find_factory("pettingzoo/mpe2:simple_spread_v3:N=5")()
     assert len(env.possible_agents) == 5
-    with pytest.raises(UserError, match=r"unknown environment 'simple_spread_v2': did you mean .*simple_spread_v3"):
+    with pytest.raises(
+        UserError, match=r"unknown environment 'simple_spread_v2': did you mean .*simple_spread_v3"
+    ):
         find_factory("pettingzoo/mpe2:simple_spread_v2")

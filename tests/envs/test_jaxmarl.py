@@ -19,7 +19,9 @@ from mam.errors import UserError
 from mam.types import Environment
 
 # Of brax and mujoco, as brax steps are traced.
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing .* directly from `Data`:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Accessing .* directly from `Data`:DeprecationWarning"
+)
 
 LIMIT = 8  # environment steps
 LEFT, STOP, ATTACK = 3, 4, 5  # of SMAX units; ATTACK is the first enemy, followed by the others
@@ -43,8 +45,12 @@ class Task:
         def both_steps(state, action, key):
             own_action = action
             if self.env.spec.name.startswith("mpe/simple_spread"):
-                own_action = jnp.concatenate([jnp.full((3, 1), 0.7), (action + 1) / 2], axis=1)  # 0.7: is not read
-            own_action = {agent: own_action[int(agent.rpartition("_")[2])] for agent in self.env.env.agents}
+                own_action = jnp.concatenate(
+                    [jnp.full((3, 1), 0.7), (action + 1) / 2], axis=1
+                )  # 0.7: is not read
+            own_action = {
+                agent: own_action[int(agent.rpartition("_")[2])] for agent in self.env.env.agents
+            }
             return self.env.step(state, action, key), self.env.env.step_env(key, state, own_action)
 
         return jax.jit(both_steps)
@@ -74,7 +80,9 @@ def short_mabrax(task):
 
 
 MAKE = {
-    "smax": lambda: smax.make_smax_auto(agents=11, enemies=2, limit=LIMIT),  # ally_10 sorts before ally_2
+    "smax": lambda: smax.make_smax_auto(
+        agents=11, enemies=2, limit=LIMIT
+    ),  # ally_10 sorts before ally_2
     "mpe": lambda: mpe.make_mpe_auto(agents=11, landmarks=2, limit=LIMIT),
     "mpe-continuous": lambda: mpe.make_mpe("simple_spread_3"),
     "overcooked": lambda: short_overcooked("cramped_room"),
@@ -136,12 +144,18 @@ def test_steps_are_jaxmarls(task):
     for i in range(LIMIT):
         key, action = jax.random.key(1 + i), task.act(timestep, rng)
         (state, timestep), (views, _, rewards, dones, info) = task.both_steps(state, action, key)
-        seen = timestep.observation.agents_view if env.spec.grid_shape is None else timestep.observation.grid
+        seen = (
+            timestep.observation.agents_view
+            if env.spec.grid_shape is None
+            else timestep.observation.grid
+        )
         for n in range(env.spec.num_agents):
             agent = agents[n]
             assert agent.endswith(f"_{n}")
             np.testing.assert_allclose(seen[n], views[agent], atol=1e-6)
-            np.testing.assert_allclose(timestep.reward[n], own_reward(env, rewards, info, agent), atol=1e-6)
+            np.testing.assert_allclose(
+                timestep.reward[n], own_reward(env, rewards, info, agent), atol=1e-6
+            )
         assert timestep.ended == dones["__all__"]
         if timestep.ended:
             break
@@ -157,7 +171,9 @@ def test_the_time_limit_truncates(task):
     task = make_task(task)
     state, timestep = task.reset(jax.random.key(0))
     idle = np.zeros(timestep.observation.action_mask.shape, np.float32)
-    idle = idle if task.env.spec.continuous else np.full(len(idle), STOP, np.int32)  # a cook stays, a particle drifts
+    idle = (
+        idle if task.env.spec.continuous else np.full(len(idle), STOP, np.int32)
+    )  # a cook stays, a particle drifts
     for i in range(LIMIT):
         assert not timestep.ended
         state, timestep = task.step(state, idle, jax.random.key(i))
@@ -202,7 +218,9 @@ def test_smax_deaths(battle):
 
 @pytest.mark.parametrize("step", [0, LIMIT - 1], ids=["early", "at the limit"])
 @pytest.mark.parametrize(
-    ("dead", "won"), [(slice(11, 13), 1.0), (slice(0, 11), 0.0), (slice(0, 13), 0.0)], ids=["won", "lost", "drawn"]
+    ("dead", "won"),
+    [(slice(11, 13), 1.0), (slice(0, 11), 0.0), (slice(0, 13), 0.0)],
+    ids=["won", "lost", "drawn"],
 )
 def test_smax_battles_terminate(battle, dead, won, step):
     state, timestep = battle.reset(jax.random.key(0))
@@ -227,7 +245,9 @@ def test_smax_global_state(battle):
     features = world[: 13 * 10].reshape(13, 10)
     np.testing.assert_allclose(features[:, 0], battlefield.unit_health / 45)
     np.testing.assert_allclose(features[:, 1:3], battlefield.unit_positions / 32, rtol=1e-6)
-    assert (battlefield.unit_weapon_cooldowns < 0).all()  # falls without end while a weapon is ready
+    assert (
+        battlefield.unit_weapon_cooldowns < 0
+    ).all()  # falls without end while a weapon is ready
     np.testing.assert_allclose(features[:, 4:], jax.nn.one_hot(battlefield.unit_types, 6))
     np.testing.assert_allclose(world[13 * 10 :], [0.0] * 11 + [1.0] * 2 + [0.0] * 13)
 
@@ -256,12 +276,17 @@ def test_smax_tasks_are_jaxmarls():
     assert set(SMAX_TASKS) <= set(MAP_NAME_TO_SCENARIO)
 
 
-@pytest.mark.parametrize(("task", "continuous"), [("simple_spread_10", True), ("simple_spread_5-discrete", False)])
+@pytest.mark.parametrize(
+    ("task", "continuous"), [("simple_spread_10", True), ("simple_spread_5-discrete", False)]
+)
 def test_mpe_settings(task, continuous):
     spec = mpe.make_mpe(task).spec
     num_agents = int(task.removeprefix("simple_spread_").removesuffix("-discrete"))
     assert (spec.name, spec.num_agents, spec.continuous) == (f"mpe/{task}", num_agents, continuous)
-    assert (spec.num_actions, spec.obs_dim) == (4 if continuous else 5, 4 + 4 * (num_agents - 1) + 2 * num_agents)
+    assert (spec.num_actions, spec.obs_dim) == (
+        4 if continuous else 5,
+        4 + 4 * (num_agents - 1) + 2 * num_agents,
+    )
     assert not spec.team_reward
 
 
@@ -274,8 +299,12 @@ def test_auto_tasks_have_as_many_on_the_other_side():
 def test_mpe_collisions_cost_those_who_collide():
     task = make_task("mpe")
     state, _ = task.reset(jax.random.key(0))
-    position = jnp.stack([jnp.arange(13) * 1.0, jnp.zeros(13)], axis=1).at[1, 0].set(0.2)  # agents 0 and 1 overlap
-    _, timestep = task.step(replace(state, p_pos=position), np.zeros(11, np.int32), jax.random.key(0))
+    position = (
+        jnp.stack([jnp.arange(13) * 1.0, jnp.zeros(13)], axis=1).at[1, 0].set(0.2)
+    )  # agents 0 and 1 overlap
+    _, timestep = task.step(
+        replace(state, p_pos=position), np.zeros(11, np.int32), jax.random.key(0)
+    )
     reward = timestep.reward - timestep.reward[-1]
     np.testing.assert_allclose(reward, [-0.5, -0.5] + [0.0] * 9, atol=1e-6)
 
@@ -290,7 +319,9 @@ def test_mpe_continuous_actions_are_rescaled():
     action[2, :2] = 1.0  # to both sides
     state = replace(state, p_pos=jnp.array([[0.0, 0.0], [5, 5], [-5, -5], [1, 1], [1, 1], [1, 1]]))
     state, _ = task.step(state, action, jax.random.key(0))
-    np.testing.assert_allclose(state.p_vel[:3], [[0.5, 0], [0, -0.25], [0, 0]], atol=1e-6)  # acceleration 5, for 0.1
+    np.testing.assert_allclose(
+        state.p_vel[:3], [[0.5, 0], [0, -0.25], [0, 0]], atol=1e-6
+    )  # acceleration 5, for 0.1
 
 
 def test_overcooked_rewards_are_shared():
@@ -309,9 +340,14 @@ def test_overcooked_rewards_are_shared():
         )
 
     action = np.array([COOK_INTERACT, COOK_STAY], np.int32)
-    at_pot, at_counter = first_cook(2, 1, COOK_FACES_UP, ONION), first_cook(3, 2, COOK_FACES_DOWN, SOUP)
+    at_pot, at_counter = (
+        first_cook(2, 1, COOK_FACES_UP, ONION),
+        first_cook(3, 2, COOK_FACES_DOWN, SOUP),
+    )
     for task, expected in ((plain, [0, 20]), (shaped, [3, 20])):
-        rewards = [task.step(start, action, jax.random.key(0))[1].reward for start in (at_pot, at_counter)]
+        rewards = [
+            task.step(start, action, jax.random.key(0))[1].reward for start in (at_pot, at_counter)
+        ]
         np.testing.assert_allclose(rewards, np.repeat(expected, 2).reshape(2, 2))
 
 
@@ -319,7 +355,12 @@ def test_overcooked_rewards_are_shared():
 def test_overcooked_layouts(layout):
     spec = overcooked.make_overcooked(layout).spec
     rows, columns, channels = spec.grid_shape
-    assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == (f"overcooked/{layout}", 2, 0, 6)
+    assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == (
+        f"overcooked/{layout}",
+        2,
+        0,
+        6,
+    )
     assert rows in (4, 5)
     assert columns in (5, 8, 9)
     assert (channels, spec.time_limit) == (30, 400)
@@ -343,10 +384,16 @@ def test_hanabi_is_played_in_turn_to_its_end():
     assert score == state.score
 
 
-@pytest.mark.parametrize(("task", "num_agents", "num_actions"), [("2p", 2, 21), ("3p", 3, 31), ("5p", 5, 49)])
+@pytest.mark.parametrize(
+    ("task", "num_agents", "num_actions"), [("2p", 2, 21), ("3p", 3, 31), ("5p", 5, 49)]
+)
 def test_hanabi_settings(task, num_agents, num_actions):
     spec = hanabi.make_hanabi(task).spec
-    assert (spec.name, spec.num_agents, spec.num_actions) == (f"hanabi/{task}", num_agents, num_actions)
+    assert (spec.name, spec.num_agents, spec.num_actions) == (
+        f"hanabi/{task}",
+        num_agents,
+        num_actions,
+    )
     assert spec.time_limit is None
 
 

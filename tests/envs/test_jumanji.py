@@ -35,7 +35,9 @@ SUITES = ["connector", "cleaner", "lbf/auto"]
 
 
 def random_legal(mask, seed):
-    return jax.random.categorical(jax.random.key(seed), jnp.where(mask, 0.0, -jnp.inf)).astype(jnp.int32)
+    return jax.random.categorical(jax.random.key(seed), jnp.where(mask, 0.0, -jnp.inf)).astype(
+        jnp.int32
+    )
 
 
 def wires(state, *, boxed_in):
@@ -60,7 +62,10 @@ def wires(state, *, boxed_in):
 def load_both(lbf, state, food):
     """Puts LBF's two agents above and below a food item and lets both load."""
     position = state.env_state.food_items.position[food] + jnp.array([[-1, 0], [1, 0]])
-    state = replace(state, env_state=state.env_state.replace(agents=state.env_state.agents.replace(position=position)))
+    state = replace(
+        state,
+        env_state=state.env_state.replace(agents=state.env_state.agents.replace(position=position)),
+    )
     return lbf.step(state, jnp.full(2, LOAD), jax.random.key(0))
 
 
@@ -85,7 +90,9 @@ def test_lbf_return_is_one_when_all_is_eaten(lbf):
     state, _ = lbf.reset(jax.random.key(0))
     state, first = load_both(lbf, state, food=0)
     assert not first.ended
-    np.testing.assert_allclose(first.reward, 0.5)  # two items of equal level; each agent gets all of it
+    np.testing.assert_allclose(
+        first.reward, 0.5
+    )  # two items of equal level; each agent gets all of it
     state, second = load_both(lbf, state, food=1)
     assert second.terminated
     assert not second.truncated
@@ -134,8 +141,12 @@ def test_steps_are_jumanjis(suite):
         their_state, theirs = their_step(state, action)
         state, timestep = step(state, action, jax.random.key(0))
         assert eqx.tree_equal(state.replace(key=None), their_state.replace(key=None))
-        np.testing.assert_array_equal(timestep.observation.action_mask, theirs.observation.action_mask)
-        np.testing.assert_allclose(timestep.reward, np.full(env.spec.num_agents, theirs.reward.sum()), rtol=1e-6)
+        np.testing.assert_array_equal(
+            timestep.observation.action_mask, theirs.observation.action_mask
+        )
+        np.testing.assert_allclose(
+            timestep.reward, np.full(env.spec.num_agents, theirs.reward.sum()), rtol=1e-6
+        )
         assert timestep.ended == theirs.last()
         if timestep.ended:
             state, timestep = reset(jax.random.key(seed))
@@ -147,8 +158,12 @@ def test_limit_of_grid_tasks_truncates(suite):
     env, reset, step = compiled(suite)
     state, first = reset(jax.random.key(0))
     action = random_legal(first.observation.action_mask, 0)
-    _, before = step(state.replace(step_count=jnp.int32(env.spec.time_limit - 2)), action, jax.random.key(0))
-    _, at_limit = step(state.replace(step_count=jnp.int32(env.spec.time_limit - 1)), action, jax.random.key(0))
+    _, before = step(
+        state.replace(step_count=jnp.int32(env.spec.time_limit - 2)), action, jax.random.key(0)
+    )
+    _, at_limit = step(
+        state.replace(step_count=jnp.int32(env.spec.time_limit - 1)), action, jax.random.key(0)
+    )
     assert not before.ended
     assert at_limit.truncated
     assert not at_limit.terminated
@@ -158,7 +173,9 @@ def test_connector_ends_when_all_are_connected():
     env, reset, step = compiled("connector")
     state, first = reset(jax.random.key(0))
     assert first.metrics["connected"] == 0
-    state, two = step(wires(state, boxed_in=False), jnp.array([GO_RIGHT, GO_RIGHT, STAY]), jax.random.key(0))
+    state, two = step(
+        wires(state, boxed_in=False), jnp.array([GO_RIGHT, GO_RIGHT, STAY]), jax.random.key(0)
+    )
     assert not two.ended
     np.testing.assert_allclose(two.reward, 2 - 3 * 0.03, rtol=1e-6)
     np.testing.assert_allclose(two.metrics["connected"], 2 / 3, rtol=1e-6)
@@ -190,7 +207,9 @@ def test_cleaner_ends_when_all_is_clean(last):
     env, reset, step = compiled("cleaner")
     state, first = reset(jax.random.key(0))
     num_tiles = (state.grid != WALL).sum()
-    np.testing.assert_allclose(first.metrics["cleaned"], 1 / num_tiles, rtol=1e-6)  # the start is clean
+    np.testing.assert_allclose(
+        first.metrics["cleaned"], 1 / num_tiles, rtol=1e-6
+    )  # the start is clean
     action = random_legal(first.observation.action_mask, 0).at[1].set(0)
     action = action.at[1].set(action[0])  # both to the same tile
     tile = tuple(np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])[int(action[0])])
@@ -215,7 +234,12 @@ def test_cleaner_walking_into_a_wall_terminates():
 
 def test_lbf_settings():
     env = jumanji.make_lbf("2s-10x10-3p-3f")
-    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (3, 18, 6, 100)
+    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (
+        3,
+        18,
+        6,
+        100,
+    )
     assert (env.env.fov, env.env.grid_size, env.env.num_food) == (2, 10, 3)
     assert not env.env._generator.force_coop
     assert jumanji.make_lbf("8x8-2p-2f-coop").env._generator.force_coop
@@ -232,7 +256,12 @@ def test_lbf_names_say_what_they_set(task):
 @pytest.mark.parametrize(("task", "num_requests"), [("tiny-4ag", 4), ("tiny-4ag-hard", 2)])
 def test_rware_settings(task, num_requests):
     env = jumanji.make_rware(task)
-    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (4, 66, 5, 500)
+    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (
+        4,
+        66,
+        5,
+        500,
+    )
     assert env.env.request_queue_size == num_requests
     assert env.env.grid_size == (11, 10)  # 1 × 3 clusters of height 8
 
@@ -257,8 +286,13 @@ def test_grid_settings(make, tasks, obs_dim, num_actions, channels):
 
 def test_lbf_auto_shows_as_much_whatever_there_is():
     small, large = jumanji.make_lbf_auto(), jumanji.make_lbf_auto(agents=64, food=100, grid=48)
-    assert small.spec.name == "lbf/auto:agents=8,food=8,grid=16,sight=2,levels=2,coop=false,limit=100"
-    assert large.spec.name == "lbf/auto:agents=64,food=100,grid=48,sight=2,levels=2,coop=false,limit=100"
+    assert (
+        small.spec.name == "lbf/auto:agents=8,food=8,grid=16,sight=2,levels=2,coop=false,limit=100"
+    )
+    assert (
+        large.spec.name
+        == "lbf/auto:agents=64,food=100,grid=48,sight=2,levels=2,coop=false,limit=100"
+    )
     assert small.spec.obs_dim == large.spec.obs_dim == 3 * 5 * 5
     assert (large.spec.num_agents, large.spec.num_actions, large.spec.time_limit) == (64, 6, 100)
 
@@ -278,13 +312,25 @@ def test_lbf_auto_options_arrive():
 
 def test_rware_auto_options_arrive():
     assert jumanji.make_rware_auto().env.grid_size == jumanji.make_rware("tiny-4ag").env.grid_size
-    env = jumanji.make_rware_auto(agents=6, rows=2, columns=1, height=3, sight=2, requests=5, limit=9)
-    assert env.spec.name == "rware/auto:agents=6,rows=2,columns=1,height=3,sight=2,requests=5,limit=9"
-    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (6, 178, 5, 9)
+    env = jumanji.make_rware_auto(
+        agents=6, rows=2, columns=1, height=3, sight=2, requests=5, limit=9
+    )
+    assert (
+        env.spec.name == "rware/auto:agents=6,rows=2,columns=1,height=3,sight=2,requests=5,limit=9"
+    )
+    assert (env.spec.num_agents, env.spec.obs_dim, env.spec.num_actions, env.spec.time_limit) == (
+        6,
+        178,
+        5,
+        9,
+    )
     assert env.env.request_queue_size == 5
     assert len(env.env.shelf_ids) == 6  # what the bound on requests is reckoned from
     assert env.env.grid_size == (10, 4)
-    assert jumanji.make_rware_auto(agents=3).spec.obs_dim == jumanji.make_rware_auto(agents=20).spec.obs_dim
+    assert (
+        jumanji.make_rware_auto(agents=3).spec.obs_dim
+        == jumanji.make_rware_auto(agents=20).spec.obs_dim
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +340,11 @@ def test_rware_auto_options_arrive():
         ("lbf", {"food": -1}, "lbf/auto: food must be at least 1, got -1"),
         ("lbf", {"grid": 4}, "lbf/auto: grid must be at least 5, got 4"),
         ("lbf", {"agents": 60, "grid": 8}, "lbf/auto: agents must be at most 30 at grid=8, got 60"),
-        ("lbf", {"food": 9, "grid": 8}, "lbf/auto: food must be at most 5 at grid=8, agents=8, got 9"),
+        (
+            "lbf",
+            {"food": 9, "grid": 8},
+            "lbf/auto: food must be at most 5 at grid=8, agents=8, got 9",
+        ),
         ("lbf", {"sight": 0}, "lbf/auto: sight must be at least 1, got 0"),
         ("lbf", {"sight": 17}, "lbf/auto: sight must be at most 16 at grid=16, got 17"),
         ("lbf", {"levels": 1}, "lbf/auto: levels must be at least 2, got 1"),
@@ -329,7 +379,9 @@ def test_impossible_options_say_what_is_possible(make, options, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("options", [{"agents": 30, "food": 1, "grid": 8}, {"agents": 8, "food": 5, "grid": 8}])
+@pytest.mark.parametrize(
+    "options", [{"agents": 30, "food": 1, "grid": 8}, {"agents": 8, "food": 5, "grid": 8}]
+)
 def test_lbf_auto_as_full_as_allowed(options):
     assert jumanji.make_lbf_auto(**options).spec.num_agents == options["agents"]
 

@@ -21,8 +21,12 @@ def random_episodes(make, num_envs=8, num_steps=30, **options):
 
         def step(carry, key):
             state, timestep = carry
-            action = jax.random.categorical(key, jnp.where(timestep.observation.action_mask, 0.0, -jnp.inf))
-            carry = jax.vmap(env.step)(state, action.astype(jnp.int32), jax.random.split(key, num_envs))
+            action = jax.random.categorical(
+                key, jnp.where(timestep.observation.action_mask, 0.0, -jnp.inf)
+            )
+            carry = jax.vmap(env.step)(
+                state, action.astype(jnp.int32), jax.random.split(key, num_envs)
+            )
             return carry, (state, timestep.observation)
 
         _, visited = jax.lax.scan(step, first, jax.random.split(key, num_steps))
@@ -62,7 +66,9 @@ def test_connector_pictures():
             targets = np.argwhere(observation.grid[agent, :, :, 2])
             assert len(targets) == (not state.agents.connected[agent])
             (target,) = targets if len(targets) else [head]  # a connected agent stands on it
-            np.testing.assert_array_equal(observation.agents_view[agent], np.array([*head, *target], np.float32) / 4)
+            np.testing.assert_array_equal(
+                observation.agents_view[agent], np.array([*head, *target], np.float32) / 4
+            )
     assert observations.grid.dtype == bool
     assert env.spec.grid_shape == (5, 5, len(jumanji_grids.CONNECTOR_CHANNELS))
 
@@ -78,7 +84,11 @@ def test_cleaner_pictures():
             tile = state.grid[y, x]
             kind = [tile == DIRTY, tile == CLEAN, tile == WALL]
             share = sum(cell == (y, x) for cell in position) / num_agents
-            assert observation.state.reshape(size, size, 3)[y, x].tolist() == [kind[0], kind[2], share]
+            assert observation.state.reshape(size, size, 3)[y, x].tolist() == [
+                kind[0],
+                kind[2],
+                share,
+            ]
             for agent in range(num_agents):
                 others = [cell for j, cell in enumerate(position) if j != agent]
                 expected = [*kind, position[agent] == (y, x), (y, x) in others]
@@ -88,7 +98,9 @@ def test_cleaner_pictures():
     assert env.spec.grid_shape == (5, 5, len(jumanji_grids.CLEANER_CHANNELS))
 
 
-@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")  # Jumanji's
+@pytest.mark.filterwarnings(
+    "ignore:scatter inputs have incompatible types:FutureWarning"
+)  # Jumanji's
 @pytest.mark.parametrize("sight", [1, 2, 9])
 def test_local_view_is_what_jumanji_shows(sight):
     """And its mask what Jumanji allows, before and after food is eaten."""
@@ -98,9 +110,13 @@ def test_local_view_is_what_jumanji_shows(sight):
     assert states.food_items.eaten.any()
     assert not states.food_items.eaten.all()
     theirs = jax.jit(jax.vmap(GridObserver(sight, 9, 6, 7).state_to_observation))(states)
-    local_view = functools.partial(jumanji_grids.local_view, observation=None, grid_size=9, sight=sight)
+    local_view = functools.partial(
+        jumanji_grids.local_view, observation=None, grid_size=9, sight=sight
+    )
     ours = jax.jit(jax.vmap(local_view))(states)
-    np.testing.assert_array_equal(ours.agents_view, theirs.agents_view.reshape(*ours.agents_view.shape))
+    np.testing.assert_array_equal(
+        ours.agents_view, theirs.agents_view.reshape(*ours.agents_view.shape)
+    )
     np.testing.assert_array_equal(ours.action_mask, theirs.action_mask)
     if sight == 2:
         assert env.spec.obs_dim == 3 * 5 * 5
@@ -117,7 +133,9 @@ def test_nothing_starts_on_anything(grid_size, num_food, num_agents):
         return jumanji_grids.draw_positions(key, grid_size, num_food, num_agents)
 
     num_draws = 200
-    food, agents = jax.device_get(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), num_draws)))
+    food, agents = jax.device_get(
+        jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), num_draws))
+    )
     assert food.min() >= 1
     assert food.max() <= grid_size - 2
     assert agents.min() >= 0
@@ -135,18 +153,25 @@ def test_start_cells_are_uniform():
     def draw(key):
         return jumanji_grids.draw_positions(key, size, num_food=1, num_agents=3)
 
-    food, agents = jax.device_get(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), num_draws)))
+    food, agents = jax.device_get(
+        jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), num_draws))
+    )
     inner = np.pad(np.ones((size - 2, size - 2)), 1)
     food_chance = inner / inner.sum()
     agent_chance = (1 - food_chance) / (size**2 - 1)
-    for cells, chance in [(food[:, 0], food_chance), *((agents[:, i], agent_chance) for i in range(3))]:
+    for cells, chance in [
+        (food[:, 0], food_chance),
+        *((agents[:, i], agent_chance) for i in range(3)),
+    ]:
         seen = np.bincount(cells @ [size, 1], minlength=size**2).reshape(size, size)
         expected = num_draws * chance
         assert (seen[chance == 0] == 0).all()
         possible = chance > 0
         chi_square = ((seen - expected)[possible] ** 2 / expected[possible]).sum()
         freedom = possible.sum() - 1
-        assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom)  # mean and deviation of chi-square
+        assert abs(chi_square - freedom) < 4 * np.sqrt(
+            2 * freedom
+        )  # mean and deviation of chi-square
 
 
 def test_later_food_is_uniform_over_what_is_left():

@@ -102,7 +102,9 @@ def test_agents_die_one_after_the_other():
         alive = [t < life for life in LIVES.values()]
         acted = [t <= life for life in LIVES.values()]
         np.testing.assert_array_equal(outcome.observation["alive"], alive)
-        np.testing.assert_array_equal(outcome.reward > 0, acted)  # the reward of its last step is an agent's own
+        np.testing.assert_array_equal(
+            outcome.reward > 0, acted
+        )  # the reward of its last step is an agent's own
         np.testing.assert_array_equal(outcome.observation["agents_view"].any(axis=1), alive)
         assert outcome.observation["action_mask"].all()
     assert [outcome.terminated for outcome in outcomes] == [False] * 8 + [True]
@@ -135,7 +137,9 @@ def test_last_step(terminated, truncated, expected, alive):
     env.reset(0)
     outcome = env.step(np.zeros(2, np.int32))
     assert (outcome.terminated, outcome.truncated) == expected
-    assert [agent for agent, lives in zip("ab", outcome.observation["alive"], strict=True) if lives] == alive
+    assert [
+        agent for agent, lives in zip("ab", outcome.observation["alive"], strict=True) if lives
+    ] == alive
 
 
 def test_agents_that_end_but_stay_listed_are_dead_and_still_act():
@@ -148,7 +152,9 @@ def test_agents_that_end_but_stay_listed_are_dead_and_still_act():
     env = adapt({"a": ZEROS, "b": ZEROS}, script=script)
     outcomes = play(env)
     assert [outcome.reward.tolist() for outcome in outcomes] == [[1, 1], [0, 1], [0, 1]]
-    assert [outcome.observation["alive"].tolist() for outcome in outcomes] == [[False, True]] * 2 + [[False, False]]
+    assert [outcome.observation["alive"].tolist() for outcome in outcomes] == [
+        [False, True]
+    ] * 2 + [[False, False]]
     assert [outcome.terminated for outcome in outcomes] == [False, False, True]
     assert all(set(actions) == {"a", "b"} for actions in env._env.actions)
     assert env.reset(0)["alive"].all()
@@ -220,11 +226,22 @@ def test_flattened_observations():
     assert view_of(spaces.Discrete(3, start=5), 6) == [0, 1, 0]
     assert view_of(spaces.MultiBinary(3), np.array([1, 0, 1])) == [1, 0, 1]
     assert view_of(spaces.MultiDiscrete([2, 3]), np.array([1, 2])) == [0, 1, 0, 0, 1]
-    assert view_of(spaces.MultiDiscrete([2, 3], start=[1, 10]), np.array([1, 11])) == [1, 0, 0, 1, 0]
+    assert view_of(spaces.MultiDiscrete([2, 3], start=[1, 10]), np.array([1, 11])) == [
+        1,
+        0,
+        0,
+        1,
+        0,
+    ]
     pair = spaces.Tuple((spaces.Discrete(2), spaces.Box(0, 9, (1,))))
     assert view_of(pair, (1, np.array([5.0]))) == [0, 1, 5]
     both = spaces.Dict({"z": spaces.Box(0, 9, (1,)), "a": pair})
-    assert view_of(both, {"z": np.array([8.0]), "a": (0, np.array([5.0]))}) == [1, 0, 5, 8]  # in the space's own order
+    assert view_of(both, {"z": np.array([8.0]), "a": (0, np.array([5.0]))}) == [
+        1,
+        0,
+        5,
+        8,
+    ]  # in the space's own order
 
 
 def test_shorter_observations_are_padded_and_it_is_said_once():
@@ -232,14 +249,22 @@ def test_shorter_observations_are_padded_and_it_is_said_once():
     view = env.reset(0)["agents_view"]
     assert view.shape == (3, 4)
     np.testing.assert_array_equal(view[:, 2:], [[0, 0], [1, 0], [1, 2]])
-    assert env.notes == ["agents observe 2 to 4 numbers: the shorter observations are padded with zeros"]
+    assert env.notes == [
+        "agents observe 2 to 4 numbers: the shorter observations are padded with zeros"
+    ]
     assert env.layout.time_limit == LIMIT
     assert env.layout.state_dim == 2
 
 
-@pytest.mark.parametrize(("dtype", "kept"), [(np.uint8, np.uint8), (np.float64, np.float32), (bool, bool)])
+@pytest.mark.parametrize(
+    ("dtype", "kept"), [(np.uint8, np.uint8), (np.float64, np.float32), (bool, bool)]
+)
 def test_pictures(dtype, kept):
-    space = spaces.Box(0, 1, (4, 5, 3), dtype) if dtype is bool else spaces.Box(0, 200, (4, 5, 3), dtype)
+    space = (
+        spaces.Box(0, 1, (4, 5, 3), dtype)
+        if dtype is bool
+        else spaces.Box(0, 200, (4, 5, 3), dtype)
+    )
     picture = np.arange(60).reshape(4, 5, 3).astype(dtype)
     env = adapt({"a": picture, "b": picture[::-1]}, seen=space)
     observation = env.reset(0)
@@ -270,7 +295,8 @@ def test_state_that_is_a_picture_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("shape", "grid_shape"), [((3, 12, 10), (12, 10, 3)), ((3, 9, 12), (3, 9, 12)), ((12, 12, 12), (12, 12, 12))]
+    ("shape", "grid_shape"),
+    [((3, 12, 10), (12, 10, 3)), ((3, 9, 12), (3, 9, 12)), ((12, 12, 12), (12, 12, 12))],
 )
 def test_channels_of_a_picture_may_come_first(shape, grid_shape):
     picture = np.arange(np.prod(shape)).reshape(shape)
@@ -302,7 +328,10 @@ def test_action_mask_among_other_things():
 
 def test_action_mask_in_the_infos():
     env = adapt({"a": ZEROS, "b": ZEROS}, done={"a": spaces.Discrete(3), "b": spaces.Discrete(2)})
-    env._env.infos = {"a": {"action_mask": np.array([0, 0, 1])}, "b": {"action_mask": np.array([0, 0])}}
+    env._env.infos = {
+        "a": {"action_mask": np.array([0, 0, 1])},
+        "b": {"action_mask": np.array([0, 0])},
+    }
     # b may do nothing, so what it does cannot matter; something has to be legal.
     assert env.reset(0)["action_mask"].tolist() == [[False, False, True], [True, True, False]]
 
@@ -325,10 +354,20 @@ def test_components_of_all_agents_stand_side_by_side():
     }
     env = adapt(dict.fromkeys("abc", ZEROS), done=done, script=[({}, {}, {}, [])])
     layout = env.layout
-    assert (layout.action_components, layout.num_actions, layout.action[0]) == ((4, 3, 2), 9, (3, 3))
-    expected = [[1, 1, 0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1, 0, 1, 1]]
+    assert (layout.action_components, layout.num_actions, layout.action[0]) == (
+        (4, 3, 2),
+        9,
+        (3, 3),
+    )
+    expected = [
+        [1, 1, 0, 0, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 0, 0, 1, 0],
+        [1, 0, 0, 0, 1, 1, 0, 1, 1],
+    ]
     np.testing.assert_array_equal(env.reset(0)["action_mask"], expected)
-    assert env.notes == ["agents have up to 4 + 3 + 2 actions: those that an agent does not have are masked"]
+    assert env.notes == [
+        "agents have up to 4 + 3 + 2 actions: those that an agent does not have are masked"
+    ]
     env.step(np.array([[1, 2, 0], [3, 0, 0], [0, 1, 1]], np.int32))
     (actions,) = env._env.actions
     assert all(done[agent].contains(action) for agent, action in actions.items())
@@ -350,7 +389,11 @@ def test_masks_of_components(given, legal, where):
     masks = spaces.Tuple((spaces.MultiBinary(2), spaces.MultiBinary(3)))
     if where == "observation":
         seen = spaces.Dict({"x": NUMBERS, "action_mask": masks})
-    env = adapt({"a": ZEROS if where == "info" else {"x": ZEROS, "action_mask": given}}, seen=seen, done=done)
+    env = adapt(
+        {"a": ZEROS if where == "info" else {"x": ZEROS, "action_mask": given}},
+        seen=seen,
+        done=done,
+    )
     env._env.infos = {"a": {"action_mask": given}} if where == "info" else {}
     np.testing.assert_array_equal(env.reset(0)["action_mask"], [legal])
 
@@ -375,20 +418,27 @@ def test_masks_of_components_that_do_not_fit(given, message):
 
 def test_continuous_actions_fill_their_limits():
     done = {
-        "a": spaces.Box(np.array([0, -2, -np.inf, 0], np.float32), np.array([1, 2, np.inf, np.inf], np.float32)),
+        "a": spaces.Box(
+            np.array([0, -2, -np.inf, 0], np.float32), np.array([1, 2, np.inf, np.inf], np.float32)
+        ),
         "b": spaces.Box(-1, 1, (1,), np.float64),
     }
     env = adapt({"a": ZEROS, "b": ZEROS}, done=done, script=[({}, {}, {}, ["a", "b"])] * 2)
     assert env.reset(0)["action_mask"].tolist() == [[True] * 4, [True] + [False] * 3]
     assert env.layout.continuous
-    assert env.notes[-1] == "actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both"
+    assert (
+        env.notes[-1]
+        == "actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both"
+    )
     env.step(np.array([[-1, 0.5, 0.5, -0.5], [0.25, 9, 9, 9]], np.float32))
     env.step(np.array([[1, 1, -1, 1], [1, 9, 9, 9]], np.float32))
     (first, second) = env._env.actions
     np.testing.assert_array_equal(first["a"], np.array([0, 1, 0.5, 0.5], np.float32))
     np.testing.assert_array_equal(first["b"], [0.25])
     np.testing.assert_array_equal(second["a"], [1, 2, -1, 2])
-    assert all(done[agent].contains(action) for step in env._env.actions for agent, action in step.items())
+    assert all(
+        done[agent].contains(action) for step in env._env.actions for agent, action in step.items()
+    )
 
 
 # What cannot be had.
@@ -397,8 +447,14 @@ def test_continuous_actions_fill_their_limits():
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (lambda: Scripted({}), "test: the environment has no agents (its possible_agents is empty)"),
-        (lambda: object(), "test: object is not a PettingZoo ParallelEnv: it has no possible_agents"),
+        (
+            lambda: Scripted({}),
+            "test: the environment has no agents (its possible_agents is empty)",
+        ),
+        (
+            lambda: object(),
+            "test: object is not a PettingZoo ParallelEnv: it has no possible_agents",
+        ),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.MultiBinary(2)),
             "test: agent 'a' acts in MultiBinary(2); supported: Discrete or MultiDiscrete for all agents, or for",
@@ -423,15 +479,27 @@ def test_continuous_actions_fill_their_limits():
             lambda: Scripted({"a": ZEROS}, done=OldSpace()),
             "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; supported: Discrete or Mu",
         ),
-        (lambda: Odd(observation_space=spaces.Dict()), "test: observation_space is a Dict: expected a method, obs"),
-        (lambda: Odd(reset=lambda: ({}, {})), "test: reset() takes no seed: expected reset(seed=None, options=None)"),
-        (lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 1, (2, 2))), "test: agent 'a' acts in Box(0.0, 1.0, (2, 2)"),
+        (
+            lambda: Odd(observation_space=spaces.Dict()),
+            "test: observation_space is a Dict: expected a method, obs",
+        ),
+        (
+            lambda: Odd(reset=lambda: ({}, {})),
+            "test: reset() takes no seed: expected reset(seed=None, options=None)",
+        ),
+        (
+            lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 1, (2, 2))),
+            "test: agent 'a' acts in Box(0.0, 1.0, (2, 2)",
+        ),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.Box(0, 9, (2,), int)),
             "test: agent 'a' acts in Box(0, 9, (2,), int",
         ),
         (
-            lambda: Scripted({"a": ZEROS, "b": ZEROS}, done={"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (2,))}),
+            lambda: Scripted(
+                {"a": ZEROS, "b": ZEROS},
+                done={"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (2,))},
+            ),
             "test: agent 'a' acts in Discrete(2) and agent 'b' acts in Box(0.0, 1.0, (2,), float32); supported",
         ),
         (
@@ -452,15 +520,50 @@ def test_unsupported(env, message):
         (np.zeros(3), NUMBERS, {}, "(2,), float32): shape (3,) instead of (2,)"),
         (4, spaces.Discrete(3), {}, "Discrete(3): 4 is none of its values"),
         (-1, spaces.Discrete(3), {}, "Discrete(3): -1 is none of its values"),
-        ([3, 1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): [3, 1] is none of its values"),
-        ([0, -1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): [0, -1] is none of its values"),
+        (
+            [3, 1],
+            spaces.MultiDiscrete([3, 4]),
+            {},
+            "MultiDiscrete([3 4]): [3, 1] is none of its values",
+        ),
+        (
+            [0, -1],
+            spaces.MultiDiscrete([3, 4]),
+            {},
+            "MultiDiscrete([3 4]): [0, -1] is none of its values",
+        ),
         ([1], spaces.MultiDiscrete([3, 4]), {}, "MultiDiscrete([3 4]): shape (1,) instead of (2,)"),
-        (np.zeros((3, 2)), spaces.Box(0, 1, (2, 3)), {}, "float32): shape (3, 2) instead of (2, 3)"),
-        (np.zeros((4, 1, 3)), spaces.Box(0, 1, (4, 4, 3)), {}, "float32): shape (4, 1, 3) instead of (4, 4, 3)"),
+        (
+            np.zeros((3, 2)),
+            spaces.Box(0, 1, (2, 3)),
+            {},
+            "float32): shape (3, 2) instead of (2, 3)",
+        ),
+        (
+            np.zeros((4, 1, 3)),
+            spaces.Box(0, 1, (4, 4, 3)),
+            {},
+            "float32): shape (4, 1, 3) instead of (4, 4, 3)",
+        ),
         ({"x": ZEROS}, spaces.Dict({"y": NUMBERS}), {}, "'y'"),
-        (ZEROS, NUMBERS, {"a": {"action_mask": [1, 1]}}, "action_mask has shape (2,), there are 3 actions"),
-        (ZEROS, NUMBERS, {"a": {"action_mask": [0, -np.inf, -np.inf]}}, "action_mask holds -inf: expected 1 for legal"),
-        (ZEROS, NUMBERS, {"a": {"action_mask": [1, 2, 0]}}, "action_mask holds 2: expected 1 for legal"),
+        (
+            ZEROS,
+            NUMBERS,
+            {"a": {"action_mask": [1, 1]}},
+            "action_mask has shape (2,), there are 3 actions",
+        ),
+        (
+            ZEROS,
+            NUMBERS,
+            {"a": {"action_mask": [0, -np.inf, -np.inf]}},
+            "action_mask holds -inf: expected 1 for legal",
+        ),
+        (
+            ZEROS,
+            NUMBERS,
+            {"a": {"action_mask": [1, 2, 0]}},
+            "action_mask holds 2: expected 1 for legal",
+        ),
     ],
 )
 def test_observation_outside_its_space(observed, seen, infos, message):
@@ -478,8 +581,14 @@ ALL = {"a": ZEROS}
     ("result", "message"),
     [
         (ALL, "reset() returns a dict, not (observations, infos)"),
-        ((ZEROS, {}), "reset() returns a ndarray for observations: expected a dictionary, agent by agent"),
-        (({"z": ZEROS}, {}), "observations of reset() has an entry 'z', which is no possible agent"),
+        (
+            (ZEROS, {}),
+            "reset() returns a ndarray for observations: expected a dictionary, agent by agent",
+        ),
+        (
+            ({"z": ZEROS}, {}),
+            "observations of reset() has an entry 'z', which is no possible agent",
+        ),
         ((ALL, [{}]), "reset() returns a list for infos: expected a dictionary, agent by agent"),
     ],
 )
@@ -494,9 +603,18 @@ def test_reset_that_returns_something_else(result, message):
     [
         ((ALL, {}, {}, {}), f"step() returns 4 values, not ({STEP})"),
         (None, f"step() returns a NoneType, not ({STEP})"),
-        ((ALL, {}, False, {}, {}), "step() returns a bool for terminations: expected a dictionary, agent by agent"),
-        ((ALL, {}, {"__all__": True}, {}, {}), "terminations of step() has an entry '__all__', which is no possible"),
-        ((ALL, {"a": np.ones(1)}, {}, {}, {}), "the reward of agent 'a' is array([1.]): expected a number"),
+        (
+            (ALL, {}, False, {}, {}),
+            "step() returns a bool for terminations: expected a dictionary, agent by agent",
+        ),
+        (
+            (ALL, {}, {"__all__": True}, {}, {}),
+            "terminations of step() has an entry '__all__', which is no possible",
+        ),
+        (
+            (ALL, {"a": np.ones(1)}, {}, {}, {}),
+            "the reward of agent 'a' is array([1.]): expected a number",
+        ),
         ((ALL, {"a": None}, {}, {}, {}), "the reward of agent 'a' is None: expected a number"),
     ],
 )
@@ -510,7 +628,9 @@ def test_step_that_returns_something_else(result, message):
 
 def test_what_is_missing_and_not_needed():
     env = PettingZooEnv(Odd(reset=lambda seed: (ALL, None)), "test")
-    with pytest.raises(UserError, match=r"^test: there is no attribute agents: expected a list of those who go on$"):
+    with pytest.raises(
+        UserError, match=r"^test: there is no attribute agents: expected a list of those who go on$"
+    ):
         env.reset(0)
     env._env.agents = ["a"]
     assert env.reset(0)["alive"].all()  # without infos
@@ -533,7 +653,11 @@ def test_axes_of_length_one_may_be_missing():
         (spaces.Box(0, 255, (2,), np.uint8), [0.25, 1.0], "fractions such as 0.25 for uint8"),
         (spaces.MultiBinary(2), [0, 2], "2 outside of 0 to 1"),
         (spaces.Discrete(3), 1, None),
-        (spaces.Dict({"x": spaces.Tuple((spaces.Discrete(2), NUMBERS))}), {"x": (1, [0, 11])}, "11 outside of -10 to"),
+        (
+            spaces.Dict({"x": spaces.Tuple((spaces.Discrete(2), NUMBERS))}),
+            {"x": (1, [0, 11])},
+            "11 outside of -10 to",
+        ),
     ],
 )
 def test_values_outside_their_bounds(space, value, found):
@@ -544,7 +668,9 @@ def test_values_outside_their_bounds(space, value, found):
 def test_agent_out_of_nowhere():
     env = adapt({"a": ZEROS}, script=[({}, {}, {}, ["a", "zoe"])])
     env.reset(0)
-    with pytest.raises(UserError, match=r"^test: agent 'zoe' is in agents but not in possible_agents$"):
+    with pytest.raises(
+        UserError, match=r"^test: agent 'zoe' is in agents but not in possible_agents$"
+    ):
         env.step(np.zeros(1, np.int32))
 
 
@@ -566,7 +692,10 @@ PICTURE[0] = 0.9
         (PICTURE, 229),  # floats from 0 to 1
         (PICTURE * 200, 180),
         ((PICTURE * 200).astype(np.uint8), 180),
-        ([np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), 7, np.uint8)], 7),  # frames since the last time
+        (
+            [np.zeros((2, 3, 3), np.uint8), np.full((2, 3, 3), 7, np.uint8)],
+            7,
+        ),  # frames since the last time
         (PICTURE[..., 0], 229),
     ],
 )
@@ -590,7 +719,9 @@ def test_what_is_no_picture_is_said(drawn, monkeypatch):
 
 def test_mpe2():
     pytest.importorskip("mpe2")
-    env = find_factory("pettingzoo/mpe2:simple_spread_v3:N=5,max_cycles=4,continuous_actions=true")()
+    env = find_factory(
+        "pettingzoo/mpe2:simple_spread_v3:N=5,max_cycles=4,continuous_actions=true"
+    )()
     env = PettingZooEnv(env, "test")
     assert env.layout.num_agents == 5
     assert env.layout.time_limit == 4

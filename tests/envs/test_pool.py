@@ -108,7 +108,9 @@ def test_pool_equals_environments_stepped_one_after_the_other(pool, make_pool, n
     pool = pool if num_workers == 2 else make_pool(num_workers=num_workers)
     for seed in (7, 8, 7):
         games = [play_alone(place, seed, ACTIONS[:, place]) for place in range(NUM_ENVS)]
-        expected = [jax.tree.map(lambda *rows: np.stack(rows), *step) for step in zip(*games, strict=True)]
+        expected = [
+            jax.tree.map(lambda *rows: np.stack(rows), *step) for step in zip(*games, strict=True)
+        ]
         timesteps = [pool.reset(seed), *map(pool.step, ACTIONS)]
         before = copy.deepcopy(timesteps)
         assert_equal([as_tuple(timestep, num_ids=3) for timestep in timesteps], expected)
@@ -135,7 +137,10 @@ def test_auto_reset_keeps_the_final_observation(pool):
 def test_final_observation_keeps_who_is_truncated_alone(make_pool):
     pool = make_pool(hosts.Parting, num_envs=1)
     timesteps = [pool.reset(0), *(pool.step(action) for action in ACTIONS[:3, :1])]
-    alive = [(timestep.observation.alive[0, 1], timestep.final_observation.alive[0, 1]) for timestep in timesteps]
+    alive = [
+        (timestep.observation.alive[0, 1], timestep.final_observation.alive[0, 1])
+        for timestep in timesteps
+    ]
     assert alive == [(True, True), (True, True), (False, True), (False, False)]
     assert timesteps[2].final_observation.agents_view[0, 1, 3] == 2  # its last step
     assert pool.reset(1).final_observation.alive.all()
@@ -152,14 +157,23 @@ def test_agents_see_who_they_are(pool, make_pool, agent_id, num_ids):
             ids = observation.agents_view[:, :, :num_ids]
             np.testing.assert_array_equal(ids, np.broadcast_to(np.eye(3)[:, :num_ids], ids.shape))
     spec = pool.spec
-    assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == ("test", 3, num_ids + 4, 5)
+    assert (spec.name, spec.num_agents, spec.obs_dim, spec.num_actions) == (
+        "test",
+        3,
+        num_ids + 4,
+        5,
+    )
     assert (spec.time_limit, spec.state_dim, spec.team_reward) == (LIMIT, 2, False)
     assert spec.agent_names == ("ann", "bob", "cleo")
 
 
 def test_pictures_and_continuous_actions(make_pool):
     pool = make_pool(hosts.Camera, num_envs=2)
-    assert (pool.spec.continuous, pool.spec.num_actions, pool.spec.grid_shape) == (True, 2, (2, 3, 1))
+    assert (pool.spec.continuous, pool.spec.num_actions, pool.spec.grid_shape) == (
+        True,
+        2,
+        (2, 3, 1),
+    )
     first = pool.reset(0).observation
     assert first.grid.shape == (2, 2, 2, 3, 1)
     assert first.grid.dtype == np.uint8
@@ -191,7 +205,11 @@ def test_mpe2(make_pool):
     assert [timestep.truncated.all() for timestep in timesteps] == [False, False, False, True] * 2
     assert not any(timestep.terminated.any() for timestep in timesteps)
     assert timesteps[3].final_observation.alive.all()
-    assert (timesteps[3].final_observation.agents_view != timesteps[3].observation.agents_view).any(axis=(1, 2)).all()
+    assert (
+        (timesteps[3].final_observation.agents_view != timesteps[3].observation.agents_view)
+        .any(axis=(1, 2))
+        .all()
+    )
     np.testing.assert_allclose(
         timesteps[3].metrics["episode_return"],
         sum(timestep.reward.mean(axis=1) for timestep in timesteps[:4]),
@@ -200,15 +218,21 @@ def test_mpe2(make_pool):
 
 
 @pytest.mark.parametrize("most", [32, 1])
-def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(make_pool, monkeypatch, caplog, most):
+def test_numbers_in_infos_are_metrics_of_the_episodes_that_end(
+    make_pool, monkeypatch, caplog, most
+):
     monkeypatch.setattr("mam.envs.external.pool.MAX_INFOS", most)
     pool = make_pool(hosts.Informed, num_envs=2)
     pool.reset(0)
     timesteps = [pool.step(action) for action in ACTIONS[: 2 * LIMIT, :2]]
     expected = dict([("info_won", 1.0), ("info_steps", LIMIT)][:most])
-    assert caplog.messages == [f"test: numbers in infos are recorded as metrics: {', '.join(expected)}"]
+    assert caplog.messages == [
+        f"test: numbers in infos are recorded as metrics: {', '.join(expected)}"
+    ]
     for step, timestep in enumerate(timesteps, start=1):
-        infos = {name: x.tolist() for name, x in timestep.metrics.items() if name.startswith("info_")}
+        infos = {
+            name: x.tolist() for name, x in timestep.metrics.items() if name.startswith("info_")
+        }
         if step % LIMIT == 0:
             assert infos == {name: [value] * 2 for name, value in expected.items()}
         else:
@@ -224,7 +248,9 @@ def test_environments_know_their_places(make_pool, monkeypatch):
     pool = make_pool(hosts.numbered, num_workers=2)
     pool.reset(0)
     for place in range(NUM_ENVS):
-        assert pool.step(ACTIONS[place]).ended[place:].tolist() == [True] + [False] * (NUM_ENVS - place - 1)
+        assert pool.step(ACTIONS[place]).ended[place:].tolist() == [True] + [False] * (
+            NUM_ENVS - place - 1
+        )
 
 
 # Workers that are lost.
@@ -235,7 +261,8 @@ def assert_cut_short(timestep, before, rows, others):
     np.testing.assert_array_equal(timestep.truncated[rows], True)
     np.testing.assert_array_equal(timestep.reward[rows], 0)
     assert_equal(
-        jax.tree.map(lambda x: x[rows], timestep.final_observation), jax.tree.map(lambda x: x[rows], before.observation)
+        jax.tree.map(lambda x: x[rows], timestep.final_observation),
+        jax.tree.map(lambda x: x[rows], before.observation),
     )
     np.testing.assert_array_equal(timestep.observation.state[rows, 0], 0)
     assert not timestep.ended[others].any()
@@ -248,7 +275,9 @@ def test_worker_that_is_killed_in_the_middle_of_a_step(pool, caplog):
     before = pool.step(fates())
     noise = before.observation.state[:, 1]
     timestep = pool.step(fates(at3=KILLED))
-    assert caplog.messages == ["test: worker 1 (environments 2 to 3) was killed by SIGKILL; starting it again"]
+    assert caplog.messages == [
+        "test: worker 1 (environments 2 to 3) was killed by SIGKILL; starting it again"
+    ]
     assert_cut_short(timestep, before, rows=[2, 3], others=[0, 1])
     np.testing.assert_array_equal(timestep.metrics["episode_length"], 2)
     np.testing.assert_allclose(
@@ -278,7 +307,9 @@ def test_worker_that_hangs(pool, monkeypatch, caplog):
     stuck = pids(pool)[0]
     monkeypatch.setattr(pool, "_limits", WorkerConfig(step_timeout=2.0))
     assert_cut_short(pool.step(fates(at0=STUCK)), before, rows=[0, 1], others=[2, 3])
-    assert "worker 0 (environments 0 to 1) did not answer within 2 s; starting it again" in caplog.text
+    assert (
+        "worker 0 (environments 0 to 1) did not answer within 2 s; starting it again" in caplog.text
+    )
     assert stuck not in pids(pool)
     with pytest.raises(ProcessLookupError):
         os.kill(stuck, 0)
@@ -292,7 +323,10 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
     for fate in (KILLED, 0, KILLED):  # a step in between, and the count begins anew
         action[:, 0] = fate
         assert pool.step(action).ended.all() == (fate == KILLED)
-    with pytest.raises(RunError, match=r"^test: worker 0 \(environment 0\) was killed by SIGKILL, 2 times in a row$"):
+    with pytest.raises(
+        RunError,
+        match=r"^test: worker 0 \(environment 0\) was killed by SIGKILL, 2 times in a row$",
+    ):
         pool.step(action)
     assert len(caplog.messages) == 2
 
@@ -300,7 +334,10 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
 def test_worker_that_dies_at_birth(make_pool, monkeypatch):
     before = children()
     monkeypatch.setattr("mam.envs.external.pool.MAX_FAILURES", 1)
-    with pytest.raises(RunError, match=r"^test: worker 0 \(environment 0\) ended with exit code 7, 2 times in a row$"):
+    with pytest.raises(
+        RunError,
+        match=r"^test: worker 0 \(environment 0\) ended with exit code 7, 2 times in a row$",
+    ):
         make_pool(hosts.stillborn, num_envs=1)
     assert children() == before
 
@@ -308,7 +345,9 @@ def test_worker_that_dies_at_birth(make_pool, monkeypatch):
 # Environments with bugs.
 
 
-RAISING = pytest.mark.parametrize(("fate", "what"), [(RAISES, "ValueError: out of cheese"), (EXITS, "SystemExit: 3")])
+RAISING = pytest.mark.parametrize(
+    ("fate", "what"), [(RAISES, "ValueError: out of cheese"), (EXITS, "SystemExit: 3")]
+)
 
 
 @RAISING
@@ -331,7 +370,10 @@ def test_but_not_for_ever(make_pool, fate, what):
     with pytest.raises(RunError) as error:
         pool.step(fates(at0=fate)[:1])
     first, *rest = str(error.value).splitlines()
-    assert first == f"test: stepping environment 0 raised {what}, after 1 restarts (--worker.max-restarts)"
+    assert (
+        first
+        == f"test: stepping environment 0 raised {what}, after 1 restarts (--worker.max-restarts)"
+    )
     assert any("host_environments.py" in line for line in rest)
     assert children() == before
     with pytest.raises(RuntimeError, match=r"^test: the pool is closed$"):
@@ -345,7 +387,9 @@ def test_time_starts_anew_with_every_environment(monkeypatch, doing, seconds):
     worker = parent_end.WorkerProcess(0, child.Share("test", b"", 0, 1, quiet=True))
     worker.connection = None
     monkeypatch.setattr(parent_end, "wait", lambda *args: waits.append(args) or [])
-    _, lost = parent_end.wait_for_answers([worker], lambda _: parent_end.Deadline(3.0, next(seen).encode()))
+    _, lost = parent_end.wait_for_answers(
+        [worker], lambda _: parent_end.Deadline(3.0, next(seen).encode())
+    )
     assert lost == {worker: "did not answer within 3 s"}
     assert len(waits) == seconds
 
@@ -356,7 +400,10 @@ def test_time_starts_anew_with_every_environment(monkeypatch, doing, seconds):
         (hosts.broken, "test: making environment 0 raised ZeroDivisionError: no environment today"),
         (hosts.uneven, "test: environment 1 has other agents or spaces than the first"),
         (object, "test: object is not a PettingZoo ParallelEnv: it has no possible_agents"),
-        (lambda: Lives(), "test: worker processes cannot import what makes the environment, which must be"),
+        (
+            lambda: Lives(),
+            "test: worker processes cannot import what makes the environment, which must be",
+        ),
     ],
 )
 def test_factories_that_will_not_do(make_pool, factory, message):
@@ -368,7 +415,9 @@ def test_factories_that_will_not_do(make_pool, factory, message):
 
 
 def test_numbers_that_will_not_do(pool, make_pool):
-    with pytest.raises(UserError, match=r"^test: num_envs and num_workers must be positive, got 0 and 2$"):
+    with pytest.raises(
+        UserError, match=r"^test: num_envs and num_workers must be positive, got 0 and 2$"
+    ):
         make_pool(num_envs=0, num_workers=2)
     pool.reset(0)
     with pytest.raises(ValueError, match=r"^actions have shape \(4,\), expected \(4, 3\)$"):

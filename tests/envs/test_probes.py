@@ -67,7 +67,11 @@ def uniform(env):
     if isinstance(env, Target):
         shape = (env.num_agents, env.num_actions)
         return lambda first, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
-    choices = env.num_actions if env.spec.action_components is None else jnp.array(env.spec.action_components)
+    choices = (
+        env.num_actions
+        if env.spec.action_components is None
+        else jnp.array(env.spec.action_components)
+    )
     return lambda first, view, key: jax.random.randint(key, env.spec.joint_action.shape, 0, choices)
 
 
@@ -95,7 +99,11 @@ def test_copy_without_seeing_earlier_agents():
     env = Copy()
 
     def independent(first, view, key):
-        return jnp.zeros(env.num_agents, jnp.int32).at[0].set(jax.random.bernoulli(key).astype(jnp.int32))
+        return (
+            jnp.zeros(env.num_agents, jnp.int32)
+            .at[0]
+            .set(jax.random.bernoulli(key).astype(jnp.int32))
+        )
 
     assert_mean(play(env, independent), env.independent_return)
     assert env.random_return < env.independent_return < env.optimal_return / 2
@@ -103,7 +111,9 @@ def test_copy_without_seeing_earlier_agents():
 
 def test_copy_pays_nothing_for_a_constant():
     env = Copy()
-    assert not play(env, lambda first, view, key: jnp.ones(env.num_agents, jnp.int32), num_episodes=2).any()
+    assert not play(
+        env, lambda first, view, key: jnp.ones(env.num_agents, jnp.int32), num_episodes=2
+    ).any()
 
 
 def test_copy_and_matrix_show_nothing():
@@ -146,7 +156,9 @@ def test_ends_are_of_the_documented_kind(name):
     env = PROBES[name]()
     state, timestep = env.reset(jax.random.key(0))
     while not timestep.ended:
-        state, timestep = env.step(state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0))
+        state, timestep = env.step(
+            state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0)
+        )
     assert bool(timestep.truncated) == (name in ("identity", "copy", "target", "components"))
 
 

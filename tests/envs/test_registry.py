@@ -32,18 +32,24 @@ def test_names_and_what_they_stand_for_agree():
 
 
 def test_what_rows_say_of_packages_is_what_is_installed_and_documented():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     rows = ["| suite | extra | what it is | tasks |", "|---|---|---|---|"]
     for name, suite in tasks.SUITES.items():
         sizes = f"{len(suite.tasks)}{', and any size' if suite.made_to_measure else ''}"
-        rows.append(f"| `{name}` | {f'`{suite.extra}`' if suite.extra else 'none'} | {suite.description} | {sizes} |")
+        rows.append(
+            f"| `{name}` | {f'`{suite.extra}`' if suite.extra else 'none'} | {suite.description} | {sizes} |"
+        )
         installed = " ".join(extras[suite.extra] if suite.extra else [])
         assert bool(suite.extra) == bool(suite.packages)
         assert all(package in installed for package in suite.packages), name
     assert "\n".join(rows) in (ROOT / "docs/environments.md").read_text()
 
 
-MISSING = [(task, package) for task in FIRST for package in tasks.SUITES[task.partition("/")[0]].packages]
+MISSING = [
+    (task, package) for task in FIRST for package in tasks.SUITES[task.partition("/")[0]].packages
+]
 
 
 @pytest.mark.parametrize(("task", "package"), MISSING)
@@ -53,7 +59,10 @@ def test_a_missing_package_is_one_line_that_installs_it(task, package, monkeypat
     with pytest.raises(UserError) as error:
         registry.make(task)
     needs = " and ".join(suite.packages)
-    assert str(error.value) == f'this task needs {needs}: pip install "multi-agent-mamba[{suite.extra}]"'
+    assert (
+        str(error.value)
+        == f'this task needs {needs}: pip install "multi-agent-mamba[{suite.extra}]"'
+    )
 
 
 def test_task_names():
@@ -66,7 +75,9 @@ def test_task_names():
     assert count == jumanji | jaxmarl | {"probe": 5}
 
 
-@pytest.mark.parametrize("name", ["probe/identity", "probe/memory", "lbf/2s-8x8-2p-2f-coop", "rware/tiny-2ag-hard"])
+@pytest.mark.parametrize(
+    "name", ["probe/identity", "probe/memory", "lbf/2s-8x8-2p-2f-coop", "rware/tiny-2ag-hard"]
+)
 def test_make(name):
     env = registry.make(name)
     assert isinstance(env, AgentId)
@@ -82,7 +93,8 @@ def test_an_environment_that_was_only_looked_at_is_closed():
 
 
 @pytest.mark.parametrize(
-    ("factory", "found"), [("alone", "CartPoleEnv of Gymnasium, which has one agent"), ("nothing", "NoneType")]
+    ("factory", "found"),
+    [("alone", "CartPoleEnv of Gymnasium, which has one agent"), ("nothing", "NoneType")],
 )
 @pytest.mark.parametrize("use", [registry.lives_on_host, registry.make, registry.make_plain])
 def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
@@ -149,9 +161,13 @@ def make_plain_auto() -> Sized:
 @pytest.fixture
 def sized(monkeypatch):
     """A suite with one task, and tasks of one's own making; another one without options: a module and a row each."""
-    row = tasks.Suite("of any size", __name__, ("small",), made_to_measure=True, extra="x", packages=("numpy",))
+    row = tasks.Suite(
+        "of any size", __name__, ("small",), made_to_measure=True, extra="x", packages=("numpy",)
+    )
     monkeypatch.setitem(tasks.SUITES, "sized", row)
-    monkeypatch.setitem(tasks.SUITES, "plain", replace(row, tasks=(), packages=("no-such-package",)))
+    monkeypatch.setitem(
+        tasks.SUITES, "plain", replace(row, tasks=(), packages=("no-such-package",))
+    )
 
 
 def test_a_suite_is_a_module_and_a_row(sized, capsys):
@@ -172,7 +188,10 @@ def test_a_suite_is_a_module_and_a_row(sized, capsys):
         ("sized/auto", Sized()),
         ("sized/auto:", Sized()),
         ("sized/auto:agents=64", Sized(num_agents=64)),
-        ("sized/auto:wide=true,agents=5,density=0.25", Sized(num_agents=5, wide=True, density=0.25)),
+        (
+            "sized/auto:wide=true,agents=5,density=0.25",
+            Sized(num_agents=5, wide=True, density=0.25),
+        ),
         ("sized/auto:wide=false,density=1", Sized(wide=False, density=1.0)),
         ("plain/auto", Sized(num_agents=4)),
     ],
@@ -190,7 +209,9 @@ def test_options_are_listed_with_their_defaults(sized):
     assert listed["plain/auto"] == {}
     assert not any(name.endswith("/auto") for name in tasks.task_names())
     for name, options in listed.items():
-        assert {type(value) for value in options.values()} <= {int, float, bool}, name  # what can be read
+        assert {type(value) for value in options.values()} <= {int, float, bool}, (
+            name
+        )  # what can be read
 
 
 @pytest.mark.parametrize(
@@ -198,10 +219,19 @@ def test_options_are_listed_with_their_defaults(sized):
     [
         ("sized/auto:agent=64", "unknown option 'agent': did you mean agents? (see `mam list`)"),
         ("sized/auto:64", "unknown option '64' (see `mam list`)"),
-        ("sized/auto:agents=many", "sized/auto:agents=many: agents must be a whole number, got 'many'"),
-        ("sized/auto:agents=2.5", "sized/auto:agents=2.5: agents must be a whole number, got '2.5'"),
+        (
+            "sized/auto:agents=many",
+            "sized/auto:agents=many: agents must be a whole number, got 'many'",
+        ),
+        (
+            "sized/auto:agents=2.5",
+            "sized/auto:agents=2.5: agents must be a whole number, got '2.5'",
+        ),
         ("sized/auto:agents", "sized/auto:agents: agents must be a whole number, got ''"),
-        ("sized/auto:density=thick", "sized/auto:density=thick: density must be a number, got 'thick'"),
+        (
+            "sized/auto:density=thick",
+            "sized/auto:density=thick: density must be a number, got 'thick'",
+        ),
         ("sized/auto:wide=yes", "sized/auto:wide=yes: wide must be true or false, got 'yes'"),
         ("plain/auto:agents=3", "plain/auto:agents=3: no options"),
         ("probe/auto", "unknown task 'probe/auto'"),

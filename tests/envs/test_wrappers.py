@@ -41,7 +41,9 @@ def rollout(batch, key):
     reset_key, steps_key = jax.random.split(key)
     state, _ = batch.reset(reset_key)
     action = jnp.tile(jnp.array([1, 0]), (batch.num_envs, 1))
-    return jax.lax.scan(lambda state, key: batch.step(state, action, key), state, jax.random.split(steps_key, 20))
+    return jax.lax.scan(
+        lambda state, key: batch.step(state, action, key), state, jax.random.split(steps_key, 20)
+    )
 
 
 @pytest.mark.parametrize(("encoding", "dim"), [("one_hot", 2), ("sinusoid", 16), ("none", 0)])
@@ -50,10 +52,18 @@ def test_agent_id_comes_first(encoding, dim):
     assert env.spec == replace(Coin.spec, obs_dim=dim + 1, id_dim=dim)
     state, first = env.reset(jax.random.key(0))
     _, later = env.step(state, jnp.zeros(2, jnp.int32), jax.random.key(1))
-    for observation in (first.observation, first.final_observation, later.observation, later.final_observation):
+    for observation in (
+        first.observation,
+        first.final_observation,
+        later.observation,
+        later.final_observation,
+    ):
         assert observation.agents_view.shape == (2, dim + 1)
         np.testing.assert_array_equal(observation.agents_view[:, :dim], agent_ids(2, encoding))
-    assert (later.observation.agents_view[:, dim] == Coin().step(state, jnp.zeros(2), jax.random.key(1))[0]).all()
+    assert (
+        later.observation.agents_view[:, dim]
+        == Coin().step(state, jnp.zeros(2), jax.random.key(1))[0]
+    ).all()
 
 
 def test_one_hot_is_the_usual_encoding():
@@ -67,7 +77,9 @@ def test_sinusoids_tell_ten_thousand_agents_apart():
     assert (ids.shape, ids.dtype) == ((10_000, 16), np.float32)
     assert len(np.unique(ids, axis=0)) == 10_000
     assert np.abs(ids).max() <= 1
-    np.testing.assert_allclose([ids[1, 0], ids[9_999, 7]], 1, rtol=1e-6)  # a quarter of 4, and of 40,000 agents
+    np.testing.assert_allclose(
+        [ids[1, 0], ids[9_999, 7]], 1, rtol=1e-6
+    )  # a quarter of 4, and of 40,000 agents
     for num_agents in (1, 2, 37):
         np.testing.assert_array_equal(agent_ids(num_agents, "sinusoid"), ids[:num_agents])
     # Neighbours differ by far more than rounding: by a quarter turn of the fastest pair.
@@ -97,13 +109,20 @@ def test_statistics_of_consecutive_episodes():
 def test_auto_reset_starts_new_episodes_exactly_where_one_ended(num_envs):
     """With chunks of 1 and of 2, whatever number of environments ends at once."""
     timesteps = rollout(AutoReset(Coin(), num_envs), jax.random.key(0))[1]
-    restarted = (timesteps.observation.agents_view != timesteps.final_observation.agents_view).any(axis=(2, 3))
+    restarted = (timesteps.observation.agents_view != timesteps.final_observation.agents_view).any(
+        axis=(2, 3)
+    )
     np.testing.assert_array_equal(restarted, timesteps.ended)
-    np.testing.assert_array_equal(timesteps.ended, timesteps.final_observation.agents_view[:, :, 0, 0] < 1 / 3)
+    np.testing.assert_array_equal(
+        timesteps.ended, timesteps.final_observation.agents_view[:, :, 0, 0] < 1 / 3
+    )
 
 
 def test_an_environment_does_not_depend_on_how_many_there_are():
-    few, many = (jax.device_get(rollout(AutoReset(Coin(), num_envs), jax.random.key(0))) for num_envs in (3, 40))
+    few, many = (
+        jax.device_get(rollout(AutoReset(Coin(), num_envs), jax.random.key(0)))
+        for num_envs in (3, 40)
+    )
     assert eqx.tree_equal(few[0], many[0][:3])
     assert eqx.tree_equal(few[1], jax.tree.map(lambda leaf: leaf[:, :3], many[1]))
 

@@ -15,9 +15,14 @@ from mam.kernels.native.library import without_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 
-mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
+mam_native = pytest.importorskip(
+    "mam_native", reason="the native kernels are not installed: make native"
+)
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 EPS = 1e-5
 
 
@@ -44,7 +49,10 @@ def assert_close(actual, expected):
 
 def in_double(f, *arguments):
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, both_ways(f, *jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), arguments)))
+        return jax.tree.map(
+            np.asarray,
+            both_ways(f, *jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), arguments)),
+        )
 
 
 def plain_norm(x, plus, scale, offset):
@@ -84,7 +92,9 @@ def test_norms_of_each_seed():
     )
     for k, problem in enumerate(problems):
         alone = both_ways(native, *problem)
-        assert jax.tree.all(jax.tree.map(lambda a, b, k=k: np.array_equal(a[k], b), together, alone))
+        assert jax.tree.all(
+            jax.tree.map(lambda a, b, k=k: np.array_equal(a[k], b), together, alone)
+        )
 
 
 @pytest.mark.parametrize(("size", "is_native"), [(16, True), (24, False)])
@@ -104,7 +114,9 @@ def test_a_norm_of_no_rows():
     assert native_norm(jnp.zeros((0, 16)), None, jnp.ones(16), None, eps=EPS).shape == (0, 16)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 16), (7, 16, 1), (5, 33, 48), (64, 48, 20), (BLOCK + 77, 65, 80)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (7, 16, 1), (5, 33, 48), (64, 48, 20), (BLOCK + 77, 65, 80)]
+)
 def test_products(isa, shape):
     """Both sides of a weight, in blocks of all sizes, and more than one block of rows."""
     rows, width, out = shape
@@ -117,12 +129,19 @@ def test_products(isa, shape):
 def test_products_of_each_seed():
     rng = np.random.default_rng(0)
     problems = [rng.normal(size=s).astype(np.float32) for s in ((2, 9, 16), (2, 9, 5), (2, 5, 16))]
-    together = jax.jit(jax.vmap(functools.partial(both_ways.__wrapped__, native_product)))(*problems)
+    together = jax.jit(jax.vmap(functools.partial(both_ways.__wrapped__, native_product)))(
+        *problems
+    )
     for k in range(2):
-        assert_close(jax.tree.map(lambda v, k=k: v[k], together), both_ways(native_product, *(v[k] for v in problems)))
+        assert_close(
+            jax.tree.map(lambda v, k=k: v[k], together),
+            both_ways(native_product, *(v[k] for v in problems)),
+        )
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processors cannot be taken away here")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="processors cannot be taken away here"
+)
 def test_the_same_bits_for_any_number_of_threads():
     """A program's own threads: in a process that may use one processor, and in one that may use all."""
     script = (
@@ -131,14 +150,21 @@ def test_the_same_bits_for_any_number_of_threads():
         "g = jax.jit(lambda y, *x: jax.vjp(f, *x)[1](y)[1])(*a); sys.stdout.buffer.write(np.asarray(g).tobytes())"
     )
     one = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
-    alone, together = (subprocess.check_output([sys.executable, "-c", first + script]) for first in (one, ""))
+    alone, together = (
+        subprocess.check_output([sys.executable, "-c", first + script]) for first in (one, "")
+    )
     assert len(alone) == 36 * 48 * 4
     assert alone == together
 
 
-@pytest.mark.parametrize(("sizes", "is_native"), [((5, 16), True), ((16, 5), True), ((5, 7), False)])
+@pytest.mark.parametrize(
+    ("sizes", "is_native"), [((5, 16), True), ((16, 5), True), ((5, 7), False)]
+)
 def test_the_layer_takes_it(sizes, is_native):
-    dense, x = Dense(*sizes, key=jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 3, sizes[0]))
+    dense, x = (
+        Dense(*sizes, key=jax.random.key(0)),
+        jax.random.normal(jax.random.key(1), (2, 3, sizes[0])),
+    )
     run = jax.jit(jax.grad(lambda dense, x: jnp.sum(jnp.cos(dense(x)))))
     assert ("mam_native_weight_gradient" in run.lower(dense, x).as_text()) == is_native
     gradient = run(dense, x)

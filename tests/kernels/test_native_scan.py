@@ -17,10 +17,19 @@ from mam.kernels.native import library as native
 from mam.kernels.native import scan as native_scan
 from mam.kernels.selective_scan import gated_scan, selective_scan
 
-mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
+mam_native = pytest.importorskip(
+    "mam_native", reason="the native kernels are not installed: make native"
+)
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-NAMES = ("y", "final state", *(f"gradient of {name}" for name in ("x", "dt", "A", "B", "C", "D", "initial_state")))
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
+NAMES = (
+    "y",
+    "final state",
+    *(f"gradient of {name}" for name in ("x", "dt", "A", "B", "C", "D", "initial_state")),
+)
 
 
 def reference(x, dt, A, B, C, D, h, reset, reverse, gy, gh):
@@ -52,7 +61,11 @@ def make_problem(seed, m, n, d, s, has_reset=True):
     arguments[1] = 0.5 * np.abs(arguments[1])
     arguments[2] = -np.exp(arguments[2] - 1)  # some channels remember far more than a chunk
     reset = rng.random((m, n)) < (0.2 if has_reset else 0)
-    return arguments, reset, [rng.normal(size=shape).astype(np.float32) for shape in (shapes[0], shapes[-1])]
+    return (
+        arguments,
+        reset,
+        [rng.normal(size=shape).astype(np.float32) for shape in (shapes[0], shapes[-1])],
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "reverse"), compiler_options=QUICK)
@@ -61,7 +74,9 @@ def run(arguments, reset, gradients, *, reverse=False, implementation="native"):
 
     def scan(*arguments):
         *xs, h = arguments
-        return selective_scan(*xs, initial_state=h, reset=reset, reverse=reverse, implementation=implementation)
+        return selective_scan(
+            *xs, initial_state=h, reset=reset, reverse=reverse, implementation=implementation
+        )
 
     outputs, pull_back = jax.vjp(scan, *arguments)
     return (*outputs, *pull_back(tuple(gradients)))
@@ -91,7 +106,12 @@ def test_random_shapes(seed):
         n = int(rng.choice([1, 2, 3, rng.integers(4, 16), 16, 17, rng.integers(18, 70)]))
         reverse = bool(rng.integers(2))
         problem = make_problem(seed, m, n, d, s, has_reset=bool(rng.integers(2)))
-        assert_close(run(*problem, reverse=reverse), exact(*problem, reverse), 1e-5, f"with {m, n, d, s, reverse}")
+        assert_close(
+            run(*problem, reverse=reverse),
+            exact(*problem, reverse),
+            1e-5,
+            f"with {m, n, d, s, reverse}",
+        )
 
 
 @pytest.mark.parametrize("isa", mam_native.available())
@@ -111,7 +131,10 @@ def test_the_environment_chooses_the_instruction_set():
     isa = mam_native.available()[0]
     script = "import mam_native; print(mam_native.isa())"
     environment = os.environ | {"MAM_NATIVE_ISA": isa}
-    assert subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip() == isa
+    assert (
+        subprocess.check_output([sys.executable, "-c", script], env=environment, text=True).strip()
+        == isa
+    )
     with pytest.raises(ValueError, match=isa):
         mam_native.choose("z80")
 
@@ -119,7 +142,11 @@ def test_the_environment_chooses_the_instruction_set():
 @pytest.mark.parametrize(("n", "reverse"), [(2, False), (3, True), (40, False)])
 def test_equals_xla(n, reverse):
     problem = make_problem(n, 20, n, 32, 16)
-    assert_close(run(*problem, reverse=reverse), run(*problem, reverse=reverse, implementation="sequential"), 1e-5)
+    assert_close(
+        run(*problem, reverse=reverse),
+        run(*problem, reverse=reverse, implementation="sequential"),
+        1e-5,
+    )
 
 
 def test_the_same_bits_each_time_and_for_any_number_of_threads(monkeypatch):
@@ -142,9 +169,9 @@ def test_a_scan_over_seeds_is_a_loop_over_seeds():
             assert np.asarray(a[k]).tobytes() == np.asarray(b).tobytes()
     arguments, _, _ = problems[0]
     more = np.stack([arguments[0], 2 * arguments[0]])
-    y = jax.jit(jax.vmap(jax.vmap(lambda x, dt: run_outputs([x, dt, *arguments[2:]]), (0, None)), (None, 0)))(
-        more, np.stack([arguments[1]] * 4)
-    )
+    y = jax.jit(
+        jax.vmap(jax.vmap(lambda x, dt: run_outputs([x, dt, *arguments[2:]]), (0, None)), (None, 0))
+    )(more, np.stack([arguments[1]] * 4))
     assert y.shape == (4, 2, 6, 18, 20)
     np.testing.assert_allclose(y[3, 1], 2 * y[0, 0], rtol=1e-5)
 
@@ -187,17 +214,25 @@ def test_gated_in_one_pass_and_in_several(seed):
     for _ in range(3):
         m, d, s, rank = (int(v) for v in rng.integers(1, [9, 70, 34, native_scan.MAX_RANK + 3]))
         n = int(rng.choice([1, 2, rng.integers(3, 16), 16, rng.integers(17, 70)]))
-        run = functools.partial(run_gated, *make_gated_problem(seed, m, n, d, s, rank), reverse=bool(rng.integers(2)))
+        run = functools.partial(
+            run_gated, *make_gated_problem(seed, m, n, d, s, rank), reverse=bool(rng.integers(2))
+        )
         actual, expected = run(), run(implementation="sequential")
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), 1e-3), f"with {m, n, d, s, rank}"
+            assert np.max(np.abs(a - b)) <= 1e-5 * max(np.max(np.abs(b)), 1e-3), (
+                f"with {m, n, d, s, rank}"
+            )
 
 
 def test_gated_with_weights_of_each_seed():
     problems = [make_gated_problem(k, 6, 18, 20, 5, 3) for k in range(3)]
-    together = jax.jit(jax.vmap(run_gated.__wrapped__))(*jax.tree.map(lambda *v: jnp.stack(v), *problems))
+    together = jax.jit(jax.vmap(run_gated.__wrapped__))(
+        *jax.tree.map(lambda *v: jnp.stack(v), *problems)
+    )
     for k, problem in enumerate(problems):
-        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(run_gated(*problem)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(together), jax.tree.leaves(run_gated(*problem)), strict=True
+        ):
             np.testing.assert_allclose(a[k], b, rtol=1e-5, atol=1e-5)
 
 
@@ -252,7 +287,9 @@ def test_what_it_does_not_take(monkeypatch):
     # The library checks for itself what it is given.
     inputs = native_scan.ScanInputs(*(jnp.asarray(v) for v in arguments[:-1]), None, None)
     with pytest.raises(Exception, match=r"dt must have shape \[2, 5, 20\], got \[2, 5, 19\]"):
-        jax.block_until_ready(native_scan.native_outputs(inputs._replace(dt=inputs.dt[..., :19]), reverse=False))
+        jax.block_until_ready(
+            native_scan.native_outputs(inputs._replace(dt=inputs.dt[..., :19]), reverse=False)
+        )
     monkeypatch.setattr(native, "is_installed", lambda: False)
     native.library.cache_clear()
     with pytest.raises(UserError, match="make native"):

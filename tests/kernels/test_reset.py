@@ -9,11 +9,20 @@ import numpy as np
 import pytest
 
 from mam.kernels.native.library import is_installed, without_native
-from mam.kernels.selective_scan import gated_scan, selective_scan, selective_step, step_size, zero_where
+from mam.kernels.selective_scan import (
+    gated_scan,
+    selective_scan,
+    selective_step,
+    step_size,
+    zero_where,
+)
 from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.mixers.roles import CausalConv
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 D, S, R, HEADS, TAPS = 8, 4, 3, 2, 4
 ROWS, PIECES = 3, 3  # the first row is reset before its first agent, too
 A = -jnp.exp(jnp.linspace(-2.0, 1.0, D * S)).reshape(D, S)
@@ -45,7 +54,9 @@ def gated(weights, xs, state, **how):
     x, gate, features, B, C = split(xs, D, D, R, S)
     projection = weights["weight"], weights["bias"]
     skip = weights["skip"]
-    return gated_scan(x, features, *projection, weights["A"], B, C, skip, gate, initial_state=state, **how)
+    return gated_scan(
+        x, features, *projection, weights["A"], B, C, skip, gate, initial_state=state, **how
+    )
 
 
 def gated_one(weights, x, state):
@@ -63,7 +74,9 @@ def dual(weights, xs, state, **how):
 
 def dual_one(weights, x, state):
     x, dt, B, C = split(x, D, HEADS, S)
-    return ssd_step(state, x, 0.5 * jnp.abs(dt), weights["A"][:HEADS, 0], B, C, weights["skip"][:HEADS])
+    return ssd_step(
+        state, x, 0.5 * jnp.abs(dt), weights["A"][:HEADS, 0], B, C, weights["skip"][:HEADS]
+    )
 
 
 def convolved(weights, xs, state, *, implementation, **how):
@@ -76,9 +89,16 @@ def convolved_one(weights, x, state):
     return jnp.stack(state, axis=1), y
 
 
-NATIVE = pytest.mark.skipif(not is_installed(), reason="the native kernels are not installed: make native")
+NATIVE = pytest.mark.skipif(
+    not is_installed(), reason="the native kernels are not installed: make native"
+)
 RECURRENCES = {
-    "selective": (selective, selective_one, 2 * D + 2 * S, ("sequential", "associative", "pairwise", "interpret")),
+    "selective": (
+        selective,
+        selective_one,
+        2 * D + 2 * S,
+        ("sequential", "associative", "pairwise", "interpret"),
+    ),
     "gated": (gated, gated_one, 2 * D + R + 2 * S, ("sequential",)),
     "ssd": (dual, dual_one, D + HEADS + 2 * S, ("scan",)),
     "convolution": (convolved, convolved_one, D, ("xla",)),
@@ -104,8 +124,14 @@ def make_problem(name, n, seed=0, dtype=jnp.float32):
     shapes = (ROWS, n, RECURRENCES[name][2]), state, (ROWS, n, D), state
     xs, state, gy, g_state = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
     xs, state = xs.astype(dtype), state.astype(dtype if name == "convolution" else jnp.float32)
-    weight, bias, skip = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((R, D), D, D))
-    weights = {"conv": CONV} if name == "convolution" else {"A": A, "skip": skip, "weight": weight, "bias": bias}
+    weight, bias, skip = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((R, D), D, D)
+    )
+    weights = (
+        {"conv": CONV}
+        if name == "convolution"
+        else {"A": A, "skip": skip, "weight": weight, "bias": bias}
+    )
     return weights, xs, state, (gy, g_state)
 
 
@@ -167,7 +193,9 @@ def run_steps(name, reverse, weights, xs, state, reset, gradients):
 
 def assert_close(actual, expected, tolerance):
     """Largest error of each leaf, relative to its largest value."""
-    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-3)
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
@@ -205,7 +233,9 @@ def test_nothing_leaks_across_a_reset(name, implementation, reverse, bad):
     reset = resets_between_pieces(PIECES * piece, reverse)
     outcome = functools.partial(run, name, implementation, reverse, weights)
     (y, last), (_, g_xs, g_state_in) = outcome(xs, state, reset, (gy, g_state))
-    first, middle, final = (slice(k * piece, (k + 1) * piece) for k in ((2, 1, 0) if reverse else (0, 1, 2)))
+    first, middle, final = (
+        slice(k * piece, (k + 1) * piece) for k in ((2, 1, 0) if reverse else (0, 1, 2))
+    )
     # 1. The first piece is bad; in the first row, which is reset at once, the state before it instead.
     bad_xs, bad_state = xs.at[1:, first].set(bad), state.at[0].set(bad)
     (y_bad, last_bad), (_, g_bad, g_state_bad) = outcome(bad_xs, bad_state, reset, (gy, g_state))

@@ -15,7 +15,10 @@ from mam.kernels.ssd import ssd
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 
@@ -31,7 +34,15 @@ def reference(x, dt, A, B, C, D, initial_state, reset, reverse):
 
 def make_arguments(rng, n, batch=(), d=3, s=4):
     """Arguments of the scan, in the order of NAMES."""
-    shapes = ((*batch, n, d), (*batch, n, d), (d, s), (*batch, n, s), (*batch, n, s), (d,), (*batch, s, d))
+    shapes = (
+        (*batch, n, d),
+        (*batch, n, d),
+        (d, s),
+        (*batch, n, s),
+        (*batch, n, s),
+        (d,),
+        (*batch, s, d),
+    )
     arguments = [rng.normal(size=shape) for shape in shapes]
     arguments[1] = 0.5 * np.abs(arguments[1])
     arguments[2] = -np.exp(arguments[2] - 1.0)  # some channels remember far more than a chunk
@@ -40,7 +51,13 @@ def make_arguments(rng, n, batch=(), d=3, s=4):
 
 def run(implementation, reverse, arguments, reset=None):
     *xs, initial_state = arguments
-    return selective_scan(*xs, initial_state=initial_state, reset=reset, reverse=reverse, implementation=implementation)
+    return selective_scan(
+        *xs,
+        initial_state=initial_state,
+        reset=reset,
+        reverse=reverse,
+        implementation=implementation,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
@@ -75,12 +92,27 @@ def assert_close(actual, expected, tolerance, what=""):
     reverse=st.booleans(),
     seed=st.integers(0, 100),
 )
-@example(n=MAX_PAIRWISE_LENGTH, batch=(2,), d=2, s=3, has_state=True, has_reset=True, reverse=True, seed=1)
+@example(
+    n=MAX_PAIRWISE_LENGTH,
+    batch=(2,),
+    d=2,
+    s=3,
+    has_state=True,
+    has_reset=True,
+    reverse=True,
+    seed=1,
+)
 @example(n=2, batch=(), d=2, s=3, has_state=False, has_reset=False, reverse=False, seed=2)
-@example(n=2 * CHUNK + 1, batch=(2, 1), d=2, s=2, has_state=True, has_reset=True, reverse=False, seed=4)
-@example(n=2 * CHUNK + 1, batch=(2,), d=2, s=2, has_state=True, has_reset=True, reverse=True, seed=5)
+@example(
+    n=2 * CHUNK + 1, batch=(2, 1), d=2, s=2, has_state=True, has_reset=True, reverse=False, seed=4
+)
+@example(
+    n=2 * CHUNK + 1, batch=(2,), d=2, s=2, has_state=True, has_reset=True, reverse=True, seed=5
+)
 @example(n=2, batch=(2, TILE), d=2, s=2, has_state=False, has_reset=False, reverse=False, seed=6)
-@example(n=3, batch=(3, TILE // 2 + 1), d=1, s=2, has_state=True, has_reset=True, reverse=True, seed=7)
+@example(
+    n=3, batch=(3, TILE // 2 + 1), d=1, s=2, has_state=True, has_reset=True, reverse=True, seed=7
+)
 def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_reset, reverse, seed):
     rng = np.random.default_rng(seed)
     arguments = make_arguments(rng, n, batch, d, s)
@@ -91,7 +123,9 @@ def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_rese
     expected = reference(*arguments, reset, reverse)
     with jax.enable_x64(True):
         given_arguments = arguments if has_state else [*arguments[:-1], None]
-        results = value_and_gradients(suitable(n), reverse, given_arguments, reset if has_reset else None, cotangents)
+        results = value_and_gradients(
+            suitable(n), reverse, given_arguments, reset if has_reset else None, cotangents
+        )
         results = jax.device_get(results)
     for name, ((y, h), gradients) in results.items():
         assert_close(y, expected[0], 1e-12, f"{name}: y")
@@ -103,9 +137,13 @@ def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_rese
             direction = rng.normal(size=arguments[k].shape)
             moved = [a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]
             outputs = reference(*moved, reset, reverse)
-            slope = sum(np.sum(g * out.imag) for g, out in zip(cotangents, outputs, strict=True)) * 1e30
+            slope = (
+                sum(np.sum(g * out.imag) for g, out in zip(cotangents, outputs, strict=True)) * 1e30
+            )
             scale = np.sum(np.abs(gradient * direction)) + 1e-3
-            assert abs(np.sum(gradient * direction) - slope) <= 1e-12 * scale, f"{name}: gradient of {NAMES[k]}"
+            assert abs(np.sum(gradient * direction) - slope) <= 1e-12 * scale, (
+                f"{name}: gradient of {NAMES[k]}"
+            )
 
 
 @pytest.mark.parametrize("n", [MAX_PAIRWISE_LENGTH, 40])
@@ -116,7 +154,9 @@ def test_float32_is_accurate(n):
     y, h = (v.astype(np.float32) for v in reference(*arguments, reset, False))
     with jax.enable_x64(True):
         wide = [a.astype(np.float64) for a in (*arguments, y, h)]
-        exact = value_and_gradients(("sequential",), False, wide[:-2], reset, tuple(wide[-2:]))["sequential"]
+        exact = value_and_gradients(("sequential",), False, wide[:-2], reset, tuple(wide[-2:]))[
+            "sequential"
+        ]
     for name, results in value_and_gradients(suitable(n), False, arguments, reset, (y, h)).items():
         for actual, expected in zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True):
             assert actual.dtype == jnp.float32
@@ -185,7 +225,9 @@ def cut_in_two(implementation, cut, arguments):
 def test_a_sequence_may_be_cut_anywhere(implementation):
     n, cut = lengths(implementation)
     with jax.enable_x64(True):
-        results = cut_in_two(implementation, cut, make_arguments(np.random.default_rng(0), n, batch=(2,)))
+        results = cut_in_two(
+            implementation, cut, make_arguments(np.random.default_rng(0), n, batch=(2,))
+        )
     for result in results:
         for actual, expected in (("parts", "whole"), ("reset", "anew")):
             for a, b in zip(result[actual], result[expected], strict=True):
@@ -203,7 +245,9 @@ def test_without_a_step_size_the_state_stays(implementation):
     x, dt, A, B, C, D, state = arguments
     compact = (x[:, there], dt[:, there], A, B[:, there], C[:, there], D, state)
     with jax.enable_x64(True):
-        y, h = jax.jit(functools.partial(run, implementation, False), compiler_options=QUICK)(arguments)
+        y, h = jax.jit(functools.partial(run, implementation, False), compiler_options=QUICK)(
+            arguments
+        )
     y_compact, h_compact = reference(*compact, np.zeros((2, there.sum()), bool), False)
     assert_close(y[:, there], y_compact, 1e-12)
     assert_close(h, h_compact, 1e-12)
@@ -220,7 +264,10 @@ def intermediate_sizes(jaxpr):
 def test_training_keeps_no_states():
     """Of all [B, N, D, S] states the sequential form keeps one per chunk, and forms one chunk's at a time."""
     n, batch, d, s = 64, 2, 32, 32
-    arguments = [jnp.asarray(a, jnp.float32) for a in make_arguments(np.random.default_rng(0), n, (batch,), d, s)]
+    arguments = [
+        jnp.asarray(a, jnp.float32)
+        for a in make_arguments(np.random.default_rng(0), n, (batch,), d, s)
+    ]
     states = batch * n * d * s
 
     def largest(implementation):
@@ -256,7 +303,9 @@ def test_nothing_to_read_leaves_the_state(scan, implementation, m, n):
             return ssd(x, x[..., :2], -jnp.ones(2), B, B, jnp.ones(2), **how)
         if scan == "selective":
             return selective_scan(x, x, -jnp.ones((d, s)), B, B, jnp.ones(d), **how)
-        return gated_scan(x, x[..., :1], *PROJECTION, -jnp.ones((d, s)), B, B, jnp.ones(d), x, **how)
+        return gated_scan(
+            x, x[..., :1], *PROJECTION, -jnp.ones((d, s)), B, B, jnp.ones(d), x, **how
+        )
 
     (y, h), pull_back = jax.vjp(run, x)
     assert y.shape == x.shape

@@ -12,7 +12,9 @@ from mam.kernels.cuda import scan as kernel_module
 from mam.kernels.cuda.scan import CHUNK, kernel_supports, scan_kernel
 
 QUICK = {"xla_backend_optimization_level": 0}  # less time compiling
-IGNORE_DEPRECATION = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.11
+IGNORE_DEPRECATION = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated"
+)  # JAX 0.11
 GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))
 ARGUMENTS = ("x", "dt", "B", "C", "A", "h0")
 
@@ -26,7 +28,10 @@ def loop(x, dt, B, C, A, reset, h0, *, reverse):
 
     def step(h, agent):
         x, dt, B, C, reset = agent
-        h = jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0.0, h) + (dt * x)[:, None] * B[:, :, None]
+        h = (
+            jnp.exp(dt[:, None] * A) * jnp.where(reset[:, None, None], 0.0, h)
+            + (dt * x)[:, None] * B[:, :, None]
+        )
         return h, jnp.sum(h * C[:, :, None], axis=1)
 
     h, y = jax.lax.scan(step, h0, (x, dt, B, C, reset), reverse=reverse)
@@ -43,7 +48,10 @@ def make_arguments(seed, m, n, d, s, dtype=np.float32):
     x, dt, B, C, A, h0 = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
     dt, A = 0.5 * np.abs(dt), -np.exp(A - 1.0)  # some channels remember far more than a chunk
     reset = rng.random((m, n)) < 0.2
-    return [jnp.asarray(v, dtype) for v in (x, dt, B, C)] + [jnp.asarray(A), jnp.asarray(h0)], jnp.asarray(reset)
+    return [jnp.asarray(v, dtype) for v in (x, dt, B, C)] + [
+        jnp.asarray(A),
+        jnp.asarray(h0),
+    ], jnp.asarray(reset)
 
 
 def value_and_gradients(scan, reverse, arguments, reset):
@@ -53,12 +61,16 @@ def value_and_gradients(scan, reverse, arguments, reset):
         return scan(x, dt, B, C, A, reset, h0, reverse=reverse)
 
     outputs, pull_back = jax.vjp(run, *arguments)
-    weights = jax.tree.map(lambda v: jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape), outputs)
+    weights = jax.tree.map(
+        lambda v: jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape), outputs
+    )
     return outputs, pull_back(jax.tree.map(lambda w, v: w.astype(v.dtype), weights, outputs))
 
 
 def compiled(scan, reverse, *arguments):
-    return jax.jit(functools.partial(value_and_gradients, scan, reverse), compiler_options=QUICK)(*arguments)
+    return jax.jit(functools.partial(value_and_gradients, scan, reverse), compiler_options=QUICK)(
+        *arguments
+    )
 
 
 def assert_close(actual, expected, tolerance):
@@ -155,7 +167,9 @@ def test_mapped_over_seeds_inside_a_loop():
         return jnp.sum(y**2) + jnp.sum(h)
 
     def gradients(scan):
-        return jax.jit(jax.vmap(jax.value_and_grad(functools.partial(loss, scan))), compiler_options=QUICK)
+        return jax.jit(
+            jax.vmap(jax.value_and_grad(functools.partial(loss, scan))), compiler_options=QUICK
+        )
 
     assert_close(gradients(kernel)(stacked, reset), gradients(loop)(stacked, reset), 1e-5)
 
@@ -166,7 +180,9 @@ def test_one_state_is_kept_per_chunk(n):
     arguments, reset = make_arguments(0, 2, n, 16, 4)
 
     def residuals(*arguments):
-        return jax.vjp(lambda x, dt, B, C, A, h0: kernel(x, dt, B, C, A, reset, h0, reverse=False), *arguments)[1]
+        return jax.vjp(
+            lambda x, dt, B, C, A, h0: kernel(x, dt, B, C, A, reset, h0, reverse=False), *arguments
+        )[1]
 
     kept = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, *arguments)))
     states = kept - reset.size - sum(v.size for v in arguments)
@@ -178,7 +194,9 @@ def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, has_reset=False, *
     shapes = ((m, n, d), (m, n, d), (m, n, s), (m, n, s), (s, d), (m, s, d))
     types = (dtype, dtype, dtype, dtype, jnp.float32, jnp.float32)
     lead = () if seeds is None else (seeds,)
-    arguments = [jax.ShapeDtypeStruct(lead + shape, t) for shape, t in zip(shapes, types, strict=True)]
+    arguments = [
+        jax.ShapeDtypeStruct(lead + shape, t) for shape, t in zip(shapes, types, strict=True)
+    ]
     reset = jnp.arange(m * n).reshape(m, n) % 5 == 0 if has_reset else None
 
     def loss(x, dt, B, C, A, h0):
@@ -197,7 +215,13 @@ def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, has_reset=False, *
     [
         (64, 3, 64, 16, {}),
         (64, 33, 64, 16, {"has_reset": True}),
-        (8192, 4, 128, 16, {"dtype": jnp.bfloat16, "final_state": False}),  # several sequences per program
+        (
+            8192,
+            4,
+            128,
+            16,
+            {"dtype": jnp.bfloat16, "final_state": False},
+        ),  # several sequences per program
         (64, 32, 128, 32, {}),
         (64, 33, 256, 16, {"dtype": jnp.bfloat16, "seeds": 4}),
         (131072, 128, 256, 32, {}),  # beyond a grid of 65535 and offsets of 32 bits
@@ -213,7 +237,15 @@ def test_lowers_for_a_gpu(m, n, d, s, options):
 
 def test_sizes_that_are_not_supported():
     supported = [(1, 8, 4), (3, 64, 16), (1024, 256, 32), (7, 96, 16), (5, 16, 64)]
-    refused = [(0, 64, 16), (3, 64, 12), (3, 64, 2), (3, 64, 128), (3, 4, 16), (3, 12, 16), (3, 65, 16)]
+    refused = [
+        (0, 64, 16),
+        (3, 64, 12),
+        (3, 64, 2),
+        (3, 64, 128),
+        (3, 4, 16),
+        (3, 12, 16),
+        (3, 65, 16),
+    ]
     assert all(kernel_supports(*sizes) for sizes in supported)
     assert not any(kernel_supports(*sizes) for sizes in refused)
     with pytest.raises(ValueError, match="3, 64, 12"):

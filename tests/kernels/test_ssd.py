@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from mam.kernels.native.library import is_installed, without_native
 from mam.kernels.ssd import CHUNK, ssd, ssd_step
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-needs_native = pytest.mark.skipif(not is_installed(), reason="the native kernels are not installed: make native")
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
+needs_native = pytest.mark.skipif(
+    not is_installed(), reason="the native kernels are not installed: make native"
+)
 IMPLEMENTATIONS = ("native", "products")
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
@@ -33,20 +38,38 @@ def reference(x, dt, A, B, C, D, state):
 def make_arguments(rng, n, batch=(), heads=2, channels=3, s=4):
     """Arguments in the order of NAMES."""
     d = heads * channels
-    shapes = ((*batch, n, d), (*batch, n, heads), (heads,), (*batch, n, s), (*batch, n, s), (heads,), (*batch, s, d))
+    shapes = (
+        (*batch, n, d),
+        (*batch, n, heads),
+        (heads,),
+        (*batch, n, s),
+        (*batch, n, s),
+        (heads,),
+        (*batch, s, d),
+    )
     arguments = [rng.normal(size=shape) for shape in shapes]
     arguments[1] = 0.5 * np.abs(arguments[1])
     arguments[2] = -np.exp(arguments[2] - 1.0)  # some heads remember far more than a chunk
     return arguments
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "reverse", "implementation"), compiler_options=QUICK)
-def value_and_gradients(arguments, cotangents=None, chunk=CHUNK, reverse=False, implementation="products"):
+@functools.partial(
+    jax.jit, static_argnames=("chunk", "reverse", "implementation"), compiler_options=QUICK
+)
+def value_and_gradients(
+    arguments, cotangents=None, chunk=CHUNK, reverse=False, implementation="products"
+):
     """y, the final state, and the gradients of all arguments through both."""
 
     def run(*arguments):
         *xs, initial_state = arguments
-        return ssd(*xs, initial_state=initial_state, chunk=chunk, reverse=reverse, implementation=implementation)
+        return ssd(
+            *xs,
+            initial_state=initial_state,
+            chunk=chunk,
+            reverse=reverse,
+            implementation=implementation,
+        )
 
     outputs, pull_back = jax.vjp(run, *arguments)
     return outputs, pull_back(outputs if cotangents is None else cotangents)
@@ -92,7 +115,9 @@ def test_values_and_gradients_equal_the_loop(n, batch, heads, channels, s, has_s
             continue
         # The derivative along a random direction, exact to rounding: the imaginary part of a complex step.
         direction = rng.normal(size=arguments[k].shape)
-        moved = reference(*[a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)])
+        moved = reference(
+            *[a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]
+        )
         slope = sum(np.sum(g * out.imag) for g, out in zip(cotangents, moved, strict=True)) * 1e30
         scale = np.sum(np.abs(gradient * direction)) + 1e-3
         assert abs(np.sum(gradient * direction) - slope) <= 1e-12 * scale, f"gradient of {NAMES[k]}"
@@ -120,15 +145,20 @@ def test_reverse_is_the_flipped_sequence(n):
 
 @needs_native
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("n", "sizes"), [(1, {}), (5, {"heads": 3, "channels": 7, "s": 17}), (40, {"channels": 20})])
+@pytest.mark.parametrize(
+    ("n", "sizes"), [(1, {}), (5, {"heads": 3, "channels": 7, "s": 17}), (40, {"channels": 20})]
+)
 def test_the_native_recurrence_equals_the_products(n, sizes, reverse):
     rng = np.random.default_rng(n)
     arguments = [a.astype(np.float32) for a in make_arguments(rng, n, batch=(3, 2), **sizes)]
     cotangents = [rng.normal(size=arguments[k].shape).astype(np.float32) for k in (0, -1)]
     native, products = (
-        value_and_gradients(arguments, tuple(cotangents), reverse=reverse, implementation=i) for i in IMPLEMENTATIONS
+        value_and_gradients(arguments, tuple(cotangents), reverse=reverse, implementation=i)
+        for i in IMPLEMENTATIONS
     )
-    for name, a, b in zip(("y", "final state", *NAMES), *map(jax.tree.leaves, (native, products)), strict=True):
+    for name, a, b in zip(
+        ("y", "final state", *NAMES), *map(jax.tree.leaves, (native, products)), strict=True
+    ):
         assert_close(a, np.asarray(b), 1e-5, name)
 
 
@@ -153,7 +183,9 @@ def test_without_a_step_size_the_state_stays(n):
     there = np.arange(n) % 3 != 1
     arguments[1][:, ~there] = 0.0
     x, dt, A, B, C, D, state = arguments
-    y_compact, h_compact = reference(x[:, there], dt[:, there], A, B[:, there], C[:, there], D, state)
+    y_compact, h_compact = reference(
+        x[:, there], dt[:, there], A, B[:, there], C[:, there], D, state
+    )
     with jax.enable_x64(True):
         (y, h), _ = value_and_gradients(arguments)
     assert_close(y[:, there], y_compact, 1e-12)
@@ -179,7 +211,9 @@ def test_over_seeds_it_is_a_loop_over_seeds():
     stacked = [np.stack(a) for a in zip(*seeds, strict=True)]
     together = jax.jit(jax.vmap(value_and_gradients.__wrapped__), compiler_options=QUICK)(stacked)
     for i, seed in enumerate(seeds):
-        for actual, expected in zip(jax.tree.leaves(together), jax.tree.leaves(value_and_gradients(seed)), strict=True):
+        for actual, expected in zip(
+            jax.tree.leaves(together), jax.tree.leaves(value_and_gradients(seed)), strict=True
+        ):
             assert_close(actual[i], np.asarray(expected), 1e-6)
 
 
@@ -209,12 +243,18 @@ def test_float32_is_accurate(n, step_sizes):
     wide = [a.astype(np.float64) for a in single]
     outputs = value_and_gradients(single)
     with jax.enable_x64(True):
-        exact = jax.device_get(value_and_gradients(wide, tuple(np.asarray(v, np.float64) for v in outputs[0])))
+        exact = jax.device_get(
+            value_and_gradients(wide, tuple(np.asarray(v, np.float64) for v in outputs[0]))
+        )
     names = ("y", "final state", *NAMES)
-    for name, actual, expected in zip(names, jax.tree.leaves(outputs), jax.tree.leaves(exact), strict=True):
+    for name, actual, expected in zip(
+        names, jax.tree.leaves(outputs), jax.tree.leaves(exact), strict=True
+    ):
         assert actual.dtype == jnp.float32
         # Strong decays let A do next to nothing, and its gradient is a small sum of large terms.
-        assert_close(actual, expected, 1e-2 if name == "A" and step_sizes is strong_then_weak else 1e-5, name)
+        assert_close(
+            actual, expected, 1e-2 if name == "A" and step_sizes is strong_then_weak else 1e-5, name
+        )
 
 
 @pytest.mark.parametrize("n", [3, CHUNK + 3])
@@ -222,7 +262,10 @@ def test_half_precision_goes_in_and_comes_out_and_nothing_in_between(n):
     """As good as the inputs' own rounding; Δ, decays and states are single."""
     rng = np.random.default_rng(0)
     arguments = [jnp.asarray(a, jnp.float32) for a in make_arguments(rng, n, batch=(2,))]
-    arguments = [v.astype(jnp.bfloat16) if name in "xBC" else v for name, v in zip(NAMES, arguments, strict=True)]
+    arguments = [
+        v.astype(jnp.bfloat16) if name in "xBC" else v
+        for name, v in zip(NAMES, arguments, strict=True)
+    ]
     outputs = value_and_gradients(arguments)
     assert [v.dtype for v in outputs[0]] == [jnp.bfloat16, jnp.float32]
     assert [g.dtype for g in outputs[1]] == [v.dtype for v in arguments]

@@ -40,7 +40,11 @@ def double_loop(reward, value, next_value, terminated, truncated, gamma, gae_lam
         goes_on = np.ones(reward.shape[1:])
         for k in range(LENGTH - t):
             bootstrap = np.where(terminated[t + k], 0.0, next_value[t + k])
-            advantage[t] += goes_on * (gamma * gae_lambda) ** k * (reward[t + k] + gamma * bootstrap - value[t + k])
+            advantage[t] += (
+                goes_on
+                * (gamma * gae_lambda) ** k
+                * (reward[t + k] + gamma * bootstrap - value[t + k])
+            )
             goes_on *= ~terminated[t + k] & ~truncated[t + k]
     return advantage
 
@@ -50,7 +54,9 @@ def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0), (0.0, 0.9)])
+@pytest.mark.parametrize(
+    ("gamma", "gae_lambda"), [(0.99, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0), (0.0, 0.9)]
+)
 def test_equals_the_double_loop(random, gamma, gae_lambda):
     out = gae(*random, gamma=gamma, gae_lambda=gae_lambda)
     expected = double_loop(*random, gamma, gae_lambda)
@@ -95,12 +101,19 @@ def test_gamma_zero_looks_no_further_than_the_reward(random):
 
 @pytest.mark.parametrize(
     ("terminated", "truncated", "expected"),
-    [(False, False, 1 + 0.9 * 10 - 2), (False, True, 1 + 0.9 * 10 - 2), (True, False, 1 - 2), (True, True, 1 - 2)],
+    [
+        (False, False, 1 + 0.9 * 10 - 2),
+        (False, True, 1 + 0.9 * 10 - 2),
+        (True, False, 1 - 2),
+        (True, True, 1 - 2),
+    ],
 )
 def test_a_time_limit_is_bootstrapped_a_termination_is_not(terminated, truncated, expected):
     """Defect 2."""
     one = (jnp.full((1,), x) for x in (1.0, 2.0, 10.0, terminated, truncated))
-    assert generalised_advantages(*one, gamma=0.9, gae_lambda=0.95).advantage[0] == pytest.approx(expected)
+    assert generalised_advantages(*one, gamma=0.9, gae_lambda=0.95).advantage[0] == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize("end", ["terminated", "truncated"])
@@ -129,14 +142,21 @@ def test_the_successor_of_a_termination_may_be_anything(random):
     np.testing.assert_array_equal(clean.advantage, dirty.advantage)
 
 
-VALUE = jnp.array([[1.0, 2.0, 6.0], [4.0, jnp.nan, -1.0], [jnp.inf, jnp.nan, 8.0], [jnp.nan, 7.0, 7.0]])
-ALIVE = jnp.array([[True, True, True], [True, False, True], [False, False, True], [False, False, False]])
+VALUE = jnp.array(
+    [[1.0, 2.0, 6.0], [4.0, jnp.nan, -1.0], [jnp.inf, jnp.nan, 8.0], [jnp.nan, 7.0, 7.0]]
+)
+ALIVE = jnp.array(
+    [[True, True, True], [True, False, True], [False, False, True], [False, False, False]]
+)
 
 
 @pytest.mark.parametrize(
     ("team_reward", "expected"),
     [
-        (True, [[1, 2, 6], [4, 1.5, -1], [8, 8, 8], [0, 0, 0]]),  # the mean of the living, 0 if there are none
+        (
+            True,
+            [[1, 2, 6], [4, 1.5, -1], [8, 8, 8], [0, 0, 0]],
+        ),  # the mean of the living, 0 if there are none
         (False, [[1, 2, 6], [4, 0, -1], [0, 0, 8], [0, 0, 0]]),
     ],
 )

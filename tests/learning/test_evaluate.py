@@ -42,7 +42,9 @@ class Drawn:
         view = jnp.broadcast_to(time.astype(float), (2, 1))
         obs = Observation(view, jnp.ones((2, 100), bool), alive=jnp.ones(2, bool))
         over, even = time == length, length % 2 == 0
-        return TimeStep(obs, reward, over & even, over & ~even, obs, metrics={"drawn": length.astype(float)})
+        return TimeStep(
+            obs, reward, over & even, over & ~even, obs, metrics={"drawn": length.astype(float)}
+        )
 
 
 class Scripted(eqx.Module):
@@ -58,9 +60,13 @@ class Scripted(eqx.Module):
         jax.debug.callback(lambda _: self.calls.append(1), memory[0])
         count = jnp.where(reset, 0, memory)
         preferred = jnp.broadcast_to((self.weight + count)[:, None], (count.size, 2))
-        action = jnp.where(greedy, preferred, jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 100))(key))
+        action = jnp.where(
+            greedy, preferred, jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 100))(key)
+        )
         blank = jnp.zeros(action.shape)
-        return count + 1, PolicyOutput(action.astype(jnp.int32), blank, blank, jnp.zeros(action.shape, jnp.int32))
+        return count + 1, PolicyOutput(
+            action.astype(jnp.int32), blank, blank, jnp.zeros(action.shape, jnp.int32)
+        )
 
     def evaluate(self, memory, obs, action, order, reset):
         raise NotImplementedError
@@ -78,7 +84,9 @@ CALLS = []
 
 @partial(jax.jit, static_argnames="greedy")
 def _play(weight, key, greedy, max_steps):
-    return evaluate(ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy, max_steps=max_steps)
+    return evaluate(
+        ENV, Scripted(weight, CALLS), key, NUM_EPISODES, greedy=greedy, max_steps=max_steps
+    )
 
 
 def play(weight=3, seed=0, *, greedy=True, max_steps=100):
@@ -120,7 +128,9 @@ def test_every_episode_equals_one_played_by_hand():
     assert all(values.shape == (NUM_EPISODES,) for values in metrics.values())
     assert set(metrics["drawn"]) == {1, 2, 3, 4, 5}
     expected = {length: by_hand(3, length) for length in range(1, 6)}
-    for drawn, *found in zip(metrics["drawn"], metrics["episode_return"], metrics["episode_length"], strict=True):
+    for drawn, *found in zip(
+        metrics["drawn"], metrics["episode_return"], metrics["episode_length"], strict=True
+    ):
         assert found == pytest.approx(expected[int(drawn)])
 
 
@@ -161,7 +171,9 @@ def test_returns_of_each_agent_and_of_each_kind():
     assert own.shape == (NUM_EPISODES, 2)
     assert (own[:, 0] != own[:, 1]).any()
     np.testing.assert_allclose(own.mean(axis=1), metrics["episode_return"], rtol=1e-6)
-    kept, kinds = (with_kinds(metrics, env.spec, each_agent=each_agent) for each_agent in (True, False))
+    kept, kinds = (
+        with_kinds(metrics, env.spec, each_agent=each_agent) for each_agent in (True, False)
+    )
     assert kept.keys() - kinds.keys() == {"agent_return"}
     assert kinds.keys() - metrics.keys() == {"return_wolf", "return_hare"}
     np.testing.assert_array_equal(kinds["return_hare"], own[:, 1])
@@ -185,8 +197,12 @@ def test_a_kind_is_a_name_without_its_number(names, kinds):
 def test_side_by_side_equals_alone():
     """Under `vmap`, as seeds are, although some finish earlier than others."""
     keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.jit(jax.vmap(lambda key: evaluate(ENV, Scripted(jnp.asarray(3), []), key, 2, greedy=False)))(keys)
+    together = jax.jit(
+        jax.vmap(lambda key: evaluate(ENV, Scripted(jnp.asarray(3), []), key, 2, greedy=False))
+    )(keys)
     alone = jax.jit(lambda key: evaluate(ENV, Scripted(jnp.asarray(3), []), key, 2, greedy=False))
     assert len(set(together["episode_length"].max(axis=1).tolist())) > 1
     for seed, key in enumerate(keys):
-        jax.tree.map(lambda a, b, seed=seed: np.testing.assert_array_equal(a[seed], b), together, alone(key))
+        jax.tree.map(
+            lambda a, b, seed=seed: np.testing.assert_array_equal(a[seed], b), together, alone(key)
+        )

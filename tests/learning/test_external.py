@@ -17,7 +17,10 @@ from mam.learning import experience, train
 from mam.learning.external import host_evaluate, host_rollout, seed_of, start_episodes, take_infos
 from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
 
 
@@ -28,7 +31,11 @@ class Dice:
     Environment i throws the die of (seed, first + i), whatever the others do.
     """
 
-    spec = EnvSpec(*("test/dice", NUM_AGENTS, 3, NUM_ACTIONS, None), team_reward=False, agent_names=("even_0", "odd_1"))
+    spec = EnvSpec(
+        *("test/dice", NUM_AGENTS, 3, NUM_ACTIONS, None),
+        team_reward=False,
+        agent_names=("even_0", "odd_1"),
+    )
 
     def __init__(self, num_envs, first=0):
         self.num_envs, self.first = num_envs, first
@@ -47,7 +54,12 @@ class Dice:
         self.actions.append(action)
         reward = (action + self.time[:, None]).astype(np.float32)
         self.time, self.total = self.time + 1, self.total + reward.mean(axis=1)
-        final, metrics, over, even = self._observe(), self._metrics(), self.time == self.length, self.length % 2 == 0
+        final, metrics, over, even = (
+            self._observe(),
+            self._metrics(),
+            self.time == self.length,
+            self.length % 2 == 0,
+        )
         self._start(over)
         return TimeStep(self._observe(), reward, over & even, over & ~even, final, metrics)
 
@@ -56,14 +68,19 @@ class Dice:
 
     def _start(self, where):
         drawn = [
-            die.integers(1, 5) if new else old for die, new, old in zip(self.dice, where, self.length, strict=True)
+            die.integers(1, 5) if new else old
+            for die, new, old in zip(self.dice, where, self.length, strict=True)
         ]
         self.length = np.array(drawn, np.float32)
         self.time, self.total = np.where(where, 0, self.time), np.where(where, 0, self.total)
 
     def _observe(self):
         agents = (self.num_envs, NUM_AGENTS)
-        features = (self.length[:, None], self.time[:, None], np.arange(NUM_AGENTS, dtype=np.float32))
+        features = (
+            self.length[:, None],
+            self.time[:, None],
+            np.arange(NUM_AGENTS, dtype=np.float32),
+        )
         view = np.stack([np.broadcast_to(x, agents) for x in features], axis=-1)
         return Observation(view, np.ones((*agents, NUM_ACTIONS), bool), alive=np.ones(agents, bool))
 
@@ -98,10 +115,14 @@ class Counter(eqx.Module):
         raise NotImplementedError
 
 
-POLICY = Counter(jax.random.normal(jax.random.key(0), (NUM_SEEDS, 100, NUM_ACTIONS)))  # one per seed
+POLICY = Counter(
+    jax.random.normal(jax.random.key(0), (NUM_SEEDS, 100, NUM_ACTIONS))
+)  # one per seed
 KEYS = [jax.random.split(jax.random.key(k), NUM_SEEDS) for k in (1, 2)]  # of two rollouts
 SEED = 5  # of the environments
-act_alone = jax.jit(lambda policy, *args, greedy: policy.act(*args, greedy=greedy), static_argnames="greedy")
+act_alone = jax.jit(
+    lambda policy, *args, greedy: policy.act(*args, greedy=greedy), static_argnames="greedy"
+)
 
 
 def blank_memory(num_seeds=NUM_SEEDS):
@@ -110,8 +131,16 @@ def blank_memory(num_seeds=NUM_SEEDS):
 
 def play_by_hand(seed_index, env_index, seed, key_of, *, greedy=False):
     """One environment of one seed, step by step: what `Transition` holds, for ever."""
-    env, policy = Dice(1, seed_index * NUM_ENVS + env_index), jax.tree.map(lambda x: x[seed_index], POLICY)
-    obs, reset, memory, t = env.reset(seed).observation, np.ones(1, bool), jnp.full(1, 99, jnp.int32), 0
+    env, policy = (
+        Dice(1, seed_index * NUM_ENVS + env_index),
+        jax.tree.map(lambda x: x[seed_index], POLICY),
+    )
+    obs, reset, memory, t = (
+        env.reset(seed).observation,
+        np.ones(1, bool),
+        jnp.full(1, 99, jnp.int32),
+        0,
+    )
     while True:
         key = jax.random.split(key_of(t), NUM_ENVS)[env_index]
         after, output = act_alone(policy, memory, obs, reset, key[None], greedy=greedy)
@@ -155,14 +184,18 @@ def test_a_rollout_equals_a_plain_loop(rolled_out):
     """Seeds first, then time, then environments; acting goes on where it stopped."""
     envs, _, transitions, _ = rolled_out
     assert envs.seeds == [SEED]
-    assert {x.shape[:3] for x in jax.tree.leaves(transitions)} == {(NUM_SEEDS, 2 * LENGTH, NUM_ENVS)}
+    assert {x.shape[:3] for x in jax.tree.leaves(transitions)} == {
+        (NUM_SEEDS, 2 * LENGTH, NUM_ENVS)
+    }
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(transitions))
     for seed, env in np.ndindex(NUM_SEEDS, NUM_ENVS):
 
         def key_of(t, seed=seed):
             return jax.random.fold_in(KEYS[t // LENGTH][seed], t % LENGTH)
 
-        for t, expected in zip(range(2 * LENGTH), play_by_hand(seed, env, SEED, key_of), strict=False):
+        for t, expected in zip(
+            range(2 * LENGTH), play_by_hand(seed, env, SEED, key_of), strict=False
+        ):
             actual = jax.tree.map(lambda x, at=(seed, t, env): x[at][None], transitions)
             for part, value in expected.items():
                 assert_close = partial(np.testing.assert_allclose, rtol=1e-6, err_msg=part)
@@ -171,9 +204,15 @@ def test_a_rollout_equals_a_plain_loop(rolled_out):
 
 def test_both_ends_and_many_actions_occur(rolled_out):
     _, _, t, _ = rolled_out
-    assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (True, True, False)
+    assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (
+        True,
+        True,
+        False,
+    )
     assert set(t.action.ravel()) == set(range(NUM_ACTIONS))
-    np.testing.assert_array_equal(t.final_observation.agents_view[..., 1], t.observation.agents_view[..., 1] + 1)
+    np.testing.assert_array_equal(
+        t.final_observation.agents_view[..., 1], t.observation.agents_view[..., 1] + 1
+    )
 
 
 def test_memory_counts_from_the_first_step_of_every_episode(rolled_out):
@@ -181,7 +220,9 @@ def test_memory_counts_from_the_first_step_of_every_episode(rolled_out):
     _, states, t, memory = rolled_out
     np.testing.assert_array_equal(t.value, t.observation.agents_view[..., 1])
     np.testing.assert_array_equal(t.reset, t.observation.agents_view[..., 0, 1] == 0)
-    before = np.concatenate([np.full_like(t.value[:, :1, :, 0], 99), t.value[:, :-1, :, 0] + 1], axis=1)
+    before = np.concatenate(
+        [np.full_like(t.value[:, :1, :, 0], 99), t.value[:, :-1, :, 0] + 1], axis=1
+    )
     np.testing.assert_array_equal(memory, before[:, ::LENGTH])  # as it was before the policy acted
     *_, memory = roll_out(sequence_length=3)
     np.testing.assert_array_equal(memory, before[:, ::3])
@@ -208,7 +249,9 @@ def test_every_episode_equals_one_played_by_hand():
     for seed, episode in np.ndindex(NUM_SEEDS, num_episodes):
         a_round, env = divmod(episode, NUM_ENVS)
         total = np.zeros(NUM_AGENTS)
-        for last in play_by_hand(seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True):
+        for last in play_by_hand(
+            seed, env, envs.seeds[a_round], lambda t: jax.random.key(t), greedy=True
+        ):
             total += last["reward"][0]
             if last["terminated"] | last["truncated"]:
                 break
@@ -240,7 +283,11 @@ class Talkative(Dice):
     """Says after a while how often it won."""
 
     def _metrics(self):
-        late = {"info_won": np.where(self.time == self.length, self.length, np.nan)} if len(self.actions) > 2 else {}
+        late = (
+            {"info_won": np.where(self.time == self.length, self.length, np.nan)}
+            if len(self.actions) > 2
+            else {}
+        )
         return super()._metrics() | late
 
 
@@ -254,7 +301,9 @@ def test_metrics_that_come_up_late(monkeypatch):
     won = whole.metrics["info_won"]
     assert np.isnan(won[:, :2]).all()
     np.testing.assert_allclose(means["info_won"], np.nanmean(won, axis=(1, 2)), rtol=1e-6)
-    metrics = host_evaluate(Talkative(NUM_SEEDS * NUM_ENVS), POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS)
+    metrics = host_evaluate(
+        Talkative(NUM_SEEDS * NUM_ENVS), POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS
+    )
     late = np.isfinite(metrics["info_won"])
     assert late.any()
     np.testing.assert_array_equal(metrics["info_won"][late], metrics["episode_length"][late])
@@ -321,9 +370,14 @@ def test_two_updates(host, policy):
     """Learning starts at ratio one, reaches every array, and goes on with the episodes that it began."""
     trainer = host.make_train(policy)
     assert not host.made  # nothing is started before it is needed
-    assert (trainer.spec, [envs.num_envs for envs in host.made]) == (Dice.spec, [NUM_SEEDS * 3])  # for evaluating
+    assert (trainer.spec, [envs.num_envs for envs in host.made]) == (
+        Dice.spec,
+        [NUM_SEEDS * 3],
+    )  # for evaluating
     state = trainer.init(SEEDS)
-    assert trainer.compile(state).train_step is trainer.train_step  # there is nothing to compile ahead
+    assert (
+        trainer.compile(state).train_step is trainer.train_step
+    )  # there is nothing to compile ahead
     before = jax.device_get(state.policy)
     for update in (1, 2):
         state, values = trainer.train_step(state)
@@ -350,7 +404,9 @@ def test_two_updates(host, policy):
     assert (len(learned.seeds), learned.num_envs, len(learned.actions)) == (1, NUM_SEEDS * 4, 2 * 6)
     assert host.states[0].reset.all()
     assert not host.states[1].reset.all()
-    np.testing.assert_array_equal(host.states[1].reset, host.states[1].observation.agents_view[..., 0, 1] == 0)
+    np.testing.assert_array_equal(
+        host.states[1].reset, host.states[1].observation.agents_view[..., 0, 1] == 0
+    )
     trainer.close()
     trainer.close()
     assert played.closed

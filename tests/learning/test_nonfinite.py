@@ -23,7 +23,9 @@ CONFIG = Config(
     policy="fragile",
     env="probe/fragile",
     network=NetworkConfig(observation_norm="layer"),
-    ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=2, normalise_value=False),
+    ppo=PPOConfig(
+        num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=2, normalise_value=False
+    ),
 )
 
 
@@ -42,12 +44,16 @@ class Fragile(eqx.Module):
         logits = obs.agents_view @ self.actor
         action = jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
         order = jnp.broadcast_to(jnp.arange(NUM_AGENTS, dtype=jnp.int32), action.shape)
-        return memory, PolicyOutput(action, self._log_prob(obs, action), self.value(memory, obs), order)
+        return memory, PolicyOutput(
+            action, self._log_prob(obs, action), self.value(memory, obs), order
+        )
 
     def evaluate(self, memory, obs, action, order, reset):
         log_prob = self._log_prob(obs, action)
         value = self.value(memory, obs) + 0.0 * jnp.sqrt(jnp.square(self.steep))
-        return Evaluation(log_prob, entropy=-log_prob, value=jnp.where(self.loud > 1, jnp.inf, value))
+        return Evaluation(
+            log_prob, entropy=-log_prob, value=jnp.where(self.loud > 1, jnp.inf, value)
+        )
 
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
@@ -78,7 +84,10 @@ def make_fragile(name, spec, *args, key):
     actor_key, critic_key = jax.random.split(key)
     shape = (spec.obs_dim, spec.num_actions)
     return Fragile(
-        jax.random.normal(actor_key, shape), jax.random.normal(critic_key, shape[:1]), jnp.ones(()), jnp.ones(())
+        jax.random.normal(actor_key, shape),
+        jax.random.normal(critic_key, shape[:1]),
+        jnp.ones(()),
+        jnp.ones(()),
     )
 
 
@@ -88,7 +97,10 @@ def trainers():
         patch.setattr(train, "make_policy", make_fragile)
         patch.setitem(tasks.SUITES, "probe", replace(tasks.SUITES["probe"], tasks=("fragile",)))
         patch.setitem(probes.PROBES, "fragile", partial(Bribed))
-        yield {how: train.make_train(replace(CONFIG, on_non_finite=how)) for how in ("stop", "skip", "rollback")}
+        yield {
+            how: train.make_train(replace(CONFIG, on_non_finite=how))
+            for how in ("stop", "skip", "rollback")
+        }
 
 
 def bribe(state):
@@ -150,18 +162,24 @@ def test_the_other_seeds_go_on(trainers, what, how):
     state, values = trainer.train_step(state)
     assert trainer.first_bad(state, values) == {1: what}
     assert_same(seed_of(state, 0), seed_of(healthy, 0))
-    np.testing.assert_array_equal(state.num_updates, 1)  # with which the seed draws other random numbers
+    np.testing.assert_array_equal(
+        state.num_updates, 1
+    )  # with which the seed draws other random numbers
     for part in ("policy", "actors", "key", "best_policy"):
         assert_same(seed_of(getattr(state, part), 1), seed_of(getattr(before, part), 1))
     rate = CONFIG.ppo.lr * (0.5 if how == "rollback" else 1)
-    np.testing.assert_allclose(optax.tree.get(state.opt_state, "learning_rate"), [CONFIG.ppo.lr, rate])
+    np.testing.assert_allclose(
+        optax.tree.get(state.opt_state, "learning_rate"), [CONFIG.ppo.lr, rate]
+    )
 
 
 def test_half_the_learning_rate_takes_half_the_step(trainers):
     trainer = trainers["rollback"]
     state = trainer.init(SEEDS)
     rate = optax.tree.get(state.opt_state, "learning_rate")
-    half = eqx.tree_at(lambda s: s.opt_state, state, optax.tree.set(state.opt_state, learning_rate=rate * 1e-3))
+    half = eqx.tree_at(
+        lambda s: s.opt_state, state, optax.tree.set(state.opt_state, learning_rate=rate * 1e-3)
+    )
     start = np.array(state.policy.actor)
     slow, _ = trainer.train_step(jax.tree.map(jnp.copy, half))
     fast, _ = trainer.train_step(state)

@@ -10,7 +10,16 @@ from mam.learning.ppo import ppo_loss
 from mam.types import Evaluation
 
 COEFFICIENTS = {"clip_eps": 0.2, "ent_coef": 0.03, "vf_coef": 0.7}
-NAMES = ("log_prob", "entropy", "value", "old_log_prob", "old_value", "advantage", "target", "alive")
+NAMES = (
+    "log_prob",
+    "entropy",
+    "value",
+    "old_log_prob",
+    "old_value",
+    "advantage",
+    "target",
+    "alive",
+)
 SHAPE = (64, 4)
 
 
@@ -41,7 +50,9 @@ def losses_and_gradients(numbers, part="loss", **coefficients):
 def make_numbers(alive_probability=0.7, seed=0):
     rng = np.random.default_rng(seed)
     numbers = {name: rng.normal(size=SHAPE).astype(np.float32) for name in NAMES[:-1]}
-    numbers["old_log_prob"] = numbers["log_prob"] + 0.3 * numbers["old_log_prob"]  # ratios on both sides of the clip
+    numbers["old_log_prob"] = (
+        numbers["log_prob"] + 0.3 * numbers["old_log_prob"]
+    )  # ratios on both sides of the clip
     numbers["value"] = numbers["old_value"] + 0.3 * numbers["value"]
     return numbers | {"alive": rng.random(SHAPE) < alive_probability}
 
@@ -107,7 +118,9 @@ def test_the_dead_contribute_nothing(numbers, garbage):
         filled = {"alive": alive}
         for name in NAMES[:-1]:
             dead = rng.choice([-1e30, 1e30], SHAPE) if garbage == "mixed" else garbage
-            filled[name] = np.where(alive, numbers[name], dead if with_garbage else 0).astype(np.float32)
+            filled[name] = np.where(alive, numbers[name], dead if with_garbage else 0).astype(
+                np.float32
+            )
         return filled
 
     clean, dirty = (losses_and_gradients(fill(with_garbage)) for with_garbage in (False, True))
@@ -126,11 +139,19 @@ def test_without_a_living_agent_there_is_nothing_to_learn(numbers):
 
 @pytest.mark.parametrize(
     ("ratio", "good", "learns"),
-    [(1.5, True, False), (0.5, True, True), (1.5, False, True), (0.5, False, False), (1.1, True, True)],
+    [
+        (1.5, True, False),
+        (0.5, True, True),
+        (1.5, False, True),
+        (0.5, False, False),
+        (1.1, True, True),
+    ],
 )
 def test_the_ratio_is_clipped_where_it_went_too_far(ratio, good, learns):
     """A good action that is already likelier, or a bad one that is already rarer, is let be."""
-    pair = {name: np.zeros((1, 2), np.float32) for name in NAMES[:-1]} | {"alive": np.ones((1, 2), bool)}
+    pair = {name: np.zeros((1, 2), np.float32) for name in NAMES[:-1]} | {
+        "alive": np.ones((1, 2), bool)
+    }
     pair["advantage"] = np.array([[1, -1] if good else [-1, 1]], np.float32)
     pair["log_prob"] = np.array([[np.log(ratio), 0]], np.float32)
     losses, gradients = losses_and_gradients(pair, "policy_loss")
@@ -141,29 +162,41 @@ def test_the_ratio_is_clipped_where_it_went_too_far(ratio, good, learns):
 
 
 @pytest.mark.parametrize(
-    ("value", "target", "learns"), [(0.5, 1, False), (-0.5, 1, True), (0.1, 1, True), (0.5, -1, True), (1.5, 1, False)]
+    ("value", "target", "learns"),
+    [(0.5, 1, False), (-0.5, 1, True), (0.1, 1, True), (0.5, -1, True), (1.5, 1, False)],
 )
 def test_the_value_is_clipped_to_the_worse_of_two_errors(value, target, learns):
     """A value that has moved more than ε towards its target (from 0) is let be."""
-    one = {name: np.zeros((1, 1), np.float32) for name in NAMES[:-1]} | {"alive": np.ones((1, 1), bool)}
-    one |= {"value": np.full((1, 1), value, np.float32), "target": np.full((1, 1), target, np.float32)}
+    one = {name: np.zeros((1, 1), np.float32) for name in NAMES[:-1]} | {
+        "alive": np.ones((1, 1), bool)
+    }
+    one |= {
+        "value": np.full((1, 1), value, np.float32),
+        "target": np.full((1, 1), target, np.float32),
+    }
     losses, gradients = losses_and_gradients(one, "value_loss")
     clipped = np.clip(value, -0.2, 0.2)
-    assert losses.value_loss == pytest.approx(max((value - target) ** 2, (clipped - target) ** 2) / 2)
+    assert losses.value_loss == pytest.approx(
+        max((value - target) ** 2, (clipped - target) ** 2) / 2
+    )
     assert gradients["value"][0, 0] == pytest.approx(value - target if learns else 0)
 
 
 def test_entropy_is_a_bonus(numbers):
     count = numbers["alive"].sum()
     _, gradients = losses_and_gradients(numbers)
-    np.testing.assert_allclose(gradients["entropy"], -COEFFICIENTS["ent_coef"] * numbers["alive"] / count, rtol=1e-5)
+    np.testing.assert_allclose(
+        gradients["entropy"], -COEFFICIENTS["ent_coef"] * numbers["alive"] / count, rtol=1e-5
+    )
 
 
 def test_coefficients_weigh_the_parts(numbers):
     losses, _ = losses_and_gradients(numbers, ent_coef=0.0, vf_coef=0.0)
     assert losses.loss == losses.policy_loss
     losses, _ = losses_and_gradients(numbers, ent_coef=2.0, vf_coef=3.0)
-    assert losses.loss == pytest.approx(losses.policy_loss - 2 * losses.entropy + 3 * losses.value_loss, rel=1e-6)
+    assert losses.loss == pytest.approx(
+        losses.policy_loss - 2 * losses.entropy + 3 * losses.value_loss, rel=1e-6
+    )
 
 
 def test_advantages_are_normalised_over_the_living(numbers):
@@ -175,6 +208,8 @@ def test_advantages_are_normalised_over_the_living(numbers):
 
 
 def test_equal_advantages_are_finite(numbers):
-    losses, gradients = losses_and_gradients(numbers | {"advantage": np.full(SHAPE, 0.5, np.float32)})
+    losses, gradients = losses_and_gradients(
+        numbers | {"advantage": np.full(SHAPE, 0.5, np.float32)}
+    )
     assert losses.policy_loss == pytest.approx(0, abs=1e-6)
     assert all(np.isfinite(gradient).all() for gradient in gradients.values())

@@ -43,7 +43,14 @@ class Clock:
         action_mask = jnp.ones((NUM_AGENTS, NUM_ACTIONS), bool)
         obs = Observation(view, action_mask, alive=jnp.ones(NUM_AGENTS, bool))
         over, even = time == length, length % 2 == 0
-        return TimeStep(obs, reward, terminated=over & even, truncated=over & ~even, final_observation=obs, metrics={})
+        return TimeStep(
+            obs,
+            reward,
+            terminated=over & even,
+            truncated=over & ~even,
+            final_observation=obs,
+            metrics={},
+        )
 
 
 class Counter(eqx.Module):
@@ -97,7 +104,9 @@ def run(key, sequence_length=None):
     states, rollouts = [init_rollout_state(env, policy, key)], []
     for seed in (1, 2):
         act_key = jax.random.fold_in(key, seed)
-        after, found = rollout(env, policy, states[-1], act_key, LENGTH, sequence_length=sequence_length)
+        after, found = rollout(
+            env, policy, states[-1], act_key, LENGTH, sequence_length=sequence_length
+        )
         states.append(after)
         rollouts.append(found)
 
@@ -122,7 +131,9 @@ def both(ran):
 def test_time_comes_first_then_environments(ran):
     for transitions in (found.transitions for found in ran[1]):
         assert {leaf.shape[:2] for leaf in jax.tree.leaves(transitions)} == {(LENGTH, NUM_ENVS)}
-        assert transitions.action.shape == transitions.reward.shape == (LENGTH, NUM_ENVS, NUM_AGENTS)
+        assert (
+            transitions.action.shape == transitions.reward.shape == (LENGTH, NUM_ENVS, NUM_AGENTS)
+        )
         assert transitions.observation.agents_view.shape == (LENGTH, NUM_ENVS, NUM_AGENTS, 2)
         assert transitions.order.tolist() == [[[1, 0]] * NUM_ENVS] * LENGTH
 
@@ -131,7 +142,9 @@ def test_the_next_observation_is_the_successor_or_a_new_episode(both):
     """Across the two rollouts too: acting goes on where it stopped."""
     seen, successor = both.observation.agents_view, both.final_observation.agents_view
     ended = both.terminated | both.truncated
-    np.testing.assert_array_equal(successor[..., 1], seen[..., 1] + 1)  # the true one, also at an end
+    np.testing.assert_array_equal(
+        successor[..., 1], seen[..., 1] + 1
+    )  # the true one, also at an end
     np.testing.assert_array_equal(successor[..., 0], seen[..., 0])
     goes_on = ~ended[:-1]
     np.testing.assert_array_equal(seen[1:][goes_on], successor[:-1][goes_on])
@@ -166,7 +179,9 @@ def test_memory_is_kept_before_every_sequence(ran, both, sequence_length):
     memory = np.concatenate([found.memory for found in rollouts])
     before = np.concatenate([np.full((1, NUM_ENVS), 99), both.value[:-1, :, 0] + 1])
     np.testing.assert_array_equal(memory, before[::sequence_length])
-    np.testing.assert_array_equal(np.concatenate([found.memory for found in ran[1]]), before[::LENGTH])
+    np.testing.assert_array_equal(
+        np.concatenate([found.memory for found in ran[1]]), before[::LENGTH]
+    )
 
 
 def test_actions_are_evaluated_as_they_were_made(ran):
@@ -190,7 +205,9 @@ def test_rewards_and_metrics_are_of_the_action_beside_them(both):
 def test_the_state_is_that_of_the_step_that_comes_next(ran):
     states, (_, found), _ = ran
     second = found.transitions
-    np.testing.assert_array_equal(states[1].observation.agents_view, second.observation.agents_view[0])
+    np.testing.assert_array_equal(
+        states[1].observation.agents_view, second.observation.agents_view[0]
+    )
     np.testing.assert_array_equal(states[1].reset, second.reset[0])
     np.testing.assert_array_equal(states[1].memory, found.memory[0])
     np.testing.assert_array_equal(states[2].reset, (second.terminated | second.truncated)[-1])

@@ -19,14 +19,21 @@ PROGRAM = Path(__file__).parents[1] / "device_program.py"
 
 
 def environment(devices=1):
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
 
 
 @pytest.mark.parametrize(("policy", "counts"), [("ippo", "248"), ("rec_ippo", "4")])
 def test_losses_parameters_and_evaluations_equal_those_of_one_device(policy, counts):
     """Gradients too: the parameters are what they made of them."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, policy, *counts], capture_output=True, text=True, env=environment(8), timeout=900
+        [sys.executable, PROGRAM, policy, *counts],
+        capture_output=True,
+        text=True,
+        env=environment(8),
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -59,16 +66,29 @@ def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "2 × cpu" in said[0]
-    resume = [sys.executable, "-m", "mam", "train", "--resume", str(tmp_path / "two"), "--total-timesteps", "256"]
+    resume = [
+        sys.executable,
+        "-m",
+        "mam",
+        "train",
+        "--resume",
+        str(tmp_path / "two"),
+        "--total-timesteps",
+        "256",
+    ]
     for line in (resume, command(tmp_path / "one", 256)):
         subprocess.run(line, check=True, env=environment(), timeout=600, stdout=subprocess.DEVNULL)
     files = (tmp_path / name / "metrics.jsonl" for name in ("two", "one"))
-    records, expected = ({(r.kind, r.update): r.values for r in read_records(file)} for file in files)
+    records, expected = (
+        {(r.kind, r.update): r.values for r in read_records(file)} for file in files
+    )
     shared = records.keys() & expected.keys()  # runs of other lengths are evaluated at other times
     assert {("train", 1), ("train", 4), ("evaluation", 4), ("absolute", 4)} <= shared
     for row in shared:
         for name, values in expected[row].items():
-            np.testing.assert_allclose(records[row][name], values, atol=1e-5, equal_nan=True, err_msg=f"{row} {name}")
+            np.testing.assert_allclose(
+                records[row][name], values, atol=1e-5, equal_nan=True, err_msg=f"{row} {name}"
+            )
 
 
 def test_environments_must_be_dealt_evenly(monkeypatch):

@@ -20,13 +20,18 @@ from mam.networks.layers import Dense
 from mam.runs.checkpoint import Writer, newest
 from mam.types import Evaluation, PolicyOutput
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 SEEDS = jnp.array([0, 1, 2])
 CONFIG = Config(
     env="probe/identity",  # episodes of 8 steps, cut by the time limit; at best 8, at worst 0
     total_timesteps=64,
     network=NetworkConfig(observation_norm="layer"),
-    ppo=PPOConfig(num_envs=4, rollout_length=4, num_epochs=2, num_minibatches=2, lr=0.1, normalise_value=False),
+    ppo=PPOConfig(
+        num_envs=4, rollout_length=4, num_epochs=2, num_minibatches=2, lr=0.1, normalise_value=False
+    ),
     eval=EvalConfig(num_episodes=3, num_absolute_episodes=5),
 )
 OPTIMUM = 8
@@ -51,7 +56,9 @@ class Linear(eqx.Module):
         action = jnp.where(greedy, logits.argmax(-1), jax.vmap(jax.random.categorical)(key, logits))
         action = action.astype(jnp.int32)
         order = jnp.broadcast_to(jnp.arange(action.shape[-1], dtype=jnp.int32), action.shape)
-        return memory, PolicyOutput(action, self._log_prob(obs, action), self.value(memory, obs), order)
+        return memory, PolicyOutput(
+            action, self._log_prob(obs, action), self.value(memory, obs), order
+        )
 
     def evaluate(self, memory, obs, action, order, reset):
         log_prob = self._log_prob(obs, action)
@@ -165,7 +172,9 @@ def scripted(state, signs, tag=0.0):
     num_agents, num_actions = 3, 4
     answer = jnp.concatenate([jnp.zeros((num_agents, num_actions)), 50 * jnp.eye(num_actions)])
     actor = jnp.asarray(signs, jnp.float32)[:, None, None] * answer
-    return eqx.tree_at(lambda s: (s.policy.actor, s.policy.tag), state, (actor, jnp.full(len(signs), tag)))
+    return eqx.tree_at(
+        lambda s: (s.policy.actor, s.policy.tag), state, (actor, jnp.full(len(signs), tag))
+    )
 
 
 def test_a_state_has_one_leading_axis_of_seeds(trainer):
@@ -217,7 +226,9 @@ def test_values_are_one_per_seed_and_finite(trainer):
     assert first["num_episodes"].tolist() == [0, 0, 0]
     assert second["num_episodes"].tolist() == [4, 4, 4]
     assert second["episode_length"].tolist() == [8, 8, 8]
-    assert all(np.isinf(first[name]).all() for name in ("episode_return", "episode_length"))  # no NaN: JAX_DEBUG_NANS
+    assert all(
+        np.isinf(first[name]).all() for name in ("episode_return", "episode_length")
+    )  # no NaN: JAX_DEBUG_NANS
     finite = set(first) - {"episode_return", "episode_length"}
     assert all(np.isfinite(values[name]).all() for values in (first, second) for name in finite)
     assert np.isfinite(second["episode_return"]).all()
@@ -238,14 +249,21 @@ def test_a_seed_does_not_depend_on_its_neighbours(trainer):
     for k in (0, 2):
         alone = run(trainer, SEEDS[k : k + 1], "tte")
         kth = jax.tree.map(lambda x, k=k: x[k : k + 1], on_host(together))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kth, on_host(alone))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kth, on_host(alone)
+        )
 
 
 def test_a_seed_has_the_same_bits_beside_any_others(trainer):
     """On CPU, where seeds take turns."""
     together, others = run(trainer, SEEDS, "tte"), run(trainer, jnp.array([7, 2, 0]), "tte")
     for k, place in ((0, 2), (2, 1)):
-        assert_same(*(jax.tree.map(lambda x, i=i: x[i], on_host(of)) for of, i in ((together, k), (others, place))))
+        assert_same(
+            *(
+                jax.tree.map(lambda x, i=i: x[i], on_host(of))
+                for of, i in ((together, k), (others, place))
+            )
+        )
 
 
 def test_evaluating_does_not_change_training(trainer):
@@ -275,7 +293,9 @@ def test_one_compilation_whatever_the_state_went_through(trainer, tmp_path):
 
 def test_compiled_ahead_it_does_the_same(trainer):
     compiled = trainer.compile(trainer.init(SEEDS))
-    assert all(isinstance(f, jax.stages.Compiled) for f in (compiled.train_step, compiled.evaluate_step))
+    assert all(
+        isinstance(f, jax.stages.Compiled) for f in (compiled.train_step, compiled.evaluate_step)
+    )
     assert compiled.absolute_metric is trainer.absolute_metric
     assert_same(run(compiled, SEEDS, "te"), run(trainer, SEEDS, "te"))
 
@@ -309,7 +329,9 @@ def test_evaluation_is_of_the_current_weights(trainer):
     state, _ = run(trainer, SEEDS, "te")
     for signs in ([1, -1, 1], [-1, 1, -1]):
         _, values = trainer.evaluate_step(scripted(state, signs))
-        np.testing.assert_array_equal(values["episode_return"].mean(axis=1), [OPTIMUM * (sign > 0) for sign in signs])
+        np.testing.assert_array_equal(
+            values["episode_return"].mean(axis=1), [OPTIMUM * (sign > 0) for sign in signs]
+        )
 
 
 def test_the_evaluation_after_an_update_is_of_what_it_learned(trainer):
@@ -319,7 +341,8 @@ def test_the_evaluation_after_an_update_is_of_what_it_learned(trainer):
     state, _ = trainer.train_step(state)
     assert (np.abs(np.asarray(state.policy.actor - old.actor)).max(axis=(1, 2)) > 0.1).all()
     new, stale = (
-        trainer.evaluate_step(eqx.tree_at(lambda s: s.policy, state, policy))[1] for policy in (state.policy, old)
+        trainer.evaluate_step(eqx.tree_at(lambda s: s.policy, state, policy))[1]
+        for policy in (state.policy, old)
     )
     assert (new["episode_return"] != stale["episode_return"]).any()
 
@@ -340,7 +363,10 @@ def test_each_mode_has_best_weights_of_its_own(trainer, monkeypatch):
 
     def found(*_):
         sampled, greedy = next(returns)
-        return {"episode_return": jnp.full(4, sampled), "greedy_episode_return": jnp.full(4, greedy)}
+        return {
+            "episode_return": jnp.full(4, sampled),
+            "greedy_episode_return": jnp.full(4, greedy),
+        }
 
     monkeypatch.setattr(train._Steps, "_play", found)
     for tag in (1.0, 2.0):
@@ -353,7 +379,9 @@ def test_each_mode_has_best_weights_of_its_own(trainer, monkeypatch):
 def test_a_return_that_is_no_number_does_not_hide_later_ones(trainer, monkeypatch):
     state = trainer.init(SEEDS[:1])
     with monkeypatch.context() as patch:
-        patch.setattr(experience, "evaluate", lambda *_, **__: {"episode_return": jnp.full(3, jnp.nan)})
+        patch.setattr(
+            experience, "evaluate", lambda *_, **__: {"episode_return": jnp.full(3, jnp.nan)}
+        )
         state, _ = make_train(CONFIG).evaluate_step(scripted(state, [1], tag=1.0))
     state, _ = trainer.evaluate_step(scripted(state, [1], tag=2.0))
     assert (state.best_return, state.best_policy.tag) == (OPTIMUM, 2)
@@ -364,14 +392,18 @@ def test_the_absolute_metric_is_of_the_best_weights_on_fresh_episodes(trainer):
     values = trainer.absolute_metric(scripted(state, [-1, -1, -1]))
     assert values["episode_return"].shape == (3, 5)
     np.testing.assert_array_equal(values["episode_return"].mean(axis=1), [OPTIMUM, OPTIMUM, 0])
-    undecided = eqx.tree_at(lambda s: (s.policy, s.best_policy), state, (trainer.init(SEEDS).policy,) * 2)
+    undecided = eqx.tree_at(
+        lambda s: (s.policy, s.best_policy), state, (trainer.init(SEEDS).policy,) * 2
+    )
     fresh, known = trainer.absolute_metric(undecided), trainer.evaluate_step(undecided)[1]
     assert not np.isin(fresh["episode_return"], known["episode_return"]).all()
 
 
 def test_evaluation_samples_unless_asked_to_be_greedy_and_reports_the_other_beside(trainer):
     state = eqx.tree_at(
-        lambda s: s.policy.actor, scripted(trainer.init(SEEDS), [1, 1, 1]), replace_fn=lambda x: x / 1e3
+        lambda s: s.policy.actor,
+        scripted(trainer.init(SEEDS), [1, 1, 1]),
+        replace_fn=lambda x: x / 1e3,
     )
     greedy = make_train(replace(CONFIG, eval=replace(CONFIG.eval, greedy=True)))
     sampled, greedy = (made.evaluate_step(state)[1] for made in (trainer, greedy))
@@ -405,7 +437,9 @@ class Mortal(Identity):
         answered, alive = action == state.cue, self._alive(state)
         state, timestep = super().step(state, action, key)
         terminated = timestep.truncated & (state.cue[0] % 2 == 0)
-        timestep = replace(timestep, terminated=terminated, truncated=timestep.truncated & ~terminated)
+        timestep = replace(
+            timestep, terminated=terminated, truncated=timestep.truncated & ~terminated
+        )
         if not self.team_reward:
             timestep = replace(timestep, reward=(answered & alive).astype(float))
         return state, self._bury(state, timestep)
@@ -439,7 +473,9 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
         return found
 
     monkeypatch.setattr(train, "estimate", recording)
-    monkeypatch.setitem(probes.PROBES, "identity", partial(Mortal, team_reward=team_reward, parts=parts))
+    monkeypatch.setitem(
+        probes.PROBES, "identity", partial(Mortal, team_reward=team_reward, parts=parts)
+    )
     ppo = replace(CONFIG.ppo, rollout_length=12, gamma=0.9, gae_lambda=0.7)
     trainer = make_train(replace(CONFIG, policy="counting", ppo=ppo))
     state = trainer.init(SEEDS[:1])
@@ -447,7 +483,11 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     trainer.train_step(state)
     jax.effects_barrier()
     ((t, advantages),) = seen
-    assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (True, True, False)
+    assert (t.terminated.any(), t.truncated.any(), (t.terminated & t.truncated).any()) == (
+        True,
+        True,
+        False,
+    )
     alive, still_alive = t.observation.alive, t.final_observation.alive
     dies = alive & ~still_alive
     assert (dies.any(), still_alive.all()) == (True, False)
@@ -455,11 +495,16 @@ def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_r
     def worth(observation, num_seen):
         value = observation.agents_view @ critic + num_seen[:, None, None]
         value = np.where(observation.alive, value, np.nan)
-        return np.where(observation.alive, value, np.nanmean(value, -1, keepdims=True) if team_reward else 0)
+        return np.where(
+            observation.alive, value, np.nanmean(value, -1, keepdims=True) if team_reward else 0
+        )
 
     num_seen = np.arange(12) % 8
     value, successor = worth(t.observation, num_seen), worth(t.final_observation, num_seen + 1)
-    terminated, ended = (np.broadcast_to(x[..., None], value.shape) for x in (t.terminated, t.terminated | t.truncated))
+    terminated, ended = (
+        np.broadcast_to(x[..., None], value.shape)
+        for x in (t.terminated, t.terminated | t.truncated)
+    )
     if not team_reward:
         terminated, ended = terminated | ~still_alive, ended | ~still_alive
         parted = still_alive[:-1] & ~alive[1:]
@@ -484,8 +529,12 @@ def test_statistics_are_of_rollouts_seen_and_stand_still_meanwhile(tmp_path):
     for _ in range(3):
         state, values = trainer.train_step(state)
         assert values["first_ratio_deviation"].max() < 1e-5
-    assert (state.policy.statistics.features.count == 3 * 4 * 4 * 3).all()  # rollouts, steps, environments, agents
-    assert (np.abs(state.policy.statistics.features.mean - 0.25) < 0.15).all()  # one of four cues, and no ids
+    assert (
+        state.policy.statistics.features.count == 3 * 4 * 4 * 3
+    ).all()  # rollouts, steps, environments, agents
+    assert (
+        np.abs(state.policy.statistics.features.mean - 0.25) < 0.15
+    ).all()  # one of four cues, and no ids
     evaluated, _ = trainer.evaluate_step(state)
     assert_same((evaluated.policy, evaluated.best_policy), (state.policy, state.policy))
     best = on_host(state.policy)
@@ -499,7 +548,12 @@ def test_statistics_are_of_rollouts_seen_and_stand_still_meanwhile(tmp_path):
 def test_explained_variance_is_over_the_living():
     target = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     alive = np.random.default_rng(1).random(target.shape) < 0.7
-    for value, explained in ((target, 1), (target + 3, 1), (np.zeros_like(target), 0), (-target, -3)):
+    for value, explained in (
+        (target, 1),
+        (target + 3, 1),
+        (np.zeros_like(target), 0),
+        (-target, -3),
+    ):
         for garbage in (0.0, 1e9, np.nan):
             dirty = (jnp.asarray(np.where(alive, x, np.float32(garbage))) for x in (value, target))
             actual = train._explained_variance(*dirty, jnp.asarray(alive))

@@ -18,7 +18,10 @@ from mam.learning.update import make_optimiser, update
 from mam.types import Evaluation, Observation, Transition
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 
 
 @partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)
@@ -76,7 +79,10 @@ def observe(view):
 @pytest.fixture(scope="module")
 def policy():
     actor_key, critic_key = jax.random.split(jax.random.key(0))
-    return Linear(jax.random.normal(actor_key, (OBS_DIM, NUM_ACTIONS)), jax.random.normal(critic_key, (OBS_DIM,)))
+    return Linear(
+        jax.random.normal(actor_key, (OBS_DIM, NUM_ACTIONS)),
+        jax.random.normal(critic_key, (OBS_DIM,)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,9 @@ def batch(policy):
     reset = jnp.zeros((1, 32), bool)
     old = policy.evaluate((), obs, action, order, reset)
     advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
-    return Batch(obs, reset, (), action, order, PPOTargets(old.log_prob, old.value, advantage, target))
+    return Batch(
+        obs, reset, (), action, order, PPOTargets(old.log_prob, old.value, advantage, target)
+    )
 
 
 def rows_visited(key, size, ppo, length=None):
@@ -105,7 +113,9 @@ def rows_visited(key, size, ppo, length=None):
         visits = gradients.numbers / (-ppo.vf_coef * ppo.num_minibatches / size)
         return jax.tree.map(jnp.zeros_like, gradients), (step + 1, seen.at[step].set(visits))
 
-    optimiser = optax.GradientTransformation(lambda policy: (jnp.array(0), jnp.zeros((num_steps, size))), record)
+    optimiser = optax.GradientTransformation(
+        lambda policy: (jnp.array(0), jnp.zeros((num_steps, size))), record
+    )
     shape = (length or 1, size, NUM_AGENTS)
     view = jnp.broadcast_to(jnp.arange(size)[:, None, None], (*shape, 1)).astype(float)
     zeros, ones = jnp.zeros(shape), jnp.ones(shape)
@@ -113,7 +123,9 @@ def rows_visited(key, size, ppo, length=None):
     targets = PPOTargets(zeros, zeros, zeros, target=ones)
     batch = Batch(observe(view), jnp.zeros(shape[:2], bool), memory, whole, whole, targets)
     policy = Table(jnp.zeros(size))
-    _, (step, seen), _ = update_ppo(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)
+    _, (step, seen), _ = update_ppo(
+        policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo
+    )
     assert step == num_steps
     np.testing.assert_allclose(seen, np.round(seen), atol=1e-5)
     return np.round(seen).astype(int)
@@ -151,9 +163,13 @@ def coded_batch(memory):
     numbers, odd = per_agent.astype(float), CODE % 2 == 1
     obs = Observation(
         agents_view=jnp.broadcast_to(numbers[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS, OBS_DIM)),
-        action_mask=jnp.broadcast_to(odd[..., None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS)),
+        action_mask=jnp.broadcast_to(
+            odd[..., None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS)
+        ),
         alive=jnp.broadcast_to(odd[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS)),
-        grid=jnp.broadcast_to(CODE[..., None, None, None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, 2, 2, 1)),
+        grid=jnp.broadcast_to(
+            CODE[..., None, None, None, None], (LENGTH, NUM_ENVS, NUM_AGENTS, 2, 2, 1)
+        ),
         state=numbers[..., :1],
     )
     transitions = Transition(
@@ -169,7 +185,9 @@ def coded_batch(memory):
         final_observation=obs,
         metrics={},
     )
-    targets = PPOTargets(numbers + 0.1, numbers + 0.2, advantage=numbers + 0.3, target=numbers + 0.4)
+    targets = PPOTargets(
+        numbers + 0.1, numbers + 0.2, advantage=numbers + 0.3, target=numbers + 0.4
+    )
     return make_batch(Rollout(transitions, memory, obs.alive[-1]), targets)
 
 
@@ -177,13 +195,20 @@ def assert_coded(batch, rows):
     """That element [l, m] of every field is that of the step and environment `rows[l, m]` stands for."""
     expected = {
         **{"action": rows, "order": rows + 1},
-        **{"log_prob": rows + 0.1, "value": rows + 0.2, "advantage": rows + 0.3, "target": rows + 0.4},
+        **{
+            "log_prob": rows + 0.1,
+            "value": rows + 0.2,
+            "advantage": rows + 0.3,
+            "target": rows + 0.4,
+        },
     }
     assert batch.num_sequences == rows.shape[1]
     for name, values in expected.items():
         actual = getattr(batch if hasattr(batch, name) else batch.targets, name)
         assert actual.shape == (*rows.shape, NUM_AGENTS)
-        np.testing.assert_allclose(actual, np.broadcast_to(values[..., None], actual.shape), rtol=1e-6)
+        np.testing.assert_allclose(
+            actual, np.broadcast_to(values[..., None], actual.shape), rtol=1e-6
+        )
     np.testing.assert_array_equal(batch.reset, rows % 2 == 1)
     np.testing.assert_array_equal(batch.observation.agents_view[..., 1, 2], rows)
     np.testing.assert_array_equal(batch.observation.alive[..., 1], rows % 2 == 1)
@@ -211,7 +236,9 @@ def test_with_memory_every_environment_is_a_sequence():
 def test_with_memory_a_rollout_may_be_several_sequences(length):
     """Number k B + b has the steps k L, k L + 1, … of environment b, and the memory before the first of them."""
     batch = coded_batch(memory=CODE[::length])
-    rows = np.concatenate([np.asarray(CODE)[k : k + length] for k in range(0, LENGTH, length)], axis=1)
+    rows = np.concatenate(
+        [np.asarray(CODE)[k : k + length] for k in range(0, LENGTH, length)], axis=1
+    )
     assert_coded(batch, rows)
     np.testing.assert_array_equal(batch.memory, rows[:1])
 
@@ -222,8 +249,12 @@ def test_the_optimiser_is_adam_behind_a_limit_on_the_norm(max_grad_norm):
     optimiser = make_optimiser(PPOConfig(lr=lr, max_grad_norm=max_grad_norm))
     state = optimiser.init({"a": jnp.zeros(2), "b": jnp.zeros(())})
     mean, square = np.zeros(3), np.zeros(3)
-    for step, gradient in enumerate(np.array([[3.0, -4.0, 12.0], [1e-5, 0.0, 2e-5], [-0.1, 0.2, 0.3]]), start=1):
-        updates, state = optimiser.update({"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2])}, state)
+    for step, gradient in enumerate(
+        np.array([[3.0, -4.0, 12.0], [1e-5, 0.0, 2e-5], [-0.1, 0.2, 0.3]]), start=1
+    ):
+        updates, state = optimiser.update(
+            {"a": jnp.array(gradient[:2]), "b": jnp.array(gradient[2])}, state
+        )
         limited = gradient * min(1, max_grad_norm / np.linalg.norm(gradient))
         mean, square = 0.9 * mean + 0.1 * limited, 0.999 * square + 0.001 * limited**2
         expected = -lr * (mean / (1 - 0.9**step)) / (np.sqrt(square / (1 - 0.999**step)) + epsilon)
@@ -233,21 +264,30 @@ def test_the_optimiser_is_adam_behind_a_limit_on_the_norm(max_grad_norm):
 @pytest.mark.parametrize("lr_scale", [1.0, 0.3])
 def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
     """With one minibatch the order of the rows does not matter, so the epochs can be taken in a plain loop."""
-    ppo = PPOConfig(lr=0.01, num_epochs=4, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, max_grad_norm=0.1)
+    ppo = PPOConfig(
+        lr=0.01, num_epochs=4, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, max_grad_norm=0.1
+    )
     optimiser = make_optimiser(ppo)
 
     def loss(policy):
         new = policy.evaluate((), batch.observation, batch.action, batch.order, batch.reset)
         targets = batch.targets
         old = (targets.log_prob, targets.value, targets.advantage, targets.target)
-        losses = ppo_loss(new, *old, batch.observation.alive, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7)
+        losses = ppo_loss(
+            new, *old, batch.observation.alive, clip_eps=0.2, ent_coef=0.03, vf_coef=0.7
+        )
         return losses.loss, losses
 
     @partial(jax.jit, compiler_options=QUICK)
     def step(policy, state):
         gradients, losses = jax.grad(loss, has_aux=True)(policy)
         updates, state = optimiser.update(gradients, state)
-        return jax.tree.map(lambda p, u: p + lr_scale * u, policy, updates), state, losses, gradients
+        return (
+            jax.tree.map(lambda p, u: p + lr_scale * u, policy, updates),
+            state,
+            losses,
+            gradients,
+        )
 
     by_hand, state, steps, norms = policy, optimiser.init(policy), [], []
     for _ in range(ppo.num_epochs):
@@ -255,7 +295,9 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
         steps.append(losses)
         norms.append(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradients))))
     scaled = partial(update_ppo, optimiser=optimiser, ppo=ppo, lr_scale=jnp.float32(lr_scale))
-    learned, _, metrics = jax.device_get(scaled(policy, optimiser.init(policy), batch, jax.random.key(0)))
+    learned, _, metrics = jax.device_get(
+        scaled(policy, optimiser.init(policy), batch, jax.random.key(0))
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), learned, by_hand)
     means = {name: np.mean([getattr(step, name) for step in steps]) for name in metrics.losses}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), metrics.losses, means)
@@ -271,7 +313,9 @@ def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
 
     def run(batch):
         key = jax.random.key(0)
-        return jax.device_get(update_ppo(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:])
+        return jax.device_get(
+            update_ppo(policy, optimiser.init(policy), batch, key, optimiser=optimiser, ppo=ppo)[1:]
+        )
 
     state, metrics = run(batch)
     assert optax.tree.get(state, "ScaleByAdamState").count == 3 * 4

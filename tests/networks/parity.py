@@ -13,7 +13,10 @@ from jax import lax
 
 from mam.config import NetworkConfig
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,17 +26,26 @@ class Golden:
     file: str
     make: Callable
     cases: dict[str, NetworkConfig]
-    layout: list[tuple[str, Callable, Callable]]  # their parameter, ours, and how theirs becomes ours: f(array, sizes)
+    layout: list[
+        tuple[str, Callable, Callable]
+    ]  # their parameter, ours, and how theirs becomes ours: f(array, sizes)
 
     @functools.cache  # noqa: B019, they live as long as the tests
     def arrays(self, case):
         with np.load(Path(__file__).parents[1] / "golden" / self.file) as arrays:
-            return {key.removeprefix(f"{case}/"): arrays[key] for key in arrays.files if key.startswith(f"{case}/")}
+            return {
+                key.removeprefix(f"{case}/"): arrays[key]
+                for key in arrays.files
+                if key.startswith(f"{case}/")
+            }
 
     def in_our_layout(self, case, prefix):
         """Their name, where it is in our block, and their array in our layout."""
         arrays, sizes = self.arrays(case), self.cases[case]
-        return [(name, where, convert(arrays[prefix + name], sizes)) for name, where, convert in self.layout]
+        return [
+            (name, where, convert(arrays[prefix + name], sizes))
+            for name, where, convert in self.layout
+        ]
 
     @functools.cache  # noqa: B019
     def block(self, case):
@@ -51,7 +63,9 @@ class Golden:
 
     def check_parallel_form_and_gradients(self, case):
         arrays, block = self.arrays(case), self.block(case)
-        output, block_gradient, x_gradient = output_and_gradients(block, arrays["input"], arrays["cotangent"])
+        output, block_gradient, x_gradient = output_and_gradients(
+            block, arrays["input"], arrays["cotangent"]
+        )
         assert_close(output, arrays["output"], "output")
         assert_close(x_gradient, arrays["grad/input"], "gradient of the input")
         for name, where, expected in self.in_our_layout(case, "grad/"):

@@ -23,8 +23,13 @@ from mam.networks.actions import (
 )
 from mam.types import EnvSpec
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-LOGITS = np.array([[1.0, -2.0, 0.5, 3.0], [0.0, 40.0, -40.0, 1.0], [1e4, 0.0, -1e4, 0.0]], np.float32)
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
+LOGITS = np.array(
+    [[1.0, -2.0, 0.5, 3.0], [0.0, 40.0, -40.0, 1.0], [1e4, 0.0, -1e4, 0.0]], np.float32
+)
 MASK = np.array([[True, False, True, True], [True, True, True, True], [False, True, False, True]])
 MEANS = np.array([-3.0, -1.0, -0.2, 0.0, 0.5, 2.0])  # of six actions, or of the components of one
 STDS = np.array([0.05, 0.3, 0.5, 0.7, 0.9, 1.0])
@@ -39,7 +44,9 @@ def compiled(name):
     def total(*args):
         return call(*args).sum()
 
-    return jax.jit(call, compiler_options=QUICK), jax.jit(jax.grad(total, argnums=(0, 1)), compiler_options=QUICK)
+    return jax.jit(call, compiler_options=QUICK), jax.jit(
+        jax.grad(total, argnums=(0, 1)), compiler_options=QUICK
+    )
 
 
 log_prob, log_prob_gradient = compiled("log_prob")
@@ -64,9 +71,13 @@ def test_the_task_decides_the_distribution_and_it_owns_its_shapes(name):
     learned = [leaf.shape for leaf in jax.tree.leaves(made)]
     assert learned == [(4,)] * spec.continuous  # nothing but log_std
     outputs, mask = np.zeros((5, 2, made.num_outputs), np.float32), np.ones((5, 2, 4), bool)
-    action = sample(made, outputs, mask, draw_noise(made, jax.random.split(jax.random.key(0), 5), 2))
+    action = sample(
+        made, outputs, mask, draw_noise(made, jax.random.split(jax.random.key(0), 5), 2)
+    )
     assert (action.shape[1:], action.dtype) == (spec.joint_action.shape, spec.joint_action.dtype)
-    assert log_prob(made, outputs, mask, action).shape == entropy(made, outputs, mask).shape == (5, 2)
+    assert (
+        log_prob(made, outputs, mask, action).shape == entropy(made, outputs, mask).shape == (5, 2)
+    )
     np.testing.assert_array_equal(made.equal(action, action), np.ones((5, 2), bool))
     token = made.token(action)
     assert token.shape == ((5, 2) if made.indexed else (5, 2, made.token_dim))
@@ -74,17 +85,25 @@ def test_the_task_decides_the_distribution_and_it_owns_its_shapes(name):
 
 @pytest.mark.parametrize(
     ("kind", "distribution"),
-    [(Categorical(4), stats.gumbel_r), (MultiCategorical((2, 2)), stats.gumbel_r), (TanhNormal(4), stats.norm)],
+    [
+        (Categorical(4), stats.gumbel_r),
+        (MultiCategorical((2, 2)), stats.gumbel_r),
+        (TanhNormal(4), stats.norm),
+    ],
     ids=["categorical", "components", "tanh_normal"],
 )
 def test_noise_belongs_to_the_agent(kind, distribution):
     keys = jax.random.split(jax.random.key(0), 300)
     noise = np.asarray(draw_noise(kind, keys, 5))
-    assert len(np.unique(noise)) > 0.999 * noise.size  # no two agents, components or environments share any
+    assert (
+        len(np.unique(noise)) > 0.999 * noise.size
+    )  # no two agents, components or environments share any
     assert stats.kstest(noise.ravel(), distribution.cdf).pvalue > 0.05
     np.testing.assert_array_equal(draw_noise(kind, keys, 7)[:, :5], noise)  # however many there are
     np.testing.assert_array_equal(draw_noise(kind, keys[1], 5), noise[1])
-    np.testing.assert_array_equal(draw_noise(kind, keys.reshape(10, 30), 5), noise.reshape(10, 30, 5, 4))
+    np.testing.assert_array_equal(
+        draw_noise(kind, keys.reshape(10, 30), 5), noise.reshape(10, 30, 5, 4)
+    )
 
 
 def probabilities(logits, mask):
@@ -108,7 +127,9 @@ def test_masked_probabilities():
 
 def test_a_forced_choice_has_no_log_prob_and_no_entropy():
     forced = np.arange(4) == np.array([[2], [0], [1]])
-    np.testing.assert_array_equal(log_prob(Categorical(4), LOGITS, forced, np.array([2, 0, 1])), 0.0)
+    np.testing.assert_array_equal(
+        log_prob(Categorical(4), LOGITS, forced, np.array([2, 0, 1])), 0.0
+    )
     np.testing.assert_array_equal(entropy(Categorical(4), LOGITS, forced), 0.0)
 
 
@@ -174,7 +195,9 @@ def test_components_are_independent_choices():
     np.testing.assert_array_equal(np.exp(found)[expected == 0], 0.0)
     np.testing.assert_allclose(expected.sum(axis=1), 1.0)
     each = [-np.sum(x * np.log(np.where(x > 0, x, 1)), axis=-1) for x in p]
-    np.testing.assert_allclose(entropy(MultiCategorical(SIZES), outputs, MASKS), np.sum(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(
+        entropy(MultiCategorical(SIZES), outputs, MASKS), np.sum(each, axis=0), atol=1e-6
+    )
 
 
 def test_samples_of_components_follow_their_probabilities():
@@ -185,7 +208,9 @@ def test_samples_of_components_follow_their_probabilities():
     chosen = np.asarray(sample(of, *rows, noise))
     p = np.exp(np.asarray(log_prob(of, *rows, chosen), np.float64))
     for agent in range(2):
-        joint, index, counts = np.unique(chosen[agent], axis=0, return_index=True, return_counts=True)
+        joint, index, counts = np.unique(
+            chosen[agent], axis=0, return_index=True, return_counts=True
+        )
         share = p[agent][index]
         assert len(joint) == (12, 2)[agent]
         np.testing.assert_allclose(share.sum(), 1.0, atol=1e-5)
@@ -198,14 +223,18 @@ def test_samples_of_components_follow_their_probabilities():
 
 def test_components_are_read_one_hot_and_equal_as_a_whole():
     of, action = MultiCategorical(SIZES), jnp.array([[2, 0, 3], [0, 0, 3]])
-    np.testing.assert_array_equal(of.token(action), [[0, 0, 1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 0, 0, 1]])
+    np.testing.assert_array_equal(
+        of.token(action), [[0, 0, 1, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 0, 0, 1]]
+    )
     np.testing.assert_array_equal(of.equal(action, action.at[0, 0].set(0)), [False, True])
 
 
 def test_logits_may_be_added_later():
     """As the kernel does it: to the bit what is masked at once, where nothing is legal, too."""
     rng = np.random.default_rng(0)
-    logits, noise = (10 ** rng.uniform(-3, 4, (500, 4)) * rng.normal(size=(500, 4)) for _ in range(2))
+    logits, noise = (
+        10 ** rng.uniform(-3, 4, (500, 4)) * rng.normal(size=(500, 4)) for _ in range(2)
+    )
     logits, noise = (jnp.asarray(x, jnp.float32) for x in (logits, noise))
     mask = jnp.asarray(rng.random((500, 4)) < 0.4)
     chosen = np.argmax(add_logits(mask_noise(noise, mask), logits), axis=-1)
@@ -217,7 +246,9 @@ def tanh_normal(std):
     """With the given standard deviations."""
     std = np.asarray(std, np.float64)
     log_std = np.log(np.expm1(std))  # the inverse of softplus
-    return eqx.tree_at(lambda kind: kind.log_std, TanhNormal(len(std)), jnp.asarray(log_std, jnp.float32))
+    return eqx.tree_at(
+        lambda kind: kind.log_std, TanhNormal(len(std)), jnp.asarray(log_std, jnp.float32)
+    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +273,12 @@ class Exact:
 def test_the_standard_deviation_starts_at_softplus_of_zero():
     std = np.log(2.0)
     expected = Exact(0.3, std).log_density(np.array([0.1, -0.8]))
-    actual = log_prob(TanhNormal(1), np.full((2, 1), 0.3, np.float32), np.ones((2, 1), bool), np.array([[0.1], [-0.8]]))
+    actual = log_prob(
+        TanhNormal(1),
+        np.full((2, 1), 0.3, np.float32),
+        np.ones((2, 1), bool),
+        np.array([[0.1], [-0.8]]),
+    )
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
@@ -294,15 +330,21 @@ def test_what_is_chosen_has_the_log_prob_of_its_noise():
     x = out + STDS * noise.astype(np.float64)
     expected = stats.norm.logpdf(noise) - np.log(STDS) + 2 * np.log(np.cosh(x))
     np.testing.assert_allclose(action, np.tanh(x), atol=1e-6)
-    np.testing.assert_allclose(log_prob(kind, out, mask, action), expected.sum(axis=-1), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(
+        log_prob(kind, out, mask, action), expected.sum(axis=-1), rtol=1e-3, atol=1e-2
+    )
 
 
 def test_greedy_actions_are_tanh_of_the_mean():
     out, mask = rows(MEANS, 1)
-    np.testing.assert_allclose(sample(tanh_normal(STDS), out, mask, np.zeros_like(out)), np.tanh(out), rtol=1e-6)
+    np.testing.assert_allclose(
+        sample(tanh_normal(STDS), out, mask, np.zeros_like(out)), np.tanh(out), rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize(("std", "tolerance"), [(STDS, 2e-5), (np.full(6, 1.0), 2e-5), (np.full(6, 2.0), 3.2e-3)])
+@pytest.mark.parametrize(
+    ("std", "tolerance"), [(STDS, 2e-5), (np.full(6, 1.0), 2e-5), (np.full(6, 2.0), 3.2e-3)]
+)
 def test_entropy_is_the_integral(std, tolerance):
     out, _ = rows(MEANS, 6)
     actual = entropy(tanh_normal(std), out, np.eye(6, dtype=bool))  # one component at a time
@@ -322,7 +364,10 @@ def test_entropy_is_the_mean_of_minus_log_prob():
 def test_components_not_in_use_are_zero_and_count_for_nothing(what):
     """In value and in gradient, whatever the network puts out for them."""
     kind, used = tanh_normal(STDS), np.array([True, False, True, True, False, True])
-    out, noise = np.where(used, MEANS, 1e4).astype(np.float32), np.linspace(-2, 2, 6).astype(np.float32)
+    out, noise = (
+        np.where(used, MEANS, 1e4).astype(np.float32),
+        np.linspace(-2, 2, 6).astype(np.float32),
+    )
     action = np.asarray(sample(kind, out, used, noise))
     np.testing.assert_array_equal(action == 0.0, ~used)
     value, gradient, rest = {

@@ -10,7 +10,10 @@ import pytest
 from mam.config import NetworkConfig
 from mam.networks.mixers.attention import Attention, CausalAttention
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 N, E = 6, 8
 ALIVE = np.array([[True] * 6, [True] * 4 + [False] * 2])
 
@@ -28,11 +31,17 @@ def both(mixer, x, context, alive):
 
 
 @pytest.mark.parametrize("num_heads", [1, 4])
-@pytest.mark.parametrize("make", [Attention, CausalAttention, functools.partial(CausalAttention, cross=True)])
+@pytest.mark.parametrize(
+    "make", [Attention, CausalAttention, functools.partial(CausalAttention, cross=True)]
+)
 def test_attention_equals_the_reference(make, num_heads):
     rng = np.random.default_rng(0)
-    empty = jax.eval_shape(lambda k: make(NetworkConfig(d_model=E, num_heads=num_heads), key=k), jax.random.key(0))
-    mixer = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.6, leaf.shape), leaf.dtype), empty)
+    empty = jax.eval_shape(
+        lambda k: make(NetworkConfig(d_model=E, num_heads=num_heads), key=k), jax.random.key(0)
+    )
+    mixer = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.0, 0.6, leaf.shape), leaf.dtype), empty
+    )
     x, context = (rng.normal(size=(2, N, E)).astype(np.float32) for _ in range(2))
     for alive in (None, ALIVE):
         living = ALIVE if alive is not None else np.ones_like(ALIVE)
@@ -41,5 +50,9 @@ def test_attention_equals_the_reference(make, num_heads):
 
 
 def test_heads_are_contiguous_slices():
-    mixer = jax.eval_shape(lambda k: Attention(NetworkConfig(d_model=E, num_heads=2), key=k), jax.random.key(0))
-    np.testing.assert_array_equal(mixer.projections.split(jnp.arange(8.0)), [[0, 1, 2, 3], [4, 5, 6, 7]])
+    mixer = jax.eval_shape(
+        lambda k: Attention(NetworkConfig(d_model=E, num_heads=2), key=k), jax.random.key(0)
+    )
+    np.testing.assert_array_equal(
+        mixer.projections.split(jnp.arange(8.0)), [[0, 1, 2, 3], [4, 5, 6, 7]]
+    )

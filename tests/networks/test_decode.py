@@ -18,15 +18,27 @@ from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2, head_dim=8)
 B, N, A, O = 3, 6, 4, 5  # noqa: E741
 SEQUENTIAL = Decoding()
 # Windows: all agents, and one that does not divide them; and where it ends in deciding one after another.
-WHOLE, WINDOWS, GIVEN_UP = (Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)])
-MORE = [Decoding("fixed_point", *limits) for limits in [(1, None), (9, None), (None, 1), (None, 2), (4, 3)]]
+WHOLE, WINDOWS, GIVEN_UP = (
+    Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)]
+)
+MORE = [
+    Decoding("fixed_point", *limits)
+    for limits in [(1, None), (9, None), (None, 1), (None, 2), (4, 3)]
+]
 KERNEL = Decoding("kernel")  # where there is no CUDA, the loop
-KINDS = {"discrete": {}, "continuous": {"continuous": True}, "components": {"action_components": (2, 2)}}
+KINDS = {
+    "discrete": {},
+    "continuous": {"continuous": True},
+    "components": {"action_components": (2, 2)},
+}
 
 
 def make_spec(kind):
@@ -46,7 +58,9 @@ def randomise(build, seed=0):
 
 def make_decoder(letters, kind):
     layout = families_of(letters, "layout")
-    return randomise(lambda key: Decoder(make_distribution(make_spec(kind)), layout, layout, SIZES, key=key))
+    return randomise(
+        lambda key: Decoder(make_distribution(make_spec(kind)), layout, layout, SIZES, key=key)
+    )
 
 
 def make_inputs(decoder, kind, batch, seed=0):
@@ -64,7 +78,9 @@ def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
     """One after another and in other ways, and what the decoder puts out if taught the former's actions."""
     ahead = Ahead(context=decoder.read(obs_rep), mask=mask, noise=noise)
     distribution = make_distribution(make_spec(kind))
-    sequential, *others = (decide(decoder, distribution, ahead, decoding) for decoding in (SEQUENTIAL, *decodings))
+    sequential, *others = (
+        decide(decoder, distribution, ahead, decoding) for decoding in (SEQUENTIAL, *decodings)
+    )
     chosen = distribution.sample_from_noise(sequential.out, mask, noise)
     return sequential, others, decoder(distribution.token(sequential.action), obs_rep), chosen
 
@@ -74,18 +90,29 @@ def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
     [*itertools.product(["M", "A", "2", "AM2"], ["discrete", "continuous"]), ("M", "components")],
 )
 def test_all_ways_lead_to_the_same_actions(layout, kind):
-    decodings = (WHOLE, WINDOWS, GIVEN_UP, *([*MORE, KERNEL] if (layout, kind) == ("A", "discrete") else ()))
+    decodings = (
+        WHOLE,
+        WINDOWS,
+        GIVEN_UP,
+        *([*MORE, KERNEL] if (layout, kind) == ("A", "discrete") else ()),
+    )
     with jax.enable_x64(True):
         decoder = make_decoder(layout, kind)
-        results = all_ways(decoder, *make_inputs(decoder, kind, (B,)), kind=kind, decodings=decodings)
+        results = all_ways(
+            decoder, *make_inputs(decoder, kind, (B,)), kind=kind, decodings=decodings
+        )
         sequential, others, taught, chosen = jax.device_get(results)
     np.testing.assert_allclose(sequential.action, chosen, atol=1e-10)
     np.testing.assert_allclose(sequential.out, taught, rtol=1e-10, atol=1e-10)
     np.testing.assert_array_equal(sequential.passes, 1.0)
     passes = {}
     for decoding, decision in zip(decodings, others, strict=True):
-        np.testing.assert_allclose(decision.action, sequential.action, atol=1e-10, err_msg=f"{decoding}")
-        np.testing.assert_allclose(decision.out, sequential.out, rtol=1e-10, atol=1e-10, err_msg=f"{decoding}")
+        np.testing.assert_allclose(
+            decision.action, sequential.action, atol=1e-10, err_msg=f"{decoding}"
+        )
+        np.testing.assert_allclose(
+            decision.out, sequential.out, rtol=1e-10, atol=1e-10, err_msg=f"{decoding}"
+        )
         passes[decoding] = np.max(decision.passes)
         size = 1 if decoding == KERNEL else min(decoding.window or N, N)
         limit = decoding.max_passes or size
@@ -149,64 +176,95 @@ def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passe
     ahead = Ahead(
         context=Context(obs_rep=jnp.zeros((1, N, 1)), blocks=()),
         mask=jnp.ones((1, N, 2), bool),
-        noise=jnp.broadcast_to(jnp.asarray([0.0, 0.1]), (1, N, 2)),  # so the first guess is action 1
+        noise=jnp.broadcast_to(
+            jnp.asarray([0.0, 0.1]), (1, N, 2)
+        ),  # so the first guess is action 1
     )
     decoding = Decoding("fixed_point", window, max_passes)
-    decision = jax.jit(lambda ahead: decide(decoder, Categorical(2), ahead, decoding), compiler_options=QUICK)(ahead)
+    decision = jax.jit(
+        lambda ahead: decide(decoder, Categorical(2), ahead, decoding), compiler_options=QUICK
+    )(ahead)
     np.testing.assert_array_equal(decision.action[0], np.arange(N) % 2)
     np.testing.assert_array_equal(decision.passes, passes)
 
 
 POLICIES = {
     **{name: (name, SIZES) for name in ("mam", "mam2", "mat")},
-    "hybrid": ("mat", replace(SIZES, encoder=EncoderConfig("2M"), decoder=DecoderConfig("MA", cross="A2"))),
+    "hybrid": (
+        "mat",
+        replace(SIZES, encoder=EncoderConfig("2M"), decoder=DecoderConfig("MA", cross="A2")),
+    ),
 }
 ALIVE = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 1, 0]], bool)
 
 
 def make(name, kind, decoding, seed=1):
     name, sizes = POLICIES[name]
-    policy = randomise(lambda key: make_policy(name, make_spec(kind), sizes, decoding, key=key), seed)
+    policy = randomise(
+        lambda key: make_policy(name, make_spec(kind), sizes, decoding, key=key), seed
+    )
     # Means near zero: at the limits of continuous actions log-probabilities are hardly determined.
     shrink = 0.1 if kind == "continuous" else 1.0
-    return eqx.tree_at(lambda p: p.decoder.head.out.weight, policy, shrink * policy.decoder.head.out.weight)
+    return eqx.tree_at(
+        lambda p: p.decoder.head.out.weight, policy, shrink * policy.decoder.head.out.weight
+    )
 
 
 def make_observation():
     rng = np.random.default_rng(3)
     mask = rng.random((*ALIVE.shape, A)) < 0.8
     mask[..., 1] |= ~mask.any(-1)
-    return Observation(jnp.asarray(rng.normal(size=(*ALIVE.shape, O))), jnp.asarray(mask), jnp.asarray(ALIVE))
+    return Observation(
+        jnp.asarray(rng.normal(size=(*ALIVE.shape, O))), jnp.asarray(mask), jnp.asarray(ALIVE)
+    )
 
 
 def act(policy, key, greedy):
     reset = jnp.zeros(len(ALIVE), bool)
-    return policy.act((), make_observation(), reset, jax.random.split(key, len(ALIVE)), greedy=greedy)[1]
+    return policy.act(
+        (), make_observation(), reset, jax.random.split(key, len(ALIVE)), greedy=greedy
+    )[1]
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def act_and_evaluate(policies, key):
     """Per policy: sampled and greedy actions; of the last one also what `evaluate` says of the former."""
-    outputs = [{"sampled": act(policy, key, False), "greedy": act(policy, key, True)} for policy in policies]
+    outputs = [
+        {"sampled": act(policy, key, False), "greedy": act(policy, key, True)}
+        for policy in policies
+    ]
     sampled = outputs[-1]["sampled"]
     reset = jnp.zeros(len(ALIVE), bool)
-    return outputs, policies[-1].evaluate((), make_observation(), sampled.action, sampled.order, reset)
+    return outputs, policies[-1].evaluate(
+        (), make_observation(), sampled.action, sampled.order, reset
+    )
 
 
-@pytest.mark.parametrize(("name", "kind"), [*((name, "discrete") for name in POLICIES), ("mam", "continuous")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "discrete") for name in POLICIES), ("mam", "continuous")]
+)
 def test_policies_act_alike_in_either_way(name, kind):
     """With dead agents; what is stored for training is the same, too."""
     with jax.enable_x64(True):
         policies = [make(name, kind, decoding) for decoding in (SEQUENTIAL, WINDOWS)]
-        (sequential, fixed_point), evaluated = jax.device_get(act_and_evaluate(policies, jax.random.key(0)))
+        (sequential, fixed_point), evaluated = jax.device_get(
+            act_and_evaluate(policies, jax.random.key(0))
+        )
     for mode in ("sampled", "greedy"):
         expected, actual = sequential[mode], fixed_point[mode]
         for field in ("action", "log_prob", "value", "order"):
-            np.testing.assert_allclose(getattr(actual, field), getattr(expected, field), rtol=1e-10, atol=1e-10)
+            np.testing.assert_allclose(
+                getattr(actual, field), getattr(expected, field), rtol=1e-10, atol=1e-10
+            )
         assert expected.metrics == {}
         assert list(actual.metrics) == ["decode_passes"]
-        assert np.all((actual.metrics["decode_passes"] > 1) & (actual.metrics["decode_passes"] <= WINDOWS.window))
-    np.testing.assert_allclose(evaluated.log_prob, fixed_point["sampled"].log_prob, rtol=1e-10, atol=1e-10)
+        assert np.all(
+            (actual.metrics["decode_passes"] > 1)
+            & (actual.metrics["decode_passes"] <= WINDOWS.window)
+        )
+    np.testing.assert_allclose(
+        evaluated.log_prob, fixed_point["sampled"].log_prob, rtol=1e-10, atol=1e-10
+    )
     assert np.any(fixed_point["sampled"].action != fixed_point["greedy"].action)
 
 
@@ -217,9 +275,16 @@ def test_seeds_side_by_side_act_as_they_do_alone(decoding):
     with jax.enable_x64(True):
         seeds = [make("mam", "discrete", decoding, seed) for seed in range(3)]
         one = functools.partial(act, greedy=False)
-        together = jax.jit(jax.vmap(one), compiler_options=QUICK)(jax.tree.map(lambda *v: jnp.stack(v), *seeds), keys)
-        alone = [jax.jit(one, compiler_options=QUICK)(seed, key) for seed, key in zip(seeds, keys, strict=True)]
+        together = jax.jit(jax.vmap(one), compiler_options=QUICK)(
+            jax.tree.map(lambda *v: jnp.stack(v), *seeds), keys
+        )
+        alone = [
+            jax.jit(one, compiler_options=QUICK)(seed, key)
+            for seed, key in zip(seeds, keys, strict=True)
+        ]
     stacked = jax.tree.map(lambda *v: np.stack(v), *alone)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), together, stacked)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), together, stacked
+    )
     if decoding == WHOLE:
         assert len(np.unique(stacked.metrics["decode_passes"])) > 1

@@ -15,8 +15,13 @@ from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import families_of
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
-IGNORE_DEPRECATION = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.11
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
+IGNORE_DEPRECATION = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated"
+)  # JAX 0.11
 GPU = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", 132, "gpu"))
 SIZES = NetworkConfig(d_model=16, d_state=4, head_dim=16)
 FAST = NetworkConfig(d_model=64, d_state=16)
@@ -34,7 +39,9 @@ DECLINED = pytest.mark.parametrize(
 
 def make_shapes(letters, sizes, distribution=Categorical(5), cross=None):  # noqa: B008 (frozen)
     layout, cross_layout = (families_of(names, "layout") for names in (letters, cross or letters))
-    return jax.eval_shape(lambda key: Decoder(distribution, layout, cross_layout, sizes, key=key), jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: Decoder(distribution, layout, cross_layout, sizes, key=key), jax.random.key(0)
+    )
 
 
 def make_decoder(letters, sizes, num_actions=5, seed=0):
@@ -45,7 +52,9 @@ def make_decoder(letters, sizes, num_actions=5, seed=0):
         spread = 1.5 * leaf.shape[0] ** -0.5 if leaf.ndim > 1 and path[-1].name != "A_log" else 0.4
         return jnp.asarray(rng.normal(path[-1].name == "scale", spread, leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, make_shapes(letters, sizes, Categorical(num_actions)))
+    return jax.tree_util.tree_map_with_path(
+        draw, make_shapes(letters, sizes, Categorical(num_actions))
+    )
 
 
 def make_inputs(sizes, num_agents, num_actions, batch, seed=0):
@@ -53,7 +62,11 @@ def make_inputs(sizes, num_agents, num_actions, batch, seed=0):
     rng = np.random.default_rng(seed)
     mask = rng.random((*batch, num_agents, num_actions)) < 0.7
     obs_rep = rng.normal(size=(*batch, num_agents, sizes.d_model))
-    return jnp.asarray(obs_rep, jnp.float32), jnp.asarray(mask), jnp.asarray(rng.gumbel(size=mask.shape), jnp.float32)
+    return (
+        jnp.asarray(obs_rep, jnp.float32),
+        jnp.asarray(mask),
+        jnp.asarray(rng.gumbel(size=mask.shape), jnp.float32),
+    )
 
 
 def look_ahead(decoder, obs_rep, mask, noise):
@@ -62,7 +75,9 @@ def look_ahead(decoder, obs_rep, mask, noise):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def loop(decoder, obs_rep, mask, noise):
-    decision = decide(decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding())
+    decision = decide(
+        decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding()
+    )
     return decision.action, decision.out
 
 
@@ -91,8 +106,12 @@ def test_equals_the_loop(letters, sizes, num_agents, num_actions, batch, num_env
     expected_action, expected_out = loop(decoder, *inputs)
     assert action.dtype == jnp.int32
     np.testing.assert_array_equal(action, expected_action)
-    np.testing.assert_array_equal(action, Categorical(num_actions).sample_from_noise(out, *inputs[1:]))
-    np.testing.assert_allclose(out, expected_out, rtol=1e-4, atol=1e-4)  # rounding, over all agents before
+    np.testing.assert_array_equal(
+        action, Categorical(num_actions).sample_from_noise(out, *inputs[1:])
+    )
+    np.testing.assert_allclose(
+        out, expected_out, rtol=1e-4, atol=1e-4
+    )  # rounding, over all agents before
     assert num_agents == 1 or np.std(out) > 0.5
 
 
@@ -101,7 +120,9 @@ def test_half_precision_operands_move_log_probabilities_little():
     inputs = make_inputs(SIZES, 9, 5, (40,))
     _, exact = kernel(decoder, *inputs)
     action, out = kernel(decoder, *inputs, dtype=jnp.float16)
-    same = np.cumprod(np.asarray(action == kernel(decoder, *inputs)[0]), axis=-1)  # until the first other decision
+    same = np.cumprod(
+        np.asarray(action == kernel(decoder, *inputs)[0]), axis=-1
+    )  # until the first other decision
     assert same.mean() > 0.95
     assert np.mean(np.abs(out - exact)[same == 1]) < 5e-3
 
@@ -111,7 +132,9 @@ def test_seeds_side_by_side():
     inputs = [make_inputs(SIZES, 3, 5, (5,), seed=k) for k in (0, 1)]
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *zip(decoders, inputs, strict=True))
     one = kernel.__wrapped__
-    together = jax.jit(jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK)(*stacked)
+    together = jax.jit(
+        jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK
+    )(*stacked)
     for k, (decoder, args) in enumerate(zip(decoders, inputs, strict=True)):
         for actual, expected in zip(together, loop(decoder, *args), strict=True):
             np.testing.assert_allclose(actual[k], expected, rtol=1e-4, atol=1e-4)
@@ -137,7 +160,12 @@ def test_lowers_for_a_gpu(letters, sizes, num_agents, batch):
         return decode_kernel(decoder, look_ahead(decoder, obs_rep, mask, noise))
 
     with use_abstract_mesh(GPU):
-        text = jax.jit(run).trace(decoder, floats[0], mask, floats[1]).lower(lowering_platforms=("cuda",)).as_text()
+        text = (
+            jax.jit(run)
+            .trace(decoder, floats[0], mask, floats[1])
+            .lower(lowering_platforms=("cuda",))
+            .as_text()
+        )
     assert "triton" in text
 
 

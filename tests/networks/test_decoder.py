@@ -12,7 +12,10 @@ from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import ActionEmbedding, Decoder
 from mam.networks.mixers.registry import families_of
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 B, N, A, E = 2, 4, 3, 8
 DISTRIBUTIONS = {
     "categorical": Categorical(A),
@@ -25,8 +28,12 @@ every_distribution = pytest.mark.parametrize("name", DISTRIBUTIONS)
 def make(build, *args, name):
     """With large random parameters."""
     rng = np.random.default_rng(0)
-    empty = jax.eval_shape(lambda key: build(DISTRIBUTIONS[name], *args, key=key), jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.4, leaf.shape), leaf.dtype), empty)
+    empty = jax.eval_shape(
+        lambda key: build(DISTRIBUTIONS[name], *args, key=key), jax.random.key(0)
+    )
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.0, 0.4, leaf.shape), leaf.dtype), empty
+    )
 
 
 def make_tokens(name):
@@ -82,7 +89,9 @@ def test_blocks_of_several_kinds_decode_as_they_were_taught(name):
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def all_ways(decoder):
-        return [run(decoder, tokens, obs_rep) for run in (teacher_forced, autoregressive, in_pieces)]
+        return [
+            run(decoder, tokens, obs_rep) for run in (teacher_forced, autoregressive, in_pieces)
+        ]
 
     expected, *others = all_ways(decoder)
     for actual in others:
@@ -105,7 +114,9 @@ def test_an_agent_reads_the_action_before_its_own(name):
     hidden = np.asarray(jax.nn.gelu(before @ np.asarray(embed.table, np.float64)))
     centred = hidden - hidden.mean(axis=-1, keepdims=True)
     normal = centred / np.sqrt(hidden.var(axis=-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(read(embed, tokens), normal * embed.norm.scale + embed.norm.offset, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        read(embed, tokens), normal * embed.norm.scale + embed.norm.offset, rtol=1e-4, atol=1e-4
+    )
 
 
 @every_distribution

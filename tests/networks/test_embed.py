@@ -12,12 +12,17 @@ from mam.config import NetworkConfig
 from mam.networks.embed import Conv, ObservationEmbedding, PictureNet
 from mam.types import EnvSpec, Observation
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 B, N, E, OBS_DIM = 2, 4, 8, 5
 ALIVE = np.array([[True, False, True, False], [False, True, True, True]])
 call = jax.jit(lambda layer, x: layer(x), compiler_options=QUICK)
 kinds_of_view = pytest.mark.parametrize(
-    ("obs_dim", "grid_shape"), [(OBS_DIM, None), (OBS_DIM, (5, 6, 2)), (0, (5, 6, 2))], ids=["features", "both", "grid"]
+    ("obs_dim", "grid_shape"),
+    [(OBS_DIM, None), (OBS_DIM, (5, 6, 2)), (0, (5, 6, 2))],
+    ids=["features", "both", "grid"],
 )
 
 
@@ -25,13 +30,17 @@ def randomise(build, *args):
     """The layer with random parameters, none of them zero."""
     empty = jax.eval_shape(lambda key: build(*args, key=key), jax.random.key(0))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.5, leaf.shape), leaf.dtype), empty)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.0, 0.5, leaf.shape), leaf.dtype), empty
+    )
 
 
 @functools.cache
 def make_embedding(obs_dim, grid_shape, observation_norm="running"):
     spec = EnvSpec("suite/task", N, obs_dim, num_actions=3, time_limit=None, grid_shape=grid_shape)
-    return randomise(ObservationEmbedding, spec, NetworkConfig(d_model=E, observation_norm=observation_norm))
+    return randomise(
+        ObservationEmbedding, spec, NetworkConfig(d_model=E, observation_norm=observation_norm)
+    )
 
 
 def make_observation(obs_dim, grid_shape, batch=(B,)):
@@ -41,7 +50,9 @@ def make_observation(obs_dim, grid_shape, batch=(B,)):
         agents_view=rng.normal(size=(*shape, obs_dim)).astype(np.float32),
         action_mask=np.ones((*shape, 3), bool),
         alive=np.broadcast_to(ALIVE, shape),
-        grid=None if grid_shape is None else rng.normal(size=(*shape, *grid_shape)).astype(np.float32),
+        grid=None
+        if grid_shape is None
+        else rng.normal(size=(*shape, *grid_shape)).astype(np.float32),
     )
 
 
@@ -79,7 +90,9 @@ def test_what_dead_agents_see_goes_nowhere(obs_dim, grid_shape, garbage):
         clean,
         (
             np.where(ALIVE[..., None], clean.agents_view, np.float32(garbage)),
-            None if clean.grid is None else np.where(ALIVE[..., None, None, None], clean.grid, np.float32(garbage)),
+            None
+            if clean.grid is None
+            else np.where(ALIVE[..., None, None, None], clean.grid, np.float32(garbage)),
         ),
         is_leaf=lambda x: x is None,
     )
@@ -103,7 +116,10 @@ def value_and_gradient(embed, obs):
 @kinds_of_view
 def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
     """Leading axes are free, and each row of the result depends on its own row alone."""
-    embed, obs = make_embedding(obs_dim, grid_shape), make_observation(obs_dim, grid_shape, batch=(3, B))
+    embed, obs = (
+        make_embedding(obs_dim, grid_shape),
+        make_observation(obs_dim, grid_shape, batch=(3, B)),
+    )
     together = call(embed, obs)
     assert together.shape == (3, B, N, E)
     one = jax.tree.map(lambda x: x[1], obs)
@@ -141,7 +157,9 @@ def test_pictures_of_any_type_and_scale_look_the_same():
     assert np.std(expected) > 0.1
     for dtype in (bool, np.uint8, np.int32, np.int8):
         np.testing.assert_array_equal(call(net, picture.astype(dtype)), expected)
-    np.testing.assert_allclose(call(net, (200 * picture + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        call(net, (200 * picture + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_pictures_of_bytes_and_booleans_are_embedded():
@@ -158,7 +176,9 @@ def test_pictures_of_bytes_and_booleans_are_embedded():
 def test_a_blank_picture_is_no_accident(value):
     net = randomise(PictureNet, (4, 4, 1))
     grid = np.full((1, 4, 4, 1), value, np.float32)
-    out, gradient = jax.jit(jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)), compiler_options=QUICK)(net, grid)
+    out, gradient = jax.jit(
+        jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)), compiler_options=QUICK
+    )(net, grid)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((out, gradient)))
 
 
@@ -171,7 +191,10 @@ def test_a_convolution_is_a_sum_over_neighbours(stride, rows, columns):
     conv = randomise(lambda key: Conv(2, 3, stride, key=key))
     x = np.random.default_rng(4).normal(size=(2, rows, columns, 2)).astype(np.float32)
     out_shape = tuple(-(-size // stride) for size in (rows, columns))
-    before = [max((out - 1) * stride + 3 - size, 0) // 2 for out, size in zip(out_shape, (rows, columns), strict=True)]
+    before = [
+        max((out - 1) * stride + 3 - size, 0) // 2
+        for out, size in zip(out_shape, (rows, columns), strict=True)
+    ]
     padded = np.pad(x, [(0, 0), *((low, 3) for low in before), (0, 0)])
     expected = np.zeros((2, *out_shape, 3))
     for i, j in np.ndindex(*out_shape):

@@ -3,7 +3,10 @@ import numpy as np
 
 from mam.networks.heads import Head
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 
 
 def test_head_starts_near_zero():

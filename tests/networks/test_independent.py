@@ -14,7 +14,10 @@ from mam.networks.independent import IndependentPolicy
 from mam.networks.policy import has_memory, make_policy
 from mam.types import EnvSpec, Observation
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 N = 3
 OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
 SIZES = NetworkConfig(d_model=8)
@@ -33,13 +36,17 @@ def make(name, state_dim):
     spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None, state_dim=state_dim)
     rng = np.random.default_rng(0)
     empty = jax.eval_shape(lambda key: make_policy(name, spec, SIZES, key=key), jax.random.key(0))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty
+    )
 
 
 def make_observation(state_dim, garbage=0.0):
     """`garbage` stands where dead agents see."""
     rng = np.random.default_rng(5)
-    view = np.where(ALIVE[..., None], rng.normal(size=(*ALIVE.shape, OBS_DIM)), garbage).astype(np.float32)
+    view = np.where(ALIVE[..., None], rng.normal(size=(*ALIVE.shape, OBS_DIM)), garbage).astype(
+        np.float32
+    )
     state = rng.normal(size=(*ALIVE.shape[:2], state_dim)).astype(np.float32) if state_dim else None
     return Observation(view, np.ones((*ALIVE.shape, NUM_ACTIONS), bool), ALIVE, state=state)
 
@@ -47,7 +54,9 @@ def make_observation(state_dim, garbage=0.0):
 def run(policy, obs):
     """Log-probabilities and values of fixed actions, from a memory that is not blank: each [steps, B, N]."""
     memory = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory((2,)))
-    action = jnp.asarray(np.random.default_rng(6).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32)
+    action = jnp.asarray(
+        np.random.default_rng(6).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32
+    )
     order = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), ALIVE.shape)
     evaluation = policy.evaluate(memory, obs, action, order, jnp.asarray(RESET))
     return evaluation.log_prob, evaluation.value
@@ -88,11 +97,15 @@ def test_who_knows_what(name, state_dim):
     own = np.einsum("tbscj,ij->tbiscj", seen, same_agent)
     everyone = np.broadcast_to(seen[:, :, None], own.shape)
     np.testing.assert_array_equal(log_prob[0], own)
-    np.testing.assert_array_equal(value[0], everyone if name.endswith("mappo") and not state_dim else own)
+    np.testing.assert_array_equal(
+        value[0], everyone if name.endswith("mappo") and not state_dim else own
+    )
     if state_dim:
         assert not np.any(log_prob[1])
         state = np.einsum("tsb,bc->tbsc", reach, same_env)[:, :, None]
-        np.testing.assert_array_equal(value[1], np.broadcast_to(state & name.endswith("mappo"), value[1].shape))
+        np.testing.assert_array_equal(
+            value[1], np.broadcast_to(state & name.endswith("mappo"), value[1].shape)
+        )
 
 
 def test_without_a_state_the_critic_sees_what_all_the_living_see():
@@ -106,9 +119,14 @@ def test_without_a_state_the_critic_sees_what_all_the_living_see():
 
 
 @pytest.mark.parametrize("garbage", [1e9, np.nan])
-@pytest.mark.parametrize(("name", "state_dim"), [("ippo", None), ("rec_mappo", None), ("rec_mappo", STATE_DIM)])
+@pytest.mark.parametrize(
+    ("name", "state_dim"), [("ippo", None), ("rec_mappo", None), ("rec_mappo", STATE_DIM)]
+)
 def test_what_dead_agents_see_reaches_nobody(name, state_dim, garbage):
-    clean, dirty = (results(make(name, state_dim), make_observation(state_dim, value)) for value in (0.0, garbage))
+    clean, dirty = (
+        results(make(name, state_dim), make_observation(state_dim, value))
+        for value in (0.0, garbage)
+    )
     assert np.all(np.isfinite(clean))
     jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
@@ -117,7 +135,11 @@ def test_what_dead_agents_see_reaches_nobody(name, state_dim, garbage):
 def test_all_agents_have_the_same_weights(name):
     """Agents that change places take their values with them."""
     obs, places = make_observation(None), [2, 0, 1]
-    moved = eqx.tree_at(lambda o: (o.agents_view, o.alive), obs, (obs.agents_view[:, :, places], ALIVE[:, :, places]))
+    moved = eqx.tree_at(
+        lambda o: (o.agents_view, o.alive),
+        obs,
+        (obs.agents_view[:, :, places], ALIVE[:, :, places]),
+    )
     (_, value), (_, moved_value) = (results(make(name, None), o) for o in (obs, moved))
     np.testing.assert_allclose(moved_value, value[:, :, jnp.array(places)], rtol=1e-5, atol=1e-6)
     assert np.std(value) > 0.01

@@ -13,9 +13,15 @@ from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.roles import CausalConv
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)
-SCALE, OFFSET = np.linspace(0.5, 2.0, 6, dtype=np.float32), np.linspace(-1.0, 1.0, 6, dtype=np.float32)
+SCALE, OFFSET = (
+    np.linspace(0.5, 2.0, 6, dtype=np.float32),
+    np.linspace(-1.0, 1.0, 6, dtype=np.float32),
+)
 
 
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
@@ -55,7 +61,9 @@ def run_rms_norm(x, scale, offset):
     return eqx.tree_at(lambda norm: norm.scale, RMSNorm(6), scale)(x)
 
 
-@pytest.mark.parametrize(("norm", "formula"), [(run_layer_norm, layer_norm), (run_rms_norm, rms_norm)])
+@pytest.mark.parametrize(
+    ("norm", "formula"), [(run_layer_norm, layer_norm), (run_rms_norm, rms_norm)]
+)
 def test_norms_are_their_formulas_and_their_gradients_too(norm, formula):
     """The gradients are written by hand."""
 
@@ -66,10 +74,17 @@ def test_norms_are_their_formulas_and_their_gradients_too(norm, formula):
 
     with jax.enable_x64(True):
         arguments = [jnp.asarray(v, jnp.float64) for v in (X, SCALE, OFFSET)]
-        actual, expected = value_and_gradients(norm, *arguments), value_and_gradients(formula, *arguments)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual, expected)
+        actual, expected = (
+            value_and_gradients(norm, *arguments),
+            value_and_gradients(formula, *arguments),
+        )
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual, expected
+        )
     single = value_and_gradients(norm, X, SCALE, OFFSET)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), single, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), single, expected
+    )
 
 
 @pytest.mark.parametrize("norm", [LayerNorm, RMSNorm])
@@ -99,23 +114,35 @@ def looked_up(table, index, weights):
 
     def total(find, table):
         rows = find(table, index)
-        return sum(jnp.sum(w * r) for w, r in zip(weights, jax.tree.leaves(rows), strict=True)), rows
+        return sum(
+            jnp.sum(w * r) for w, r in zip(weights, jax.tree.leaves(rows), strict=True)
+        ), rows
 
     def plain(table, index):
         return jax.tree.map(lambda v: v[index], table)
 
-    return [jax.value_and_grad(functools.partial(total, find), has_aux=True)(table) for find in (lookup, plain)]
+    return [
+        jax.value_and_grad(functools.partial(total, find), has_aux=True)(table)
+        for find in (lookup, plain)
+    ]
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
 def test_lookup_is_indexing_and_so_is_its_gradient(batch):
     """Rows may be read often, or never: the gradients of the former add up, the latter's are zero."""
     rng = np.random.default_rng(0)
-    table = {"a": rng.normal(size=(4, 3)).astype(np.float32), "b": [rng.normal(size=(4, 2, 2)).astype(np.float32)]}
+    table = {
+        "a": rng.normal(size=(4, 3)).astype(np.float32),
+        "b": [rng.normal(size=(4, 2, 2)).astype(np.float32)],
+    }
     index = rng.integers(3, size=batch).astype(np.int32)
-    weights = [rng.normal(size=(*batch, *v.shape[1:])).astype(np.float32) for v in jax.tree.leaves(table)]
+    weights = [
+        rng.normal(size=(*batch, *v.shape[1:])).astype(np.float32) for v in jax.tree.leaves(table)
+    ]
     actual, expected = looked_up(table, index, weights)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), actual, expected
+    )
     assert np.all(actual[1]["a"][3] == 0.0)
 
 
@@ -127,7 +154,9 @@ def silu_of_sum(x, weight, bias):
 
 
 def make_conv(weight, bias):
-    empty = jax.eval_shape(lambda key: CausalConv(bias.shape[0], weight.shape[0], key=key), jax.random.key(0))
+    empty = jax.eval_shape(
+        lambda key: CausalConv(bias.shape[0], weight.shape[0], key=key), jax.random.key(0)
+    )
     return eqx.tree_at(lambda conv: (conv.weight, conv.bias), empty, (weight, bias))
 
 
@@ -150,7 +179,11 @@ def from_the_end(cuts, x, weight, bias):
 
 
 def agent_by_agent(x, weight, bias):
-    state, outputs, conv = (jnp.zeros((x.shape[0], x.shape[2])),) * (weight.shape[0] - 1), [], make_conv(weight, bias)
+    state, outputs, conv = (
+        (jnp.zeros((x.shape[0], x.shape[2])),) * (weight.shape[0] - 1),
+        [],
+        make_conv(weight, bias),
+    )
     for i in range(x.shape[1]):
         state, y = conv.advance(state, x[:, i])
         outputs.append(y)
@@ -170,12 +203,22 @@ def test_the_convolution_is_its_sum_and_its_gradient_too(d_conv):
         return y, pull_back(jnp.cos(y)), state
 
     with jax.enable_x64(True):
-        y, gradients, _ = output_state_and_gradients(lambda *a: (silu_of_sum(*a), ()), x, weight, bias)
-        pieces = [functools.partial(f, cuts) for f in (in_pieces, from_the_end) for cuts in ([], [5], [1, 3])]
+        y, gradients, _ = output_state_and_gradients(
+            lambda *a: (silu_of_sum(*a), ()), x, weight, bias
+        )
+        pieces = [
+            functools.partial(f, cuts)
+            for f in (in_pieces, from_the_end)
+            for cuts in ([], [5], [1, 3])
+        ]
         for f in (*pieces, agent_by_agent):
             actual = output_state_and_gradients(f, x, weight, bias)
             np.testing.assert_allclose(actual[0], y, rtol=1e-12, atol=1e-12)
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), actual[1], gradients)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12),
+                actual[1],
+                gradients,
+            )
             assert len(actual[2]) == d_conv - 1
             for k, remembered in enumerate(actual[2]):
                 np.testing.assert_array_equal(remembered, last[:, k])
@@ -196,7 +239,9 @@ SIZES = NetworkConfig(d_model=6, d_state=5, expand=2, dt_rank=3, head_dim=1)
 @pytest.fixture(scope="module")
 def fresh():
     """A block of each kind, as it starts."""
-    build = jax.jit(lambda key: (SelectiveSSM(SIZES, key=key), DualSSM(SIZES, key=key)), compiler_options=QUICK)
+    build = jax.jit(
+        lambda key: (SelectiveSSM(SIZES, key=key), DualSSM(SIZES, key=key)), compiler_options=QUICK
+    )
     return build(jax.random.key(0))
 
 
@@ -204,7 +249,9 @@ def test_mamba_starts_as_published(fresh):
     ssm, _ = fresh
     assert_published_step_sizes(ssm.dt_proj.bias)
     assert 0.3 < np.max(np.abs(ssm.dt_proj.weight)) <= 3**-0.5
-    np.testing.assert_allclose(-np.exp(ssm.A_log), np.tile(-np.arange(1.0, 6.0), (12, 1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        -np.exp(ssm.A_log), np.tile(-np.arange(1.0, 6.0), (12, 1)), rtol=1e-6
+    )
     np.testing.assert_array_equal(ssm.skip, 1.0)
 
 
@@ -228,7 +275,9 @@ def assert_published_step_sizes(bias):
 
 def test_step_size_is_a_bounded_softplus():
     x = 4 * np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-    np.testing.assert_allclose(step_size(jnp.asarray(x)), np.logaddexp(0.0, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        step_size(jnp.asarray(x)), np.logaddexp(0.0, x), rtol=1e-5, atol=1e-6
+    )
     drifted = step_size(jnp.asarray(1e4 * x))
     assert np.all((drifted >= 0.0) & (drifted <= DT_LIMIT))
     assert np.max(drifted) == DT_LIMIT

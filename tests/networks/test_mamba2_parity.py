@@ -20,15 +20,27 @@ MAMBA2 = Golden(
     },
     layout=[
         ("in_proj.weight", lambda ssm: ssm.gate_proj.weight, lambda w, sizes: w[: sizes.d_inner].T),
-        ("in_proj.weight", lambda ssm: ssm.in_proj.weight, lambda w, sizes: w[sizes.d_inner : 2 * sizes.d_inner].T),
+        (
+            "in_proj.weight",
+            lambda ssm: ssm.in_proj.weight,
+            lambda w, sizes: w[sizes.d_inner : 2 * sizes.d_inner].T,
+        ),
         (
             "in_proj.weight",
             lambda ssm: ssm.state_proj.weight,
             lambda w, sizes: w[2 * sizes.d_inner : -sizes.num_ssm_heads].T,
         ),
-        ("in_proj.weight", lambda ssm: ssm.dt_proj.weight, lambda w, sizes: w[-sizes.num_ssm_heads :].T),
+        (
+            "in_proj.weight",
+            lambda ssm: ssm.dt_proj.weight,
+            lambda w, sizes: w[-sizes.num_ssm_heads :].T,
+        ),
         ("conv1d.weight", lambda ssm: ssm.conv.weight, lambda w, sizes: w[: sizes.d_inner, 0].T),
-        ("conv1d.weight", lambda ssm: ssm.state_conv.weight, lambda w, sizes: w[sizes.d_inner :, 0].T),
+        (
+            "conv1d.weight",
+            lambda ssm: ssm.state_conv.weight,
+            lambda w, sizes: w[sizes.d_inner :, 0].T,
+        ),
         ("conv1d.bias", lambda ssm: ssm.conv.bias, lambda b, sizes: b[: sizes.d_inner]),
         ("conv1d.bias", lambda ssm: ssm.state_conv.bias, lambda b, sizes: b[sizes.d_inner :]),
         ("dt_bias", lambda ssm: ssm.dt_proj.bias, lambda b, sizes: b),

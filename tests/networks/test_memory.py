@@ -15,7 +15,10 @@ from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.memory import MEMORIES, make_memory, unroll_successors
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -44,7 +47,9 @@ def state_of(name):
     return random_like(jax.eval_shape(lambda: make(name).init((B, N))), 1.0, seed=1)
 
 
-X, SUCCESSOR = (np.random.default_rng(seed).normal(size=(T, B, N, E)).astype(np.float32) for seed in (2, 3))
+X, SUCCESSOR = (
+    np.random.default_rng(seed).normal(size=(T, B, N, E)).astype(np.float32) for seed in (2, 3)
+)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -62,7 +67,9 @@ def influence(recurrence, state, x, reset):
     """Which output depends on the state before all of them (first column) and on which input: [T, 1 + T, B]."""
     y, pull_back = jax.vjp(lambda state, x: recurrence.unroll(state, x, reset)[1], state, x)
     state_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
-    of_state = [jnp.any(leaf.reshape(T, B, -1) != 0.0, axis=-1) for leaf in jax.tree.leaves(state_gradient)]
+    of_state = [
+        jnp.any(leaf.reshape(T, B, -1) != 0.0, axis=-1) for leaf in jax.tree.leaves(state_gradient)
+    ]
     of_x = jnp.any(x_gradient != 0.0, axis=(-2, -1))
     return jnp.concatenate([functools.reduce(jnp.logical_or, of_state)[:, None], of_x], axis=1)
 
@@ -105,7 +112,9 @@ def test_without_memory_all_axes_are_alike_and_everything_passes(name):
 def test_unrolling_is_stepping(name, reset):
     args = make(name), state_of(name), X, reset
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), unroll(*args), step_by_step(*args)
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        unroll(*args),
+        step_by_step(*args),
     )
 
 
@@ -153,6 +162,8 @@ def test_the_gru_is_that_of_equinox():
 
     actual = unroll(gru, state_of("gru"), X, np.zeros((T, B), bool))
     expected = reference(cell, state_of("gru"), X)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), actual, expected
+    )
     assert np.std(actual[1]) > 0.3
     np.testing.assert_array_equal(gru.init((B, N)), np.zeros((B, N, E)))

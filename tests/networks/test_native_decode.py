@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_decode_kernel import DECLINED, FAST, SIZES, look_ahead, make_decoder, make_inputs, make_shapes
+from test_decode_kernel import (
+    DECLINED,
+    FAST,
+    SIZES,
+    look_ahead,
+    make_decoder,
+    make_inputs,
+    make_shapes,
+)
 
 from mam.config import NetworkConfig
 from mam.kernels.native.library import without_native
@@ -16,9 +24,14 @@ from mam.networks.decoding import native as native_module
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.decoding.native import native_decode, native_supports
 
-mam_native = pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
+mam_native = pytest.importorskip(
+    "mam_native", reason="the native kernels are not installed: make native"
+)
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -29,7 +42,10 @@ def native(decoder, obs_rep, mask, noise):
 @functools.partial(jax.jit, static_argnames=("method",), compiler_options=QUICK)
 def decided(decoder, obs_rep, mask, noise, *, method="sequential"):
     decision = decide(
-        decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding(method)
+        decoder,
+        Categorical(noise.shape[-1]),
+        look_ahead(decoder, obs_rep, mask, noise),
+        Decoding(method),
     )
     return decision.action, decision.out
 
@@ -42,7 +58,9 @@ def loop(*inputs):
 def assert_same(actual, expected):
     assert actual[0].dtype == jnp.int32
     np.testing.assert_array_equal(actual[0], expected[0])
-    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4, atol=1e-4)  # rounding, over all agents before
+    np.testing.assert_allclose(
+        actual[1], expected[1], rtol=1e-4, atol=1e-4
+    )  # rounding, over all agents before
 
 
 @pytest.mark.parametrize(
@@ -62,14 +80,20 @@ def test_equals_the_loop(letters, sizes, num_agents, num_actions, batch):
     inputs = make_inputs(sizes, num_agents, num_actions, batch)
     actual, expected = native(decoder, *inputs), loop(decoder, *inputs)
     assert_same(actual, expected)
-    np.testing.assert_array_equal(actual[0], Categorical(num_actions).sample_from_noise(actual[1], *inputs[1:]))
+    np.testing.assert_array_equal(
+        actual[0], Categorical(num_actions).sample_from_noise(actual[1], *inputs[1:])
+    )
     assert num_agents == 1 or np.std(expected[1]) > 0.5
 
 
 @pytest.mark.parametrize("isa", mam_native.available())
 @pytest.mark.parametrize("letters", ["M", "2"])
 def test_every_instruction_set(letters, isa):
-    decoder, inputs, in_use = make_decoder(letters, SIZES), make_inputs(SIZES, 4, 5, (20,)), mam_native.isa()
+    decoder, inputs, in_use = (
+        make_decoder(letters, SIZES),
+        make_inputs(SIZES, 4, 5, (20,)),
+        mam_native.isa(),
+    )
     try:
         mam_native.choose(isa)
         assert_same(native(decoder, *inputs), loop(decoder, *inputs))
@@ -82,7 +106,9 @@ def test_seeds_side_by_side():
     inputs = [make_inputs(SIZES, 3, 5, (5,), seed=k) for k in (0, 1)]
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *zip(decoders, inputs, strict=True))
     one = native.__wrapped__
-    together = jax.jit(jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK)(*stacked)
+    together = jax.jit(
+        jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK
+    )(*stacked)
     for k, (decoder, args) in enumerate(zip(decoders, inputs, strict=True)):
         assert_same([v[k] for v in together], loop(decoder, *args))
 

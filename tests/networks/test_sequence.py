@@ -20,13 +20,18 @@ from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
 N, A, O = 3, 3, 4  # noqa: E741
 SPEC = EnvSpec("suite/task", N, O, A, time_limit=None)
 ALIVE = np.array([[1, 1, 1]] * 6 + [[0, 1, 1], [0, 1, 0]], bool)
 B = len(ALIVE)
-FREE = slice(4)  # environments in which all live and may do anything, so that the order is that of the agents
+FREE = slice(
+    4
+)  # environments in which all live and may do anything, so that the order is that of the agents
 ORDER = np.argsort(~ALIVE, axis=-1, stable=True).astype(np.int32)
 RESET = jnp.zeros(B, bool)
 
@@ -39,7 +44,9 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS + CROSSED)
 
 def sizes_of(layout, **others):
     own, _, cross = layout.partition("/")
-    return replace(SIZES, encoder=EncoderConfig(own), decoder=DecoderConfig(own, cross or None), **others)
+    return replace(
+        SIZES, encoder=EncoderConfig(own), decoder=DecoderConfig(own, cross or None), **others
+    )
 
 
 def make(layout, parameters=jnp.float32, **others):
@@ -60,7 +67,9 @@ def make_observation(dtype=jnp.float32):
     mask = rng.random((B, N, A)) < 0.7
     mask[..., 1] |= ~mask.any(-1)
     mask[FREE] = True
-    return Observation(jnp.asarray(rng.normal(size=(B, N, O)), dtype), jnp.asarray(mask), jnp.asarray(ALIVE))
+    return Observation(
+        jnp.asarray(rng.normal(size=(B, N, O)), dtype), jnp.asarray(mask), jnp.asarray(ALIVE)
+    )
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
@@ -97,11 +106,22 @@ def subject(layout):
         policy, obs = make(layout, jnp.float64), make_observation(jnp.float64)
         output, mask = jax.device_get((act(policy, obs), obs.action_mask))
         others = [(output.action + (np.arange(N) == agent)) % A for agent in range(N)]
-        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(policy)]
-        actions = np.stack([output.action, mask.argmin(-1), *others, *[output.action] * len(names)]).astype(np.int32)
+        names = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(policy)
+        ]
+        actions = np.stack(
+            [output.action, mask.argmin(-1), *others, *[output.action] * len(names)]
+        ).astype(np.int32)
         evaluations = evaluate_many(one_by_one_moved(policy, 2 + N), obs, actions, output.order)
     rows = [jax.tree.map(lambda v, k=k: np.asarray(v[k]), evaluations) for k in range(len(actions))]
-    return Subject(mask, output, rows[0], rows[1], rows[2 : 2 + N], dict(zip(names, rows[2 + N :], strict=True)))
+    return Subject(
+        mask,
+        output,
+        rows[0],
+        rows[1],
+        rows[2 : 2 + N],
+        dict(zip(names, rows[2 + N :], strict=True)),
+    )
 
 
 def one_by_one_moved(policy, start):
@@ -142,7 +162,10 @@ def test_later_agents_heed_earlier_ones_and_no_others(layout):
 def test_every_parameter_has_a_part(layout):
     before = subject(layout).repeated
     for name, after in subject(layout).moved.items():
-        changes = (np.max(np.abs(a - b)) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))
+        changes = (
+            np.max(np.abs(a - b))
+            for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+        )
         assert max(changes) > 1e-6, name
 
 
@@ -162,7 +185,10 @@ def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
 
 def letters_of(name, sizes):
     layout = Layout.of(name, sizes)
-    return tuple("".join(family.letter for family in role) for role in (layout.encoder, layout.decoder, layout.cross))
+    return tuple(
+        "".join(family.letter for family in role)
+        for role in (layout.encoder, layout.decoder, layout.cross)
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +202,9 @@ def letters_of(name, sizes):
     ],
 )
 def test_what_is_not_laid_out_is_the_policys_own(encoder, decoder, cross, expected):
-    sizes = NetworkConfig(num_blocks=2, encoder=EncoderConfig(encoder), decoder=DecoderConfig(decoder, cross))
+    sizes = NetworkConfig(
+        num_blocks=2, encoder=EncoderConfig(encoder), decoder=DecoderConfig(decoder, cross)
+    )
     assert letters_of("M", sizes) == expected
 
 
@@ -216,14 +244,23 @@ def test_layouts_are_of_letters_that_mixers_have(setting, layout):
 )
 def test_independent_policies_have_no_layout_and_decode_nothing(name, changes, decoding, said):
     with pytest.raises(UserError, match=said) as refused:
-        make_policy(name, replace(SPEC, state_dim=2), replace(SIZES, **changes), decoding, key=jax.random.key(0))
+        make_policy(
+            name,
+            replace(SPEC, state_dim=2),
+            replace(SIZES, **changes),
+            decoding,
+            key=jax.random.key(0),
+        )
     assert "\n" not in str(refused.value)
     assert all(policy in str(refused.value) for policy in sequence_policies())
 
 
 def sequence_policies():
     spec, key = replace(SPEC, state_dim=2), jax.random.key(0)
-    shapes = {name: jax.eval_shape(functools.partial(make_policy, name, spec, SIZES), key=key) for name in policies()}
+    shapes = {
+        name: jax.eval_shape(functools.partial(make_policy, name, spec, SIZES), key=key)
+        for name in policies()
+    }
     return [name for name, policy in shapes.items() if isinstance(policy, SequencePolicy)]
 
 
@@ -252,7 +289,9 @@ def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(lay
     (loss, gradient), (again, recomputed) = jax.device_get(results)
     np.testing.assert_allclose(again, loss, rtol=1e-12)
     largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient))
-    pairs = zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(recomputed), strict=True)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(recomputed), strict=True
+    )
     for (path, leaf), other in pairs:
         name = jax.tree_util.keystr(path)
         assert np.max(np.abs(leaf)) > 1e-6 * largest, name
@@ -275,7 +314,11 @@ def test_half_precision_is_that_of_activations_alone(layout):
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
         embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(read)
         after, out = policy.decoder.extend(state, embedded, context)
-        return {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)}, state, after
+        return (
+            {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)},
+            state,
+            after,
+        )
 
     types, state, after = jax.tree.map(lambda v: v.dtype, jax.eval_shape(run, policy, obs))
     assert set(jax.tree.leaves(types["half"])) == {jnp.dtype(jnp.bfloat16)}
@@ -283,7 +326,9 @@ def test_half_precision_is_that_of_activations_alone(layout):
     assert after == state
     for path, dtype in jax.tree_util.tree_leaves_with_path(after):
         field = getattr(path[-1], "name", "conv_state")
-        assert dtype == {"ssm_state": jnp.float32, "length": jnp.int32}.get(field, jnp.bfloat16), field
+        assert dtype == {"ssm_state": jnp.float32, "length": jnp.int32}.get(field, jnp.bfloat16), (
+            field
+        )
 
 
 @halved
@@ -292,7 +337,8 @@ def test_in_half_precision_evaluate_repeats_act_up_to_rounding(layout):
     policy, obs = make(layout, **HALF), make_observation()
     output = act(policy, obs)
     evaluation, exact = (
-        jax.device_get(evaluate_one(p, obs, output.action, output.order)) for p in (policy, make(layout))
+        jax.device_get(evaluate_one(p, obs, output.action, output.order))
+        for p in (policy, make(layout))
     )
     np.testing.assert_allclose(evaluation.log_prob, output.log_prob, atol=0.2)
     np.testing.assert_allclose(evaluation.log_prob, exact.log_prob, atol=0.2)

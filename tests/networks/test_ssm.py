@@ -11,7 +11,10 @@ import pytest
 from mam.config import EncoderConfig, NetworkConfig
 from mam.networks.mixers.registry import MIXERS
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 
 
@@ -52,7 +55,9 @@ def step_by_step(ssm, state, inputs, reset):
     def step(state, agent):
         return ssm.advance(state, agent[0], None, reset=agent[1])
 
-    state, y = jax.lax.scan(step, state, (jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), inputs), reset.T))
+    state, y = jax.lax.scan(
+        step, state, (jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), inputs), reset.T)
+    )
     return state, jnp.swapaxes(y, 0, 1)
 
 
@@ -65,7 +70,9 @@ def test_resets_at_once_and_step_by_step(family):
     reset = reset.at[0, 0].set(True)
     state = ssm.init_state((3,), None)
     state = jax.tree.map(lambda v: jnp.ones_like(v).at[0].set(jnp.nan), state)
-    actual, expected = (values_and_gradients(read, ssm, x, state, reset) for read in (at_once, step_by_step))
+    actual, expected = (
+        values_and_gradients(read, ssm, x, state, reset) for read in (at_once, step_by_step)
+    )
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.all(np.isfinite(b))
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -12,10 +12,15 @@ from mam.config import NetworkConfig
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 NUM_ENVS, NUM_AGENTS = 256, 64
 SIZES = {"d_model": 16, "d_state": 64, "head_dim": 16}
-ALL_STATES = NUM_ENVS * NUM_AGENTS * 2 * SIZES["d_model"] * SIZES["d_state"]  # numbers in B · N · d_inner · d_state
+ALL_STATES = (
+    NUM_ENVS * NUM_AGENTS * 2 * SIZES["d_model"] * SIZES["d_state"]
+)  # numbers in B · N · d_inner · d_state
 
 
 def make_loss(name, **sizes):
@@ -29,7 +34,8 @@ def make_loss(name, **sizes):
     )
     order = jnp.broadcast_to(jnp.arange(NUM_AGENTS, dtype=jnp.int32), shape)
     policy = jax.eval_shape(
-        lambda key: make_policy(name, spec, NetworkConfig(**SIZES | sizes), key=key), jax.random.key(0)
+        lambda key: make_policy(name, spec, NetworkConfig(**SIZES | sizes), key=key),
+        jax.random.key(0),
     )
 
     def loss(policy, obs, action, order):
@@ -76,7 +82,9 @@ def test_the_published_form_holds_them():
 def test_rematerialisation_keeps_less_for_the_backward_pass():
     def kept(remat):
         policy, loss, data = make_loss("mam2", num_blocks=3, remat=remat)
-        residuals = jax.eval_shape(lambda policy: jax.vjp(lambda policy: loss(policy, *data), policy)[1], policy)
+        residuals = jax.eval_shape(
+            lambda policy: jax.vjp(lambda policy: loss(policy, *data), policy)[1], policy
+        )
         return sum(leaf.size for leaf in jax.tree.leaves(residuals))
 
     assert kept(True) < kept(False) / 3

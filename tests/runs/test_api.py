@@ -63,7 +63,9 @@ def finished(tmp_path_factory):
     listener, results = Listener(), []
     path = tmp_path_factory.mktemp("api") / "run"
     thread = threading.Thread(
-        target=lambda: results.append(mam.train(CONFIG, out=str(path), callbacks=[listener], signals=True))
+        target=lambda: results.append(
+            mam.train(CONFIG, out=str(path), callbacks=[listener], signals=True)
+        )
     )
     thread.start()
     thread.join()
@@ -72,14 +74,28 @@ def finished(tmp_path_factory):
 
 def rows(path):
     keep = ("kind", "update", "step_count", "values")
-    return [{name: getattr(record, name) for name in keep} for record in loop.RunFolder(path).records()]
+    return [
+        {name: getattr(record, name) for name in keep} for record in loop.RunFolder(path).records()
+    ]
 
 
 def test_callbacks_hear_of_every_update_and_evaluation(finished):
     result, listener = finished
     assert listener.heard == [
-        *(("evaluation", 0, 0), ("update", 1, 16), ("update", 2, 32), ("evaluation", 2, 32), ("update", 3, 48)),
-        *(("update", 4, 64), ("evaluation", 4, 64), ("update", 5, 80), ("update", 6, 96), ("evaluation", 6, 96)),
+        *(
+            ("evaluation", 0, 0),
+            ("update", 1, 16),
+            ("update", 2, 32),
+            ("evaluation", 2, 32),
+            ("update", 3, 48),
+        ),
+        *(
+            ("update", 4, 64),
+            ("evaluation", 4, 64),
+            ("update", 5, 80),
+            ("update", 6, 96),
+            ("evaluation", 6, 96),
+        ),
     ]
     assert (result.outcome, result.config) == ("finished", CONFIG)
     assert [record.kind for record in result.records].count("train") == 6
@@ -103,7 +119,9 @@ def test_a_callback_ends_a_run_that_goes_on_later(how, finished, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    ("error", "seen"), [(KeyError("mine"), KeyError), (UserError("not so"), RunError)], ids=["any", "of a user"]
+    ("error", "seen"),
+    [(KeyError("mine"), KeyError), (UserError("not so"), RunError)],
+    ids=["any", "of a user"],
 )
 def test_what_a_callback_raises_ends_the_run_with_everything_saved(error, seen, tmp_path):
     with pytest.raises(seen, match=r"mine|^not so; the run is saved up to update 2$"):
@@ -134,7 +152,9 @@ def no_environment(monkeypatch):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("greedy", [None, False, True])
@@ -169,7 +189,9 @@ def test_a_loaded_policy_plays_without_an_environment(finished, no_environment):
 
 def test_memory_and_ids_are_kept_by_the_policy():
     """Acting step by step equals the policy's own pure functions, with ids and memory handed on by hand."""
-    spec = mam.EnvSpec("suite/task", num_agents=3, obs_dim=5, num_actions=4, time_limit=None, id_dim=3)
+    spec = mam.EnvSpec(
+        "suite/task", num_agents=3, obs_dim=5, num_actions=4, time_limit=None, id_dim=3
+    )
     config = replace(CONFIG, policy="rec_ippo", network=NetworkConfig(d_model=8))
     pure = init_policy(config, spec, key=jax.random.key(1))
     policy = mam.LoadedPolicy(config, spec, pure, policy_seed=0, greedy=True)
@@ -179,14 +201,18 @@ def test_memory_and_ids_are_kept_by_the_policy():
     for view, reset in zip(views, resets, strict=True):
         ids = np.broadcast_to(np.eye(3, dtype=np.float32), (2, 3, 3))
         shape = (2, 3)
-        obs = mam.Observation(np.concatenate([ids, view], -1), np.ones((*shape, 4), bool), np.ones(shape, bool))
+        obs = mam.Observation(
+            np.concatenate([ids, view], -1), np.ones((*shape, 4), bool), np.ones(shape, bool)
+        )
         memory, output = act(memory, obs, reset, jax.random.split(jax.random.key(0), 2))
         np.testing.assert_array_equal(policy.act(view, reset=reset), output.action)
     assert same(policy._memory, memory)
     with pytest.raises(UserError, match=r"the batch was \(2,\) and is \(1,\)"):
         policy.act(views[0, :1])
     policy.act(views[0, :1], reset=True)
-    with pytest.raises(UserError, match=r"agents' views are \[…, 3, 5\] or \[…, 3, 2\] in suite/task, got \[3, 4\]"):
+    with pytest.raises(
+        UserError, match=r"agents' views are \[…, 3, 5\] or \[…, 3, 2\] in suite/task, got \[3, 4\]"
+    ):
         policy.act(np.zeros((3, 4)))
 
 
@@ -214,13 +240,17 @@ def test_a_run_that_does_not_say_its_sizes_imports_code_only_if_trusted(finished
 @pytest.mark.parametrize("spec", [{"num_agents": "three"}, {"nothing": 1}, {}], ids=str)
 def test_sizes_that_are_none_are_refused(spec, finished, monkeypatch):
     save = loop.RunFolder(finished[0].folder).newest_save(CONFIG)
-    monkeypatch.setattr(loop.RunFolder, "newest_save", lambda *_: replace(save, meta=save.meta | {"spec": spec}))
+    monkeypatch.setattr(
+        loop.RunFolder, "newest_save", lambda *_: replace(save, meta=save.meta | {"spec": spec})
+    )
     with pytest.raises(RunError, match="is damaged, or of a later version"):
         mam.load(finished[0].folder)
 
 
 def test_sizes_travel_as_json():
-    spec = mam.EnvSpec("a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7, agent_names=("one", "two"))
+    spec = mam.EnvSpec(
+        "a/b", 2, 3, 4, None, grid_shape=(3, 4, 1), state_dim=7, agent_names=("one", "two")
+    )
     assert from_json(mam.EnvSpec, json.loads(json.dumps(to_json(spec)))) == spec
     for name, value in {"grid_shape": [3, 4], "agent_names": ["one", 2]}.items():
         with pytest.raises(UserError, match=f"^{name} must be a list of"):

@@ -84,7 +84,10 @@ class Before(eqx.Module):
 
 def test_saves_from_before_a_part_was_renamed_are_read(tmp_path):
     layer = Layer(jnp.arange(3.0))
-    assert_same(save(tmp_path, {"policy": Before(layer)}).restore({"policy": Now(layer)}), {"policy": Now(layer)})
+    assert_same(
+        save(tmp_path, {"policy": Before(layer)}).restore({"policy": Now(layer)}),
+        {"policy": Now(layer)},
+    )
 
 
 def test_restores_into_shapes_alone(tmp_path):
@@ -95,7 +98,11 @@ def test_restores_into_shapes_alone(tmp_path):
 def test_arrays_return_where_like_has_them(tmp_path):
     device = jax.devices()[0]
     placed = jax.sharding.NamedSharding(jax.make_mesh((1,), ("envs",)), jax.P("envs"))
-    state = {"free": jnp.ones(2), "device": jax.device_put(jnp.ones(2), device), "mesh": jnp.ones(2)}
+    state = {
+        "free": jnp.ones(2),
+        "device": jax.device_put(jnp.ones(2), device),
+        "mesh": jnp.ones(2),
+    }
     state["mesh"] = jax.device_put(state["mesh"], placed)
     restored = save(tmp_path, state).restore(state)
     assert [restored[name].committed for name in ("free", "device", "mesh")] == [False, True, True]
@@ -131,7 +138,8 @@ def test_the_state_may_be_donated_and_changed_while_it_is_written(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "step", ["pathlib.Path.rename", "mam.runs.checkpoint._write_arrays", "mam.runs.checkpoint._open"]
+    "step",
+    ["pathlib.Path.rename", "mam.runs.checkpoint._write_arrays", "mam.runs.checkpoint._open"],
 )
 def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch, step):
     first = save(tmp_path, make_state(1))
@@ -143,7 +151,10 @@ def test_a_save_that_fails_leaves_the_previous_one(tmp_path, monkeypatch, step):
             writer.close()
     assert_same(newest(tmp_path).restore(make_state()), make_state(1))
     assert_same(save(tmp_path, make_state(3), after=first).restore(make_state()), make_state(3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]  # what the failure left is gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "1",
+        "2",
+    ]  # what the failure left is gone
 
 
 @pytest.mark.parametrize("file", ["arrays.safetensors", "manifest.json"])
@@ -208,12 +219,47 @@ def test_every_flipped_bit_is_detected_and_the_save_before_it_is_used(tmp_path):
             assert_same(found.restore(make_state()), make_state(1))
         shutil.rmtree(copy)
     assert len(warnings) == 200
-    assert all("is damaged: " in line and "using the one before it, " in line and "\n" not in line for line in warnings)
+    assert all(
+        "is damaged: " in line and "using the one before it, " in line and "\n" not in line
+        for line in warnings
+    )
 
 
 ODD_NAMES = [
-    *("lr=[0.1]", "[!a]", "a[b", "a]b", "{a,b}", "*", "**", "a?b", "100%", "%20", "a#b", "$HOME", "${cwd}", "a b", " "),
-    *("~", "ü🐍", "a\nb", "\t", "\x01", "a\\b", "a|zip:", "a:b", "gs:", "s3:", "file:", "'", '"', "&;", "..a"),
+    *(
+        "lr=[0.1]",
+        "[!a]",
+        "a[b",
+        "a]b",
+        "{a,b}",
+        "*",
+        "**",
+        "a?b",
+        "100%",
+        "%20",
+        "a#b",
+        "$HOME",
+        "${cwd}",
+        "a b",
+        " ",
+    ),
+    *(
+        "~",
+        "ü🐍",
+        "a\nb",
+        "\t",
+        "\x01",
+        "a\\b",
+        "a|zip:",
+        "a:b",
+        "gs:",
+        "s3:",
+        "file:",
+        "'",
+        '"',
+        "&;",
+        "..a",
+    ),
     *("x" * 255, "a\udcffb"),
 ]
 
@@ -271,7 +317,11 @@ def test_junk_among_the_saves_is_passed_over(tmp_path, junk):
 
 MANIFESTS = [
     *("[]", "{}", "null", "3", '"x"', "", "\xff", "[" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000),
-    *('{"number": 2}', '{"number": 1e999}', '{"sha256": null, "number": 2, "leaves": {}, "meta": {}}'),
+    *(
+        '{"number": 2}',
+        '{"number": 1e999}',
+        '{"sha256": null, "number": 2, "leaves": {}, "meta": {}}',
+    ),
     '{"sha256": "", "number": 2, "leaves": [], "meta": 1}',
     '{"sha256": "x", "number": 2, "leaves": {"state": 3}, "meta": {}}',
 ]
@@ -281,7 +331,9 @@ MANIFESTS = [
 def test_manifests_of_another_shape_are_passed_over(tmp_path, text):
     save(tmp_path, SMALL, SMALL)
     data = text.encode("latin-1")
-    (tmp_path / "2" / "manifest.json").write_bytes(data + f"\n{hashlib.sha256(data).hexdigest()}\n".encode())
+    (tmp_path / "2" / "manifest.json").write_bytes(
+        data + f"\n{hashlib.sha256(data).hexdigest()}\n".encode()
+    )
     warnings = []
     assert newest(tmp_path, warn=warnings.append).path.name == "1"
     (line,) = warnings
@@ -303,7 +355,9 @@ def test_swapped_saves_are_noticed(tmp_path):
     save(tmp_path, make_state(1), make_state(2))
     for old, new in (("1", "x"), ("2", "1"), ("x", "2")):
         (tmp_path / old).rename(tmp_path / new)
-    with pytest.raises(CheckpointError, match=r"2 is damaged: it is save 1, renamed; .*1 is damaged: it is save 2"):
+    with pytest.raises(
+        CheckpointError, match=r"2 is damaged: it is save 1, renamed; .*1 is damaged: it is save 2"
+    ):
         newest(tmp_path)
 
 
@@ -333,9 +387,21 @@ def test_other_damage_is_detected_too(tmp_path, damage):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("policy", Layer(jnp.ones((3, 4))), r"state\['policy'\]\.kernel is float32\[3,2\] in .* float32\[3,4\] here"),
-        ("half", jnp.ones(3), r"state\['half'\] is bfloat16\[3\] in the checkpoint, float32\[3\] here"),
-        ("keys", jax.eval_shape(lambda: jax.random.split(jax.random.key(0))), r"is key<rbg>\[2\] in .* key<fry>\[2\]"),
+        (
+            "policy",
+            Layer(jnp.ones((3, 4))),
+            r"state\['policy'\]\.kernel is float32\[3,2\] in .* float32\[3,4\] here",
+        ),
+        (
+            "half",
+            jnp.ones(3),
+            r"state\['half'\] is bfloat16\[3\] in the checkpoint, float32\[3\] here",
+        ),
+        (
+            "keys",
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0))),
+            r"is key<rbg>\[2\] in .* key<fry>\[2\]",
+        ),
         ("new", jnp.ones(3), r"state\['new'\] is missing in the checkpoint"),
         ("mask", None, r"state\['mask'\] is bool\[2\] in the checkpoint, missing here"),
     ],
@@ -352,7 +418,9 @@ def test_refuses_a_folder_without_an_intact_save(tmp_path):
     save(tmp_path, make_state(1), make_state(2))
     for path in tmp_path.iterdir():
         flip(path / "manifest.json", 5)
-    with pytest.raises(CheckpointError, match=r"2 is damaged: manifest.json has changed; .*1 is damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"2 is damaged: manifest.json has changed; .*1 is damaged"
+    ):
         newest(tmp_path)
 
 

@@ -34,7 +34,11 @@ CONFIG = Config(
 def trainer():
     """Compiled once: its steps are plain functions, which a run does not compile again."""
     jitted = make_train(CONFIG)
-    return replace(jitted, train_step=lambda s: jitted.train_step(s), evaluate_step=lambda s: jitted.evaluate_step(s))
+    return replace(
+        jitted,
+        train_step=lambda s: jitted.train_step(s),
+        evaluate_step=lambda s: jitted.evaluate_step(s),
+    )
 
 
 @pytest.fixture
@@ -90,7 +94,9 @@ def test_a_checkpoint_that_cannot_be_written(start, path, monkeypatch):
         "write",
         at_update(4, lambda: monkeypatch.setattr("mam.runs.checkpoint._write_arrays", full_disk)),
     )
-    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*: .*No space left on device"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write a checkpoint to .*: .*No space left on device"
+    ):
         start()
     monkeypatch.undo()
     assert saved_updates(path) in (2, 3)  # that of update 3 may have been under way
@@ -108,7 +114,9 @@ def test_the_last_checkpoint_that_cannot_be_written(start, monkeypatch):
 
 
 def test_a_folder_that_vanishes(start, path, monkeypatch):
-    monkeypatch.setattr(runs.JsonLines, "write", at_update(3, lambda: path.rename(path.with_name("gone"))))
+    monkeypatch.setattr(
+        runs.JsonLines, "write", at_update(3, lambda: path.rename(path.with_name("gone")))
+    )
     with pytest.raises(RunError, match=r"cannot write"):
         start()
 
@@ -123,7 +131,9 @@ def test_a_folder_that_vanishes_before_the_first_step(path, trainer):
 
 def test_a_folder_that_cannot_be_made(start, path):
     path.write_text("a file")
-    with pytest.raises(UserError, match=r"cannot make the folder .*run': (File exists|Not a directory)") as told:
+    with pytest.raises(
+        UserError, match=r"cannot make the folder .*run': (File exists|Not a directory)"
+    ) as told:
         start()
     assert told.value.exit_code == 2
 
@@ -151,12 +161,16 @@ def test_folders_that_no_run_can_have(tmp_path, name, why):
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["lr=[0.1],x={a,b}", "a*?#$HOME%20 \\b", "gs:", "s3:", "ü🐍 '\"&;|<>"])
+@pytest.mark.parametrize(
+    "name", ["lr=[0.1],x={a,b}", "a*?#$HOME%20 \\b", "gs:", "s3:", "ü🐍 '\"&;|<>"]
+)
 def test_a_run_goes_on_under_any_name(trainer, tmp_path, monkeypatch, name):
     monkeypatch.setattr(runs, "make_train", lambda config: trainer)
     monkeypatch.chdir(tmp_path)
     path = Path(name) / "run"
-    monkeypatch.setattr(runs.JsonLines, "write", at_update(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(
+        runs.JsonLines, "write", at_update(2, lambda: signal.raise_signal(signal.SIGTERM))
+    )
     assert runs.run(CONFIG, *runs.start(CONFIG, path)) == "stopped"
     monkeypatch.setattr(runs.JsonLines, "write", at_update(7, full_disk))
     assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
@@ -194,7 +208,9 @@ def test_readers_need_no_lock(start, path, trainer, monkeypatch):
     folder.release()
 
 
-def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(trainer, tmp_path, monkeypatch):
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    trainer, tmp_path, monkeypatch
+):
     class Clock(datetime):
         @classmethod
         def now(cls, tz=None):
@@ -238,7 +254,9 @@ def test_an_edited_configuration_is_refused_with_what_differs(start, path, train
         lambda: runs.run(config, *runs.resume(path, config)),
         lambda: runs.RunFolder(path).load_state(config, trainer),
     ):
-        with pytest.raises(UserError, match=rf"config.json is not what .* was trained with: {said}; undo") as told:
+        with pytest.raises(
+            UserError, match=rf"config.json is not what .* was trained with: {said}; undo"
+        ) as told:
             read()
         assert told.value.exit_code == 2
 
@@ -264,7 +282,9 @@ def test_the_save_of_another_run_is_noticed(start, path, tmp_path):
 @pytest.mark.parametrize("rows", [0, 3, 3.5])
 def test_metrics_that_lost_rows_are_said_in_one_line(start, path, monkeypatch, capsys, rows):
     with monkeypatch.context() as patch:
-        patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(
+            runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM))
+        )
         start()
     metrics = path / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
@@ -279,7 +299,14 @@ def test_metrics_that_lost_rows_are_said_in_one_line(start, path, monkeypatch, c
     assert metrics.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
 
 
-NO_POSITIONS = ({}, {"update": "2"}, {"update": -1}, {"config": []}, {"elapsed": None}, {"times": {"x": 1.0}})
+NO_POSITIONS = (
+    {},
+    {"update": "2"},
+    {"update": -1},
+    {"config": []},
+    {"elapsed": None},
+    {"times": {"x": 1.0}},
+)
 
 
 @pytest.mark.parametrize("meta", NO_POSITIONS, ids=str)
@@ -295,10 +322,14 @@ def test_saves_that_say_nothing_of_a_run_are_passed_over(start, path, monkeypatc
 def test_running_out_of_memory_ends_with_advice(start, path, trainer):
     def greedy(state):
         if int(state.num_updates[0]) == 2:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes.\nmore")
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes.\nmore"
+            )
         return trainer.train_step(state)
 
-    with pytest.raises(RunError, match=r"out of memory .*10 bytes.*try --ppo.num-minibatches 2; `mam plan`") as told:
+    with pytest.raises(
+        RunError, match=r"out of memory .*10 bytes.*try --ppo.num-minibatches 2; `mam plan`"
+    ) as told:
         start(train_step=greedy)
     assert "\n" not in str(told.value)
     assert saved_updates(path) == 2
@@ -316,16 +347,23 @@ def unhealthy(trainer, updates):
 
 
 def test_a_number_that_is_not_finite_ends_the_run(start, path, trainer):
-    with pytest.raises(RunError, match=r"update 3 met numbers that are not finite, first in: parameter .*; the state"):
+    with pytest.raises(
+        RunError,
+        match=r"update 3 met numbers that are not finite, first in: parameter .*; the state",
+    ):
         start(train_step=unhealthy(trainer, {3}))
     assert saved_updates(path) == 2
-    assert [json.loads(row)["update"] for row in (path / "metrics.jsonl").read_text().splitlines()][-1] == 2
+    assert [json.loads(row)["update"] for row in (path / "metrics.jsonl").read_text().splitlines()][
+        -1
+    ] == 2
 
 
 def test_or_is_left_out_and_said(start, path, trainer, capsys):
     skip = replace(CONFIG, on_non_finite="skip")
     assert start(skip, train_step=unhealthy(trainer, {3})) == "finished"
-    assert "update 3 met numbers that are not finite, first in: parameter" in capsys.readouterr().out
+    assert (
+        "update 3 met numbers that are not finite, first in: parameter" in capsys.readouterr().out
+    )
     assert "non_finite" not in (path / "metrics.jsonl").read_text()
 
 
@@ -342,7 +380,9 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_goes_on_to_the_same_
     assert start() == "finished"
     whole = path.rename(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(
+            runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM))
+        )
         assert start() == "stopped"
     damaged = newest(path / "checkpoint").path
     file = damaged / "arrays.safetensors"
@@ -359,8 +399,13 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_goes_on_to_the_same_
         for run in (path, whole)
     )
     assert rows == expected
-    states = [newest(run / "checkpoint").restore(trainer.shapes(np.arange(1))) for run in (path, whole)]
-    keyless = [jax.tree.leaves((s.policy, s.opt_state, s.actors.observation, s.best_policy)) for s in states]
+    states = [
+        newest(run / "checkpoint").restore(trainer.shapes(np.arange(1))) for run in (path, whole)
+    ]
+    keyless = [
+        jax.tree.leaves((s.policy, s.opt_state, s.actors.observation, s.best_policy))
+        for s in states
+    ]
     assert all(np.array_equal(a, b) for a, b in zip(*keyless, strict=True))
 
 
@@ -425,7 +470,9 @@ def test_unfinished_episodes_are_said_once(start, trainer, capsys):
 
 def test_a_resume_says_where_it_goes_on(start, path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(
+            runs.JsonLines, "write", at_update(4, lambda: signal.raise_signal(signal.SIGTERM))
+        )
         start()
     assert runs.run(CONFIG, *runs.resume(path, CONFIG)) == "finished"
     assert "going on after update 4 of 6 (64 steps)" in capsys.readouterr().out
@@ -435,15 +482,20 @@ def test_a_resume_without_a_save_says_so(start, path, capsys):
     start()
     shutil.rmtree(path / "checkpoint")
     runs.resume(path, CONFIG)
-    assert "holds no checkpoint: the run starts again at step 0, and metrics.jsonl is written anew" in (
-        capsys.readouterr().out
+    assert (
+        "holds no checkpoint: the run starts again at step 0, and metrics.jsonl is written anew"
+        in (capsys.readouterr().out)
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 75)]
+)
 def test_exit_codes_of_signals(start, path, monkeypatch, number, code, capsys):
     monkeypatch.setattr(runs.JsonLines, "write", at_update(2, lambda: signal.raise_signal(number)))
-    options = "--policy ippo --env probe/matrix --total-timesteps 96 --network.d-model 8 --ppo.num-envs 4"
+    options = (
+        "--policy ippo --env probe/matrix --total-timesteps 96 --network.d-model 8 --ppo.num-envs 4"
+    )
     options += " --ppo.rollout-length 4 --ppo.num-epochs 1 --ppo.num-minibatches 1 --eval.num-evaluations 3"
     options += " --eval.num-episodes 3 --eval.num-absolute-episodes 5"
     assert cli.main(["train", *options.split(), "--out", str(path)]) == code
@@ -453,7 +505,11 @@ def test_exit_codes_of_signals(start, path, monkeypatch, number, code, capsys):
 
 def test_what_may_change_on_a_resume(start, path):
     start()
-    runs.resume(path, replace(CONFIG, num_devices=1, checkpoint=CheckpointConfig(seconds=5.0, keep=7)))
+    runs.resume(
+        path, replace(CONFIG, num_devices=1, checkpoint=CheckpointConfig(seconds=5.0, keep=7))
+    )
     other = replace(CONFIG, seed=3, ppo=replace(CONFIG.ppo, lr=0.1))
-    with pytest.raises(UserError, match=r"other settings: seed was 0, is 3; ppo.lr was 0.0005, is 0.1"):
+    with pytest.raises(
+        UserError, match=r"other settings: seed was 0, is 3; ppo.lr was 0.0005, is 0.1"
+    ):
         runs.resume(path, other)

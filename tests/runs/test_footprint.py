@@ -29,9 +29,13 @@ def compiled():
 
 def test_a_footprint_is_the_state_and_what_the_step_needs_besides(compiled):
     found = Footprint.of(compiled.train_step)
-    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.shapes(np.arange(1))))
+    state = sum(
+        leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(compiled.shapes(np.arange(1)))
+    )
     assert found.state == pytest.approx(state, rel=0.05)
-    assert found.temporary > 16 * 64 * 2 * 32 * 4  # the activations of one layer: 1024 steps, 2 agents, float32
+    assert (
+        found.temporary > 16 * 64 * 2 * 32 * 4
+    )  # the activations of one layer: 1024 steps, 2 agents, float32
     assert found.total == found.state + found.temporary
 
 
@@ -58,9 +62,13 @@ smaller = plans._smaller
 
 
 def test_what_could_be_changed():
-    assert [words for words, _ in smaller(CONFIG)] == [f"--ppo.num-minibatches {2**k}" for k in range(1, 5)]
+    assert [words for words, _ in smaller(CONFIG)] == [
+        f"--ppo.num-minibatches {2**k}" for k in range(1, 5)
+    ]
     ppo = replace(CONFIG.ppo, num_envs=6)
-    whole_rollouts = replace(CONFIG, policy="ippo", ppo=ppo, network=replace(CONFIG.network, memory="gru"))
+    whole_rollouts = replace(
+        CONFIG, policy="ippo", ppo=ppo, network=replace(CONFIG.network, memory="gru")
+    )
     for config in (whole_rollouts, replace(CONFIG, policy="rec_ippo", ppo=ppo)):
         assert [words for words, _ in smaller(config)] == ["--ppo.num-minibatches 2"]
     halves = replace(ppo, sequence_length=ppo.rollout_length // 2)
@@ -70,7 +78,17 @@ def test_what_could_be_changed():
 
 
 def test_the_command(monkeypatch, capsys):
-    options = ["plan", "--policy", "ippo", "--env", "probe/matrix", "--ppo.num-envs", "8", "--network.d-model", "8"]
+    options = [
+        "plan",
+        "--policy",
+        "ippo",
+        "--env",
+        "probe/matrix",
+        "--ppo.num-envs",
+        "8",
+        "--network.d-model",
+        "8",
+    ]
     assert cli.main(options) == 0
     said = capsys.readouterr().out
     assert "as asked for" in said
@@ -94,4 +112,8 @@ def test_environments_on_the_host_are_not_planned():
 
 
 def test_sizes_to_read():
-    assert [gigabytes(size) for size in (1_234, 52_000_000, 1_250_000_000)] == ["0.00123 MB", "52 MB", "1.25 GB"]
+    assert [gigabytes(size) for size in (1_234, 52_000_000, 1_250_000_000)] == [
+        "0.00123 MB",
+        "52 MB",
+        "1.25 GB",
+    ]

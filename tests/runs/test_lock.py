@@ -42,7 +42,9 @@ def other(path):
 def test_only_one_has_it(path):
     assert not is_held(path)
     lock = acquire(path)
-    with pytest.raises(UserError, match=rf"{path.parent} is in use by process {os.getpid()} on \S+: wait for it"):
+    with pytest.raises(
+        UserError, match=rf"{path.parent} is in use by process {os.getpid()} on \S+: wait for it"
+    ):
         acquire(path)
     lock.close()
 
@@ -68,7 +70,9 @@ def test_it_dies_with_its_process(path, other, number):
     acquire(path).close()
 
 
-@pytest.mark.parametrize("text", [b"", b"no number", b"99999999 elsewhere\n", b"\xff\xfe", b"1 2 3"])
+@pytest.mark.parametrize(
+    "text", [b"", b"no number", b"99999999 elsewhere\n", b"\xff\xfe", b"1 2 3"]
+)
 def test_what_a_restarted_machine_left_in_the_file_locks_nothing(path, text):
     path.write_bytes(text)
     assert not is_held(path)

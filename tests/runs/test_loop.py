@@ -27,10 +27,17 @@ def _rows(folder):
 
 def _same(a, b):
     a, b = (
-        jax.tree.map(lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x, t)
+        jax.tree.map(
+            lambda x: (
+                jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+            ),
+            t,
+        )
         for t in (a, b)
     )
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,9 @@ def test_rows_are_in_order_and_complete(whole):
 
 
 @pytest.mark.parametrize("stop_after", [2, 3])
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_after, whole, tmp_path, monkeypatch, capsys):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    stop_after, whole, tmp_path, monkeypatch, capsys
+):
     folder, trainer = runs.start(CONFIG, tmp_path / "run")
     write = runs.JsonLines.write
 
@@ -87,7 +96,9 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(stop_after, whole
 
 
 def test_a_finished_run_can_be_extended(whole, tmp_path):
-    short, trainer = runs.start(replace(CONFIG, total_timesteps=64, eval=CONFIG.eval), tmp_path / "run")
+    short, trainer = runs.start(
+        replace(CONFIG, total_timesteps=64, eval=CONFIG.eval), tmp_path / "run"
+    )
     assert runs.run(replace(CONFIG, total_timesteps=64), short, trainer)
     assert runs.run(CONFIG, *runs.resume(short.path, CONFIG))
     assert _same(_state(short).policy, _state(whole).policy)

@@ -27,9 +27,14 @@ def test_it_plays_and_goes_on(run, capsys):
     before = (run / "metrics.jsonl").read_text().splitlines()
     assert cli.main(["train", "--resume", str(run), "--total-timesteps", "160"]) == 0
     after = (run / "metrics.jsonl").read_text().splitlines()
-    assert after[: len(before) - 1] == before[:-1]  # all but the absolute metric, which the end of a run adds
+    assert (
+        after[: len(before) - 1] == before[:-1]
+    )  # all but the absolute metric, which the end of a run adds
     assert RunFolder(run).records()[-1].step_count == 160
-    assert {path.name for path in (run / "checkpoint" / "2").iterdir()} == {"arrays.safetensors", "manifest.json"}
+    assert {path.name for path in (run / "checkpoint" / "2").iterdir()} == {
+        "arrays.safetensors",
+        "manifest.json",
+    }
 
 
 def test_its_policy_loads_by_way_of_its_environment(run):

@@ -46,7 +46,11 @@ def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, 
     row = json.loads((tmp_path / "episode.json").read_text())
     assert (row["seed"], row["policy_seed"], row["greedy"]) == (1, 3, greedy)
     assert row["agents"] is None
-    assert (row["picture"], row["num_frames"], row["terminated"]) == ("episode.gif", LENGTH + 1, True)
+    assert (row["picture"], row["num_frames"], row["terminated"]) == (
+        "episode.gif",
+        LENGTH + 1,
+        True,
+    )
     assert row["episode_return"] == pytest.approx(np.mean(row["reward"], axis=1).sum())
     assert {np.shape(row[name]) for name in ARRAYS} == {(LENGTH, 2)}
     assert (np.array(row["log_prob"]) <= 0).all()
@@ -65,7 +69,9 @@ def test_a_trace_needs_no_picture(player, tmp_path):
 def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "envs"))
     size = 3 + 4  # a one-hot id, and what cleo sees
-    spec = EnvSpec(name="lives", num_agents=3, obs_dim=size, num_actions=5, time_limit=None, state_dim=2)
+    spec = EnvSpec(
+        name="lives", num_agents=3, obs_dim=size, num_actions=5, time_limit=None, state_dim=2
+    )
     policy = make_policy("ippo", spec, NetworkConfig(d_model=8), key=jax.random.key(0))
     path = tmp_path / "episode.gif"
     episode = play_on_host("host_environments:Lives", "one_hot", policy, 5, path)
@@ -77,12 +83,16 @@ def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
     assert replay.reward_so_far(7) == pytest.approx(episode.episode_return)
     with Image.open(path) as image:
         assert len(replay.frames) == image.n_frames
-    assert [replay.frame(state) for state in range(7)] == sorted(replay.frame(state) for state in range(7))
+    assert [replay.frame(state) for state in range(7)] == sorted(
+        replay.frame(state) for state in range(7)
+    )
 
 
 def test_numbers_that_are_none_are_null(tmp_path):
     numbers, ones = np.full((2, 1), np.nan, np.float32), np.ones((2, 1))
-    trace = Trace(numbers, numbers, ones.astype(int), numbers, np.zeros((2, 1), int), ones.astype(bool))
+    trace = Trace(
+        numbers, numbers, ones.astype(int), numbers, np.zeros((2, 1), int), ones.astype(bool)
+    )
     write_trace(tmp_path / "e.gif", Episode(float("nan"), False, trace, 0, "no"), seed=0)
     row = json.loads((tmp_path / "e.json").read_text())
     assert row["episode_return"] is None

@@ -22,7 +22,9 @@ def _own_settings(monkeypatch):
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize(("home", "cache"), [("/proc/nope", ""), ("", "/proc/nope"), ("", "/dev/null/x"), (None, "")])
+@pytest.mark.parametrize(
+    ("home", "cache"), [("/proc/nope", ""), ("", "/proc/nope"), ("", "/dev/null/x"), (None, "")]
+)
 def test_programs_are_not_kept_where_nothing_can_be(monkeypatch, caplog, home, cache):
     before = jax.config.jax_compilation_cache_dir
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
@@ -41,11 +43,15 @@ def test_programs_are_not_kept_where_nothing_can_be(monkeypatch, caplog, home, c
 def test_programs_are_kept_in_the_users_cache(monkeypatch, caplog, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     enable_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(cache_folder()) == str(tmp_path / "mam" / "xla")
+    assert (
+        jax.config.jax_compilation_cache_dir == str(cache_folder()) == str(tmp_path / "mam" / "xla")
+    )
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("damaged", [lambda data: b"", lambda data: data[:-9], lambda data: bytes(len(data))])
+@pytest.mark.parametrize(
+    "damaged", [lambda data: b"", lambda data: data[:-9], lambda data: bytes(len(data))]
+)
 def test_a_damaged_program_is_compiled_anew_and_replaced(monkeypatch, caplog, tmp_path, damaged):
     def program(x):
         return jnp.sin(x) + 1
@@ -63,4 +69,6 @@ def test_a_damaged_program_is_compiled_anew_and_replaced(monkeypatch, caplog, tm
         for _ in range(2):
             jax.clear_caches()
             assert jax.jit(program)(1.0) == expected
-    assert caplog.messages == [f"a compiled program in {cache_folder()} is damaged: jit_program is compiled anew"]
+    assert caplog.messages == [
+        f"a compiled program in {cache_folder()} is damaged: jit_program is compiled anew"
+    ]

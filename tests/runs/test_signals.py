@@ -39,7 +39,9 @@ def codes(monkeypatch):
 PREEMPTING = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-@pytest.mark.parametrize(("number", "preempted"), [(number, number in PREEMPTING) for number in SIGNALS])
+@pytest.mark.parametrize(
+    ("number", "preempted"), [(number, number in PREEMPTING) for number in SIGNALS]
+)
 def test_a_signal_is_a_question(lines, number, preempted):
     handlers = [signal.getsignal(n) for n in SIGNALS]
     with stop_on_signals(lines.append, lambda: "") as stop:
@@ -90,8 +92,13 @@ def test_before_there_is_a_run_a_signal_ends_the_process(codes, number, capfd):
         _wait(lambda: codes)
     finally:
         end()
-    assert codes == [PREEMPTED if number in PREEMPTING else INTERRUPTED if number == signal.SIGINT else 0]
-    assert capfd.readouterr().err == "asked to stop before the first update: stopped at once; nothing was changed\n"
+    assert codes == [
+        PREEMPTED if number in PREEMPTING else INTERRUPTED if number == signal.SIGINT else 0
+    ]
+    assert (
+        capfd.readouterr().err
+        == "asked to stop before the first update: stopped at once; nothing was changed\n"
+    )
 
 
 def test_after_a_run_a_signal_waits_for_the_end(lines, codes, capfd):
@@ -193,7 +200,9 @@ sys.exit(main())
 )
 def test_the_command_listens_before_it_imports_anything_and_to_its_last_moment(when, number, code):
     command = [sys.executable, "-c", COMMAND % when]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)

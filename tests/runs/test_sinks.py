@@ -39,11 +39,19 @@ SPEC = EnvSpec("suite/task", num_agents=2, obs_dim=3, num_actions=4, time_limit=
 
 
 def train(update, **values):
-    return Record("train", update, update * 100, update * 2.0, {k: np.asarray(v) for k, v in values.items()})
+    return Record(
+        "train", update, update * 100, update * 2.0, {k: np.asarray(v) for k, v in values.items()}
+    )
 
 
 def evaluation(update, returns):
-    return Record("evaluation", update, update * 100, update * 2.0 + 1 / 3, {"episode_return": np.asarray(returns)})
+    return Record(
+        "evaluation",
+        update,
+        update * 100,
+        update * 2.0 + 1 / 3,
+        {"episode_return": np.asarray(returns)},
+    )
 
 
 def write(path, records, append_at=None):
@@ -57,10 +65,17 @@ def write(path, records, append_at=None):
 def assert_equal(actual, expected):
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
-        assert (a.kind, a.update, a.step_count, a.elapsed) == (b.kind, b.update, b.step_count, b.elapsed)
+        assert (a.kind, a.update, a.step_count, a.elapsed) == (
+            b.kind,
+            b.update,
+            b.step_count,
+            b.elapsed,
+        )
         assert list(a.values) == list(b.values)
         for name in b.values:
-            np.testing.assert_array_equal(a.values[name], b.values[name], strict=a.values[name].dtype == np.float64)
+            np.testing.assert_array_equal(
+                a.values[name], b.values[name], strict=a.values[name].dtype == np.float64
+            )
 
 
 def test_json_lines_round_trip_exactly(tmp_path):
@@ -81,7 +96,9 @@ def test_json_lines_keep_float32_exactly(tmp_path):
 
 
 def test_json_is_strict(tmp_path):
-    write(tmp_path / "m", [train(1, loss=np.float32([np.nan, np.inf]), all_nan=[[np.nan], [-np.inf]])])
+    write(
+        tmp_path / "m", [train(1, loss=np.float32([np.nan, np.inf]), all_nan=[[np.nan], [-np.inf]])]
+    )
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -103,7 +120,9 @@ def test_each_line_is_flushed(tmp_path):
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     path = tmp_path / "m"
-    first = [r for u in (1, 2, 3, 4) for r in (train(u, loss=[u / 3]), evaluation(u, [[u / 7, 1.0]]))]
+    first = [
+        r for u in (1, 2, 3, 4) for r in (train(u, loss=[u / 3]), evaluation(u, [[u / 7, 1.0]]))
+    ]
     positions = write(path, first)
     with path.open("a") as file:
         file.write('{"kind": "train", "upd')  # killed here
@@ -192,7 +211,10 @@ def installed(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tensorbord", "unknown sink 'tensorbord': did you mean tensorboard? (see `mam train --help`)"),
+        (
+            "tensorbord",
+            "unknown sink 'tensorbord': did you mean tensorboard? (see `mam train --help`)",
+        ),
         ("kep", "unknown sink 'kep': did you mean kept? (see `mam train --help`)"),
         ("broken", "the sink broken cannot be imported: No module named 'nowhere'"),
     ],
@@ -212,7 +234,9 @@ def test_sinks_that_are_none_are_refused(installed, name, said, tmp_path):
         (("kept", "tensorboard", "kept"), {"metrics.jsonl", "tensorboard"}),
     ],
 )
-def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(installed, log, files, tmp_path):
+def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(
+    installed, log, files, tmp_path
+):
     config, folder = replace(CONFIG, log=log), loop.RunFolder(tmp_path)
     folder.config.write_text("{}")
     progress = Progress(96, num_seeds=2, console=Console(file=io.StringIO()))
@@ -230,7 +254,9 @@ def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(installed, 
 def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
     positions = write(tmp_path / "metrics.jsonl", [train(u, loss=[u / 3, u]) for u in (1, 2, 3)])
     for name in SINKS:
-        find_sink(name)(tmp_path, CONFIG, {"metrics_bytes": positions[1], "step_count": 200}).close()
+        find_sink(name)(
+            tmp_path, CONFIG, {"metrics_bytes": positions[1], "step_count": 200}
+        ).close()
     assert [record.update for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
     for seed in (0, 1):
         (path,) = (tmp_path / "tensorboard" / f"seed_{seed}").iterdir()
@@ -244,7 +270,9 @@ def test_the_documented_sink_is_one(tmp_path, monkeypatch):
     logged, made = [], {}
     finished = []
     run = SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: made.update(options) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **options: made.update(options) or run)
+    )
     names = {}
     exec(code, names)
     sink = names["WandB"](tmp_path / "mine", CONFIG, None)

@@ -18,7 +18,9 @@ from mam.runs.times import are_times, read_times, shares, write_times
 @pytest.fixture(autouse=True)
 def ticks(monkeypatch):
     """A clock that is one second later whenever it is looked at."""
-    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__))
+    monkeypatch.setattr(
+        stopwatch, "time", SimpleNamespace(perf_counter=itertools.count(0.0).__next__)
+    )
 
 
 def test_what_is_measured_within_a_part_counts_for_the_inner_one_alone():
@@ -46,11 +48,16 @@ def test_compiling_is_apart_from_the_part_in_which_it_happens():
 
 
 def test_shares_begin_with_the_largest():
-    assert shares({"evaluation": 1.0, "environment": 3.0, "saving": 0.001}) == "environment 75 %, evaluation 25 %"
+    assert (
+        shares({"evaluation": 1.0, "environment": 3.0, "saving": 0.001})
+        == "environment 75 %, evaluation 25 %"
+    )
     assert shares({}) == shares({"compile": 0.0}) == ""
 
 
-@pytest.mark.parametrize("times", [[], {"other": 1.0}, {"update": "1"}, {"update": None}, {"update": 1}])
+@pytest.mark.parametrize(
+    "times", [[], {"other": 1.0}, {"update": "1"}, {"update": None}, {"update": 1}]
+)
 def test_a_file_of_another_kind_says_nothing(times, tmp_path):
     path = tmp_path / "times.json"
     assert read_times(path) == {}

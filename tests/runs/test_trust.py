@@ -58,15 +58,24 @@ def test_settings_of_a_folder_are_no_users_word(folder, capsys, command):
     assert cli.main([*command, "--config", "run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     agree = "--env stranger:make or --trust" if command == ["train"] else "--env stranger:make"
-    assert line.endswith(f"'stranger:make', which is code to import and run: if you trust it, add {agree}")
+    assert line.endswith(
+        f"'stranger:make', which is code to import and run: if you trust it, add {agree}"
+    )
     assert not (folder / "imported").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-@pytest.mark.parametrize("word", [["--trust"], ["--env", "stranger:make"], ["--env=stranger:make"]], ids=" ".join)
-def test_the_users_word_imports_it_and_what_it_returns_has_to_be_an_environment(folder, capsys, command, word):
+@pytest.mark.parametrize(
+    "word", [["--trust"], ["--env", "stranger:make"], ["--env=stranger:make"]], ids=" ".join
+)
+def test_the_users_word_imports_it_and_what_it_returns_has_to_be_an_environment(
+    folder, capsys, command, word
+):
     assert cli.main([*command, *word]) == 2
-    assert "stranger:make returns a str: expected a subclass of mam.types.Environment" in capsys.readouterr().err
+    assert (
+        "stranger:make returns a str: expected a subclass of mam.types.Environment"
+        in capsys.readouterr().err
+    )
     assert (folder / "called").exists()
 
 
@@ -98,7 +107,12 @@ def test_nothing_of_pythons_own_is_called_whoever_asks(folder, capsys, name):
 
 def test_which_names_are_code():
     assert not any(map(names_code, ("lbf/small", "lbf/auto:agents=4", "smax/auto:")))
-    assert all(map(names_code, ("a:b", "a.b:c:d=1", "pettingzoo/auto:x", "pettingzoo/a:b", "./a.py:b", "a/auto.py:b")))
+    assert all(
+        map(
+            names_code,
+            ("a:b", "a.b:c:d=1", "pettingzoo/auto:x", "pettingzoo/a:b", "./a.py:b", "a/auto.py:b"),
+        )
+    )
 
 
 def test_the_page_says_what_it_would_import_and_plays_nothing_of_it(tmp_path):

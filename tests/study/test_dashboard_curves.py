@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mam.study.dashboard.curves import SPEED, Curves, Series, curve_of, groups, labels_of, metrics_of, series_of, thin
+from mam.study.dashboard.curves import (
+    SPEED,
+    Curves,
+    Series,
+    curve_of,
+    groups,
+    labels_of,
+    metrics_of,
+    series_of,
+    thin,
+)
 from mam.study.dashboard.runs import LiveRun
 from mam.study.report.checks import load
 from mam.study.report.figures import styles_of
@@ -31,7 +41,12 @@ def folder(tmp_path_factory):
         for policy in ("mam", "mat"):
             config = replace(CONFIG, env=task, policy=policy)
             write_run(root / task / policy / "a", config, seed=1)
-            write_run(root / task / policy / "b", replace(longer, env=task, policy=policy), seed=2, updates=12)
+            write_run(
+                root / task / policy / "b",
+                replace(longer, env=task, policy=policy),
+                seed=2,
+                updates=12,
+            )
     return root
 
 
@@ -53,14 +68,21 @@ def test_runs_may_stand_by_themselves(folder):
     runs = [live(path.parent, str(path.parent)) for path in folder.rglob("config.json")]
     found = groups(runs, {run.name: run.name for run in runs})
     assert sorted(found) == ["lbf/large", "lbf/small"]
-    assert all(len(labels) == 4 and all(len(some) == 1 for some in labels.values()) for labels in found.values())
+    assert all(
+        len(labels) == 4 and all(len(some) == 1 for some in labels.values())
+        for labels in found.values()
+    )
     assert metrics_of(runs) == [RETURN, "train/episode_return", f"train/{SPEED}"]
 
 
 def test_two_seeds_have_a_range_and_one_has_nothing():
     x, values = np.arange(4.0), np.array([[0.0, 2], [1, 3], [2, 8], [5, 5]])
     curve = curve_of([Series(x, values)])
-    assert (curve.mean.tolist(), curve.low.tolist(), curve.high.tolist()) == ([1, 2, 5, 5], [0, 1, 2, 5], [2, 3, 8, 5])
+    assert (curve.mean.tolist(), curve.low.tolist(), curve.high.tolist()) == (
+        [1, 2, 5, 5],
+        [0, 1, 2, 5],
+        [2, 3, 8, 5],
+    )
     curve = curve_of([Series(x, values[:, :1])])
     assert np.isnan(curve.low).all()
     assert curve_of([]) is None
@@ -68,9 +90,14 @@ def test_two_seeds_have_a_range_and_one_has_nothing():
 
 
 def test_seeds_without_a_number_do_not_count():
-    x, values = np.arange(3.0), np.array([[1.0, 3.0, 5.0], [np.nan, 4.0, np.nan], [3.0, 5.0, np.nan]])
+    x, values = (
+        np.arange(3.0),
+        np.array([[1.0, 3.0, 5.0], [np.nan, 4.0, np.nan], [3.0, 5.0, np.nan]]),
+    )
     curve = curve_of([Series(x, values)])
-    np.testing.assert_allclose(curve.mean, [3.0, (2 + 4) / 2, 4.0])  # on the line; the third has not got there
+    np.testing.assert_allclose(
+        curve.mean, [3.0, (2 + 4) / 2, 4.0]
+    )  # on the line; the third has not got there
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,7 +158,8 @@ def test_runs_of_other_settings_are_other_lines_whatever_is_selected(tmp_path):
     labels = labels_of(runs)
     assert labels == {"a": "mam lr=0.0005", "b": "mam lr=0.0005", "c": "mam lr=0.0001", "d": "mam"}
     assert {
-        task: {label: len(some) for label, some in found.items()} for task, found in groups(runs[1:], labels).items()
+        task: {label: len(some) for label, some in found.items()}
+        for task, found in groups(runs[1:], labels).items()
     } == {
         "lbf/large": {"mam": 1},
         "lbf/small": {"mam lr=0.0001": 1, "mam lr=0.0005": 1},
@@ -139,7 +167,10 @@ def test_runs_of_other_settings_are_other_lines_whatever_is_selected(tmp_path):
 
 
 def test_a_policy_has_one_colour_here_and_in_the_report():
-    few, many = styles_of(["mat"]), styles_of(["ippo", "mam", "mat", "mam lr=0.1", "mam lr=0.2", "mam lr=0.3"])
+    few, many = (
+        styles_of(["mat"]),
+        styles_of(["ippo", "mam", "mat", "mam lr=0.1", "mam lr=0.2", "mam lr=0.3"]),
+    )
     assert few["mat"] == many["mat"]
     assert len(set(many.values())) == len(many)
     looks = styles_of([str(index) for index in range(28)])

@@ -65,7 +65,9 @@ def test_a_configuration_that_is_none_is_a_failed_run(tmp_path, name):
     text = CONFIGS[name]
     write_run(tmp_path / "good")
     write_run(tmp_path / "bad")
-    (tmp_path / "bad" / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / "bad" / "config.json").write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
     table = looked(tmp_path).table
     assert (table["good"]["state"], table["bad"]["state"]) == ("finished", "failed")
     assert len(table["bad"]["why"].splitlines()) == 1
@@ -109,7 +111,14 @@ def test_a_line_that_is_none_is_counted_and_the_others_are_read(tmp_path, name):
 def test_extreme_numbers_are_shown(tmp_path, value):
     path = write_run(tmp_path / "run") / "metrics.jsonl"
     rows = [
-        HEAD | {"kind": kind, "elapsed": 1e300, "step_count": 2**62, "episode_return": [value] * 5, "loss": [value] * 5}
+        HEAD
+        | {
+            "kind": kind,
+            "elapsed": 1e300,
+            "step_count": 2**62,
+            "episode_return": [value] * 5,
+            "loss": [value] * 5,
+        }
         for kind in ("train", "evaluation", "absolute")
     ]
     with path.open("a") as file:
@@ -120,7 +129,15 @@ def test_extreme_numbers_are_shown(tmp_path, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "metrics.jsonl", "versions.json", "output.log", "marl_eval.json", "episode.json"]
+    "name",
+    [
+        "config.json",
+        "metrics.jsonl",
+        "versions.json",
+        "output.log",
+        "marl_eval.json",
+        "episode.json",
+    ],
 )
 @pytest.mark.parametrize("kind", ["pipe", "endless", "folder", "link to nothing", "loop"])
 def test_only_files_are_read(tmp_path, name, kind):
@@ -155,7 +172,9 @@ def test_a_folder_may_have_any_name(tmp_path, name):
     seen(run)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"device": {"a": [1, {}]}}', '{"device": 3}', DEEP, "9" * 5000])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"device": {"a": [1, {}]}}', '{"device": 3}', DEEP, "9" * 5000]
+)
 def test_versions_of_any_shape(tmp_path, content):
     (write_run(tmp_path / "run") / "versions.json").write_text(content)
     seen(looked(tmp_path).runs["run"])
@@ -168,9 +187,22 @@ def test_lines_that_are_too_long_are_skipped_in_pieces(tmp_path, monkeypatch):
     path = tmp_path / "metrics.jsonl"
     reader = Reader(path)
     parse = Reader._parse
-    monkeypatch.setattr(Reader, "_parse", lambda self, lines: seen_lines.extend(lines) or parse(self, lines))
+    monkeypatch.setattr(
+        Reader, "_parse", lambda self, lines: seen_lines.extend(lines) or parse(self, lines)
+    )
     seen_lines = []
-    content = good + b"x" * 5000 + b"\n" + good + b"y" * 301 + b"\n" + b"z" * 300 + b"\n" + good + b"w" * 900
+    content = (
+        good
+        + b"x" * 5000
+        + b"\n"
+        + good
+        + b"y" * 301
+        + b"\n"
+        + b"z" * 300
+        + b"\n"
+        + good
+        + b"w" * 900
+    )
     with path.open("wb") as file:
         for begin in range(0, len(content), 97):
             file.write(content[begin : begin + 97])

@@ -19,7 +19,9 @@ from mam.cli import main as cli
 from mam.runs.play import Episode, Trace, write_trace
 from report_runs import CONFIG, write_run
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 STEPS, AGENTS = 6, 2
 
 
@@ -48,8 +50,13 @@ def test_a_missing_extra_is_said(monkeypatch, tmp_path, capsys):
 def write_episode(run):
     """A replay in which every state is another shade of grey, but the third looks like the second."""
     rng, shape = np.random.default_rng(0), (STEPS, AGENTS)
-    shades = [Image.fromarray(np.full((20, 20, 3), 30 * max(state, 2) - 40, np.uint8)) for state in range(STEPS + 1)]
-    shades[0].save(run / "episode.gif", save_all=True, append_images=shades[1:], duration=100, loop=0)
+    shades = [
+        Image.fromarray(np.full((20, 20, 3), 30 * max(state, 2) - 40, np.uint8))
+        for state in range(STEPS + 1)
+    ]
+    shades[0].save(
+        run / "episode.gif", save_all=True, append_images=shades[1:], duration=100, loop=0
+    )
     trace = Trace(
         reward=np.ones(shape),
         value=rng.normal(size=shape),
@@ -58,7 +65,13 @@ def write_episode(run):
         order=np.tile([1, 0], (STEPS, 1)),
         alive=np.ones(shape, bool),
     )
-    write_trace(run / "episode.gif", Episode(6.0, True, trace, STEPS + 1), env="lbf/small", algorithm="mam", seed=0)
+    write_trace(
+        run / "episode.gif",
+        Episode(6.0, True, trace, STEPS + 1),
+        env="lbf/small",
+        algorithm="mam",
+        seed=0,
+    )
 
 
 def serve(root, *options):
@@ -100,7 +113,10 @@ def test_a_port_that_is_taken(url, root):
 
 def test_requests_for_other_names_are_refused(url):
     assert urllib.request.urlopen(url).status == 200
-    for address, headers, code in ((url, {"Host": "example.org"}, 400), (f"{url}/frames/x/0.png", {}, 404)):
+    for address, headers, code in (
+        (url, {"Host": "example.org"}, 400),
+        (f"{url}/frames/x/0.png", {}, 404),
+    ):
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(urllib.request.Request(address, headers=headers))
 
@@ -126,7 +142,9 @@ def test_the_socket_answers_the_page_and_no_other(url, origin, own, transport):
     }
     headers = {"Origin": origin.format(host=host)} | (upgrade if transport == "websocket" else {})
     connection = http.client.HTTPConnection(host, timeout=20)
-    connection.request("GET", f"/_nicegui_ws/socket.io/?EIO=4&transport={transport}", headers=headers)
+    connection.request(
+        "GET", f"/_nicegui_ws/socket.io/?EIO=4&transport={transport}", headers=headers
+    )
     answer = connection.getresponse()
     assert (answer.status < 400) == own
     assert ("Access-Control-Allow-Origin" in answer.headers) == (own and transport == "polling")
@@ -169,10 +187,16 @@ def test_the_page_in_a_browser(url, root):
         page.get_by_role("tab", name="Replay").click()
         expect(page.get_by_text(f"step 1 of {STEPS} · reward so far 0.000")).to_be_visible()
         cells = page.locator(".mam-replay .mam-grid td")
-        assert cells.all_inner_texts()[:3] == ["0", "2", "0"]  # agent 0 decides second, and takes action 0
+        assert cells.all_inner_texts()[:3] == [
+            "0",
+            "2",
+            "0",
+        ]  # agent 0 decides second, and takes action 0
         track = page.locator(".q-slider__track-container")
         track.click(position={"x": track.bounding_box()["width"] - 1, "y": 5})
-        expect(page.get_by_text(f"after step {STEPS}: terminated · reward so far 6.000")).to_be_visible()
+        expect(
+            page.get_by_text(f"after step {STEPS}: terminated · reward so far 6.000")
+        ).to_be_visible()
         page.wait_for_function("document.querySelector('.mam-frame img')?.src.endsWith('/4.png')")
         browser.close()
     assert not errors
@@ -187,7 +211,10 @@ def hostile(tmp_path_factory):
     """The page on runs with long names that differ at their ends, and with markup wherever a run has a say."""
     root = tmp_path_factory.mktemp("hostile")
     for end in ("a", "b"):
-        write_run(root / f"{'long' * 20}-{end}", replace(CONFIG, env=f"{HOSTILE} {'task' * 20}-{end}", policy=HOSTILE))
+        write_run(
+            root / f"{'long' * 20}-{end}",
+            replace(CONFIG, env=f"{HOSTILE} {'task' * 20}-{end}", policy=HOSTILE),
+        )
     write_run(root / f"x{HOSTILE}".replace("/", ""), device=HOSTILE)
     (root / "broken").mkdir()
     (root / "broken" / "config.json").write_text(json.dumps({HOSTILE: 1}))

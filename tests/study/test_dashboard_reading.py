@@ -25,7 +25,12 @@ def lines(num_updates=6):
         late = {"late": [1.0, None]} if update > 3 else {}
         yield line("train", update, loss=[update / 3, None if update == 2 else 0.1], **late)
         if update % 2 == 0:
-            yield line("evaluation", update, episode_return=[[update, 1.0], [0.5, None]], won=[[True, False]] * 2)
+            yield line(
+                "evaluation",
+                update,
+                episode_return=[[update, 1.0], [0.5, None]],
+                won=[[True, False]] * 2,
+            )
     yield line("absolute", num_updates, episode_return=[[1.0, 2.0, 3.0], [4.0, 5.0, 6.5]])
 
 
@@ -39,9 +44,13 @@ def everything(reader):
         columns = reader.metrics.of(kind)
         rows = columns.rows(columns.metrics)
         found[kind] = [rows.steps.tolist(), rows.elapsed.tolist()]
-        found[kind] += [(name, np.nan_to_num(values, nan=-1).tolist()) for name, values in rows.values.items()]
+        found[kind] += [
+            (name, np.nan_to_num(values, nan=-1).tolist()) for name, values in rows.values.items()
+        ]
     metrics = reader.metrics
-    return found | {"last": (metrics.last_kind, metrics.step_count, metrics.longest_gap, metrics.damaged)}
+    return found | {
+        "last": (metrics.last_kind, metrics.step_count, metrics.longest_gap, metrics.damaged)
+    }
 
 
 def read_at_once(path, content=FILE):
@@ -77,20 +86,39 @@ def test_the_columns_are_the_records(tmp_path):
     path, rng = tmp_path / "metrics.jsonl", np.random.default_rng(0)
     sink = JsonLines(path, append_at=None)
     for update in range(1, 30):
-        sink.write(Record("train", update, update * 16, update / 3, {"loss": rng.normal(size=3).astype(np.float32)}))
+        sink.write(
+            Record(
+                "train",
+                update,
+                update * 16,
+                update / 3,
+                {"loss": rng.normal(size=3).astype(np.float32)},
+            )
+        )
         if update % 5 == 0:
             sink.write(
-                Record("evaluation", update, update * 16, update / 3, {"episode_return": rng.normal(size=(3, 7))})
+                Record(
+                    "evaluation",
+                    update,
+                    update * 16,
+                    update / 3,
+                    {"episode_return": rng.normal(size=(3, 7))},
+                )
             )
     sink.close()
     reader = Reader(path)
     reader.poll()
     records = read_records(path)
     for kind, name in (("train", "loss"), ("evaluation", "episode_return")):
-        rows, of_kind = reader.metrics.of(kind).rows([name]), [record for record in records if record.kind == kind]
+        rows, of_kind = (
+            reader.metrics.of(kind).rows([name]),
+            [record for record in records if record.kind == kind],
+        )
         np.testing.assert_array_equal(rows.steps, [record.step_count for record in of_kind])
         np.testing.assert_array_equal(rows.elapsed, [record.elapsed for record in of_kind])
-        np.testing.assert_array_equal(rows.values[name], [seed_means(record.values[name]) for record in of_kind])
+        np.testing.assert_array_equal(
+            rows.values[name], [seed_means(record.values[name]) for record in of_kind]
+        )
 
 
 @pytest.mark.parametrize("longer", [False, True])
@@ -151,7 +179,13 @@ def test_memory_is_bounded(monkeypatch):
     columns = Columns(np.float32)
     for begin in range(0, 5000, 37):
         steps = np.arange(begin, begin + 37)
-        columns.append(Rows(steps, steps.astype(float), {"loss": np.stack([steps, -steps], axis=1).astype(float)}))
+        columns.append(
+            Rows(
+                steps,
+                steps.astype(float),
+                {"loss": np.stack([steps, -steps], axis=1).astype(float)},
+            )
+        )
     rows = columns.rows(["loss"])
     assert 50 <= len(columns) <= 100
     assert (np.diff(rows.steps) == 64).all()

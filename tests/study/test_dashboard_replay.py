@@ -40,12 +40,19 @@ def test_traces_are_found_and_nothing_else(run):
     newest = write(run.path / "replays" / "seed0-greedy-0.json")
     assert list(replays_of(run)) == ["seed0-greedy-0", "episode"]
     replay = load(newest)
-    assert (replay.length, replay.last, replay.frame(1), replay.reward_so_far(2)) == (3, 3, None, 2.0)
+    assert (replay.length, replay.last, replay.frame(1), replay.reward_so_far(2)) == (
+        3,
+        3,
+        None,
+        2.0,
+    )
 
 
 def test_states_that_look_alike_share_a_frame(tmp_path):
     shades = [Image.fromarray(np.full((4, 4), shade, np.uint8)) for shade in (0, 0, 0, 200)]
-    shades[0].save(tmp_path / "e.gif", save_all=True, append_images=shades[1:], duration=150, loop=0)
+    shades[0].save(
+        tmp_path / "e.gif", save_all=True, append_images=shades[1:], duration=150, loop=0
+    )
     replay = load(write(tmp_path / "e.json", picture="e.gif", num_frames=4))
     assert [replay.frame(state) for state in range(5)] == [0, 0, 0, 1, 1]
     assert (len(replay.frames), replay.last) == (2, 3)
@@ -80,23 +87,32 @@ def test_agents_have_the_names_of_the_trace_or_their_places(tmp_path, agents, sh
     assert replay.agents == shown
     cells = _decisions(replay, 0)
     assert all(f'<td class="l">{escape(name)}</td>' in cells for name in shown)
-    assert [line["name"] for line in _course(replay)["series"][1:]] == [f"value of agent {name}" for name in shown]
+    assert [line["name"] for line in _course(replay)["series"][1:]] == [
+        f"value of agent {name}" for name in shown
+    ]
 
 
 def played(run, monkeypatch, tmp_path, script):
     """Plays with a shell script in place of Python; returns the trace and what was said."""
     (tmp_path / "python").write_text("#!/bin/sh\n" + script)
     (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr("mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python")))
+    monkeypatch.setattr(
+        "mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python"))
+    )
     said = []
-    return asyncio.run(Players().play(run, policy_seed=2, greedy=True, seed=7, say=said.append)), said
+    return asyncio.run(
+        Players().play(run, policy_seed=2, greedy=True, seed=7, say=said.append)
+    ), said
 
 
 def test_an_episode_is_played_in_a_process_of_its_own(run, monkeypatch, tmp_path):
     path, said = played(run, monkeypatch, tmp_path, 'echo "$@"; echo "on $JAX_PLATFORMS"')
     out = run.path / "replays" / "seed2-greedy-7.gif"
     assert path == out.with_suffix(".json")
-    assert said == [f"-m mam play {run.path} --out {out} --seed 7 --policy-seed 2 --greedy", "on cpu"]
+    assert said == [
+        f"-m mam play {run.path} --out {out} --seed 7 --policy-seed 2 --greedy",
+        "on cpu",
+    ]
 
 
 def test_what_goes_wrong_is_the_last_line(run, monkeypatch, tmp_path):
@@ -115,7 +131,9 @@ def test_the_end_of_the_page_ends_what_plays(run, monkeypatch, tmp_path):
 
     (tmp_path / "python").write_text("#!/bin/sh\necho here\nexec sleep 60")
     (tmp_path / "python").chmod(0o755)
-    monkeypatch.setattr("mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python")))
+    monkeypatch.setattr(
+        "mam.study.dashboard.replay.sys", SimpleNamespace(executable=str(tmp_path / "python"))
+    )
     begin = time.monotonic()
     asyncio.run(close_while_playing())
     assert time.monotonic() - begin < 20

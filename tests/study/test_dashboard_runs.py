@@ -37,7 +37,15 @@ def test_finished_and_going_on(tmp_path):
 
 def test_patience_grows_with_the_longest_silence(tmp_path):
     path = write_run(tmp_path / "a", updates=3)
-    slow = json.dumps({"kind": "train", "update": 4, "step_count": 64, "elapsed": 316.0, "episode_return": [[0.0]] * 5})
+    slow = json.dumps(
+        {
+            "kind": "train",
+            "update": 4,
+            "step_count": 64,
+            "elapsed": 316.0,
+            "episode_return": [[0.0]] * 5,
+        }
+    )
     with (path / "metrics.jsonl").open("a") as file:
         file.write(slow + "\n")
     assert aged(path, metrics=2000).state(NOW).name == "running"
@@ -70,7 +78,10 @@ def test_a_larger_budget_takes_a_finished_run_up_again(tmp_path):
     [
         ("mam on x · results in a\ncompiling the update…\n", False),
         ("mam on x · results in a\nmam: cannot write the run to a: no space\n", True),
-        ("mam on x · results in a\nTraceback (most recent call last):\n  File\nValueError: no\n", True),
+        (
+            "mam on x · results in a\nTraceback (most recent call last):\n  File\nValueError: no\n",
+            True,
+        ),
         ("mam on x · results in a\nmam: no space\nmam on x · results in a\ncompiling…\n", False),
         ("", False),
     ],

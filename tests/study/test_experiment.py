@@ -30,11 +30,21 @@ from small_run import CONFIG
 
 
 def test_a_grid_has_every_combination_with_a_stable_name():
-    runs = grid(CONFIG, env=["probe/copy", "probe/matrix"], policy=["mam", "mat"], num_seeds=3, **{"ppo.lr": [1e-4]})
+    runs = grid(
+        CONFIG,
+        env=["probe/copy", "probe/matrix"],
+        policy=["mam", "mat"],
+        num_seeds=3,
+        **{"ppo.lr": [1e-4]},
+    )
     assert [name for name, _ in runs] == [
-        f"probe/{task}/{policy},ppo.lr=0.0001" for task in ("copy", "matrix") for policy in ("mam", "mat")
+        f"probe/{task}/{policy},ppo.lr=0.0001"
+        for task in ("copy", "matrix")
+        for policy in ("mam", "mat")
     ]
-    expected = replace(CONFIG, env="probe/matrix", policy="mat", num_seeds=3, ppo=replace(CONFIG.ppo, lr=1e-4))
+    expected = replace(
+        CONFIG, env="probe/matrix", policy="mat", num_seeds=3, ppo=replace(CONFIG.ppo, lr=1e-4)
+    )
     assert runs[-1][1] == expected
 
 
@@ -68,7 +78,9 @@ def test_a_grid_refuses_settings_that_do_not_exist(key):
 
 
 def test_settings_are_checked_together():
-    config = changed(CONFIG, {"ppo.num_envs": 7, "ppo.rollout_length": 3, "ppo.num_minibatches": 21})
+    config = changed(
+        CONFIG, {"ppo.num_envs": 7, "ppo.rollout_length": 3, "ppo.num_minibatches": 21}
+    )
     assert config.steps_per_update == 21
     with pytest.raises(UserError, match="must divide"):
         changed(CONFIG, {"ppo.num_minibatches": 7})
@@ -78,8 +90,14 @@ def test_settings_are_checked_together():
     "config",
     [
         CONFIG,
-        replace(CONFIG, network=replace(CONFIG.network, dt_rank=3, remat=True, dtype="bfloat16"), log=("jsonl", "a b")),
-        replace(preset("rware/tiny-4ag"), ppo=replace(CONFIG.ppo, lr=1e-7, recompute_log_prob=True)),
+        replace(
+            CONFIG,
+            network=replace(CONFIG.network, dt_rank=3, remat=True, dtype="bfloat16"),
+            log=("jsonl", "a b"),
+        ),
+        replace(
+            preset("rware/tiny-4ag"), ppo=replace(CONFIG.ppo, lr=1e-7, recompute_log_prob=True)
+        ),
     ],
 )
 def test_a_command_line_says_all_of_a_configuration(config):
@@ -104,7 +122,9 @@ def test_jobs_have_names_of_their_own_and_safe_folders(tmp_path):
 
 
 def test_long_names_made_of_settings_stay_apart_and_short(tmp_path):
-    names = [",".join(f"network.some_setting_{i}=ü[{i * last}]" for i in range(30)) for last in (1, 2)]
+    names = [
+        ",".join(f"network.some_setting_{i}=ü[{i * last}]" for i in range(30)) for last in (1, 2)
+    ]
     folders = [job.path for job in jobs_of([(f"task/{name}", CONFIG) for name in names], tmp_path)]
     assert len(set(folders)) == 2
     for folder in folders:
@@ -171,7 +191,9 @@ def test_a_log_file_shows_every_tenth_of_a_run(tmp_path, capsys):
     for steps in (0, 4, 10, 11, 20, 96):
         one.progress.step_count = steps
         shown.show([one])
-    assert capsys.readouterr().out.splitlines() == [f"a run: {done} %, return –" for done in (10, 20, 100)]
+    assert capsys.readouterr().out.splitlines() == [
+        f"a run: {done} %, return –" for done in (10, 20, 100)
+    ]
 
 
 def test_names_made_of_settings_are_shown_as_they_are(tmp_path, capsys):
@@ -323,13 +345,17 @@ def kill_when_it_runs(log):
     return remember
 
 
-def test_an_experiment_with_a_killed_and_a_failing_run_and_its_report(tmp_path, capsys, monkeypatch):
+def test_an_experiment_with_a_killed_and_a_failing_run_and_its_report(
+    tmp_path, capsys, monkeypatch
+):
     """Two processes that train, one of them killed on the way."""
     from mam.study.experiment import pools
 
     (tmp_path / "file.py").write_text(FILE)
     out = tmp_path / "out"
-    monkeypatch.setattr(pools.subprocess, "Popen", kill_when_it_runs(out / "probe/matrix/ippo/output.log"))
+    monkeypatch.setattr(
+        pools.subprocess, "Popen", kill_when_it_runs(out / "probe/matrix/ippo/output.log")
+    )
     command = ["experiment", str(tmp_path / "file.py"), "--out", str(out)]
     assert cli.main([*command, "--dry-run"]) == 0
     assert "--policy ippo" in capsys.readouterr().out
@@ -387,7 +413,15 @@ def test_a_run_that_lives_is_waited_for_and_told_to_stop(tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "starts", "resumed"),
-    [(UNKNOWN, 9, True), (-9, 1, True), (-9, 2, False), (75, 1, True), (75, 2, False), (1, 1, False), (0, 1, False)],
+    [
+        (UNKNOWN, 9, True),
+        (-9, 1, True),
+        (-9, 2, False),
+        (75, 1, True),
+        (75, 2, False),
+        (1, 1, False),
+        (0, 1, False),
+    ],
 )
 def test_what_is_resumed(tmp_path, code, starts, resumed):
     assert End(Job("run", CONFIG, tmp_path), code).to_be_resumed(starts, 1) == resumed
@@ -396,7 +430,10 @@ def test_what_is_resumed(tmp_path, code, starts, resumed):
 def test_without_ray_there_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "file.py").write_text(FILE)
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert cli.main(["experiment", str(tmp_path / "file.py"), "--ray", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        cli.main(["experiment", str(tmp_path / "file.py"), "--ray", "--out", str(tmp_path / "out")])
+        == 2
+    )
     assert 'pip install "multi-agent-mamba[experiment]"' in capsys.readouterr().err
     assert cli.main(["experiment", str(tmp_path / "file.py"), "--ray-address", "auto"]) == 2
     assert "--ray-address needs --ray" in capsys.readouterr().err
@@ -419,7 +456,11 @@ def in_the_background():
             ConnectionError("Could not find\nany instance"),
             "no Ray cluster at auto: Could not find any instance",
         ),
-        (None, Exception("The node timed out\n during startup."), "cannot start Ray here: The node timed out during"),
+        (
+            None,
+            Exception("The node timed out\n during startup."),
+            "cannot start Ray here: The node timed out during",
+        ),
     ],
 )
 def test_ray_that_does_not_start_is_one_line(monkeypatch, address, error, said):
@@ -435,9 +476,12 @@ def test_ray_that_does_not_start_is_one_line(monkeypatch, address, error, said):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="needs ray: pip install 'multi-agent-mamba[experiment]'"
+    importlib.util.find_spec("ray") is None,
+    reason="needs ray: pip install 'multi-agent-mamba[experiment]'",
 )
-@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # Ray starts its processes by forking this one
+@pytest.mark.filterwarnings(
+    "ignore:os.fork:RuntimeWarning"
+)  # Ray starts its processes by forking this one
 def test_ray_runs_resumes_and_stops(tmp_path, monkeypatch, in_the_background):
     """One cluster of two cores: a run told to stop, and the same run to its end."""
     from mam.study.experiment.cluster import RayPool

@@ -9,7 +9,13 @@ import pytest
 from rich.console import Console
 
 from mam.runs.sinks import Record
-from mam.runs.summary import bootstrap_interval, deployment, plot_learning_curve, summary_table, write_marl_eval
+from mam.runs.summary import (
+    bootstrap_interval,
+    deployment,
+    plot_learning_curve,
+    summary_table,
+    write_marl_eval,
+)
 
 
 def make_records(num_seeds, *, absolute=True):
@@ -17,10 +23,16 @@ def make_records(num_seeds, *, absolute=True):
     records = []
     for i in range(1, 4):
         records.append(Record("train", i, i * 1000, i * 2.0, {"loss": rng.normal(size=num_seeds)}))
-        values = {"episode_return": i / 3 + rng.normal(size=(num_seeds, 4)), "won": rng.random((num_seeds, 4)) > 0.5}
+        values = {
+            "episode_return": i / 3 + rng.normal(size=(num_seeds, 4)),
+            "won": rng.random((num_seeds, 4)) > 0.5,
+        }
         records.append(Record("evaluation", i, i * 1000, i * 2.0 + 0.5, values))
     if absolute:
-        values = {"episode_return": np.full((num_seeds, 8), 0.75), "won": np.ones((num_seeds, 8), bool)}
+        values = {
+            "episode_return": np.full((num_seeds, 8), 0.75),
+            "won": np.ones((num_seeds, 8), bool),
+        }
         records.append(Record("absolute", 3, 3000, 7.0, values))
     return records
 
@@ -42,7 +54,9 @@ def test_bootstrap_interval_is_that_of_all_resamples():
 
 def test_marl_eval_shape(tmp_path):
     records = make_records(2)
-    path = write_marl_eval(tmp_path, records, env="lbf", task="small", algorithm="mam", seeds=[3, 4])
+    path = write_marl_eval(
+        tmp_path, records, env="lbf", task="small", algorithm="mam", seeds=[3, 4]
+    )
     assert path == tmp_path / "marl_eval.json"
     runs = json.loads(path.read_text())["lbf"]["small"]["mam"]
     assert list(runs) == ["seed_3", "seed_4"]
@@ -59,8 +73,14 @@ def test_marl_eval_shape(tmp_path):
 
 
 def test_marl_eval_of_an_unfinished_run(tmp_path):
-    path = write_marl_eval(tmp_path, make_records(1, absolute=False), env="e", task="t", algorithm="a", seeds=[0])
-    assert list(json.loads(path.read_text())["e"]["t"]["a"]["seed_0"]) == ["step_0", "step_1", "step_2"]
+    path = write_marl_eval(
+        tmp_path, make_records(1, absolute=False), env="e", task="t", algorithm="a", seeds=[0]
+    )
+    assert list(json.loads(path.read_text())["e"]["t"]["a"]["seed_0"]) == [
+        "step_0",
+        "step_1",
+        "step_2",
+    ]
 
 
 def test_summary_of_several_seeds():
@@ -69,7 +89,11 @@ def test_summary_of_several_seeds():
     records[-4].values["episode_return"][:] = [[5.0], [1.0], [1.0]]
     records[-6].values["episode_return"][:] = 0.0
     text = rendered(summary_table(records, seeds=[7, 8, 9], title="a run"))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in text.splitlines()
+        if "│" in line
+    ]
     assert rows[:4] == [
         ["7", "1.000", "5.000", "0.750"],
         ["8", "2.000", "2.000", "0.750"],
@@ -85,9 +109,21 @@ def test_summary_of_several_seeds():
 @pytest.mark.parametrize(
     ("greedy", "beside", "words"),
     [
-        (False, {"greedy_episode_return": 0.639}, "deploy sampled actions: 0.750, with greedy ones 0.639 (each"),
-        (False, {"greedy_episode_return": 0.9}, "deploy greedy actions: 0.900, with sampled ones 0.750 (each"),
-        (True, {"sampled_episode_return": 0.9}, "deploy sampled actions: 0.900, with greedy ones 0.750 (each"),
+        (
+            False,
+            {"greedy_episode_return": 0.639},
+            "deploy sampled actions: 0.750, with greedy ones 0.639 (each",
+        ),
+        (
+            False,
+            {"greedy_episode_return": 0.9},
+            "deploy greedy actions: 0.900, with sampled ones 0.750 (each",
+        ),
+        (
+            True,
+            {"sampled_episode_return": 0.9},
+            "deploy sampled actions: 0.900, with greedy ones 0.750 (each",
+        ),
         (False, {}, "deploy sampled actions, the only ones played"),
     ],
 )
@@ -114,7 +150,9 @@ def test_summary_of_nothing():
 def test_learning_curve_is_a_png_of_the_promised_size(tmp_path, num_seeds, absolute, name):
     """Whatever the names are."""
     records = make_records(num_seeds, absolute=absolute)
-    plot_learning_curve(tmp_path / "c.png", records, title=name, seeds=range(num_seeds), reference={name: 0.9})
+    plot_learning_curve(
+        tmp_path / "c.png", records, title=name, seeds=range(num_seeds), reference={name: 0.9}
+    )
     data = (tmp_path / "c.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (1200, 750)

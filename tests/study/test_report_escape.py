@@ -13,7 +13,9 @@ from mam.errors import UserError, printable
 from mam.study.report.escape import markdown, tex
 from report_runs import CONFIG, write_run
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 SCRIPT = "<script>document.title='owned'</script>"
 NAMES = (
     f"\"' onload='document.title=1'>{SCRIPT}",
@@ -36,7 +38,9 @@ def test_what_cannot_be_printed_is_escaped_and_stays_different():
 @pytest.mark.parametrize("name", NAMES)
 def test_markdown_and_latex_have_no_letter_left_that_does_anything(name):
     assert not re.search(r"(?<!\\)(\\\\)*[*_`\[\]|~$#]|[<>]|&(?!lt;|gt;|amp;)", markdown(name))
-    words = re.sub(r"\\(textbackslash|text\w+|ldots)\{\}|\$[<>]\$|\\[&%$#_{}]|^\{[\[*]\}", "", tex(name))
+    words = re.sub(
+        r"\\(textbackslash|text\w+|ldots)\{\}|\$[<>]\$|\\[&%$#_{}]|^\{[\[*]\}", "", tex(name)
+    )
     assert not re.search(r"[\\&%$#_{}~^]|^[\[*]", words)
 
 
@@ -53,9 +57,16 @@ def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("hostile")
     for name in NAMES:
         folder = root / "runs" / name[:60].replace("/", " ")
-        write_run(folder, replace(CONFIG, num_seeds=1, env=name, policy=name), device=f"d\x1b{name}", updates=4)
+        write_run(
+            folder,
+            replace(CONFIG, num_seeds=1, env=name, policy=name),
+            device=f"d\x1b{name}",
+            updates=4,
+        )
     for name in NAMES[:2]:  # only these are finished, on one task: what sums up has names to show
-        write_run(root / "runs" / f"{NAMES.index(name)}", replace(CONFIG, env=NAMES[0], policy=name))
+        write_run(
+            root / "runs" / f"{NAMES.index(name)}", replace(CONFIG, env=NAMES[0], policy=name)
+        )
     (root / "runs" / "0" / "versions.json").write_text(json.dumps({"device": ["<b>", {}]}))
     (root / "runs" / "broken\x1b").mkdir()
     (root / "runs" / "broken\x1b" / "config.json").write_text(json.dumps({SCRIPT: "\x1b"}))
@@ -81,7 +92,9 @@ def test_pages_have_the_elements_of_any_report(report):
     assert not page.elements & {"script", "img", "b", "iframe"}
     assert not {name for name in page.attributes if name.startswith("on")}
     assert "7 * 7" in (report / "report.html").read_text()
-    assert "\x1b" not in "".join((report / name).read_text() for name in ("report.html", "report.md", "tables.tex"))
+    assert "\x1b" not in "".join(
+        (report / name).read_text() for name in ("report.html", "report.md", "tables.tex")
+    )
     assert not re.search(r"<\w", (report / "report.md").read_text())
 
 

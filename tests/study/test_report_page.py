@@ -24,7 +24,12 @@ from report_runs import CONFIG, write_run
 def write_matrix(folder):
     """Two algorithms on two tasks; on one of them one is far ahead."""
     for index, (task, name, quality) in enumerate(
-        [("lbf/a_b", "mam", 0.9), ("lbf/a_b", "mat", 0.2), ("rware/b", "mam", 5.0), ("rware/b", "mat", 5.0)]
+        [
+            ("lbf/a_b", "mam", 0.9),
+            ("lbf/a_b", "mat", 0.2),
+            ("rware/b", "mam", 5.0),
+            ("rware/b", "mat", 5.0),
+        ]
     ):
         config = replace(CONFIG, env=task, policy=name)
         write_run(folder / task / name, config, quality, seed=min(index, 2), won=task == "lbf/a_b")
@@ -45,10 +50,16 @@ def test_runs_are_found_below_folders_once(matrix):
 
 def test_a_run_is_read_seed_by_seed(matrix):
     seeds = read_run(matrix / "lbf" / "a_b" / "mam")
-    assert [(seed.algorithm, seed.task, seed.seed) for seed in seeds] == [("mam", "lbf/a_b", k) for k in range(5)]
-    rows = [json.loads(line) for line in (matrix / "lbf/a_b/mam/metrics.jsonl").read_text().splitlines()]
+    assert [(seed.algorithm, seed.task, seed.seed) for seed in seeds] == [
+        ("mam", "lbf/a_b", k) for k in range(5)
+    ]
+    rows = [
+        json.loads(line) for line in (matrix / "lbf/a_b/mam/metrics.jsonl").read_text().splitlines()
+    ]
     assert seeds[2].steps.tolist() == [32, 64, 96, 128]
-    assert seeds[2].absolute["episode_return"] == pytest.approx(np.mean(rows[-1]["episode_return"][2]))
+    assert seeds[2].absolute["episode_return"] == pytest.approx(
+        np.mean(rows[-1]["episode_return"][2])
+    )
     assert (seeds[2].run.finished, seeds[2].run.steps_per_second) == (True, 5 * 16 / 2)
 
 
@@ -57,7 +68,9 @@ def test_scores_are_normalised_per_task_over_everything_seen(matrix):
     for task in results.tasks:
         low, high = results.bounds[task]
         cells = [results.cells[task, name] for name in ("mam", "mat")]
-        everything = [x for cell in cells for s in cell for x in (*s.returns, s.absolute["episode_return"])]
+        everything = [
+            x for cell in cells for s in cell for x in (*s.returns, s.absolute["episode_return"])
+        ]
         assert (low, high) == (min(everything), max(everything))
         np.testing.assert_allclose(results.normalise(task, np.array([low, high])), [0, 1])
 
@@ -72,19 +85,26 @@ def test_aggregates_curves_and_profiles_fit_together(matrix):
     assert profile[0] == np.mean(np.concatenate(results.scores("mam")) > THRESHOLDS[0])
     assert results.efficiency["mam"].steps.tolist() == [32, 64, 96, 128]
     curve = results.curves["lbf/a_b", "mam"]
-    assert curve.returns.value[-1] == pytest.approx(np.mean([s.returns[-1] for s in results.cells["lbf/a_b", "mam"]]))
+    assert curve.returns.value[-1] == pytest.approx(
+        np.mean([s.returns[-1] for s in results.cells["lbf/a_b", "mam"]])
+    )
     assert np.all(curve.returns.low <= curve.returns.value)
 
 
 def test_bold_is_what_lies_clearly_above_the_others(matrix):
     results, _ = load([matrix])
     table = next(table for table in tables(results) if table.title.startswith("Absolute"))
-    assert [[cell.bold for cell in row] for row in table.rows] == [[False, True, False], [False, False, False]]
+    assert [[cell.bold for cell in row] for row in table.rows] == [
+        [False, True, False],
+        [False, False, False],
+    ]
     gap = next(table for table in tables(results) if table.title == "Aggregates")
     assert gap.header[-1] == "optimality gap"
     mam, mat = (row[-1].bold for row in gap.rows)
     assert not mat
-    assert mam == results.aggregates["optimality gap"]["mat"].above(results.aggregates["optimality gap"]["mam"])
+    assert mam == results.aggregates["optimality gap"]["mat"].above(
+        results.aggregates["optimality gap"]["mam"]
+    )
 
 
 def warnings_of(folder):
@@ -94,12 +114,32 @@ def warnings_of(folder):
 @pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        ({"num_seeds": 2}, {}, ["(2)", "below 3 there are no intervals", "ragged: not every algorithm has 5 seeds"]),
-        ({"total_timesteps": 256}, {}, ["unequal budgets on rware/b", "mat 256 steps", "mam 128 steps"]),
-        ({}, {"updates": 4}, ["unfinished runs", "mat (50 %)", "left out of everything that sums up", "rware/b"]),
-        ({}, {"quality": float("nan")}, ["returns that are no numbers", "mat on rware/b, seed 0", "left out of"]),
+        (
+            {"num_seeds": 2},
+            {},
+            ["(2)", "below 3 there are no intervals", "ragged: not every algorithm has 5 seeds"],
+        ),
+        (
+            {"total_timesteps": 256},
+            {},
+            ["unequal budgets on rware/b", "mat 256 steps", "mam 128 steps"],
+        ),
+        (
+            {},
+            {"updates": 4},
+            ["unfinished runs", "mat (50 %)", "left out of everything that sums up", "rware/b"],
+        ),
+        (
+            {},
+            {"quality": float("nan")},
+            ["returns that are no numbers", "mat on rware/b, seed 0", "left out of"],
+        ),
         ({}, {"device": "gpu: H100"}, ["different devices", "cpu: cpu, gpu: H100"]),
-        ({"eval": replace(CONFIG.eval, num_episodes=7)}, {}, ["evaluated differently on rware/b", "num_episodes 7"]),
+        (
+            {"eval": replace(CONFIG.eval, num_episodes=7)},
+            {},
+            ["evaluated differently on rware/b", "num_episodes 7"],
+        ),
     ],
     ids=["seeds", "budget", "unfinished", "nan", "device", "evaluation"],
 )
@@ -121,7 +161,10 @@ def test_duplicates_and_mixed_settings_are_said_and_counted_once(tmp_path):
     (tmp_path / "broken" / "config.json").write_text("{")
     text = warnings_of(tmp_path)
     assert f"mam on lbf/small, seed 0: {tmp_path / 'two'} instead of {tmp_path / 'one'}" in text
-    assert "mam on lbf/small is of several settings, taken as one (--by ppo.lr tells them apart)" in text
+    assert (
+        "mam on lbf/small is of several settings, taken as one (--by ppo.lr tells them apart)"
+        in text
+    )
     assert f"left out: {tmp_path / 'broken' / 'config.json'} is damaged" in text
     assert len(load([tmp_path])[0].cells["lbf/small", "mam"]) == 10
 
@@ -129,7 +172,10 @@ def test_duplicates_and_mixed_settings_are_said_and_counted_once(tmp_path):
 def test_settings_may_make_algorithms(tmp_path):
     write_run(tmp_path / "one")
     write_run(tmp_path / "two", replace(CONFIG, ppo=replace(CONFIG.ppo, lr=1.0)))
-    assert f"{tmp_path / 'two'} instead of {tmp_path / 'one'} (--by ppo.lr tells them apart)" in warnings_of(tmp_path)
+    assert (
+        f"{tmp_path / 'two'} instead of {tmp_path / 'one'} (--by ppo.lr tells them apart)"
+        in warnings_of(tmp_path)
+    )
     results, warnings = load([tmp_path], by=["ppo.lr"])
     assert results.algorithms == [f"mam lr={CONFIG.ppo.lr}", "mam lr=1.0"]
     assert not any("lr" in line or "more than once" in line for line in warnings)
@@ -176,9 +222,14 @@ def test_the_report_needs_nothing_else_and_is_the_same_every_time(matrix, tmp_pa
 def test_csv_files_hold_every_number(matrix, tmp_path):
     results, _ = load([matrix])
     write_report(tmp_path, results, [])
-    rows = {path.name: list(csv.DictReader(path.read_text().splitlines())) for path in (tmp_path / "data").iterdir()}
+    rows = {
+        path.name: list(csv.DictReader(path.read_text().splitlines()))
+        for path in (tmp_path / "data").iterdir()
+    }
     assert len(rows["scores.csv"]) == 20
-    value = next(r for r in rows["aggregates.csv"] if (r["statistic"], r["algorithm"]) == ("IQM", "mat"))
+    value = next(
+        r for r in rows["aggregates.csv"] if (r["statistic"], r["algorithm"]) == ("IQM", "mat")
+    )
     scores = [
         [float(r["score"]) for r in rows["scores.csv"] if (r["algorithm"], r["task"]) == ("mat", t)]
         for t in results.tasks
@@ -195,7 +246,9 @@ def test_commits_and_settings_are_shown(tmp_path):
     base = replace(CONFIG, ppo=replace(CONFIG.ppo, lr=1e-3))
     write_run(tmp_path / "a", base)
     write_run(tmp_path / "b", replace(base, seed=5, ppo=replace(base.ppo, lr=2e-3)))
-    (tmp_path / "b" / "versions.json").write_text(json.dumps({"git": f"{'0123456789ab' + 28 * 'f'}-dirty"}))
+    (tmp_path / "b" / "versions.json").write_text(
+        json.dumps({"git": f"{'0123456789ab' + 28 * 'f'}-dirty"})
+    )
     results, _ = load([tmp_path])
     (table,) = (table for table in tables(results) if table.title == "Settings")
     ((task, name, commit, settings),) = ([cell.text for cell in row] for row in table.rows)
@@ -281,5 +334,12 @@ def test_the_probability_of_improvement_goes_both_ways(matrix):
     results, _ = load([matrix])
     assert results.improvements["mam", "mat"].value + results.improvements["mat", "mam"].value == 1
     (table,) = (table for table in tables(results) if table.title == "Probability of improvement")
-    assert [[cell.text == "–" for cell in row] for row in table.rows] == [[False, True, False], [False, False, True]]
-    assert all(len(table.align) == len(table.header) == len(row) for table in tables(results) for row in table.rows)
+    assert [[cell.text == "–" for cell in row] for row in table.rows] == [
+        [False, True, False],
+        [False, False, True],
+    ]
+    assert all(
+        len(table.align) == len(table.header) == len(row)
+        for table in tables(results)
+        for row in table.rows
+    )

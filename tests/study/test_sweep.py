@@ -20,7 +20,8 @@ from mam.study.sweep.space import RANGES, space_of
 from small_run import CONFIG
 
 needs_optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs optuna: pip install 'multi-agent-mamba[sweep]'"
+    importlib.util.find_spec("optuna") is None,
+    reason="needs optuna: pip install 'multi-agent-mamba[sweep]'",
 )
 SEARCH = ("ppo.lr", "network.d_model")
 
@@ -35,7 +36,12 @@ SEARCH = ("ppo.lr", "network.d_model")
     ],
 )
 def test_only_what_the_policy_reads_is_searched(policy, absent):
-    options = {f"network.{name}" for family in MIXERS.values() for name, values in family.options.items() if values}
+    options = {
+        f"network.{name}"
+        for family in MIXERS.values()
+        for name, values in family.options.items()
+        if values
+    }
     assert options == {"network.num_heads", "network.d_state", "network.dt_rank"}
     assert space_of(replace(CONFIG, policy=policy)).keys() == RANGES.keys() | options - absent
 
@@ -63,7 +69,9 @@ def test_every_value_of_the_ranges_is_valid_on_its_own():
 
 
 def test_values_of_ones_own():
-    found = space_of(CONFIG, ["ppo.lr", "ppo.gamma=0.9,0.99,0.9", "network.head_dim=None,4", "policy=mam,mat"])
+    found = space_of(
+        CONFIG, ["ppo.lr", "ppo.gamma=0.9,0.99,0.9", "network.head_dim=None,4", "policy=mam,mat"]
+    )
     own = {"ppo.gamma": (0.9, 0.99), "network.head_dim": (None, 4), "policy": ("mam", "mat")}
     assert found == {"ppo.lr": RANGES["ppo.lr"]} | own
 
@@ -131,7 +139,12 @@ def sweep(tmp_path, monkeypatch):
 
     def run(pool, **options):
         found = search.Search(
-            Sweep(**({"config": CONFIG, "search": SEARCH, "trials": 12, "startup_trials": 4} | options)),
+            Sweep(
+                **(
+                    {"config": CONFIG, "search": SEARCH, "trials": 12, "startup_trials": 4}
+                    | options
+                )
+            ),
             tmp_path,
             pool,
             Screen(),
@@ -148,7 +161,10 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
     code, trials = sweep(pool)
     out = capsys.readouterr().out
     assert code == 0
-    states = {name: [t for t in trials.values() if t.state.name == name] for name in ("COMPLETE", "PRUNED", "FAIL")}
+    states = {
+        name: [t for t in trials.values() if t.state.name == name]
+        for name in ("COMPLETE", "PRUNED", "FAIL")
+    }
     assert sum(map(len, states.values())) == len(trials) == 12
     assert all(t.params["ppo.lr"] == 2.5e-4 for t in states["FAIL"])
     assert states["PRUNED"]
@@ -161,7 +177,10 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
         f"mam train --env probe/matrix --num-seeds 2 --total-timesteps 96 --network.d-model {best.network.d_model}"
         in out
     )
-    assert [c[:2] for name, c in pool.commands if name == "trial_0000"] == [["train", "--env"], ["train", "--resume"]]
+    assert [c[:2] for name, c in pool.commands if name == "trial_0000"] == [
+        ["train", "--env"],
+        ["train", "--resume"],
+    ]
     assert "failed, mam: the reason · ppo.lr=0.00025" in out
 
 
@@ -197,9 +216,35 @@ def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
 @needs_optuna
 def test_a_real_sweep_of_one_trial(tmp_path, capfd):
     """A process that trains."""
-    small = ("--ppo.num-envs", "4", "--ppo.rollout-length", "4", "--ppo.num-epochs", "1", "--network.d-state", "2")
-    counts = ("--total-timesteps", "96", "--eval.num-evaluations", "2", "--eval.num-absolute-episodes", "5")
-    command = ["sweep", "--env", "probe/matrix", "--policy", "ippo", *small, *counts, "--out", str(tmp_path)]
+    small = (
+        "--ppo.num-envs",
+        "4",
+        "--ppo.rollout-length",
+        "4",
+        "--ppo.num-epochs",
+        "1",
+        "--network.d-state",
+        "2",
+    )
+    counts = (
+        "--total-timesteps",
+        "96",
+        "--eval.num-evaluations",
+        "2",
+        "--eval.num-absolute-episodes",
+        "5",
+    )
+    command = [
+        "sweep",
+        "--env",
+        "probe/matrix",
+        "--policy",
+        "ippo",
+        *small,
+        *counts,
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main([*command, "--trials", "1", "--search", "ppo.lr"]) == 0
     out = capfd.readouterr().out
     assert "trials: 1 complete" in out

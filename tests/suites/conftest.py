@@ -19,7 +19,10 @@ from mam.learning.external import blank_state, host_rollout, start_episodes
 from mam.learning.ppo import PPO
 from mam.learning.train import Learner
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 CONFIG = Config(
     total_timesteps=16,
     network=NetworkConfig(d_model=8, d_state=2),
@@ -75,7 +78,9 @@ def check_two_updates(monkeypatch):
         learner = Learner(replace(CONFIG, env=task, policy=name), envs.spec, PPO(CONFIG.ppo))
 
         def init(seed):
-            return learner.init(seed, lambda policy, key: blank_state(policy, envs.spec, envs.num_envs))
+            return learner.init(
+                seed, lambda policy, key: blank_state(policy, envs.spec, envs.num_envs)
+            )
 
         fresh = jax.eval_shape(jax.vmap(init), jnp.zeros(1, jnp.int32))
         state = jax.tree_util.tree_map_with_path(draw, eqx.tree_at(lambda s: s.key, fresh, None))
@@ -85,16 +90,24 @@ def check_two_updates(monkeypatch):
         learn = quick_jit(jax.vmap(learner.learn))
         for update in range(2):
             keys = jax.random.split(jax.random.key(2 + update))
-            carry, found = host_rollout(envs, state.policy, carry, keys[:1], CONFIG.ppo.rollout_length)
+            carry, found = host_rollout(
+                envs, state.policy, carry, keys[:1], CONFIG.ppo.rollout_length
+            )
             state, values = learn(state, carry, found, keys[1:])
             carry = state.actors
-            values = {name: float(value[0]) for name, value in values.items() if name not in timestep.metrics}
+            values = {
+                name: float(value[0])
+                for name, value in values.items()
+                if name not in timestep.metrics
+            }
             assert np.isfinite([*values.values()]).all(), values
             # A sum over dimensions of what is not small: the weights are large, the standard deviations are not.
             assert values["first_ratio_deviation"] <= (3e-5 if envs.spec.continuous else 1e-5)
         assert learn._cache_size() == 1
         for (path, before), after in zip(
-            jax.tree_util.tree_leaves_with_path(first.policy), jax.tree.leaves(state.policy), strict=True
+            jax.tree_util.tree_leaves_with_path(first.policy),
+            jax.tree.leaves(state.policy),
+            strict=True,
         ):
             assert not np.array_equal(before, after), jax.tree_util.keystr(path)
 

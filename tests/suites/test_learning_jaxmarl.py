@@ -4,9 +4,17 @@ import pytest
 
 from mam.networks.policy import policies
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing `.*` directly from `Data`:DeprecationWarning")  # brax's own
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Accessing `.*` directly from `Data`:DeprecationWarning"
+)  # brax's own
 
-TASKS = ("smax/2s3z", "mpe/simple_spread_3", "mabrax/hopper_3x1", "overcooked/cramped_room", "hanabi/2p")
+TASKS = (
+    "smax/2s3z",
+    "mpe/simple_spread_3",
+    "mabrax/hopper_3x1",
+    "overcooked/cramped_room",
+    "hanabi/2p",
+)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -21,7 +21,16 @@ _library.mam_native_scan_scratch.argtypes = [ctypes.c_int64] * 4
 
 HANDLERS = {
     f"mam_native_{name}": getattr(_library, f"mam_native_{name}")
-    for name in ["scan", "scan_backward", "conv", "conv_backward", "norm", "norm_backward", "weight_gradient", "decode"]
+    for name in [
+        "scan",
+        "scan_backward",
+        "conv",
+        "conv_backward",
+        "norm",
+        "norm_backward",
+        "weight_gradient",
+        "decode",
+    ]
 }
 
 
@@ -33,7 +42,9 @@ def isa() -> str:
 def available() -> tuple[str, ...]:
     """The instruction sets that this processor has and the kernels are compiled for, the best last."""
     names = map(_library.mam_native_available, itertools.count())
-    return tuple(name.decode() for name in itertools.takewhile(lambda name: name is not None, names))
+    return tuple(
+        name.decode() for name in itertools.takewhile(lambda name: name is not None, names)
+    )
 
 
 def choose(name: str) -> None:

@@ -36,14 +36,20 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, prog=f"mam {command}", description=_description(kind), args=args, **extra)
+            return tyro.cli(
+                kind, prog=f"mam {command}", description=_description(kind), args=args, **extra
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         text = re.sub(r"([\s\u2500-\u257f]|-{3,})+", " ", errors.getvalue()).strip()
         if text.startswith("Required options"):
             name = dataclasses.fields(kind)[0].name
-            what = {"run": "the folder of a run", "env": "the name of an environment", "what": "what to time"}
+            what = {
+                "run": "the folder of a run",
+                "env": "the name of an environment",
+                "what": "what to time",
+            }
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
         raise UserError(text) from None
@@ -55,7 +61,8 @@ def _description(kind: type) -> str:
     if not any(flag.startswith("--network.") for flag in known_flags(kind)):
         return text
     mixers = (
-        f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}" for family in MIXERS.values()
+        f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}"
+        for family in MIXERS.values()
     )
     return f"{text}\n\nPolicies of one mixer, and what it reads of --network: {'; '.join(mixers)}."
 
@@ -82,7 +89,11 @@ def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:
                 raise UserError(f"{name} needs a value (see `{see}`)")
             value = args[index + 1]
         if typing.get_origin(expected) is tuple:
-            values = [value] if equals else itertools.takewhile(lambda arg: not _is_flag(arg), args[index + 1 :])
+            values = (
+                [value]
+                if equals
+                else itertools.takewhile(lambda arg: not _is_flag(arg), args[index + 1 :])
+            )
             for item in values:
                 _check_value(name, item, typing.get_args(expected)[0])
             continue
@@ -110,7 +121,9 @@ def _check_value(name: str, value: str, expected: Any) -> None:
         return
     if typing.get_origin(expected) is typing.Literal:
         if value not in options:
-            raise UserError(f"{name} takes {', '.join(options[:-1])} or {options[-1]}, got '{value}'")
+            raise UserError(
+                f"{name} takes {', '.join(options[:-1])} or {options[-1]}, got '{value}'"
+            )
         return
     for option in options:
         with contextlib.suppress(ValueError, TypeError):
@@ -121,7 +134,9 @@ def _check_value(name: str, value: str, expected: Any) -> None:
                 raise UserError(f"{name} must lie within ±{MAX_INT:,}, got {value}")
             return
     names = {int: "a whole number", float: "a number", type(None): "None"}
-    raise UserError(f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'")
+    raise UserError(
+        f"{name} takes {' or '.join(names[option] for option in options)}, got '{value}'"
+    )
 
 
 def known_flags(kind: Any, prefix: str = "") -> dict[str, Any]:

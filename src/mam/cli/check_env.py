@@ -27,7 +27,9 @@ def check_env(args: CheckEnv) -> int:
 
     runtime.configure()
     if lives_on_host(args.env):
-        report = check_parallel(args.env, find_factory(args.env), seed=args.seed, time_budget=args.seconds)
+        report = check_parallel(
+            args.env, find_factory(args.env), seed=args.seed, time_budget=args.seconds
+        )
     else:
         report = check_environment(make_plain(args.env), seed=args.seed, time_budget=args.seconds)
     print(*report.lines(), sep="\n")

@@ -46,15 +46,25 @@ def evaluate(args: Evaluate) -> None:
 
     process.configure()
     asked: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():  # notes are no JSON
-        spec, metrics = api.play_episodes(args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked)
+    with (
+        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    ):  # notes are no JSON
+        spec, metrics = api.play_episodes(
+            args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked
+        )
     config = read_config(args.run / "config.json")
     env, seeds = args.env or config.env, seeds_of(config)
     if args.json:
         facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
         if AGENT_RETURN in metrics:
             asked |= {"agents": spec.agent_names}
-        print(json.dumps(facts | asked | {"metrics": {name: to_json(value) for name, value in metrics.items()}}))
+        print(
+            json.dumps(
+                facts
+                | asked
+                | {"metrics": {name: to_json(value) for name, value in metrics.items()}}
+            )
+        )
         return
     of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if args.greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {env}: {args.episodes} episodes, {mode} actions")
@@ -62,7 +72,11 @@ def evaluate(args: Evaluate) -> None:
         table.add_column(name, justify="right", overflow="fold")
     for index, seed in enumerate(seeds):
         table.add_row(
-            str(seed), *(f"{value[index].mean():.3f} ± {value[index].std():.3f}" for value in metrics.values())
+            str(seed),
+            *(
+                f"{value[index].mean():.3f} ± {value[index].std():.3f}"
+                for value in metrics.values()
+            ),
         )
     if len(seeds) > 1:
         table.add_section()
@@ -70,7 +84,9 @@ def evaluate(args: Evaluate) -> None:
     display(table)
     if of_agents is not None:
         display(_agent_table(of_agents, spec))
-    print(f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents")
+    print(
+        f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents"
+    )
 
 
 def _agent_table(returns: Any, spec: Any) -> Any:

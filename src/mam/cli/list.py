@@ -35,10 +35,14 @@ def list_names(args: List) -> None:
     print("\ntasks (--env; `mam list --envs` shows their sizes)")
     options = auto_options()
     for name, suite in SUITES.items():
-        print(f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}")
+        print(
+            f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}"
+        )
         print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
         if defaults := options.get(f"{name}/auto"):
-            print(f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}")
+            print(
+                f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
+            )
     print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
     print("  your own                          package.module:factory")
     print("\npresets (--preset; chosen by the task unless given)")
@@ -71,14 +75,26 @@ def _print_specs() -> None:
             table.add_row(name, *["-"] * 5)
             continue
         picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
-        observation = " + ".join(part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part)
+        observation = " + ".join(
+            part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part
+        )
         actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         if spec.action_components is not None:
             actions = " + ".join(map(str, spec.action_components))
-        sizes = (spec.num_agents, observation, spec.state_dim or "-", actions, spec.time_limit or "-")
+        sizes = (
+            spec.num_agents,
+            observation,
+            spec.state_dim or "-",
+            actions,
+            spec.time_limit or "-",
+        )
         table.add_row(name, *map(str, sizes))
     display(table)
-    print("observation: features of one agent, without its id, and the image it sees (rows × columns × channels)")
-    print("actions: how many there are to choose from, in each component where there are several, or real numbers")
+    print(
+        "observation: features of one agent, without its id, and the image it sees (rows × columns × channels)"
+    )
+    print(
+        "actions: how many there are to choose from, in each component where there are several, or real numbers"
+    )
     for suite, message in missing.items():
         print(f"{suite}: {message}")

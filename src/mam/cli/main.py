@@ -110,7 +110,9 @@ def _print_overview() -> None:
     print("usage: mam COMMAND [OPTIONS]\n\nMulti-Agent Mamba: cooperative agents as a sequence.\n")
     for name, (kind, _) in COMMANDS.items():
         print(f"  {name:<12}{(kind.__doc__ or '').splitlines()[0]}")
-    print("\n`mam COMMAND --help` explains its options; `mam --version` says which version this is.")
+    print(
+        "\n`mam COMMAND --help` explains its options; `mam --version` says which version this is."
+    )
 
 
 if __name__ == "__main__":

@@ -63,4 +63,7 @@ class _Lasting:
             discard(self._stream)
             if self is sys.stdout:
                 reason = error.strerror or error
-                print(f"mam: nobody reads the output any more ({reason}); going on without", file=sys.stderr)
+                print(
+                    f"mam: nobody reads the output any more ({reason}); going on without",
+                    file=sys.stderr,
+                )

@@ -44,9 +44,13 @@ def plan(args: Plan) -> None:
         if fitting is None and need.total <= ROOM * room:
             fitting = found
     display(table)
-    print(f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}")
+    print(
+        f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}"
+    )
     if fitting is None:
         raise UserError(
             "nothing tried fits: take fewer --ppo.num-envs or --num-seeds, or a shorter --ppo.rollout-length"
         )
-    print("fits as asked for" if fitting.changes == "as asked for" else f"fits with {fitting.changes}")
+    print(
+        "fits as asked for" if fitting.changes == "as asked for" else f"fits with {fitting.changes}"
+    )

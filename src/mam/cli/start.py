@@ -17,14 +17,22 @@ def starting_options(kind: type, args: Sequence[str]) -> Any:
     Raises:
         UserError: if the arguments name several of these, or one that does not exist.
     """
-    starts = {flag: value for flag in ("--resume", "--config", "--preset") if (value := value_of(args, flag))}
+    starts = {
+        flag: value
+        for flag in ("--resume", "--config", "--preset")
+        if (value := value_of(args, flag))
+    }
     if len(starts) > 1:
         raise UserError(f"settings start from one place: {' and '.join(starts)} name several")
     match next(iter(starts.items()), ("", "")):
         case "--resume", run:
             return kind(config=read_config(Path(run) / "config.json"))
         case "--config", path:
-            return kind(config=read_config(Path(path) / "config.json" if Path(path).is_dir() else Path(path)))
+            return kind(
+                config=read_config(
+                    Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+                )
+            )
         case "--preset", name:
             return kind(config=preset(name))
     return kind(config=preset_for(value_of(args, "--env") or Config.env)[0])

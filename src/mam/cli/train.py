@@ -59,7 +59,9 @@ def train(args: Train) -> int:
     if not (args.resume or args.start):
         ids = {"sinusoid": "ids for any number of agents", "none": "no agent ids"}
         bound = f"one-hot ids, which bind the policy to {trainer.spec.num_agents} agents"
-        print(f"{origin(args.preset or preset_for(config.env)[1])}; {ids.get(config.agent_id, bound)}")
+        print(
+            f"{origin(args.preset or preset_for(config.env)[1])}; {ids.get(config.agent_id, bound)}"
+        )
     print(price(config, trainer.spec.time_limit))
     for note in getattr(trainer.env, "notes", ()):
         print(f"note: {note}")

@@ -23,7 +23,9 @@ from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZE
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
-Observe = Callable[[Any, Any], Observation]  # what Jumanji's state and observation look like to the agents
+Observe = Callable[
+    [Any, Any], Observation
+]  # what Jumanji's state and observation look like to the agents
 Measure = Callable[[Any], Metrics]  # metrics of Jumanji's state
 
 LBF_TIME_LIMIT = 100
@@ -91,7 +93,9 @@ def make_lbf_auto(
         def __call__(self, key: Key[Array, ""]) -> Any:
             position_key, key = jax.random.split(key)
             state: Any = super().__call__(key)
-            food_position, position = grids.draw_positions(position_key, self.grid_size, self.num_food, self.num_agents)
+            food_position, position = grids.draw_positions(
+                position_key, self.grid_size, self.num_food, self.num_agents
+            )
             return state.replace(
                 agents=state.agents.replace(position=position),
                 food_items=state.food_items.replace(position=food_position),
@@ -99,7 +103,16 @@ def make_lbf_auto(
 
     generator = Generator(grid, agents, food, sight, levels, coop)
     env = LevelBasedForaging(generator, time_limit=limit + 1)
-    name = _auto_name("lbf", agents=agents, food=food, grid=grid, sight=sight, levels=levels, coop=coop, limit=limit)
+    name = _auto_name(
+        "lbf",
+        agents=agents,
+        food=food,
+        grid=grid,
+        sight=sight,
+        levels=levels,
+        coop=coop,
+        limit=limit,
+    )
     return _adapt(name, env, limit, partial(grids.local_view, grid_size=grid, sight=sight))
 
 
@@ -112,7 +125,9 @@ def make_rware(task: str) -> "JumanjiEnv":
     size, agents, *hard = task.split("-")
     num_agents = int(agents.removesuffix("ag"))
     num_requests = num_agents // 2 if hard else num_agents
-    return _warehouse(f"rware/{task}", *RWARE_SIZES[size], 8, num_agents, 1, num_requests, RWARE_TIME_LIMIT)
+    return _warehouse(
+        f"rware/{task}", *RWARE_SIZES[size], 8, num_agents, 1, num_requests, RWARE_TIME_LIMIT
+    )
 
 
 def make_rware_auto(
@@ -140,7 +155,13 @@ def make_rware_auto(
     """
     require = partial(_require, "rware/auto")
     requests = requests or agents
-    for option, value in {"rows": rows, "columns": columns, "height": height, "sight": sight, "limit": limit}.items():
+    for option, value in {
+        "rows": rows,
+        "columns": columns,
+        "height": height,
+        "sight": sight,
+        "limit": limit,
+    }.items():
         require(option, value, at_least=1)
     if columns % 2 == 0:
         raise UserError(f"rware/auto: columns must be odd, got {columns}")
@@ -150,9 +171,22 @@ def make_rware_auto(
     cells = ((height + 1) * rows + 2) * (3 * columns + 1)
     require("agents", agents, at_least=1, at_most=cells, why=f", the cells of {size}")
     shelves = 2 * height * (rows * columns - 1)  # a cluster is left out in front of the goals
-    require("requests", requests, at_least=1, at_most=shelves - 1, why=f", one less than the shelves of {size}")
+    require(
+        "requests",
+        requests,
+        at_least=1,
+        at_most=shelves - 1,
+        why=f", one less than the shelves of {size}",
+    )
     name = _auto_name(
-        "rware", agents=agents, rows=rows, columns=columns, height=height, sight=sight, requests=requests, limit=limit
+        "rware",
+        agents=agents,
+        rows=rows,
+        columns=columns,
+        height=height,
+        sight=sight,
+        requests=requests,
+        limit=limit,
     )
     return _warehouse(name, rows, columns, height, agents, sight, requests, limit)
 
@@ -168,7 +202,9 @@ def make_connector(task: str) -> "JumanjiEnv":
 
     size, num_agents = _square(task)
     time_limit = CONNECTOR_TASKS[task]
-    env = Connector(RandomWalkGenerator(grid_size=size, num_agents=num_agents), time_limit=time_limit + 1)
+    env = Connector(
+        RandomWalkGenerator(grid_size=size, num_agents=num_agents), time_limit=time_limit + 1
+    )
     return _adapt(f"connector/{task}", env, time_limit, grids.connector_view, _share_connected)
 
 
@@ -183,7 +219,10 @@ def make_cleaner(task: str) -> "JumanjiEnv":
 
     size, num_agents = _square(task)
     time_limit = CLEANER_TASKS[task]
-    env = Cleaner(RandomGenerator(num_rows=size, num_cols=size, num_agents=num_agents), time_limit=time_limit + 1)
+    env = Cleaner(
+        RandomGenerator(num_rows=size, num_cols=size, num_agents=num_agents),
+        time_limit=time_limit + 1,
+    )
     return _adapt(f"cleaner/{task}", env, time_limit, grids.cleaner_view, _share_cleaned)
 
 
@@ -206,7 +245,9 @@ class JumanjiEnv:
         observation = self.observe(state, timestep.observation)
         return jax.tree.map(_strongly_typed, state), restart(observation, self.measure(state))
 
-    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         del key  # Jumanji keeps one in the state
         state, timestep = self.env.step(state, action)
         terminated = timestep.last()
@@ -228,21 +269,34 @@ class JumanjiEnv:
 
 
 def _warehouse(
-    name: str, rows: int, columns: int, height: int, agents: int, sight: int, requests: int, limit: int
+    name: str,
+    rows: int,
+    columns: int,
+    height: int,
+    agents: int,
+    sight: int,
+    requests: int,
+    limit: int,
 ) -> JumanjiEnv:
     from jumanji.environments.routing.robot_warehouse.env import RobotWarehouse
     from jumanji.environments.routing.robot_warehouse.generator import RandomGenerator
 
-    env = RobotWarehouse(RandomGenerator(rows, columns, height, agents, sight, requests), time_limit=limit + 1)
+    env = RobotWarehouse(
+        RandomGenerator(rows, columns, height, agents, sight, requests), time_limit=limit + 1
+    )
     return _adapt(name, env, limit, grids.vector_view)
 
 
-def _adapt(name: str, env: Any, time_limit: int, observe: Observe, measure: Measure = lambda state: {}) -> JumanjiEnv:
+def _adapt(
+    name: str, env: Any, time_limit: int, observe: Observe, measure: Measure = lambda state: {}
+) -> JumanjiEnv:
     def first(key: Key[Array, ""]) -> Observation:
         state, timestep = env.reset(key)
         return observe(state, timestep.observation)
 
-    observation = jax.eval_shape(first, jax.eval_shape(jax.random.key, 0))  # sizes as they are, nothing computed
+    observation = jax.eval_shape(
+        first, jax.eval_shape(jax.random.key, 0)
+    )  # sizes as they are, nothing computed
     num_agents, obs_dim = observation.agents_view.shape
     spec = EnvSpec(
         name=name,
@@ -273,10 +327,20 @@ def _square(task: str) -> tuple[int, int]:
 
 
 def _auto_name(suite: str, **options: Any) -> str:
-    return f"{suite}/auto:" + ",".join(f"{name}={str(value).lower()}" for name, value in options.items())
+    return f"{suite}/auto:" + ",".join(
+        f"{name}={str(value).lower()}" for name, value in options.items()
+    )
 
 
-def _require(task: str, name: str, value: int, *, at_least: int = 1, at_most: int | None = None, why: str = "") -> None:
+def _require(
+    task: str,
+    name: str,
+    value: int,
+    *,
+    at_least: int = 1,
+    at_most: int | None = None,
+    why: str = "",
+) -> None:
     if value < at_least:
         raise UserError(f"{task}: {name} must be at least {at_least}, got {value}")
     if at_most is not None and value > at_most:

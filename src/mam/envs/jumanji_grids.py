@@ -12,7 +12,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from mam.types import Observation
 
-CONNECTOR_CHANNELS = ("own path", "own head", "own target", "others' paths", "others' heads", "others' targets")
+CONNECTOR_CHANNELS = (
+    "own path",
+    "own head",
+    "own target",
+    "others' paths",
+    "others' heads",
+    "others' targets",
+)
 CLEANER_CHANNELS = ("dirty", "clean", "wall", "own position", "others' positions")
 LOCAL_CHANNELS = ("agents' levels", "food's levels", "free")
 
@@ -43,12 +50,18 @@ def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> O
 
     levels = jnp.zeros((2, grid_size + 2 * sight, grid_size + 2 * sight), jnp.float32)
     levels = levels.at[0, *(agents.position + sight).T].set(agents.level.astype(jnp.float32))
-    levels = levels.at[1, *(food.position + sight).T].set(jnp.where(food.eaten, 0, food.level).astype(jnp.float32))
+    levels = levels.at[1, *(food.position + sight).T].set(
+        jnp.where(food.eaten, 0, food.level).astype(jnp.float32)
+    )
     inside = np.pad(np.ones((grid_size, grid_size), bool), sight)
     board = jnp.concatenate([levels, (inside & ~levels.any(axis=0))[None].astype(jnp.float32)])
-    view = jax.vmap(lambda corner: jax.lax.dynamic_slice(board, (0, *corner), (3, width, width)))(agents.position)
+    view = jax.vmap(lambda corner: jax.lax.dynamic_slice(board, (0, *corner), (3, width, width)))(
+        agents.position
+    )
 
-    up_down_left_right = view[:, :, [sight - 1, sight + 1, sight, sight], [sight, sight, sight - 1, sight + 1]]
+    up_down_left_right = view[
+        :, :, [sight - 1, sight + 1, sight, sight], [sight, sight, sight - 1, sight + 1]
+    ]
     _, food_beside, free_beside = jnp.moveaxis(up_down_left_right > 0, 1, 0)
     stay, load = jnp.ones((num_agents, 1), bool), food_beside.any(axis=1, keepdims=True)
     return Observation(
@@ -72,7 +85,9 @@ def connector_view(state: Any, observation: Any) -> Observation:
     owner, kind = np.divmod(np.arange(3 * num_agents), 3)
     is_own = owner == np.arange(num_agents)[:, None]
     picture_of = np.zeros((num_agents, 1 + 3 * num_agents, len(CONNECTOR_CHANNELS)), bool)
-    picture_of[:, 1:] = np.where(is_own, kind, 3 + kind)[..., None] == np.arange(len(CONNECTOR_CHANNELS))
+    picture_of[:, 1:] = np.where(is_own, kind, 3 + kind)[..., None] == np.arange(
+        len(CONNECTOR_CHANNELS)
+    )
     state_of = np.zeros((1 + 3 * num_agents, 3), np.float32)
     state_of[1 + 3 * owner + kind, kind] = (owner + 1) / num_agents
     return Observation(
@@ -92,8 +107,12 @@ def cleaner_view(state: Any, observation: Any) -> Observation:
     """
     position, size = state.agents_locations, state.grid.shape[0]
     num_agents = position.shape[0]
-    tiles = state.grid[..., None] == jnp.arange(3, dtype=state.grid.dtype)  # dirty, clean, wall in Jumanji's order
-    here = (position[:, :1, None] == np.arange(size)[:, None]) & (position[:, 1:, None] == np.arange(size))
+    tiles = state.grid[..., None] == jnp.arange(
+        3, dtype=state.grid.dtype
+    )  # dirty, clean, wall in Jumanji's order
+    here = (position[:, :1, None] == np.arange(size)[:, None]) & (
+        position[:, 1:, None] == np.arange(size)
+    )
     count = here.sum(axis=0, dtype=jnp.int32)
     picture = [
         jnp.broadcast_to(tiles, (num_agents, *tiles.shape)),
@@ -124,11 +143,15 @@ def draw_positions(
     index, at_and_beside = np.arange(num_cells), np.array([0, 1, -1, grid_size, -grid_size])
 
     def place(rank: Float[Array, "cells"], _: None) -> tuple[Float[Array, "cells"], Int[Array, ""]]:
-        cell = jnp.where(rank == rank.max(), index, 0).max()  # what argmax is, which takes 6 times as long on CPUs
+        cell = jnp.where(
+            rank == rank.max(), index, 0
+        ).max()  # what argmax is, which takes 6 times as long on CPUs
         return rank.at[cell + at_and_beside].set(-1.0), cell
 
     # The inner cells in random order: the first that is still allowed is uniform over those.
-    rank = jnp.pad(jax.random.uniform(food_key, (grid_size - 2, grid_size - 2)), 1, constant_values=-1.0)
+    rank = jnp.pad(
+        jax.random.uniform(food_key, (grid_size - 2, grid_size - 2)), 1, constant_values=-1.0
+    )
     _, food = jax.lax.scan(place, rank.ravel(), length=num_food)
     is_free = jnp.ones(num_cells).at[food].set(0.0)
     agents = jax.random.choice(agent_key, num_cells, (num_agents,), replace=False, p=is_free)

@@ -73,7 +73,9 @@ class Identity(Probe):
 
     @property
     def spec(self) -> EnvSpec:
-        return EnvSpec("probe/identity", self.num_agents, self.num_actions, self.num_actions, self.time_limit)
+        return EnvSpec(
+            "probe/identity", self.num_agents, self.num_actions, self.num_actions, self.time_limit
+        )
 
     @property
     def optimal_return(self) -> float:
@@ -87,7 +89,9 @@ class Identity(Probe):
         state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
         return state, restart(self._observe(jax.nn.one_hot(state.cue, self.num_actions)))
 
-    def step(self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+    def step(
+        self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[CueState, TimeStep]:
         reward = (action == state.cue).mean()
         state = CueState(self._draw_cue(key), state.step_count + 1)
         observation = self._observe(jax.nn.one_hot(state.cue, self.num_actions))
@@ -146,12 +150,16 @@ class Copy(Probe):
         state = CopyState(spent=jnp.full((), -1, jnp.int32), step_count=jnp.zeros((), jnp.int32))
         return state, restart(self._blank())
 
-    def step(self, state: CopyState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CopyState, TimeStep]:
+    def step(
+        self, state: CopyState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[CopyState, TimeStep]:
         del key
         pays = (state.step_count > 0) & (action[0] != state.spent)
         reward = pays * (action[1:] == action[0]).mean()
         state = CopyState(spent=action[0].astype(jnp.int32), step_count=state.step_count + 1)
-        return state, transition(self._blank(), reward, truncated=state.step_count >= self.time_limit)
+        return state, transition(
+            self._blank(), reward, truncated=state.step_count >= self.time_limit
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +197,9 @@ class Matrix(Probe):
         del key
         return (), restart(self._blank())
 
-    def step(self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         del key
         reward = 1.0 * (action == 0).all() + self.trap_return * (action != 0).all()
         return state, transition(self._blank(), reward, terminated=True)
@@ -210,7 +220,9 @@ class Memory(Probe):
 
     @property
     def spec(self) -> EnvSpec:
-        return EnvSpec("probe/memory", self.num_agents, self.num_actions + 1, self.num_actions, self.length)
+        return EnvSpec(
+            "probe/memory", self.num_agents, self.num_actions + 1, self.num_actions, self.length
+        )
 
     @property
     def optimal_return(self) -> float:
@@ -224,7 +236,9 @@ class Memory(Probe):
         state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
         return state, restart(self._view(state))
 
-    def step(self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+    def step(
+        self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[CueState, TimeStep]:
         del key
         state = CueState(state.cue, state.step_count + 1)
         terminated = state.step_count >= self.length
@@ -278,7 +292,9 @@ class Target(Probe):
     ) -> tuple[TargetState, TimeStep]:
         reward = 1 - jnp.abs(action - state.target).mean()
         state = TargetState(self._draw_target(key), state.step_count + 1)
-        return state, transition(self._observe(state.target), reward, truncated=state.step_count >= self.time_limit)
+        return state, transition(
+            self._observe(state.target), reward, truncated=state.step_count >= self.time_limit
+        )
 
     def _draw_target(self, key: Key[Array, ""]) -> Float[Array, "N A"]:
         return jax.random.uniform(key, (self.num_agents, self.num_actions), minval=-1.0, maxval=1.0)
@@ -313,10 +329,14 @@ class Components(Probe):
         state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
         return state, restart(self._view(state))
 
-    def step(self, state: CueState, action: Int[Array, "N K"], key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
+    def step(
+        self, state: CueState, action: Int[Array, "N K"], key: Key[Array, ""]
+    ) -> tuple[CueState, TimeStep]:
         reward = (action == state.cue).all(axis=-1).mean()
         state = CueState(self._draw_cue(key), state.step_count + 1)
-        return state, transition(self._view(state), reward, truncated=state.step_count >= self.time_limit)
+        return state, transition(
+            self._view(state), reward, truncated=state.step_count >= self.time_limit
+        )
 
     def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N K"]:
         return jax.random.randint(key, (self.num_agents, len(self.sizes)), 0, jnp.array(self.sizes))

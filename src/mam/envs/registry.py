@@ -24,7 +24,11 @@ from mam.types import Environment, EnvSpec, HostEnvironments
 
 def auto_options() -> dict[str, Mapping[str, Any]]:
     """Returns, for every suite that makes tasks to measure, the options of `suite/auto:…` and their defaults."""
-    return {f"{name}/auto": _options(_maker(name, "_auto")) for name, suite in SUITES.items() if suite.made_to_measure}
+    return {
+        f"{name}/auto": _options(_maker(name, "_auto"))
+        for name, suite in SUITES.items()
+        if suite.made_to_measure
+    }
 
 
 def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
@@ -89,7 +93,9 @@ def make_host(
     """
     from mam.envs.external.pool import HostPool
 
-    return HostPool(name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits)
+    return HostPool(
+        name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits
+    )
 
 
 def make_env(
@@ -130,7 +136,9 @@ def _own(name: str) -> Environment | EnvFactory:
     if name.startswith(PREFIX):
         return factory
     env = factory(index=0)
-    if hasattr(env, "possible_agents"):  # PettingZoo's have these, and live in workers: this one was to look at
+    if hasattr(
+        env, "possible_agents"
+    ):  # PettingZoo's have these, and live in workers: this one was to look at
         with contextlib.suppress(Exception):
             env.close()
         return factory
@@ -185,7 +193,9 @@ def _maker(suite: str, kind: str = "") -> Callable[..., Environment]:
 
 
 def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:
-    return {name: parameter.default for name, parameter in inspect.signature(auto).parameters.items()}
+    return {
+        name: parameter.default for name, parameter in inspect.signature(auto).parameters.items()
+    }
 
 
 def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,7 +205,9 @@ def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[st
         key, _, value = item.partition("=")
         if key not in defaults:
             raise (
-                unknown_name("option", key, defaults, see="mam list") if defaults else UserError(f"{name}: no options")
+                unknown_name("option", key, defaults, see="mam list")
+                if defaults
+                else UserError(f"{name}: no options")
             )
         kind = type(defaults[key])
         try:

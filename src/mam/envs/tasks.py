@@ -11,8 +11,20 @@ from mam.errors import unknown_name
 
 # In the words of Jumanji's LBF generator; fov = field of view, in cells to each side.
 LBF_TASKS: dict[str, dict[str, Any]] = {
-    "2s-8x8-2p-2f-coop": {"grid_size": 8, "fov": 2, "num_agents": 2, "num_food": 2, "force_coop": True},
-    "8x8-2p-2f-coop": {"grid_size": 8, "fov": 8, "num_agents": 2, "num_food": 2, "force_coop": True},
+    "2s-8x8-2p-2f-coop": {
+        "grid_size": 8,
+        "fov": 2,
+        "num_agents": 2,
+        "num_food": 2,
+        "force_coop": True,
+    },
+    "8x8-2p-2f-coop": {
+        "grid_size": 8,
+        "fov": 8,
+        "num_agents": 2,
+        "num_food": 2,
+        "force_coop": True,
+    },
     "2s-10x10-3p-3f": {"grid_size": 10, "fov": 2, "num_agents": 3, "num_food": 3},
     "10x10-3p-3f": {"grid_size": 10, "fov": 10, "num_agents": 3, "num_food": 3},
     "15x15-3p-5f": {"grid_size": 15, "fov": 15, "num_agents": 3, "num_food": 5},
@@ -33,13 +45,30 @@ CONNECTOR_TASKS = {"5x5x3a": 25, "7x7x5a": 49, "10x10x10a": 100, "15x15x23a": 22
 CLEANER_TASKS = {"5x5x2a": 25, "10x10x3a": 100, "15x15x5a": 225, "20x20x20a": 400}
 
 SMAX_TASKS = (
-    *("2s3z", "3s5z", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s5z_vs_3s6z", "3s_vs_5z", "6h_vs_8z"),
+    *(
+        "2s3z",
+        "3s5z",
+        "5m_vs_6m",
+        "10m_vs_11m",
+        "27m_vs_30m",
+        "3s5z_vs_3s6z",
+        "3s_vs_5z",
+        "6h_vs_8z",
+    ),
     *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
 )
 
-MPE_TASKS = tuple(f"simple_spread_{agents}{kind}" for kind in ("", "-discrete") for agents in (3, 5, 10, 30))
+MPE_TASKS = tuple(
+    f"simple_spread_{agents}{kind}" for kind in ("", "-discrete") for agents in (3, 5, 10, 30)
+)
 MABRAX_TASKS = ("ant_4x2", "halfcheetah_6x1", "hopper_3x1", "humanoid_9|8", "walker2d_2x3")
-OVERCOOKED_LAYOUTS = ("cramped_room", "asymm_advantages", "coord_ring", "forced_coord", "counter_circuit")
+OVERCOOKED_LAYOUTS = (
+    "cramped_room",
+    "asymm_advantages",
+    "coord_ring",
+    "forced_coord",
+    "counter_circuit",
+)
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
 PROBE_TASKS = ("identity", "copy", "matrix", "memory", "target", "components")
@@ -52,12 +81,18 @@ class Suite:
     description: str
     module: str  # has `make_<suite>(task)` and imports the packages in there
     tasks: Iterable[str]
-    made_to_measure: bool = False  # the module has `make_<suite>_auto(**options)`, too: suite/auto:…
+    made_to_measure: bool = (
+        False  # the module has `make_<suite>_auto(**options)`, too: suite/auto:…
+    )
     extra: str | None = None  # of the library, which installs the packages
     packages: tuple[str, ...] = ()  # the distributions whose versions decide what a task is
 
 
-_JUMANJI: dict[str, Any] = {"module": "mam.envs.jumanji", "extra": "jumanji", "packages": ("jumanji",)}
+_JUMANJI: dict[str, Any] = {
+    "module": "mam.envs.jumanji",
+    "extra": "jumanji",
+    "packages": ("jumanji",),
+}
 _JAXMARL: dict[str, Any] = {"extra": "jaxmarl", "packages": ("jaxmarl",)}
 
 SUITES = {
@@ -66,10 +101,18 @@ SUITES = {
     "connector": Suite("wires laid without crossing", tasks=CONNECTOR_TASKS, **_JUMANJI),
     "cleaner": Suite("a maze cleaned together", tasks=CLEANER_TASKS, **_JUMANJI),
     "smax": Suite(
-        "battles in the manner of SMAC", "mam.envs.jaxmarl.smax", SMAX_TASKS, made_to_measure=True, **_JAXMARL
+        "battles in the manner of SMAC",
+        "mam.envs.jaxmarl.smax",
+        SMAX_TASKS,
+        made_to_measure=True,
+        **_JAXMARL,
     ),
     "mpe": Suite(
-        "particles that spread over landmarks", "mam.envs.jaxmarl.mpe", MPE_TASKS, made_to_measure=True, **_JAXMARL
+        "particles that spread over landmarks",
+        "mam.envs.jaxmarl.mpe",
+        MPE_TASKS,
+        made_to_measure=True,
+        **_JAXMARL,
     ),
     "mabrax": Suite(
         "robots whose limbs are agents",
@@ -78,7 +121,9 @@ SUITES = {
         extra="mabrax",
         packages=("jaxmarl", "brax"),
     ),
-    "overcooked": Suite("cooks in a kitchen", "mam.envs.jaxmarl.overcooked", OVERCOOKED_TASKS, **_JAXMARL),
+    "overcooked": Suite(
+        "cooks in a kitchen", "mam.envs.jaxmarl.overcooked", OVERCOOKED_TASKS, **_JAXMARL
+    ),
     "hanabi": Suite("the card game", "mam.envs.jaxmarl.hanabi", HANABI_TASKS, **_JAXMARL),
     "probe": Suite("tiny tasks with a known optimum", "mam.envs.probes", PROBE_TASKS),
 }
@@ -100,7 +145,9 @@ def check_task(name: str) -> None:
     if ":" in name and suite is None:
         return
     task, _, options = rest.partition(":")
-    if suite and ((task == "auto" and suite.made_to_measure) or (not options and task in suite.tasks)):
+    if suite and (
+        (task == "auto" and suite.made_to_measure) or (not options and task in suite.tasks)
+    ):
         return
     autos = (f"{name}/auto" for name, suite in SUITES.items() if suite.made_to_measure)
     raise unknown_name("task", name, (*task_names(), *autos), see="mam list")

@@ -55,7 +55,9 @@ class AgentId:
         state, timestep = self.env.reset(key)
         return state, self._identify(timestep)
 
-    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.step(state, action, key)
         return state, self._identify(timestep)
 
@@ -102,7 +104,9 @@ class EpisodeStatistics:
         state = EpisodeState(env_state, episode_return=jnp.zeros(()), episode_length=jnp.zeros(()))
         return state, _report(state, timestep)
 
-    def step(self, state: EpisodeState, action: Action, key: Key[Array, ""]) -> tuple[EpisodeState, TimeStep]:
+    def step(
+        self, state: EpisodeState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EpisodeState, TimeStep]:
         env_state, timestep = self.env.step(state.env_state, action, key)
         state = EpisodeState(
             env_state,
@@ -143,7 +147,9 @@ class AutoReset:
 
     env: Environment
     num_envs: int
-    first: Int[Array, ""] | int = field(default=0, kw_only=True)  # number of the first, where others stand elsewhere
+    first: Int[Array, ""] | int = field(
+        default=0, kw_only=True
+    )  # number of the first, where others stand elsewhere
 
     @property
     def spec(self) -> EnvSpec:
@@ -153,16 +159,24 @@ class AutoReset:
         """Starts an episode in every environment; all leaves gain a leading axis B."""
         return jax.vmap(self.env.reset)(self._key_per_env(key, jnp.arange(self.num_envs)))
 
-    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         """Applies one joint action per environment and resets those whose episode ended."""
         step_key, reset_key = jax.random.split(key)
         step_keys = self._key_per_env(step_key, jnp.arange(self.num_envs))
         state, timestep = jax.vmap(self.env.step)(state, action, step_keys)
-        state, observation = self._reset_ended(state, timestep.observation, timestep.ended, reset_key)
+        state, observation = self._reset_ended(
+            state, timestep.observation, timestep.ended, reset_key
+        )
         return state, replace(timestep, observation=observation)
 
     def _reset_ended(
-        self, state: EnvState, observation: Observation, ended: Bool[Array, "B"], key: Key[Array, ""]
+        self,
+        state: EnvState,
+        observation: Observation,
+        ended: Bool[Array, "B"],
+        key: Key[Array, ""],
     ) -> tuple[EnvState, Observation]:
         chunk = max(1, self.num_envs // 32)
         # The ended environments first; the rest of the queue points past the batch, where writes are dropped.

@@ -12,6 +12,10 @@ def dense(
     """Return x W + b, in the type of x."""
     # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
     rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
-    y = native_product(rows, weight) if use_native() and native_product_supports(rows, weight) else rows @ weight
+    y = (
+        native_product(rows, weight)
+        if use_native() and native_product_supports(rows, weight)
+        else rows @ weight
+    )
     y = y.reshape(*x.shape[:-1], weight.shape[1])
     return y if bias is None else y + bias.astype(x.dtype)

@@ -31,7 +31,9 @@ def normalise(
 
     def plain(x, residual, scale, offset):
         x = x if residual is None else x + residual
-        return _rows(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
+        return (
+            _rows(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
+        )
 
     args = (x, residual, scale, offset)
     if not use_native() or not native_norm_supports(*args):
@@ -51,7 +53,13 @@ def _rows_fwd(x, scale, offset, eps):
     inverse = lax.rsqrt(_row_means(jnp.square(centred)) + eps)
     normal = centred * inverse
     y = normal * scale
-    return y if offset is None else y + offset, (normal, inverse, scale, offset, jnp.zeros((), x.dtype))
+    return y if offset is None else y + offset, (
+        normal,
+        inverse,
+        scale,
+        offset,
+        jnp.zeros((), x.dtype),
+    )
 
 
 def _rows_bwd(residuals, gy):
@@ -71,6 +79,10 @@ def _row_means(x: Float[Array, "M E"]) -> Float[Array, "M 1"]:
     """Means over the last axis. On CPU as a product with ones: XLA's reduction takes twice as long."""
 
     def product(x):
-        return jnp.dot(x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), precision=lax.Precision.HIGHEST)
+        return jnp.dot(
+            x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), precision=lax.Precision.HIGHEST
+        )
 
-    return lax.platform_dependent(x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True))
+    return lax.platform_dependent(
+        x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True)
+    )

@@ -73,7 +73,9 @@ def selective_scan(
         UserError: for kernels that are not installed.
     """
     if implementation is not None and implementation not in _SCANS:
-        raise ValueError(f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}")
+        raise ValueError(
+            f"unknown scan implementation {implementation!r}: choose one of {', '.join(_SCANS)}"
+        )
     *batch, n, d = x.shape
     s = A.shape[1]
     if not x.size:
@@ -154,10 +156,14 @@ def without_agents(
     x: Array, initial_state: Float[Array, "*batch S D"] | None, shape: tuple[int, ...]
 ) -> tuple[Array, Float[Array, "*batch S D"]]:
     """Outputs and state where there is nothing to read, no agent or no sequence: the state stays as it was."""
-    return x, jnp.zeros(shape, jnp.promote_types(x.dtype, jnp.float32)) if initial_state is None else initial_state
+    return x, jnp.zeros(
+        shape, jnp.promote_types(x.dtype, jnp.float32)
+    ) if initial_state is None else initial_state
 
 
-def step_size(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None) -> Float[Array, "*batch F"]:
+def step_size(
+    x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None
+) -> Float[Array, "*batch F"]:
     """Δ = softplus(x), bounded by DT_LIMIT, and 0 for the dead; in float32 or wider."""
     dt = jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
     return dt if alive is None else jnp.where(alive[..., None], dt, 0.0)
@@ -177,7 +183,9 @@ def selective_step(
     return state, (sum_over_states(state, C) + D * x).astype(x.dtype)
 
 
-def sum_over_states(state: Float[Array, "*batch S D"], weight: Float[Array, "*batch S"]) -> Float[Array, "*batch D"]:
+def sum_over_states(
+    state: Float[Array, "*batch S D"], weight: Float[Array, "*batch S"]
+) -> Float[Array, "*batch D"]:
     """Σ_s weight[s] state[s]. Written out, because XLA's reduction on CPU is many times slower."""
     total = weight[..., 0, None] * state[..., 0, :]
     for s in range(1, state.shape[-2]):
@@ -197,13 +205,17 @@ def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
     """The kernels of the device that is there, where they take sizes and types; elsewhere what is fastest on CPU."""
-    xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse)
+    xla = partial(
+        _with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse
+    )
     args = (x, dt, B, C, A, D, reset, h0)
     if x.dtype == jnp.float32 and use_native():
         return on_cpu(partial(_native, reverse=reverse), xla, *args)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
-    return lax.platform_dependent(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)
+    return lax.platform_dependent(
+        *args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla
+    )
 
 
 def has_cuda() -> bool:
@@ -239,7 +251,9 @@ def _native_gated(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, h0, 
 
 def _pallas(x, dt, B, C, A, reset, h0, reverse, *, interpret=False):
     if not kernel_supports(x.shape[1], *A.shape[::-1]):
-        raise ValueError(f"the scan's kernels take no d_inner = {A.shape[1]} with d_state = {A.shape[0]}")
+        raise ValueError(
+            f"the scan's kernels take no d_inner = {A.shape[1]} with d_state = {A.shape[0]}"
+        )
     return scan_kernel(x, dt, B, C, A, reset, h0, reverse=reverse, interpret=interpret)
 
 
@@ -300,7 +314,10 @@ def _sequential(x, dt, B, C, A, reset, h0, reverse):
     if rows <= TILE:
         return tile(batched)
     tiles = jax.tree.map(
-        lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(-1, TILE, *v.shape[1:]), batched
+        lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(
+            -1, TILE, *v.shape[1:]
+        ),
+        batched,
     )
     return jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:])[:rows], lax.map(tile, tiles))
 
@@ -369,7 +386,9 @@ def _recurrence_bwd(reverse, residuals, cotangents):
     def chunk(carry, inputs):
         (x, dt, B, C, reset), h_start, gy = inputs
         _, (h, gC) = lax.scan(recompute, h_start, (x, dt, B, reset, gy), reverse=reverse)
-        carry, (gx, gdt, gB) = lax.scan(agent, carry, (x, dt, B, C, reset, gy, h), reverse=not reverse)
+        carry, (gx, gdt, gB) = lax.scan(
+            agent, carry, (x, dt, B, C, reset, gy, h), reverse=not reverse
+        )
         return carry, (gx, gdt, gB, gC)
 
     carry = (gh, jnp.zeros_like(gh))

@@ -68,7 +68,10 @@ def ssd(
         return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
     if implementation == "products" and reset is not None:
         raise ValueError("products take no reset: choose scan, native or None")
-    args, native = (x, dt, A, B, C, D, initial_state), partial(_native, reset=reset, reverse=reverse)
+    args, native = (
+        (x, dt, A, B, C, D, initial_state),
+        partial(_native, reset=reset, reverse=reverse),
+    )
     if implementation == "native":
         return native(*args)
     plain = partial(_products, reverse=reverse, chunk=chunk)
@@ -84,7 +87,9 @@ def _scan(x, dt, A, B, C, D, initial_state, *, reset, reverse):
     channels = x.shape[-1] // A.shape[0]
     A, D, dt = (jnp.repeat(v, channels, axis=-1) for v in (A, D, dt))
     A = jnp.broadcast_to(A[:, None], (A.shape[0], B.shape[-1]))
-    return selective_scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset, reverse=reverse)
+    return selective_scan(
+        x, dt, A, B, C, D, initial_state=initial_state, reset=reset, reverse=reverse
+    )
 
 
 def _native(x, dt, A, B, C, D, initial_state, *, reset, reverse):
@@ -93,10 +98,14 @@ def _native(x, dt, A, B, C, D, initial_state, *, reset, reverse):
         raise ValueError("the native scan is for float32")
     *batch, n, d = x.shape
     channels, s = d // A.shape[0], B.shape[-1]
-    x_, dt_, B_, C_ = (v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C))
+    x_, dt_, B_, C_ = (
+        v.reshape(-1, n, v.shape[-1]) for v in (x, jnp.repeat(dt, channels, axis=-1), B, C)
+    )
     reset = None if reset is None else reset.reshape(-1, n)
     h0 = None if initial_state is None else initial_state.reshape(-1, s, d)
-    inputs = ScanInputs(x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), reset, h0)
+    inputs = ScanInputs(
+        x_, dt_, jnp.repeat(A, channels)[None], B_, C_, jnp.repeat(D, channels), reset, h0
+    )
     y, h = (run(inputs, reverse=reverse) for run in (native_outputs, native_final_state))
     return y.reshape(x.shape), h.reshape(*batch, s, d)
 

@@ -78,10 +78,15 @@ def evaluate(
         act_key, env_key, next_key = jax.random.split(episodes.key, 3)
         before = episodes.timestep
         first = episodes.metrics["episode_length"] == 0
-        memory, output = policy.act(episodes.memory, before.observation, first, keys_of(act_key), greedy=greedy)
-        env_state, timestep = jax.vmap(env.step)(episodes.env_state, output.action, keys_of(env_key))
+        memory, output = policy.act(
+            episodes.memory, before.observation, first, keys_of(act_key), greedy=greedy
+        )
+        env_state, timestep = jax.vmap(env.step)(
+            episodes.env_state, output.action, keys_of(env_key)
+        )
         metrics = {
-            name: jnp.where(episodes.over, episodes.metrics[name], timestep.metrics[name]) for name in timestep.metrics
+            name: jnp.where(episodes.over, episodes.metrics[name], timestep.metrics[name])
+            for name in timestep.metrics
         }
         agent_return = episodes.agent_return
         if agent_return is not None:
@@ -99,7 +104,9 @@ def evaluate(
     return {name: shard.gather(value)[:num_episodes] for name, value in metrics.items()}
 
 
-def with_kinds(metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = False) -> dict[str, Any]:
+def with_kinds(
+    metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = False
+) -> dict[str, Any]:
     """Returns the metrics with `return_<kind>`, the mean over the agents of a kind, and without AGENT_RETURN.
 
     Args:
@@ -113,7 +120,9 @@ def with_kinds(metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = 
     if not each_agent:
         del metrics[AGENT_RETURN]
     kinds = agents_by_kind(spec.agent_names or ())
-    return metrics | {f"return_{kind}": of_agents[..., rows].mean(-1) for kind, rows in kinds.items()}
+    return metrics | {
+        f"return_{kind}": of_agents[..., rows].mean(-1) for kind, rows in kinds.items()
+    }
 
 
 def agents_by_kind(names: tuple[str, ...]) -> dict[str, Int[np.ndarray, "n"]]:

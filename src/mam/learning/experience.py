@@ -102,7 +102,9 @@ class OnDevice:
     ) -> Values:
         """Play episodes to their ends; see `evaluate`."""
         limit, shard = self.config.eval.max_episode_steps, self.devices.shard
-        return evaluate(self.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard)
+        return evaluate(
+            self.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard
+        )
 
     def play_modes(
         self,
@@ -152,7 +154,9 @@ class External:
     def _start(self, num_envs: int, first: int = 0) -> HostEnvironments:
         config = self.config
         total = config.num_seeds * num_envs
-        return make_host(config.env, total, config.agent_id, config.num_workers, config.worker, first)
+        return make_host(
+            config.env, total, config.agent_id, config.num_workers, config.worker, first
+        )
 
     @property
     def spec(self) -> EnvSpec:
@@ -171,15 +175,21 @@ class External:
         if "_learning" not in self.__dict__:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
         with self.clock.part("acting"):
-            carry, found = host_rollout(self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length)
+            carry, found = host_rollout(
+                self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length
+            )
         transitions, infos = take_infos(found.transitions)
         return carry, replace(found, transitions=transitions), infos
 
-    def play(self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
+    def play(
+        self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
+    ) -> Values:
         """Play episodes to their ends; see `host_evaluate`."""
         memory = jax.vmap(lambda policy: policy.init_memory((self._per_round,)))(policy)
         limit = self.config.eval.max_episode_steps
-        return host_evaluate(self.env, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit)
+        return host_evaluate(
+            self.env, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit
+        )
 
     def play_modes(
         self,
@@ -190,7 +200,10 @@ class External:
     ) -> Values:
         """Play each mode with its policy. Metrics are [modes, …]."""
         key = jax.vmap(jax.random.split)(key)[:, 0]
-        values = [self.play(policy, key, num_episodes, greedy) for policy, greedy in zip(policies, modes, strict=True)]
+        values = [
+            self.play(policy, key, num_episodes, greedy)
+            for policy, greedy in zip(policies, modes, strict=True)
+        ]
         stacked = jax.tree.map(lambda *values: np.stack(values), *aligned(values))
         return with_kinds(stacked, self.spec)
 
@@ -212,7 +225,9 @@ def environments(config: Config) -> Environments:
     """
     if lives_on_host(config.env):
         if jax.process_count() > 1:
-            raise UserError(f"{config.env} lives in processes of one host: only environments in JAX run on several")
+            raise UserError(
+                f"{config.env} lives in processes of one host: only environments in JAX run on several"
+            )
         return External(config)
     num_envs, num_devices = config.ppo.num_envs, config.num_devices or jax.device_count()
     if num_devices > jax.device_count():

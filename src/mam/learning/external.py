@@ -18,7 +18,16 @@ from mam.config import EvalConfig
 from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
 from mam.learning.rollout import Rollout, RolloutState, make_transition, next_state
 from mam.learning.stopwatch import Stopwatch
-from mam.types import EnvSpec, HostEnvironments, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
+from mam.types import (
+    EnvSpec,
+    HostEnvironments,
+    Memory,
+    Observation,
+    Policy,
+    PolicyOutput,
+    TimeStep,
+    Transition,
+)
 
 LAST_STEP = 2**31 - 1  # that nobody reaches
 
@@ -26,7 +35,11 @@ LAST_STEP = 2**31 - 1  # that nobody reaches
 @jax.jit
 @partial(jax.vmap, in_axes=(0, 0, 0, None, None))
 def act(
-    policy: Policy, state: RolloutState, key: Key[Array, ""], step: Int[Array, ""], greedy: Bool[Array, ""]
+    policy: Policy,
+    state: RolloutState,
+    key: Key[Array, ""],
+    step: Int[Array, ""],
+    greedy: Bool[Array, ""],
 ) -> tuple[Memory, PolicyOutput]:
     """`policy.act` of all seeds at step t, each environment with a key of its own."""
     keys = jax.random.split(jax.random.fold_in(key, step), state.reset.shape[0])
@@ -71,14 +84,20 @@ def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
         state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
     )
     reset = jnp.ones(num_envs, bool)
-    return RolloutState(env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,)))
+    return RolloutState(
+        env_state=(), observation=observation, reset=reset, memory=policy.init_memory((num_envs,))
+    )
 
 
-def start_episodes(envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int) -> tuple[RolloutState, TimeStep]:
+def start_episodes(
+    envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int
+) -> tuple[RolloutState, TimeStep]:
     """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
     timestep = _by_seed(envs.reset(seed), num_seeds)
     reset = np.ones_like(timestep.terminated)
-    return RolloutState(env_state=(), observation=timestep.observation, reset=reset, memory=memory), timestep
+    return RolloutState(
+        env_state=(), observation=timestep.observation, reset=reset, memory=memory
+    ), timestep
 
 
 def host_rollout(
@@ -102,8 +121,12 @@ def host_rollout(
         transitions.append(make_transition(state, output, timestep))
         state = next_state(timestep, memory)
     metrics = aligned([step.metrics for step in transitions])
-    steps = [replace(step, metrics=values) for step, values in zip(transitions, metrics, strict=True)]
-    memory, transitions = (jax.tree.map(lambda *x: np.stack(x, axis=1), *trees) for trees in (memories, steps))
+    steps = [
+        replace(step, metrics=values) for step, values in zip(transitions, metrics, strict=True)
+    ]
+    memory, transitions = (
+        jax.tree.map(lambda *x: np.stack(x, axis=1), *trees) for trees in (memories, steps)
+    )
     return state, Rollout(transitions, memory, state.observation.alive)
 
 
@@ -111,7 +134,10 @@ def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
     names = dict.fromkeys(name for one in metrics for name in one)
     blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
-    return [{name: one.get(name, nan) for name in names} for one, nan in zip(metrics, blank, strict=True)]
+    return [
+        {name: one.get(name, nan) for name in names}
+        for one, nan in zip(metrics, blank, strict=True)
+    ]
 
 
 def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarray]]:
@@ -128,7 +154,9 @@ def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarra
     for name, x in infos.items():
         there = np.isfinite(x)
         count, total = there.sum(axis=(1, 2)), np.where(there, x, 0).sum(axis=(1, 2))
-        means[name] = np.divide(total, count, out=np.full(len(x), np.nan, np.float32), where=count > 0)
+        means[name] = np.divide(
+            total, count, out=np.full(len(x), np.nan, np.float32), where=count > 0
+        )
     return replace(transitions, metrics=rest), means
 
 
@@ -155,7 +183,11 @@ def host_evaluate(
     rounds, step = [], 0
     for first in range(0, num_episodes, per_round):
         state, timestep = start_episodes(envs, memory, num_seeds, seed=first + seed_of(key))
-        over, metrics, agent_return = timestep.ended, timestep.metrics, np.zeros_like(timestep.reward)
+        over, metrics, agent_return = (
+            timestep.ended,
+            timestep.metrics,
+            np.zeros_like(timestep.reward),
+        )
         last = step + max_steps
         while not over.all() and step < last:
             after, _, timestep = _step(envs, policy, state, key, step, greedy)
@@ -168,7 +200,10 @@ def host_evaluate(
         own = {} if envs.spec.team_reward else {AGENT_RETURN: agent_return}
         rounds.append(metrics | {UNFINISHED: np.where(over, np.float32(0), np.float32(1))} | own)
     rounds = aligned(rounds)
-    return {name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes] for name in rounds[0]}
+    return {
+        name: np.concatenate([r[name] for r in rounds], axis=1)[:, :num_episodes]
+        for name in rounds[0]
+    }
 
 
 def seed_of(key: Key[Array, "..."]) -> int:

@@ -40,7 +40,10 @@ def bad_leaves(tree: PyTree) -> list[Bool[Array, ""]]:
 
 def leaf_names(tree: PyTree, what: str) -> list[str]:
     """Names for `bad_leaves`, such as `gradient of decoder.head.weight`."""
-    return [f"{what} {jax.tree_util.keystr(path).lstrip('.')}" for path, _ in jax.tree.leaves_with_path(tree)]
+    return [
+        f"{what} {jax.tree_util.keystr(path).lstrip('.')}"
+        for path, _ in jax.tree.leaves_with_path(tree)
+    ]
 
 
 ROLLOUT_NAMES = (
@@ -55,7 +58,10 @@ def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
     alive = seen.alive
     own = (transitions.reward, transitions.log_prob, transitions.value)
     return [
-        *(a | b for a, b in zip(_bad_in_observation(seen), _bad_in_observation(reached), strict=True)),
+        *(
+            a | b
+            for a, b in zip(_bad_in_observation(seen), _bad_in_observation(reached), strict=True)
+        ),
         *(is_bad(x, alive) for x in own),
     ]
 

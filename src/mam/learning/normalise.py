@@ -36,7 +36,9 @@ class Moments(eqx.Module):
     @classmethod
     def init(cls, *features: int, floor: float = FEATURE_FLOOR) -> "Moments":
         """Returns mean 0 and variance 1, which change nothing."""
-        return cls(count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor)
+        return cls(
+            count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor
+        )
 
     @property
     def deviation(self) -> Float[Array, "*features"]:
@@ -52,7 +54,12 @@ class Moments(eqx.Module):
         return x * self.deviation + self.mean
 
     def update(
-        self, x: Shaped[Array, "..."], mask: Bool[Array, "*batch"], *, horizon: int, shard: Shard = WHOLE
+        self,
+        x: Shaped[Array, "..."],
+        mask: Bool[Array, "*batch"],
+        *,
+        horizon: int,
+        shard: Shard = WHOLE,
     ) -> "Moments":
         """Takes a batch in: the moments of all samples so far, while these are no more than `horizon` batches.
 
@@ -65,11 +72,16 @@ class Moments(eqx.Module):
         Source: Chan, Golub & LeVeque 1983, eq. 2.1 (moments of two samples merged). Everything is measured from the
         old mean, so that float32 suffices for features far from zero.
         """
-        axes, counts = tuple(range(mask.ndim)), mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        axes, counts = (
+            tuple(range(mask.ndim)),
+            mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim)),
+        )
         size = shard.sum(mask.sum().astype(self.count.dtype))
         x = jnp.where(counts, x - self.mean, 0.0)
         shift = shard.sum(x.sum(axes)) / jnp.maximum(size, 1)
-        var = shard.sum(jnp.square(jnp.where(counts, x - shift, 0.0)).sum(axes)) / jnp.maximum(size, 1)
+        var = shard.sum(jnp.square(jnp.where(counts, x - shift, 0.0)).sum(axes)) / jnp.maximum(
+            size, 1
+        )
         before = jnp.minimum(self.count, (horizon - 1) * mask.size * shard.num_shards)
         weight = size / jnp.maximum(before + size, 1)
         return Moments(
@@ -93,7 +105,9 @@ class Statistics(eqx.Module):
         num_features = spec.obs_dim - spec.id_dim
         return cls(
             features=Moments.init(num_features) if observations and num_features else None,
-            state=Moments.init(spec.state_dim) if observations and spec.state_dim is not None else None,
+            state=Moments.init(spec.state_dim)
+            if observations and spec.state_dim is not None
+            else None,
             values=Moments.init(floor=VALUE_FLOOR) if values else None,
         )
 
@@ -109,7 +123,11 @@ class Statistics(eqx.Module):
 
     def update(self, obs: Observation, shard: Shard = WHOLE) -> "Statistics":
         """Takes the observations of a rollout in."""
-        features, state, how = self.features, self.state, {"horizon": OBSERVATION_HORIZON, "shard": shard}
+        features, state, how = (
+            self.features,
+            self.state,
+            {"horizon": OBSERVATION_HORIZON, "shard": shard},
+        )
         if features is not None:
             own = obs.agents_view[..., obs.agents_view.shape[-1] - features.mean.shape[-1] :]
             features = features.update(own, obs.alive, **how)
@@ -138,7 +156,9 @@ class NormalisedPolicy(eqx.Module):
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
         """Chooses one joint action per batch element; see `mam.types.Policy`."""
-        memory, output = self.network.act(memory, self.statistics.normalise(obs), reset, key, greedy=greedy)
+        memory, output = self.network.act(
+            memory, self.statistics.normalise(obs), reset, key, greedy=greedy
+        )
         return memory, replace(output, value=self.restore_value(output.value))
 
     def evaluate(
@@ -150,7 +170,9 @@ class NormalisedPolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Evaluates stored joint actions; see `mam.types.Policy`."""
-        evaluation = self.network.evaluate(memory, self.statistics.normalise(obs), action, order, reset)
+        evaluation = self.network.evaluate(
+            memory, self.statistics.normalise(obs), action, order, reset
+        )
         return replace(evaluation, value=self.restore_value(evaluation.value))
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
@@ -205,7 +227,9 @@ def _clip(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def as_normalised(policy: Policy) -> NormalisedPolicy:
     """Returns any policy as one that normalises, if only nothing."""
-    return policy if isinstance(policy, NormalisedPolicy) else NormalisedPolicy(policy, Statistics())
+    return (
+        policy if isinstance(policy, NormalisedPolicy) else NormalisedPolicy(policy, Statistics())
+    )
 
 
 def simplified(policy: NormalisedPolicy) -> Policy:
@@ -213,7 +237,9 @@ def simplified(policy: NormalisedPolicy) -> Policy:
     return policy if jax.tree.leaves(policy.statistics) else policy.network
 
 
-def transfer_policy(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
+def transfer_policy(
+    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
+) -> Policy:
     """Return a policy for another task with the same weights, and its statistics as far as that task has the same."""
     whole = as_normalised(policy)
     network, statistics = transfer_weights(whole.network, name, old, new, sizes), whole.statistics

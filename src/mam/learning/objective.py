@@ -88,11 +88,15 @@ class WeightedSum:
         """Whether one of them needs them."""
         return any(objective.needs_values for _, objective in self.terms)
 
-    def prepare(self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None) -> list[PyTree]:
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> list[PyTree]:
         """Return what each of them reads."""
         return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
 
-    def loss(self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard) -> Losses:
+    def loss(
+        self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard
+    ) -> Losses:
         """Return Σ weight · loss, and what each reports."""
         found = [
             (weight, objective.loss(evaluation, batch, own, shard))
@@ -100,7 +104,9 @@ class WeightedSum:
         ]
         total = sum((weight * losses.loss for weight, losses in found), jnp.zeros(()))
         means = {name: x for _, losses in found for name, x in losses.means.items()}
-        return Losses(total, means, {name: x for _, losses in found for name, x in losses.maxima.items()})
+        return Losses(
+            total, means, {name: x for _, losses in found for name, x in losses.maxima.items()}
+        )
 
 
 def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:

@@ -26,7 +26,9 @@ class PPOLoss(eqx.Module):
     entropy: Float[Array, ""]
     approx_kl: Float[Array, ""]  # mean of (r − 1) − log r, never negative
     clip_fraction: Float[Array, ""]  # of ratios outside [1 − ε, 1 + ε]
-    ratio_deviation: Float[Array, ""]  # largest |r − 1|; zero before the first gradient step on a rollout
+    ratio_deviation: Float[
+        Array, ""
+    ]  # largest |r − 1|; zero before the first gradient step on a rollout
 
 
 def ppo_loss(
@@ -78,7 +80,9 @@ def ppo_loss(
     policy_loss = -mean(jnp.minimum(ratio * advantage, clipped * advantage))
     # 3. The value.
     value_clipped = old_value + jnp.clip(new.value - old_value, -clip_eps, clip_eps)
-    value_loss = 0.5 * mean(jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target)))
+    value_loss = 0.5 * mean(
+        jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
+    )
     # 4. Their sum, and what one watches.
     entropy = mean(new.entropy)
     return PPOLoss(
@@ -108,7 +112,9 @@ class PPO:
     config: PPOConfig
     needs_values: bool = True
 
-    def prepare(self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None) -> PPOTargets:
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> PPOTargets:
         """Return the targets.
 
         Raises:
@@ -116,7 +122,9 @@ class PPO:
         """
         steps = rollout.transitions
         if steps.log_prob is None or steps.value is None or estimates is None:
-            raise UserError("PPO learns from its own actions: recorded ones have no log-probability")
+            raise UserError(
+                "PPO learns from its own actions: recorded ones have no log-probability"
+            )
         log_prob = steps.log_prob
         if self.config.recompute_log_prob:
             memory = jax.tree.map(lambda x: x[0], rollout.memory)
@@ -129,7 +137,9 @@ class PPO:
             target=policy.normalise_value(estimates.target),
         )
 
-    def loss(self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard) -> Losses:
+    def loss(
+        self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
+    ) -> Losses:
         """Return `ppo_loss` of a minibatch."""
         losses = ppo_loss(
             evaluation,

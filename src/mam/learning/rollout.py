@@ -8,7 +8,17 @@ from jax import lax
 from jaxtyping import Bool, Key
 
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Action, Array, EnvState, Memory, Observation, Policy, PolicyOutput, TimeStep, Transition
+from mam.types import (
+    Action,
+    Array,
+    EnvState,
+    Memory,
+    Observation,
+    Policy,
+    PolicyOutput,
+    TimeStep,
+    Transition,
+)
 
 
 @runtime_checkable
@@ -19,7 +29,9 @@ class BatchedEnvironment(Protocol):
     def num_envs(self) -> int: ...
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
-    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
+    def step(
+        self, state: EnvState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]: ...
 
 
 class RolloutState(eqx.Module):
@@ -39,7 +51,9 @@ class Rollout(eqx.Module):
     final_alive: Bool[Array, "*batch N"]  # who lives after the last step, [B, N]
 
 
-def init_rollout_state(env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]) -> RolloutState:
+def init_rollout_state(
+    env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]
+) -> RolloutState:
     """Start an episode in every environment."""
     env_state, timestep = env.reset(key)
     return RolloutState(
@@ -83,7 +97,9 @@ def rollout(
         transition = make_transition(state, output, timestep)
         return next_state(timestep, memory, env_state), transition
 
-    def sequence(state: RolloutState, keys: Key[Array, "L"]) -> tuple[RolloutState, tuple[Memory, Transition]]:
+    def sequence(
+        state: RolloutState, keys: Key[Array, "L"]
+    ) -> tuple[RolloutState, tuple[Memory, Transition]]:
         last, transitions = lax.scan(step, state, keys)
         return last, (state.memory, transitions)
 

@@ -66,14 +66,19 @@ class Devices:
     def mesh(self) -> jax.sharding.Mesh:
         """The row."""
         return jax.make_mesh(
-            (self.num_devices,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[: self.num_devices]
+            (self.num_devices,),
+            (AXIS,),
+            (jax.sharding.AxisType.Auto,),
+            devices=jax.devices()[: self.num_devices],
         )
 
     def share(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """Runs a function on every device; specs say which axes are dealt out. With one device, the function itself."""
         if self.num_devices == 1:
             return function
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
 
     def place(self, shapes: PyTree, specs: PyTree) -> PyTree:
         """Shapes that know where their arrays lie; with one device, as they are.
@@ -88,6 +93,10 @@ class Devices:
 
         def placed(spec: jax.sharding.PartitionSpec, tree: PyTree) -> PyTree:
             sharding = jax.sharding.NamedSharding(mesh, spec)
-            return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree)
+            return jax.tree.map(
+                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
+            )
 
-        return jax.tree.map(placed, specs, shapes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+        return jax.tree.map(
+            placed, specs, shapes, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec)
+        )

@@ -18,7 +18,8 @@ Part = Literal[
     "logging",
 ]
 _COMPILING = tuple(
-    f"/jax/core/compile/{step}_duration" for step in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
+    f"/jax/core/compile/{step}_duration"
+    for step in ("jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile")
 )
 
 

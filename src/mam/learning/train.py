@@ -22,7 +22,15 @@ from mam.learning.advantages import Advantages
 from mam.learning.estimates import estimate
 from mam.learning.evaluate import with_kinds
 from mam.learning.experience import Environments, Experience, Values, environments
-from mam.learning.nonfinite import FINE, ROLLOUT_NAMES, bad_in_rollout, bad_leaves, first_bad, kept, leaf_names
+from mam.learning.nonfinite import (
+    FINE,
+    ROLLOUT_NAMES,
+    bad_in_rollout,
+    bad_leaves,
+    first_bad,
+    kept,
+    leaf_names,
+)
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
 from mam.learning.objective import Objective, make_batch
 from mam.learning.ppo import PPO
@@ -77,11 +85,19 @@ class Trainer:
     """
 
     init: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
-    train_step: Callable[[TrainState], tuple[TrainState, Values]]  # one rollout and the update on it
-    evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]  # current weights; remembers the best
+    train_step: Callable[
+        [TrainState], tuple[TrainState, Values]
+    ]  # one rollout and the update on it
+    evaluate_step: Callable[
+        [TrainState], tuple[TrainState, Values]
+    ]  # current weights; remembers the best
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
-    evaluate: Callable[..., Values]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
-    shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]  # of what `init` returns, and where its arrays lie
+    evaluate: Callable[
+        ..., Values
+    ]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
+    shapes: Callable[
+        [Int[Array | np.ndarray, "seeds"]], TrainState
+    ]  # of what `init` returns, and where its arrays lie
     environments: Environments
     devices: Devices
 
@@ -111,7 +127,11 @@ class Trainer:
 
     def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
         """What was the first array with a number that is not finite in a train step, for each seed that had one."""
-        bad = {seed: int(index) for seed, index in enumerate(np.asarray(values[NON_FINITE])) if index != FINE}
+        bad = {
+            seed: int(index)
+            for seed, index in enumerate(np.asarray(values[NON_FINITE]))
+            if index != FINE
+        }
         names = watched(state.policy) if bad else []
         return {seed: names[index] for seed, index in bad.items()}
 
@@ -121,10 +141,14 @@ class Trainer:
         def compiled(step: Callable) -> Callable:
             return step.lower(state).compile() if isinstance(step, jax.stages.Wrapped) else step
 
-        return replace(self, train_step=compiled(self.train_step), evaluate_step=compiled(self.evaluate_step))
+        return replace(
+            self, train_step=compiled(self.train_step), evaluate_step=compiled(self.evaluate_step)
+        )
 
 
-def make_train(config: Config, experience: Experience | None = None, objective: Objective | None = None) -> Trainer:
+def make_train(
+    config: Config, experience: Experience | None = None, objective: Objective | None = None
+) -> Trainer:
     """Build the functions of a run; nothing is compiled, and no process started, before the first call.
 
     Args:
@@ -143,7 +167,9 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
     def learner() -> Learner:
         return Learner(config, played.spec, objective, devices.shard)
 
-    specs = _device_specs(replace(learner(), shard=WHOLE), source) if devices.num_devices > 1 else None
+    specs = (
+        _device_specs(replace(learner(), shard=WHOLE), source) if devices.num_devices > 1 else None
+    )
 
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner().init(seed, lambda policy, key: source.init(policy, key, devices.shard))
@@ -154,7 +180,9 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
     def remember(*args: Any) -> TrainState:
         return learner().remember(*args)
 
-    def evaluate(policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool) -> Values:
+    def evaluate(
+        policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
+    ) -> Values:
         play = partial(played.play, num_episodes=num_episodes, greedy=greedy)
         if played.compiled:
             play = devices.share(_over_seeds(play), (P(), P()), P())
@@ -178,8 +206,12 @@ def make_train(config: Config, experience: Experience | None = None, objective: 
         train_step=jax.jit(_guarded(program(traced.train, (specs, P())), config), donate_argnums=0)
         if source.compiled
         else called.train,
-        evaluate_step=jax.jit(program(traced.evaluate, (specs, P()))) if played.compiled else called.evaluate,
-        absolute_metric=jax.jit(program(traced.absolute, P())) if played.compiled else called.absolute,
+        evaluate_step=jax.jit(program(traced.evaluate, (specs, P())))
+        if played.compiled
+        else called.evaluate,
+        absolute_metric=jax.jit(program(traced.absolute, P()))
+        if played.compiled
+        else called.absolute,
         evaluate=jax.jit(evaluate, static_argnums=(2, 3)) if played.compiled else evaluate,
         shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
@@ -202,7 +234,9 @@ class _Steps:
         """Collect a rollout and learn from it."""
         key, shard = self.key(state, TRAINING), self.played.devices.shard
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
-        carry, rollout, beside = self.source.collect(state.policy, state.actors, keys[..., 0], shard)
+        carry, rollout, beside = self.source.collect(
+            state.policy, state.actors, keys[..., 0], shard
+        )
         state, values = self.learn(state, carry, rollout, keys[..., 1])
         return state, {**values, **beside}
 
@@ -218,18 +252,28 @@ class _Steps:
         policies = [state.best(beside=bool(mode)).policy for mode in modes]
         return self._play(state, policies, ABSOLUTE, self.config.eval.num_absolute_episodes)
 
-    def _play(self, state: TrainState, policies: list[Policy], stream: int, num_episodes: int) -> Values:
+    def _play(
+        self, state: TrainState, policies: list[Policy], stream: int, num_episodes: int
+    ) -> Values:
         """Metrics of the mode that counts and of the one beside it, if played, which is named in front."""
         config = self.config
-        values = self.played.play_modes(policies, self.key(state, stream), num_episodes, config.evaluation_modes)
-        beside = {f"{config.mode_beside}_{name}": x[1] for name, x in values.items()} if config.eval.both_modes else {}
+        values = self.played.play_modes(
+            policies, self.key(state, stream), num_episodes, config.evaluation_modes
+        )
+        beside = (
+            {f"{config.mode_beside}_{name}": x[1] for name, x in values.items()}
+            if config.eval.both_modes
+            else {}
+        )
         return {name: x[0] for name, x in values.items()} | beside
 
 
 def _device_specs(learner: "Learner", source: Experience) -> TrainState:
     """Which axes of the state are dealt out to the devices."""
     seed = jnp.zeros((), int)
-    shape = jax.eval_shape(lambda: learner.init(seed, lambda policy, key: source.init(policy, key, WHOLE)))
+    shape = jax.eval_shape(
+        lambda: learner.init(seed, lambda policy, key: source.init(policy, key, WHOLE))
+    )
     dealt = jax.tree.map(lambda _: P(None, AXIS), shape.actors)
     return eqx.tree_at(lambda s: s.actors, jax.tree.map(lambda _: P(), shape), dealt)
 
@@ -237,7 +281,10 @@ def _device_specs(learner: "Learner", source: Experience) -> TrainState:
 def watched(policy: Policy) -> list[str]:
     """Everything in a train step that has to be finite, in the order in which it is computed."""
     whole = as_normalised(policy)
-    parameters, statistics = leaf_names(whole.network, "parameter"), leaf_names(whole.statistics, "statistics of")
+    parameters, statistics = (
+        leaf_names(whole.network, "parameter"),
+        leaf_names(whole.statistics, "statistics of"),
+    )
     return [*parameters, *ROLLOUT_NAMES, *statistics, *update_names(whole.network)]
 
 
@@ -268,7 +315,9 @@ class Learner:
     def optimiser(self) -> optax.GradientTransformation:
         return make_optimiser(self.config.ppo)
 
-    def init(self, seed: Int[Array, ""], start: Callable[[Policy, Key[Array, ""]], Any]) -> TrainState:
+    def init(
+        self, seed: Int[Array, ""], start: Callable[[Policy, Key[Array, ""]], Any]
+    ) -> TrainState:
         """Return a fresh state; `start` makes the carry of experience."""
         config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
         policy = init_policy(config, self.spec, key=policy_key)
@@ -284,7 +333,9 @@ class Learner:
             num_updates=jnp.zeros((), jnp.int32),
         )
 
-    def learn(self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]) -> tuple[TrainState, Values]:
+    def learn(
+        self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
+    ) -> tuple[TrainState, Values]:
         """Learn from a rollout [T, B, …], after which experience goes on from `carry`."""
         ppo, shard = self.config.ppo, self.shard
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
@@ -298,12 +349,22 @@ class Learner:
         flags += bad_leaves(statistics)
         bad = first_bad(flags, shard)
         # 3. Learn, in the network's units.
-        scaled = replace(transitions, observation=policy.statistics.normalise(transitions.observation))
+        scaled = replace(
+            transitions, observation=policy.statistics.normalise(transitions.observation)
+        )
         scaled = replace(rollout, transitions=scaled)
         batch = make_batch(scaled, self.objective.prepare(policy, scaled, estimates), shard)
         lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else 1.0
         network, opt_state, metrics = update(
-            policy.network, state.opt_state, batch, key, self.optimiser, self.objective, ppo, shard, lr_scale
+            policy.network,
+            state.opt_state,
+            batch,
+            key,
+            self.optimiser,
+            self.objective,
+            ppo,
+            shard,
+            lr_scale,
         )
         # 4. Report.
         in_update = jnp.where(metrics.bad == FINE, FINE, len(flags) + metrics.bad)
@@ -321,7 +382,12 @@ class Learner:
         state = eqx.tree_at(
             lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
             state,
-            (simplified(NormalisedPolicy(network, statistics)), opt_state, carry, state.num_updates + 1),
+            (
+                simplified(NormalisedPolicy(network, statistics)),
+                opt_state,
+                carry,
+                state.num_updates + 1,
+            ),
         )
         return state, values
 
@@ -330,7 +396,9 @@ class Learner:
 
         def better(best: Best, returns: Any) -> Best:
             mean_return = returns.mean(dtype=best.mean_return.dtype)
-            is_better = mean_return >= best.mean_return  # of equals the later: it has learned for longer
+            is_better = (
+                mean_return >= best.mean_return
+            )  # of equals the later: it has learned for longer
             new = Best(state.policy, mean_return)
             return jax.tree.map(lambda new, old: jnp.where(is_better, new, old), new, best)
 
@@ -338,10 +406,14 @@ class Learner:
         if state.best_beside is not None:
             beside = better(state.best_beside, values[f"{self.config.mode_beside}_episode_return"])
             state = eqx.tree_at(lambda s: s.best_beside, state, beside)
-        return eqx.tree_at(lambda s: (s.best_policy, s.best_return), state, (best.policy, best.mean_return))
+        return eqx.tree_at(
+            lambda s: (s.best_policy, s.best_return), state, (best.policy, best.mean_return)
+        )
 
 
-def _guarded(step: Callable[..., tuple[TrainState, Values]], config: Config, *, external: bool = False) -> Callable:
+def _guarded(
+    step: Callable[..., tuple[TrainState, Values]], config: Config, *, external: bool = False
+) -> Callable:
     """Takes back what a step did to the seeds in which a number was not finite; if that ends the run, to all seeds.
 
     What happened in an external environment cannot be taken back.
@@ -356,7 +428,9 @@ def _guarded(step: Callable[..., tuple[TrainState, Values]], config: Config, *, 
             old = eqx.tree_at(lambda s: s.num_updates, old, new.num_updates)
         if config.on_non_finite == "rollback":
             half = 0.5 * optax.tree.get(old.opt_state, "learning_rate")
-            old = eqx.tree_at(lambda s: s.opt_state, old, optax.tree.set(old.opt_state, learning_rate=half))
+            old = eqx.tree_at(
+                lambda s: s.opt_state, old, optax.tree.set(old.opt_state, learning_rate=half)
+            )
         if external:
             old = eqx.tree_at(lambda s: s.actors, old, new.actors)
         return kept(bad, old, new), values
@@ -395,10 +469,14 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
 
     No NaN: JAX_DEBUG_NANS would take it for a mistake.
     """
-    ended, metrics = shard.gather((transitions.terminated | transitions.truncated, transitions.metrics), 1)
+    ended, metrics = shard.gather(
+        (transitions.terminated | transitions.truncated, transitions.metrics), 1
+    )
     count = ended.sum()
     values = {
-        name: jnp.where(count > 0, jnp.sum(jnp.where(ended, x, 0.0)) / jnp.maximum(count, 1), jnp.inf)
+        name: jnp.where(
+            count > 0, jnp.sum(jnp.where(ended, x, 0.0)) / jnp.maximum(count, 1), jnp.inf
+        )
         for name, x in metrics.items()
     }
     return values | {"num_episodes": count}

@@ -21,7 +21,9 @@ from mam.types import Policy
 def make_optimiser(ppo: PPOConfig) -> optax.GradientTransformation:
     """Adam behind a limit on the global gradient norm; the learning rate is part of its state (`learning_rate`)."""
     adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))
-    return optax.chain(optax.clip_by_global_norm(ppo.max_grad_norm), adam(learning_rate=ppo.lr, eps=1e-5))
+    return optax.chain(
+        optax.clip_by_global_norm(ppo.max_grad_norm), adam(learning_rate=ppo.lr, eps=1e-5)
+    )
 
 
 class UpdateMetrics(eqx.Module):
@@ -29,7 +31,9 @@ class UpdateMetrics(eqx.Module):
 
     losses: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]  # before clipping
-    first: dict[str, Float[Array, ""]]  # maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
+    first: dict[
+        str, Float[Array, ""]
+    ]  # maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
     # acting ≠ evaluating
     bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or FINE
 
@@ -84,9 +88,14 @@ def update(
         grads, losses = shard.sum((grads, shares))
         losses = replace(losses, maxima=shard.max(shares.maxima))
         updates, opt_state = optimiser.update(grads, opt_state, policy)
-        policy = cast(Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates)))
+        policy = cast(
+            Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates))
+        )
         found = first_bad([is_bad(losses.loss), *bad_leaves(grads), *bad_leaves(policy)])
-        return (policy, opt_state, jnp.where(bad == FINE, found, bad)), (losses, optax.tree.norm(grads))
+        return (policy, opt_state, jnp.where(bad == FINE, found, bad)), (
+            losses,
+            optax.tree.norm(grads),
+        )
 
     keys = jax.random.split(key, config.num_epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, batch.num_sequences))(keys)
@@ -110,4 +119,6 @@ def _check_minibatches(batch: Batch, config: PPOConfig, shard: Shard) -> None:
         why = f"a policy with memory learns from sequences of {length} steps: " if whole else ""
         what = f"the {size} sequences of a rollout" if whole else f"the {size} steps of a rollout"
         devices = f" × {shard.num_shards} devices" if shard.num_shards > 1 else ""
-        raise UserError(f"{why}ppo.num_minibatches{devices} must divide {what}, got {config.num_minibatches}{devices}")
+        raise UserError(
+            f"{why}ppo.num_minibatches{devices} must divide {what}, got {config.num_minibatches}{devices}"
+        )

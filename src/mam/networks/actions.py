@@ -70,17 +70,23 @@ class ActionDistribution(Protocol):
         """Returns the log-probability (density) of an action."""
         ...
 
-    def entropy(self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+    def entropy(
+        self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch"]:
         """Returns the entropy, in nats."""
         ...
 
 
-def mask_logits(logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+def mask_logits(
+    logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+) -> Float[Array, "*batch A"]:
     """Returns logits of which the illegal ones are `ILLEGAL`: the rule by which every decoder masks."""
     return jnp.where(mask, logits, ILLEGAL)
 
 
-def mask_noise(noise: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch A"]:
+def mask_noise(
+    noise: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+) -> Float[Array, "*batch A"]:
     """Returns the scores of choices apart from their logits, for a decoder that adds these later, by `add_logits`."""
     return mask_logits(jnp.zeros_like(noise), mask) + noise
 
@@ -108,19 +114,31 @@ class Categorical(eqx.Module):
         return jax.random.gumbel(key, (self.num_outputs,))
 
     def sample_from_noise(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        noise: Float[Array, "*batch A"],
     ) -> Int[Array, "*batch"]:
         return jnp.argmax(mask_logits(outputs, mask) + noise, axis=-1).astype(jnp.int32)
 
-    def equal(self, one: Int[Array, "*batch"], other: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    def equal(
+        self, one: Int[Array, "*batch"], other: Int[Array, "*batch"]
+    ) -> Bool[Array, "*batch"]:
         return one == other
 
     def log_prob(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        action: Int[Array, "*batch"],
     ) -> Float[Array, "*batch"]:
-        return jnp.take_along_axis(jax.nn.log_softmax(mask_logits(outputs, mask)), action[..., None], axis=-1)[..., 0]
+        return jnp.take_along_axis(
+            jax.nn.log_softmax(mask_logits(outputs, mask)), action[..., None], axis=-1
+        )[..., 0]
 
-    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+    def entropy(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch"]:
         """Returns the entropy; an illegal action contributes nothing, in value and in gradient."""
         log_probs = jax.nn.log_softmax(mask_logits(outputs, mask))
         return -jnp.sum(jnp.where(mask, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
@@ -145,28 +163,42 @@ class MultiCategorical(eqx.Module):
 
     def token(self, action: Int[Array, "*batch K"]) -> Float[Array, "*batch A"]:
         """Returns one-hot choices, side by side."""
-        return jnp.concatenate([jax.nn.one_hot(action[..., k], size) for k, size in enumerate(self.sizes)], axis=-1)
+        return jnp.concatenate(
+            [jax.nn.one_hot(action[..., k], size) for k, size in enumerate(self.sizes)], axis=-1
+        )
 
     def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "A"]:
         return jax.random.gumbel(key, (self.num_outputs,))
 
     def sample_from_noise(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        noise: Float[Array, "*batch A"],
     ) -> Int[Array, "*batch K"]:
-        choices = [one.sample_from_noise(*parts) for one, *parts in self._components(outputs, mask, noise)]
+        choices = [
+            one.sample_from_noise(*parts) for one, *parts in self._components(outputs, mask, noise)
+        ]
         return jnp.stack(choices, axis=-1)
 
-    def equal(self, one: Int[Array, "*batch K"], other: Int[Array, "*batch K"]) -> Bool[Array, "*batch"]:
+    def equal(
+        self, one: Int[Array, "*batch K"], other: Int[Array, "*batch K"]
+    ) -> Bool[Array, "*batch"]:
         return jnp.all(one == other, axis=-1)
 
     def log_prob(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Int[Array, "*batch K"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        action: Int[Array, "*batch K"],
     ) -> Float[Array, "*batch"]:
         components = enumerate(self._components(outputs, mask))
         log_probs = [one.log_prob(*parts, action[..., k]) for k, (one, *parts) in components]
         return jnp.sum(jnp.stack(log_probs, axis=-1), axis=-1)
 
-    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+    def entropy(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch"]:
         entropies = [one.entropy(*parts) for one, *parts in self._components(outputs, mask)]
         return jnp.sum(jnp.stack(entropies, axis=-1), axis=-1)
 
@@ -214,22 +246,34 @@ class TanhNormal(eqx.Module):
         return jax.random.normal(key, (self.num_outputs,))
 
     def sample_from_noise(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], noise: Float[Array, "*batch A"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        noise: Float[Array, "*batch A"],
     ) -> Float[Array, "*batch A"]:
         action = jnp.tanh(outputs + jax.nn.softplus(self.log_std) * noise)
         return jnp.where(mask, jnp.clip(action, -LARGEST, LARGEST), 0.0)
 
-    def equal(self, one: Float[Array, "*batch A"], other: Float[Array, "*batch A"]) -> Bool[Array, "*batch"]:
+    def equal(
+        self, one: Float[Array, "*batch A"], other: Float[Array, "*batch A"]
+    ) -> Bool[Array, "*batch"]:
         return jnp.all(jnp.abs(one - other) <= 8 * jnp.finfo(one.dtype).eps, axis=-1)
 
     def log_prob(
-        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"], action: Float[Array, "*batch A"]
+        self,
+        outputs: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+        action: Float[Array, "*batch A"],
     ) -> Float[Array, "*batch"]:
         std, x = jax.nn.softplus(self.log_std), jnp.arctanh(action)
-        log_normal = -0.5 * jnp.square((x - outputs) / std) - jnp.log(std) - 0.5 * jnp.log(2 * jnp.pi)
+        log_normal = (
+            -0.5 * jnp.square((x - outputs) / std) - jnp.log(std) - 0.5 * jnp.log(2 * jnp.pi)
+        )
         return jnp.sum(jnp.where(mask, log_normal - _log_slope(x), 0.0), axis=-1)
 
-    def entropy(self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]) -> Float[Array, "*batch"]:
+    def entropy(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch"]:
         std = jax.nn.softplus(self.log_std)
         log_slope = _log_slope(outputs[..., None] + std[:, None] * _NODES) @ _WEIGHTS
         entropy = 0.5 * jnp.log(2 * jnp.pi * jnp.e * jnp.square(std)) + log_slope
@@ -250,7 +294,9 @@ def make_distribution(spec: EnvSpec) -> ActionDistribution:
     return Categorical(spec.num_actions)
 
 
-def agent_noise(distribution: ActionDistribution, key: Key[Array, "*batch"], num_agents: int) -> Array:
+def agent_noise(
+    distribution: ActionDistribution, key: Key[Array, "*batch"], num_agents: int
+) -> Array:
     """Draws noise [*batch, N, …] keyed by the agent, never by its place in the order."""
 
     def one(key: Key[Array, ""]) -> Float[Array, "N ..."]:

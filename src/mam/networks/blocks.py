@@ -49,17 +49,27 @@ class DecoderBlock(eqx.Module):
     mlp: MLP
     mlp_norm: LayerNorm
 
-    def __init__(self, mixers: MixerFamily, cross_mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(
+        self,
+        mixers: MixerFamily,
+        cross_mixers: MixerFamily,
+        sizes: NetworkConfig,
+        *,
+        key: Key[Array, ""],
+    ):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
         self.mixer = mixers.roles.decoder(sizes, key=mixer_key)
         self.cross = cross_mixers.roles.cross(sizes, key=cross_key)
         self.mlp = MLP(sizes.d_model, key=mlp_key)
-        self.mixer_norm, self.cross_norm, self.mlp_norm = (LayerNorm(sizes.d_model) for _ in range(3))
+        self.mixer_norm, self.cross_norm, self.mlp_norm = (
+            LayerNorm(sizes.d_model) for _ in range(3)
+        )
 
     def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> DecoderState:
         """The state before the first agent."""
         return DecoderState(
-            mixer=self.mixer.init_state(num_agents, batch, dtype), cross=self.cross.init_state(num_agents, batch, dtype)
+            mixer=self.mixer.init_state(num_agents, batch, dtype),
+            cross=self.cross.init_state(num_agents, batch, dtype),
         )
 
     def __call__(
@@ -83,8 +93,17 @@ class DecoderBlock(eqx.Module):
             single: arguments are those of one agent; if not, *batch ends with the agents.
         """
 
-        def run(mixer: AbstractCausalMixer, state: MixerState | None, inputs: MixerInputs, context: MixerInputs):
-            return mixer.advance(state, inputs, context) if single else mixer.extend(state, inputs, context)
+        def run(
+            mixer: AbstractCausalMixer,
+            state: MixerState | None,
+            inputs: MixerInputs,
+            context: MixerInputs,
+        ):
+            return (
+                mixer.advance(state, inputs, context)
+                if single
+                else mixer.extend(state, inputs, context)
+            )
 
         mixer_state, cross_state = (None, None) if state is None else (state.mixer, state.cross)
         mixer_state, mixed = run(self.mixer, mixer_state, inputs, None)

@@ -18,7 +18,9 @@ from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
 from mam.networks.mixers.base import MixerInputs
 from mam.networks.mixers.registry import MixerFamily
 
-Embedded = tuple[Float[Array, "..."], MixerInputs]  # tokens [*batch, E], and what the first block's mixer reads of them
+Embedded = tuple[
+    Float[Array, "..."], MixerInputs
+]  # tokens [*batch, E], and what the first block's mixer reads of them
 
 
 class ActionEmbedding(eqx.Module):
@@ -33,7 +35,9 @@ class ActionEmbedding(eqx.Module):
     indexed: bool = eqx.field(static=True)
 
     def __init__(self, distribution: ActionDistribution, d_model: int, *, key: Key[Array, ""]):
-        self.table = initializers.orthogonal(HIDDEN_GAIN)(key, (distribution.token_dim + 1, d_model))
+        self.table = initializers.orthogonal(HIDDEN_GAIN)(
+            key, (distribution.token_dim + 1, d_model)
+        )
         self.norm = LayerNorm(d_model)
         self.indexed = distribution.indexed
 
@@ -46,7 +50,11 @@ class ActionEmbedding(eqx.Module):
 
     def pad(self, token: Token) -> Token:
         """Returns the distribution's token with what tells it from the start token."""
-        return token if self.indexed else jnp.concatenate([token, jnp.zeros_like(token[..., :1])], axis=-1)
+        return (
+            token
+            if self.indexed
+            else jnp.concatenate([token, jnp.zeros_like(token[..., :1])], axis=-1)
+        )
 
     def shift_right(self, tokens: Token, first: Token | None = None) -> Token:
         """Returns what each agent reads.
@@ -59,7 +67,11 @@ class ActionEmbedding(eqx.Module):
         tokens = self.pad(tokens)
         first = self.start(tokens.shape[: tokens.ndim + axis]) if first is None else first
         return jnp.concatenate(
-            [jnp.expand_dims(first, axis), jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis)], axis=axis
+            [
+                jnp.expand_dims(first, axis),
+                jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis),
+            ],
+            axis=axis,
         )
 
     def __call__(self, token: Token) -> Float[Array, "... E"]:
@@ -108,14 +120,19 @@ class Decoder(eqx.Module):
         self.head = Head(sizes.d_model, distribution.num_outputs, key=head_key)
         self.remat = sizes.remat
 
-    def __call__(self, tokens: Token, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N P"]:
+    def __call__(
+        self, tokens: Token, obs_rep: Float[Array, "*batch N E"]
+    ) -> Float[Array, "*batch N P"]:
         """Teacher-forced: the outputs for every agent given the tokens before it, in the order of deciding."""
         embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
         return self.extend(None, embedded, self.read(obs_rep))[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
         """Everything that does not depend on actions."""
-        return Context(obs_rep=obs_rep, blocks=tuple(block.cross.project_context(obs_rep) for block in self.blocks))
+        return Context(
+            obs_rep=obs_rep,
+            blocks=tuple(block.cross.project_context(obs_rep) for block in self.blocks),
+        )
 
     def embedder(self, dtype) -> Callable[[Token], Embedded]:
         """The embedding of tokens, made once for all the agents who will use it.
@@ -141,7 +158,9 @@ class Decoder(eqx.Module):
         known = [mixer.fused for mixer in mixers if mixer.fused is not None]
         return known if len(known) == len(mixers) else None
 
-    def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> tuple[DecoderState, ...]:
+    def init_state(
+        self, num_agents: int, batch: tuple[int, ...], dtype
+    ) -> tuple[DecoderState, ...]:
         """The state before the first agent, for observation representations of this type."""
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
@@ -163,6 +182,8 @@ class Decoder(eqx.Module):
             run = partial(DecoderBlock.__call__, single=single)
             run = jax.checkpoint(run) if self.remat and not single else run
             inputs = block.mixer.project(x) if index else inputs
-            new, x = run(block, state and state[index], x, inputs, context.obs_rep, context.blocks[index])
+            new, x = run(
+                block, state and state[index], x, inputs, context.obs_rep, context.blocks[index]
+            )
             states.append(new)
         return tuple(states), self.head(x)

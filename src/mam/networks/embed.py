@@ -12,7 +12,9 @@ from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.types import EnvSpec, Observation
 
 SMALL_PICTURE = 8  # rows and columns a picture is reduced to, at most
-BIAS_SCALE = 0.1  # of the embedding's bias at the start, uniform; inputs contribute numbers of order 1
+BIAS_SCALE = (
+    0.1  # of the embedding's bias at the start, uniform; inputs contribute numbers of order 1
+)
 
 
 class Conv(eqx.Module):
@@ -23,13 +25,17 @@ class Conv(eqx.Module):
     stride: int = eqx.field(static=True)
 
     def __init__(self, in_dim: int, out_dim: int, stride: int, *, key: Key[Array, ""]):
-        self.weight = initializers.orthogonal(HIDDEN_GAIN)(key, (9 * in_dim, out_dim)).reshape(3, 3, in_dim, out_dim)
+        self.weight = initializers.orthogonal(HIDDEN_GAIN)(key, (9 * in_dim, out_dim)).reshape(
+            3, 3, in_dim, out_dim
+        )
         self.bias = jnp.zeros(out_dim)
         self.stride = stride
 
     def __call__(self, x: Float[Array, "batch Y X I"]) -> Float[Array, "batch Y2 X2 O"]:
         strides = (self.stride, self.stride)
-        y = lax.conv_general_dilated(x, self.weight, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = lax.conv_general_dilated(
+            x, self.weight, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return y + self.bias
 
 
@@ -46,7 +52,9 @@ class PictureNet(eqx.Module):
         layers = [Conv(channels, 16, 1, key=key)]
         while len(layers) == 1 or max(rows, columns) > SMALL_PICTURE:
             rows, columns = -(-rows // 2), -(-columns // 2)
-            layers.append(Conv(layers[-1].bias.shape[0], 32, 2, key=jax.random.fold_in(key, len(layers))))
+            layers.append(
+                Conv(layers[-1].bias.shape[0], 32, 2, key=jax.random.fold_in(key, len(layers)))
+            )
         self.layers = tuple(layers)
 
     def __call__(self, grid: Shaped[Array, "*batch Y X C"]) -> Float[Array, "*batch F"]:
@@ -78,7 +86,9 @@ class ObservationEmbedding(eqx.Module):
         picture_key, dense_key, bias_key = jax.random.split(key, 3)
         d_model, by_layer = sizes.d_model, spec.obs_dim > 0 and sizes.observation_norm == "layer"
         self.obs_norm = LayerNorm(spec.obs_dim) if by_layer else None
-        self.picture = None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
+        self.picture = (
+            None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
+        )
         num_features = spec.obs_dim
         if self.picture is not None:
             picture = jax.ShapeDtypeStruct((1, *(spec.grid_shape or ())), jnp.float32)

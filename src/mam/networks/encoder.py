@@ -21,14 +21,20 @@ class Encoder(eqx.Module):
 
     def __init__(self, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
         value_key, *block_keys = jax.random.split(key, 1 + len(layout))
-        self.blocks = tuple(EncoderBlock(mixers, sizes, key=k) for mixers, k in zip(layout, block_keys, strict=True))
+        self.blocks = tuple(
+            EncoderBlock(mixers, sizes, key=k) for mixers, k in zip(layout, block_keys, strict=True)
+        )
         self.value_head = Head(sizes.d_model, 1, key=value_key)
         self.remat = sizes.remat
 
     def __call__(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> "Encoded":
         """Encodes agents given in the order in which they decide, the dead last."""
         for block in self.blocks:
-            x = jax.checkpoint(EncoderBlock.__call__)(block, x, alive) if self.remat else block(x, alive)
+            x = (
+                jax.checkpoint(EncoderBlock.__call__)(block, x, alive)
+                if self.remat
+                else block(x, alive)
+            )
         return Encoded(obs_rep=x, value=self.value_head(x)[..., 0])
 
 

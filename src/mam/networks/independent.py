@@ -39,7 +39,9 @@ class GlobalView(eqx.Module):
         d_model = sizes.d_model
         self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
         by_layer = sizes.observation_norm == "layer"
-        self.state_norm = LayerNorm(spec.state_dim) if by_layer and spec.state_dim is not None else None
+        self.state_norm = (
+            LayerNorm(spec.state_dim) if by_layer and spec.state_dim is not None else None
+        )
         joint_dim = spec.num_agents * d_model if spec.state_dim is None else spec.state_dim
         self.joint = Dense(joint_dim, d_model, key=joint_key, gain=HIDDEN_GAIN)
         self.norm = LayerNorm(d_model)
@@ -82,7 +84,9 @@ class Stream(eqx.Module):
         memory, x = self.memory.step(memory, self._features(obs), reset)
         return memory, self.head(x)
 
-    def unroll(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]) -> Float[Array, "*batch N A"]:
+    def unroll(
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]
+    ) -> Float[Array, "*batch N A"]:
         """Many steps, time first; `memory` is what it was before them."""
         return self.head(self.memory.unroll(memory, self._features(obs), reset)[1])
 
@@ -121,7 +125,9 @@ class IndependentPolicy(eqx.Module):
         actor_view = ObservationEmbedding(spec, sizes, key=actor_view_key)
         self.distribution = make_distribution(spec)
         self.actor = Stream(actor_view, self.distribution.num_outputs, sizes, key=actor_key)
-        self.critic = Stream(critic_view(spec, sizes, key=critic_view_key), 1, sizes, key=critic_key)
+        self.critic = Stream(
+            critic_view(spec, sizes, key=critic_view_key), 1, sizes, key=critic_key
+        )
         self.num_agents = spec.num_agents
 
     @property
@@ -132,7 +138,9 @@ class IndependentPolicy(eqx.Module):
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Zeros per agent, [*batch, N, E]."""
         shape = (*batch, self.num_agents)
-        return ActorCriticMemory(actor=self.actor.memory.init(shape), critic=self.critic.memory.init(shape))
+        return ActorCriticMemory(
+            actor=self.actor.memory.init(shape), critic=self.critic.memory.init(shape)
+        )
 
     def act(
         self,

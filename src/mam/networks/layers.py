@@ -23,7 +23,15 @@ class Dense(eqx.Module):
     weight: Float[Array, "I O"]
     bias: Float[Array, "O"] | None
 
-    def __init__(self, in_dim: int, out_dim: int, *, key: Key[Array, ""], gain: float | None = None, bias: bool = True):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        key: Key[Array, ""],
+        gain: float | None = None,
+        bias: bool = True,
+    ):
         """Orthogonal weights with the given gain, or LeCun-normal ones if `gain` is None; the bias starts at zero."""
         init = initializers.lecun_normal() if gain is None else initializers.orthogonal(gain)
         self.weight = init(key, (in_dim, out_dim), jnp.float32)
@@ -63,13 +71,18 @@ class RMSNorm(eqx.Module):
 
 
 @jax.custom_vjp
-def lookup(table: PyTree[Float[Array, "K ..."]], index: Int[Array, "..."]) -> PyTree[Float[Array, "..."]]:
+def lookup(
+    table: PyTree[Float[Array, "K ..."]], index: Int[Array, "..."]
+) -> PyTree[Float[Array, "..."]]:
     """Rows of every array of a small table; its gradient is a product with one-hot rows instead of a scatter."""
     return jax.tree.map(lambda v: v[index], table)
 
 
 def _lookup_fwd(table, index):
-    return lookup(table, index), (index, jax.tree.map(lambda v: jnp.zeros(v.shape[:1], v.dtype), table))
+    return lookup(table, index), (
+        index,
+        jax.tree.map(lambda v: jnp.zeros(v.shape[:1], v.dtype), table),
+    )
 
 
 def _lookup_bwd(residuals, grads):

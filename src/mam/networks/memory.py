@@ -84,13 +84,19 @@ class GRU(AbstractRecurrence):
         return jnp.zeros((*shape, self.new_bias.shape[0]), self.new_bias.dtype)
 
     def step(
-        self, state: Float[Array, "*batch N E"], x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]
+        self,
+        state: Float[Array, "*batch N E"],
+        x: Float[Array, "*batch N E"],
+        reset: Bool[Array, "*batch"],
     ) -> tuple[Float[Array, "*batch N E"], Float[Array, "*batch N E"]]:
         state = self._advance(state, self.inputs(x), reset)
         return state, state
 
     def unroll(
-        self, state: Float[Array, "*batch N E"], x: Float[Array, "T *batch N E"], reset: Bool[Array, "T *batch"]
+        self,
+        state: Float[Array, "*batch N E"],
+        x: Float[Array, "T *batch N E"],
+        reset: Bool[Array, "T *batch"],
     ) -> tuple[Float[Array, "*batch N E"], Float[Array, "T *batch N E"]]:
         """Returns the state after T steps and all outputs; the inputs' share of the gates is one product."""
 

@@ -36,14 +36,21 @@ def _sequence(
 
 
 def _independent(
-    critic_view: Any, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+    critic_view: Any,
+    spec: EnvSpec,
+    sizes: NetworkConfig,
+    decoding: Decoding,
+    *,
+    key: Key[Array, ""],
 ) -> IndependentPolicy:
     if sizes.layouts:
         raise UserError(
             f"network.encoder.layout and network.decoder.layout are for sequence policies: {sequence_policies()}"
         )
     if decoding != Decoding():
-        raise UserError(f"decode is for sequence policies ({sequence_policies()}): independent agents need no decoding")
+        raise UserError(
+            f"decode is for sequence policies ({sequence_policies()}): independent agents need no decoding"
+        )
     return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
 
 
@@ -64,7 +71,10 @@ def policies() -> dict[str, PolicyKind]:
     """Return all policies by name: one for every family of mixers, and those of independent agents."""
     families = MIXERS.values()
     sequence = {
-        f.policy: PolicyKind(f"{f.description} ({f.letter} in layouts)", partial(_sequence, f.letter)) for f in families
+        f.policy: PolicyKind(
+            f"{f.description} ({f.letter} in layouts)", partial(_sequence, f.letter)
+        )
+        for f in families
     }
     return sequence | INDEPENDENT
 
@@ -100,11 +110,18 @@ def register_mixer(
         raise UserError(f"the letter {letter} of {name} is taken: choose another")
     if policy in (*INDEPENDENT, *(family.policy for family in others)):
         raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
-    MIXERS[name] = MixerFamily(letter, policy, description, load=lambda: roles, options=options or {})
+    MIXERS[name] = MixerFamily(
+        letter, policy, description, load=lambda: roles, options=options or {}
+    )
 
 
 def make_policy(
-    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL, *, key: Key[Array, ""]
+    name: str,
+    spec: EnvSpec,
+    sizes: NetworkConfig,
+    decoding: Decoding = SEQUENTIAL,
+    *,
+    key: Key[Array, ""],
 ) -> Policy:
     """Builds a named policy for the sizes of a task.
 
@@ -127,7 +144,9 @@ def has_memory(name: str, config: NetworkConfig) -> bool:
     return memory_of(name, config) != "none"
 
 
-def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig) -> Policy:
+def transfer_weights(
+    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
+) -> Policy:
     """The same weights for another task, one with more agents, say.
 
     Args:
@@ -143,18 +162,31 @@ def transfer_weights(policy: Policy, name: str, old: EnvSpec, new: EnvSpec, size
     decoding = getattr(policy, "decoding", SEQUENTIAL)
 
     def shapes(spec: EnvSpec) -> Policy:
-        return jax.eval_shape(lambda key: make_policy(name, spec, sizes, decoding, key=key), jax.random.key(0))
+        return jax.eval_shape(
+            lambda key: make_policy(name, spec, sizes, decoding, key=key), jax.random.key(0)
+        )
 
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
 
     # Weights may fit other components of the same total, and would mean something else.
-    fields = ("action_components", "obs_dim", "grid_shape", "num_actions", "continuous", "state_dim", "num_agents")
+    fields = (
+        "action_components",
+        "obs_dim",
+        "grid_shape",
+        "num_actions",
+        "continuous",
+        "state_dim",
+        "num_agents",
+    )
     to_blame = [
         f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
         for field in fields
         if getattr(new, field) != getattr(old, field)
-        and (field == "action_components" or weights(replace(old, **{field: getattr(new, field)})) != weights(old))
+        and (
+            field == "action_components"
+            or weights(replace(old, **{field: getattr(new, field)})) != weights(old)
+        )
     ]
     if to_blame:
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"

@@ -67,13 +67,23 @@ class SequencePolicy(eqx.Module):
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
 
-    def __init__(self, spec: EnvSpec, layout: Layout, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]):
+    def __init__(
+        self,
+        spec: EnvSpec,
+        layout: Layout,
+        sizes: NetworkConfig,
+        decoding: Decoding,
+        *,
+        key: Key[Array, ""],
+    ):
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
         self.memory = make_memory(sizes, key=memory_key)
         self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
         self.distribution = make_distribution(spec)
-        self.decoder = Decoder(self.distribution, layout.decoder, layout.cross, sizes, key=decoder_key)
+        self.decoder = Decoder(
+            self.distribution, layout.decoder, layout.cross, sizes, key=decoder_key
+        )
         self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = sizes.dtype
@@ -115,7 +125,9 @@ class SequencePolicy(eqx.Module):
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
-            metrics={"decode_passes": decision.passes} if self.decoding.method == "fixed_point" else {},
+            metrics={"decode_passes": decision.passes}
+            if self.decoding.method == "fixed_point"
+            else {},
         )
 
     def evaluate(
@@ -152,14 +164,19 @@ class SequencePolicy(eqx.Module):
         return self._value(x, successor.alive)
 
     def encode(
-        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"], order: Int[Array, "*batch N"]
+        self,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        order: Int[Array, "*batch N"],
     ) -> Encoded:
         """Representations and values, in the order of deciding, of what the memory put out."""
         if self.dtype != "float32":
             x = x.astype(self.dtype)
         return self.encoder(_rows(x, order), _rows(alive, order))
 
-    def _value(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+    def _value(
+        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]
+    ) -> Float[Array, "*batch N"]:
         order = decision_order(alive)
         return _rows(self.encode(x, alive, order).value, jnp.argsort(order, axis=-1))
 

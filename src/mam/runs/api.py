@@ -87,7 +87,9 @@ def train(
         config = config or saved
         folder, trainer = loop.resume(Path(resume), config)
     elif config is None:
-        raise UserError("there is nothing to train: give a configuration, or resume=, the folder of a run")
+        raise UserError(
+            "there is nothing to train: give a configuration, or resume=, the folder of a run"
+        )
     else:
         folder, trainer = loop.start(config, None if out is None else Path(out))
     outcome = loop.run(config, folder, trainer, callbacks=callbacks, signals=signals)
@@ -124,11 +126,21 @@ def evaluate(
     """
     how = {"episodes": episodes, "env": env, "greedy": greedy, "seed": seed, "trust": trust}
     _, metrics = play_episodes(run, **how)
-    return {name: value[0] for name, value in metrics.items()} if isinstance(run, LoadedPolicy) else metrics
+    return (
+        {name: value[0] for name, value in metrics.items()}
+        if isinstance(run, LoadedPolicy)
+        else metrics
+    )
 
 
 def play_episodes(
-    run: str | Path | LoadedPolicy, *, episodes: int, env: str | None, greedy: bool | None, seed: int, trust: bool
+    run: str | Path | LoadedPolicy,
+    *,
+    episodes: int,
+    env: str | None,
+    greedy: bool | None,
+    seed: int,
+    trust: bool,
 ) -> tuple[EnvSpec, dict[str, np.ndarray]]:
     """Return the task that was played, and `evaluate`'s metrics with an axis of seeds in any case."""
     if episodes < 1:
@@ -154,4 +166,6 @@ def play_episodes(
         metrics = jax.device_get(trainer.evaluate(policies, keys, episodes, greedy))
     finally:
         trainer.close()
-    return spec, {name: value for name, value in metrics.items() if name != UNFINISHED or value.any()}
+    return spec, {
+        name: value for name, value in metrics.items() if name != UNFINISHED or value.any()
+    }

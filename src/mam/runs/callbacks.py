@@ -14,7 +14,9 @@ class Event:
 
     update: int  # updates done
     step_count: int  # environment steps done, per seed
-    metrics: Mapping[str, np.ndarray]  # name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    metrics: Mapping[
+        str, np.ndarray
+    ]  # name → [num_seeds], of an evaluation [num_seeds, num_episodes]
     state: TrainState  # its arrays are gone after the next update: copy what is to be kept
     log: Callable[[str], None]  # prints a line above the progress bar
     stop: Callable[[], None]  # ends the run, saved, before its next step

@@ -29,7 +29,9 @@ from mam.errors import RunError, UserError
 from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
-_RENAMED = {".distribution.": ".kind."}  # parts of leaves' names, and what older versions called them
+_RENAMED = {
+    ".distribution.": ".kind."
+}  # parts of leaves' names, and what older versions called them
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
@@ -89,7 +91,9 @@ class Writer:
         if (error := written.exception()) is not None:
             if not isinstance(error, OSError):
                 raise error
-            raise CheckpointError(f"cannot write a checkpoint to {self._folder}: {error.strerror or error}") from error
+            raise CheckpointError(
+                f"cannot write a checkpoint to {self._folder}: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -146,7 +150,10 @@ class Save:
         Raises:
             CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
         """
-        leaves = {_stored_name(name, self.leaves): leaf for name, leaf in _named_leaves(like, part).items()}
+        leaves = {
+            _stored_name(name, self.leaves): leaf
+            for name, leaf in _named_leaves(like, part).items()
+        }
         saved = {name: leaf for name, leaf in self.leaves.items() if _belongs(name, f"state{part}")}
         _compare(self.path, saved, {name: _describe(name, leaf) for name, leaf in leaves.items()})
         shapes = {name: _shape(leaf) for name, leaf in leaves.items()}
@@ -175,7 +182,9 @@ class Save:
         empty = {name: np.empty(shape.shape, shape.dtype) for name, shape in shapes.items()}
         stored = {name: array for name, array in empty.items() if array.size}
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
-            return empty | orbax.restore(self.path.resolve() / _ORBAX, args=ocp.args.StandardRestore(stored))
+            return empty | orbax.restore(
+                self.path.resolve() / _ORBAX, args=ocp.args.StandardRestore(stored)
+            )
 
 
 def has_saves(folder: Path) -> bool:
@@ -226,7 +235,11 @@ def _open(path: Path, number: int) -> Save:
             case _:
                 raise ValueError(f"{_MANIFEST} is of another kind")
         leaves, meta = manifest.get("leaves"), manifest.get("meta")
-        if not isinstance(leaves, dict) or not isinstance(meta, dict) or {*map(type, leaves.values())} - {str}:
+        if (
+            not isinstance(leaves, dict)
+            or not isinstance(meta, dict)
+            or {*map(type, leaves.values())} - {str}
+        ):
             raise ValueError(f"{_MANIFEST} is of another kind")
         if written != number:
             raise ValueError(f"it is save {written}, renamed")
@@ -283,7 +296,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _numbers(folder: Path) -> list[int]:
     """Of all complete saves, newest first; names that a `Writer` would not give are passed over."""
     names = [path.name for path in folder.glob("*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+    return sorted(
+        (int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True
+    )
 
 
 def _remove(path: Path) -> None:
@@ -306,7 +321,9 @@ def _sync(folder: Path) -> None:
 def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
     """Arrays that stay what they are when the originals are donated or changed, whole in every process."""
     on_device = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
-    copies = {name: np.array(x) for name, x in arrays.items() if name not in on_device} | _copy_on_device(on_device)
+    copies = {
+        name: np.array(x) for name, x in arrays.items() if name not in on_device
+    } | _copy_on_device(on_device)
     return {name: _whole(copies[name]) for name in arrays}
 
 
@@ -322,7 +339,10 @@ _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
     """Leaves by their place in the state, such as `state.params['w'][0]`, in flattening order."""
-    return {f"state{part}{jax.tree_util.keystr(path)}": leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        f"state{part}{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _belongs(name: str, part: str) -> bool:
@@ -339,7 +359,9 @@ def _stored_name(name: str, saved: Container[str]) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
 
 
 def _describe(name: str, leaf: Any) -> str:
@@ -380,8 +402,17 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 def _from_array(array: np.ndarray, like: Any) -> Any:
     """A stored array as the kind of leaf that `like` is: a JAX array on the devices that `like` is bound to, if any."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
-        return array if isinstance(like, np.ndarray) else array[()] if isinstance(like, np.generic) else array.item()
-    bound, dtype = like.committed if isinstance(like, jax.Array) else like.sharding is not None, cast(Any, like.dtype)
+        return (
+            array
+            if isinstance(like, np.ndarray)
+            else array[()]
+            if isinstance(like, np.generic)
+            else array.item()
+        )
+    bound, dtype = (
+        like.committed if isinstance(like, jax.Array) else like.sharding is not None,
+        cast(Any, like.dtype),
+    )
     on_device = (
         jax.make_array_from_callback(array.shape, like.sharding, lambda index: array[index])
         if bound

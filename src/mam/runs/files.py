@@ -37,7 +37,9 @@ def open_regular(path: Path) -> BufferedReader:
         OSError: if it cannot be opened, or is a pipe or a device, which may never end.
     """
     # A pipe opens at once with O_NONBLOCK; only Windows knows O_BINARY.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
@@ -100,7 +102,9 @@ def _number(text: str) -> float:
 
 
 def _check_depth(value: Any, levels: int) -> None:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    children = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    )
     if levels == 0 and children:
         raise RecursionError
     for child in children:
@@ -115,7 +119,11 @@ def read_config(path: Path) -> Config:
     """
     if not os.path.exists(path):  # Path's own raises for some names
         run = path.name == "config.json"
-        raise UserError(f"{path.parent} holds no run: there is no config.json in it" if run else f"no file {path}")
+        raise UserError(
+            f"{path.parent} holds no run: there is no config.json in it"
+            if run
+            else f"no file {path}"
+        )
     data = read_object(path)
     try:
         return from_json(Config, data)

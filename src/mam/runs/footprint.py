@@ -82,10 +82,17 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     """Runs that need less memory, and how they differ, the mildest first."""
     ppo = config.ppo
     whole = has_memory(config.policy, config.network)
-    num_sequences = config.steps_per_update // ((ppo.sequence_length or ppo.rollout_length) if whole else 1)
-    counts = [count for k in range(1, 5) if num_sequences % (count := ppo.num_minibatches * 2**k) == 0]
+    num_sequences = config.steps_per_update // (
+        (ppo.sequence_length or ppo.rollout_length) if whole else 1
+    )
+    counts = [
+        count for k in range(1, 5) if num_sequences % (count := ppo.num_minibatches * 2**k) == 0
+    ]
     for count in counts:
-        yield f"--ppo.num-minibatches {count}", replace(config, ppo=replace(ppo, num_minibatches=count))
+        yield (
+            f"--ppo.num-minibatches {count}",
+            replace(config, ppo=replace(ppo, num_minibatches=count)),
+        )
     if not config.network.remat and jax.default_backend() != "cpu":  # XLA's CPU compiler undoes it
         yield "--network.remat", replace(config, network=replace(config.network, remat=True))
 
@@ -94,7 +101,9 @@ def _compiled(config: Config, changes: str) -> Plan:
     trainer = make_train(config)
     try:
         if not isinstance(trainer.train_step, jax.stages.Wrapped):
-            raise UserError(f"{config.env} lives on the host: its memory depends on the simulator, and is not planned")
+            raise UserError(
+                f"{config.env} lives on the host: its memory depends on the simulator, and is not planned"
+            )
         seeds = np.arange(config.seed, config.seed + config.num_seeds)
         begun = time.perf_counter()
         compiled = trainer.train_step.lower(trainer.shapes(seeds)).compile()
@@ -109,7 +118,11 @@ def footprint(trainer: Trainer) -> str:
         return ""
     need, there = Footprint.of(trainer.train_step), device_memory()
     line = f"a train step needs {gigabytes(need.total)} of {gigabytes(there)}"
-    return line if need.total <= ROOM * there else f"{line}: it may not fit. `mam plan` looks for settings that do"
+    return (
+        line
+        if need.total <= ROOM * there
+        else f"{line}: it may not fit. `mam plan` looks for settings that do"
+    )
 
 
 @contextmanager
@@ -121,7 +134,9 @@ def out_of_memory(config: Config) -> Iterator[None]:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
             raise
-        words = " or ".join(words for words, _ in list(_smaller(config))[:1]) or "fewer --ppo.num-envs"
+        words = (
+            " or ".join(words for words, _ in list(_smaller(config))[:1]) or "fewer --ppo.num-envs"
+        )
         raise RunError(
             f"out of memory ({text.splitlines()[0]}): try {words}; `mam plan` with the same options says what fits"
         ) from error

@@ -41,7 +41,9 @@ class Weights:
         seeds = seeds_of(self.config)
         seed = seeds[int(np.argmax(self.best_return))] if seed is None else seed
         if seed not in seeds:
-            raise UserError(f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {seed}")
+            raise UserError(
+                f"--policy-seed must be one of the run's seeds {seeds[0]}…{seeds[-1]}, got {seed}"
+            )
         return seed, jax.tree.map(lambda x: x[seeds.index(seed)], self.policies)
 
     def fitted(self, policy: Policy, spec: EnvSpec) -> Policy:
@@ -98,7 +100,9 @@ def _read(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
     if beside and any(name.startswith("state.best_beside.") for name in save.leaves):
         best, best_return = ".best_beside.policy", ".best_beside.mean_return"
     policies = save.restore(like, best if which == "best" else ".policy")
-    return Weights(config, spec, policies, save.restore(np.zeros(len(seeds), np.float32), best_return))
+    return Weights(
+        config, spec, policies, save.restore(np.zeros(len(seeds), np.float32), best_return)
+    )
 
 
 def _read_by_environment(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
@@ -117,7 +121,9 @@ def _read_spec(save: Save) -> EnvSpec:
     try:
         return from_json(EnvSpec, save.meta["spec"])
     except (UserError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint {save.path} is damaged, or of a later version: {error}") from error
+        raise CheckpointError(
+            f"the checkpoint {save.path} is damaged, or of a later version: {error}"
+        ) from error
 
 
 class LoadedPolicy:
@@ -131,7 +137,16 @@ class LoadedPolicy:
         greedy: whether it takes the most likely actions instead of sampling them.
     """
 
-    def __init__(self, config: Config, spec: EnvSpec, policy: Policy, *, policy_seed: int, greedy: bool, seed: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        spec: EnvSpec,
+        policy: Policy,
+        *,
+        policy_seed: int,
+        greedy: bool,
+        seed: int = 0,
+    ):
         self.config, self.spec, self.policy = config, spec, policy
         self.policy_seed, self.greedy = policy_seed, greedy
         self._key, self._num_steps = jax.random.key(seed), 0
@@ -159,7 +174,9 @@ class LoadedPolicy:
         reset = np.broadcast_to(np.asarray(reset, bool) | (self._memory is None), batch)
         if batch != self._batch or self._memory is None:
             if not reset.all():
-                raise UserError(f"the batch was {self._batch} and is {batch}: begin all its episodes with reset=True")
+                raise UserError(
+                    f"the batch was {self._batch} and is {batch}: begin all its episodes with reset=True"
+                )
             self._memory, self._batch = self.policy.init_memory(batch), batch
         key = jax.random.fold_in(self._key, self._num_steps)
         self._memory, output = self.apply(self._memory, obs, reset, key)
@@ -185,7 +202,9 @@ class LoadedPolicy:
         Returns:
             The memory after the step; the actions and their values, log-probabilities and order.
         """
-        return _apply(self.policy, memory, self.complete(observation), reset, key, greedy=self.greedy)
+        return _apply(
+            self.policy, memory, self.complete(observation), reset, key, greedy=self.greedy
+        )
 
     def complete(self, observation: Observation | Any) -> Observation:
         """Return what the policy reads: agents' ids in front of their views, where these lack them.
@@ -203,7 +222,11 @@ class LoadedPolicy:
             legal = jnp.ones((*view.shape[:-1], spec.num_actions), bool)
             observation = Observation(view, legal, jnp.ones(view.shape[:-1], bool))
         view = observation.agents_view
-        if view.ndim < 2 or view.shape[-2] != spec.num_agents or view.shape[-1] not in self._view_sizes:
+        if (
+            view.ndim < 2
+            or view.shape[-2] != spec.num_agents
+            or view.shape[-1] not in self._view_sizes
+        ):
             sizes = " or ".join(f"[…, {spec.num_agents}, {size}]" for size in self._view_sizes)
             raise UserError(f"agents' views are {sizes} in {spec.name}, got {list(view.shape)}")
         if view.shape[-1] == spec.obs_dim:
@@ -220,10 +243,18 @@ class LoadedPolicy:
 
 @partial(jax.jit, static_argnames="greedy")
 def _apply(
-    policy: Policy, memory: Memory, obs: Observation, reset: Any, key: Key[Array, ""], *, greedy: bool
+    policy: Policy,
+    memory: Memory,
+    obs: Observation,
+    reset: Any,
+    key: Key[Array, ""],
+    *,
+    greedy: bool,
 ) -> tuple[Memory, PolicyOutput]:
     batch = obs.alive.shape[:-1]
-    return policy.act(memory, obs, reset, jax.random.split(key, batch) if batch else key, greedy=greedy)
+    return policy.act(
+        memory, obs, reset, jax.random.split(key, batch) if batch else key, greedy=greedy
+    )
 
 
 def load(

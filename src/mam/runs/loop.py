@@ -42,7 +42,15 @@ from mam.runs.files import read_config
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.lock import Lock, acquire
 from mam.runs.signals import GRACE, Stop, stop_on_signals
-from mam.runs.sinks import JsonLines, Progress, Record, Sink, find_sink, read_records, write_atomically
+from mam.runs.sinks import (
+    JsonLines,
+    Progress,
+    Record,
+    Sink,
+    find_sink,
+    read_records,
+    write_atomically,
+)
 from mam.runs.summary import plot_learning_curve, write_marl_eval
 from mam.runs.times import are_times, write_times
 from mam.types import EnvSpec
@@ -116,8 +124,12 @@ class RunFolder:
         try:
             saved = from_json(Config, save.meta["config"])
         except UserError as error:
-            raise UserError(f"the configuration in {save.path} is of another version: {error}") from error
-        if unlike := differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config):
+            raise UserError(
+                f"the configuration in {save.path} is of another version: {error}"
+            ) from error
+        if unlike := differences(
+            replace(saved, **{name: getattr(config, name) for name in FREE}), config
+        ):
             raise UserError(
                 f"{self.config} is not what {save.path} was trained with: {'; '.join(unlike)}; "
                 "undo the change, or begin another run"
@@ -136,7 +148,9 @@ class RunFolder:
 
 def restore(save: Save, shapes: TrainState) -> TrainState:
     """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
-    if shapes.best_beside is None or any(name.startswith("state.best_beside") for name in save.leaves):
+    if shapes.best_beside is None or any(
+        name.startswith("state.best_beside") for name in save.leaves
+    ):
         return save.restore(shapes)
     state = save.restore(eqx.tree_at(lambda s: s.best_beside, shapes, None))
     best = jax.tree.map(jnp.copy, state.best(beside=False))
@@ -201,7 +215,9 @@ def _make_folder(config: Config, path: Path | None) -> RunFolder:
         else:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {shown(str(path or 'runs'))}: {error.strerror}") from error
+        raise UserError(
+            f"cannot make the folder {shown(str(path or 'runs'))}: {error.strerror}"
+        ) from error
     folder = RunFolder(path)
     folder = replace(folder, held=acquire(folder.lock))
     try:
@@ -254,11 +270,15 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     """
     folder = RunFolder(path)
     saved = folder.load_config()
-    differing = differences(replace(saved, **{name: getattr(config, name) for name in FREE}), config)
+    differing = differences(
+        replace(saved, **{name: getattr(config, name) for name in FREE}), config
+    )
     if differing:
         raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
     if config.total_timesteps < saved.total_timesteps:
-        raise UserError(f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}")
+        raise UserError(
+            f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}"
+        )
     for name in config.log:
         find_sink(name)
     if jax.process_index() == 0:
@@ -319,8 +339,12 @@ def run(
         clock = trainer.clock
         loop = _Loop(config, folder, save, trainer.spec, clock, callbacks)
         total = config.num_updates * config.steps_per_update
-        progress = stack.enter_context(Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count))
-        listening = stop_on_signals(progress.log, loop.last_words) if signals else nullcontext(Stop())
+        progress = stack.enter_context(
+            Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count)
+        )
+        listening = (
+            stop_on_signals(progress.log, loop.last_words) if signals else nullcontext(Stop())
+        )
         stop = stack.enter_context(listening)
         stack.enter_context(out_of_memory(config))
         stack.enter_context(clock.compiling_apart())
@@ -330,13 +354,17 @@ def run(
         if line := footprint(trainer):
             progress.log(line)
         if save:
-            progress.log(f"going on after update {loop.update} of {config.num_updates} ({loop.step_count:,} steps)")
+            progress.log(
+                f"going on after update {loop.update} of {config.num_updates} ({loop.step_count:,} steps)"
+            )
         loop.open(stack, progress)
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
                 if loop.update and not loop.has_saved:
-                    loop.save(state)  # however long the first evaluation takes, what was learned before it is safe
+                    loop.save(
+                        state
+                    )  # however long the first evaluation takes, what was learned before it is safe
                 progress.evaluating(config.eval.num_episodes)
                 with clock.part("evaluation"):
                     state, values = loop.take(trainer.evaluate_step, state)
@@ -357,7 +385,9 @@ def run(
         finished = loop.update >= config.num_updates and loop.evaluated >= loop.update
         loop.save(state)
         if finished:
-            progress.log(f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…")
+            progress.log(
+                f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…"
+            )
             with clock.part("evaluation"):
                 loop.write("absolute", loop.take(trainer.absolute_metric, state))
         loop.finish()
@@ -386,7 +416,10 @@ class _Loop:
         self._spec, self._callbacks = spec, callbacks
         self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
         self._clock, clock.seconds = clock, dict(meta.get("times", {}))
-        self._saved, self._saved_at = (self.update, self.evaluated) if save else None, time.monotonic()
+        self._saved, self._saved_at = (
+            (self.update, self.evaluated) if save else None,
+            time.monotonic(),
+        )
         self._sinks: list[Sink] = []
         self._writer: Writer | None = None
         self._metrics: JsonLines | None = None  # in the process that writes them
@@ -407,11 +440,15 @@ class _Loop:
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
         with _writing(self._folder.path):
             self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
-            self._writer = Writer(self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed)
+            self._writer = Writer(
+                self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed
+            )
             stack.callback(_try, self._writer.close)
             if jax.process_index() > 0:
                 return
-            for name in dict.fromkeys(("jsonl", *self._config.log)):  # the first is what resuming and reports read
+            for name in dict.fromkeys(
+                ("jsonl", *self._config.log)
+            ):  # the first is what resuming and reports read
                 self._add(stack, find_sink(name)(self._folder.path, self._config, meta))
         self._metrics = cast(JsonLines, self._sinks[0])
         if meta and (lost := self._metrics.missing):
@@ -434,8 +471,12 @@ class _Loop:
         try:
             return step(state)
         except Exception as error:
-            if jax.process_count() == 1:  # several would have to save together, and only this one failed
-                with suppress(Exception):  # of a state that was given away to the step nothing is left
+            if (
+                jax.process_count() == 1
+            ):  # several would have to save together, and only this one failed
+                with suppress(
+                    Exception
+                ):  # of a state that was given away to the step nothing is left
                     self.save(state)
             if not isinstance(error, UserError):
                 raise
@@ -455,7 +496,11 @@ class _Loop:
         self.take(tell, state)
 
     def write(self, kind: Any, values: Values) -> Record:
-        numbers = {name: np.asarray(value) for name, value in jax.device_get(values).items() if name != NON_FINITE}
+        numbers = {
+            name: np.asarray(value)
+            for name, value in jax.device_get(values).items()
+            if name != NON_FINITE
+        }
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
         with _writing(self._folder.path), self._clock.part("logging"):
             for sink in self._sinks:
@@ -467,7 +512,9 @@ class _Loop:
         return record
 
     def _say_unfinished(self, values: Mapping[str, np.ndarray]) -> None:
-        cut = np.concatenate([x.ravel() for name, x in values.items() if name.endswith(UNFINISHED)] or [np.zeros(0)])
+        cut = np.concatenate(
+            [x.ravel() for name, x in values.items() if name.endswith(UNFINISHED)] or [np.zeros(0)]
+        )
         if cut.any():
             self._said_unfinished = True
             limit = self._config.eval.max_episode_steps
@@ -483,7 +530,11 @@ class _Loop:
             return
         with _writing(self._folder.path), self._clock.part("saving"):
             position = self._metrics.sync() if self._metrics else 0
-            meta = {"update": self.update, "evaluated": self.evaluated, "step_count": self.step_count}
+            meta = {
+                "update": self.update,
+                "evaluated": self.evaluated,
+                "step_count": self.step_count,
+            }
             meta |= {"elapsed": time.monotonic() - self._begun, "metrics_bytes": position}
             meta |= {"config": to_json(self._config), "spec": asdict(self._spec)}
             meta |= {"times": dict(self._clock.seconds)}
@@ -498,7 +549,9 @@ class _Loop:
             return True
         first, seeds = next(iter(bad.values())), [seeds_of(self._config)[index] for index in bad]
         who = f" (seed {', '.join(map(str, seeds))})" if self._config.num_seeds > 1 else ""
-        self.diagnosis = f"update {self.update + 1} met numbers that are not finite{who}, first in: {first}"
+        self.diagnosis = (
+            f"update {self.update + 1} met numbers that are not finite{who}, first in: {first}"
+        )
         if self._config.on_non_finite == "stop":
             self.diagnosis += (
                 "; the state before it is saved. If the environment is not to blame (mam check-env), "
@@ -506,9 +559,15 @@ class _Loop:
             )
             return False
         if self._skipped == MOST_SKIPPED:
-            self.diagnosis += f", as in the {MOST_SKIPPED - 1} updates before; the state before them is saved"
+            self.diagnosis += (
+                f", as in the {MOST_SKIPPED - 1} updates before; the state before them is saved"
+            )
             return False
-        how = "left out" if self._config.on_non_finite == "skip" else "left out, and the learning rate halved"
+        how = (
+            "left out"
+            if self._config.on_non_finite == "skip"
+            else "left out, and the learning rate halved"
+        )
         self._log(f"{self.diagnosis}: {how}")
         return True
 
@@ -541,14 +600,20 @@ class _Loop:
         """What is saved, once the save being written is done."""
         if self._writer:
             self._writer.wait(timeout=4.0)
-        return f"the run is saved up to update {self._saved[0]}" if self._saved else "nothing is saved yet"
+        return (
+            f"the run is saved up to update {self._saved[0]}"
+            if self._saved
+            else "nothing is saved yet"
+        )
 
 
 def _is_position(meta: dict[str, Any]) -> bool:
     """Whether metadata is what `_Loop.save` writes."""
     least = {"update": 0, "evaluated": -1, "step_count": 0, "metrics_bytes": 0}
     return (
-        all(isinstance(count := meta.get(name), int) and count >= low for name, low in least.items())
+        all(
+            isinstance(count := meta.get(name), int) and count >= low for name, low in least.items()
+        )
         and isinstance(meta.get("elapsed"), float)
         and all(isinstance(meta.get(name, {}), dict) for name in ("config", "spec"))
         and are_times(meta.get("times", {}))
@@ -562,7 +627,9 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RunError(f"cannot write the run to {path}: {reason}; what was saved before is intact") from error
+        raise RunError(
+            f"cannot write the run to {path}: {reason}; what was saved before is intact"
+        ) from error
 
 
 def _try(close: Callable[[], None]) -> None:
@@ -577,9 +644,13 @@ def _write_results(config: Config, folder: RunFolder) -> None:
     suite, slash, task = config.env.partition("/")
     if not slash:  # package.module:factory
         suite, task = "own", config.env
-    write_marl_eval(folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds)
+    write_marl_eval(
+        folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds
+    )
     if any(record.kind == "evaluation" for record in records):
-        plot_learning_curve(folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds)
+        plot_learning_curve(
+            folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds
+        )
 
 
 def versions() -> dict[str, Any]:
@@ -598,8 +669,19 @@ def versions() -> dict[str, Any]:
 
 def _git_sha() -> str | None:
     """The commit of the source in use, `-dirty` if it was changed since; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

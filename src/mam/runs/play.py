@@ -33,7 +33,9 @@ class Trace:
     @classmethod
     def of(cls, steps: list[dict[str, Any]]) -> "Trace":
         """Stacks what was noted at each step."""
-        return cls(**{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)})
+        return cls(
+            **{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)}
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,14 @@ def play(
         act_key, env_key, key = jax.random.split(key, 3)
         memory, output = policy.act(memory, timestep.observation, first, act_key, greedy=greedy)
         state, following = env.step(state, output.action, env_key)
-        return state, following, memory, following.ended, key, _note(timestep.observation, output, following.reward)
+        return (
+            state,
+            following,
+            memory,
+            following.ended,
+            key,
+            _note(timestep.observation, output, following.reward),
+        )
 
     state, timestep = jax.jit(env.reset)(reset_key)
     memory, first, states, notes = policy.init_memory(), np.True_, [state], []
@@ -160,10 +169,14 @@ def play_on_host(
         over = terminated or outcome.truncated
     env.close()
     if not frames and not undrawn:
-        undrawn = f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
+        undrawn = (
+            f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
+        )
     if frames:
         with writing(path):
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0)
+            frames[0].save(
+                path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0
+            )
     trace = Trace.of(notes)
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     episode = Episode(episode_return, terminated, trace, len(frames), undrawn)
@@ -197,4 +210,6 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
     arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}
     with writing(trace_path(path)):
-        write_atomically(trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False))
+        write_atomically(
+            trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False)
+        )

@@ -54,9 +54,14 @@ def _check_devices(asked: str) -> None:
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # of a platform without its plugin JAX says nothing more
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # of a platform without its plugin JAX says nothing more
         reason = " ".join(str(error).split()) or "JAX finds no such device here"
-        raise UserError(f"JAX_PLATFORMS={asked}: {reason}; leave it out, or set it to cpu") from error
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: {reason}; leave it out, or set it to cpu"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -77,7 +82,9 @@ def enable_compilation_cache() -> None:
             folder = cache_folder()
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError) as error:  # the latter where the user has no home
-            _log.warning("compiled programs are not kept: %s; XDG_CACHE_HOME names a place for them", error)
+            _log.warning(
+                "compiled programs are not kept: %s; XDG_CACHE_HOME names a place for them", error
+            )
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         _remove_damaged(folder)
@@ -92,12 +99,16 @@ def _remove_damaged(folder: Path) -> None:
     show = warnings.showwarning
 
     def shown(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        found = re.match(r"Error reading persistent compilation cache entry for '(\w+)'", str(message))
+        found = re.match(
+            r"Error reading persistent compilation cache entry for '(\w+)'", str(message)
+        )
         if found:
             for entry in folder.glob(f"{found[1]}-*"):
                 with suppress(OSError):
                     entry.unlink()
-            _log.warning("a compiled program in %s is damaged: %s is compiled anew", folder, found[1])
+            _log.warning(
+                "a compiled program in %s is damaged: %s is compiled anew", folder, found[1]
+            )
         else:
             show(message, *args, **kwargs)
 
@@ -127,7 +138,9 @@ def join(hosts: Hosts) -> None:
     if not hosts.join and all(value is None for value in given):
         return
     if not hosts.join and any(value is None for value in given):
-        raise UserError("--hosts.coordinator, --hosts.num-processes and --hosts.process-id go together")
+        raise UserError(
+            "--hosts.coordinator, --hosts.num-processes and --hosts.process-id go together"
+        )
     import jax
 
     try:

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-PREEMPTED = 75  # the exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>
+PREEMPTED = (
+    75  # the exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>
+)
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 GRACE = 25.0  # seconds between a signal and the end, whatever the run is doing
 
@@ -70,7 +72,9 @@ class Stop:
                 self._end("asked to stop before the first update", self._code(number, at_once=True))
             elif deadline is None:
                 deadline = time.monotonic() + GRACE
-                self._log("stopping after this step; press Ctrl-C again to stop at once and lose what is not saved")
+                self._log(
+                    "stopping after this step; press Ctrl-C again to stop at once and lose what is not saved"
+                )
             elif number == signal.SIGINT:
                 self._end("interrupted", INTERRUPTED)
 
@@ -101,7 +105,9 @@ def _say(line: str) -> None:
 
 
 _listening: Stop | None = None  # to the signals of this process
-_ends: tuple[socket.socket, socket.socket] | None = None  # which it reads, and where they are written
+_ends: tuple[socket.socket, socket.socket] | None = (
+    None  # which it reads, and where they are written
+)
 
 
 def listen() -> tuple[Stop, Callable[[], None]]:
@@ -116,7 +122,9 @@ def listen() -> tuple[Stop, Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         return Stop(), _nothing
     if _listening is not None:
-        _handle(_listening)  # libraries loaded since, such as a cluster's client, may have taken some over
+        _handle(
+            _listening
+        )  # libraries loaded since, such as a cluster's client, may have taken some over
         return _listening, _nothing
     stop = _listening = Stop()
     reading, writing = _ends = socket.socketpair()
@@ -150,7 +158,9 @@ def _handle(stop: Stop) -> dict[int, Any]:
     Ctrl-C is never ignored: shells that start a command in the background do that for it.
     """
     heard = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
-    return {number: signal.signal(number, lambda number, _: stop.receive(number)) for number in heard}
+    return {
+        number: signal.signal(number, lambda number, _: stop.receive(number)) for number in heard
+    }
 
 
 @contextmanager

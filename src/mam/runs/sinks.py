@@ -36,7 +36,9 @@ class Record:
     update: int  # updates done
     step_count: int  # environment steps done, per seed
     elapsed: float  # wall-clock seconds since the run began; a resumed run goes on counting
-    values: dict[str, np.ndarray]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+    values: dict[
+        str, np.ndarray
+    ]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
 
 
 @runtime_checkable
@@ -74,7 +76,9 @@ def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | n
 
 def training_speed(records: Sequence[Record]) -> float:
     """Return `median_speed` of a run's records."""
-    return median_speed([record.step_count for record in records], [record.elapsed for record in records])
+    return median_speed(
+        [record.step_count for record in records], [record.elapsed for record in records]
+    )
 
 
 def to_json(values: np.ndarray) -> Any:
@@ -126,8 +130,14 @@ class JsonLines:
 
     def write(self, record: Record) -> None:
         """Appends one line and hands it to the operating system."""
-        row = {"kind": record.kind, "update": int(record.update), "step_count": int(record.step_count)}
-        row |= {"elapsed": float(record.elapsed)} | {name: to_json(value) for name, value in record.values.items()}
+        row = {
+            "kind": record.kind,
+            "update": int(record.update),
+            "step_count": int(record.step_count),
+        }
+        row |= {"elapsed": float(record.elapsed)} | {
+            name: to_json(value) for name, value in record.values.items()
+        }
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -216,11 +226,15 @@ class TensorBoard:
                 points[f"{name}_std"] = np.std(value, axis=1)
         for index, writer in enumerate(self._writers):
             values = [
-                self._summary.Value(tag=f"{record.kind}/{name}", simple_value=float(of_seeds[index]))
+                self._summary.Value(
+                    tag=f"{record.kind}/{name}", simple_value=float(of_seeds[index])
+                )
                 for name, of_seeds in points.items()
             ]
             summary = self._summary(value=values)
-            writer.write_event(self._event(wall_time=time.time(), step=record.step_count, summary=summary))
+            writer.write_event(
+                self._event(wall_time=time.time(), step=record.step_count, summary=summary)
+            )
             writer.flush()
 
     def close(self) -> None:
@@ -244,19 +258,38 @@ class Progress:
 
     _MEMORY = 30.0  # seconds over which the speed is smoothed
 
-    def __init__(self, total_steps: int, *, num_seeds: int, step_count: int = 0, console: Console | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        num_seeds: int,
+        step_count: int = 0,
+        console: Console | None = None,
+    ):
         self._total, self._num_seeds = total_steps, num_seeds
         # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
-        self._console = console or Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self._console = console or Console(
+            highlight=False, force_interactive=None if sys.stdout.isatty() else False
+        )
         self._live = self._console.is_interactive
         columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-        self._bar = Bar(*columns, console=self._console, refresh_per_second=4, transient=True, disable=not self._live)
+        self._bar = Bar(
+            *columns,
+            console=self._console,
+            refresh_per_second=4,
+            transient=True,
+            disable=not self._live,
+        )
         self._return, self._evaluated = "", False
         self._compile_seconds = 0.0  # in all; no part of the speed
-        self._times: deque[tuple[int, float]] = deque(maxlen=100)  # steps and seconds at the last records
+        self._times: deque[tuple[int, float]] = deque(
+            maxlen=100
+        )  # steps and seconds at the last records
         self._losses = ""
         self._recent = np.zeros(2)  # steps and seconds, older ones fading away
-        self._task = self._bar.add_task(self._status(step_count), total=total_steps, completed=step_count)
+        self._task = self._bar.add_task(
+            self._status(step_count), total=total_steps, completed=step_count
+        )
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -279,8 +312,14 @@ class Progress:
         begin = time.perf_counter()
         if self._bar.live.is_started:
             self._bar.stop()  # one live display at a time
-            columns = (SpinnerColumn(), TextColumn(f"compiling {what}…", markup=False), TimeElapsedColumn())
-            with Bar(*columns, console=self._console, refresh_per_second=4, transient=True) as clock:
+            columns = (
+                SpinnerColumn(),
+                TextColumn(f"compiling {what}…", markup=False),
+                TimeElapsedColumn(),
+            )
+            with Bar(
+                *columns, console=self._console, refresh_per_second=4, transient=True
+            ) as clock:
                 clock.add_task("", total=None)
                 yield
             self._bar.start()
@@ -316,7 +355,11 @@ class Progress:
             )
         if RETURN in record.values and (record.kind != "train" or not self._evaluated):
             self._evaluated = record.kind != "train"
-            name = {"train": "training return", "evaluation": "return", "absolute": "absolute return"}[record.kind]
+            name = {
+                "train": "training return",
+                "evaluation": "return",
+                "absolute": "absolute return",
+            }[record.kind]
             self._return = f"{name} {mean_and_spread(record.values[RETURN])}"
         status = self._status(record.step_count)
         self._bar.update(self._task, completed=record.step_count, description=status)
@@ -329,7 +372,11 @@ class Progress:
         if steps and seconds:
             left = timedelta(seconds=round((self._total - step_count) * seconds / steps))
             speed = median_speed(*zip(*self._times, strict=True)) * self._num_seeds
-            parts += [f"{_short(speed)} steps/s", f"{left} left"] if np.isfinite(speed) else [f"{left} left"]
+            parts += (
+                [f"{_short(speed)} steps/s", f"{left} left"]
+                if np.isfinite(speed)
+                else [f"{left} left"]
+            )
         line = " · ".join([*parts, self._return] if self._return else parts)
         return f"{line}{chr(10) if self._live else ' · '}{self._losses}" if self._losses else line
 
@@ -354,18 +401,26 @@ def _short(number: int | float) -> str:
     return f"{number:.0f}"
 
 
-Resume = Mapping[str, Any]  # metadata of the save that a run goes on from: step_count, update, metrics_bytes, …
-OpenSink = Callable[[Path, Config, Resume | None], Sink]  # the run's folder, its configuration; None: a new run
+Resume = Mapping[
+    str, Any
+]  # metadata of the save that a run goes on from: step_count, update, metrics_bytes, …
+OpenSink = Callable[
+    [Path, Config, Resume | None], Sink
+]  # the run's folder, its configuration; None: a new run
 
 
 def _open_jsonl(folder: Path, config: Config, resume: Resume | None) -> JsonLines:
     del config
-    return JsonLines(folder / "metrics.jsonl", append_at=resume["metrics_bytes"] if resume else None)
+    return JsonLines(
+        folder / "metrics.jsonl", append_at=resume["metrics_bytes"] if resume else None
+    )
 
 
 def _open_tensorboard(folder: Path, config: Config, resume: Resume | None) -> TensorBoard:
     seeds = range(config.seed, config.seed + config.num_seeds)
-    return TensorBoard(folder / "tensorboard", seeds, append_after_step=resume["step_count"] if resume else None)
+    return TensorBoard(
+        folder / "tensorboard", seeds, append_after_step=resume["step_count"] if resume else None
+    )
 
 
 SINKS: dict[str, OpenSink] = {"jsonl": _open_jsonl, "tensorboard": _open_tensorboard}

@@ -10,7 +10,15 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
-from mam.runs.sinks import RETURN, Record, mean_and_spread, seed_means, to_json, training_speed, write_atomically
+from mam.runs.sinks import (
+    RETURN,
+    Record,
+    mean_and_spread,
+    seed_means,
+    to_json,
+    training_speed,
+    write_atomically,
+)
 from mam.statistics import CONFIDENCE, MIN_SEEDS, interval, mean
 
 if TYPE_CHECKING:
@@ -32,7 +40,9 @@ def bootstrap_interval(
     return interval(mean, [np.moveaxis(values, 0, -1)], confidence=confidence)
 
 
-def evaluation_returns(records: Sequence[Record]) -> tuple[np.ndarray, Float[np.ndarray, "evaluations seeds"]]:
+def evaluation_returns(
+    records: Sequence[Record],
+) -> tuple[np.ndarray, Float[np.ndarray, "evaluations seeds"]]:
     """Step counts of the evaluations and each seed's mean return in them."""
     evaluations = [record for record in records if record.kind == "evaluation"]
     steps = np.array([record.step_count for record in evaluations], int)
@@ -41,13 +51,17 @@ def evaluation_returns(records: Sequence[Record]) -> tuple[np.ndarray, Float[np.
     return steps, np.array([seed_means(record.values[RETURN]) for record in evaluations])
 
 
-def absolute_returns(records: Sequence[Record], metric: str = RETURN) -> Float[np.ndarray, "seeds"] | None:
+def absolute_returns(
+    records: Sequence[Record], metric: str = RETURN
+) -> Float[np.ndarray, "seeds"] | None:
     """Each seed's absolute metric, if the run got that far; the last one, should it have been measured twice."""
     found = [record for record in records if record.kind == "absolute" and metric in record.values]
     return seed_means(found[-1].values[metric]) if found else None
 
 
-def summary_table(records: Sequence[Record], *, seeds: Sequence[int], title: str | None = None) -> Table:
+def summary_table(
+    records: Sequence[Record], *, seeds: Sequence[int], title: str | None = None
+) -> Table:
     """The outcome of a run, finished or not, as a table for `rich.print`.
 
     One row per seed: its last and best mean evaluation return, its absolute metric, and that of the same weights with
@@ -75,10 +89,14 @@ def summary_table(records: Sequence[Record], *, seeds: Sequence[int], title: str
         table.add_column(name, justify="right")
 
     for index, seed in enumerate(seeds):
-        table.add_row(str(seed), *("–" if v is None else f"{v[index]:.3f}" for v in columns.values()))
+        table.add_row(
+            str(seed), *("–" if v is None else f"{v[index]:.3f}" for v in columns.values())
+        )
     if len(seeds) > 1:
         table.add_section()
-        table.add_row("mean ± std", *("–" if v is None else mean_and_spread(v) for v in columns.values()))
+        table.add_row(
+            "mean ± std", *("–" if v is None else mean_and_spread(v) for v in columns.values())
+        )
     if len(seeds) >= MIN_SEEDS:
         table.add_row("95 % interval", *map(_interval, columns.values()))
     return table
@@ -122,7 +140,13 @@ def _effort(records: Sequence[Record], num_seeds: int) -> str:
 
 
 def write_marl_eval(
-    run_folder: Path, records: Sequence[Record], *, env: str, task: str, algorithm: str, seeds: Sequence[int]
+    run_folder: Path,
+    records: Sequence[Record],
+    *,
+    env: str,
+    task: str,
+    algorithm: str,
+    seeds: Sequence[int],
 ) -> Path:
     """Writes `marl_eval.json`, the raw results in the form of Gorsane et al. (2022) and the marl-eval package.
 
@@ -146,11 +170,14 @@ def write_marl_eval(
 
     def of_seed(index: int) -> dict[str, Any]:
         steps: dict[str, Any] = {
-            f"step_{i}": {"step_count": record.step_count, "elapsed_time": record.elapsed} | _metrics(record, index)
+            f"step_{i}": {"step_count": record.step_count, "elapsed_time": record.elapsed}
+            | _metrics(record, index)
             for i, record in enumerate(evaluations)
         }
         if absolute:
-            steps["absolute_metrics"] = _metrics(absolute[-1], index)  # after the steps, where its readers look
+            steps["absolute_metrics"] = _metrics(
+                absolute[-1], index
+            )  # after the steps, where its readers look
         return steps
 
     runs = {f"seed_{seed}": of_seed(index) for index, seed in enumerate(seeds)}
@@ -203,9 +230,15 @@ def plot_learning_curve(
         absolute = absolute_returns(records)
         if absolute is not None:
             label = f"absolute metric {mean_and_spread(absolute)}"
-            axes.axhline(float(absolute.mean()), color=_GREEN, linestyle=":", linewidth=2, label=label)
-        for (name, value), colour in zip((reference or {}).items(), _REFERENCES * len(reference or {}), strict=False):
-            axes.axhline(value, color=colour, linestyle="--", linewidth=1.5, label=f"{name} {value:.3g}")
+            axes.axhline(
+                float(absolute.mean()), color=_GREEN, linestyle=":", linewidth=2, label=label
+            )
+        for (name, value), colour in zip(
+            (reference or {}).items(), _REFERENCES * len(reference or {}), strict=False
+        ):
+            axes.axhline(
+                value, color=colour, linestyle="--", linewidth=1.5, label=f"{name} {value:.3g}"
+            )
         _decorate(axes, title)
         figure.savefig(path)
 
@@ -218,7 +251,16 @@ _REFERENCES = ("#D55E00", "#CC79A7", "#E69F00")
 def _draw_curves(axes: "Axes", steps: np.ndarray, returns: np.ndarray, num_seeds: int) -> None:
     """Mean, single seeds and band."""
     mean = f"mean of {num_seeds} seeds" if num_seeds > 1 else "evaluation"
-    axes.plot(steps, returns.mean(axis=1), color=_BLUE, linewidth=2.2, marker="o", markersize=4, zorder=3, label=mean)
+    axes.plot(
+        steps,
+        returns.mean(axis=1),
+        color=_BLUE,
+        linewidth=2.2,
+        marker="o",
+        markersize=4,
+        zorder=3,
+        label=mean,
+    )
     if num_seeds == 1:
         return
     lines = axes.plot(steps, returns, color=_BLUE, alpha=0.35, linewidth=0.8)

@@ -38,4 +38,8 @@ def shares(seconds: Mapping[Part, float]) -> str:
     """Returns each part's share of the time, the largest first, such as `environment 61 %, update 39 %`."""
     total = sum(seconds.values())
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {x / total:.0%}".replace("%", " %") for name, x in ordered if x >= 0.005 * total > 0)
+    return ", ".join(
+        f"{name} {x / total:.0%}".replace("%", " %")
+        for name, x in ordered
+        if x >= 0.005 * total > 0
+    )

@@ -15,7 +15,10 @@ from mam.types import EnvSpec, Observation
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 ALIVE = np.array([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], bool)
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # less time compiling
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": False,
+}  # less time compiling
 
 
 def make_spec(continuous=False):
@@ -41,12 +44,18 @@ def acted(request):
 
         policy = jax.tree_util.tree_map_with_path(draw, policy_shapes(name, spec, SIZES))
         mask = jnp.asarray(rng.random((*ALIVE.shape, spec.num_actions)) < 0.7).at[..., 0].set(True)
-        obs = Observation(jnp.asarray(rng.normal(size=(*ALIVE.shape, spec.obs_dim))), mask, jnp.asarray(ALIVE))
+        obs = Observation(
+            jnp.asarray(rng.normal(size=(*ALIVE.shape, spec.obs_dim))), mask, jnp.asarray(ALIVE)
+        )
         keys = jax.random.split(jax.random.key(1), len(ALIVE))
         compiled = functools.partial(jax.jit, compiler_options=QUICK)
-        act = compiled(lambda policy, obs, keys: policy.act((), obs, jnp.zeros(len(ALIVE), bool), keys)[1])
+        act = compiled(
+            lambda policy, obs, keys: policy.act((), obs, jnp.zeros(len(ALIVE), bool), keys)[1]
+        )
         expected, uncached = act(policy, obs, keys), compiled(act_uncached)
-        outputs = [uncached(policy, obs, keys, jnp.int32(steps)) for steps in range(ALIVE.shape[1] + 1)]
+        outputs = [
+            uncached(policy, obs, keys, jnp.int32(steps)) for steps in range(ALIVE.shape[1] + 1)
+        ]
         return jax.tree.map(np.asarray, (expected, outputs))
 
 
@@ -54,7 +63,9 @@ def test_uncached_decoding_chooses_the_same_actions(acted):
     expected, outputs = acted
     np.testing.assert_array_equal(outputs[-1].order, expected.order)
     for name in ("action", "log_prob", "value"):
-        np.testing.assert_allclose(getattr(outputs[-1], name), getattr(expected, name), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            getattr(outputs[-1], name), getattr(expected, name), rtol=1e-9, atol=1e-9
+        )
     assert len(np.unique(expected.action[ALIVE])) > 1
 
 
@@ -63,7 +74,9 @@ def test_a_step_decides_for_one_agent(acted):
     for steps, output in enumerate(outputs):
         for env, order in enumerate(expected.order):
             decided, left = order[:steps], order[steps:]
-            np.testing.assert_allclose(output.action[env, decided], expected.action[env, decided], rtol=1e-9)
+            np.testing.assert_allclose(
+                output.action[env, decided], expected.action[env, decided], rtol=1e-9
+            )
             assert not np.any(output.action[env, left])
 
 
@@ -76,5 +89,9 @@ def test_matched_sizes_have_the_nearest_number_of_parameters():
     away = {d: abs(size(replace(sizes, d_model=d)) - target) for d in range(8, 81, 8)}
     d_model = matched_sizes("mat", make_spec(), sizes, target).d_model
     assert d_model == min(away, key=away.__getitem__) != sizes.d_model
-    assert matched_sizes("mat", make_spec(), replace(sizes, d_model=30, num_heads=3), target).d_model % 24 == 0
+    assert (
+        matched_sizes("mat", make_spec(), replace(sizes, d_model=30, num_heads=3), target).d_model
+        % 24
+        == 0
+    )
     assert matched_sizes("mat", make_spec(), sizes, 1).d_model == 8

@@ -17,7 +17,13 @@ SIZES = NetworkConfig(d_model=8, d_state=2)
 CASES = cases()
 SMALL = ("--batch", "2", "--rounds", "2", "--network.d-model", "8", "--network.d-state", "2")
 NAMES = [(what, name, None) for what, case in CASES.items() for name in case.contenders]
-REMEMBERING = [("act", "mat"), ("act", "mat-uncached"), ("update", "mat"), ("train", "mat"), ("train", "mat/update")]
+REMEMBERING = [
+    ("act", "mat"),
+    ("act", "mat-uncached"),
+    ("update", "mat"),
+    ("train", "mat"),
+    ("train", "mat/update"),
+]
 NAMES += [(what, name, "gru") for what, name in REMEMBERING]
 
 
@@ -57,7 +63,11 @@ def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
     assert cli.main(["bench", what, *SMALL, *args]) == 0
     out = capsys.readouterr().out
     assert f"{what} · N = 2 · batch 2" in out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.csv", "plot.png", "options.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "results.csv",
+        "plot.png",
+        "options.json",
+    }
     rows = read_rows(tmp_path / "out")
     assert list(rows[0]) == [field.name for field in fields(Row)]
     assert {row["contender"] for row in rows} == set(contenders)
@@ -79,7 +89,19 @@ def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
 
 
 def test_tokens_decide_the_batch(tmp_path, capsys):
-    args = ("--num-agents", "8", "2", "--tokens", "20", "--contenders", "ssd", "--rounds", "1", "--out", str(tmp_path))
+    args = (
+        "--num-agents",
+        "8",
+        "2",
+        "--tokens",
+        "20",
+        "--contenders",
+        "ssd",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    )
     assert cli.main(["bench", "scan", "--network.d-model", "8", *args]) == 0
     out = capsys.readouterr().out
     assert out.index("N = 2 · batch 10") < out.index("N = 8 · batch 2")
@@ -107,7 +129,10 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path, capsys, monkeypatch):
     [
         ([], ["bench needs what to time", "WHAT"]),
         (["skan"], ["unknown bench 'skan'", "did you mean scan"]),
-        (["act", "--contenders", "mat", "mma"], ["unknown contender 'mma'", "act has mam,", "mat-uncached"]),
+        (
+            ["act", "--contenders", "mat", "mma"],
+            ["unknown contender 'mma'", "act has mam,", "mat-uncached"],
+        ),
         (["act", "--num-agents", "4", "x"], ["--num-agents takes a whole number, got 'x'"]),
         (["act", "--num-agents=x"], ["--num-agents takes a whole number, got 'x'"]),
         (["act", "--num-agents", "4", "0"], ["--num-agents must be positive, got 0"]),

@@ -11,7 +11,9 @@ from mam.study.bench import measure as measuring
 from mam.study.bench.measure import Case, Cell, Contender, Limits, Skip, measure
 from mam.study.bench.timing import Timing
 
-LIMITS = Limits(rounds=4, max_seconds=50.0, max_memory=8.0)  # 10 s a call, in four rounds and one to warm up
+LIMITS = Limits(
+    rounds=4, max_seconds=50.0, max_memory=8.0
+)  # 10 s a call, in four rounds and one to warm up
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,9 @@ def seconds_as_returned(monkeypatch):
     monkeypatch.setattr(
         measuring,
         "interleave",
-        lambda runs, estimates, rounds: {name: Timing((seconds(run),) * rounds) for name, run in runs.items()},
+        lambda runs, estimates, rounds: {
+            name: Timing((seconds(run),) * rounds) for name, run in runs.items()
+        },
     )
 
 
@@ -35,7 +39,9 @@ def takes(seconds, cell, **options):
 
 def stepwise(seconds, cell):
     """A step takes that long; what comes before takes as long as one."""
-    return Contender(lambda cost, n: cost * (1 + n), (jnp.float32(seconds),), baseline="a", steps=cell.num_agents)
+    return Contender(
+        lambda cost, n: cost * (1 + n), (jnp.float32(seconds),), baseline="a", steps=cell.num_agents
+    )
 
 
 def refuses(cell):
@@ -43,23 +49,41 @@ def refuses(cell):
 
 
 def rows_of(contenders, sizes=(4,), limits=LIMITS, **options):
-    case = Case({name: partial(build) for name, build in contenders.items()}, num_agents=sizes, **options)
+    case = Case(
+        {name: partial(build) for name, build in contenders.items()}, num_agents=sizes, **options
+    )
     cells = [Cell(n, 2, NetworkConfig()) for n in sizes]
-    return {(row.contender, row.num_agents): row for row in measure("what", case, cells, list(contenders), limits)}
+    return {
+        (row.contender, row.num_agents): row
+        for row in measure("what", case, cells, list(contenders), limits)
+    }
 
 
 def test_ratios_are_to_the_baseline():
     rows = rows_of({"a": partial(takes, 0.5), "b": partial(takes, 1.0, parameters=7)})
     a, b = rows["a", 4], rows["b", 4]
     assert (a.median_ms, a.ratio, b.median_ms, b.min_ms, b.ratio) == (2e3, 1.0, 4e3, 4e3, 2.0)
-    assert (b.what, b.batch, b.parameters, b.rounds, b.baseline, b.extrapolated) == ("what", 2, 7, 4, "a", False)
+    assert (b.what, b.batch, b.parameters, b.rounds, b.baseline, b.extrapolated) == (
+        "what",
+        2,
+        7,
+        4,
+        "a",
+        False,
+    )
     assert b.device.startswith("cpu")
     assert rows_of({"b": partial(takes, 1.0)})["b", 4].ratio is None
 
 
 def test_derived_columns_and_shares_of_parts():
-    contenders = {"a": partial(takes, 1.0), "a/one": partial(takes, 0.5), "a/two": partial(takes, 0.2)}
-    rows = rows_of(contenders, derived={"per_agent_us": lambda cell, seconds: seconds / cell.num_agents})
+    contenders = {
+        "a": partial(takes, 1.0),
+        "a/one": partial(takes, 0.5),
+        "a/two": partial(takes, 0.2),
+    }
+    rows = rows_of(
+        contenders, derived={"per_agent_us": lambda cell, seconds: seconds / cell.num_agents}
+    )
     assert rows["a", 4].note == "one 50%, two 20%, rest 30%"
     assert rows["a/two", 4].ratio == pytest.approx(0.2)
     assert rows["a", 4].per_agent_us == 1.0
@@ -83,7 +107,9 @@ def test_a_contender_predicted_to_be_slow_is_not_even_compiled():
 
 def test_memory_has_a_limit():
     def hungry(cell):
-        return Contender(lambda x: jnp.tanh(jnp.sort(x @ x)[0, 0]), (jnp.ones((64, 64)),), baseline="a")
+        return Contender(
+            lambda x: jnp.tanh(jnp.sort(x @ x)[0, 0]), (jnp.ones((64, 64)),), baseline="a"
+        )
 
     assert rows_of({"a": hungry})["a", 4].temp_mb > 0
     note = rows_of({"a": hungry}, limits=Limits(4, 50.0, 1e-9))["a", 4].note
@@ -96,7 +122,10 @@ def test_a_contender_that_fails_on_the_device_is_left_out(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocator statistics")
 
     monkeypatch.setattr(measuring, "warm_up", fails)
-    assert rows_of({"a": partial(takes, 1.0)})["a", 4].note == "skipped: RESOURCE_EXHAUSTED: out of memory"
+    assert (
+        rows_of({"a": partial(takes, 1.0)})["a", 4].note
+        == "skipped: RESOURCE_EXHAUSTED: out of memory"
+    )
 
 
 def test_slow_steps_are_extrapolated_from_the_first_ones():

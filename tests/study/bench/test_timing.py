@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from mam.study.bench.timing import FEWEST_ROUNDS, MOST_ROUNDS, interleave, power_law, predict, rounds_for, warm_up
+from mam.study.bench.timing import (
+    FEWEST_ROUNDS,
+    MOST_ROUNDS,
+    interleave,
+    power_law,
+    predict,
+    rounds_for,
+    warm_up,
+)
 
 
 class World:

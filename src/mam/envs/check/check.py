@@ -40,7 +40,17 @@ __all__ = ["Finding", "Report", "Severity", "check_environment"]
 
 RULES = (*rules.RULES, *episode_rules.RULES, *scale_rules.RULES)
 CHECKS = (
-    *("protocol", "spec", "exception", "shape", "dtype", "metrics", "determinism", "keys_ignored", "dead_acts"),
+    *(
+        "protocol",
+        "spec",
+        "exception",
+        "shape",
+        "dtype",
+        "metrics",
+        "determinism",
+        "keys_ignored",
+        "dead_acts",
+    ),
     *(rule.__name__ for rule in RULES),
 )
 JAX_CHECKS = ("jit", "vmap", "structure", "weak_type", "hidden_state")
@@ -51,7 +61,9 @@ _METHODS = {
 }
 
 
-def check_environment(env: Any, *, seed: int = 0, num_episodes: int = 24, time_budget: float = 25.0) -> Report:
+def check_environment(
+    env: Any, *, seed: int = 0, num_episodes: int = 24, time_budget: float = 25.0
+) -> Report:
     """Plays episodes of random legal actions, and reports what breaks the protocol and what looks like a mistake.
 
     A finding that makes playing impossible (of shapes, say) hides others: mend it, then check again.
@@ -112,7 +124,11 @@ def _play_host(
     env: Any, spec: EnvSpec, findings: list[Finding], seed: int, num_episodes: int, deadline: float
 ) -> Recording:
     if not isinstance(env.num_envs, int) or env.num_envs < 1:
-        raise Unplayable(Finding("protocol", "error", "num_envs", "a whole number, at least 1", repr(env.num_envs)))
+        raise Unplayable(
+            Finding(
+                "protocol", "error", "num_envs", "a whole number, at least 1", repr(env.num_envs)
+            )
+        )
     recording = host_play.play(env, spec, seed, num_episodes, deadline)
     _judge(findings, recording)
     return recording

@@ -21,7 +21,9 @@ def ended_at_reset(recording: Recording) -> Iterator[Finding]:
     for episode in recording.episodes:
         for name in ("terminated", "truncated") if episode.first is not None else ():
             flag = np.asarray(getattr(episode.first, name))[None].astype(bool)
-            yield from places(episode, flag, ("ended_at_reset", "error", name, "False at a reset"), "True")
+            yield from places(
+                episode, flag, ("ended_at_reset", "error", name, "False at a reset"), "True"
+            )
 
 
 def both_flags(recording: Recording) -> Iterator[Finding]:
@@ -41,11 +43,26 @@ def time_limit(recording: Recording) -> Iterator[Finding]:
         if episode.length < limit and truncated and not terminated:
             expected = f"truncation at step {limit} (spec.time_limit), no sooner"
             got = f"truncation at step {episode.length}"
-            yield Finding("time_limit", "error", "truncated", expected, got, None, episode.length, episode.number)
+            yield Finding(
+                "time_limit",
+                "error",
+                "truncated",
+                expected,
+                got,
+                None,
+                episode.length,
+                episode.number,
+            )
         elif episode.length > limit:
-            got = f"an end at step {episode.length}" if episode.ended else f"no end by step {episode.length}"
+            got = (
+                f"an end at step {episode.length}"
+                if episode.ended
+                else f"no end by step {episode.length}"
+            )
             expected = f"an end by step {limit} (spec.time_limit)"
-            yield Finding("time_limit", "error", "truncated", expected, got, None, limit, episode.number)
+            yield Finding(
+                "time_limit", "error", "truncated", expected, got, None, limit, episode.number
+            )
 
 
 def limit_as_termination(recording: Recording) -> Iterator[Finding]:
@@ -58,7 +75,9 @@ def limit_as_termination(recording: Recording) -> Iterator[Finding]:
     limit = known or max((episode.length for episode in recording.ended), default=0)
     reached = [episode for episode in recording.episodes if episode.length >= limit]
     ends = [(episode.length, *flags(episode)[-1]) for episode in recording.ended]
-    at_limit = sum(length == limit and terminated and not truncated for length, terminated, truncated in ends)
+    at_limit = sum(
+        length == limit and terminated and not truncated for length, terminated, truncated in ends
+    )
     before = sum(length < limit and terminated for length, terminated, _ in ends)
     steps = sum(min(episode.length, limit - 1) for episode in recording.episodes)
     if at_limit >= 2 and at_least(at_limit, len(reached), (before + 1) / (steps + 1)) < RARE:
@@ -86,7 +105,10 @@ def _unlike_final(episode: Episode) -> list[tuple[str, Numbers]]:
     observations = (timestep.observation, timestep.final_observation)
     ours, final = (dict(jax.tree_util.tree_flatten_with_path(x)[0]) for x in observations)
     unlike = {path: differs(ours[path], final[path]) for path in ours if path in final}
-    return [(jax.tree_util.keystr(path)[1:], x.reshape(len(x), -1).any(axis=1)) for path, x in unlike.items()]
+    return [
+        (jax.tree_util.keystr(path)[1:], x.reshape(len(x), -1).any(axis=1))
+        for path, x in unlike.items()
+    ]
 
 
 def _changes(episode: Episode) -> Numbers:
@@ -100,16 +122,27 @@ def final_observation(recording: Recording) -> Iterator[Finding]:
     for episode in recording.episodes:
         timestep = episode.timestep
         # There an agent was truncated alone, and has a last view in one of them only.
-        parted = (timestep.final_observation.alive & ~np.asarray(timestep.observation.alive)).any(axis=1)
+        parted = (timestep.final_observation.alive & ~np.asarray(timestep.observation.alive)).any(
+            axis=1
+        )
         other = flags(episode).any(axis=1) | (parted & recording.resets_itself)
         for name, unlike in _unlike_final(episode):
-            kind = ("final_observation", "error", f"final_observation.{name}", "what observation holds")
-            yield from places(episode, unlike & ~other, kind, "something else", per_agent=False, offset=1)
+            kind = (
+                "final_observation",
+                "error",
+                f"final_observation.{name}",
+                "what observation holds",
+            )
+            yield from places(
+                episode, unlike & ~other, kind, "something else", per_agent=False, offset=1
+            )
 
 
 def final_is_previous(recording: Recording) -> Iterator[Finding]:
     """At an end, too, `final_observation` is what came after the last action, not what came before it."""
-    long = [episode for episode in recording.ended if episode.length >= 2 and recording.resets_itself]
+    long = [
+        episode for episode in recording.ended if episode.length >= 2 and recording.resets_itself
+    ]
     changes = [_changes(episode) for episode in long]
     if not changes or any(change[-1] for change in changes):
         return
@@ -131,7 +164,9 @@ def _resets_itself(recording: Recording) -> Iterator[Finding]:
     if any(x[-1] for x in unlike) and not any(x[:-1].any() for x in unlike):
         kind = ("auto_reset", "error", "observation", expected)
         for episode, x in zip(recording.ended, unlike, strict=True):
-            yield from places(episode, x, kind, "something else than final_observation, at ends only", offset=1)
+            yield from places(
+                episode, x, kind, "something else than final_observation, at ends only", offset=1
+            )
         return
     clocks = [episode.clocks for episode in recording.ended if episode.length >= 4]
     counts = [(x[1:-1] > x[:-2]).all(axis=0) & (x[-1] <= x[0]) for x in clocks]
@@ -146,7 +181,11 @@ def _lost_final(recording: Recording) -> Iterator[Finding]:
     for number, end in enumerate(("terminated", "truncated")):
         episodes = [episode for episode in recording.ended if flags(episode)[-1, number]]
         same = [not any(unlike[-1] for _, unlike in _unlike_final(episode)) for episode in episodes]
-        if len(episodes) >= 3 and all(same) and any(_changes(episode).any() for episode in episodes):
+        if (
+            len(episodes) >= 3
+            and all(same)
+            and any(_changes(episode).any() for episode in episodes)
+        ):
             expected = "the next episode's first observation at an end, and the last one in final_observation"
             got = f"the same in both, at the end of all {len(episodes)} episodes that are {end}"
             place = (None, episodes[0].length, episodes[0].number)
@@ -160,7 +199,11 @@ def final_is_reset(recording: Recording) -> Iterator[Finding]:
     may be at a start should seldom have changed more than at any other step: in one of so many steps.
     """
     for name in ("agents_view", "grid", "state"):
-        episodes = [e for e in recording.episodes if getattr(e.observation, name) is not None and e.length >= 2]
+        episodes = [
+            e
+            for e in recording.episodes
+            if getattr(e.observation, name) is not None and e.length >= 2
+        ]
         cut = np.array([flags(episode)[-1, 1] for episode in episodes], bool)
         if cut.sum() < 3:
             continue
@@ -188,16 +231,24 @@ def episode_metrics(recording: Recording) -> Iterator[Finding]:
     """At an end, `episode_length` counts the steps and `episode_return` adds up the mean reward of the agents."""
     for episode in recording.ended:
         metrics = episode.timestep.metrics
-        sums = {"episode_length": episode.length, "episode_return": float(episode.timestep.reward.mean(axis=1).sum())}
+        sums = {
+            "episode_length": episode.length,
+            "episode_return": float(episode.timestep.reward.mean(axis=1).sum()),
+        }
         for name, expected in sums.items():
             if name not in metrics:
                 if recording.resets_itself:
                     got = ", ".join(sorted(metrics)) or "none"
-                    yield Finding("episode_metrics", "error", "metrics", f"{name} among the metrics", got)
+                    yield Finding(
+                        "episode_metrics", "error", "metrics", f"{name} among the metrics", got
+                    )
                 continue
             value = float(metrics[name][-1])
             if np.isfinite(expected) and not np.isclose(value, expected, rtol=1e-3, atol=1e-3):
-                text, got = "what its steps add up to at an episode's end", f"{value:g}, not {expected:g}"
+                text, got = (
+                    "what its steps add up to at an episode's end",
+                    f"{value:g}, not {expected:g}",
+                )
                 place = (None, episode.length, episode.number)
                 yield Finding("episode_metrics", "error", f"metrics.{name}", text, got, *place)
 
@@ -224,7 +275,12 @@ def agent_order(recording: Recording) -> Iterator[Finding]:
     at_once = recording.influence.at_once
     for agent, seen in enumerate(at_once):
         (others,) = np.nonzero(seen)
-        if len(others) == 1 and others[0] != agent and seen.sum() >= 5 and not at_once[others[0], others[0]]:
+        if (
+            len(others) == 1
+            and others[0] != agent
+            and seen.sum() >= 5
+            and not at_once[others[0], others[0]]
+        ):
             got = f"none in its own at once, but in that of agent {others[0]}"
             expected = "an agent's action to show in its own view"
             yield Finding("agent_order", "warning", "agents_view", expected, got, agent)

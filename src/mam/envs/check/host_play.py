@@ -75,7 +75,13 @@ class _Player:
         self.batch = (env.num_envs, spec.num_agents)
 
     def run(
-        self, seed: int, num_steps: int, deadline: float, *, num_episodes: int = 0, deviates: Deviates | None = None
+        self,
+        seed: int,
+        num_steps: int,
+        deadline: float,
+        *,
+        num_episodes: int = 0,
+        deviates: Deviates | None = None,
     ) -> Run:
         """Resets and steps until there are enough steps, or episodes, or time is up."""
         held = [self._call("reset", 0, lambda: self.env.reset(seed))]
@@ -85,26 +91,37 @@ class _Player:
         while len(actions) < num_steps and time.perf_counter() < deadline:
             action = self._actions(timesteps[-1].observation, len(actions), deviates)
             try:
-                timestep = self._call("step", len(actions) + 1, functools.partial(self.env.step, action.copy()))
+                timestep = self._call(
+                    "step", len(actions) + 1, functools.partial(self.env.step, action.copy())
+                )
             except Unplayable as error:  # what was played until now is still worth looking at
                 self.recording.findings.extend(error.findings)
                 break
-            self.recording.findings.extend(check_metric_names(timesteps[0], timestep, len(actions) + 1))
+            self.recording.findings.extend(
+                check_metric_names(timesteps[0], timestep, len(actions) + 1)
+            )
             for old, copy in zip(held, timesteps[-len(held) :], strict=True):
                 self.recording.findings.extend(_check_held(old, copy, len(actions)))
             held = [*held, timestep][-NUM_HELD:]
             timesteps.append(_copy(timestep))
             actions.append(action)
             num_ended, age = num_ended + ends(timestep).sum(), np.where(ends(timestep), 0, age + 1)
-            if num_episodes and (num_ended >= num_episodes or age.max() > (self.spec.time_limit or STEP_LIMIT)):
+            if num_episodes and (
+                num_ended >= num_episodes or age.max() > (self.spec.time_limit or STEP_LIMIT)
+            ):
                 break
         return stack(actions, timesteps, (self.batch[0], *self.spec.joint_action.shape))
 
     def _call(self, name: str, step: int, function: Callable[[], Any]) -> TimeStep:
         timestep = attempt(name, function, step=step)
         if not isinstance(timestep, TimeStep):
-            raise Unplayable(Finding("protocol", "error", name, "a TimeStep", type(timestep).__name__, step=step))
-        found = [dataclasses.replace(finding, step=step) for finding in _check_arrays(timestep, self.spec, self.batch)]
+            raise Unplayable(
+                Finding("protocol", "error", name, "a TimeStep", type(timestep).__name__, step=step)
+            )
+        found = [
+            dataclasses.replace(finding, step=step)
+            for finding in _check_arrays(timestep, self.spec, self.batch)
+        ]
         if any(map(is_fatal, found)):
             raise Unplayable(*found)
         self.recording.findings.extend(found)
@@ -121,17 +138,27 @@ class _Player:
     def compare(self, seed: int, main: Run, deadline: float) -> None:
         """Makes the runs that are compared with the main one, each with an equal share of the time left."""
         num_envs, num_agents = self.batch
-        comparisons = [self._repeated, self._after_others, self._other_seed, self._others, self._dead]
+        comparisons = [
+            self._repeated,
+            self._after_others,
+            self._other_seed,
+            self._others,
+            self._dead,
+        ]
         comparisons += [self._agents(first) for first in range(0, num_agents, num_envs)]
         for number, comparison in enumerate(comparisons):
             now, left = time.perf_counter(), len(comparisons) - number
             if now >= deadline:
-                self.recording.notes.append(f"no time for {left} of {len(comparisons)} comparisons of runs")
+                self.recording.notes.append(
+                    f"no time for {left} of {len(comparisons)} comparisons of runs"
+                )
                 break
             found = list(comparison(seed, main, now + (deadline - now) / left))
             self.recording.findings.extend(found)
             if found and number < 2:  # the repetitions
-                self.recording.notes.append("one seed, several outcomes: what actions change could not be checked")
+                self.recording.notes.append(
+                    "one seed, several outcomes: what actions change could not be checked"
+                )
                 break
 
     def _repeated(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
@@ -159,7 +186,9 @@ class _Player:
                 name, (step, _, *agent) = difference
                 expected = "the same values for the same seed and actions"
                 got = "other values after other episodes: something is left of them"
-                yield Finding("leak", "error", name, expected, got, agent[0] if agent else None, step)
+                yield Finding(
+                    "leak", "error", name, expected, got, agent[0] if agent else None, step
+                )
                 return
 
     def _other_seed(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
@@ -172,7 +201,13 @@ class _Player:
         alike = [not differs(start, start[:1]).any() for start in starts]
         if self.batch[0] > 1 and all(alike) and differs(*starts).any():
             expected = "every environment to draw on a seed of its own"
-            yield Finding("env_seeds", "error", "reset", expected, f"{self.batch[0]} times the same first observation")
+            yield Finding(
+                "env_seeds",
+                "error",
+                "reset",
+                expected,
+                f"{self.batch[0]} times the same first observation",
+            )
 
     def _others(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
         """Environment 0 does as before while all agents of the others deviate; a single one deviates itself."""
@@ -183,12 +218,21 @@ class _Player:
             if deviating[env].any():
                 self._measure(main, run, env, who=self.spec.num_agents)
         if not deviating[0].any():
-            ours, theirs = (jax.tree.map(lambda x: x[:, 0], r.first(run.length)) for r in (main, run))
+            ours, theirs = (
+                jax.tree.map(lambda x: x[:, 0], r.first(run.length)) for r in (main, run)
+            )
             if difference := first_difference(ours, theirs, num_lead=1):
                 name, (step, *agent) = difference
                 expected = "an environment that the actions in others do not change"
                 place = (agent[0] if agent else None, step)
-                yield Finding("env_independence", "error", name, expected, "other values in environment 0", *place)
+                yield Finding(
+                    "env_independence",
+                    "error",
+                    name,
+                    expected,
+                    "other values in environment 0",
+                    *place,
+                )
 
     def _dead(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
         """Dead agents deviate, which changes nothing."""
@@ -231,7 +275,13 @@ def _check_arrays(timestep: TimeStep, spec: EnvSpec, batch: tuple[int, int]) -> 
     yield from found
     for path, leaf in jax.tree_util.tree_flatten_with_path(timestep)[0]:
         if not found and not isinstance(leaf, np.ndarray):
-            yield Finding("dtype", "error", jax.tree_util.keystr(path)[1:], "a NumPy array", type(leaf).__name__)
+            yield Finding(
+                "dtype",
+                "error",
+                jax.tree_util.keystr(path)[1:],
+                "a NumPy array",
+                type(leaf).__name__,
+            )
 
 
 def _check_held(held: TimeStep, copy: TimeStep, step: int) -> Iterator[Finding]:
@@ -239,7 +289,14 @@ def _check_held(held: TimeStep, copy: TimeStep, step: int) -> Iterator[Finding]:
     same = jax.tree.map(lambda x, y: x is y or x.tobytes() == y.tobytes(), copy, held)
     if not jax.tree.all(same) and (difference := first_difference(copy, held)):
         expected = "arrays that nobody overwrites once they were returned"
-        yield Finding("overwritten", "error", difference[0], expected, "other values after the next step", step=step)
+        yield Finding(
+            "overwritten",
+            "error",
+            difference[0],
+            expected,
+            "other values after the next step",
+            step=step,
+        )
 
 
 def _copy(timestep: TimeStep) -> TimeStep:

@@ -37,7 +37,9 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
     sees = compare(one.observation.agents_view, other.observation.agents_view, 2)
     if one.observation.grid is not None:
         sees |= compare(one.observation.grid, other.observation.grid, 2)
-    pairs = [(getattr(one, name), getattr(other, name)) for name in ("reward", "terminated", "truncated")]
+    pairs = [
+        (getattr(one, name), getattr(other, name)) for name in ("reward", "terminated", "truncated")
+    ]
     names = ("action_mask", "alive", "state")
     pairs += [(getattr(one.observation, name), getattr(other.observation, name)) for name in names]
     rest = np.any([compare(x, y, 1) for x, y in pairs if x is not None], axis=0)
@@ -47,8 +49,14 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
 def stack(actions: list[Numbers], timesteps: list[TimeStep], shape: tuple[int, ...]) -> Run:
     """The run of these steps, which may be none; `shape` is that of an action."""
     names = set.intersection(*(set(timestep.metrics) for timestep in timesteps))
-    common = [replace(timestep, metrics={name: timestep.metrics[name] for name in names}) for timestep in timesteps]
-    return Run(np.stack(actions) if actions else np.zeros((0, *shape)), jax.tree.map(lambda *x: np.stack(x), *common))
+    common = [
+        replace(timestep, metrics={name: timestep.metrics[name] for name in names})
+        for timestep in timesteps
+    ]
+    return Run(
+        np.stack(actions) if actions else np.zeros((0, *shape)),
+        jax.tree.map(lambda *x: np.stack(x), *common),
+    )
 
 
 def cut(run: Run) -> Iterator[Episode]:
@@ -66,7 +74,9 @@ def cut(run: Run) -> Iterator[Episode]:
             start = stop
 
 
-def _episode(number: int, stream: TimeStep, steps: TimeStep, action: Numbers, start: int) -> Episode:
+def _episode(
+    number: int, stream: TimeStep, steps: TimeStep, action: Numbers, start: int
+) -> Episode:
     last = steps.final_observation if ends(steps)[-1] else steps.observation
 
     def join(first: Numbers, middle: Numbers, last: Numbers) -> Numbers:

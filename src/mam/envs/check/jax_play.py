@@ -31,10 +31,14 @@ from mam.types import EnvSpec, TimeStep
 NUM_LANES = 192
 NUM_PROBED = 15  # agents that deviate in one round
 NUM_REPEATED = 3  # steps that are played again, to see whether the same comes out
-_FAILED_ON_DEVICE = jax.errors.JaxRuntimeError  # a callback that raised; anything else would be a bug of ours
+_FAILED_ON_DEVICE = (
+    jax.errors.JaxRuntimeError
+)  # a callback that raised; anything else would be a bug of ours
 
 
-def play(env: Any, spec: EnvSpec, timestep: TimeStep, seed: int, num_episodes: int, deadline: float) -> Recording:
+def play(
+    env: Any, spec: EnvSpec, timestep: TimeStep, seed: int, num_episodes: int, deadline: float
+) -> Recording:
     """Plays rounds of episodes until there are enough and every agent has deviated, or time is up.
 
     Args:
@@ -79,8 +83,15 @@ def play(env: Any, spec: EnvSpec, timestep: TimeStep, seed: int, num_episodes: i
 class _Player:
     """The compiled lanes, and where their records go."""
 
-    def __init__(self, lanes: Lanes, seed: int, num_steps: int, deadline: float, recording: Recording) -> None:
-        self.lanes, self.num_steps, self.deadline, self.recording = lanes, num_steps, deadline, recording
+    def __init__(
+        self, lanes: Lanes, seed: int, num_steps: int, deadline: float, recording: Recording
+    ) -> None:
+        self.lanes, self.num_steps, self.deadline, self.recording = (
+            lanes,
+            num_steps,
+            deadline,
+            recording,
+        )
         self.seed = seed
         self._begin, self._advance = compile_quickly(lanes.begin), compile_quickly(lanes.advance)
 
@@ -93,15 +104,22 @@ class _Player:
         """Resets all lanes for a round."""
         keys, _ = self._draw(number, 0)
         begin = functools.partial(self._begin, keys)
-        carry, first, clocks = attempt("reset", lambda: jax.block_until_ready(begin()), catch=_FAILED_ON_DEVICE)
+        carry, first, clocks = attempt(
+            "reset", lambda: jax.block_until_ready(begin()), catch=_FAILED_ON_DEVICE
+        )
         return carry, jax.device_get(first), jax.device_get(clocks)
 
     def steps(self, number: int, carry: Carry) -> Iterator[Record]:
         """The steps of a round, without end."""
         for step in itertools.count(1):
-            advance = functools.partial(self._advance, carry, *self._draw(number, step), self.probed(number))
+            advance = functools.partial(
+                self._advance, carry, *self._draw(number, step), self.probed(number)
+            )
             carry, record = attempt(
-                "step", lambda f=advance: jax.block_until_ready(f()), step=step, catch=_FAILED_ON_DEVICE
+                "step",
+                lambda f=advance: jax.block_until_ready(f()),
+                step=step,
+                catch=_FAILED_ON_DEVICE,
             )
             yield jax.device_get(record)
 
@@ -141,7 +159,9 @@ class _Player:
         effects = record.sees.any(axis=-1) | record.rest  # [T, V]
         for lane, who in enumerate((num_agents, None, *probed)):
             (over,) = np.nonzero(record.ended[:, lane] | effects[:, lane])
-            until = over[0] + 1 if len(over) else episode.length  # later on the lanes are different stories
+            until = (
+                over[0] + 1 if len(over) else episode.length
+            )  # later on the lanes are different stories
             effect = effects[until - 1, lane]
             acts = record.acts[:until, lane] & (~alive if who is None else alive)[:until]
             if who is None:
@@ -172,7 +192,11 @@ class _Player:
         again = (first, *(record.timestep for record in records))
         for episode in self.recording.episodes[: self.lanes.num_groups]:
             for step, timestep in enumerate(again[: episode.length + 1]):
-                known = jax.tree.map(lambda x, t=step: x[t - 1], episode.timestep) if step else episode.first
+                known = (
+                    jax.tree.map(lambda x, t=step: x[t - 1], episode.timestep)
+                    if step
+                    else episode.first
+                )
                 again_here: Any = jax.tree.map(lambda x, g=episode.number: x[g], timestep)
                 if known is not None and (difference := first_difference(known, again_here)):
                     field, index = difference
@@ -186,4 +210,6 @@ def _episode(number: int, first: TimeStep, clocks: np.ndarray, record: Record) -
         return np.concatenate([start[None], rest])
 
     observation = as_typed(jax.tree.map(join, first.observation, record.timestep.observation))
-    return Episode(number, observation, record.action, record.timestep, first, join(clocks, record.clocks))
+    return Episode(
+        number, observation, record.action, record.timestep, first, join(clocks, record.clocks)
+    )

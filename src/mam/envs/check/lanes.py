@@ -60,10 +60,14 @@ class Lanes:
     def begin(self, keys: Array) -> tuple[Carry, TimeStep, Array]:
         """Resets every group and repeats it in its lanes; also returns lane 0's time step and clocks."""
         state, timestep = jax.vmap(self.env.reset)(jax.random.wrap_key_data(keys))
-        carry = jax.tree.map(lambda x: jnp.repeat(x, self.group_size, axis=0), Carry(state, timestep.observation))
+        carry = jax.tree.map(
+            lambda x: jnp.repeat(x, self.group_size, axis=0), Carry(state, timestep.observation)
+        )
         return carry, timestep, _clocks(state, self.num_groups)
 
-    def advance(self, carry: Carry, keys: Array, noise: Array, probed: Array) -> tuple[Carry, Record]:
+    def advance(
+        self, carry: Carry, keys: Array, noise: Array, probed: Array
+    ) -> tuple[Carry, Record]:
         """Steps all lanes.
 
         Args:
@@ -72,24 +76,36 @@ class Lanes:
             noise: what actions are made of, the usual and the other, [2, G, N, A + 1].
             probed: the agents that deviate, one in each of the lanes 3, 4, …, [P].
         """
-        mask, alive = (x.astype(bool) for x in (carry.observation.action_mask, carry.observation.alive))
+        mask, alive = (
+            x.astype(bool) for x in (carry.observation.action_mask, carry.observation.alive)
+        )
         usual, other = noise[:, :, None]
         deviates = self._deviates(self._grouped(alive), probed)
         noise = jnp.where(deviates[..., None], other, usual)
         action = choose(self.spec, mask, noise.reshape(-1, *noise.shape[2:]), jnp)
         keys = jnp.repeat(keys, self.group_size, axis=0)
-        state, timestep = jax.vmap(self.env.step)(carry.state, action, jax.random.wrap_key_data(keys))
+        state, timestep = jax.vmap(self.env.step)(
+            carry.state, action, jax.random.wrap_key_data(keys)
+        )
         record = Record(
             timestep=jax.tree.map(self._recorded, timestep),
             action=self._recorded(action),
             clocks=self._recorded(_clocks(state, len(keys))),
             acts=self._deviation(action, per_agent=True),
-            sees=self._deviation(timestep.observation.agents_view, timestep.observation.grid, per_agent=True),
+            sees=self._deviation(
+                timestep.observation.agents_view, timestep.observation.grid, per_agent=True
+            ),
             rest=self._deviation(
-                *(timestep.observation.action_mask, timestep.observation.alive, timestep.observation.state),
+                *(
+                    timestep.observation.action_mask,
+                    timestep.observation.alive,
+                    timestep.observation.state,
+                ),
                 *(timestep.reward, timestep.terminated, timestep.truncated),
             ),
-            ended=self._grouped(timestep.terminated.astype(bool) | timestep.truncated.astype(bool))[:, 1:],
+            ended=self._grouped(timestep.terminated.astype(bool) | timestep.truncated.astype(bool))[
+                :, 1:
+            ],
         )
         return Carry(state, timestep.observation), record
 
@@ -98,7 +114,9 @@ class Lanes:
         nobody, everybody = jnp.zeros_like(alive[:, :1]), jnp.ones_like(alive[:, :1])
         one_each = probed[:, None] == jnp.arange(self.spec.num_agents)
         one_each = jnp.broadcast_to(one_each, (self.num_groups, *one_each.shape))
-        return jnp.concatenate([nobody, everybody, ~alive[:, DEAD_LANE : DEAD_LANE + 1], one_each], axis=1)
+        return jnp.concatenate(
+            [nobody, everybody, ~alive[:, DEAD_LANE : DEAD_LANE + 1], one_each], axis=1
+        )
 
     def _grouped(self, x: Array) -> Array:
         return x.reshape(self.num_groups, self.group_size, *x.shape[1:])
@@ -119,5 +137,11 @@ class Lanes:
 
 def _clocks(state: EnvState, num_lanes: int) -> Array:
     """The single numbers of every lane's state, [lanes, K]."""
-    numbers = [x for x in jax.tree.leaves(state) if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.number)]
-    return jnp.stack([x.astype(jnp.float32) for x in numbers], axis=1) if numbers else jnp.zeros((num_lanes, 0))
+    numbers = [
+        x for x in jax.tree.leaves(state) if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.number)
+    ]
+    return (
+        jnp.stack([x.astype(jnp.float32) for x in numbers], axis=1)
+        if numbers
+        else jnp.zeros((num_lanes, 0))
+    )

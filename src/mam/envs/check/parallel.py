@@ -29,12 +29,18 @@ def check_parallel(name: str, factory: Callable[..., Any], **kwargs: Any) -> Rep
     """
     with tempfile.TemporaryDirectory() as folder:
         with HostPool(
-            name, Audited(name, factory, folder), NUM_ENVS, agent_id="none", limits=WorkerConfig(max_restarts=0)
+            name,
+            Audited(name, factory, folder),
+            NUM_ENVS,
+            agent_id="none",
+            limits=WorkerConfig(max_restarts=0),
         ) as env:
             report = check_environment(env, **kwargs)
         found = read_findings(folder)
     raised = any(finding.check == "exception" for finding in found)  # of which the pool says less
-    others = [finding for finding in report.findings if not (raised and finding.check == "exception")]
+    others = [
+        finding for finding in report.findings if not (raised and finding.check == "exception")
+    ]
     return replace(report, findings=collapse([*found, *others]), checks=(*report.checks, *CHECKS))
 
 
@@ -62,4 +68,6 @@ def limit_of_one(ends: Sequence[Sequence]) -> Iterator[Finding]:
         if at_least(count, len(reached), hazard) < RARE:
             expected = "truncation at the time limit, as for other agents"
             got = f"termination in {count} of {len(reached)} episodes"
-            yield Finding("limit_of_one", "warning", "terminated", expected, got, agent, reached[0][0])
+            yield Finding(
+                "limit_of_one", "warning", "terminated", expected, got, agent, reached[0][0]
+            )

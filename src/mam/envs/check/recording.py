@@ -9,7 +9,9 @@ import numpy as np
 from mam.envs.check.report import Finding
 from mam.types import EnvSpec, Observation, TimeStep
 
-Numbers: TypeAlias = Any  # a NumPy array, which the time steps of a recording hold in place of JAX's
+Numbers: TypeAlias = (
+    Any  # a NumPy array, which the time steps of a recording hold in place of JAX's
+)
 STEP_LIMIT = 10_000  # of an episode whose time limit is unknown
 BEYOND_LIMIT = 2  # steps played past the time limit, to see when the episode ends instead
 RECORD_BYTES = 256 * 2**20  # of one round of episodes
@@ -24,7 +26,9 @@ class Episode:
     observation: Observation  # [T+1, …] the first one, then the successor of every action
     action: Numbers  # [T, N], [T, N, K] or [T, N, A]
     timestep: TimeStep  # [T, …] as the environment returned them
-    first: TimeStep | None  # what `reset` returned; None if the environment started this episode by itself
+    first: (
+        TimeStep | None
+    )  # what `reset` returned; None if the environment started this episode by itself
     clocks: Numbers  # [T+1, K] single numbers of the state, one of which may count steps
 
     @property
@@ -42,7 +46,9 @@ class Influence:
 
     decisions: np.ndarray  # [N+1] actions of living agents that differed, before anything else did
     effects: np.ndarray  # [N+1] episodes in which anything that is seen or earned differed then
-    at_once: np.ndarray  # [N, N] of agent i's first such actions, how many changed agent j's next view
+    at_once: (
+        np.ndarray
+    )  # [N, N] of agent i's first such actions, how many changed agent j's next view
 
     @classmethod
     def none(cls, num_agents: int) -> "Influence":
@@ -68,7 +74,9 @@ class Recording:
 
 def ends(timestep: TimeStep) -> Numbers:
     """Whether the episode ends; unlike `TimeStep.ended` for flags that are not boolean as well."""
-    return np.asarray(timestep.terminated).astype(bool) | np.asarray(timestep.truncated).astype(bool)
+    return np.asarray(timestep.terminated).astype(bool) | np.asarray(timestep.truncated).astype(
+        bool
+    )
 
 
 def as_typed(observation: Observation) -> Observation:
@@ -79,7 +87,10 @@ def as_typed(observation: Observation) -> Observation:
 
 def steps_that_fit(timestep: TimeStep) -> int:
     """How many such time steps are recorded at most."""
-    return max(1, RECORD_BYTES // sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(timestep)))
+    return max(
+        1,
+        RECORD_BYTES // sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(timestep)),
+    )
 
 
 def choose(spec: EnvSpec, mask: Any, noise: Any, xp: Any = np) -> Any:
@@ -110,7 +121,9 @@ def differs(one: Any, other: Any, xp: Any = np) -> Any:
     return ~xp.isclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-def first_difference(one: TimeStep, other: TimeStep, num_lead: int = 0) -> tuple[str, list[int]] | None:
+def first_difference(
+    one: TimeStep, other: TimeStep, num_lead: int = 0
+) -> tuple[str, list[int]] | None:
     """Returns the first field in which two time steps differ, and where in its leading (and agents') axes."""
     ours, theirs = (dict(jax.tree_util.tree_flatten_with_path(tree)[0]) for tree in (one, other))
     for path in [path for path in ours if path in theirs]:
@@ -119,14 +132,27 @@ def first_difference(one: TimeStep, other: TimeStep, num_lead: int = 0) -> tuple
         if mine.shape != its.shape:
             return name, []
         if len(places := np.argwhere(differs(mine, its))):
-            return name, [int(i) for i in places[0][: num_lead + (name.split(".")[-1] in PER_AGENT)]]
+            return name, [
+                int(i) for i in places[0][: num_lead + (name.split(".")[-1] in PER_AGENT)]
+            ]
     return None
 
 
-def not_repeated(field: str, agent: int | None, step: int, episode: int | None, what: str) -> Finding:
+def not_repeated(
+    field: str, agent: int | None, step: int, episode: int | None, what: str
+) -> Finding:
     """The finding that the same keys (or seed) and actions led to something else."""
     got = "other values the second time"
-    return Finding("determinism", "error", field, f"the same values for the same {what}", got, agent, step, episode)
+    return Finding(
+        "determinism",
+        "error",
+        field,
+        f"the same values for the same {what}",
+        got,
+        agent,
+        step,
+        episode,
+    )
 
 
 def dead_acts(acts: Numbers, episode: int | None = None) -> Finding:

@@ -81,7 +81,9 @@ class Report:
         found = (_count(num_errors, "error"), _count(num_warnings, "warning"))
         verdict = " and ".join(text for text in found if text) or "nothing found"
         seen = f"{_count(self.episodes, 'episode') or 'no episode'}, {_count(self.steps, 'step') or 'no step'}"
-        summary = f"{self.name}: {verdict} · {len(self.checks)} checks of {seen} in {self.seconds:.1f} s"
+        summary = (
+            f"{self.name}: {verdict} · {len(self.checks)} checks of {seen} in {self.seconds:.1f} s"
+        )
         return [*map(str, self.findings), *(f"note · {note}" for note in self.notes), summary]
 
 

@@ -30,7 +30,11 @@ def places(
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])
         agent = place[1] if per_agent and bad.ndim > 1 else None
-        count = int(bad.reshape(*bad.shape[: 1 + per_agent], -1).any(axis=-1).sum()) if bad.ndim > 1 else int(bad.sum())
+        count = (
+            int(bad.reshape(*bad.shape[: 1 + per_agent], -1).any(axis=-1).sum())
+            if bad.ndim > 1
+            else int(bad.sum())
+        )
         text = got if isinstance(got, str) else got(place)
         yield Finding(*finding, text, agent, place[0] + offset, episode.number, count)
 
@@ -44,7 +48,9 @@ def _fields(episode: Episode) -> Iterator[tuple[str, Numbers, int]]:
     yield "reward", episode.timestep.reward, 1
     if episode.first is not None:
         yield "reward", episode.first.reward[None], 0
-        yield from ((f"metrics.{name}", value[None], 0) for name, value in episode.first.metrics.items())
+        yield from (
+            (f"metrics.{name}", value[None], 0) for name, value in episode.first.metrics.items()
+        )
     yield from ((f"metrics.{name}", value, 1) for name, value in episode.timestep.metrics.items())
 
 
@@ -61,7 +67,10 @@ def chance(num_changed: int, num_others: int, num_suspects: int) -> float:
 
 def at_least(num_hits: int, num_tries: int, probability: float) -> float:
     """How likely so many hits or more are."""
-    few = (math.comb(num_tries, k) * probability**k * (1 - probability) ** (num_tries - k) for k in range(num_hits))
+    few = (
+        math.comb(num_tries, k) * probability**k * (1 - probability) ** (num_tries - k)
+        for k in range(num_hits)
+    )
     return 1.0 - math.fsum(few)
 
 
@@ -86,7 +95,12 @@ def finite(recording: Recording) -> Iterator[Finding]:
                 per_agent = name in ("agents_view", "grid", "reward")
                 bad = ~np.isfinite(value)
                 yield from places(
-                    episode, bad, kind, lambda at, x=value: str(x[at]), per_agent=per_agent, offset=offset
+                    episode,
+                    bad,
+                    kind,
+                    lambda at, x=value: str(x[at]),
+                    per_agent=per_agent,
+                    offset=offset,
                 )
 
 
@@ -96,7 +110,9 @@ def action_bounds(recording: Recording) -> Iterator[Finding]:
         return
     followed = []
     for episode in recording.episodes:
-        bad = ~np.isfinite(episode.observation.agents_view[1:]).all(axis=-1) | ~np.isfinite(episode.timestep.reward)
+        bad = ~np.isfinite(episode.observation.agents_view[1:]).all(axis=-1) | ~np.isfinite(
+            episode.timestep.reward
+        )
         if bad.any():
             step = int(np.argmax(bad.any(axis=1)))
             extreme = (np.abs(episode.action[step]) == 1).any(axis=-1)
@@ -105,7 +121,9 @@ def action_bounds(recording: Recording) -> Iterator[Finding]:
         number, step, agents = followed[0]
         got = f"numbers that are not finite, in {len(followed)} episodes"
         expected = "actions with components of ±1 to be taken as any other"
-        yield Finding("action_bounds", "error", "action", expected, got, int(agents[0]), step, number)
+        yield Finding(
+            "action_bounds", "error", "action", expected, got, int(agents[0]), step, number
+        )
 
 
 def magnitude(recording: Recording) -> Iterator[Finding]:
@@ -125,8 +143,12 @@ def magnitude(recording: Recording) -> Iterator[Finding]:
 def action_mask(recording: Recording) -> Iterator[Finding]:
     """Every agent, dead or alive, has at least one legal action, in every component."""
     for episode in recording.episodes:
-        got = lambda at, x=episode.observation.alive: "none" if x[at] else "none (the agent is dead)"  # noqa: E731
-        for number, mask in enumerate(component_parts(recording.spec, episode.observation.action_mask)):
+        got = lambda at, x=episode.observation.alive: (
+            "none" if x[at] else "none (the agent is dead)"
+        )  # noqa: E731
+        for number, mask in enumerate(
+            component_parts(recording.spec, episode.observation.action_mask)
+        ):
             where = "" if recording.spec.action_components is None else f" in component {number}"
             kind = ("action_mask", "error", "action_mask", f"at least one legal action{where}")
             yield from places(episode, ~mask.any(axis=-1), kind, got)
@@ -162,8 +184,13 @@ def stale(recording: Recording) -> Iterator[Finding]:
     """What the second step changes, often, the first changes, too: else it is the previous step's."""
     long = [episode for episode in recording.episodes if episode.length >= 2]
     for name in ("agents_view", "action_mask", "grid", "state"):
-        values = [value for episode in long if (value := getattr(episode.observation, name)) is not None]
-        changes = [differs(value[1:], value[:-1]).reshape(len(value) - 1, -1).any(axis=1) for value in values]
+        values = [
+            value for episode in long if (value := getattr(episode.observation, name)) is not None
+        ]
+        changes = [
+            differs(value[1:], value[:-1]).reshape(len(value) - 1, -1).any(axis=1)
+            for value in values
+        ]
         if not changes or any(change[0] for change in changes):
             continue
         num_changed = sum(change[1] for change in changes)
@@ -179,7 +206,11 @@ def constant_view(recording: Recording) -> Iterator[Finding]:
         return
     blind = np.ones(recording.spec.num_agents, bool)
     for name in ("agents_view", "grid"):
-        values = [value for episode in recording.episodes if (value := getattr(episode.observation, name)) is not None]
+        values = [
+            value
+            for episode in recording.episodes
+            if (value := getattr(episode.observation, name)) is not None
+        ]
         if values and values[0].size:
             same = [~differs(value, values[0][:1]) for value in values]
             blind &= np.all([x.all(axis=(0, *range(2, x.ndim))) for x in same], axis=0)
@@ -201,7 +232,12 @@ def reward_at_reset(recording: Recording) -> Iterator[Finding]:
     for episode in recording.episodes:
         if episode.first is not None:
             reward = np.asarray(episode.first.reward)[None]
-            yield from places(episode, np.isfinite(reward) & (reward != 0), kind, lambda at, x=reward: f"{x[at]:g}")
+            yield from places(
+                episode,
+                np.isfinite(reward) & (reward != 0),
+                kind,
+                lambda at, x=reward: f"{x[at]:g}",
+            )
 
 
 def team_reward(recording: Recording) -> Iterator[Finding]:
@@ -234,7 +270,9 @@ def all_dead(recording: Recording) -> Iterator[Finding]:
         yield from places(episode, dead[:1], kind, "none")
         goes_on = dead[1:] & ~flags(episode).any(axis=1)
         kind = ("all_dead", "error", "alive", "the episode to end with the last living agent")
-        yield from places(episode, goes_on, kind, "none alive, and neither terminated nor truncated", offset=1)
+        yield from places(
+            episode, goes_on, kind, "none alive, and neither terminated nor truncated", offset=1
+        )
 
 
 RULES: tuple[Rule, ...] = (

@@ -29,13 +29,17 @@ def feature_scale(recording: Recording) -> Iterator[Finding]:
         if varies.size and spread.max() > APART * spread[varies].min():
             small, large = int(varies[spread[varies].argmin()]), int(spread.argmax())
             expected = f"ranges within {APART:.0f} times each other, or network.observation_norm = running, the default"
-            got = f"feature {large} varies by {spread[large]:g}, feature {small} by {spread[small]:g}"
+            got = (
+                f"feature {large} varies by {spread[large]:g}, feature {small} by {spread[small]:g}"
+            )
             yield Finding("feature_scale", "warning", name, expected, got)
 
 
 def reward_offset(recording: Recording) -> Iterator[Finding]:
     """Rewards vary about as much as they are large: what every step earns says nothing about actions."""
-    earned = [episode.timestep.reward[episode.observation.alive[:-1]] for episode in recording.episodes]
+    earned = [
+        episode.timestep.reward[episode.observation.alive[:-1]] for episode in recording.episodes
+    ]
     reward = np.concatenate(earned).astype(np.float64)
     if not enough(recording) or not reward.size or not np.isfinite(reward).all():
         return

@@ -63,17 +63,30 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
     grid = spec.grid_shape
     grid_fits = isinstance(grid, tuple) and len(grid) == 3 and all(whole(size, 1) for size in grid)
     names = spec.agent_names
-    names_fit = isinstance(names, tuple) and [isinstance(name, str) for name in names] == [True] * spec.num_agents
+    names_fit = (
+        isinstance(names, tuple)
+        and [isinstance(name, str) for name in names] == [True] * spec.num_agents
+    )
     parts = spec.action_components
-    parts_fit = isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
+    parts_fit = (
+        isinstance(parts, tuple) and all(whole(size, 1) for size in parts) and not spec.continuous
+    )
     rules = (
         ("name", isinstance(spec.name, str) and spec.name.strip() == spec.name != "", "a name"),
         ("num_agents", whole(spec.num_agents, 1), "a whole number, at least 1"),
         ("obs_dim", whole(spec.obs_dim, 0), "a whole number, at least 0"),
         ("num_actions", whole(spec.num_actions, 1), "a whole number, at least 1"),
-        ("time_limit", spec.time_limit is None or whole(spec.time_limit, 1), "a whole number, at least 1, or None"),
+        (
+            "time_limit",
+            spec.time_limit is None or whole(spec.time_limit, 1),
+            "a whole number, at least 1, or None",
+        ),
         ("grid_shape", grid is None or grid_fits, "(rows, columns, channels), or None"),
-        ("state_dim", spec.state_dim is None or whole(spec.state_dim, 1), "a whole number, at least 1, or None"),
+        (
+            "state_dim",
+            spec.state_dim is None or whole(spec.state_dim, 1),
+            "a whole number, at least 1, or None",
+        ),
         ("continuous", isinstance(spec.continuous, bool), "True or False"),
         (
             "action_components",
@@ -98,7 +111,9 @@ def check_signatures(env: Any, arguments: dict[str, tuple[str, ...]]) -> Iterato
         try:
             inspect.signature(method).bind(*parameters)
         except TypeError as error:
-            yield Finding("protocol", "error", name, expected, f"{name}{inspect.signature(method)}: {error}")
+            yield Finding(
+                "protocol", "error", name, expected, f"{name}{inspect.signature(method)}: {error}"
+            )
         except ValueError:
             continue  # built in: its signature cannot be read
 
@@ -140,9 +155,13 @@ def trace_environment(env: Any, spec: EnvSpec) -> Traced:
     """Traces `reset` and `step`, unbatched; raises `Unplayable`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     reset, first = _trace("reset", env.reset, key)
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), first[0])
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), first[0]
+    )
     if any(map(is_fatal, found := list(check_fields(first[1], spec)))):
-        raise Unplayable(*(replace(finding, step=0) for finding in found))  # else the step fails, and less clearly
+        raise Unplayable(
+            *(replace(finding, step=0) for finding in found)
+        )  # else the step fails, and less clearly
     step, later = _trace("step", env.step, state, spec.joint_action, key)
     return Traced(reset, step, first, later)
 
@@ -151,14 +170,20 @@ def batch_environment(env: Any, traced: Traced) -> None:
     """Traces `reset` and `step` again, side by side; raises `Unplayable`."""
     state, *_ = traced.first
     action, key = traced.step.in_avals[-2:]
-    state, action, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (state, action, key))
+    state, action, key = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), (state, action, key)
+    )
     attempt("reset", lambda: jax.eval_shape(jax.vmap(env.reset), key), check="vmap")
     attempt("step", lambda: jax.eval_shape(jax.vmap(env.step), state, action, key), check="vmap")
 
 
-def _trace(where: str, function: Callable[..., Any], *arguments: Any) -> tuple[ClosedJaxpr, tuple[Any, TimeStep]]:
+def _trace(
+    where: str, function: Callable[..., Any], *arguments: Any
+) -> tuple[ClosedJaxpr, tuple[Any, TimeStep]]:
     # A lambda, because JAX would not trace the same function twice.
-    make = jax.make_jaxpr(lambda *arguments: expect_pair(where, function(*arguments)), return_shape=True)
+    make = jax.make_jaxpr(
+        lambda *arguments: expect_pair(where, function(*arguments)), return_shape=True
+    )
     jaxpr, shapes = attempt(where, lambda: make(*arguments))
     return jaxpr, jax.tree.unflatten(jax.tree.structure(shapes), jaxpr.out_avals)
 
@@ -203,13 +228,19 @@ def check_retraced(traced: Traced, env: Any, spec: EnvSpec) -> Iterator[Finding]
             continue
         inputs = [key]
         if name == "step":
-            state = compile_quickly(jaxpr_as_fun(traced.reset))(key)[: len(jax.tree.leaves(traced.first[0]))]
+            state = compile_quickly(jaxpr_as_fun(traced.reset))(key)[
+                : len(jax.tree.leaves(traced.first[0]))
+            ]
             action = before.in_avals[len(state)]
             inputs = [*state, jnp.zeros(action.shape, action.dtype), key]
         results = [compile_quickly(jaxpr_as_fun(program))(*inputs) for program in (before, after)]
         if len(results[0]) != len(results[1]) or not all(map(_equal, *results)):
-            expected = "the same program whenever it is traced: randomness from keys, memory in the state"
-            yield Finding("hidden_state", "error", name, expected, "another one after episodes were played")
+            expected = (
+                "the same program whenever it is traced: randomness from keys, memory in the state"
+            )
+            yield Finding(
+                "hidden_state", "error", name, expected, "another one after episodes were played"
+            )
 
 
 def compile_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,7 +251,9 @@ def compile_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _same_program(one: ClosedJaxpr, other: ClosedJaxpr) -> bool:
     texts = [re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)) for program in (one, other)]
-    return texts[0] == texts[1] and all(_equal(a, b) for a, b in zip(one.consts, other.consts, strict=True))
+    return texts[0] == texts[1] and all(
+        _equal(a, b) for a, b in zip(one.consts, other.consts, strict=True)
+    )
 
 
 def _equal(one: Any, other: Any) -> bool:

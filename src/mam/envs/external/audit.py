@@ -34,7 +34,9 @@ class Audited:
     folder: str  # where notes are written, one file for each environment
 
     def __call__(self, index: int) -> "Audit":
-        return Audit(as_parallel(make_numbered(self.factory, index), self.name), self.name, self.folder)
+        return Audit(
+            as_parallel(make_numbered(self.factory, index), self.name), self.name, self.folder
+        )
 
 
 class Audit:
@@ -70,7 +72,14 @@ class Audit:
         for agent in rewards.keys() - acted:
             if np.any(rewards[agent]):
                 expected = "nothing for an agent after its end"
-                self._note("dead_reward", "error", "reward", expected, f"{rewards[agent]}, which is lost", agent)
+                self._note(
+                    "dead_reward",
+                    "error",
+                    "reward",
+                    expected,
+                    f"{rewards[agent]}, which is lost",
+                    agent,
+                )
         terminated = {agent for agent in acted if terminations.get(agent)}
         truncated = {agent for agent in acted if truncations.get(agent)} - terminated
         self._ended = (self._ended | terminated | truncated) & listed
@@ -103,19 +112,32 @@ class Audit:
         if found:
             self._note("space", "error", field, f"values as {field}_space says", found, agent)
 
-    def _check_masks(self, agent: Hashable, observation: Any, info: Mapping, sizes: tuple[int, ...]) -> None:
+    def _check_masks(
+        self, agent: Hashable, observation: Any, info: Mapping, sizes: tuple[int, ...]
+    ) -> None:
         seen = observation if isinstance(observation, Mapping) else {}
         for given in (seen.get("action_mask"), info.get("action_mask")):
             if any(not row.any() for row in _mask_rows(given, sizes)):
                 got = "none, which is read as all of them"
-                self._note("action_mask", "warning", "action_mask", "at least one legal action", got, agent)
+                self._note(
+                    "action_mask", "warning", "action_mask", "at least one legal action", got, agent
+                )
         if "action_mask" in seen or "action_mask" in info:
             return
         named = {key: value for key, value in seen.items() if _MASK.search(str(key))}
         for key, value in (named | dict(info)).items():
-            if (rows := _mask_rows(value, sizes)) and all(np.isin(row, (0, 1)).all() for row in rows):
+            if (rows := _mask_rows(value, sizes)) and all(
+                np.isin(row, (0, 1)).all() for row in rows
+            ):
                 got = f"what may be one under another, '{key}'"
-                self._note("mask_name", "warning", "action_mask", "a mask under the name action_mask", got, agent)
+                self._note(
+                    "mask_name",
+                    "warning",
+                    "action_mask",
+                    "a mask under the name action_mask",
+                    got,
+                    agent,
+                )
 
     def _call(self, method: str, function: Callable[[], Any]) -> Any:
         try:
@@ -124,7 +146,9 @@ class Audit:
             self._note("exception", "error", method, "no exception", describe(error), None)
             raise
 
-    def _note(self, check: str, severity: str, field: str, expected: str, got: str, agent: Hashable) -> None:
+    def _note(
+        self, check: str, severity: str, field: str, expected: str, got: str, agent: Hashable
+    ) -> None:
         """Notes the first place of its kind."""
         index = self._index.get(agent)
         if (check, field, index) not in self._noted:

@@ -91,29 +91,42 @@ class EnvFactory:
             UserError: there is no such thing.
         """
         target = self._submodule() or self._attribute()
-        if isinstance(target, ModuleType) or (not callable(target) and hasattr(target, "parallel_env")):
+        if isinstance(target, ModuleType) or (
+            not callable(target) and hasattr(target, "parallel_env")
+        ):
             target = getattr(target, "parallel_env", None) or getattr(target, "env", None)
         if not callable(target):
             raise UserError(
                 f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment, "
                 f"but of type {type(target).__name__}: expected a function or a class"
             )
-        _check_not_standard(self.name, _defining_module(target))  # also where another module passes it on
+        _check_not_standard(
+            self.name, _defining_module(target)
+        )  # also where another module passes it on
         return target
 
     def _submodule(self) -> ModuleType | None:
         module = _import(self.name, self.module)
         path = f"{self.module}.{self.attribute}"
-        return _import(self.name, path) if hasattr(module, "__path__") and importlib.util.find_spec(path) else None
+        return (
+            _import(self.name, path)
+            if hasattr(module, "__path__") and importlib.util.find_spec(path)
+            else None
+        )
 
     def _attribute(self) -> Any:
         module = _import(self.name, self.module)
         try:
             return getattr(module, self.attribute)
         except AttributeError:
-            names = {*vars(module), *(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ())))}
+            names = {
+                *vars(module),
+                *(found.name for found in pkgutil.iter_modules(getattr(module, "__path__", ()))),
+            }
             public = sorted(name for name in names if not name.startswith("_"))
-            raise unknown_name("environment", self.attribute, public, see=f"pydoc {self.module}") from None
+            raise unknown_name(
+                "environment", self.attribute, public, see=f"pydoc {self.module}"
+            ) from None
 
 
 def names_code(name: str) -> bool:
@@ -156,11 +169,17 @@ def find_factory(name: str) -> EnvFactory:
     module, _, rest = name.removeprefix(PREFIX).partition(":")
     attribute, _, options = rest.partition(":")
     if not module or not attribute.isidentifier():
-        example = f"{PREFIX}mpe2:simple_spread_v3" if name.startswith(PREFIX) else "my_package.my_module:make_env"
+        example = (
+            f"{PREFIX}mpe2:simple_spread_v3"
+            if name.startswith(PREFIX)
+            else "my_package.my_module:make_env"
+        )
         raise UserError(f"{name}: expected a module and what to take from it, such as {example}")
     if module.endswith(".py"):
         parts = (*PurePath(module).parent.parts, PurePath(module).stem)
-        raise UserError(f"{name}: expected a module, not its file, such as {'.'.join(parts).strip('/.')}:{rest}")
+        raise UserError(
+            f"{name}: expected a module, not its file, such as {'.'.join(parts).strip('/.')}:{rest}"
+        )
     _check_not_standard(name, module)
     factory = EnvFactory(name, module, attribute, _read_options(name, options))
     factory.find()
@@ -213,7 +232,9 @@ def _import(name: str, path: str) -> ModuleType:
             raise UserError(f"{name}: {top} {_pip(path) or place}") from None
         if path == missing or path.startswith(f"{missing}."):
             raise UserError(f"{name}: there is no module {missing}") from None
-        raise UserError(f"{name}: {path} needs {missing}, which {_pip(path) or 'is not installed'}") from None
+        raise UserError(
+            f"{name}: {path} needs {missing}, which {_pip(path) or 'is not installed'}"
+        ) from None
     except ImportError as error:
         raise UserError(f"{name}: {path} cannot be imported: {_one_line(error)}") from error
 
@@ -224,7 +245,11 @@ def _pip(path: str) -> str:
     family = rest.partition(".")[0]
     if top == "mpe2":
         return "is not installed: pip install mpe2"
-    return f'is not installed: pip install "pettingzoo[{family}]"' if top == "pettingzoo" and family else ""
+    return (
+        f'is not installed: pip install "pettingzoo[{family}]"'
+        if top == "pettingzoo" and family
+        else ""
+    )
 
 
 def make_numbered(factory: Callable[..., Any], index: int) -> Any:
@@ -238,7 +263,9 @@ def takes(make: Callable[..., Any], option: str, *, by_name: bool = False) -> bo
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):
         return False
-    return option in parameters or (not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
+    return option in parameters or (
+        not by_name and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    )
 
 
 def _one_line(error: Exception) -> str:

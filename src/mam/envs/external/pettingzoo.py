@@ -40,8 +40,12 @@ class Outcome:
     reward: np.ndarray  # [N]
     terminated: bool
     truncated: bool
-    metrics: dict[str, float] = field(default_factory=dict)  # of the infos, at the end of an episode
-    final_observation: Arrays | None = None  # with the last views of agents truncated while others go on, if any
+    metrics: dict[str, float] = field(
+        default_factory=dict
+    )  # of the infos, at the end of an episode
+    final_observation: Arrays | None = (
+        None  # with the last views of agents truncated while others go on, if any
+    )
 
 
 class PettingZooEnv:
@@ -71,7 +75,9 @@ class PettingZooEnv:
             raise UserError(f"{name}: the environment has no agents (its possible_agents is empty)")
         self._index: dict[Hashable, int] = {agent: n for n, agent in enumerate(agents)}
         self._actions = action_readers(name, {agent: env.action_space(agent) for agent in agents})
-        self._views = [View.of(env.observation_space(agent), env.action_space(agent)) for agent in agents]
+        self._views = [
+            View.of(env.observation_space(agent), env.action_space(agent)) for agent in agents
+        ]
         self.layout = _lay_out(name, env, agents, self._views, self._actions)
         own = [[np.ones(size, bool) for size in action.sizes] for action in self._actions]
         self._own_actions = np.stack([self._padded(masks) for masks in own])
@@ -91,7 +97,9 @@ class PettingZooEnv:
             seed: for the environment.
             into: arrays to write the observation to; new ones by default.
         """
-        observations, infos = read_result(self.name, "reset", self._env.reset(seed=seed), self._index.keys())
+        observations, infos = read_result(
+            self.name, "reset", self._env.reset(seed=seed), self._index.keys()
+        )
         self._ended = set()
         self._acting = self._going_on()
         return self._observe(observations, infos, self._acting, over=False, into=into)
@@ -104,7 +112,9 @@ class PettingZooEnv:
             into: as for `reset`.
         """
         # Who has ended but is still listed is expected to act, too, by the environment that lists it.
-        actions = {agent: self._read_action(agent, action) for agent in listed_agents(self._env, self.name)}
+        actions = {
+            agent: self._read_action(agent, action) for agent in listed_agents(self._env, self.name)
+        }
         result = read_result(self.name, "step", self._env.step(actions), self._index.keys())
         observations, rewards, terminations, truncations, infos = result
 
@@ -112,15 +122,21 @@ class PettingZooEnv:
         terminated = {agent for agent in acted if terminations.get(agent)}
         truncated = {agent for agent in acted if truncations.get(agent)} - terminated
         # Who has ended and is listed again after it was not has come back.
-        self._ended = (self._ended | terminated | truncated) & set(listed_agents(self._env, self.name))
+        self._ended = (self._ended | terminated | truncated) & set(
+            listed_agents(self._env, self.name)
+        )
         self._acting = self._going_on()
         over = not self._acting
         final = None
         if truncated and not over:
             final = self._observe(observations, infos, self._acting | truncated, over, into=None)
         return Outcome(
-            observation=self._observe(observations, infos, truncated if over else self._acting, over, into),
-            reward=self._read_rewards({agent: rewards.get(agent, 0.0) for agent in self._index if agent in acted}),
+            observation=self._observe(
+                observations, infos, truncated if over else self._acting, over, into
+            ),
+            reward=self._read_rewards(
+                {agent: rewards.get(agent, 0.0) for agent in self._index if agent in acted}
+            ),
             terminated=over and not truncated,
             truncated=over and bool(truncated),
             metrics=_info_metrics(infos) if over else {},
@@ -137,11 +153,15 @@ class PettingZooEnv:
         if drawn is None:
             return None
         picture = np.asarray(drawn)
-        picture = picture[-1] if picture.ndim == 4 and len(picture) else picture  # several since the last time
+        picture = (
+            picture[-1] if picture.ndim == 4 and len(picture) else picture
+        )  # several since the last time
         grey_or_colour = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] in (3, 4))
         if picture.dtype.kind not in "biuf" or not grey_or_colour or not picture.size:
             what = f"{type(drawn).__name__} of shape {picture.shape}, {picture.dtype}"
-            raise UserError(f"{self.name} cannot be drawn: render() returns {what}, not numbers [rows, columns, 3]")
+            raise UserError(
+                f"{self.name} cannot be drawn: render() returns {what}, not numbers [rows, columns, 3]"
+            )
         if picture.dtype.kind != "f":
             return picture.astype(np.uint8)
         unit = np.nanmax(picture) <= 1
@@ -154,20 +174,33 @@ class PettingZooEnv:
     def _going_on(self) -> set[Hashable]:
         listed = set(listed_agents(self._env, self.name))
         if unknown := listed - self._index.keys():
-            raise UserError(f"{self.name}: agent '{unknown.pop()}' is in agents but not in possible_agents")
+            raise UserError(
+                f"{self.name}: agent '{unknown.pop()}' is in agents but not in possible_agents"
+            )
         return listed - self._ended
 
     def _read_rewards(self, rewards: Mapping[Hashable, Any]) -> np.ndarray:
         for agent, reward in rewards.items():
             if np.ndim(reward) > 0 or reward is None:
-                raise UserError(f"{self.name}: the reward of agent '{agent}' is {reward!r}: expected a number")
-        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+                raise UserError(
+                    f"{self.name}: the reward of agent '{agent}' is {reward!r}: expected a number"
+                )
+        with np.errstate(
+            over="ignore"
+        ):  # what is infinite then is found where all numbers are looked at
             return np.array([rewards.get(agent, 0.0) for agent in self._index], np.float32)
 
     def _observe(
-        self, observations: Mapping, infos: Mapping, alive: set[Hashable], over: bool, into: Arrays | None
+        self,
+        observations: Mapping,
+        infos: Mapping,
+        alive: set[Hashable],
+        over: bool,
+        into: Arrays | None,
     ) -> Arrays:
-        arrays = into or {name: np.empty(shape, dtype) for name, (shape, dtype) in self.layout.observation.items()}
+        arrays = into or {
+            name: np.empty(shape, dtype) for name, (shape, dtype) in self.layout.observation.items()
+        }
         for array in arrays.values():
             array[...] = 0
         arrays["action_mask"][...] = self._own_actions
@@ -176,10 +209,14 @@ class PettingZooEnv:
             arrays["alive"][n] = True
             try:
                 self._write_view(n, observations[agent], arrays)
-                self._write_mask(n, observations[agent], infos.get(agent) or {}, arrays["action_mask"])
+                self._write_mask(
+                    n, observations[agent], infos.get(agent) or {}, arrays["action_mask"]
+                )
             except (ValueError, TypeError, LookupError) as error:
                 space = self._env.observation_space(agent)
-                raise UserError(f"{self.name}: what agent '{agent}' observes does not fit {space}: {error}") from error
+                raise UserError(
+                    f"{self.name}: what agent '{agent}' observes does not fit {space}: {error}"
+                ) from error
         if "state" in arrays:
             arrays["state"][...] = self._last_state = self._state(over)
         return arrays
@@ -211,12 +248,16 @@ class PettingZooEnv:
         except Exception:
             if not over:
                 raise
-            return self._last_state  # some put it together from the agents that go on: at the end there are none
+            return (
+                self._last_state
+            )  # some put it together from the agents that go on: at the end there are none
         if state.shape == self._last_state.shape:
             return state
         if over:
             return self._last_state
-        raise UserError(f"{self.name}: state() has {state.size} numbers, its space {self._last_state.size}")
+        raise UserError(
+            f"{self.name}: state() has {state.size} numbers, its space {self._last_state.size}"
+        )
 
 
 def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> tuple[Mapping, ...]:
@@ -233,16 +274,24 @@ def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> t
     """
     fields = ("observations", "infos") if method == "reset" else _STEP
     if not isinstance(result, tuple | list) or len(result) != len(fields):
-        found = f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+        found = (
+            f"{len(result)} values"
+            if isinstance(result, tuple | list)
+            else f"a {type(result).__name__}"
+        )
         raise UserError(f"{name}: {method}() returns {found}, not ({', '.join(fields)})")
     read = dict(zip(fields, result, strict=True))
     read["infos"] = {} if read["infos"] is None else read["infos"]
     for part, values in read.items():
         if not isinstance(values, Mapping):
             kind = type(values).__name__
-            raise UserError(f"{name}: {method}() returns a {kind} for {part}: expected a dictionary, agent by agent")
+            raise UserError(
+                f"{name}: {method}() returns a {kind} for {part}: expected a dictionary, agent by agent"
+            )
         if part != "infos" and (unknown := values.keys() - agents):
-            raise UserError(f"{name}: {part} of {method}() has an entry '{unknown.pop()}', which is no possible agent")
+            raise UserError(
+                f"{name}: {part} of {method}() has an entry '{unknown.pop()}', which is no possible agent"
+            )
     return tuple(read.values())
 
 
@@ -255,7 +304,9 @@ def listed_agents(env: Any, name: str) -> list[Hashable]:
     try:
         return env.agents
     except AttributeError:
-        raise UserError(f"{name}: there is no attribute agents: expected a list of those who go on") from None
+        raise UserError(
+            f"{name}: there is no attribute agents: expected a list of those who go on"
+        ) from None
 
 
 def as_parallel(env: Any, name: str) -> Any:
@@ -270,11 +321,15 @@ def as_parallel(env: Any, name: str) -> Any:
                 kind = type(space).__name__
                 raise UserError(f"{name}: {method} is a {kind}: expected a method, {method}(agent)")
         if not _takes_seed(env.reset):
-            raise UserError(f"{name}: reset() takes no seed: expected reset(seed=None, options=None)")
+            raise UserError(
+                f"{name}: reset() takes no seed: expected reset(seed=None, options=None)"
+            )
         return env
     if not hasattr(env, "agent_iter"):
         missing = next(attribute for attribute in _PARALLEL if not hasattr(env, attribute))
-        raise UserError(f"{name}: {type(env).__name__} is not a PettingZoo ParallelEnv: it has no {missing}")
+        raise UserError(
+            f"{name}: {type(env).__name__} is not a PettingZoo ParallelEnv: it has no {missing}"
+        )
     if not getattr(env, "metadata", {}).get("is_parallelizable", False):
         raise UserError(
             f"{name}: the agents of this AECEnv act in turn, but a ParallelEnv is needed (if they may act at the same "
@@ -297,22 +352,36 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
     """Sizes that hold every agent, and what had to be done for it."""
     notes = []
     picture = picture_of(views)
-    view_sizes = [0] if picture else [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
+    view_sizes = (
+        [0]
+        if picture
+        else [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
+    )
     if not picture and any(is_picture(view.space) for view in views):
         notes.append("not all agents see pictures of one size: pictures are flattened")
     if len(set(view_sizes)) > 1:
-        notes.append(f"agents observe {_span(view_sizes)} numbers: the shorter observations are padded with zeros")
+        notes.append(
+            f"agents observe {_span(view_sizes)} numbers: the shorter observations are padded with zeros"
+        )
     sizes = [action.sizes for action in actions]
     components = tuple(max(choices) for choices in zip_longest(*sizes, fillvalue=0))
     several = any(isinstance(action.space, spaces.MultiDiscrete) for action in actions)
     if len(set(sizes)) > 1:
-        theirs = f"up to {' + '.join(map(str, components))}" if several else _span([size for (size,) in sizes])
+        theirs = (
+            f"up to {' + '.join(map(str, components))}"
+            if several
+            else _span([size for (size,) in sizes])
+        )
         notes.append(f"agents have {theirs} actions: those that an agent does not have are masked")
     if any(isinstance(action, BoxAction) and action.unlimited for action in actions):
-        notes.append("actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both")
+        notes.append(
+            "actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both"
+        )
     first = views[0]
     if picture and first.channels_first:
-        notes.append(f"pictures are read channels first: rows, columns and channels are {first.grid_shape}")
+        notes.append(
+            f"pictures are read channels first: rows, columns and channels are {first.grid_shape}"
+        )
     state = getattr(env, "state_space", None)
     if state is not None and is_picture(state):
         notes.append("the global state is a picture: it is left out")
@@ -325,7 +394,9 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         time_limit=_time_limit(env),
         grid_shape=first.grid_shape if picture else None,
         grid_dtype=str(picture.dtype) if picture and picture.dtype.kind in "biu" else "float32",
-        state_dim=math.prod(state.shape) if isinstance(state, spaces.Box) and not is_picture(state) else None,
+        state_dim=math.prod(state.shape)
+        if isinstance(state, spaces.Box) and not is_picture(state)
+        else None,
         notes=tuple(notes),
     )
 
@@ -335,7 +406,9 @@ def _info_metrics(infos: Mapping) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for info in infos.values():
         for key, value in info.items() if isinstance(info, Mapping) else ():
-            if isinstance(value, bool | int | float | np.number | np.bool_) and isinstance(key, str):
+            if isinstance(value, bool | int | float | np.number | np.bool_) and isinstance(
+                key, str
+            ):
                 found.setdefault(f"info_{key}", []).append(float(value))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -346,6 +419,14 @@ def _span(sizes: list[int]) -> str:
 
 def _time_limit(env: Any) -> int | None:
     """The number of steps after which the environment truncates, where it says so in the usual place."""
-    places = (getattr(env, "max_cycles", None), getattr(getattr(env, "unwrapped", env), "max_cycles", None))
-    limit = next((place for place in places if place is not None), getattr(env, "metadata", {}).get("max_cycles"))
-    return int(limit) if isinstance(limit, int | float | np.integer) and 0 < limit < math.inf else None
+    places = (
+        getattr(env, "max_cycles", None),
+        getattr(getattr(env, "unwrapped", env), "max_cycles", None),
+    )
+    limit = next(
+        (place for place in places if place is not None),
+        getattr(env, "metadata", {}).get("max_cycles"),
+    )
+    return (
+        int(limit) if isinstance(limit, int | float | np.integer) and 0 < limit < math.inf else None
+    )

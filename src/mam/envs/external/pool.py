@@ -16,7 +16,14 @@ import numpy as np
 
 from mam.config import WorkerConfig
 from mam.envs.external import worker as child
-from mam.envs.external.process import Answer, Deadline, WorkerProcess, end_all, pickle_factory, wait_for_answers
+from mam.envs.external.process import (
+    Answer,
+    Deadline,
+    WorkerProcess,
+    end_all,
+    pickle_factory,
+    wait_for_answers,
+)
 from mam.envs.external.shared import RESETTING, Layout, SharedMemory, Slab, map_slab, slab_size
 from mam.envs.wrappers import IdEncoding, agent_ids
 from mam.errors import RunError, UserError
@@ -62,12 +69,16 @@ class HostPool:
         """
         num_workers = _num_cores() if num_workers is None else num_workers
         if num_envs < 1 or num_workers < 1:
-            raise UserError(f"{name}: num_envs and num_workers must be positive, got {num_envs} and {num_workers}")
+            raise UserError(
+                f"{name}: num_envs and num_workers must be positive, got {num_envs} and {num_workers}"
+            )
         self._name, self._num_envs, self._limits = name, num_envs, limits
         self._restarts = 0
         self._infos: dict[str, np.ndarray] = {}  # by name, as of the last step
         self._agent_id: IdEncoding = agent_id
-        self._workers = _share_out(name, pickle_factory(name, factory), num_envs, min(num_envs, num_workers))
+        self._workers = _share_out(
+            name, pickle_factory(name, factory), num_envs, min(num_envs, num_workers)
+        )
         self._memory = SharedMemory()
         self._end = weakref.finalize(self, end_all, self._workers, self._memory)
         self._layout: Layout | None = None
@@ -126,7 +137,9 @@ class HostPool:
         """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
         self._check_open()
         if np.shape(action) != self._slab.action.shape:
-            raise ValueError(f"actions have shape {np.shape(action)}, expected {self._slab.action.shape}")
+            raise ValueError(
+                f"actions have shape {np.shape(action)}, expected {self._slab.action.shape}"
+            )
         self._slab.action[:] = action
         with self._closed_by_exceptions():
             for worker in self._workers:
@@ -139,7 +152,10 @@ class HostPool:
                 self._cut_short(worker)
             self._start(lost)
             self._reset(lost)
-        began = [np.where(self._over, np.float32(0.0), sums) for sums in (self._episode_return, self._episode_length)]
+        began = [
+            np.where(self._over, np.float32(0.0), sums)
+            for sums in (self._episode_return, self._episode_length)
+        ]
         self._episode_return = began[0] + self._slab.reward.mean(axis=1)
         self._episode_length = began[1] + np.float32(1.0)
         return self._timestep()
@@ -196,23 +212,37 @@ class HostPool:
             worker.failures += 1
             worker.generation += 1
             self._restarts += 1
-            what, *traceback = str(fate if isinstance(fate, RunError) else f"{self._name}: {worker} {fate}").split("\n")
+            what, *traceback = str(
+                fate if isinstance(fate, RunError) else f"{self._name}: {worker} {fate}"
+            ).split("\n")
             if worker.failures <= MAX_FAILURES and self._restarts <= most:
-                _log.warning("%s; starting %s again", what, worker if isinstance(fate, RunError) else "it")
+                _log.warning(
+                    "%s; starting %s again", what, worker if isinstance(fate, RunError) else "it"
+                )
                 continue
             if most:
-                in_a_row = f"{worker.failures} times in a row" if worker.failures > MAX_FAILURES else ""
+                in_a_row = (
+                    f"{worker.failures} times in a row" if worker.failures > MAX_FAILURES else ""
+                )
                 what += f", {in_a_row or f'after {most} restarts (--worker.max-restarts)'}"
             raise RunError("\n".join([what, *traceback]))
         return answers, list(lost)
 
     def _read_infos(self, finished: list[Any]) -> None:
         """Numbers of the infos of episodes that this step ended; NaN elsewhere. Names come up one by one."""
-        episodes = {place: metrics for answer in finished if answer for place, metrics in answer.items()}
+        episodes = {
+            place: metrics for answer in finished if answer for place, metrics in answer.items()
+        }
         names = dict.fromkeys(name for metrics in episodes.values() for name in metrics)
-        if new := [name for name in names if name not in self._infos][: MAX_INFOS - len(self._infos)]:
-            _log.warning("%s: numbers in infos are recorded as metrics: %s", self._name, ", ".join(new))
-        self._infos = {name: np.full(self._num_envs, np.nan, np.float32) for name in (*self._infos, *new)}
+        if new := [name for name in names if name not in self._infos][
+            : MAX_INFOS - len(self._infos)
+        ]:
+            _log.warning(
+                "%s: numbers in infos are recorded as metrics: %s", self._name, ", ".join(new)
+            )
+        self._infos = {
+            name: np.full(self._num_envs, np.nan, np.float32) for name in (*self._infos, *new)
+        }
         for place, metrics in episodes.items():
             for name in metrics.keys() & self._infos.keys():
                 self._infos[name][place] = metrics[name]
@@ -220,7 +250,10 @@ class HostPool:
     def _deadline(self, worker: WorkerProcess) -> Deadline:
         doing = self._slab.doing[worker.rows]
         limits = self._limits
-        return Deadline(limits.reset_timeout if (doing == RESETTING).any() else limits.step_timeout, doing.tobytes())
+        return Deadline(
+            limits.reset_timeout if (doing == RESETTING).any() else limits.step_timeout,
+            doing.tobytes(),
+        )
 
     def _start_deadline(self, worker: WorkerProcess) -> Deadline:
         return Deadline(self._limits.reset_timeout * (worker.share.stop - worker.share.first))
@@ -234,9 +267,13 @@ class HostPool:
             self._memory.resize(slab_size(seen, self._num_envs))
             self._slab = map_slab(self._memory.fd, seen, self._num_envs)
             for arrays in (self._slab.observation, self._slab.final_observation):
-                arrays["agents_view"][..., : self._ids.shape[1]] = self._ids  # workers write behind them
+                arrays["agents_view"][..., : self._ids.shape[1]] = (
+                    self._ids
+                )  # workers write behind them
         if layout != self._layout:
-            raise UserError(f"{self._name}: {worker} has environments with other agents or spaces than the first")
+            raise UserError(
+                f"{self._name}: {worker} has environments with other agents or spaces than the first"
+            )
         worker.give(self._memory, self._num_envs, self._ids.shape[1])
 
     def _cut_short(self, worker: WorkerProcess) -> None:
@@ -264,7 +301,11 @@ class HostPool:
             "reward": slab.reward.copy(),
             "terminated": slab.terminated.copy(),
             "truncated": slab.truncated.copy(),
-            "metrics": {"episode_return": self._episode_return, "episode_length": self._episode_length} | self._infos,
+            "metrics": {
+                "episode_return": self._episode_return,
+                "episode_length": self._episode_length,
+            }
+            | self._infos,
         }
         return TimeStep(observation=observation, final_observation=final, **fields)
 
@@ -272,7 +313,9 @@ class HostPool:
 def _share_out(name: str, factory: bytes, num_envs: int, num_workers: int) -> list[WorkerProcess]:
     """Workers, each with environments that stand side by side."""
     first = [num_envs * k // num_workers for k in range(num_workers + 1)]
-    shares = [child.Share(name, factory, first[k], first[k + 1], quiet=k > 0) for k in range(num_workers)]
+    shares = [
+        child.Share(name, factory, first[k], first[k + 1], quiet=k > 0) for k in range(num_workers)
+    ]
     return [WorkerProcess(k, share) for k, share in enumerate(shares)]
 
 

@@ -18,7 +18,9 @@ from mam.envs.external.shared import Layout, SharedMemory
 from mam.errors import RunError, UserError
 
 _EXIT_TIMEOUT = 5.0  # seconds that workers may take to close their environments
-Answer = Layout | dict[int, dict[str, float]] | None  # when made; metrics of episodes that ended; done
+Answer = (
+    Layout | dict[int, dict[str, float]] | None
+)  # when made; metrics of episodes that ended; done
 _PATIENCE = 1.0  # seconds; see `wait_for_answers`
 
 
@@ -43,7 +45,10 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=child.main, args=(theirs, self.share), name=f"mam-worker-{self._index}", daemon=True
+            target=child.main,
+            args=(theirs, self.share),
+            name=f"mam-worker-{self._index}",
+            daemon=True,
         )
         # What a user's own script defines is only found by running that script.
         with nullcontext() if b"__main__" in self.share.factory else _without_main():

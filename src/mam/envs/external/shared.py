@@ -62,11 +62,15 @@ class Slab:
 
     action: np.ndarray
     observation: Arrays  # to act on next
-    final_observation: Arrays  # of the ended episode; stale in rows where none has ended and nobody parted
+    final_observation: (
+        Arrays  # of the ended episode; stale in rows where none has ended and nobody parted
+    )
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    doing: np.ndarray  # IDLE, STEPPING or RESETTING: what its worker does with an environment right now
+    doing: (
+        np.ndarray
+    )  # IDLE, STEPPING or RESETTING: what its worker does with an environment right now
     parted: np.ndarray  # an agent was truncated while others go on
 
 
@@ -111,7 +115,9 @@ def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
     return Slab(
         action=arrays["action"],
         observation={name: arrays[f"observation.{name}"] for name in layout.observation},
-        final_observation={name: arrays[f"final_observation.{name}"] for name in layout.observation},
+        final_observation={
+            name: arrays[f"final_observation.{name}"] for name in layout.observation
+        },
         reward=arrays["reward"],
         terminated=arrays["terminated"],
         truncated=arrays["truncated"],

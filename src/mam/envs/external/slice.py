@@ -22,10 +22,14 @@ class EnvSlice:
         self._places = places
         self._envs: list[PettingZooEnv] = []
         self._seeds: list[np.random.Generator] = []
-        self.finished: dict[int, dict[str, float]] = {}  # metrics of the episodes that the last step ended, by place
+        self.finished: dict[
+            int, dict[str, float]
+        ] = {}  # metrics of the episodes that the last step ended, by place
         self._slab: Slab
         self._rows: list[Arrays] = []  # where each of them writes what it observes,
-        self._final_rows: list[Arrays] = []  # and where, if that is something else, what an action led to
+        self._final_rows: list[
+            Arrays
+        ] = []  # and where, if that is something else, what an action led to
 
     @property
     def layout(self) -> Layout:
@@ -42,7 +46,9 @@ class EnvSlice:
             self.doing = f"making environment {place}"
             self._envs.append(PettingZooEnv(make_numbered(factory, place), self.name))
             if self._envs[-1].layout != self.layout:
-                raise UserError(f"{self.name}: environment {place} has other agents or spaces than the first")
+                raise UserError(
+                    f"{self.name}: environment {place} has other agents or spaces than the first"
+                )
 
     def share(self, memory: int, num_envs: int, id_dim: int) -> None:
         """Goes to work in this memory, where `id_dim` features stand in front of every agent's view."""
@@ -50,7 +56,10 @@ class EnvSlice:
         self._slab = map_slab(memory, layout, num_envs)
         self._rows, self._final_rows = (
             [
-                {name: array[place, :, id_dim:] if name == "agents_view" else array[place] for name, array in fields}
+                {
+                    name: array[place, :, id_dim:] if name == "agents_view" else array[place]
+                    for name, array in fields
+                }
                 for place in self._places
             ]
             for fields in (self._slab.observation.items(), self._slab.final_observation.items())
@@ -64,7 +73,8 @@ class EnvSlice:
             generation: how often these environments have been lost since; not to lose them in the same way again.
         """
         self._seeds = [
-            np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(place, generation))) for place in self._places
+            np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(place, generation)))
+            for place in self._places
         ]
         for k, place in enumerate(self._places):
             self._start_episode(k)

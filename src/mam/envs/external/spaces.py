@@ -41,7 +41,9 @@ def flat_size(space: spaces.Space) -> int:
 
 def _choices(space: spaces.Space, number: int) -> int:
     if number > MAX_CHOICES:
-        raise ValueError(f"{space}, whose {number:,} values would be as many numbers; at most {MAX_CHOICES:,} can be")
+        raise ValueError(
+            f"{space}, whose {number:,} values would be as many numbers; at most {MAX_CHOICES:,} can be"
+        )
     return number
 
 
@@ -52,7 +54,9 @@ def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
         ValueError, LookupError: the value is not of its space.
     """
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        with np.errstate(over="ignore"):  # what is infinite then is found where all numbers are looked at
+        with np.errstate(
+            over="ignore"
+        ):  # what is infinite then is found where all numbers are looked at
             row[:] = shaped(space, value).reshape(-1)
     elif isinstance(space, spaces.Discrete):
         choice = int(value) - int(space.start)
@@ -103,7 +107,11 @@ def out_of_bounds(space: spaces.Space, value: Any) -> str | None:
     outside = (array < low - _ROUNDING * np.maximum(1, abs(low))) | (
         array > high + _ROUNDING * np.maximum(1, abs(high))
     )
-    return f"{array[outside][0]:g} outside of {low[outside][0]:g} to {high[outside][0]:g}" if outside.any() else None
+    return (
+        f"{array[outside][0]:g} outside of {low[outside][0]:g} to {high[outside][0]:g}"
+        if outside.any()
+        else None
+    )
 
 
 def _parts(space: spaces.Space) -> list[tuple[Any, spaces.Space]]:
@@ -129,7 +137,9 @@ class View:
         if not isinstance(space, spaces.Dict):
             return cls(space, inside=None, masked=False)
         masked = "action_mask" in space.spaces and isinstance(action_space, CHOICES)
-        rest = {key: part for key, part in space.spaces.items() if not (masked and key == "action_mask")}
+        rest = {
+            key: part for key, part in space.spaces.items() if not (masked and key == "action_mask")
+        }
         if len(rest) == 1:
             ((key, proper),) = rest.items()
             return cls(proper, inside=key, masked=masked)
@@ -169,7 +179,9 @@ def is_picture(space: spaces.Space) -> bool:
 def picture_of(views: list[View]) -> spaces.Box | None:
     """The space of the picture that every agent sees, if all see one and of the same size; None otherwise."""
     first = views[0].space
-    alike = all(view.space.shape == first.shape and view.space.dtype == first.dtype for view in views)
+    alike = all(
+        view.space.shape == first.shape and view.space.dtype == first.dtype for view in views
+    )
     return first if isinstance(first, spaces.Box) and is_picture(first) and alike else None
 
 
@@ -182,7 +194,9 @@ def view_size(name: str, agent: object, view: View) -> int:
     try:
         return view.size
     except TypeError as error:
-        raise UserError(f"{name}: agent '{agent}' observes {error}; supported: {OBSERVATIONS}") from None
+        raise UserError(
+            f"{name}: agent '{agent}' observes {error}; supported: {OBSERVATIONS}"
+        ) from None
     except ValueError as error:
         raise UserError(f"{name}: agent '{agent}' observes {error}") from None
 
@@ -199,7 +213,9 @@ def cut_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
     Raises:
         ValueError: it has another shape.
     """
-    nested = len(sizes) > 1 and (any(map(np.ndim, given)) if isinstance(given, tuple | list) else np.ndim(given) > 1)
+    nested = len(sizes) > 1 and (
+        any(map(np.ndim, given)) if isinstance(given, tuple | list) else np.ndim(given) > 1
+    )
     rows = [np.asarray(row) for row in given] if nested else [np.asarray(given)]
     shapes = [row.shape for row in rows]
     if shapes != ([(size,) for size in sizes] if nested else [(sum(sizes),)]):
@@ -274,7 +290,9 @@ class BoxAction:
     @property
     def unlimited(self) -> bool:
         """Whether a component has no limit on one side, or on both."""
-        return bool((np.maximum(np.abs(self.space.low), np.abs(self.space.high)) >= _UNBOUNDED).any())
+        return bool(
+            (np.maximum(np.abs(self.space.low), np.abs(self.space.high)) >= _UNBOUNDED).any()
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -287,21 +305,38 @@ class BoxAction:
         return np.clip(value.astype(self.space.dtype), self.space.low, self.space.high)
 
 
-def action_readers(name: str, action_spaces: dict[str, spaces.Space]) -> list[DiscreteAction] | list[BoxAction]:
+def action_readers(
+    name: str, action_spaces: dict[str, spaces.Space]
+) -> list[DiscreteAction] | list[BoxAction]:
     """How the agents' actions are read, in their order.
 
     Raises:
         UserError: a space is of a kind that is not supported, or the agents' spaces are of different kinds.
     """
     for agent, space in action_spaces.items():
-        floats = isinstance(space, spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating)
+        floats = (
+            isinstance(space, spaces.Box)
+            and len(space.shape) == 1
+            and np.issubdtype(space.dtype, np.floating)
+        )
         if not floats and not isinstance(space, CHOICES):
-            raise UserError(f"{name}: agent '{agent}' acts in {_named(space)}; supported: {ACTIONS}")
+            raise UserError(
+                f"{name}: agent '{agent}' acts in {_named(space)}; supported: {ACTIONS}"
+            )
         if isinstance(space, CHOICES) and sum(DiscreteAction(space).sizes) > MAX_CHOICES:
-            raise UserError(f"{name}: agent '{agent}' acts in {space}; at most {MAX_CHOICES:,} choices are supported")
-    discrete = [DiscreteAction(space) for space in action_spaces.values() if isinstance(space, CHOICES)]
-    boxes = [BoxAction.of(space) for space in action_spaces.values() if isinstance(space, spaces.Box)]
+            raise UserError(
+                f"{name}: agent '{agent}' acts in {space}; at most {MAX_CHOICES:,} choices are supported"
+            )
+    discrete = [
+        DiscreteAction(space) for space in action_spaces.values() if isinstance(space, CHOICES)
+    ]
+    boxes = [
+        BoxAction.of(space) for space in action_spaces.values() if isinstance(space, spaces.Box)
+    ]
     if discrete and boxes:
-        kinds = {type(space): f"agent '{agent}' acts in {space}" for agent, space in action_spaces.items()}
+        kinds = {
+            type(space): f"agent '{agent}' acts in {space}"
+            for agent, space in action_spaces.items()
+        }
         raise UserError(f"{name}: {' and '.join(kinds.values())}; supported: {ACTIONS}")
     return discrete or boxes

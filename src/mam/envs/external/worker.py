@@ -37,7 +37,9 @@ DONE = b""
 
 _ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
 PARENTS_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
 _QUOTED_FRAMES = 3  # of the traceback of an environment
 _OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which call it
@@ -57,8 +59,12 @@ class Share:
 def main(connection: Connection, share: Share) -> None:
     """Serves the pool until it closes its end of the pipe, or is no more."""
     for number in PARENTS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # the pool decides what Ctrl-C, or a batch system's signal, means
-    current_process().daemon = False  # or environments could have no children; the parent still ends us when it exits
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # the pool decides what Ctrl-C, or a batch system's signal, means
+    current_process().daemon = (
+        False  # or environments could have no children; the parent still ends us when it exits
+    )
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -113,7 +119,9 @@ def _unpickle(share: Share) -> Callable[[], Any]:
     try:
         return pickle.loads(share.factory)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{share.name}: worker processes cannot import what makes it: {error}") from None
+        raise UserError(
+            f"{share.name}: worker processes cannot import what makes it: {error}"
+        ) from None
 
 
 def _explain(error: BaseException, envs: "EnvSlice", kind: type[UserError]) -> UserError:
@@ -137,9 +145,19 @@ def _leave_with_parent() -> None:
 def describe(error: BaseException) -> str:
     """The last line of the traceback, and the innermost place in somebody's own code, or else in what is installed."""
     lines = traceback.format_exception_only(error)[0].strip().splitlines()
-    text = lines[-1] if "Traceback" in lines[0] else lines[0]  # a callback's own traceback is within the message
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_file()]
+    text = (
+        lines[-1] if "Traceback" in lines[0] else lines[0]
+    )  # a callback's own traceback is within the message
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_file()
+    ]
     theirs = [frame for frame in frames if not _OURS & set(Path(frame.filename).parents)]
     installed = {Path(path) for path in sysconfig.get_paths().values()}
     own = [frame for frame in theirs if not installed & set(Path(frame.filename).parents)] or theirs
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else text
+    return (
+        f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})"
+        if own
+        else text
+    )

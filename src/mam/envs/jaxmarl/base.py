@@ -38,7 +38,9 @@ class JaxMarlEnv(abc.ABC):
         state = jax.tree.map(_strongly_typed, state)
         return state, restart(self._observe(views, state), self._metrics(state))
 
-    def step(self, state: EnvState, action: Action, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+    def step(
+        self, state: EnvState, action: Action, key: Key[Array, ""]
+    ) -> tuple[EnvState, TimeStep]:
         actions = dict(zip(self.env.agents, self._decode(action), strict=True))
         views, state, rewards, dones, info = self.env.step_env(key, state, actions)
         state = jax.tree.map(_strongly_typed, state)
@@ -97,7 +99,11 @@ def _strongly_typed(leaf: Array) -> Array:
 
 
 def draw_discs(
-    positions: np.ndarray, radius: np.ndarray, colours: np.ndarray, extent: tuple[int, int], path: Path
+    positions: np.ndarray,
+    radius: np.ndarray,
+    colours: np.ndarray,
+    extent: tuple[int, int],
+    path: Path,
 ) -> None:
     """Writes a GIF of moving discs: positions [T, discs, 2], radius [discs], colours [T, discs, 3 or 4]."""
     from matplotlib.animation import PillowWriter
@@ -109,7 +115,12 @@ def draw_discs(
     axes.set(xlim=extent, ylim=extent, aspect="equal", xticks=[], yticks=[])
     size = 2 * radius
     discs = EllipseCollection(
-        size, size, np.zeros_like(size), units="xy", offsets=positions[0], offset_transform=axes.transData
+        size,
+        size,
+        np.zeros_like(size),
+        units="xy",
+        offsets=positions[0],
+        offset_transform=axes.transData,
     )
     axes.add_collection(discs)
     writer = PillowWriter(fps=7)

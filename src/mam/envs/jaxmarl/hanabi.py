@@ -21,7 +21,9 @@ def make_hanabi(task: str) -> "HanabiEnv":
     from jaxmarl.environments import Hanabi
 
     env = Hanabi(int(task.removesuffix("p")))
-    spec = EnvSpec(f"hanabi/{task}", env.num_agents, int(env.obs_size), int(env.num_moves), time_limit=None)
+    spec = EnvSpec(
+        f"hanabi/{task}", env.num_agents, int(env.obs_size), int(env.num_moves), time_limit=None
+    )
     return HanabiEnv(spec, env)
 
 

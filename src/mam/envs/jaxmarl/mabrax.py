@@ -32,9 +32,16 @@ def make_mabrax(task: str) -> "MabraxEnv":
         simulator: Any = mujoco  # its functions in C are not known to type checkers
         undo.callback(simulator.set_mju_user_warning, simulator.get_mju_user_warning())
         simulator.set_mju_user_warning(lambda message: None)
-        env: Any = mabrax.MABraxEnv(task, MABRAX_TIME_LIMIT, auto_reset=False, homogenisation_method="max")
-    (obs_dim,), (num_actions,) = env.observation_space(env.agents[0]).shape, env.action_space(env.agents[0]).shape
-    spec = EnvSpec(f"mabrax/{task}", env.num_agents, obs_dim, num_actions, MABRAX_TIME_LIMIT, continuous=True)
+        env: Any = mabrax.MABraxEnv(
+            task, MABRAX_TIME_LIMIT, auto_reset=False, homogenisation_method="max"
+        )
+    (obs_dim,), (num_actions,) = (
+        env.observation_space(env.agents[0]).shape,
+        env.action_space(env.agents[0]).shape,
+    )
+    spec = EnvSpec(
+        f"mabrax/{task}", env.num_agents, obs_dim, num_actions, MABRAX_TIME_LIMIT, continuous=True
+    )
     return MabraxEnv(spec, env)
 
 

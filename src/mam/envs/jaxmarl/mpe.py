@@ -14,7 +14,9 @@ from mam.envs.jaxmarl.base import JaxMarlEnv, draw_discs, import_jaxmarl, requir
 from mam.errors import UserError
 from mam.types import Action, EnvSpec, EnvState, Observation
 
-MPE_TIME_LIMIT = 26  # JaxMARL's limit of 25 is compared before the step is counted, so one more is taken
+MPE_TIME_LIMIT = (
+    26  # JaxMARL's limit of 25 is compared before the step is counted, so one more is taken
+)
 
 
 def make_mpe(task: str) -> "MpeEnv":
@@ -71,7 +73,12 @@ class MpeEnv(JaxMarlEnv):
 
 
 def _mpe(
-    name: str, agents: int, landmarks: int, local_ratio: float, continuous: bool, limit: int = MPE_TIME_LIMIT
+    name: str,
+    agents: int,
+    landmarks: int,
+    local_ratio: float,
+    continuous: bool,
+    limit: int = MPE_TIME_LIMIT,
 ) -> MpeEnv:
     import_jaxmarl()
     from jaxmarl.environments.mpe import SimpleSpreadMPE
@@ -85,5 +92,13 @@ def _mpe(
     )
     (obs_dim,) = env.observation_space(env.agents[0]).shape
     num_actions = 4 if continuous else 5
-    spec = EnvSpec(name, agents, obs_dim, num_actions, limit, continuous=continuous, team_reward=local_ratio == 0)
+    spec = EnvSpec(
+        name,
+        agents,
+        obs_dim,
+        num_actions,
+        limit,
+        continuous=continuous,
+        team_reward=local_ratio == 0,
+    )
     return MpeEnv(spec, env)

@@ -52,7 +52,9 @@ class OvercookedEnv(JaxMarlEnv):
             agents_view=jnp.zeros((self.spec.num_agents, 0)),
             action_mask=self._all_legal(),
             alive=self._all_alive(),
-            grid=self._stack(views).astype(jnp.uint8),  # counts up to 20, in a quarter of the memory
+            grid=self._stack(views).astype(
+                jnp.uint8
+            ),  # counts up to 20, in a quarter of the memory
         )
 
     def _reward(self, rewards: Mapping[str, Array], info: Mapping[str, Any]) -> Float[Array, "N"]:
@@ -66,7 +68,11 @@ class OvercookedEnv(JaxMarlEnv):
         try:
             from jaxmarl.viz.overcooked_v2_visualizer import OvercookedV2Visualizer
         except ImportError as error:
-            raise NotImplementedError(f"drawing {self.spec.name} needs imageio: pip install imageio") from error
-        pictures = OvercookedV2Visualizer().render_sequence(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+            raise NotImplementedError(
+                f"drawing {self.spec.name} needs imageio: pip install imageio"
+            ) from error
+        pictures = OvercookedV2Visualizer().render_sequence(
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        )
         first, *rest = [Image.fromarray(picture) for picture in np.asarray(pictures)]
         first.save(path, save_all=True, append_images=rest, duration=150, loop=0)

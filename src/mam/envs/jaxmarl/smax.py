@@ -14,7 +14,9 @@ from mam.envs.base import Metrics
 from mam.envs.jaxmarl.base import JaxMarlEnv, draw_discs, import_jaxmarl, require_positive
 from mam.types import EnvSpec, EnvState, Observation
 
-SMAX_TIME_LIMIT = 101  # JaxMARL's limit of 100 is compared before the step is counted, so one more is taken
+SMAX_TIME_LIMIT = (
+    101  # JaxMARL's limit of 100 is compared before the step is counted, so one more is taken
+)
 
 
 def make_smax(task: str) -> "SmaxEnv":
@@ -104,19 +106,34 @@ class SmaxEnv(JaxMarlEnv):
         # JaxMARL's viewer takes half a second for each frame, and minutes for an episode with many units.
         battles = [state.state for state in jax.device_get(states)]
         types = battles[0].unit_types
-        health = np.stack([battle.unit_health for battle in battles]) / np.asarray(self.env.unit_type_health)[types]
+        health = (
+            np.stack([battle.unit_health for battle in battles])
+            / np.asarray(self.env.unit_type_health)[types]
+        )
         colours = np.zeros((*health.shape, 4))
         colours[:, : self.spec.num_agents, 2] = colours[:, self.spec.num_agents :, 0] = 1
         colours[..., 3] = np.where(health > 0, 0.2 + 0.8 * health, 0)
         positions = np.stack([battle.unit_positions for battle in battles])
-        draw_discs(positions, np.asarray(self.env.unit_type_radiuses)[types], colours, (0, self.env.map_width), path)
+        draw_discs(
+            positions,
+            np.asarray(self.env.unit_type_radiuses)[types],
+            colours,
+            (0, self.env.map_width),
+            path,
+        )
 
 
 def _smax(name: str, limit: int, **settings: Any) -> SmaxEnv:
     from jaxmarl.environments.smax import HeuristicEnemySMAX
 
     env = HeuristicEnemySMAX(
-        attack_mode="closest", see_enemy_actions=True, walls_cause_death=True, max_steps=limit - 1, **settings
+        attack_mode="closest",
+        see_enemy_actions=True,
+        walls_cause_death=True,
+        max_steps=limit - 1,
+        **settings,
     )
-    spec = EnvSpec(name, env.num_agents, env.obs_size, env.num_ally_actions, limit, state_dim=env.state_size)
+    spec = EnvSpec(
+        name, env.num_agents, env.obs_size, env.num_ally_actions, limit, state_dim=env.state_size
+    )
     return SmaxEnv(spec, env)

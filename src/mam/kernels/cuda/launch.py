@@ -47,7 +47,10 @@ def launch(
 
     return pl.pallas_call(
         kernel,
-        tuple(dtype and jax.ShapeDtypeStruct([sizes[axis] for axis in axes], dtype) for dtype, axes in outputs),
+        tuple(
+            dtype and jax.ShapeDtypeStruct([sizes[axis] for axis in axes], dtype)
+            for dtype, axes in outputs
+        ),
         grid=tuple(sizes[axes[0]] // (block[axes[0]] or 1) for axes in grid),
         in_specs=tuple(None if v is None else spec(axes) for v, axes in operands),
         out_specs=tuple(None if dtype is None else spec(axes) for dtype, axes in outputs),

@@ -42,7 +42,12 @@ def kernel_supports(n: int, d: int, s: int) -> bool:
     Any N; S a power of two from 4 to 64; D a multiple of 8, better one of 512 / S. What a Triton program holds must
     have sizes that are powers of two: here a tile of channels, S, and their product.
     """
-    return n >= 1 and s & (s - 1) == 0 and MIN_STATE <= s <= MAX_STATE and math.gcd(d, TILE // s) >= MIN_BLOCK
+    return (
+        n >= 1
+        and s & (s - 1) == 0
+        and MIN_STATE <= s <= MAX_STATE
+        and math.gcd(d, TILE // s) >= MIN_BLOCK
+    )
 
 
 def scan_kernel(
@@ -144,7 +149,15 @@ class _Plan:
             partial(kernel, plan=self),
             operands,
             outputs,
-            sizes={"M": self.m, "N": self.n, "D": self.d, "S": self.s, "K": self.chunks, "T": tiles, "G": groups},
+            sizes={
+                "M": self.m,
+                "N": self.n,
+                "D": self.d,
+                "S": self.s,
+                "K": self.chunks,
+                "T": tiles,
+                "G": groups,
+            },
             blocks={"D": self.block, "M": self.rows, "T": None, "G": None},
             grid=("DT", "MG"),
             interpret=self.interpret,
@@ -154,7 +167,11 @@ class _Plan:
 
 def _run_forward(plan, inputs, keep_starts):
     kept = jnp.float32 if keep_starts and plan.chunks else None
-    outputs = ((inputs.x.dtype, "MND"), (jnp.float32 if plan.final_state else None, "MDS"), (kept, "MKDS"))
+    outputs = (
+        (inputs.x.dtype, "MND"),
+        (jnp.float32 if plan.final_state else None, "MDS"),
+        (kept, "MKDS"),
+    )
     return plan.run(forward_program, tuple(zip(inputs, AXES, strict=True)), outputs)
 
 
@@ -172,8 +189,17 @@ def _scan_bwd(plan, residuals, cotangents):
     inputs, starts = residuals
     gy, g_last = cotangents
     operands = (*zip(inputs, AXES, strict=True), (starts, "MKDS"), (gy, "MND"), (g_last, "MDS"))
-    per_agent = ((inputs.x.dtype, "MND"), (inputs.dt.dtype, "MND"), (jnp.float32, "TMNS"), (jnp.float32, "TMNS"))
-    outputs = (*per_agent, (jnp.float32, "GDS"), (None if inputs.h0 is None else jnp.float32, "MDS"))
+    per_agent = (
+        (inputs.x.dtype, "MND"),
+        (inputs.dt.dtype, "MND"),
+        (jnp.float32, "TMNS"),
+        (jnp.float32, "TMNS"),
+    )
+    outputs = (
+        *per_agent,
+        (jnp.float32, "GDS"),
+        (None if inputs.h0 is None else jnp.float32, "MDS"),
+    )
     gx, gdt, gB, gC, gA, gh0 = plan.run(backward_program, operands, outputs)
     gB, gC = gB.sum(0).astype(inputs.B.dtype), gC.sum(0).astype(inputs.C.dtype)
     return (Inputs(gx, gdt, gB, gC, gA.sum(0), None, gh0),)

@@ -77,7 +77,9 @@ def backward_program(*refs, plan):
         places = plan.places(first, count)
         # 1. The states before each agent; with the ones after them, gC.
         h, before = start, []
-        for place, agent, g in [(place, _read(inputs, row, place), _wide(gy, row, place)) for place in places]:
+        for place, agent, g in [
+            (place, _read(inputs, row, place), _wide(gy, row, place)) for place in places
+        ]:
             before.append(_zero_if_reset(agent, h))
             h = _advance(plan, A, before[-1], agent)
             gC[row, place] = jnp.sum(g[:, None] * h, axis=0)
@@ -117,7 +119,9 @@ def _wide(ref, row, place):
 
 def _read(inputs, row, place):
     x, dt, B, C = (_wide(ref, row, place) for ref in inputs[:4])
-    return _Agent(x, dt, B[None], C[None], None if inputs.reset is None else inputs.reset[row, place])
+    return _Agent(
+        x, dt, B[None], C[None], None if inputs.reset is None else inputs.reset[row, place]
+    )
 
 
 def _state(ref, row, A):

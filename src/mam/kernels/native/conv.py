@@ -48,7 +48,9 @@ def _conv_silu_fwd(reverse, x, weight, bias, reset):
 def _conv_silu_bwd(reverse, inputs, gy):
     x, *weights, _ = inputs
     shapes = x.shape, *(block_sums(x, v) for v in weights)
-    grads = call("mam_native_conv_backward", shapes, *inputs, gy, blocks=num_blocks(x), reverse=reverse)
+    grads = call(
+        "mam_native_conv_backward", shapes, *inputs, gy, blocks=num_blocks(x), reverse=reverse
+    )
     gx, g_weight, g_bias = grads
     return gx, g_weight.sum(axis=0), g_bias.sum(axis=0), None
 

@@ -16,7 +16,9 @@ BLOCK = 1024  # rows, at least, between sums that are kept apart
 
 def native_product_supports(x: Array, weight: Array) -> bool:
     """Whether `native_product` takes these: float32, and a side of the weight a multiple of 16."""
-    return x.dtype == weight.dtype == jnp.float32 and any(size % LANES == 0 for size in weight.shape)
+    return x.dtype == weight.dtype == jnp.float32 and any(
+        size % LANES == 0 for size in weight.shape
+    )
 
 
 @jax.custom_vjp
@@ -31,7 +33,9 @@ def _product_fwd(x, weight):
 
 def _product_bwd(inputs, g):
     x, weight = inputs
-    return g @ weight.T, lax.platform_dependent(x, g, cpu=_weight_gradient, default=lambda x, g: x.T @ g)
+    return g @ weight.T, lax.platform_dependent(
+        x, g, cpu=_weight_gradient, default=lambda x, g: x.T @ g
+    )
 
 
 native_product.defvjp(_product_fwd, _product_bwd)

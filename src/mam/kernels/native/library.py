@@ -31,13 +31,19 @@ def without_native() -> Any:
 
 def use_native() -> bool:
     """Whether to choose kernels for the CPU: the package is there, and no other device is."""
-    return bool(_allowed.value) and is_installed() and all(device.platform == "cpu" for device in jax.devices())
+    return (
+        bool(_allowed.value)
+        and is_installed()
+        and all(device.platform == "cpu" for device in jax.devices())
+    )
 
 
 def on_cpu(native: Callable[..., Sequence], other: Callable[..., Sequence], *args: Any) -> tuple:
     """The two results of `native` on CPU, of `other` elsewhere; one that nobody reads is not computed."""
     return tuple(
-        lax.platform_dependent(*args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i])
+        lax.platform_dependent(
+            *args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i]
+        )
         for i in range(2)
     )
 
@@ -69,7 +75,9 @@ def library() -> Any:
     return package
 
 
-def call(name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any) -> Sequence[Array]:
+def call(
+    name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any
+) -> Sequence[Array]:
     """A kernel's outputs, of these shapes. In its arguments no elements stand for None, 1 for True.
 
     Mapped over, kernels take all leading axes as one batch, of which each element has its own weights.

@@ -15,7 +15,9 @@ from mam.kernels.native.library import LANES, block_sums, call, num_blocks
 
 def native_norm_supports(x: Array, *others: Array | None) -> bool:
     """Whether `native_norm` takes these: all float32, and rows a multiple of 16."""
-    return x.shape[-1] % LANES == 0 and all(v is None or v.dtype == jnp.float32 for v in (x, *others))
+    return x.shape[-1] % LANES == 0 and all(
+        v is None or v.dtype == jnp.float32 for v in (x, *others)
+    )
 
 
 def native_norm(
@@ -43,7 +45,12 @@ def _norm_bwd(eps, inputs, gy):
     x, plus, scale, offset = inputs
     shapes = x.shape, *(block_sums(x, v) for v in (scale, offset))
     gx, g_scale, g_offset = _call("mam_native_norm_backward", eps, shapes, *inputs, gy)
-    return gx, None if plus is None else gx, g_scale.sum(axis=0), None if offset is None else g_offset.sum(axis=0)
+    return (
+        gx,
+        None if plus is None else gx,
+        g_scale.sum(axis=0),
+        None if offset is None else g_offset.sum(axis=0),
+    )
 
 
 _norm = jax.custom_vjp(_primal, nondiff_argnums=(0,))

@@ -30,7 +30,9 @@ class ScanInputs(NamedTuple):
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
-    reset: Bool[Array, "M N"] | None  # where the state before agent i counts as zero (None: nowhere)
+    reset: (
+        Bool[Array, "M N"] | None
+    )  # where the state before agent i counts as zero (None: nowhere)
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
     # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
     weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b
@@ -51,7 +53,9 @@ def native_final_state(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M 
     return _scan(reverse, "h", inputs)
 
 
-def _run_forward(reverse: bool, output: str, inputs: ScanInputs, *, keep_starts: bool) -> Sequence[Array]:
+def _run_forward(
+    reverse: bool, output: str, inputs: ScanInputs, *, keep_starts: bool
+) -> Sequence[Array]:
     """The output, no or all final states, and the states between chunks."""
     m, n, d = inputs.x.shape
     s = inputs.B.shape[-1]
@@ -81,14 +85,21 @@ def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tu
     x, dt, A, B, C, D, _, h0, weight, gate, _ = inputs
     shapes = (
         *(x.shape, dt.shape if weight is None else (cut.tiles, *dt.shape)),
-        *((cut.blocks, *A.shape), (cut.tiles, *B.shape), (cut.tiles, *C.shape), (cut.blocks, *D.shape)),
+        *(
+            (cut.blocks, *A.shape),
+            (cut.tiles, *B.shape),
+            (cut.tiles, *C.shape),
+            (cut.blocks, *D.shape),
+        ),
         (0,) if h0 is None else h0.shape,
         (0,) if weight is None else (cut.blocks, *weight.shape),
         (0,) if gate is None else gate.shape,
         cut.scratch(inputs),
     )
     arguments = (*inputs, starts, *gradients)
-    results = call("mam_native_scan_backward", shapes, *arguments, **cut.attributes(), reverse=reverse)
+    results = call(
+        "mam_native_scan_backward", shapes, *arguments, **cut.attributes(), reverse=reverse
+    )
     gx, gdt, gA, gB, gC, gD, gh0, g_weight, g_gate, _ = results
     g = ScanInputs(
         x=gx,
@@ -135,4 +146,6 @@ class _Cut(NamedTuple):
         """Memory to work in, for each thread that may take part."""
         workers = min(self.blocks * self.tiles, os.cpu_count() or 1)
         rank = 0 if inputs.weight is None else inputs.dt.shape[-1]
-        return workers, library().scan_scratch(inputs.x.shape[-1], inputs.B.shape[-1], rank, self.tiles)
+        return workers, library().scan_scratch(
+            inputs.x.shape[-1], inputs.B.shape[-1], rank, self.tiles
+        )

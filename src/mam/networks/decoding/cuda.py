@@ -31,7 +31,14 @@ from mam.networks.actions import mask_noise
 from mam.networks.decoder import Context, Decoder
 from mam.networks.decoding.cuda_columns import COLUMNS
 from mam.networks.decoding.cuda_pack import MIN_SIDE, padded
-from mam.networks.decoding.cuda_programs import SHARED_MEMORY, Inputs, Plan, Tiling, matrix_shapes, run
+from mam.networks.decoding.cuda_programs import (
+    SHARED_MEMORY,
+    Inputs,
+    Plan,
+    Tiling,
+    matrix_shapes,
+    run,
+)
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 
@@ -146,7 +153,9 @@ def _ssms(decoder: Decoder) -> list[SelectiveSSM | DualSSM]:
 
 
 def _d_states(decoder: Decoder) -> set[int]:
-    return {ssm.d_state if isinstance(ssm, DualSSM) else ssm.A_log.shape[1] for ssm in _ssms(decoder)}
+    return {
+        ssm.d_state if isinstance(ssm, DualSSM) else ssm.A_log.shape[1] for ssm in _ssms(decoder)
+    }
 
 
 def _num_warps(decoder: Decoder) -> int:
@@ -155,5 +164,7 @@ def _num_warps(decoder: Decoder) -> int:
 
 
 def _states_per_thread(decoder: Decoder, tiling: Tiling) -> float:
-    states = sum(ssm.out_proj.weight.shape[0] for ssm in _ssms(decoder)) * padded(max(_d_states(decoder)))
+    states = sum(ssm.out_proj.weight.shape[0] for ssm in _ssms(decoder)) * padded(
+        max(_d_states(decoder))
+    )
     return states * tiling.num_envs / (32 * tiling.num_warps)

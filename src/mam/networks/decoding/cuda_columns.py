@@ -64,7 +64,9 @@ class Columns:
         if self.copies == 1:
             return x
         shape = (x.shape[0], self.copies, self.num_envs)
-        return jnp.broadcast_to(jnp.sum(x.reshape(shape), axis=1, keepdims=True), shape).reshape(x.shape)
+        return jnp.broadcast_to(jnp.sum(x.reshape(shape), axis=1, keepdims=True), shape).reshape(
+            x.shape
+        )
 
     def own_rows(self, *vectors: Float[Array, "S C"]) -> list[list[Float[Array, "1 C"]]]:
         """Of one or two vectors over the states, the J rows that each copy needs.
@@ -75,7 +77,9 @@ class Columns:
         if self.copies > 1:
             copy = lax.broadcasted_iota(jnp.int32, v.shape, 1) // self.num_envs
             mine = lax.broadcasted_iota(jnp.int32, v.shape, 0) // self.own_states == copy
-            v = jnp.sum(jnp.where(mine, v, 0.0).reshape(self.copies, self.own_states, *v.shape[1:]), axis=0)
+            v = jnp.sum(
+                jnp.where(mine, v, 0.0).reshape(self.copies, self.own_states, *v.shape[1:]), axis=0
+            )
         rows = split_rows(v)
         if len(vectors) == 1:
             return [rows]
@@ -105,7 +109,9 @@ class Columns:
 
     def gelu(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
         """The tanh form, as jax.nn.gelu: ½ x (1 + tanh t) = x / (1 + exp(−2t))."""
-        slope = self.multiply_add(x * x, jnp.float32(0.044715 * GELU_SLOPE), jnp.float32(GELU_SLOPE))
+        slope = self.multiply_add(
+            x * x, jnp.float32(0.044715 * GELU_SLOPE), jnp.float32(GELU_SLOPE)
+        )
         return x * self.reciprocal(1 + self.exp2(x * slope))
 
     def bounded(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:

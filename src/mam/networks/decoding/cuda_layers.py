@@ -21,13 +21,17 @@ Row = Float[Array, "1 C"]
 class Linear:
     """y = W x + b, with operands of the weights' type and sums in float32."""
 
-    weight: Float[Array, "O I"] | Callable[[], Float[Array, "O I"]]  # what is read at every use is a function
+    weight: (
+        Float[Array, "O I"] | Callable[[], Float[Array, "O I"]]
+    )  # what is read at every use is a function
     bias: Vector | None = None
 
     def __call__(self, x: Float[Array, "I C"]) -> Float[Array, "O C"]:
         weight = self.weight() if callable(self.weight) else self.weight
         precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-        y = jnp.dot(weight, x.astype(weight.dtype), precision=precision, preferred_element_type=jnp.float32)
+        y = jnp.dot(
+            weight, x.astype(weight.dtype), precision=precision, preferred_element_type=jnp.float32
+        )
         return y if self.bias is None else y + self.bias
 
 
@@ -74,7 +78,9 @@ class State(NamedTuple):
     """What a mixer knows of earlier agents."""
 
     conv: dict[str, tuple[Float[Array, "F C"], ...]]  # the last inputs of each convolution
-    ssm: tuple[Float[Array, "D C"], ...]  # J arrays: each column has an environment's J states, or its share of them
+    ssm: tuple[
+        Float[Array, "D C"], ...
+    ]  # J arrays: each column has an environment's J states, or its share of them
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,11 @@ class Selective:
         for layer in self.dt:
             dt = layer(dt)
         dt = columns.step_size(dt)
-        B, *own = columns.own_rows(self.B(x)) if self.C is None else columns.own_rows(self.B(x), self.C(x))
+        B, *own = (
+            columns.own_rows(self.B(x))
+            if self.C is None
+            else columns.own_rows(self.B(x), self.C(x))
+        )
         decays = [columns.exp2(dt * columns.spread(rate)) for rate in self.rates]
         h, y = _recur(columns, state.ssm, decays, dt * x, B, C or own[0])
         y = columns.multiply_add(self.skip, x, y) * columns.silu(inputs["z"])
@@ -128,7 +138,9 @@ class Dual:
     def __call__(
         self, columns: Columns, state: State, inputs: dict[str, Array], C: list[Row] | None
     ) -> tuple[State, Float[Array, "E C"]]:
-        parts = {name: conv(columns, state.conv[name], inputs[name]) for name, conv in self.convs.items()}
+        parts = {
+            name: conv(columns, state.conv[name], inputs[name]) for name, conv in self.convs.items()
+        }
         conv, x = {name: before for name, (before, _) in parts.items()}, parts["x"][1]
         B, *own = columns.own_rows(*(parts[name][1] for name in ("B", "C") if name in parts))
         dt = columns.step_size(inputs["dt"])
@@ -208,7 +220,9 @@ class Network:
     out: Linear
 
     def init_state(self, columns: Columns) -> tuple[tuple[State, State], ...]:
-        return tuple((b.mixer.ssm.init_state(columns), b.cross.ssm.init_state(columns)) for b in self.blocks)
+        return tuple(
+            (b.mixer.ssm.init_state(columns), b.cross.ssm.init_state(columns)) for b in self.blocks
+        )
 
     def advance(
         self,

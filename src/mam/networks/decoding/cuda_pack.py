@@ -18,7 +18,17 @@ from jaxtyping import Array, Float
 from mam.networks.blocks import DecoderBlock
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda_columns import LOG2_E, Columns
-from mam.networks.decoding.cuda_layers import Block, Conv, Dual, Linear, Mixer, Network, Norm, Selective, Vector
+from mam.networks.decoding.cuda_layers import (
+    Block,
+    Conv,
+    Dual,
+    Linear,
+    Mixer,
+    Network,
+    Norm,
+    Selective,
+    Vector,
+)
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import AbstractCausalMixer
 from mam.networks.mixers.mamba import SelectiveSSM
@@ -57,7 +67,9 @@ class Packer:
         return Network(
             embed=Linear(self.place(rows)),
             num_tokens=padded(embed.table.shape[0]),
-            blocks=tuple(self.block(block, None if i else rows) for i, block in enumerate(decoder.blocks)),
+            blocks=tuple(
+                self.block(block, None if i else rows) for i, block in enumerate(decoder.blocks)
+            ),
             hidden=self.dense(head.hidden),
             norm=self.norm(head.norm),
             out=self.dense(head.out),
@@ -87,7 +99,11 @@ class Packer:
             parts, ssm = self.dual_parts(mixer.ssm, make), self.dual(mixer.ssm)
         return Mixer(
             pre_norm=self.norm(mixer.pre_norm) if rows is None else None,
-            parts={"x": make(mixer.ssm.in_proj.weight), "z": make(mixer.ssm.gate_proj.weight), **parts},
+            parts={
+                "x": make(mixer.ssm.in_proj.weight),
+                "z": make(mixer.ssm.gate_proj.weight),
+                **parts,
+            },
             ssm=ssm,
             post_norm=self.norm(mixer.post_norm),
         )
@@ -97,7 +113,9 @@ class Packer:
         B, C = ((dt_rank + i * d_state, dt_rank + (i + 1) * d_state) for i in range(2))
         weight, dt = ssm.x_proj.weight, ssm.dt_proj
         if self.merge:
-            merged = self.place(lambda: self.product(_matrix(dt.weight), _matrix(weight, (0, dt_rank))))
+            merged = self.place(
+                lambda: self.product(_matrix(dt.weight), _matrix(weight, (0, dt_rank)))
+            )
             steps = (Linear(merged, _vector(dt.bias)),)
         else:
             steps = (self.linear(weight, (0, dt_rank)), self.dense(dt))
@@ -106,7 +124,10 @@ class Packer:
             dt=steps,
             B=self.linear(weight, B),
             C=None if ssm.context_proj is not None else self.linear(weight, C),
-            rates=tuple(self.rate(_own_states(ssm.A_log, self.columns, j)) for j in range(self.columns.own_states)),
+            rates=tuple(
+                self.rate(_own_states(ssm.A_log, self.columns, j))
+                for j in range(self.columns.own_states)
+            ),
             skip=_vector(ssm.skip),
             out=self.dense(ssm.out_proj),
         )
@@ -114,13 +135,18 @@ class Packer:
     def dual_parts(self, ssm: DualSSM, make: Callable[..., Linear]) -> dict[str, Linear]:
         # Δ's rows are repeated for each channel of the head: a row of a product cannot be read twice.
         channels = ssm.norm.scale.shape[0] // ssm.A_log.shape[0]
-        dt = make(ssm.dt_proj.weight, bias=_vector(ssm.dt_proj.bias, repeat=channels), repeat=channels)
-        return {"dt": dt} | {name: make(ssm.state_proj.weight, cut) for name, cut in _states(ssm).items()}
+        dt = make(
+            ssm.dt_proj.weight, bias=_vector(ssm.dt_proj.bias, repeat=channels), repeat=channels
+        )
+        return {"dt": dt} | {
+            name: make(ssm.state_proj.weight, cut) for name, cut in _states(ssm).items()
+        }
 
     def dual(self, ssm: DualSSM) -> Dual:
         channels = ssm.norm.scale.shape[0] // ssm.A_log.shape[0]
         states = {
-            name: self.conv(ssm.state_conv.weight, ssm.state_conv.bias, cut) for name, cut in _states(ssm).items()
+            name: self.conv(ssm.state_conv.weight, ssm.state_conv.bias, cut)
+            for name, cut in _states(ssm).items()
         }
         return Dual(
             convs={"x": self.conv(ssm.conv.weight, ssm.conv.bias), **states},
@@ -135,19 +161,29 @@ class Packer:
         return -LOG2_E * self.columns.exp2(LOG2_E * log)
 
     def conv(self, weight: Any, bias: Any, cut: Cut | None = None) -> Conv:
-        return Conv(tuple(_vector(weight, cut, row=k) for k in range(weight.shape[0])), _vector(bias, cut))
+        return Conv(
+            tuple(_vector(weight, cut, row=k) for k in range(weight.shape[0])), _vector(bias, cut)
+        )
 
     def norm(self, norm: LayerNorm | RMSNorm) -> Norm:
-        return Norm(_vector(norm.scale), _vector(norm.offset) if isinstance(norm, LayerNorm) else None, norm.eps)
+        return Norm(
+            _vector(norm.scale),
+            _vector(norm.offset) if isinstance(norm, LayerNorm) else None,
+            norm.eps,
+        )
 
     def dense(self, dense: Dense) -> Linear:
         return self.linear(dense.weight, bias=None if dense.bias is None else _vector(dense.bias))
 
-    def linear(self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1) -> Linear:
+    def linear(
+        self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1
+    ) -> Linear:
         """A layer of (some of) the columns of [I, O], each so many times."""
         return Linear(self.place(lambda: _matrix(weight, cut, repeat)), bias)
 
-    def table(self, operand: Make, weight: Any, cut: Cut | None = None, *, bias=None, repeat: int = 1) -> Linear:
+    def table(
+        self, operand: Make, weight: Any, cut: Cut | None = None, *, bias=None, repeat: int = 1
+    ) -> Linear:
         """What such a layer makes of the columns of an operand."""
 
         def make():
@@ -170,7 +206,9 @@ def _own_states(v: Any, columns: Columns, j: int) -> Float[Array, "D R"]:
     """Of [D, S], each copy's j-th state."""
     shape = (v.shape[0], columns.copies)
     state = _iota(shape, 1) * columns.own_states + j
-    return _pick(v, (_iota(shape, 0), state), state < v.shape[1] if v.shape[1] < columns.d_state else None)
+    return _pick(
+        v, (_iota(shape, 0), state), state < v.shape[1] if v.shape[1] < columns.d_state else None
+    )
 
 
 def _matrix(v: Any, cut: Cut | None = None, repeat: int = 1) -> Float[Array, "O I"]:
@@ -179,11 +217,17 @@ def _matrix(v: Any, cut: Cut | None = None, repeat: int = 1) -> Float[Array, "O 
     size = (v.shape[0], (stop - start) * repeat)
     shape = tuple(padded(n) for n in size)
     i, o = _iota(shape, 0), _iota(shape, 1)
-    return _pick(v, (i, start + o // repeat), None if shape == size else (i < size[0]) & (o < size[1])).T
+    return _pick(
+        v, (i, start + o // repeat), None if shape == size else (i < size[0]) & (o < size[1])
+    ).T
 
 
 def _vector(
-    v: Any, cut: Cut | None = None, repeat: int = 1, row: int | None = None, column: int | None = None
+    v: Any,
+    cut: Cut | None = None,
+    repeat: int = 1,
+    row: int | None = None,
+    column: int | None = None,
 ) -> Vector:
     """Entries of [F], or of a row or a column of a matrix, each so many times."""
     start, stop = cut or (0, v.shape[0 if row is None else 1])

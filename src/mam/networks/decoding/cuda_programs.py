@@ -49,12 +49,19 @@ class Plan:
     kept: tuple[bool, ...]  # which of them are kept in shared memory, not read again at every use
 
     @classmethod
-    def of(cls, decoder: Decoder, d_state: int, tiling: Tiling, dtype: Any, interpret: bool) -> "Plan":
+    def of(
+        cls, decoder: Decoder, d_state: int, tiling: Tiling, dtype: Any, interpret: bool
+    ) -> "Plan":
         """Merges Δ's projections where all matrices fit, and keeps the first ones that do."""
-        columns, room = Columns(tiling.num_envs, d_state, interpret), tiling.shared_memory - EXCHANGE
+        columns, room = (
+            Columns(tiling.num_envs, d_state, interpret),
+            tiling.shared_memory - EXCHANGE,
+        )
         itemsize = jnp.dtype(dtype).itemsize
         shapes = {merge: matrix_shapes(decoder, merge) for merge in (True, False)}
-        sizes = {merge: [math.prod(shape) * itemsize for shape in shapes[merge]] for merge in shapes}
+        sizes = {
+            merge: [math.prod(shape) * itemsize for shape in shapes[merge]] for merge in shapes
+        }
         merge = sum(sizes[True]) <= room
         if sum(sizes[merge]) > room:
             room -= max(sizes[merge])  # what is read at every use passes through shared memory
@@ -75,13 +82,17 @@ def matrix_shapes(decoder: Decoder, merge: bool) -> list[tuple[int, ...]]:
         return make
 
     def network(decoder):
-        Packer(Columns(COLUMNS, COLUMNS, interpret=True), jnp.float32, merge, place).network(decoder)
+        Packer(Columns(COLUMNS, COLUMNS, interpret=True), jnp.float32, merge, place).network(
+            decoder
+        )
 
     jax.eval_shape(network, jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), decoder))
     return shapes
 
 
-def run(plan: Plan, decoder: Decoder, inputs: Inputs) -> tuple[Int[Array, "batch N"], Float[Array, "batch N A"]]:
+def run(
+    plan: Plan, decoder: Decoder, inputs: Inputs
+) -> tuple[Int[Array, "batch N"], Float[Array, "batch N A"]]:
     """Actions and outputs, for a batch of whole programs."""
     batch, num_agents, num_actions = inputs.score.shape
     num_envs = plan.columns.num_envs
@@ -104,7 +115,10 @@ def run(plan: Plan, decoder: Decoder, inputs: Inputs) -> tuple[Int[Array, "batch
         partial(_decide, plan=plan),
         (decoder, matrices, inputs),
         outputs,
-        specs=((_whole(decoder), _whole(matrices), _parts(inputs, num_envs)), _parts(outputs, num_envs)),
+        specs=(
+            (_whole(decoder), _whole(matrices), _parts(inputs, num_envs)),
+            _parts(outputs, num_envs),
+        ),
         num_programs=batch // num_envs,
         num_warps=plan.num_warps,
         plan=plan,
@@ -141,7 +155,9 @@ def _parts(tree: Any, rows: int) -> Any:
     from jax.experimental import pallas as pl
 
     def part(v):
-        return pl.BlockSpec((rows, *v.shape[1:]), lambda program: (program,) + (0,) * (len(v.shape) - 1))
+        return pl.BlockSpec(
+            (rows, *v.shape[1:]), lambda program: (program,) + (0,) * (len(v.shape) - 1)
+        )
 
     return jax.tree.map(part, tree)
 
@@ -174,7 +190,10 @@ def _decide(decoder, matrices, inputs, action, out, *, plan):
 
     network = Packer(columns, plan.dtype, plan.merge, place).network(decoder)
     envs = columns.env((COLUMNS,))
-    state_envs, states = columns.env((columns.own_states, COLUMNS)), columns.state((columns.own_states, COLUMNS))
+    state_envs, states = (
+        columns.env((columns.own_states, COLUMNS)),
+        columns.state((columns.own_states, COLUMNS)),
+    )
 
     def agent(index, carry):
         state, token = carry

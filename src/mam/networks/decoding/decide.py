@@ -29,7 +29,9 @@ class Decoding:
 
     method: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     window: int | None = None  # agents in one fixed point; all of them if None
-    max_passes: int | None = None  # over a window, before its agents decide one after another; no limit if None
+    max_passes: int | None = (
+        None  # over a window, before its agents decide one after another; no limit if None
+    )
 
 
 class Ahead(eqx.Module):
@@ -68,7 +70,9 @@ class _Chooser:
         return self.decoder.embed.pad(self.distribution.token(action))
 
 
-def decide(decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, decoding: Decoding) -> Decision:
+def decide(
+    decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, decoding: Decoding
+) -> Decision:
     """Chooses one joint action per batch element, as `decoding` says."""
     *batch, num_agents, _ = ahead.mask.shape
     dtype = ahead.context.obs_rep.dtype
@@ -83,12 +87,17 @@ def decide(decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, dec
     return _in_order(chooser, start, ahead, kernel=decoding.method == "kernel")
 
 
-def _in_windows(chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int) -> Decision:
+def _in_windows(
+    chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int
+) -> Decision:
     """Fixed points of equal size; agents past the last one are decided too, and forgotten."""
     *batch, num_agents, _ = ahead.mask.shape
     axis = len(batch)
     windows = jax.tree.map(
-        lambda v: jnp.moveaxis(_padded(v, axis, size).reshape(*batch, -1, size, *v.shape[axis + 1 :]), axis, 0), ahead
+        lambda v: jnp.moveaxis(
+            _padded(v, axis, size).reshape(*batch, -1, size, *v.shape[axis + 1 :]), axis, 0
+        ),
+        ahead,
     )
     real = (jnp.arange(num_agents + -num_agents % size) < num_agents).reshape(-1, size)
 
@@ -98,7 +107,9 @@ def _in_windows(chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max
 
     _, decisions = lax.scan(window, start, (windows, real))
     action, out = (
-        jnp.moveaxis(v, 0, axis).reshape(*batch, -1, *v.shape[axis + 2 :])[(slice(None),) * axis + (slice(num_agents),)]
+        jnp.moveaxis(v, 0, axis).reshape(*batch, -1, *v.shape[axis + 2 :])[
+            (slice(None),) * axis + (slice(num_agents),)
+        ]
         for v in (decisions.action, decisions.out)
     )
     return Decision(action=action, out=out, passes=jnp.mean(decisions.passes, axis=0))
@@ -112,14 +123,18 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
     axis = ahead.mask.ndim - 2
 
     def agent(progress: Progress, ahead: Ahead):
-        state, out = chooser.decoder.advance(progress.state, chooser.embed(progress.token), ahead.context)
+        state, out = chooser.decoder.advance(
+            progress.state, chooser.embed(progress.token), ahead.context
+        )
         action = chooser.distribution.sample_from_noise(out, ahead.mask, ahead.noise)
         return Progress(state=state, token=chooser.token(action)), (action, out)
 
     agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), ahead)
     progress, (action, out) = lax.scan(agent, progress, agents_first)
     decision = Decision(
-        action=jnp.moveaxis(action, 0, axis), out=jnp.moveaxis(out, 0, axis), passes=jnp.ones(ahead.mask.shape[:-2])
+        action=jnp.moveaxis(action, 0, axis),
+        out=jnp.moveaxis(out, 0, axis),
+        passes=jnp.ones(ahead.mask.shape[:-2]),
     )
     return progress, decision
 
@@ -133,7 +148,9 @@ def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool)
     def loop(ahead: Ahead) -> Decision:
         return _one_by_one(chooser, start, ahead)[1]
 
-    def in_one_call(decode: Callable[[Decoder, Ahead], tuple[Action, Array]]) -> Callable[[Ahead], Decision]:
+    def in_one_call(
+        decode: Callable[[Decoder, Ahead], tuple[Action, Array]],
+    ) -> Callable[[Ahead], Decision]:
         def call(ahead: Ahead) -> Decision:
             action, out = decode(chooser.decoder, ahead)
             return Decision(action=action, out=out, passes=jnp.ones(ahead.mask.shape[:-2]))
@@ -181,9 +198,13 @@ def _fixed_point(
 
     # The first guess: what would be chosen without any preference.
     indifferent = jnp.zeros((*batch, size, distribution.num_outputs), ahead.noise.dtype)
-    first = attempt(distribution.sample_from_noise(indifferent, ahead.mask, ahead.noise), jnp.zeros(()))
+    first = attempt(
+        distribution.sample_from_noise(indifferent, ahead.mask, ahead.noise), jnp.zeros(())
+    )
     last = lax.while_loop(
-        lambda last: ~settled(last) & (last.passes < max_passes), lambda last: attempt(last.action, last.passes), first
+        lambda last: ~settled(last) & (last.passes < max_passes),
+        lambda last: attempt(last.action, last.passes),
+        first,
     )
 
     def found() -> tuple[Progress, Decision]:

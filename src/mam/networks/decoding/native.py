@@ -24,7 +24,9 @@ from mam.networks.mixers.mamba import SelectiveInputs, SelectiveSSM
 from mam.networks.mixers.mamba2 import DualInputs, DualSSM
 from mam.networks.mixers.roles import CausalConv, CausalSSM, NormedInputs
 
-MAX_ROWS = 16  # environments that go through the layers together: kMaxRows in native/src/cpp/decode.h
+MAX_ROWS = (
+    16  # environments that go through the layers together: kMaxRows in native/src/cpp/decode.h
+)
 ROWS_IN_WORK = 8  # Decode::kRowsInWork there
 LOG2_E = math.log2(math.e)
 
@@ -43,7 +45,9 @@ def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
     return all(v.dtype == jnp.float32 for v in arrays) and all(side % LANES == 0 for side in sides)
 
 
-def native_decode(decoder: Decoder, ahead: AheadLike) -> tuple[Int[Array, "*batch N"], Float[Array, "*batch N A"]]:
+def native_decode(
+    decoder: Decoder, ahead: AheadLike
+) -> tuple[Int[Array, "*batch N"], Float[Array, "*batch N A"]]:
     """Chooses all agents' actions, one after another: argmax(logits + noise), the lowest index among equals.
 
     Has no gradient. May be mapped over seeds, which then come one after another.
@@ -61,7 +65,11 @@ def native_decode(decoder: Decoder, ahead: AheadLike) -> tuple[Int[Array, "*batc
     workers = os.cpu_count() or 1
     rows = _rows(size, workers)
     pack = _Pack(rows)
-    pack.decoder(decoder, decoder.embedder(obs_rep.dtype)(tokens), [_flat(C, size) for C in ahead.context.blocks])
+    pack.decoder(
+        decoder,
+        decoder.embedder(obs_rep.dtype)(tokens),
+        [_flat(C, size) for C in ahead.context.blocks],
+    )
     scratch = (min(workers, -(-size // rows)), rows * pack.memory)
     outputs = [
         jax.ShapeDtypeStruct((size, num_agents), jnp.int32),

@@ -28,7 +28,9 @@ class Projections(eqx.Module):
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
         keys = jax.random.split(key, 4)
         d_model = sizes.d_model
-        self.query, self.value, self.out = (Dense(d_model, d_model, key=k, gain=SMALL_GAIN) for k in keys[:3])
+        self.query, self.value, self.out = (
+            Dense(d_model, d_model, key=k, gain=SMALL_GAIN) for k in keys[:3]
+        )
         # No bias: one added to every key moves all of a query's scores alike, and the softmax takes it out again.
         self.key = Dense(d_model, d_model, key=keys[3], gain=SMALL_GAIN, bias=False)
         self.num_heads = sizes.num_heads
@@ -56,9 +58,14 @@ def attend(query: Float[Array, "*batch H N F"], *parts: Attended) -> Float[Array
         wide = jnp.promote_types(scores.dtype, jnp.float32)
         return jnp.where(part.visible[..., None, :, :], scores.astype(wide), MASKED)
 
-    weights = jax.nn.softmax(jnp.concatenate([scores(part) for part in parts], axis=-1)).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.concatenate([scores(part) for part in parts], axis=-1)).astype(
+        query.dtype
+    )
     shares = jnp.split(weights, np.cumsum([part.keys.shape[-2] for part in parts[:-1]]), axis=-1)
-    products = [jnp.einsum("...nm,...mf->...nf", w, part.values) for w, part in zip(shares, parts, strict=True)]
+    products = [
+        jnp.einsum("...nm,...mf->...nf", w, part.values)
+        for w, part in zip(shares, parts, strict=True)
+    ]
     return reduce(jnp.add, products)
 
 
@@ -78,7 +85,9 @@ class Attention(AbstractMixer):
     def __call__(self, x, context=None, *, alive=None):
         p = self.projections
         visible = jnp.ones((1, x.shape[-2]), bool) if alive is None else alive[..., None, :]
-        query, key, value = (heads_first(p.split(project(x))) for project in (p.query, p.key, p.value))
+        query, key, value = (
+            heads_first(p.split(project(x))) for project in (p.query, p.key, p.value)
+        )
         return p.merge(heads_first(attend(query, Attended(key, value, visible))))
 
 
@@ -122,7 +131,9 @@ class CausalAttention(AbstractCausalMixer):
 
     def init_state(self, num_agents, batch=(), dtype=None):
         p = self.projections
-        empty = jnp.zeros((*batch, p.num_heads, num_agents, p.query.weight.shape[1] // p.num_heads), dtype)
+        empty = jnp.zeros(
+            (*batch, p.num_heads, num_agents, p.query.weight.shape[1] // p.num_heads), dtype
+        )
         return KVCache(keys=empty, values=empty, length=jnp.zeros((), jnp.int32))
 
     def advance(self, state, inputs, context):
@@ -153,4 +164,6 @@ class CausalAttention(AbstractCausalMixer):
         return state, self.projections.merge(heads_first(y))
 
 
-ROLES = Roles(encoder=Attention, decoder=CausalAttention, cross=partial(CausalAttention, cross=True))
+ROLES = Roles(
+    encoder=Attention, decoder=CausalAttention, cross=partial(CausalAttention, cross=True)
+)

@@ -58,7 +58,9 @@ class AbstractCausalMixer(AbstractMixer):
         """What it reads of the second sequence, each agent by itself; None if it reads none."""
 
     @abstractmethod
-    def init_state(self, num_agents: int, batch: tuple[int, ...] = (), dtype: jnp.dtype | None = None) -> MixerState:
+    def init_state(
+        self, num_agents: int, batch: tuple[int, ...] = (), dtype: jnp.dtype | None = None
+    ) -> MixerState:
         """The state before the first of `num_agents` agents, with leading axes `batch`, for inputs of this type."""
 
     @abstractmethod
@@ -88,7 +90,10 @@ class AbstractCausalMixer(AbstractMixer):
 
     @final
     def step(
-        self, state: MixerState, x: Float[Array, "*batch E"], context: Float[Array, "*batch E"] | None = None
+        self,
+        state: MixerState,
+        x: Float[Array, "*batch E"],
+        context: Float[Array, "*batch E"] | None = None,
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
         """The next agent's output, and the state after it."""
         return self.advance(state, self.project(x), self.project_context(context))
@@ -100,7 +105,9 @@ class Roles:
 
     encoder: Callable[..., AbstractMixer]
     decoder: Callable[..., AbstractCausalMixer]
-    cross: Callable[..., AbstractCausalMixer]  # of the decoder, reading the observations as its context
+    cross: Callable[
+        ..., AbstractCausalMixer
+    ]  # of the decoder, reading the observations as its context
 
 
 def mixer_metrics(policy: PyTree) -> dict[str, Float[Array, ""]]:

@@ -54,12 +54,16 @@ class SelectiveSSM(AbstractSSM):
 
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
         d_inner, d_state, dt_rank = sizes.d_inner, sizes.d_state, sizes.resolved_dt_rank
-        in_key, gate_key, conv_key, x_key, context_key, dt_key, dt_bias_key, out_key = jax.random.split(key, 8)
+        in_key, gate_key, conv_key, x_key, context_key, dt_key, dt_bias_key, out_key = (
+            jax.random.split(key, 8)
+        )
         self.in_proj = Dense(sizes.d_model, d_inner, key=in_key, bias=False)
         self.gate_proj = Dense(sizes.d_model, d_inner, key=gate_key, bias=False)
         self.conv = CausalConv(d_inner, sizes.d_conv, key=conv_key)
         self.x_proj = Dense(d_inner, dt_rank + (1 if cross else 2) * d_state, key=x_key, bias=False)
-        self.context_proj = Dense(sizes.d_model, d_state, key=context_key, bias=False) if cross else None
+        self.context_proj = (
+            Dense(sizes.d_model, d_state, key=context_key, bias=False) if cross else None
+        )
         bound = dt_rank**-0.5
         weight = jax.random.uniform(dt_key, (dt_rank, d_inner), minval=-bound, maxval=bound)
         self.dt_proj = eqx.tree_at(
@@ -67,7 +71,9 @@ class SelectiveSSM(AbstractSSM):
             Dense(dt_rank, d_inner, key=dt_key),
             (weight, initial_dt_bias(d_inner, key=dt_bias_key)),
         )
-        self.A_log = jnp.broadcast_to(jnp.log(jnp.arange(1.0, d_state + 1)), (d_inner, d_state))  # S4D-Real
+        self.A_log = jnp.broadcast_to(
+            jnp.log(jnp.arange(1.0, d_state + 1)), (d_inner, d_state)
+        )  # S4D-Real
         self.skip = jnp.ones(d_inner)
         self.out_proj = Dense(d_inner, sizes.d_model, key=out_key, bias=False)
         self.scan = None if sizes.scan == "auto" else sizes.scan
@@ -94,7 +100,9 @@ class SelectiveSSM(AbstractSSM):
 
     def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
-        conv_state, x = self.conv.extend(before, living(inputs.x, alive), reset=reset, reverse=reverse)
+        conv_state, x = self.conv.extend(
+            before, living(inputs.x, alive), reset=reset, reverse=reverse
+        )
         features, B, C = self._select(x, C)
         y, ssm_state = gated_scan(
             x,

@@ -61,14 +61,21 @@ class DualSSM(AbstractSSM):
     has_fused_decoder: ClassVar[bool] = True
 
     def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
-        d_model, d_inner, d_state, heads = sizes.d_model, sizes.d_inner, sizes.d_state, sizes.num_ssm_heads
+        d_model, d_inner, d_state, heads = (
+            sizes.d_model,
+            sizes.d_inner,
+            sizes.d_state,
+            sizes.num_ssm_heads,
+        )
         keys = iter(jax.random.split(key, 10))
         states = (1 if cross else 2) * d_state
         self.in_proj = Dense(d_model, d_inner, key=next(keys), bias=False)
         self.gate_proj = Dense(d_model, d_inner, key=next(keys), bias=False)
         self.state_proj = Dense(d_model, states, key=next(keys), bias=False)
         dt_proj = Dense(d_model, heads, key=next(keys))
-        self.dt_proj = eqx.tree_at(lambda proj: proj.bias, dt_proj, initial_dt_bias(heads, key=next(keys)))
+        self.dt_proj = eqx.tree_at(
+            lambda proj: proj.bias, dt_proj, initial_dt_bias(heads, key=next(keys))
+        )
         self.conv = CausalConv(d_inner, sizes.d_conv, key=next(keys))
         self.state_conv = CausalConv(states, sizes.d_conv, key=next(keys))
         self.context_proj = Dense(d_model, d_state, key=next(keys), bias=False) if cross else None
@@ -82,7 +89,9 @@ class DualSSM(AbstractSSM):
         return largest_step_size(self.dt_proj)
 
     def project(self, x):
-        return DualInputs(gate=self.gate_proj(x), x=self.in_proj(x), BC=self.state_proj(x), dt=self.dt_proj(x))
+        return DualInputs(
+            gate=self.gate_proj(x), x=self.in_proj(x), BC=self.state_proj(x), dt=self.dt_proj(x)
+        )
 
     def project_context(self, context):
         return required(self.context_proj)(context)
@@ -98,17 +107,27 @@ class DualSSM(AbstractSSM):
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt)
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(
+            y * jax.nn.silu(inputs.gate)
+        )
 
     def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
-        start, (conv_x, conv_BC) = (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
+        start, (conv_x, conv_BC) = (
+            (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
+        )
         conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive), reset=reset, reverse=reverse)
-        conv_BC, BC = self.state_conv.extend(conv_BC, living(inputs.BC, alive), reset=reset, reverse=reverse)
+        conv_BC, BC = self.state_conv.extend(
+            conv_BC, living(inputs.BC, alive), reset=reset, reverse=reverse
+        )
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt, alive)
         rates = -jnp.exp(self.A_log)
-        y, ssm_state = ssd(x, dt, rates, B, C, self.skip, initial_state=start, reset=reset, reverse=reverse)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(y * jax.nn.silu(inputs.gate))
+        y, ssm_state = ssd(
+            x, dt, rates, B, C, self.skip, initial_state=start, reset=reset, reverse=reverse
+        )
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(
+            y * jax.nn.silu(inputs.gate)
+        )
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
         """B and C, which may come from elsewhere."""

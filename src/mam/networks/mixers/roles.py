@@ -17,11 +17,19 @@ from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size, zero_where
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, Roles, required
+from mam.networks.mixers.base import (
+    AbstractCausalMixer,
+    AbstractMixer,
+    MixerInputs,
+    Roles,
+    required,
+)
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
 
-Before = tuple[Float[Array, "..."], ...]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
+Before = tuple[
+    Float[Array, "..."], ...
+]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
 
 
 class SSMState(eqx.Module):
@@ -71,9 +79,13 @@ class CausalConv(eqx.Module):
             if reset is not None:
                 # The outputs at known places are dropped, but zero times their derivative may be NaN.
                 known = zero_where(reset[..., -1 if reverse else 0], known)
-                reset = jnp.pad(reset, [(0, 0)] * (x.ndim - 2) + [(0, before) if reverse else (before, 0)])
+                reset = jnp.pad(
+                    reset, [(0, 0)] * (x.ndim - 2) + [(0, before) if reverse else (before, 0)]
+                )
             x = jnp.concatenate([x, known] if reverse else [known, x], axis=-2)
-        y = _convolve(x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), reset, reverse=reverse)
+        y = _convolve(
+            x, self.weight.astype(x.dtype), self.bias.astype(x.dtype), reset, reverse=reverse
+        )
         y = y[..., :num_new, :] if reverse else y[..., -num_new:, :]
 
         def last(k):
@@ -86,7 +98,9 @@ class CausalConv(eqx.Module):
         zeros = (jnp.zeros_like(x[..., 0, :]),) * (before - there)
         return zeros + tuple(last(k) for k in range(there, 0, -1)), y
 
-    def advance(self, state: Before, x: Float[Array, "*batch F"]) -> tuple[Before, Float[Array, "*batch F"]]:
+    def advance(
+        self, state: Before, x: Float[Array, "*batch F"]
+    ) -> tuple[Before, Float[Array, "*batch F"]]:
         """The next output."""
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
@@ -246,7 +260,9 @@ class BidirectionalSSM(AbstractMixer):
     def __call__(self, x, context=None, *, alive=None):
         inputs = self.ssm.project(self.pre_norm(x))
         if self.cascade:
-            forward = self.ssm.out_proj(self._pass(inputs, None))  # the dead come last: the living do not see them yet
+            forward = self.ssm.out_proj(
+                self._pass(inputs, None)
+            )  # the dead come last: the living do not see them yet
             backward = self.ssm.out_proj(self._pass(self.ssm.project(forward), alive, reverse=True))
             return self.post_norm(x, forward * backward)
         both = self._pass(inputs, alive) + self._pass(inputs, alive, reverse=True)
@@ -278,7 +294,9 @@ class CausalSSM(AbstractCausalMixer):
     ssm: AbstractSSM
     post_norm: LayerNorm
 
-    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+    def __init__(
+        self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False
+    ):
         self.pre_norm = RMSNorm(sizes.d_model)
         self.context_norm = RMSNorm(sizes.d_model) if cross else None
         self.ssm = make(sizes, key=key, cross=cross)
@@ -295,7 +313,11 @@ class CausalSSM(AbstractCausalMixer):
         return NormedInputs(x=x, ssm=self.ssm.project(self.pre_norm(x)))
 
     def project_context(self, context):
-        return self.ssm.project_context(self.context_norm(required(context))) if self.context_norm else None
+        return (
+            self.ssm.project_context(self.context_norm(required(context)))
+            if self.context_norm
+            else None
+        )
 
     def init_state(self, num_agents, batch=(), dtype=None):
         return self.ssm.init_state(batch, dtype)
@@ -308,7 +330,9 @@ class CausalSSM(AbstractCausalMixer):
         state, y = self.ssm.extend(state, inputs.ssm, context, alive)
         return state, self._out(inputs.x, y)
 
-    def _out(self, x: Float[Array, "*batch E"], y: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+    def _out(
+        self, x: Float[Array, "*batch E"], y: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch E"]:
         return self.post_norm(x, self.ssm.out_proj(y))
 
 
@@ -317,12 +341,19 @@ def init_ssm_state(
 ) -> SSMState:
     """Zeros, for inputs of this type; the first convolution is that of the scan's channels."""
     dtype = dtype or jnp.zeros(()).dtype
-    scanned = jnp.zeros((*batch, d_state, convs[0].bias.shape[0]), jnp.promote_types(dtype, jnp.float32))
-    before = tuple((jnp.zeros((*batch, conv.bias.shape[0]), dtype),) * (conv.weight.shape[0] - 1) for conv in convs)
+    scanned = jnp.zeros(
+        (*batch, d_state, convs[0].bias.shape[0]), jnp.promote_types(dtype, jnp.float32)
+    )
+    before = tuple(
+        (jnp.zeros((*batch, conv.bias.shape[0]), dtype),) * (conv.weight.shape[0] - 1)
+        for conv in convs
+    )
     return SSMState(ssm_state=scanned, conv_state=before)
 
 
-def living(x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None) -> Float[Array, "*batch F"]:
+def living(
+    x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None
+) -> Float[Array, "*batch F"]:
     """Zeros in place of the dead."""
     return x if alive is None else jnp.where(alive[..., None], x, 0.0)
 

@@ -32,7 +32,9 @@ def act_uncached(
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
-    encoded = policy.encode(policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order)
+    encoded = policy.encode(
+        policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order
+    )
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 
@@ -42,9 +44,13 @@ def act_uncached(
     def decide(k: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         action, out = carry
         rows = (policy.decoder(distribution.token(action), encoded.obs_rep), mask, noise)
-        out_k, mask_k, noise_k = (lax.dynamic_index_in_dim(v, k, axis, keepdims=False) for v in rows)
+        out_k, mask_k, noise_k = (
+            lax.dynamic_index_in_dim(v, k, axis, keepdims=False) for v in rows
+        )
         chosen = distribution.sample_from_noise(out_k, mask_k, noise_k)
-        return tuple(lax.dynamic_update_index_in_dim(*v, k, axis) for v in ((action, chosen), (out, out_k)))
+        return tuple(
+            lax.dynamic_update_index_in_dim(*v, k, axis) for v in ((action, chosen), (out, out_k))
+        )
 
     nobody = jnp.zeros_like(distribution.sample_from_noise(noise, mask, noise))
     action, out = lax.fori_loop(0, steps, decide, (nobody, jnp.zeros_like(noise)))
@@ -60,7 +66,9 @@ def act_uncached(
 
 def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
     """Entries of [*batch, N, …] taken along the agents."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), axis=index.ndim - 1)
+    return jnp.take_along_axis(
+        x, index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), axis=index.ndim - 1
+    )
 
 
 def matched_sizes(name: str, spec: EnvSpec, sizes: NetworkConfig, parameters: int) -> NetworkConfig:

@@ -92,14 +92,18 @@ def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: 
     x, gradient = normal(2, *shape, cell.network.d_inner).astype(dtype)
     dt = 0.1 * jax.nn.sigmoid(normal(*shape, heads, seed=1))
     B, C = normal(2, *shape, cell.network.d_state, seed=2).astype(dtype)
-    return Contender(_both_ways(scan), (gradient, x, dt, A, B, C, jnp.ones(heads)), baseline="associative")
+    return Contender(
+        _both_ways(scan), (gradient, x, dt, A, B, C, jnp.ones(heads)), baseline="associative"
+    )
 
 
 def _block(family: str, role: str, cell: Cell) -> Contender:
     """One mixer, forward and backward."""
     build = getattr(MIXERS[family].roles, role)
     mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
-    x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(cell.network.dtype)
+    x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(
+        cell.network.dtype
+    )
 
     def mix(mixer: Any, x: Array, context: Array) -> Array:
         return mixer(x, context)
@@ -108,7 +112,9 @@ def _block(family: str, role: str, cell: Cell) -> Contender:
     return Contender(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
 
 
-def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential") -> Contender:
+def _act(
+    name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential"
+) -> Contender:
     """One joint action per environment, encoder included."""
     spec = synthetic_task(cell.num_agents)
     policy = random_policy(name, spec, cell.network, _decoding(name, spec, cell, decode))
@@ -117,7 +123,9 @@ def _act(name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "
     shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
     if cached:
         memory = policy.init_memory((cell.batch,))
-        return Contender(lambda policy, obs, keys: policy.act(memory, obs, reset, keys)[1], **shared)
+        return Contender(
+            lambda policy, obs, keys: policy.act(memory, obs, reset, keys)[1], **shared
+        )
     return Contender(act_uncached, steps=cell.num_agents, **shared)
 
 
@@ -130,10 +138,14 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
     noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
-        ahead = Ahead(context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise)
+        ahead = Ahead(
+            context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise
+        )
         return decide(policy.decoder, policy.distribution, ahead, decoding)
 
-    return Contender(choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder))
+    return Contender(
+        choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder)
+    )
 
 
 def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Decoding:
@@ -151,7 +163,9 @@ def _update(name: str, cell: Cell, **changes: Any) -> Contender:
     """One gradient step of PPO on random data."""
     spec, sizes = synthetic_task(cell.num_agents), replace(cell.network, **changes)
     ppo = PPOConfig(num_epochs=1, num_minibatches=1)
-    return _update_contender(random_policy(name, spec, sizes), spec, cell.batch, ppo, baseline="mat")
+    return _update_contender(
+        random_policy(name, spec, sizes), spec, cell.batch, ppo, baseline="mat"
+    )
 
 
 def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
@@ -161,7 +175,9 @@ def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
     return replace(_update(name, replace(cell, network=sizes)), note=f"d_model {sizes.d_model}")
 
 
-def _update_contender(policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str) -> Contender:
+def _update_contender(
+    policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str
+) -> Contender:
     """A whole update on that many environment steps."""
     optimiser = make_optimiser(ppo)
 
@@ -194,12 +210,21 @@ def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
 
 def _train(name: str, part: str | None, cell: Cell) -> Contender:
     """A whole train step, or the part of it that acts, or the part that updates."""
-    config = Config(name, network=cell.network, ppo=PPOConfig(num_envs=cell.batch, rollout_length=ROLLOUT_LENGTH))
+    config = Config(
+        name,
+        network=cell.network,
+        ppo=PPOConfig(num_envs=cell.batch, rollout_length=ROLLOUT_LENGTH),
+    )
     env = replace(PROBES["identity"](), num_agents=cell.num_agents, num_actions=NUM_ACTIONS)
     envs = AutoReset(EpisodeStatistics(AgentId(env, "sinusoid")), cell.batch)
-    learner, policy = Learner(config, envs.spec, PPO(config.ppo)), random_policy(name, envs.spec, cell.network)
+    learner, policy = (
+        Learner(config, envs.spec, PPO(config.ppo)),
+        random_policy(name, envs.spec, cell.network),
+    )
     if part == "update":
-        return _update_contender(policy, envs.spec, config.steps_per_update, config.ppo, baseline=name)
+        return _update_contender(
+            policy, envs.spec, config.steps_per_update, config.ppo, baseline=name
+        )
     key, normalised = jax.random.key(0), with_statistics(policy, config, envs.spec)
     state = TrainState(
         policy=normalised,
@@ -220,12 +245,19 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
         carry, found = act(state, act_key)
         return learner.learn(state, carry, found, update_key)
 
-    return Contender(act if part else step, (state, key), baseline=name if part else "mat", parameters=count(policy))
+    return Contender(
+        act if part else step,
+        (state, key),
+        baseline=name if part else "mat",
+        parameters=count(policy),
+    )
 
 
 def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
     """Every policy and, of those with decoders of one call, through XLA, in one kernel, and as a fixed point."""
-    found: dict[str, Callable[[Cell], Contender]] = {name: partial(act, name) for name in _policies()}
+    found: dict[str, Callable[[Cell], Contender]] = {
+        name: partial(act, name) for name in _policies()
+    }
     for family in MIXERS.values():
         decoder = jax.eval_shape(
             lambda key, role=family.roles.decoder: role(NetworkConfig(), key=key), jax.random.key(0)
@@ -268,13 +300,17 @@ def cases() -> dict[str, Case]:
             batch=64,
             derived=PER_AGENT,
         ),
-        "decode": Case(_ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT),
+        "decode": Case(
+            _ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT
+        ),
         "update": Case(
             {name: partial(_update, name) for name in _policies()}
             | {
                 "mam-xla": partial(_through_xla, partial(_update, "mam")),
                 "mat-matched": partial(_update_matched, "mat", "mam"),
-                "mam-published": partial(_update, "mam", scan="associative", encoder=EncoderConfig(combine="product")),
+                "mam-published": partial(
+                    _update, "mam", scan="associative", encoder=EncoderConfig(combine="product")
+                ),
             },
             num_agents=(4, 16, 64, 256),
             tokens=8192,
@@ -287,6 +323,8 @@ def cases() -> dict[str, Case]:
             },
             num_agents=(4, 16, 64),
             batch=64,
-            derived={"env_steps_per_s": lambda cell, seconds: cell.batch * ROLLOUT_LENGTH / seconds},
+            derived={
+                "env_steps_per_s": lambda cell, seconds: cell.batch * ROLLOUT_LENGTH / seconds
+            },
         ),
     }

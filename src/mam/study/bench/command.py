@@ -55,9 +55,13 @@ class Bench:
             value = getattr(self, item.name)
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and not number > 0:
-                    raise UserError(f"--{item.name.replace('_', '-')} must be positive, got {number}")
+                    raise UserError(
+                        f"--{item.name.replace('_', '-')} must be positive, got {number}"
+                    )
         if self.batch and self.tokens:
-            raise UserError("--tokens decides the batch at every N: drop one of --batch and --tokens")
+            raise UserError(
+                "--tokens decides the batch at every N: drop one of --batch and --tokens"
+            )
         Config(network=self.network)  # refuses sizes that no network could have
 
 
@@ -98,7 +102,9 @@ def run_bench(options: Bench) -> None:
             status.stop()
 
     with CsvFile(out / "results.csv") as file, console.status("starting") as status:
-        (out / "options.json").write_text(json.dumps(to_json(options), default=str, indent=1) + "\n")
+        (out / "options.json").write_text(
+            json.dumps(to_json(options), default=str, indent=1) + "\n"
+        )
         measured = measure(options.what, case, cells, names, limits, tell=tell)
         try:
             for _, cell_rows in groupby(written(measured), key=lambda row: row.num_agents):
@@ -109,15 +115,21 @@ def run_bench(options: Bench) -> None:
         plot(out / "plot.png", rows)
         if slopes := slope_table(rows):
             console.print(slopes)
-    console.print(f"in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True)
+    console.print(
+        f"in {out}: {', '.join(sorted(path.name for path in out.iterdir()))}", soft_wrap=True
+    )
 
 
 def _contenders(options: Bench, case: "Case") -> list[str]:
     """Those asked for, in the bench's own order."""
     for name in options.contenders:
         if name not in case.contenders:
-            raise UserError(f"unknown contender '{name}': {options.what} has {', '.join(case.contenders)}")
-    return [name for name in case.contenders if name in options.contenders or not options.contenders]
+            raise UserError(
+                f"unknown contender '{name}': {options.what} has {', '.join(case.contenders)}"
+            )
+    return [
+        name for name in case.contenders if name in options.contenders or not options.contenders
+    ]
 
 
 def _cells(options: Bench, case: "Case") -> Iterator["Cell"]:

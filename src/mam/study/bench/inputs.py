@@ -31,7 +31,9 @@ def random_like(shapes: PyTree) -> PyTree:
     contenders.
     """
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0.0, 0.1, leaf.shape), leaf.dtype), shapes
+    )
 
 
 def count(tree: PyTree) -> int:
@@ -39,13 +41,17 @@ def count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def policy_shapes(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> PyTree:
+def policy_shapes(
+    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
+) -> PyTree:
     """A policy with shapes in place of arrays; nothing is computed."""
     build = partial(make_policy, name, spec, sizes, decoding)
     return jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
 
 
-def random_policy(name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL) -> Policy:
+def random_policy(
+    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
+) -> Policy:
     """A named policy with numbers in it."""
     return random_like(policy_shapes(name, spec, sizes, decoding))
 
@@ -59,7 +65,9 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
     """What agents see, [*batch, N, …]: all alive, every action legal."""
     agents = (*batch, spec.num_agents)
     mask = jnp.ones((*agents, spec.num_actions), bool)
-    return Observation(normal(*agents, spec.obs_dim), action_mask=mask, alive=jnp.ones(agents, bool))
+    return Observation(
+        normal(*agents, spec.obs_dim), action_mask=mask, alive=jnp.ones(agents, bool)
+    )
 
 
 def random_batch(policy: Policy, spec: EnvSpec, steps: int, length: int) -> Batch:

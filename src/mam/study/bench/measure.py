@@ -37,7 +37,9 @@ class Contender:
     args: tuple[Any, ...]  # what it is called with
     baseline: str  # the contender whose time is 1
     parameters: int | None = None
-    steps: int | None = None  # of one length, if it takes steps; how many is then its last argument, not in `args`
+    steps: int | None = (
+        None  # of one length, if it takes steps; how many is then its last argument, not in `args`
+    )
     note: str = ""
 
 
@@ -52,7 +54,9 @@ class Case:
     num_agents: tuple[int, ...]
     tokens: int | None = None  # agents in all environments together; decides the batch
     batch: int | None = None  # environments
-    derived: Mapping[str, Callable[[Cell, float], float]] = field(default_factory=dict)  # column → from seconds
+    derived: Mapping[str, Callable[[Cell, float], float]] = field(
+        default_factory=dict
+    )  # column → from seconds
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ class Limits:
     def check_time(self, seconds: float, what: str) -> None:
         """Raises Skip if so long a call cannot be repeated often enough."""
         if seconds * self.repeats > self.max_seconds:
-            raise Skip(f"{what} {seconds:.2g} s a call: {self.repeats} calls exceed --max-seconds {self.max_seconds:g}")
+            raise Skip(
+                f"{what} {seconds:.2g} s a call: {self.repeats} calls exceed --max-seconds {self.max_seconds:g}"
+            )
 
     @property
     def repeats(self) -> int:
@@ -88,7 +94,11 @@ class _Program:
     @property
     def note(self) -> str:
         """Says what a time was made of."""
-        return f"extrapolated from {PREFIX} of {self.contender.steps} steps" if self.scale != 1.0 else ""
+        return (
+            f"extrapolated from {PREFIX} of {self.contender.steps} steps"
+            if self.scale != 1.0
+            else ""
+        )
 
 
 def measure(
@@ -121,14 +131,24 @@ def measure(
             tell(f"N = {cell.num_agents}: compiling {name}")
             try:
                 contender = case.contenders[name](cell)
-                programs[name] = _prepare(contender, limits, predict(history[name], cell.num_agents))
+                programs[name] = _prepare(
+                    contender, limits, predict(history[name], cell.num_agents)
+                )
             except Skip as reason:
                 skipped[name] = f"skipped: {reason}"
         tell("")  # whatever moves on a screen takes time from what is timed
         results = _time(case, cell, programs, limits.rounds)
         for name in names:
             measured = results.get(name) or {"note": skipped[name]}
-            yield Row(what, name, cell.num_agents, cell.batch, device=_device(), jax=jax.__version__, **measured)
+            yield Row(
+                what,
+                name,
+                cell.num_agents,
+                cell.batch,
+                device=_device(),
+                jax=jax.__version__,
+                **measured,
+            )
             if name in results:
                 history[name].append((cell.num_agents, measured["median_ms"] / 1e3))
 
@@ -138,24 +158,32 @@ def _device() -> str:
     return " ".join(dict.fromkeys((device.platform, device.device_kind)))
 
 
-def _time(case: Case, cell: Cell, programs: Mapping[str, _Program], rounds: int | None) -> dict[str, dict[str, Any]]:
+def _time(
+    case: Case, cell: Cell, programs: Mapping[str, _Program], rounds: int | None
+) -> dict[str, dict[str, Any]]:
     """The measured columns for each of the programs of a cell."""
     estimates = {name: program.estimate for name, program in programs.items()}
     rounds = rounds or rounds_for(list(estimates.values()))
-    timings = interleave({name: program.run for name, program in programs.items()}, estimates, rounds)
+    timings = interleave(
+        {name: program.run for name, program in programs.items()}, estimates, rounds
+    )
     medians = {name: timing.median * programs[name].scale for name, timing in timings.items()}
     return {
         name: {
             "median_ms": 1e3 * medians[name],
             "min_ms": 1e3 * timings[name].minimum * program.scale,
             "baseline": program.contender.baseline,
-            "ratio": medians[name] / medians[base] if (base := program.contender.baseline) in medians else None,
+            "ratio": medians[name] / medians[base]
+            if (base := program.contender.baseline) in medians
+            else None,
             "temp_mb": program.temp_mb,
             "parameters": program.contender.parameters,
             "compile_s": program.compile_s,
             "rounds": rounds,
             "extrapolated": program.scale != 1.0,
-            "note": " · ".join(filter(None, (program.contender.note, program.note, _shares(name, medians)))),
+            "note": " · ".join(
+                filter(None, (program.contender.note, program.note, _shares(name, medians)))
+            ),
         }
         | {column: derive(cell, medians[name]) for column, derive in case.derived.items()}
         for name, program in programs.items()
@@ -189,7 +217,9 @@ def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _
         memory = compiled.memory_analysis()
         temp_mb = None if memory is None else memory.temp_size_in_bytes / 1e6
         if temp_mb is not None and temp_mb > 1e3 * limits.max_memory:
-            raise Skip(f"needs {temp_mb / 1e3:.3g} GB of temporary memory, over --max-memory {limits.max_memory:g}")
+            raise Skip(
+                f"needs {temp_mb / 1e3:.3g} GB of temporary memory, over --max-memory {limits.max_memory:g}"
+            )
 
         def call(steps: int | None) -> Run:
             inputs = leaves if steps is None else [*leaves[:-1], jnp.int32(steps)]
@@ -200,7 +230,9 @@ def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _
         raise Skip(str(error).partition("\n")[0]) from error
 
 
-def _warm_up(call: Callable[[int | None], Run], steps: int | None, limits: Limits) -> tuple[Run, float, float]:
+def _warm_up(
+    call: Callable[[int | None], Run], steps: int | None, limits: Limits
+) -> tuple[Run, float, float]:
     """What to run in the rounds, the seconds it takes, and the factor from there to a whole call.
 
     Where there are steps, and all of them would take too long, only the first few are run.

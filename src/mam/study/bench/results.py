@@ -29,8 +29,12 @@ class Row:
     per_agent_us: float | None = None  # of acting: one agent's step in all environments
     env_steps_per_s: float | None = None  # of training
     baseline: str | None = None
-    ratio: float | None = None  # of the median to the baseline's, below 1 if faster; of a part, its share of the whole
-    temp_mb: float | None = None  # temporary memory of the compiled program, at its peak; 10^6 bytes
+    ratio: float | None = (
+        None  # of the median to the baseline's, below 1 if faster; of a part, its share of the whole
+    )
+    temp_mb: float | None = (
+        None  # temporary memory of the compiled program, at its peak; 10^6 bytes
+    )
     parameters: int | None = None
     compile_s: float | None = None
     rounds: int | None = None  # samples behind the median
@@ -58,7 +62,9 @@ class CsvFile:
     def write(self, row: Row) -> None:
         """Appends a row and hands it to the operating system."""
         values = asdict(row)
-        self._writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+        self._writer.writerow(
+            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+        )
         self._file.flush()
 
 
@@ -83,21 +89,29 @@ def cell_report(rows: Sequence[Row]) -> Group:
     """The measured contenders of one cell as a table without empty columns, and the notes."""
     title = f"{rows[0].what} · N = {rows[0].num_agents} · batch {rows[0].batch}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    shown = {name: form for name, form in _COLUMNS.items() if any(getattr(row, name) is not None for row in rows)}
+    shown = {
+        name: form
+        for name, form in _COLUMNS.items()
+        if any(getattr(row, name) is not None for row in rows)
+    }
     table.add_column("contender", no_wrap=True)
     for header, _ in shown.values():
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         if row.median_ms is not None:
             values = [(getattr(row, name), form) for name, (_, form) in shown.items()]
-            table.add_row(row.contender, *("–" if value is None else form(value) for value, form in values))
+            table.add_row(
+                row.contender, *("–" if value is None else form(value) for value, form in values)
+            )
     return Group(table, *(f"  {row.contender}: {row.note}" for row in rows if row.note), "")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The measured rows by contender, fewest agents first."""
     names = dict.fromkeys(row.contender for row in rows)
-    measured = sorted((row for row in rows if row.median_ms is not None), key=lambda row: row.num_agents)
+    measured = sorted(
+        (row for row in rows if row.median_ms is not None), key=lambda row: row.num_agents
+    )
     found = {name: [row for row in measured if row.contender == name] for name in names}
     return {name: curve for name, curve in found.items() if curve}
 
@@ -154,7 +168,11 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     for name, curve in found.items():
         kind, _, part = name.partition("/")
         colour = _COLOURS[kinds.index(kind) % len(_COLOURS)]
-        style = {"color": colour, "linestyle": _LINES[parts.index(part) % len(_LINES)], "linewidth": 1.8}
+        style = {
+            "color": colour,
+            "linestyle": _LINES[parts.index(part) % len(_LINES)],
+            "linewidth": 1.8,
+        }
         growth = slope(curve)
         label = name if growth is None else f"{name}  (slope {growth:.2f})"
         _draw(time, curve, "median_ms", style | {"label": label})
@@ -162,7 +180,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     numbers = sorted({row.num_agents for row in rows})
     _decorate(time, "median time of a call [ms]", numbers)
     _decorate(memory, "temporary memory [MB]", numbers)
-    figure.suptitle(f"mam bench {rows[0].what} · {_fixed(rows)} · {rows[0].device}", x=0.01, ha="left")
+    figure.suptitle(
+        f"mam bench {rows[0].what} · {_fixed(rows)} · {rows[0].device}", x=0.01, ha="left"
+    )
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
 

@@ -11,7 +11,9 @@ Clock = Callable[[], float]  # seconds
 
 SHORTEST_SAMPLE = 1e-3  # seconds; a shorter one measures the clock and the operating system
 LONGEST_REPEATED = 10.0  # seconds
-ROUNDS_TIME = 3.0  # seconds of measuring for all programs together, unless the number of rounds is given
+ROUNDS_TIME = (
+    3.0  # seconds of measuring for all programs together, unless the number of rounds is given
+)
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 30
 
 
@@ -48,7 +50,10 @@ def rounds_for(estimates: Sequence[float]) -> int:
 
 
 def interleave(
-    runs: Mapping[str, Run], estimates: Mapping[str, float], rounds: int, clock: Clock = time.perf_counter
+    runs: Mapping[str, Run],
+    estimates: Mapping[str, float],
+    rounds: int,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Times programs in turn, so that whatever slows the machine for a while slows all of them.
 

@@ -17,7 +17,12 @@ from mam.study.report.figures import styles_of
 
 _MOST_CHARTS = 12  # tasks that are drawn at once
 _FEW = 40  # points up to which each has a mark
-_DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": [8, 3, 2, 3]}  # ECharts' words for Matplotlib's
+_DASHES = {
+    "-": "solid",
+    "--": "dashed",
+    ":": "dotted",
+    "-.": [8, 3, 2, 3],
+}  # ECharts' words for Matplotlib's
 
 Looks = dict[str, tuple[str, str]]  # colour and dashes, by label
 
@@ -31,12 +36,22 @@ class Charts:
         metric: the only metric to show; the user chooses if None.
     """
 
-    def __init__(self, curves: Curves, everything: Callable[[], Collection[LiveRun]], *, metric: str | None = None):
+    def __init__(
+        self,
+        curves: Curves,
+        everything: Callable[[], Collection[LiveRun]],
+        *,
+        metric: str | None = None,
+    ):
         self._curves, self._everything, self._runs = curves, everything, list[LiveRun]()
         self._charts: dict[str, Chart] = {}
         with ui.row().classes("mam-bar"):
-            self._metric = ui.select([metric or f"evaluation/{RETURN}"], value=metric or f"evaluation/{RETURN}")
-            self._metric.props("dense options-dense borderless use-input hide-selected fill-input").mark("metric")
+            self._metric = ui.select(
+                [metric or f"evaluation/{RETURN}"], value=metric or f"evaluation/{RETURN}"
+            )
+            self._metric.props(
+                "dense options-dense borderless use-input hide-selected fill-input"
+            ).mark("metric")
             self._metric.style("width: 260px")
             self._metric.set_visibility(metric is None)
             axes = {"steps": "steps", "time": "wall-clock"}
@@ -60,9 +75,16 @@ class Charts:
                 self._metric.set_options(found)
         metric, axis = str(self._metric.value), self._axis.value
         everything = self._everything()
-        labels = {run.name: run.name for run in everything} if self._apart.value else labels_of(everything)
+        labels = (
+            {run.name: run.name for run in everything}
+            if self._apart.value
+            else labels_of(everything)
+        )
         grouped = groups(self._runs, labels)
-        looks = {label: (colour, dashes) for label, (colour, dashes, _) in styles_of(set(labels.values())).items()}
+        looks = {
+            label: (colour, dashes)
+            for label, (colour, dashes, _) in styles_of(set(labels.values())).items()
+        }
         shown = dict(list(grouped.items())[:_MOST_CHARTS])
         more = len(grouped) - len(shown)
         self._note.text = f"{more} more tasks: select runs to see them" if more else ""
@@ -98,7 +120,9 @@ class Chart:
             const zoom = getElement({self._chart.id}).chart.getOption().dataZoom[0];
             emit(zoom.start > 0.1 || zoom.end < 99.9 ? [zoom.startValue, zoom.endValue] : null);
         }}"""
-        self._chart.on("chart:datazoom", self._zoom, js_handler=zoomed, throttle=0.12, leading_events=False)
+        self._chart.on(
+            "chart:datazoom", self._zoom, js_handler=zoomed, throttle=0.12, leading_events=False
+        )
 
     def delete(self) -> None:
         """Takes it off the page."""
@@ -110,7 +134,9 @@ class Chart:
             self._place = place
             self._card.style(f"order: {place}")
 
-    async def show(self, runs: dict[str, list[LiveRun]], looks: Looks, metric: str, axis: Axis) -> None:
+    async def show(
+        self, runs: dict[str, list[LiveRun]], looks: Looks, metric: str, axis: Axis
+    ) -> None:
         """Draws the curves of some runs by label, as far as they have changed."""
         if self._asked and self._asked[2:] != (metric, axis):
             self._window = None
@@ -118,16 +144,26 @@ class Chart:
         window = self._window
 
         def answers() -> dict[str, tuple[tuple, Curve | None]]:
-            return {label: self._curves.of(some, metric, axis, window) for label, some in runs.items()}
+            return {
+                label: self._curves.of(some, metric, axis, window) for label, some in runs.items()
+            }
 
-        found = {label: answer for label, answer in (await asyncio.to_thread(answers)).items() if answer[1] is not None}
+        found = {
+            label: answer
+            for label, answer in (await asyncio.to_thread(answers)).items()
+            if answer[1] is not None
+        }
         if self._asked is not asked or self._window != window or self._chart.is_deleted:
             return  # something else was asked for meanwhile
         self._empty.set_visibility(not found)
         self._chart.set_visibility(bool(found))
         layout = (metric, axis, tuple((label, looks[label]) for label in found))
         made_of = {label: (answer[0], window) for label, answer in found.items()}
-        new = [label for label in found if layout != self._layout or self._sent.get(label) != made_of[label]]
+        new = [
+            label
+            for label in found
+            if layout != self._layout or self._sent.get(label) != made_of[label]
+        ]
         series = [one for label in new for one in _series(label, found[label][1], *looks[label])]
         if layout != self._layout:
             options = _options(axis) | {"series": series}
@@ -151,7 +187,9 @@ class Speeds:
     def __init__(self, charts: Charts):
         self._charts = charts
         with ui.element("div").classes("mam-card").style("width: 100%; margin-top: 12px"):
-            ui.label("median over all updates, environment steps per second of all seeds").classes("mam-card-title")
+            ui.label("median over all updates, environment steps per second of all seeds").classes(
+                "mam-card-title"
+            )
             self._table = ui.html("", sanitize=False).classes("mam-scroll")
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
@@ -161,7 +199,10 @@ class Speeds:
 
     @staticmethod
     def _describe(runs: list[LiveRun]) -> str:
-        speeds = sorted(((one.median_speed(), one) for one in runs), key=lambda pair: -np.nan_to_num(pair[0], nan=-1))
+        speeds = sorted(
+            ((one.median_speed(), one) for one in runs),
+            key=lambda pair: -np.nan_to_num(pair[0], nan=-1),
+        )
         rows = [
             [
                 one.name,
@@ -178,7 +219,9 @@ class Speeds:
 def _series(label: str, curve: Curve | None, colour: str, dashes: str) -> list[dict[str, Any]]:
     """A line and its band, which ECharts stacks of its lower edge and its height."""
     assert curve is not None
-    x, middle, low, high = (_numbers(array) for array in (curve.x, curve.mean, curve.low, curve.high))
+    x, middle, low, high = (
+        _numbers(array) for array in (curve.x, curve.mean, curve.low, curve.high)
+    )
     with np.errstate(invalid="ignore"):
         height = _numbers(curve.high - curve.low)
     common = {"type": "line", "name": label, "animation": False, "color": colour}
@@ -224,18 +267,54 @@ def _options(axis: Axis) -> dict[str, Any]:
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 8, "right": 14, "top": 32, "bottom": 36, "containLabel": True},
-        "legend": {"type": "scroll", "top": 0, "left": 0, "icon": "roundRect", "itemWidth": 14, "itemHeight": 4}
+        "legend": {
+            "type": "scroll",
+            "top": 0,
+            "left": 0,
+            "icon": "roundRect",
+            "itemWidth": 14,
+            "itemHeight": 4,
+        }
         | {"textStyle": text | {"fontSize": 12}, ":formatter": "mam.name"},
         "tooltip": {"trigger": "axis", "confine": True, ":formatter": f"mam.tooltip('{form}')"}
         | {"axisPointer": {"lineStyle": {"color": GREY}}, "textStyle": {"fontSize": 12}},
-        "xAxis": {"type": "value", "min": 0, "axisLabel": text | {":formatter": f"mam.{form}", "hideOverlap": True}}
-        | {"splitLine": {"show": False}, "axisLine": line, "axisTick": {"show": False}, "max": "dataMax"},
+        "xAxis": {
+            "type": "value",
+            "min": 0,
+            "axisLabel": text | {":formatter": f"mam.{form}", "hideOverlap": True},
+        }
+        | {
+            "splitLine": {"show": False},
+            "axisLine": line,
+            "axisTick": {"show": False},
+            "max": "dataMax",
+        },
         "yAxis": {"type": "value", "scale": True, "axisLabel": text | {":formatter": "mam.short"}}
         | {"splitLine": line},
         "dataZoom": [
-            {"type": "inside", "filterMode": "none", "zoomOnMouseWheel": "ctrl", "moveOnMouseWheel": False},
-            {"type": "slider", "filterMode": "none", "height": 12, "bottom": 8, "showDataShadow": False}
-            | {"borderColor": "transparent", "brushSelect": False, "showDetail": False, "handleSize": "110%"}
-            | {"fillerColor": "rgba(0,114,178,.14)", "backgroundColor": "rgba(128,128,128,.10)", "moveHandleSize": 0},
+            {
+                "type": "inside",
+                "filterMode": "none",
+                "zoomOnMouseWheel": "ctrl",
+                "moveOnMouseWheel": False,
+            },
+            {
+                "type": "slider",
+                "filterMode": "none",
+                "height": 12,
+                "bottom": 8,
+                "showDataShadow": False,
+            }
+            | {
+                "borderColor": "transparent",
+                "brushSelect": False,
+                "showDetail": False,
+                "handleSize": "110%",
+            }
+            | {
+                "fillerColor": "rgba(0,114,178,.14)",
+                "backgroundColor": "rgba(128,128,128,.10)",
+                "moveHandleSize": 0,
+            },
         ],
     }

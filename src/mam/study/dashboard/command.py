@@ -38,7 +38,11 @@ def serve(options: Dashboard) -> int:
         UserError: if the folder does not exist, the port cannot be had, or the extra is not installed.
     """
     if not options.runs.is_dir():
-        raise UserError(f"{options.runs} does not exist" if not options.runs.exists() else f"{options.runs} is a file")
+        raise UserError(
+            f"{options.runs} does not exist"
+            if not options.runs.exists()
+            else f"{options.runs} is a file"
+        )
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"--port must lie in [0, 65535], got {options.port}")
     try:
@@ -48,4 +52,10 @@ def serve(options: Dashboard) -> int:
         raise missing_extra("mam dashboard", "NiceGUI and orjson", "dashboard") from error
     from mam.study.dashboard.server import run
 
-    return run(options.runs, host=options.host, port=options.port, trust=options.trust, open_browser=options.open)
+    return run(
+        options.runs,
+        host=options.host,
+        port=options.port,
+        trust=options.trust,
+        open_browser=options.open,
+    )

@@ -65,7 +65,9 @@ def labels_of(runs: Iterable[LiveRun]) -> dict[str, str]:
     }
 
 
-def groups(runs: Iterable[LiveRun], labels: Mapping[str, str]) -> dict[str, dict[str, list[LiveRun]]]:
+def groups(
+    runs: Iterable[LiveRun], labels: Mapping[str, str]
+) -> dict[str, dict[str, list[LiveRun]]]:
     """Task → label → runs. Runs without a configuration or a label are left out."""
     found: dict[str, dict[str, list[LiveRun]]] = {}
     for run in sorted(runs, key=lambda run: run.name):
@@ -90,7 +92,9 @@ def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of numbers near the largest there are
-def curve_of(series: Sequence[Series], *, points: int = POINTS, window: Window | None = None) -> Curve | None:
+def curve_of(
+    series: Sequence[Series], *, points: int = POINTS, window: Window | None = None
+) -> Curve | None:
     """The mean of some runs, all their seeds weighing the same; at each x those that have got there.
 
     Runs with the same x are put side by side; others are joined on straight lines between their rows.
@@ -109,7 +113,10 @@ def curve_of(series: Sequence[Series], *, points: int = POINTS, window: Window |
     middle = np.where(there, values, 0).sum(axis=1) / there.sum(axis=1)
     chosen = thin(middle, points if window is None else points // 2)
     if window is not None:
-        begin, end = np.searchsorted(x, window, side="left")[0], np.searchsorted(x, window, side="right")[1]
+        begin, end = (
+            np.searchsorted(x, window, side="left")[0],
+            np.searchsorted(x, window, side="right")[1],
+        )
         begin, end = max(begin - 1, 0), min(end + 1, len(x))  # lines go on to the edge
         chosen = np.union1d(chosen, begin + thin(middle[begin:end], points // 2))
     low, high = _band(values[chosen], there[chosen])
@@ -132,7 +139,9 @@ def thin(values: Float[np.ndarray, "rows"], points: int) -> Int[np.ndarray, "_"]
     return np.unique(np.concatenate([[0, len(values) - 1], np.minimum(extremes, len(values) - 1)]))
 
 
-def _side_by_side(series: Sequence[Series], points: int) -> tuple[np.ndarray, Float[np.ndarray, "rows seeds"]]:
+def _side_by_side(
+    series: Sequence[Series], points: int
+) -> tuple[np.ndarray, Float[np.ndarray, "rows seeds"]]:
     """All seeds on one grid, NaN where a seed has not got to; where x differs, of the points worth drawing of each."""
     if not series:
         return np.empty(0), np.empty((0, 0))

@@ -14,7 +14,13 @@ _MOST_RUNS = 12  # side by side
 _LOG_LINES, _ROWS = 200, 12
 
 
-def grid(header: Sequence[Any], rows: Sequence[Sequence[Any]], align: str = "", *, faint: Sequence[bool] = ()) -> str:
+def grid(
+    header: Sequence[Any],
+    rows: Sequence[Sequence[Any]],
+    align: str = "",
+    *,
+    faint: Sequence[bool] = (),
+) -> str:
     """A table as HTML; every cell is escaped.
 
     Args:
@@ -27,7 +33,9 @@ def grid(header: Sequence[Any], rows: Sequence[Sequence[Any]], align: str = "", 
     def line(cells: Sequence[Any], tag: str) -> str:
         letters = align or "l" * len(cells)
         pairs = zip(letters, cells, strict=True)
-        return "".join(f'<{tag} class="{letter}">{escape(printable(cell))}</{tag}>' for letter, cell in pairs)
+        return "".join(
+            f'<{tag} class="{letter}">{escape(printable(cell))}</{tag}>' for letter, cell in pairs
+        )
 
     head, body = line(header, "th"), ""
     for index, row in enumerate(rows):
@@ -48,7 +56,9 @@ class Settings:
         """Shows what is new in these runs."""
         text, note = await asyncio.to_thread(self._describe, list(runs)[:_MOST_RUNS])
         more = len(runs) - _MOST_RUNS
-        self._note.text = note + (f" · {more} more runs are not shown: select some" if more > 0 else "")
+        self._note.text = note + (
+            f" · {more} more runs are not shown: select some" if more > 0 else ""
+        )
         if text != self._shown:
             self._shown = text
             self._table.set_content(text)
@@ -57,12 +67,26 @@ class Settings:
     def _describe(runs: list[LiveRun]) -> tuple[str, str]:
         if not runs:
             return "", ""
-        facts = [one.settings() | {f"version: {name}": value for name, value in one.versions().items()} for one in runs]
-        rows = differing(facts) if len(runs) > 1 else {name: [value] for name, value in facts[0].items()}
-        note = "what differs between the runs" if len(runs) > 1 else "select several runs to see what differs"
+        facts = [
+            one.settings() | {f"version: {name}": value for name, value in one.versions().items()}
+            for one in runs
+        ]
+        rows = (
+            differing(facts)
+            if len(runs) > 1
+            else {name: [value] for name, value in facts[0].items()}
+        )
+        note = (
+            "what differs between the runs"
+            if len(runs) > 1
+            else "select several runs to see what differs"
+        )
         if not rows:
             return "", "nothing differs between these runs"
-        shown = [[name, *("–" if value is None else value for value in values)] for name, values in rows.items()]
+        shown = [
+            [name, *("–" if value is None else value for value in values)]
+            for name, values in rows.items()
+        ]
         return grid(["", *(one.name for one in runs)], shown), note
 
 
@@ -72,7 +96,11 @@ class Logs:
     def __init__(self):
         self._run: LiveRun | None = None
         self._runs: dict[str, LiveRun] = {}
-        self._choice = ui.select([], on_change=self._show).props("dense options-dense borderless").mark("log run")
+        self._choice = (
+            ui.select([], on_change=self._show)
+            .props("dense options-dense borderless")
+            .mark("log run")
+        )
         with ui.element("div").classes("mam-card").style("width: 100%"):
             self._title = ui.label("output.log").classes("mam-card-title")
             self._output = ui.html("", sanitize=False).style("width: 100%")
@@ -85,7 +113,9 @@ class Logs:
         self._runs = {one.name: one for one in runs}
         names = list(self._runs)
         if names != self._choice.options:
-            value = self._choice.value if self._choice.value in names else (names[0] if names else None)
+            value = (
+                self._choice.value if self._choice.value in names else (names[0] if names else None)
+            )
             self._choice.set_options(names, value=value)
         await self._show()
 
@@ -98,7 +128,10 @@ class Logs:
     @staticmethod
     def _read(one: LiveRun) -> tuple[str, str]:
         output = "\n".join(tail(one.path / "output.log").splitlines()[-_LOG_LINES:])
-        rows = [line if len(line) < 600 else line[:600] + "…" for line in tail(one.path / "metrics.jsonl").splitlines()]
+        rows = [
+            line if len(line) < 600 else line[:600] + "…"
+            for line in tail(one.path / "metrics.jsonl").splitlines()
+        ]
         damaged = one.metrics.damaged
         note = f"\n({damaged} lines of the file cannot be read)" if damaged else ""
         return output, "\n".join(rows[-_ROWS:]) + note

@@ -69,17 +69,25 @@ class Page:
                 self._summary = ui.label().classes("mam-faint").mark("summary")
             self._trouble = ui.label().classes("mam-trouble").mark("trouble")
             self._table = Table(self._watcher, self._selected)
-            with ui.tabs().props("dense no-caps align=left inline-label").classes("mam-tabs") as self._tabs:
+            with (
+                ui.tabs()
+                .props("dense no-caps align=left inline-label")
+                .classes("mam-tabs") as self._tabs
+            ):
                 names = ("Curves", "Speed", "Settings", "Logs", "Replay")
                 for name in names:
                     ui.tab(name)
-            with ui.tab_panels(self._tabs, value="Curves", animated=False, keep_alive=True).classes("mam-panels"):
+            with ui.tab_panels(self._tabs, value="Curves", animated=False, keep_alive=True).classes(
+                "mam-panels"
+            ):
                 self._views = {}
                 curves, everything = self._shared.curves, lambda: list(self._watcher.runs.values())
                 with ui.tab_panel("Curves"):
                     self._views["Curves"] = Charts(curves, everything)
                 with ui.tab_panel("Speed"):
-                    self._views["Speed"] = Speeds(Charts(curves, everything, metric=f"train/{SPEED}"))
+                    self._views["Speed"] = Speeds(
+                        Charts(curves, everything, metric=f"train/{SPEED}")
+                    )
                 with ui.tab_panel("Settings"):
                     self._views["Settings"] = Settings()
                 with ui.tab_panel("Logs"):
@@ -116,7 +124,10 @@ class Page:
         return [runs[name] for name in self._table.selection if name in runs] or list(runs.values())
 
     def _summarise(self) -> str:
-        progress, states = self._watcher.progress, [row["state"] for row in list(self._watcher.table.values())]
+        progress, states = (
+            self._watcher.progress,
+            [row["state"] for row in list(self._watcher.table.values())],
+        )
         counts = [f"{states.count(state)} {state}" for state in _ORDER if state in states]
         reading = [f"reading {progress.unread} more"] if progress.unread else []
         size = f"{progress.nbytes / 1e6:.0f} MB of numbers" if progress.nbytes >= 1e6 else ""

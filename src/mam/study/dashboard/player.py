@@ -36,10 +36,16 @@ class Player:
         self._replay: Replay | None = None
         with ui.row().classes("mam-bar"):
             select = "dense options-dense borderless"
-            self._run = ui.select([], label="run", on_change=self._choose_run).props(select).mark("replay run")
+            self._run = (
+                ui.select([], label="run", on_change=self._choose_run)
+                .props(select)
+                .mark("replay run")
+            )
             self._seed = ui.select([], label="seed").props(select).style("min-width: 64px")
             self._greedy = ui.toggle({False: "sampled", True: "greedy"}, value=False).props(TOGGLE)
-            self._episode = ui.number("episode", value=0, min=0, precision=0).props("dense borderless")
+            self._episode = ui.number("episode", value=0, min=0, precision=0).props(
+                "dense borderless"
+            )
             self._episode.style("width: 80px")
             self._play = (
                 ui.button("play", on_click=self._make)
@@ -50,19 +56,29 @@ class Player:
             self._said = ui.label().classes("mam-faint").mark("replay status")
         self._spinner.set_visibility(False)
         self._choice = ui.select([], label="episodes played", on_change=self._open)
-        self._choice.props("dense options-dense borderless").style("min-width: 180px").mark("replays")
+        self._choice.props("dense options-dense borderless").style("min-width: 180px").mark(
+            "replays"
+        )
         with ui.element("div").classes("mam-replay") as self._stage:
             with ui.element("div").classes("mam-card"):
                 self._picture = ui.interactive_image().classes("mam-frame").mark("frame")
                 self._missing = ui.label().classes("mam-faint")
                 with ui.row().classes("mam-bar").style("flex-wrap: nowrap"):
-                    self._button = ui.button(icon="play_arrow", on_click=self._toggle).props("flat round dense")
-                    self._slider = ui.slider(min=0, max=1, value=0, on_change=self._show).mark("step")
+                    self._button = ui.button(icon="play_arrow", on_click=self._toggle).props(
+                        "flat round dense"
+                    )
+                    self._slider = ui.slider(min=0, max=1, value=0, on_change=self._show).mark(
+                        "step"
+                    )
             with ui.element("div").classes("mam-card"):
                 self._about = ui.label().classes("mam-card-title")
                 self._step = ui.label().classes("mam-faint").mark("replay step")
-                self._decisions = ui.html("", sanitize=False).classes("mam-scroll").mark("decisions")
-                self._course = ui.echart({"series": []}).style("width: 100%; height: 190px; margin-top: 10px")
+                self._decisions = (
+                    ui.html("", sanitize=False).classes("mam-scroll").mark("decisions")
+                )
+                self._course = ui.echart({"series": []}).style(
+                    "width: 100%; height: 190px; margin-top: 10px"
+                )
         self._stage.set_visibility(False)
         self._clock = ui.timer(_FRAME_SECONDS, self._advance, active=False)
 
@@ -85,7 +101,11 @@ class Player:
 
     def _choose_run(self) -> None:
         one = self._chosen
-        seeds = list(range(one.config.seed, one.config.seed + one.num_seeds)) if one and one.config else []
+        seeds = (
+            list(range(one.config.seed, one.config.seed + one.num_seeds))
+            if one and one.config
+            else []
+        )
         self._seed.set_options(seeds, value=seeds[0] if seeds else None)
         refusal = self._players.refusal(one) if one else ""
         self._said.text = refusal
@@ -99,7 +119,11 @@ class Player:
         if found != self._replays:
             self._replays = found
             names = list(found)
-            value = self._choice.value if self._choice.value in names and self._replay else (names or [None])[0]
+            value = (
+                self._choice.value
+                if self._choice.value in names and self._replay
+                else (names or [None])[0]
+            )
             self._choice.set_options(names, value=value)
         self._choice.set_visibility(bool(found))
 
@@ -149,7 +173,11 @@ class Player:
             f"episode {about.get('seed', '–')} · return {about['episode_return']:.3f}"
         )
         drawn = bool(self._replay.frames)
-        self._missing.text = "" if drawn else f"{about.get('undrawn') or 'there is no picture'}: only what was decided"
+        self._missing.text = (
+            ""
+            if drawn
+            else f"{about.get('undrawn') or 'there is no picture'}: only what was decided"
+        )
         self._picture.set_visibility(drawn)
         self._stage.set_visibility(True)
         self._course._props["options"] = _course(self._replay)
@@ -165,7 +193,9 @@ class Player:
         state = min(self._state, replay.last)
         if (frame := replay.frame(state)) is not None:
             self._picture.set_source(f"/frames/{self._key}/{frame}.png")
-        self._course.run_chart_method("setOption", {"series": [{"id": "reward", "markLine": _marker(state)}]})
+        self._course.run_chart_method(
+            "setOption", {"series": [{"id": "reward", "markLine": _marker(state)}]}
+        )
         so_far = f"reward so far {replay.reward_so_far(state):.3f}"
         if state >= replay.length:
             how = "terminated" if replay.about.get("terminated") else "cut off by the time limit"
@@ -212,29 +242,68 @@ def _course(replay: Replay) -> dict[str, Any]:
     """The whole episode: each agent's value, and the reward so far, as a chart's options."""
     values = replay.trace["value"]
     text, line = {"color": GREY, "fontSize": 11}, {"lineStyle": {"color": GREY, "opacity": 0.22}}
-    common = {"type": "line", "animation": False, "showSymbol": replay.length < 3, "emphasis": {"disabled": True}}
+    common = {
+        "type": "line",
+        "animation": False,
+        "showSymbol": replay.length < 3,
+        "emphasis": {"disabled": True},
+    }
     so_far = np.concatenate([[0.0], replay.trace["reward"].mean(axis=1).cumsum()])
     rewards = [[state + 1, float(f"{value:.6g}")] for state, value in enumerate(so_far)]
     series = [
         common
-        | {"id": "reward", "name": "reward so far", "data": rewards, "step": "end", "color": GREY, "z": 3}
+        | {
+            "id": "reward",
+            "name": "reward so far",
+            "data": rewards,
+            "step": "end",
+            "color": GREY,
+            "z": 3,
+        }
         | {"lineStyle": {"width": 2}, "markLine": _marker(0)}
     ]
     for agent, name in enumerate(replay.agents[:_MOST_LINES]):
         points = [
-            [step + 1, float(f"{value:.6g}") if value == value else None] for step, value in enumerate(values[:, agent])
+            [step + 1, float(f"{value:.6g}") if value == value else None]
+            for step, value in enumerate(values[:, agent])
         ]
         look = {"color": COLOURS[agent % (len(COLOURS) - 1)], "lineStyle": {"width": 1.5}}
-        series.append(common | look | {"id": f"value {agent}", "name": f"value of agent {name}", "data": points})
+        series.append(
+            common
+            | look
+            | {"id": f"value {agent}", "name": f"value of agent {name}", "data": points}
+        )
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 4, "right": 14, "top": 26, "bottom": 4, "containLabel": True},
-        "legend": {"type": "scroll", "top": 0, "left": 0, "icon": "roundRect", "itemWidth": 14, "itemHeight": 4}
+        "legend": {
+            "type": "scroll",
+            "top": 0,
+            "left": 0,
+            "icon": "roundRect",
+            "itemWidth": 14,
+            "itemHeight": 4,
+        }
         | {"textStyle": text},
-        "tooltip": {"trigger": "axis", "confine": True, ":valueFormatter": "v => v == null ? '–' : mam.short(v)"},
-        "xAxis": {"type": "value", "min": 1, "max": max(replay.last + 1, 2), "minInterval": 1, "axisLabel": text}
+        "tooltip": {
+            "trigger": "axis",
+            "confine": True,
+            ":valueFormatter": "v => v == null ? '–' : mam.short(v)",
+        },
+        "xAxis": {
+            "type": "value",
+            "min": 1,
+            "max": max(replay.last + 1, 2),
+            "minInterval": 1,
+            "axisLabel": text,
+        }
         | {"splitLine": {"show": False}, "axisLine": line, "axisTick": {"show": False}},
-        "yAxis": {"type": "value", "scale": True, "axisLabel": text | {":formatter": "mam.short"}, "splitLine": line},
+        "yAxis": {
+            "type": "value",
+            "scale": True,
+            "axisLabel": text | {":formatter": "mam.short"},
+            "splitLine": line,
+        },
         "series": series,
     }
 
@@ -242,4 +311,7 @@ def _course(replay: Replay) -> dict[str, Any]:
 def _marker(state: int) -> dict[str, Any]:
     """A vertical line at a state."""
     look = {"symbol": "none", "silent": True, "animation": False, "label": {"show": False}}
-    return look | {"lineStyle": {"color": GREY, "type": "solid", "width": 1}, "data": [{"xAxis": state + 1}]}
+    return look | {
+        "lineStyle": {"color": GREY, "type": "solid", "width": 1},
+        "data": [{"xAxis": state + 1}],
+    }

@@ -17,7 +17,9 @@ CHUNK = 1 << 20  # bytes parsed at once: other threads wait no longer than that 
 MAX_LINE = 1 << 23  # bytes of a line; longer ones are skipped and counted
 MAX_READ = 1 << 26  # bytes read of a file before the next one's turn
 MAX_BYTES = 1 << 28  # held per run and kind, beyond which rows are dropped as beyond MAX_ROWS
-MAX_ROWS = 1 << 18  # rows kept per run and kind; beyond them every second one is dropped, then every second of those …
+MAX_ROWS = (
+    1 << 18
+)  # rows kept per run and kind; beyond them every second one is dropped, then every second of those …
 _TAIL = 1024  # bytes before the position that are remembered, to see whether the file was cut and written again
 _HEAD = ("kind", "update", "step_count", "elapsed")
 
@@ -61,13 +63,19 @@ class Columns:
         """Everything there is of some metrics, as copies."""
         with self._lock:
             end = self._size
-            values = {name: self._values[name][:end].copy() for name in metrics if name in self._values}
+            values = {
+                name: self._values[name][:end].copy() for name in metrics if name in self._values
+            }
             return Rows(self._steps[:end].copy(), self._elapsed[:end].copy(), values)
 
     def last(self, metric: str) -> Float[np.ndarray, "seeds"] | None:
         """The newest row of a metric; None if there is none."""
         with self._lock:
-            return self._values[metric][self._size - 1].copy() if self._size and metric in self._values else None
+            return (
+                self._values[metric][self._size - 1].copy()
+                if self._size and metric in self._values
+                else None
+            )
 
     def check(self, new: Rows) -> None:
         """Says whether rows can be appended.
@@ -79,11 +87,15 @@ class Columns:
             raise ValueError("a row of more numbers than can be kept")
         for name, values in new.values.items():
             if name in self._values and self._values[name].shape[1:] != values.shape[1:]:
-                raise ValueError(f"{name} has {values.shape[1]} seeds, and had {self._values[name].shape[1]}")
+                raise ValueError(
+                    f"{name} has {values.shape[1]} seeds, and had {self._values[name].shape[1]}"
+                )
 
     def _row_bytes(self, new: Rows) -> int:
         """Memory of a row once it has the new metrics, too."""
-        widths = {name: values.shape[1] for name, values in (*self._values.items(), *new.values.items())}
+        widths = {
+            name: values.shape[1] for name, values in (*self._values.items(), *new.values.items())
+        }
         return 16 + np.dtype(self._dtype).itemsize * sum(widths.values())
 
     def append(self, new: Rows) -> None:
@@ -103,7 +115,9 @@ class Columns:
         self._steps[begin:end], self._elapsed[begin:end] = new.steps[kept], new.elapsed[kept]
         for name, values in new.values.items():
             if name not in self._values:
-                self._values[name] = np.full((len(self._steps), values.shape[1]), np.nan, self._dtype)
+                self._values[name] = np.full(
+                    (len(self._steps), values.shape[1]), np.nan, self._dtype
+                )
         for name, array in self._values.items():
             self._values[name] = array = self._with_room(array, end)
             array[begin:end] = new.values[name][kept] if name in new.values else np.nan
@@ -111,8 +125,13 @@ class Columns:
 
     def _thin(self) -> None:
         self._stride *= 2
-        self._steps, self._elapsed = self._steps[: self._size : 2].copy(), self._elapsed[: self._size : 2].copy()
-        self._values = {name: array[: self._size : 2].copy() for name, array in self._values.items()}
+        self._steps, self._elapsed = (
+            self._steps[: self._size : 2].copy(),
+            self._elapsed[: self._size : 2].copy(),
+        )
+        self._values = {
+            name: array[: self._size : 2].copy() for name, array in self._values.items()
+        }
         self._size = len(self._steps)
 
     @staticmethod
@@ -182,7 +201,9 @@ class Reader:
             return False
         try:
             with open_regular(self._path) as file:
-                return self._read(file, stat.st_size, anew=self._stat[0] not in (-1, stat.st_ino), stat=now)
+                return self._read(
+                    file, stat.st_size, anew=self._stat[0] not in (-1, stat.st_ino), stat=now
+                )
         except OSError:
             return False
 
@@ -237,7 +258,10 @@ class Reader:
         elapsed = np.array([row["elapsed"] for row in rows], np.float64)
         if not (np.isfinite(elapsed).all() and all(type(row["step_count"]) is int for row in rows)):
             raise ValueError("no time, or no number of steps")
-        kinds = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
+        kinds = {
+            kind: [row for row in rows if row["kind"] == kind]
+            for kind in {row["kind"] for row in rows}
+        }
         parsed = [(metrics.of(kind), _columns(of_kind)) for kind, of_kind in kinds.items()]
         for columns, new in parsed:
             columns.check(new)
@@ -252,7 +276,9 @@ class Reader:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> Rows:
-    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in _HEAD]
+    names = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name not in _HEAD
+    ]
     return Rows(
         steps=np.array([row["step_count"] for row in rows], np.int64),
         elapsed=np.array([row["elapsed"] for row in rows], np.float64),
@@ -260,12 +286,16 @@ def _columns(rows: Sequence[dict[str, Any]]) -> Rows:
     )
 
 
-def _values(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Float[np.ndarray, "rows seeds"]]:
+def _values(
+    rows: Sequence[dict[str, Any]], names: Sequence[str]
+) -> dict[str, Float[np.ndarray, "rows seeds"]]:
     """All metrics at once where they are alike, which many of them need, or one by one."""
     try:
         block = np.array([[row[name] for name in names] for row in rows], np.float64)
         block = block.reshape(*block.shape[:3], -1).mean(axis=-1) if block.ndim > 3 else block
-        return dict(zip(names, block.reshape(len(rows), len(names), -1).swapaxes(0, 1), strict=True))
+        return dict(
+            zip(names, block.reshape(len(rows), len(names), -1).swapaxes(0, 1), strict=True)
+        )
     except (KeyError, ValueError):  # not in every row, or of other numbers of seeds or episodes
         return {name: _means([row.get(name) for row in rows]) for name in names}
 
@@ -275,12 +305,19 @@ def _means(values: Sequence[Any]) -> Float[np.ndarray, "rows seeds"]:
     if None not in values:
         try:
             array = np.array(values, np.float64)
-            return array.reshape(*array.shape[:2], -1).mean(axis=2) if array.ndim > 2 else array.reshape(len(array), -1)
+            return (
+                array.reshape(*array.shape[:2], -1).mean(axis=2)
+                if array.ndim > 2
+                else array.reshape(len(array), -1)
+            )
         except ValueError:
             pass  # rows with different numbers of episodes
     some = next((value for value in values if value is not None), None)
     if some is None:
         raise ValueError("a metric without a number")
     return np.stack(
-        [np.full(len(some), np.nan) if value is None else seed_means(np.array(value, np.float64)) for value in values]
+        [
+            np.full(len(some), np.nan) if value is None else seed_means(np.array(value, np.float64))
+            for value in values
+        ]
     )

@@ -16,7 +16,12 @@ from mam.errors import RunError, UserError, printable, shown
 from mam.runs.files import open_regular, read_object
 from mam.study.dashboard.runs import LiveRun, changed
 
-_OTHERS = ("config.json", "versions.json", "marl_eval.json", "times.json")  # of a run's folder that are no traces
+_OTHERS = (
+    "config.json",
+    "versions.json",
+    "marl_eval.json",
+    "times.json",
+)  # of a run's folder that are no traces
 _MOST_BYTES = 1 << 28  # of a trace
 _MOST_PIXELS = 1 << 30  # of all frames of a picture
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
@@ -76,7 +81,9 @@ def load(path: Path) -> Replay:
         _check(trace)
         data["episode_return"] = float(data.get("episode_return") or 0)
         picture = data.get("picture")
-        frames, durations = _frames(path.parent / Path(picture).name) if picture else ([], np.empty(0))
+        frames, durations = (
+            _frames(path.parent / Path(picture).name) if picture else ([], np.empty(0))
+        )
         count = min(int(data.get("num_frames") or 0), len(trace["reward"]) + 1) if frames else 0
     except Exception as error:  # whatever the files hold: Pillow has errors of its own
         raise UserError(f"{printable(path.name)} cannot be shown: {printable(error)}") from error
@@ -89,7 +96,10 @@ def load(path: Path) -> Replay:
 
 def _check(trace: dict[str, np.ndarray]) -> None:
     shape = trace["reward"].shape
-    fit = all(array.shape[:2] == shape and array.ndim <= 2 + (name == "action") for name, array in trace.items())
+    fit = all(
+        array.shape[:2] == shape and array.ndim <= 2 + (name == "action")
+        for name, array in trace.items()
+    )
     if len(shape) != 2 or not all(shape) or not fit:
         raise ValueError("its arrays do not fit each other")
     if (np.sort(trace["order"]) != np.arange(shape[1])).any():
@@ -156,9 +166,21 @@ class Players:
         if refusal := self.refusal(run):
             raise UserError(refusal)
         assert run.config is not None
-        out = run.path / "replays" / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
-        options = ["--seed", str(seed), "--policy-seed", str(policy_seed), *(["--greedy"] if greedy else [])]
-        if names_code(env := run.config.env):  # what was shown is what is imported, whatever the folder says by then
+        out = (
+            run.path
+            / "replays"
+            / f"seed{policy_seed}-{'greedy' if greedy else 'sampled'}-{seed}.gif"
+        )
+        options = [
+            "--seed",
+            str(seed),
+            "--policy-seed",
+            str(policy_seed),
+            *(["--greedy"] if greedy else []),
+        ]
+        if names_code(
+            env := run.config.env
+        ):  # what was shown is what is imported, whatever the folder says by then
             options += ["--env", env]
         try:
             out.parent.mkdir(exist_ok=True)

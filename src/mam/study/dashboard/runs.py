@@ -67,7 +67,11 @@ class LiveRun:
     @property
     def returns(self) -> Float[np.ndarray, "seeds"]:
         """Each seed's mean return in the last evaluation, or as the absolute metric once there is one; may be empty."""
-        columns = self.metrics.absolute if self.metrics.last_kind == "absolute" else self.metrics.evaluation
+        columns = (
+            self.metrics.absolute
+            if self.metrics.last_kind == "absolute"
+            else self.metrics.evaluation
+        )
         values = columns.last(RETURN)
         return np.empty(0) if values is None else values
 
@@ -102,7 +106,9 @@ class LiveRun:
         NaN before the second update. Neither compiling nor evaluating moves a median.
         """
         kinds = [columns.rows(()) for columns in (self.metrics.train, self.metrics.evaluation)]
-        steps, elapsed = (np.concatenate([getattr(rows, name) for rows in kinds]) for name in ("steps", "elapsed"))
+        steps, elapsed = (
+            np.concatenate([getattr(rows, name) for rows in kinds]) for name in ("steps", "elapsed")
+        )
         last = np.argsort(elapsed, kind="stable")[-(recent or 0) :]
         return median_speed(steps[last], elapsed[last]) * self.num_seeds
 
@@ -124,7 +130,11 @@ class LiveRun:
             return State("failed", error)
         if changed(self.path / "marl_eval.json") >= self.last_sign:
             return State("stopped", "saved itself and ended")
-        patience = max(_PATIENCE * metrics.longest_gap, _LEAST_PATIENCE) if metrics.last_kind else _FIRST_PATIENCE
+        patience = (
+            max(_PATIENCE * metrics.longest_gap, _LEAST_PATIENCE)
+            if metrics.last_kind
+            else _FIRST_PATIENCE
+        )
         if now - self.last_sign > patience:
             return State("stopped", f"has written nothing for more than {patience:.0f} s")
         return State("running")
@@ -137,7 +147,9 @@ class LiveRun:
         text = tail(log)
         start = text.rfind(_HEADLINE)  # of the last of several attempts
         lines = text[start + 1 :].strip().splitlines()
-        failed = lines and (lines[-1].startswith("mam: ") or any(line.startswith("Traceback (") for line in lines))
+        failed = lines and (
+            lines[-1].startswith("mam: ") or any(line.startswith("Traceback (") for line in lines)
+        )
         return lines[-1].strip() if failed else ""
 
     def versions(self) -> dict[str, Any]:
@@ -160,7 +172,9 @@ def differing(of_runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """The keys in which some dictionaries differ, with the value of each; None where a key is missing."""
     names = dict.fromkeys(name for one in of_runs for name in one)
     rows = {name: [one.get(name) for one in of_runs] for name in names}
-    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+    return {
+        name: values for name, values in rows.items() if any(value != values[0] for value in values)
+    }
 
 
 def tail(path: Path, size: int = _TAIL_BYTES) -> str:

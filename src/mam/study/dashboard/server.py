@@ -17,7 +17,9 @@ from mam.study.dashboard.watch import Watcher
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def run(root: Path, *, host: str, port: int, trust: bool = False, open_browser: bool = False) -> int:
+def run(
+    root: Path, *, host: str, port: int, trust: bool = False, open_browser: bool = False
+) -> int:
     """Serves the page until Ctrl-C; returns the exit code.
 
     Args:
@@ -36,7 +38,9 @@ def run(root: Path, *, host: str, port: int, trust: bool = False, open_browser: 
     url = f"http://{name}:{listening.getsockname()[1]}"
     watcher = Watcher(root)
     server = uvicorn.Server(
-        uvicorn.Config(_application(watcher, host, trust), log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            _application(watcher, host, trust), log_level="warning", timeout_graceful_shutdown=1
+        )
     )
     watcher.start()
     print(f"{root} at {url} (Ctrl-C ends it)", flush=True)
@@ -54,7 +58,9 @@ def run(root: Path, *, host: str, port: int, trust: bool = False, open_browser: 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -88,6 +94,11 @@ def _application(watcher: Watcher, host: str, trust: bool) -> FastAPI:
 
     app.on_shutdown(shared.players.close)
     ui.run_with(
-        application, title="mam", dark=None, favicon="🐍", binding_refresh_interval=None, show_welcome_message=False
+        application,
+        title="mam",
+        dark=None,
+        favicon="🐍",
+        binding_refresh_interval=None,
+        show_welcome_message=False,
     )
     return application

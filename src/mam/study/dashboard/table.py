@@ -12,7 +12,14 @@ from mam.study.dashboard.watch import Watcher
 
 _ROW_HEIGHT, _HEAD_HEIGHT = 32, 38  # pixels, with borders
 _NARROW = 700  # pixels below which only the most important columns are shown
-_WIDE_ONLY = ("task", "algorithm", "seeds", "state", "speed", "last")  # the state is then a dot in the progress
+_WIDE_ONLY = (
+    "task",
+    "algorithm",
+    "seeds",
+    "state",
+    "speed",
+    "last",
+)  # the state is then a dot in the progress
 
 _DOT = f"p => ({{'--dot': ({STATES})[p.data.state]}})"
 _BAR = """p => {
@@ -78,7 +85,11 @@ _OPTIONS: dict[str, Any] = {
     "columnDefs": _COLUMNS,
     "defaultColDef": {"resizable": True, "sortable": True, "suppressHeaderMenuButton": True},
     ":getRowId": "p => p.data.id",
-    "rowSelection": {"mode": "multiRow", "enableClickSelection": True, "enableSelectionWithoutKeys": True},
+    "rowSelection": {
+        "mode": "multiRow",
+        "enableClickSelection": True,
+        "enableSelectionWithoutKeys": True,
+    },
     "selectionColumnDef": {"width": 40, "pinned": "left"},
     "rowHeight": _ROW_HEIGHT,
     "headerHeight": 34,
@@ -107,12 +118,16 @@ class Table:
         self._shown = dict(watcher.table)
         self.selection: tuple[str, ...] = ()
         self._frame = ui.element("div").classes("mam-table-frame")
-        with self._frame:  # which has the height: a change of the grid's own style would make the grid anew
+        with (
+            self._frame
+        ):  # which has the height: a change of the grid's own style would make the grid anew
             rows = {"rowData": list(self._shown.values())}
             self._grid = ui.aggrid(_OPTIONS | rows, auto_size_columns=False).classes("mam-table")
         rows = max(len(self._shown), 2)  # whose height the browser knows better in a moment
         self._frame.style(f"height: min({_HEAD_HEIGHT + _ROW_HEIGHT * rows}px, 42vh)")
-        selected = f"() => emit(getElement({self._grid.id}).api.getSelectedRows().map(row => row.id))"
+        selected = (
+            f"() => emit(getElement({self._grid.id}).api.getSelectedRows().map(row => row.id))"
+        )
         self._grid.on("selectionChanged", self._take, js_handler=selected)
         ui.run_javascript(f"""
             mam.skew = {time.time():.1f} - Date.now() / 1000;
@@ -132,7 +147,9 @@ class Table:
         self._shown = now
         change = {
             "add": [row for name, row in now.items() if name not in before],
-            "update": [row for name, row in now.items() if name in before and before[name] is not row],
+            "update": [
+                row for name, row in now.items() if name in before and before[name] is not row
+            ],
             "remove": [{"id": name} for name in before if name not in now],
         }
         if any(change.values()):

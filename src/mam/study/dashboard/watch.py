@@ -74,13 +74,19 @@ class Watcher:
         if self._failure:
             return f"reading failed: {self._failure}"
         late = self._doing and time.monotonic() - self._since > _PATIENCE
-        return f"{self._doing} takes more than {_PATIENCE:.0f} s to read; the others wait" if late else ""
+        return (
+            f"{self._doing} takes more than {_PATIENCE:.0f} s to read; the others wait"
+            if late
+            else ""
+        )
 
     def refresh(self) -> None:
         """Looks at every run once."""
         if time.monotonic() - self._searched >= _SEARCH_INTERVAL or not self.runs:
             self._search()
-        runs = sorted(self.runs.values(), key=lambda run: run.last_sign, reverse=True)  # those that train come first
+        runs = sorted(
+            self.runs.values(), key=lambda run: run.last_sign, reverse=True
+        )  # those that train come first
         self._unread = sum(run.version == 0 for run in runs)
         for run in runs:
             if self._ended.is_set():
@@ -112,7 +118,9 @@ class Watcher:
         names = {self._name(path): path for path in paths}
         if names.keys() == self.runs.keys():
             return
-        self.runs = {name: self.runs.get(name) or LiveRun(path, name) for name, path in names.items()}
+        self.runs = {
+            name: self.runs.get(name) or LiveRun(path, name) for name, path in names.items()
+        }
         self.table = {name: row for name, row in self.table.items() if name in names}
         self.version += 1
 

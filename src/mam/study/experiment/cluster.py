@@ -31,11 +31,15 @@ class RayPool:
         except ImportError as error:
             raise missing_extra("--ray", "Ray", "experiment") from error
         self._ray = ray
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a run without a GPU keeps its environment
+        os.environ.setdefault(
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
+        )  # a run without a GPU keeps its environment
         local = {"include_dashboard": False} if address is None else {}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
-        except Exception as error:  # Ray's are of every kind, also where a slow machine does not start in time
+        except (
+            Exception
+        ) as error:  # Ray's are of every kind, also where a slow machine does not start in time
             ray.shutdown()
             where = "cannot start Ray here" if address is None else f"no Ray cluster at {address}"
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
@@ -57,7 +61,9 @@ class RayPool:
         self._ray.shutdown()
 
     def room(self) -> bool:
-        at_once = min(int(self._has(name) / amount + 1e-9) for name, amount in self._needs.items() if amount)
+        at_once = min(
+            int(self._has(name) / amount + 1e-9) for name, amount in self._needs.items() if amount
+        )
         return len(self._running) < max(at_once, 1)
 
     def start(self, job: Job, command: Sequence[str]) -> None:

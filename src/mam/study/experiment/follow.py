@@ -58,5 +58,8 @@ class Follower:
 
 def seed_returns(row: dict[str, Any]) -> np.ndarray:
     """Each seed's mean return in an evaluation's row; NaN where an episode had none."""
-    episodes = [[float("nan") if value is None else value for value in np.atleast_1d(seed)] for seed in row[RETURN]]
+    episodes = [
+        [float("nan") if value is None else value for value in np.atleast_1d(seed)]
+        for seed in row[RETURN]
+    ]
     return np.array([np.mean(values) for values in episodes], float)

@@ -71,7 +71,9 @@ class Job:
             options = flags(self.config, preset)
             return ["train", "--env", self.config.env, *options, "--out", str(self.path)]
         saved = RunFolder(self.path).load_config()
-        if unlike := differences(saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})):
+        if unlike := differences(
+            saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})
+        ):
             raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
         return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
 
@@ -110,7 +112,9 @@ def load_runs(file: Path) -> list[Any]:
         last = "".join(traceback.format_exception(error)[-3:]).strip()
         raise UserError(f"{file} failed:\n{last}") from error
     if not isinstance(found, Iterable) or not (runs := list(found)):
-        raise UserError(f"{file} defines no `runs`: a list of Config or (name, Config), see mam.study.experiment.grid")
+        raise UserError(
+            f"{file} defines no `runs`: a list of Config or (name, Config), see mam.study.experiment.grid"
+        )
     return runs
 
 
@@ -134,14 +138,18 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
         if path == out:
             raise UserError(f"the run called {shown(name)} needs a name with letters or digits")
         if path in jobs:
-            raise UserError(f"two runs are called {name}, or nearly so: give them names, as (name, Config)")
+            raise UserError(
+                f"two runs are called {name}, or nearly so: give them names, as (name, Config)"
+            )
         jobs[path] = Job(name, config, path)
     return list(jobs.values())
 
 
 def _file_name(name: str) -> Path:
     """A name without what file systems do not like, the same on every machine."""
-    parts = ["".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")]
+    parts = [
+        "".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")
+    ]
     return Path(*(_short(part) for part in parts if part.strip(".")))
 
 
@@ -150,7 +158,9 @@ def _short(part: str) -> str:
     data = part.encode(errors="replace")
     if len(data) <= _LONGEST:
         return part
-    return f"{data[: _LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+    return (
+        f"{data[: _LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
+    )
 
 
 def python_command(arguments: list[str]) -> list[str]:

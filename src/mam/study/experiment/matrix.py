@@ -77,7 +77,13 @@ def run_matrix(jobs: Sequence[Job], pool: Pool, screen: Screen, *, retries: int)
 
 
 def _start(row: Row, pool: Pool, screen: Screen) -> None:
-    how = "waits for the process that runs it" if row.job.running() else "resumed" if row.job.started() else "started"
+    how = (
+        "waits for the process that runs it"
+        if row.job.running()
+        else "resumed"
+        if row.job.started()
+        else "started"
+    )
     try:
         pool.start(row.job, row.job.command())
     except UserError as error:
@@ -102,7 +108,11 @@ def _settle(row: Row, end: End, screen: Screen, *, retries: int, stopping: bool)
         screen.log(f"{row.job.name}: {_how(code)}: resuming it")
     else:
         row.status = "failed"
-        said = row.job.last_words() if code > 0 and code != PREEMPTED else f"{_how(code)} before its end"
+        said = (
+            row.job.last_words()
+            if code > 0 and code != PREEMPTED
+            else f"{_how(code)} before its end"
+        )
         row.note = end.why or said
         screen.log(f"{row.job.name}: failed: {row.note}")
 

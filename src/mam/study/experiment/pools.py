@@ -29,7 +29,9 @@ class End:
 
     def to_be_resumed(self, starts: int, retries: int) -> bool:
         """Whether the run did not end by itself, and has not been started too often."""
-        return self.code == UNKNOWN or ((self.code < 0 or self.code == PREEMPTED) and starts <= retries)
+        return self.code == UNKNOWN or (
+            (self.code < 0 or self.code == PREEMPTED) and starts <= retries
+        )
 
 
 @runtime_checkable
@@ -76,7 +78,9 @@ class Elsewhere:
                 os.kill(holder.pid, signal.SIGTERM)
 
 
-def launch(command: Sequence[str], log: Path, cwd: str | None = None) -> subprocess.Popen[bytes] | Elsewhere:
+def launch(
+    command: Sequence[str], log: Path, cwd: str | None = None
+) -> subprocess.Popen[bytes] | Elsewhere:
     """Starts `mam` in a process of its own, which appends what it prints to a file.
 
     The file stays locked as long as the process lives, whoever dies in between: a run is never started twice.
@@ -135,7 +139,11 @@ class LocalPool:
         self._running[job] = launch(command, job.log)
 
     def ended(self) -> list[End]:
-        ends = [End(job, code) for job, process in self._running.items() if (code := process.poll()) is not None]
+        ends = [
+            End(job, code)
+            for job, process in self._running.items()
+            if (code := process.poll()) is not None
+        ]
         for end in ends:
             del self._running[end.job]
         return ends

@@ -23,7 +23,14 @@ _STYLES = {
     "pruned": "yellow",
     "failed": "red",
 }
-_URGENCY = ("failed", "running", "stopped", "waiting", "pruned", "finished")  # what is shown if not all rows fit
+_URGENCY = (
+    "failed",
+    "running",
+    "stopped",
+    "waiting",
+    "pruned",
+    "finished",
+)  # what is shown if not all rows fit
 
 
 class Screen:
@@ -31,7 +38,9 @@ class Screen:
 
     def __init__(self, console: Console | None = None):
         # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
-        self._console = console or Console(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
+        self._console = console or Console(
+            highlight=False, force_interactive=None if sys.stdout.isatty() else False
+        )
         self._tenths: dict[str, int] = {}  # of each run's steps, as last said
         self._live = Live(console=self._console, transient=True, refresh_per_second=4)
 
@@ -69,7 +78,9 @@ class Screen:
         counts = Counter(row.status for row in rows)
         summary = ", ".join(f"{counts[status]} {status}" for status in _URGENCY if counts[status])
         hidden = f"; {len(rows) - len(shown)} not shown" if len(shown) < len(rows) else ""
-        table = Table(caption=f"{len(rows)} runs: {summary}{hidden}", caption_justify="left", box=SIMPLE_HEAD)
+        table = Table(
+            caption=f"{len(rows)} runs: {summary}{hidden}", caption_justify="left", box=SIMPLE_HEAD
+        )
         table.add_column("run", overflow="fold")
         for header in ("status", "done", "return", "steps/s"):
             table.add_column(header, justify="right", no_wrap=True)

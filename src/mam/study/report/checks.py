@@ -47,7 +47,9 @@ def load(paths: Iterable[Any], by: Sequence[str] = ()) -> tuple[Results, list[st
 
 def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[str]]:
     """Of several runs of the same task, algorithm and seed the finished one, the longest one, the last by name."""
-    ordered = sorted(seeds, key=lambda seed: (seed.run.finished, seed.run.step_count, str(seed.run.path)))
+    ordered = sorted(
+        seeds, key=lambda seed: (seed.run.finished, seed.run.step_count, str(seed.run.path))
+    )
     kept = {(seed.task, seed.algorithm, seed.seed): seed for seed in ordered}
     dropped = [seed for seed in ordered if kept[seed.task, seed.algorithm, seed.seed] is not seed]
     lines = []
@@ -80,7 +82,11 @@ def doubts(results: Results) -> Iterator[str]:
 
 
 def _unfinished(runs: Iterable[Run]) -> Iterator[str]:
-    unfinished = [f"{run.path} ({100 * run.step_count / run.budget:.0f} %)" for run in runs if not run.finished]
+    unfinished = [
+        f"{run.path} ({100 * run.step_count / run.budget:.0f} %)"
+        for run in runs
+        if not run.finished
+    ]
     if unfinished:
         yield f"unfinished runs, in learning curves only: {_listed(unfinished)}"
 
@@ -88,13 +94,23 @@ def _unfinished(runs: Iterable[Run]) -> Iterator[str]:
 def _seeds(results: Results) -> Iterator[str]:
     counts = {cell: len(results.absolute(*cell)) for cell in results.cells}
     counts = {cell: count for cell, count in counts.items() if count}
-    few = [f"{name} on {task} ({count})" for (task, name), count in counts.items() if count < ENOUGH_RUNS]
+    few = [
+        f"{name} on {task} ({count})"
+        for (task, name), count in counts.items()
+        if count < ENOUGH_RUNS
+    ]
     if few:
-        none = f"; below {MIN_SEEDS} there are no intervals" if min(counts.values()) < MIN_SEEDS else ""
+        none = (
+            f"; below {MIN_SEEDS} there are no intervals"
+            if min(counts.values()) < MIN_SEEDS
+            else ""
+        )
         yield f"fewer than {ENOUGH_RUNS} seeds (10 are usual{none}; nothing of fewer is set in bold): {_listed(few)}"
     if len(set(counts.values())) > 1:
         most = max(counts.values())
-        fewer = [f"{name} on {task} ({count})" for (task, name), count in counts.items() if count < most]
+        fewer = [
+            f"{name} on {task} ({count})" for (task, name), count in counts.items() if count < most
+        ]
         yield f"ragged: not every algorithm has {most} seeds on every task: {_listed(fewer)}"
 
 
@@ -110,7 +126,9 @@ def _missing(results: Results) -> Iterator[str]:
 
 def _budgets(results: Results) -> Iterator[str]:
     for task in results.tasks:
-        runs = [(name, seed.run) for name in results.algorithms for seed in results.runs_of(task, name)]
+        runs = [
+            (name, seed.run) for name in results.algorithms for seed in results.runs_of(task, name)
+        ]
         if len({run.budget for _, run in runs}) > 1:
             budgets = sorted({f"{name} {run.budget:,} steps" for name, run in runs})
             yield f"unequal budgets on {task}: {_listed(budgets)}"
@@ -133,7 +151,11 @@ def _settings(results: Results) -> Iterator[str]:
 def _modes(results: Results) -> Iterator[str]:
     """Policies whose most likely actions are worth something else than sampled ones, beyond doubt."""
     for task, name in results.cells:
-        counts = "greedy" if any(seed.run.config.eval.greedy for seed in results.cells[task, name]) else "sampled"
+        counts = (
+            "greedy"
+            if any(seed.run.config.eval.greedy for seed in results.cells[task, name])
+            else "sampled"
+        )
         beside = "sampled" if counts == "greedy" else "greedy"
         one, other = results.score(task, name), results.score(task, name, f"{beside}_{RETURN}")
         if one and other and (one.above(other) or other.above(one)):

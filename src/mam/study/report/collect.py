@@ -27,7 +27,9 @@ class Run:
     step_count: int  # environment steps done, per seed
     finished: bool
     seconds: float  # wall-clock, compiling and evaluations included
-    steps_per_second: float  # environment steps of all seeds together, while training; NaN if unknown
+    steps_per_second: (
+        float  # environment steps of all seeds together, while training; NaN if unknown
+    )
     device: str
     commit: str  # of the source it ran with; `-dirty` if that was changed
 
@@ -46,7 +48,9 @@ class SeedRun:
     seed: int
     steps: Int[np.ndarray, "evaluations"]
     returns: Float[np.ndarray, "evaluations"]  # mean return of each evaluation
-    absolute: dict[str, float]  # the absolute metric and its companions, means over episodes; empty if unfinished
+    absolute: dict[
+        str, float
+    ]  # the absolute metric and its companions, means over episodes; empty if unfinished
     run: Run
 
     @property
@@ -72,7 +76,9 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
                 found.add(Path(folder))
                 below.clear()  # a run holds no runs
     if not found:
-        raise UserError(f"no runs in {', '.join(map(str, paths))}: a run is a folder with a config.json")
+        raise UserError(
+            f"no runs in {', '.join(map(str, paths))}: a run is a folder with a config.json"
+        )
     return sorted(found)
 
 
@@ -90,7 +96,11 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
         raise UserError(f"{path} is damaged: {error}") from error
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
-    absolute = {name: seed_means(value) for name, value in records[-1].values.items()} if run.finished else {}
+    absolute = (
+        {name: seed_means(value) for name, value in records[-1].values.items()}
+        if run.finished
+        else {}
+    )
     algorithm = algorithm_of(config, by)
     return [
         SeedRun(
@@ -114,15 +124,23 @@ def _check(records: Sequence[Record], num_seeds: int) -> None:
     """
     updates: dict[str, int] = {}
     for number, record in enumerate(records, start=1):
-        clock = {"update": record.update, "step_count": record.step_count, "elapsed": record.elapsed}
+        clock = {
+            "update": record.update,
+            "step_count": record.step_count,
+            "elapsed": record.elapsed,
+        }
         broken = [name for name, value in clock.items() if type(value) not in (int, float)]
         broken += [
             name
             for name, values in record.values.items()
-            if values.dtype.kind not in "biuf" or values.shape[:1] != (num_seeds,) or not values.size
+            if values.dtype.kind not in "biuf"
+            or values.shape[:1] != (num_seeds,)
+            or not values.size
         ]
         if broken:
-            raise ValueError(f"{broken[0]} in row {number} of metrics.jsonl is no number per seed ({num_seeds})")
+            raise ValueError(
+                f"{broken[0]} in row {number} of metrics.jsonl is no number per seed ({num_seeds})"
+            )
         before = updates.get(record.kind, -1)
         if record.update < before or (record.update == before and record.kind != "absolute"):
             raise ValueError(
@@ -135,13 +153,19 @@ def _check(records: Sequence[Record], num_seeds: int) -> None:
 def algorithm_of(config: Config, by: Sequence[str] = ()) -> str:
     """The algorithm's name, with the values of some settings."""
     settings = flat(to_json(config)) if by else {}
-    return " ".join([config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)])
+    return " ".join(
+        [config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)]
+    )
 
 
 def unlike(configs: Iterable[Config]) -> list[str]:
     """The settings in which they differ that decide what is learned."""
     flats = [flat(to_json(config)) for config in set(configs)]
-    return [key for key in flats[0] if key.startswith(_LEARNING) and len({str(one[key]) for one in flats}) > 1]
+    return [
+        key
+        for key in flats[0]
+        if key.startswith(_LEARNING) and len({str(one[key]) for one in flats}) > 1
+    ]
 
 
 def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
@@ -152,7 +176,10 @@ def _describe(path: Path, config: Config, records: Sequence[Record]) -> Run:
         path=path,
         config=config,
         step_count=last.step_count if last else 0,
-        finished=last is not None and last.kind == "absolute" and last.step_count >= total and RETURN in last.values,
+        finished=last is not None
+        and last.kind == "absolute"
+        and last.step_count >= total
+        and RETURN in last.values,
         seconds=last.elapsed if last else 0.0,
         steps_per_second=training_speed(records) * config.num_seeds,
         device=str(versions.get("device") or "unknown"),

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for its black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
-_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_ippo", "rec_mappo")  # that have a colour for good
+_POLICIES = (
+    "mam",
+    "mat",
+    "mam2",
+    "ippo",
+    "mappo",
+    "rec_ippo",
+    "rec_mappo",
+)  # that have a colour for good
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH, _HEIGHT = 4.2, 2.9  # inches
@@ -43,7 +51,9 @@ def styles_of(algorithms: Collection[str]) -> Styles:
     """One look per algorithm: a policy's own whatever is beside it, for others those that are left."""
     markers = dict(zip(COLOURS, _MARKERS, strict=True))
     looks = [(colour, dashes, markers[colour]) for dashes in _LINES for colour in COLOURS]
-    styles = {name: look for name, look in zip(_POLICIES, looks, strict=False) if name in algorithms}
+    styles = {
+        name: look for name, look in zip(_POLICIES, looks, strict=False) if name in algorithms
+    }
     left = itertools.cycle([look for look in looks if look not in styles.values()])
     return styles | {name: next(left) for name in sorted(algorithms) if name not in styles}
 
@@ -55,7 +65,12 @@ def aggregate_figures(results: Results) -> list[Figure]:
         Figure(
             f"aggregate_{statistic.replace(' ', '_').lower()}",
             f"{statistic[0].upper()}{statistic[1:]} of normalised scores{_DIRECTION.get(statistic, '')}",
-            partial(_intervals, list(estimates.values()), [styles[name] for name in estimates], list(estimates)),
+            partial(
+                _intervals,
+                list(estimates.values()),
+                [styles[name] for name in estimates],
+                list(estimates),
+            ),
             height=_rows(estimates),
         )
         for statistic, estimates in results.aggregates.items()
@@ -66,17 +81,33 @@ def comparison_figures(results: Results) -> list[Figure]:
     """Performance profiles, probability of improvement, and IQM against steps."""
     styles, figures = styles_of(results.algorithms), list[Figure]()
     if results.profiles:
-        curves = {name: Curve(np.arange(len(THRESHOLDS)), profile) for name, profile in results.profiles.items()}
-        draw = partial(_curves, curves, styles, x=THRESHOLDS, labels=("normalised score τ", "share of runs above τ"))
+        curves = {
+            name: Curve(np.arange(len(THRESHOLDS)), profile)
+            for name, profile in results.profiles.items()
+        }
+        draw = partial(
+            _curves,
+            curves,
+            styles,
+            x=THRESHOLDS,
+            labels=("normalised score τ", "share of runs above τ"),
+        )
         figures.append(Figure("performance_profiles", "Performance profiles", draw))
     if results.improvements:
         better, worse = zip(*results.pairs, strict=True)
         estimates = [results.improvements[pair] for pair in results.pairs]
-        draw = partial(_intervals, estimates, [styles[name] for name in better], better, against=worse)
+        draw = partial(
+            _intervals, estimates, [styles[name] for name in better], better, against=worse
+        )
         title, height = "Probability of improvement", max(_rows(better, _HALF), _rows(worse, _HALF))
         figures.append(Figure("probability_of_improvement", title, draw, height=height))
     if results.efficiency:
-        draw = partial(_curves, results.efficiency, styles, labels=("environment steps", "IQM of normalised returns"))
+        draw = partial(
+            _curves,
+            results.efficiency,
+            styles,
+            labels=("environment steps", "IQM of normalised returns"),
+        )
         figures.append(Figure("sample_efficiency", "Sample efficiency", draw))
     return figures
 
@@ -85,10 +116,18 @@ def task_figures(results: Results) -> list[Figure]:
     """A learning curve per task that has an evaluation."""
     styles, figures = styles_of(results.algorithms), list[Figure]()
     for task in results.tasks:
-        curves = {name: results.curves[task, name] for name in results.algorithms if (task, name) in results.curves}
+        curves = {
+            name: results.curves[task, name]
+            for name in results.algorithms
+            if (task, name) in results.curves
+        }
         if curves:
-            draw = partial(_curves, curves, styles, labels=("environment steps", "mean episode return"))
-            figures.append(Figure(_file_name(task, {figure.name for figure in figures}), task, draw))
+            draw = partial(
+                _curves, curves, styles, labels=("environment steps", "mean episode return")
+            )
+            figures.append(
+                Figure(_file_name(task, {figure.name for figure in figures}), task, draw)
+            )
     return figures
 
 
@@ -97,7 +136,9 @@ def _file_name(task: str, taken: Collection[str]) -> str:
     letters = (c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in task)
     name = f"curve_{''.join(letters)[:_LONGEST_NAME]}"
     return next(
-        one for one in itertools.chain([name], map(f"{name}-{{}}".format, itertools.count(2))) if one not in taken
+        one
+        for one in itertools.chain([name], map(f"{name}-{{}}".format, itertools.count(2)))
+        if one not in taken
     )
 
 
@@ -122,8 +163,12 @@ def _intervals(
 ) -> None:
     """A row per name: a mark, and a bar for its interval; a probability stands between a name and another."""
     for row, (estimate, (colour, _, marker)) in enumerate(zip(estimates, styles, strict=True)):
-        low, high = (end if np.isfinite(end) else estimate.value for end in (estimate.low, estimate.high))
-        axes.plot([low, high], [row, row], color=colour, linewidth=12, alpha=0.35, solid_capstyle="butt")
+        low, high = (
+            end if np.isfinite(end) else estimate.value for end in (estimate.low, estimate.high)
+        )
+        axes.plot(
+            [low, high], [row, row], color=colour, linewidth=12, alpha=0.35, solid_capstyle="butt"
+        )
         axes.plot(estimate.value, row, marker=marker, color=colour, markersize=5)
     width = _HALF if against else _WHOLE
     axes.set_yticks(range(len(names)), [_label(name, width) for name in names])
@@ -156,7 +201,15 @@ def _curves(
         colour, dashes, marker = styles[name]
         where, returns = curve.steps if x is None else x, curve.returns
         alone = {"marker": marker, "markersize": 4} if len(where) < 12 else {}
-        axes.plot(where, returns.value, color=colour, linestyle=dashes, linewidth=1.8, label=_label(name), **alone)
+        axes.plot(
+            where,
+            returns.value,
+            color=colour,
+            linestyle=dashes,
+            linewidth=1.8,
+            label=_label(name),
+            **alone,
+        )
         axes.fill_between(where, returns.low, returns.high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
@@ -176,7 +229,12 @@ def render(figure: Figure, format: str) -> bytes:
     from matplotlib.figure import Figure as Canvas
 
     # The salt keeps the names within several pictures on one page apart; a name with dollars is no formula.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": figure.name, "font.size": 9, "text.parse_math": False}
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": figure.name,
+        "font.size": 9,
+        "text.parse_math": False,
+    }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
         canvas = Canvas(figsize=(_WIDTH, figure.height), dpi=200, layout="constrained")

@@ -16,7 +16,10 @@ from mam.study.report.results import THRESHOLDS, Curve, Results
 
 def csv_files(results: Results) -> dict[str, str]:
     """File name → every number behind the figures and tables, in full precision."""
-    profiles = {(name,): Curve(np.arange(len(THRESHOLDS)), value) for name, value in results.profiles.items()}
+    profiles = {
+        (name,): Curve(np.arange(len(THRESHOLDS)), value)
+        for name, value in results.profiles.items()
+    }
     efficiency = {(name,): curve for name, curve in results.efficiency.items()}
     return {
         "scores.csv": _csv(_score_rows(results)),
@@ -28,9 +31,13 @@ def csv_files(results: Results) -> dict[str, str]:
         "probability_of_improvement.csv": _csv(
             {"x": x, "y": y} | _ends(value) for (x, y), value in results.improvements.items()
         ),
-        "performance_profiles.csv": _csv(_curve_rows(profiles, ("algorithm",), "threshold", lambda i: THRESHOLDS[i])),
+        "performance_profiles.csv": _csv(
+            _curve_rows(profiles, ("algorithm",), "threshold", lambda i: THRESHOLDS[i])
+        ),
         "sample_efficiency.csv": _csv(_curve_rows(efficiency, ("algorithm",), "step_count", int)),
-        "learning_curves.csv": _csv(_curve_rows(results.curves, ("task", "algorithm"), "step_count", int)),
+        "learning_curves.csv": _csv(
+            _curve_rows(results.curves, ("task", "algorithm"), "step_count", int)
+        ),
     }
 
 
@@ -40,24 +47,47 @@ def _score_rows(results: Results) -> list[dict[str, Any]]:
         absolute = seed.absolute.get(RETURN, float("nan"))
         low, high = results.bounds[seed.task]
         rows.append(
-            {"task": seed.task, "algorithm": seed.algorithm, "seed": seed.seed, "finished": seed.run.finished}
-            | {"absolute_return": absolute, "score": results.normalise(seed.task, np.array([absolute]))[0]}
+            {
+                "task": seed.task,
+                "algorithm": seed.algorithm,
+                "seed": seed.seed,
+                "finished": seed.run.finished,
+            }
+            | {
+                "absolute_return": absolute,
+                "score": results.normalise(seed.task, np.array([absolute]))[0],
+            }
             | {"score_0_return": low, "score_1_return": high, "won": seed.absolute.get("won", "")}
-            | {"last_return": seed.returns[-1] if len(seed.returns) else "", "step_count": seed.run.step_count}
-            | {"steps_per_second": seed.run.steps_per_second, "seconds": seed.run.seconds, "run": seed.run.path}
+            | {
+                "last_return": seed.returns[-1] if len(seed.returns) else "",
+                "step_count": seed.run.step_count,
+            }
+            | {
+                "steps_per_second": seed.run.steps_per_second,
+                "seconds": seed.run.seconds,
+                "run": seed.run.path,
+            }
         )
     return rows
 
 
 def _ends(estimate: Estimate) -> dict[str, float]:
-    return {"value": float(estimate.value), "low": float(estimate.low), "high": float(estimate.high)}
+    return {
+        "value": float(estimate.value),
+        "low": float(estimate.low),
+        "high": float(estimate.high),
+    }
 
 
 def _curve_rows(
-    curves: Mapping[tuple[str, ...], Curve], names: Sequence[str], axis: str, at: Callable[[Any], Any]
+    curves: Mapping[tuple[str, ...], Curve],
+    names: Sequence[str],
+    axis: str,
+    at: Callable[[Any], Any],
 ) -> list[dict[str, Any]]:
     return [
-        dict(zip(names, key, strict=True)) | {axis: at(step), "value": value, "low": low, "high": high}
+        dict(zip(names, key, strict=True))
+        | {axis: at(step), "value": value, "low": low, "high": high}
         for key, curve in curves.items()
         for step, value, low, high in zip(
             curve.steps, curve.returns.value, curve.returns.low, curve.returns.high, strict=True

@@ -8,7 +8,13 @@ from typing import Any
 from mam.errors import DISTRIBUTION, installed_version, missing_extra, printable
 from mam.runs.sinks import write_atomically
 from mam.study.report.escape import markdown, tex
-from mam.study.report.figures import Figure, aggregate_figures, comparison_figures, render, task_figures
+from mam.study.report.figures import (
+    Figure,
+    aggregate_figures,
+    comparison_figures,
+    render,
+    task_figures,
+)
 from mam.study.report.numbers import csv_files
 from mam.study.report.results import Results
 from mam.study.report.tables import tables
@@ -112,7 +118,11 @@ def _template(name: str) -> Any:
     return environment.get_template(name)
 
 
-_WRITTEN = {"report.html": printable, "report.md": markdown, "tables.tex": tex}  # and what escapes besides Jinja
+_WRITTEN = {
+    "report.html": printable,
+    "report.md": markdown,
+    "tables.tex": tex,
+}  # and what escapes besides Jinja
 
 
 def _svg(figure: Figure) -> str:

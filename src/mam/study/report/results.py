@@ -54,14 +54,24 @@ class Results:
     def common_tasks(self) -> list[str]:
         """Tasks that every algorithm with a finished run has finished: those that are summed up."""
         names = self.compared
-        return [task for task in self.tasks if names and all(len(self.absolute(task, name)) for name in names)]
+        return [
+            task
+            for task in self.tasks
+            if names and all(len(self.absolute(task, name)) for name in names)
+        ]
 
     @cached_property
     def compared(self) -> list[str]:
         """Algorithms with a finished run on some task."""
-        return [name for name in self.algorithms if any(len(self.absolute(task, name)) for task in self.tasks)]
+        return [
+            name
+            for name in self.algorithms
+            if any(len(self.absolute(task, name)) for task in self.tasks)
+        ]
 
-    def absolute(self, task: str, algorithm: str, metric: str = RETURN) -> Float[np.ndarray, "seeds"]:
+    def absolute(
+        self, task: str, algorithm: str, metric: str = RETURN
+    ) -> Float[np.ndarray, "seeds"]:
         """The absolute metric of each finished seed, or another metric of the same episodes."""
         seeds = self.cells.get((task, algorithm), [])
         values = np.array([seed.absolute[metric] for seed in seeds if metric in seed.absolute])
@@ -108,7 +118,9 @@ class Results:
         if not self.common_tasks:
             return {}
         return {
-            name: estimate(mean, [(scores > THRESHOLDS[:, None]).astype(float) for scores in self.scores(name)])
+            name: estimate(
+                mean, [(scores > THRESHOLDS[:, None]).astype(float) for scores in self.scores(name)]
+            )
             for name in self.compared
         }
 
@@ -117,36 +129,55 @@ class Results:
         """Any two compared algorithms, the one with the higher IQM first."""
         if not self.common_tasks:
             return []
-        return list(combinations(sorted(self.compared, key=lambda name: -self.aggregates["IQM"][name].value), 2))
+        return list(
+            combinations(
+                sorted(self.compared, key=lambda name: -self.aggregates["IQM"][name].value), 2
+            )
+        )
 
     @cached_property
     def improvements(self) -> dict[tuple[str, str], Estimate]:
         """Probability that a run of the first algorithm beats one of the second, in both directions."""
-        there = {(x, y): estimate(improvement, self.scores(x) + self.scores(y)) for x, y in self.pairs}
+        there = {
+            (x, y): estimate(improvement, self.scores(x) + self.scores(y)) for x, y in self.pairs
+        }
         return there | {(y, x): value.complement() for (x, y), value in there.items()}
 
     @cached_property
     def curves(self) -> dict[tuple[str, str], Curve]:
         """Task and algorithm → mean evaluation return, where there is an evaluation."""
-        evaluated = {cell: [seed for seed in seeds if len(seed.steps)] for cell, seeds in self.cells.items()}
+        evaluated = {
+            cell: [seed for seed in seeds if len(seed.steps)] for cell, seeds in self.cells.items()
+        }
         return {cell: _curve_of_any_lengths(seeds) for cell, seeds in evaluated.items() if seeds}
 
     @cached_property
     def efficiency(self) -> dict[str, Curve]:
         """IQM of the normalised evaluation returns against steps, as far as every seed of all algorithms has got."""
         cells = {
-            name: [[seed for seed in self.cells[task, name] if seed.absolute] for task in self.common_tasks]
+            name: [
+                [seed for seed in self.cells[task, name] if seed.absolute]
+                for task in self.common_tasks
+            ]
             for name in self.compared
         }
         everyone = [seed for tasks in cells.values() for task in tasks for seed in task]
         if not everyone:
             return {}
         grid = _grid(everyone)
-        grid = grid[(grid >= max(seed.steps[0] for seed in everyone)) & (grid <= min(s.steps[-1] for s in everyone))]
+        grid = grid[
+            (grid >= max(seed.steps[0] for seed in everyone))
+            & (grid <= min(s.steps[-1] for s in everyone))
+        ]
         if not len(grid):
             return {}
         return {
-            name: Curve(grid, estimate(iqm, [self.normalise(task[0].task, _sampled(task, grid)) for task in tasks]))
+            name: Curve(
+                grid,
+                estimate(
+                    iqm, [self.normalise(task[0].task, _sampled(task, grid)) for task in tasks]
+                ),
+            )
             for name, tasks in cells.items()
         }
 

@@ -41,15 +41,25 @@ class Table:
 _ACTIONS = {
     frozenset([False]): "Actions are sampled from the policy",
     frozenset([True]): "Actions are the most likely ones (greedy)",
-    frozenset([False, True]): "Actions are sampled in some runs, the most likely ones (greedy) in others",
+    frozenset(
+        [False, True]
+    ): "Actions are sampled in some runs, the most likely ones (greedy) in others",
 }
 _BOLD = "Bold: its interval lies wholly above those of all others."
 
 
 def tables(results: Results) -> list[Table]:
     """All tables that there is something to put in."""
-    made = (_aggregates(results), *(_per_task(results, metric) for metric in _METRICS), _improvements(results))
-    return [table for table in (*made, _speeds(results), _settings(results), _runs(results)) if table.rows]
+    made = (
+        _aggregates(results),
+        *(_per_task(results, metric) for metric in _METRICS),
+        _improvements(results),
+    )
+    return [
+        table
+        for table in (*made, _speeds(results), _settings(results), _runs(results))
+        if table.rows
+    ]
 
 
 def _aggregates(results: Results) -> Table:
@@ -57,7 +67,11 @@ def _aggregates(results: Results) -> Table:
         statistic: _compared(list(estimates.values()), less_is_better=statistic == "optimality gap")
         for statistic, estimates in results.aggregates.items()
     }
-    rows = [[Cell(name), *cells] for name, *cells in zip(results.compared, *columns.values(), strict=True) if columns]
+    rows = [
+        [Cell(name), *cells]
+        for name, *cells in zip(results.compared, *columns.values(), strict=True)
+        if columns
+    ]
     tasks = results.common_tasks
     where = ", ".join(tasks) if len(tasks) <= 6 else f"{len(tasks)} tasks"
     note = f"Scores, normalised per task, on {where}; 95 % stratified bootstrap intervals. {_BOLD}"
@@ -74,7 +88,9 @@ def _per_task(results: Results, metric: str) -> Table:
     if metric == RETURN:
         greedy = {seed.run.config.eval.greedy for seed in results.seeds}
         note = f"{_ACTIONS[frozenset(greedy)]}. {note}"
-    return Table(_METRICS[metric], ["task", *results.compared], "l" + "r" * len(results.compared), rows, note)
+    return Table(
+        _METRICS[metric], ["task", *results.compared], "l" + "r" * len(results.compared), rows, note
+    )
 
 
 def _compared(estimates: Sequence[Estimate | None], *, less_is_better: bool = False) -> list[Cell]:
@@ -98,7 +114,11 @@ def shown(estimate: Estimate) -> str:
 
 def number(value: float) -> str:
     """Three decimals, fewer for large numbers."""
-    return "–" if not np.isfinite(value) else f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
+    return (
+        "–"
+        if not np.isfinite(value)
+        else f"{value:.{3 if abs(value) < 10 else 2 if abs(value) < 100 else 1}f}"
+    )
 
 
 def _improvements(results: Results) -> Table:
@@ -107,14 +127,20 @@ def _improvements(results: Results) -> Table:
     for x in names:
         cells = [Cell(x)]
         for value in (results.improvements.get((x, y)) for y in names):
-            clear = value is not None and value.runs >= 2 * ENOUGH_RUNS and bool(value.low > 0.5 or value.high < 0.5)
+            clear = (
+                value is not None
+                and value.runs >= 2 * ENOUGH_RUNS
+                and bool(value.low > 0.5 or value.high < 0.5)
+            )
             cells.append(Cell("–" if value is None else shown(value), bold=clear))
         rows.append(cells)
     note = (
         "Probability that a run of the row's algorithm beats one of the column's on the same task. "
         "Bold: the interval leaves out ½."
     )
-    return Table("Probability of improvement", ["row > column", *names], "l" + "r" * len(names), rows, note)
+    return Table(
+        "Probability of improvement", ["row > column", *names], "l" + "r" * len(names), rows, note
+    )
 
 
 def _speeds(results: Results) -> Table:
@@ -146,17 +172,29 @@ def _settings(results: Results) -> Table:
         unlike = {
             key: dict.fromkeys(str(of_run[key]) for of_run in settings)
             for key, default in defaults.items()
-            if not key.startswith(_NO_SETTINGS) and any(of_run[key] != default for of_run in settings)
+            if not key.startswith(_NO_SETTINGS)
+            and any(of_run[key] != default for of_run in settings)
         }
         text = ", ".join(f"{key}={' or '.join(values)}" for key, values in unlike.items())
-        commits = dict.fromkeys(run.commit[:12] + "-dirty" * run.commit.endswith("-dirty") for run in runs)
+        commits = dict.fromkeys(
+            run.commit[:12] + "-dirty" * run.commit.endswith("-dirty") for run in runs
+        )
         rows.append([Cell(task), Cell(name), Cell(", ".join(commits)), Cell(text or "–")])
     note = "Settings that are not the defaults of `mam train` without a preset; the rest is in each run's config.json."
     return Table("Settings", ["task", "algorithm", "commit", "settings"], "llll", rows, note)
 
 
 # What is said elsewhere, or changes no numbers.
-_NO_SETTINGS = ("env", "policy", "seed", "num_seeds", "checkpoint.", "log", "num_workers", "num_devices")
+_NO_SETTINGS = (
+    "env",
+    "policy",
+    "seed",
+    "num_seeds",
+    "checkpoint.",
+    "log",
+    "num_workers",
+    "num_devices",
+)
 
 
 def _runs(results: Results) -> Table:
@@ -166,6 +204,11 @@ def _runs(results: Results) -> Table:
             run = seed.run
             seeds = f"{run.config.seed}…{run.config.seed + run.config.num_seeds - 1}"
             state = "finished" if run.finished else f"{100 * run.step_count / run.budget:.0f} %"
-            texts = (str(run.path), task, name, seeds if run.config.num_seeds > 1 else str(run.config.seed))
+            texts = (
+                str(run.path),
+                task,
+                name,
+                seeds if run.config.num_seeds > 1 else str(run.config.seed),
+            )
             rows.append([*map(Cell, texts), Cell(f"{run.step_count:,}"), Cell(state)])
     return Table("Runs", ["folder", "task", "algorithm", "seeds", "steps", "state"], "lllrrl", rows)

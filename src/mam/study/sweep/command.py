@@ -57,7 +57,10 @@ def run_sweep(options: Sweep) -> int:
     from mam.study.experiment.screen import Screen
     from mam.study.sweep.search import Search
 
-    out = options.out or Path("sweeps") / options.config.env.replace(":", "_") / options.config.algorithm
+    out = (
+        options.out
+        or Path("sweeps") / options.config.env.replace(":", "_") / options.config.algorithm
+    )
     try:
         with LocalPool(options.jobs) as pool, Screen() as screen:
             search = Search(options, out, pool, screen)

@@ -30,7 +30,9 @@ class Untried(TPESampler):
         """How many there are."""
         return math.prod(map(len, self._values.values()))
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         """All settings, so that they are decided on together."""
         return {name: CategoricalDistribution(values) for name, values in self._values.items()}
 
@@ -38,8 +40,15 @@ class Untried(TPESampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """What the estimator says of each setting by itself; at random where that was tried."""
-        tried = {self._combination(other.params) for other in study.get_trials(deepcopy=False) if other != trial}
-        chosen = {name: self.sample_independent(study, trial, name, kind) for name, kind in search_space.items()}
+        tried = {
+            self._combination(other.params)
+            for other in study.get_trials(deepcopy=False)
+            if other != trial
+        }
+        chosen = {
+            name: self.sample_independent(study, trial, name, kind)
+            for name, kind in search_space.items()
+        }
         while self._combination(chosen) in tried and len(tried) < self.num_combinations:
             chosen = {name: self._random.choice(values) for name, values in self._values.items()}
         return chosen

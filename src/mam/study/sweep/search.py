@@ -58,13 +58,16 @@ class Search:
         self._options, self._out, self._pool, self._screen = options, out, pool, screen
         self._values = space_of(options.config, options.search)
         self._space = {
-            name: self._optuna.distributions.CategoricalDistribution(values) for name, values in self._values.items()
+            name: self._optuna.distributions.CategoricalDistribution(values)
+            for name, values in self._values.items()
         }
         self._rows: dict[Job, TrialRow] = {}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the folder {shown(str(out))}: {error.strerror}") from error
+            raise UserError(
+                f"cannot make the folder {shown(str(out))}: {error.strerror}"
+            ) from error
         self._study = self._open()
 
     def _open(self) -> Any:
@@ -85,7 +88,11 @@ class Search:
             self._values, seed=seed, n_startup_trials=startup
         )
         study.sampler = self._sampler
-        what = {"config": to_json(options.config), "search": self._values, "objective": options.objective}
+        what = {
+            "config": to_json(options.config),
+            "search": self._values,
+            "objective": options.objective,
+        }
         what = json.loads(json.dumps(what))
         if study.user_attrs.get("what", what) != what:
             raise UserError(f"{self._out} holds a sweep of something else: choose another --out")
@@ -97,12 +104,17 @@ class Search:
         # Two at once would tell the outcome of each other's trials.
         with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
             unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
-            waiting = [self._row(self._optuna.trial.Trial(self._study, trial._trial_id)) for trial in unfinished]
+            waiting = [
+                self._row(self._optuna.trial.Trial(self._study, trial._trial_id))
+                for trial in unfinished
+            ]
             told = False
             while True:
                 if stopping() and not told:
                     told = True
-                    self._screen.log("stopping: every trial is told to save itself; Ctrl-C again kills them")
+                    self._screen.log(
+                        "stopping: every trial is told to save itself; Ctrl-C again kills them"
+                    )
                     for row in self._running():
                         self._pool.stop(row.job)
                 while not told and self._pool.room() and (waiting or not self._enough()):
@@ -128,7 +140,9 @@ class Search:
 
     def _row(self, trial: Any) -> TrialRow:
         name = f"trial_{trial.number:04d}"
-        return TrialRow(Job(name, changed(self._options.config, trial.params), self._out / name), trial=trial)
+        return TrialRow(
+            Job(name, changed(self._options.config, trial.params), self._out / name), trial=trial
+        )
 
     def _start(self, row: TrialRow) -> None:
         self._rows[row.job] = row
@@ -192,7 +206,9 @@ class Search:
         self._screen.conclude(list(self._rows.values()))
         self._screen.log(f"trials: {', '.join(shown)}")
         if len(self._study.trials) >= self._sampler.num_combinations:
-            self._screen.log(f"that is each of the {self._sampler.num_combinations} combinations once: nothing is left")
+            self._screen.log(
+                f"that is each of the {self._sampler.num_combinations} combinations once: nothing is left"
+            )
         if not counts[states.COMPLETE]:
             self._screen.log("no trial has finished: there is no best one")
             return 1 if counts[states.FAIL] else 0
@@ -200,7 +216,11 @@ class Search:
         config = changed(self._options.config, best.params)
         write_atomically(self._out / "best.json", json.dumps(to_json(config), indent=2))
         options = flags(config, preset_for(config.env)[0])
-        self._screen.log(f"best: trial_{best.number:04d}, {self._options.objective} {best.value:.4f}")
+        self._screen.log(
+            f"best: trial_{best.number:04d}, {self._options.objective} {best.value:.4f}"
+        )
         self._screen.log(f"    mam train --env {config.env} {' '.join(options)}")
-        self._screen.log(f"in {self._out}: best.json, study.log (Optuna's journal), a run per trial")
+        self._screen.log(
+            f"in {self._out}: best.json, study.log (Optuna's journal), a run per trial"
+        )
         return 0

@@ -47,7 +47,9 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
         elif name in read:
             space[name] = read[name]
         else:
-            raise unknown_name(f"setting of {config.algorithm} to search", name, read, see="mam sweep --help")
+            raise unknown_name(
+                f"setting of {config.algorithm} to search", name, read, see="mam sweep --help"
+            )
     return space
 
 
