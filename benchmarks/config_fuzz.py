@@ -3,9 +3,9 @@
     python benchmarks/config_fuzz.py                        # 300 valid and 300 invalid ones, half an hour
     python benchmarks/config_fuzz.py --valid 5 --invalid 50 --policies mam2
 
-A valid one takes two updates, every fifth an evaluation too, on a probe environment, compiled with few optimisations.
-An invalid one has a single setting that is wrong; `mam train` must answer with exit code 2 and one line that names the
-setting, and write nothing.
+A valid one takes two updates, every fifth an evaluation too, on a probe environment, compiled with
+few optimisations. An invalid one has a single setting that is wrong; `mam train` must answer with
+exit code 2 and one line that names the setting, and write nothing.
 """
 
 import contextlib
@@ -226,7 +226,8 @@ def main(args: Args) -> int:
                 problems += 1
                 print(f"{flag}={value}: {wrong}", flush=True)
         print(
-            f"{args.invalid} invalid settings, {problems} problems, {time.monotonic() - begun:.0f} s",
+            f"{args.invalid} invalid settings, {problems} problems, "
+            f"{time.monotonic() - begun:.0f} s",
             flush=True,
         )
         with quick_compilation():
@@ -238,7 +239,8 @@ def main(args: Args) -> int:
                 if number % 10 == 9:
                     jax.clear_caches()
                     print(
-                        f"{number + 1} of {args.valid} valid ones, {time.monotonic() - begun:.0f} s",
+                        f"{number + 1} of {args.valid} valid ones, "
+                        f"{time.monotonic() - begun:.0f} s",
                         flush=True,
                     )
     print(f"{args.valid} valid and {args.invalid} invalid configurations: {problems} problems")

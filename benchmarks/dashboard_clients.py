@@ -2,9 +2,10 @@
 
     python benchmarks/dashboard_clients.py [--pages 50] [--rows 10] [--browser /usr/bin/chromium]
 
-Opens the pages, appends a row to a run so many times, and waits until every page shows it; then cuts the
-pages off the network for a while and waits until they have caught up. Prints how long the slowest page took, and the
-server's time on the CPU. Ends with an error if a page never shows a row, or says something on its console.
+Opens the pages, appends a row to a run so many times, and waits until every page shows it; then
+cuts the pages off the network for a while and waits until they have caught up. Prints how long the
+slowest page took, and the server's time on the CPU. Ends with an error if a page never shows a row,
+or says something on its console.
 """
 
 import argparse
@@ -70,14 +71,16 @@ def main() -> None:
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.goto(found.group())
         print(
-            f"{args.pages} pages opened, the last one shows the run after {slowest(pages, '1.000'):.1f} s"
+            f"{args.pages} pages opened, the last one shows the run after "
+            f"{slowest(pages, '1.000'):.1f} s"
         )
         times = []
         for row in range(2, args.rows + 2):
             append(run / "metrics.jsonl", row)
             times.append(slowest(pages, f"{row}.000"))
         print(
-            f"a new row is on every page after {max(times):.1f} s at most, {sum(times) / len(times):.1f} s on average"
+            f"a new row is on every page after {max(times):.1f} s at most, "
+            f"{sum(times) / len(times):.1f} s on average"
         )
         for context in contexts:
             context.set_offline(True)
@@ -90,7 +93,8 @@ def main() -> None:
         )
         ticks = Path(f"/proc/{server.pid}/stat").read_text().split()
         print(
-            f"the server took {(int(ticks[13]) + int(ticks[14])) / 100:.1f} s of CPU; errors: {errors}"
+            f"the server took {(int(ticks[13]) + int(ticks[14])) / 100:.1f} s of CPU; "
+            f"errors: {errors}"
         )
         browser.close()
         server.send_signal(signal.SIGINT)

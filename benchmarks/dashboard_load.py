@@ -2,8 +2,9 @@
 
     python benchmarks/dashboard_load.py [--runs 100] [--rows 100000] [--keep DIR]
 
-Times the first read, a look at a folder in which nothing changed, one in which every run got a row, and the answer to a
-curve: of one run, of the runs of one algorithm, and of a part of it. Prints memory.
+Times the first read, a look at a folder in which nothing changed, one in which every run got a row,
+and the answer to a curve: of one run, of the runs of one algorithm, and of a part of it. Prints
+memory.
 """
 
 import argparse
@@ -129,7 +130,8 @@ def measure(root: Path) -> None:
     timed("the same, nothing changed", lambda: curves.of(runs, "train/loss", "time"))
     timed("evaluations", lambda: curves.of(runs, "evaluation/episode_return", "steps"))
     print(
-        f"numbers {watcher.progress.nbytes / 1e6:,.0f} MB; process {memory():,.0f} MB, {before:,.0f} MB before reading"
+        f"numbers {watcher.progress.nbytes / 1e6:,.0f} MB; process {memory():,.0f} MB, "
+        f"{before:,.0f} MB before reading"
     )
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/endurance.py                   # 2,000 updates with saves and logs, then the guard's share
 
-Memory is the resident set of the whole process, after a warm-up and at the end. Compilations are counted by JAX. The
-guard's share is measured on `mam` with the sizes of the LBF preset: train steps with and without its checks take turns.
+Memory is the resident set of the whole process, after a warm-up and at the end. Compilations are
+counted by JAX. The guard's share is measured on `mam` with the sizes of the LBF preset: train steps
+with and without its checks take turns.
 """
 
 import sys
@@ -78,7 +79,8 @@ def endure(args: Args) -> bool:
     (before, programs), (after, programs_after) = seen[args.warm_up], seen[args.updates]
     growth = after / before - 1
     print(
-        f"{args.updates} updates: {before:.1f} MB after {args.warm_up}, {after:.1f} MB at the end ({growth:+.2%}); "
+        f"{args.updates} updates: {before:.1f} MB after {args.warm_up}, "
+        f"{after:.1f} MB at the end ({growth:+.2%}); "
         f"{programs_after - programs} compilations in between"
     )
     return growth < 0.01 and programs_after == programs
@@ -106,8 +108,10 @@ def guard_share(rounds: int) -> None:
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     best = {name: min(values) for name, values in seconds.items()}
     print(
-        f"a train step takes {median['with']:.3f} s with the guard, {median['without']:.3f} s without it "
-        f"({median['with'] / median['without'] - 1:+.1%}; of the fastest {best['with'] / best['without'] - 1:+.1%})"
+        f"a train step takes {median['with']:.3f} s with the guard, "
+        f"{median['without']:.3f} s without it "
+        f"({median['with'] / median['without'] - 1:+.1%}; "
+        f"of the fastest {best['with'] / best['without'] - 1:+.1%})"
     )
 
 

@@ -3,10 +3,11 @@
     python benchmarks/fixed_point.py
     python benchmarks/fixed_point.py --num-agents 256 --batch 1 --windows 32 64
 
-Both ways get the same observations and noise. A decision may differ where the two best actions are so close that
-rounding decides between them; agents after it then read another action. So the first difference in every joint action
-is examined: `margin` is the largest distance between the two best, logits and noise added, at which one occurred.
-Weights are those a policy starts with, or large random ones, with which agents depend on each other strongly.
+Both ways get the same observations and noise. A decision may differ where the two best actions are
+so close that rounding decides between them; agents after it then read another action. So the first
+difference in every joint action is examined: `margin` is the largest distance between the two best,
+logits and noise added, at which one occurred. Weights are those a policy starts with, or large
+random ones, with which agents depend on each other strongly.
 """
 
 import time
@@ -82,7 +83,8 @@ def compare(policy, obs, args: Args) -> None:
     for window in windows:
         faster = np.median(seconds["loop"][1:]) / np.median(seconds[window][1:])
         print(
-            f"    window {window or 'none'}: {differing[window]} of {total:,} decisions differ, margin {margin:.1e}; "
+            f"    window {window or 'none'}: {differing[window]} of {total:,} decisions differ, "
+            f"margin {margin:.1e}; "
             f"passes {np.mean(passes[window]):.1f} (at most {np.max(passes[window]):.0f}); "
             f"{1e3 * np.median(seconds[window][1:]):.1f} ms, {faster:.2f} times as fast as the loop"
         )

@@ -5,8 +5,9 @@
     python benchmarks/gpu.py --only check-scan bench-decode --seconds 120
     python benchmarks/gpu.py --short      # minutes on a CPU: does the script itself work?
 
-Every step is a process of its own with a time limit, so that a kernel that hangs or corrupts the device costs one step.
-Results are written as they come, to OUT/results.json; a table of all of them is printed last.
+Every step is a process of its own with a time limit, so that a kernel that hangs or corrupts the
+device costs one step. Results are written as they come, to OUT/results.json; a table of all of them
+is printed last.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Step:
     ] = ()  # what is compiled apart, before it is timed; none if it is not timed
 
 
-# --- Kernels against float64 ----------------------------------------------------------------------------------------
+# --- Kernels against float64 ----------------------------------------------------------------------
 
 
 def in_float64(function: Callable[..., Any], *args: Any) -> Any:
@@ -91,7 +92,8 @@ def judged(name: str, tolerance: float, measure: Callable[[], dict[str, float]])
         "seconds": round(time.perf_counter() - start, 2),
     }
     print(
-        f"{'ok  ' if row['ok'] else 'FAIL'} {name}: {row['error']:.2e} ({row['worst']}, {row['seconds']} s)",
+        f"{'ok  ' if row['ok'] else 'FAIL'} {name}: {row['error']:.2e} "
+        f"({row['worst']}, {row['seconds']} s)",
         flush=True,
     )
     return row
@@ -294,7 +296,7 @@ def check_policy(short: bool) -> list[Row]:
     return rows
 
 
-# --- Speed ----------------------------------------------------------------------------------------------------------
+# --- Speed ----------------------------------------------------------------------------------------
 
 
 def bench(

@@ -4,9 +4,10 @@
     python benchmarks/kill_resume.py --policies mappo --kills 3
     python benchmarks/kill_resume.py --policies rec_ippo --env kill_resume:Parallel     # in worker processes
 
-Every third kill waits until a save is being written; the others strike anywhere, also while the program starts. Each
-run is `mam train` as a user starts it, killed by SIGKILL, and resumed until it ends. Compared are the last checkpoint's
-arrays (parameters, optimiser, keys, environments, best weights) and every number in metrics.jsonl except the clock.
+Every third kill waits until a save is being written; the others strike anywhere, also while the
+program starts. Each run is `mam train` as a user starts it, killed by SIGKILL, and resumed until it
+ends. Compared are the last checkpoint's arrays (parameters, optimiser, keys, environments, best
+weights) and every number in metrics.jsonl except the clock.
 """
 
 import json
@@ -56,7 +57,8 @@ class Tally:
 class Parallel:
     """A ParallelEnv whose episodes are as long as a rollout, and which draws nothing at random.
 
-    Simulators cannot be saved, a resumed run begins new episodes: here they are those that were lost.
+    Simulators cannot be saved, a resumed run begins new episodes: here they are those that were
+    lost.
     """
 
     possible_agents = ("ann", "bob")
@@ -101,8 +103,14 @@ def command(policy: str, env: str, updates: int) -> list[str]:
     sizes = (
         f"--network.d-model 8 --network.d-state 2 --ppo.num-envs 4 --ppo.rollout-length {ROLLOUT}"
     )
-    ending = "--eval.num-evaluations 8 --eval.num-episodes 4 --eval.num-absolute-episodes 8 --checkpoint.seconds 0"
-    length = f"--num-seeds 2 --num-workers 1 --ppo.num-epochs 1 --total-timesteps {4 * ROLLOUT * updates}"
+    ending = (
+        "--eval.num-evaluations 8 --eval.num-episodes 4 --eval.num-absolute-episodes 8 "
+        "--checkpoint.seconds 0"
+    )
+    length = (
+        "--num-seeds 2 --num-workers 1 --ppo.num-epochs 1 "
+        f"--total-timesteps {4 * ROLLOUT * updates}"
+    )
     line = f"train --env {env} --policy {policy} {length} {sizes} {ending}"
     return [sys.executable, "-m", "mam", *line.split()]
 

@@ -1,7 +1,8 @@
 """Signals at any moment of a run: exit code 75, 0 or 130, one line, and a folder that goes on.
 
-Starts a small run over and over, sends it a signal after so many seconds, and looks at how it ended. What cannot be
-caught is the time before Python runs the first line of ours, long on a busy machine: seconds count from there.
+Starts a small run over and over, sends it a signal after so many seconds, and looks at how it
+ended. What cannot be caught is the time before Python runs the first line of ours, long on a busy
+machine: seconds count from there.
 
     python benchmarks/signals.py OUT                         # 20 moments from 0 to 6 s, every signal
     python benchmarks/signals.py OUT --moments 5 --until 3
@@ -24,8 +25,9 @@ CODES = {
     signal.SIGUSR2: (75,),
 }
 RUN = (
-    "--env probe/identity --policy ippo --network.d-model 8 --ppo.num-envs 4 --ppo.rollout-length 16 "
-    "--ppo.num-epochs 1 --ppo.num-minibatches 1 --total-timesteps 100000000 --eval.num-evaluations 4 "
+    "--env probe/identity --policy ippo --network.d-model 8 --ppo.num-envs 4 "
+    "--ppo.rollout-length 16 --ppo.num-epochs 1 --ppo.num-minibatches 1 "
+    "--total-timesteps 100000000 --eval.num-evaluations 4 "
     "--eval.num-episodes 4 --eval.num-absolute-episodes 4"
 )
 

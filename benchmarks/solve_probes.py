@@ -3,9 +3,10 @@
     python benchmarks/solve_probes.py --num-seeds 20
     python benchmarks/solve_probes.py --policies mam --memory gru --probes memory
 
-A probe has a known best score and a known score of random actions; it is solved by 90 % of the way from one to the
-other. `shuffled` is `identity` in which environment i is paid what environment i − 1 earned: nothing can be learned.
-All seeds of a run are trained side by side; the score is over 64 fresh episodes with the best weights.
+A probe has a known best score and a known score of random actions; it is solved by 90 % of the way
+from one to the other. `shuffled` is `identity` in which environment i is paid what environment
+i − 1 earned: nothing can be learned. All seeds of a run are trained side by side; the score is over
+64 fresh episodes with the best weights.
 """
 
 import time
@@ -119,8 +120,10 @@ def main(args: Args) -> None:
             ).sum()
             expected = probe != "shuffled" and NEEDS.get(probe, lambda config: True)(config)
             print(
-                f"{config.algorithm:10} {probe:9} {task.random_return:7.3f} {task.optimal_return:7.3f}   "
-                f"{score.mean():7.3f} {score.min():7.3f}   {solved}/{len(score)}{'' if expected else '  (cannot)'}  "
+                f"{config.algorithm:10} {probe:9} "
+                f"{task.random_return:7.3f} {task.optimal_return:7.3f}   "
+                f"{score.mean():7.3f} {score.min():7.3f}   "
+                f"{solved}/{len(score)}{'' if expected else '  (cannot)'}  "
                 f"{time.monotonic() - started:.0f} s",
                 flush=True,
             )

@@ -3,8 +3,9 @@
     python scripts/fingerprint.py write FILE              # run and write down
     python scripts/fingerprint.py compare BEFORE AFTER    # exit 1 where a digest differs, with the largest deviation
 
-Every policy trains on every task below for three updates and is evaluated after each, through the command line, so
-that the script runs on any version of the library (PYTHONPATH=…/src). Digests know no names of arrays.
+Every policy trains on every task below for three updates and is evaluated after each, through the
+command line, so that the script runs on any version of the library (PYTHONPATH=…/src). Digests know
+no names of arrays.
 """
 
 import argparse
@@ -184,7 +185,8 @@ def compare(before: Path, after: Path) -> int:
             }
             worst = max(far, key=far.__getitem__)
             print(
-                f"{cell}: not the same; furthest apart, by {far[worst]:.1e}: {worst}, {pairs[worst]}"
+                f"{cell}: not the same; "
+                f"furthest apart, by {far[worst]:.1e}: {worst}, {pairs[worst]}"
             )
     print(f"{len(new) - differing} of {len(new)} the same to the bit")
     return differing

@@ -1,20 +1,21 @@
 """Write `tests/golden/mamba2.npz`: what an independent Mamba-2 computes, for our block to be held against.
 
-The reference is the pure PyTorch path, `Mamba2Mixer.torch_forward`, of Hugging Face `transformers`, on the CPU and with
-random weights (nothing is downloaded). The method and its `Mamba2Cache` are gone in 5.23 (4.57.6 has them), hence the
-pin. Neither package is a dependency of this project; run the script from a scratch environment (`$VENV`) outside the
-repository:
+The reference is the pure PyTorch path, `Mamba2Mixer.torch_forward`, of Hugging Face `transformers`,
+on the CPU and with random weights (nothing is downloaded). The method and its `Mamba2Cache` are
+gone in 5.23 (4.57.6 has them), hence the pin. Neither package is a dependency of this project; run
+the script from a scratch environment (`$VENV`) outside the repository:
 
     python3.11 -m venv $VENV
     $VENV/bin/pip install torch==2.13.0 transformers==4.57.6 numpy
     $VENV/bin/python scripts/make_golden_mamba2.py
 
-Each case (`A`, `B`, ...) holds `param/<torch name>`, `input`, `cotangent`, `output`, `output_float32`, `grad/input` and
-`grad/<torch name>` (gradients of `sum(output * cotangent)`), and from decoding token by token from an empty cache
-`decode/output` and the final `decode/conv_state` (oldest input first) and `decode/ssm_state`. All arrays are float32;
-all but `output_float32` were computed by the module in float64 and then rounded. `torch_forward` casts A, B, C, the
-convolved input and the gated norm to float32 even then, so values are good to about 1e-7 relative to their scale and
-gradients, `dt_bias` the worst, to about 2e-6.
+Each case (`A`, `B`, ...) holds `param/<torch name>`, `input`, `cotangent`, `output`,
+`output_float32`, `grad/input` and `grad/<torch name>` (gradients of `sum(output * cotangent)`), and
+from decoding token by token from an empty cache `decode/output` and the final `decode/conv_state`
+(oldest input first) and `decode/ssm_state`. All arrays are float32; all but `output_float32` were
+computed by the module in float64 and then rounded. `torch_forward` casts A, B, C, the convolved
+input and the gated norm to float32 even then, so values are good to about 1e-7 relative to their
+scale and gradients, `dt_bias` the worst, to about 2e-6.
 """
 
 from pathlib import Path

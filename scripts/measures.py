@@ -120,8 +120,12 @@ def measure(checkout: Path) -> dict[str, str]:
         "lines of a function, most": f"{lengths[-1]}",
         "functions above 60 lines": f"{sum(length > 60 for length in lengths)}",
         "tokens per code line": f"{sum(a for a, _ in counts) / sum(b for _, b in counts):.2f}",
-        "public core functions of two parameters or more, with Args": f"{documented / core:.0%} of {core}",
-        "docstrings of functions that start with a verb in the imperative": f"{1 - passive / num_docstrings:.0%}",
+        "public core functions of two parameters or more, with Args": (
+            f"{documented / core:.0%} of {core}"
+        ),
+        "docstrings of functions that start with a verb in the imperative": (
+            f"{1 - passive / num_docstrings:.0%}"
+        ),
         "lines in copies of six lines": f"{copied / lines:.2%}",
     }
 

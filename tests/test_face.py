@@ -11,7 +11,8 @@ PROGRAM = """
 import sys
 before = set(sys.modules)
 import mam
-loaded = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before} \
+- set(sys.stdlib_module_names)
 assert loaded == {"mam"}, loaded
 assert not [name for name in sys.modules if name.startswith("mam.")]
 mam.Config, mam.preset("lbf"), mam.grid(policy=["mam", "mat"]), mam.presets.PRESETS

@@ -120,7 +120,10 @@ def test_other_numbers_are_not_whole(written):
     ],
 )
 def test_a_task_that_does_not_exist_is_refused_before_jax_is_imported(args):
-    program = "import sys; from mam.cli.main import main; sys.exit(main(sys.argv[1:]) + ('jax' in sys.modules))"
+    program = (
+        "import sys; from mam.cli.main import main; "
+        "sys.exit(main(sys.argv[1:]) + ('jax' in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", program, *args], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("unknown task 'lbf/8x8'")) == (2, 1)
 

@@ -1,6 +1,7 @@
 """What every mixer must keep, in every role it plays. Parametrised by `MIXERS`: a new mixer is covered as it is.
 
-All in double precision, so that parameters may be large and yet no tolerance hides a small mistake behind rounding.
+All in double precision, so that parameters may be large and yet no tolerance hides a small mistake
+behind rounding.
 """
 
 import dataclasses

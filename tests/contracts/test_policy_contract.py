@@ -1,10 +1,11 @@
 """What every policy must keep, on three kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
 
-One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of `mam-gru`, too.
+One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of
+`mam-gru`, too.
 
-One has choices, one continuous actions and a picture for each agent, one several choices at once. Single steps are
-evaluated time first, as rollouts of length 1, after a step that put something into the memory of those policies that
-have one.
+One has choices, one continuous actions and a picture for each agent, one several choices at once.
+Single steps are evaluated time first, as rollouts of length 1, after a step that put something into
+the memory of those policies that have one.
 """
 
 import functools
@@ -52,7 +53,8 @@ over_time = pytest.mark.parametrize(
     "name", [*WITH_MEMORY, "mat", "ippo"]
 )  # to those without, time is like any axis
 every_kind = pytest.mark.parametrize("kind", KINDS)
-# What compiles. Several choices at once with one policy of each class: they differ in the distribution alone.
+# What compiles. Several choices at once with one policy of each class: they differ in the
+# distribution alone.
 every_case = pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -93,7 +95,8 @@ def make(name, spec, key, config=SIZES):
 def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """A policy with large random parameters: under the initial ones agents hardly heed one another.
 
-    Means of continuous actions are kept away from the limits, where log-probabilities are hardly determined.
+    Means of continuous actions are kept away from the limits, where log-probabilities are hardly
+    determined.
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
@@ -690,7 +693,8 @@ def gradient(policy, obs, action, weights):
 def test_no_parameter_is_dead(name, kind):
     """Every row and column of every leaf has a part in log-probability, entropy or value; no gradient is NaN.
 
-    Some agents are dead and see NaN, some components are not in use, and some actions are as large as they can be.
+    Some agents are dead and see NaN, some components are not in use, and some actions are as large
+    as they can be.
     """
     steps, num_envs, num_agents = 2, 8, 9  # more agents than the convolution has taps
     rng = np.random.default_rng(0)

@@ -1,8 +1,9 @@
 """What every policy must do under the trainer: solve tasks with a known optimum, and learn nothing from noise.
 
-Compiling a training step takes most of the time, so the tasks are one environment that plays the task it is told,
-and each policy is compiled once. Tasks follow each other in a `lax.map`: every one is a run of its own. For the same
-reason seeds side by side are compared with seeds alone for one policy of each kind only.
+Compiling a training step takes most of the time, so the tasks are one environment that plays the
+task it is told, and each policy is compiled once. Tasks follow each other in a `lax.map`: every one
+is a run of its own. For the same reason seeds side by side are compared with seeds alone for one
+policy of each kind only.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +45,8 @@ class Mortal(Identity):
     """`Identity` in which agents come and go, half of the wrong actions are illegal, and the living earn."""
 
     def _observe(self, view):
-        # Whatever looks random to the policy will do: the bits of the cues, which change at every step.
+        # Whatever looks random to the policy will do: the bits of the cues, which change at every
+        # step.
         cue = view.argmax(axis=-1)
         bits = (cue[:, None] * 5 + cue[::-1, None] * 3 + jnp.arange(self.num_actions)) % 7
         action_mask = (bits < 4) | (view > 0)
@@ -81,8 +83,8 @@ WITH_MEMORY = ["rec_mappo", "rec_ippo", "mam-gru"]
 def runs_of(name):
     """What a policy trains on: all tasks, and `shuffled`, which is `identity` with the rewards of other environments.
 
-    Only of sequence policies is anything asked where agents must agree at random (independent ones may or may not be
-    trapped, and those with memory may take turns).
+    Only of sequence policies is anything asked where agents must agree at random (independent ones
+    may or may not be trapped, and those with memory may take turns).
     """
     left_out = {} if name in SEQUENCE else {"copy", "matrix"}
     return [run for run in (*TASKS, "shuffled") if run not in left_out]

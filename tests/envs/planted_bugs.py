@@ -1,8 +1,9 @@
 """Good toy environments, and the same with one bug each: what `mam.envs.check` must, and must not, complain about.
 
-Walkers stand on a line of cells, each with a target, and may fall ill: a dead walker stays where it is. An episode
-ends when every living walker is on its target, when all are dead, or at the time limit. Every bug is a subclass of
-such a toy, of the sort that people write; `BUGS` says what the check has to find.
+Walkers stand on a line of cells, each with a target, and may fall ill: a dead walker stays where it
+is. An episode ends when every living walker is on its target, when all are dead, or at the time
+limit. Every bug is a subclass of such a toy, of the sort that people write; `BUGS` says what the
+check has to find.
 """
 
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def draw(key, *shape):
     return ((numbers ^ (numbers >> 13)) >> 8).astype(jnp.int32).reshape(shape)
 
 
-# Good ones -----------------------------------------------------------------------------------------------------------
+# Good ones ----------------------------------------------------------------------------------------
 
 
 class State(eqx.Module):
@@ -206,7 +207,7 @@ class Picture(Walk):
         return replace(super().observe(state), grid=grid, state=state.cell / NUM_CELLS)
 
 
-# Shapes, types, layout -----------------------------------------------------------------------------------------------
+# Shapes, types, layout ----------------------------------------------------------------------------
 
 
 @planted("dtype", "reward")
@@ -400,7 +401,7 @@ class CallbackFails(Walk):
         return jax.pure_callback(lambda x: x / "0", shape, view, vmap_method="broadcast_all")
 
 
-# What it remembers ---------------------------------------------------------------------------------------------------
+# What it remembers --------------------------------------------------------------------------------
 
 
 @planted("hidden_state", "reset")
@@ -464,7 +465,7 @@ class FixedSeed(Walk):
         return replace(super().move(state, action, key), alive=state.alive)
 
 
-# What agents see -----------------------------------------------------------------------------------------------------
+# What agents see ----------------------------------------------------------------------------------
 
 
 @planted("finite", "agents_view")
@@ -575,7 +576,7 @@ class PreviousMask(Walk):
         return after, replace(timestep, observation=old, final_observation=old)
 
 
-# What agents do ------------------------------------------------------------------------------------------------------
+# What agents do -----------------------------------------------------------------------------------
 
 
 @planted("actions_ignored", "action", agent=2)
@@ -629,7 +630,7 @@ class Squashed(Glide):
         return replace(moved, cell=state.cell + state.alive * jnp.arctanh(action[:, 0]))
 
 
-# What agents earn ----------------------------------------------------------------------------------------------------
+# What agents earn ---------------------------------------------------------------------------------
 
 
 @planted("team_reward", "reward")
@@ -657,7 +658,7 @@ class RewardAtReset(Walk):
         return state, replace(timestep, reward=1.0 + self.reward(state, state))
 
 
-# How episodes end ----------------------------------------------------------------------------------------------------
+# How episodes end ---------------------------------------------------------------------------------
 
 
 @planted("time_limit", "truncated")
@@ -792,7 +793,7 @@ class LengthFromZero(Walk):
         return {"episode_length": jnp.maximum(state.count - 1, 0).astype(jnp.float32)}
 
 
-# Environments on the host --------------------------------------------------------------------------------------------
+# Environments on the host -------------------------------------------------------------------------
 
 
 class HostWalk:

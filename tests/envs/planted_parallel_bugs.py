@@ -70,7 +70,7 @@ class Carriers(Walkers):
         return {agent: {"action_mask": ([1, 1, 1], [1, int(self.steps % 2)])} for agent in agents}
 
 
-# With one mistake each ------------------------------------------------------------------------------------------------
+# With one mistake each ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

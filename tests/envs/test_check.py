@@ -104,7 +104,8 @@ def test_types_are_checked_without_the_import_hook():
 import planted_bugs
 from mam.envs.check import check_environment
 for name in {names}:
-    print(name, {{finding.check for finding in check_environment(planted_bugs.BUGS[name].make()).findings}})
+    print(name, {{finding.check for finding \
+in check_environment(planted_bugs.BUGS[name].make()).findings}})
 """
     command = [sys.executable, "-c", code]
     result = subprocess.run(
@@ -152,7 +153,7 @@ def test_a_run_for_which_there_was_no_time_shows_nothing():
     assert not play.influence.decisions.any()
 
 
-# Rules on recordings of our own making -------------------------------------------------------------------------------
+# Rules on recordings of our own making ------------------------------------------------------------
 
 
 def make_recording(num_steps, *, terminated=False, time_limit=LIMIT):
@@ -213,7 +214,7 @@ def test_an_agent_is_called_ignored_on_evidence_only(decisions, severity):
     assert [finding.severity for finding in episode_rules.actions_ignored(play)] == severity
 
 
-# Reports -------------------------------------------------------------------------------------------------------------
+# Reports ------------------------------------------------------------------------------------------
 
 
 def test_a_finding_is_one_line():
@@ -228,8 +229,8 @@ def test_a_finding_is_one_line():
         "time_limit", "error", "truncated", "an end", "none", episode=3, step=9, count=1200
     )
     assert (
-        str(finding)
-        == "error · time_limit · truncated · episode 3, step 9: expected an end, got none (1,200 times)"
+        str(finding) == "error · time_limit · truncated · episode 3, step 9: "
+        "expected an end, got none (1,200 times)"
     )
 
 

@@ -27,7 +27,10 @@ def test_render_mode_goes_to_those_who_take_it():
 
 
 def test_option_values():
-    text = "a=5,b=-0.5,c=true,d=False,e=hello,f=None,g='x,y',h=\"a=b\",i=[1,2],j=(3,),k={'z': 4},l=maps/3m-v2,m='5'"
+    text = (
+        "a=5,b=-0.5,c=true,d=False,e=hello,f=None,g='x,y',h=\"a=b\","
+        "i=[1,2],j=(3,),k={'z': 4},l=maps/3m-v2,m='5'"
+    )
     expected = {
         "a": 5,
         "b": -0.5,
@@ -51,15 +54,18 @@ def test_option_values():
         ),
         (
             "mine:",
-            "mine:: expected a module and what to take from it, such as my_package.my_module:make_env",
+            "mine:: expected a module and what to take from it, "
+            "such as my_package.my_module:make_env",
         ),
         (
             "pettingzoo/no_zoo:env",
-            "no_zoo is not in {cwd} and not installed: run this where it is, or say where with PYTHONPATH",
+            "no_zoo is not in {cwd} and not installed: run this where it is, "
+            "or say where with PYTHONPATH",
         ),
         (
             "no_zoo.mine:env",
-            "no_zoo is not in {cwd} and not installed: run this where it is, or say where with PYTHONPATH",
+            "no_zoo is not in {cwd} and not installed: run this where it is, "
+            "or say where with PYTHONPATH",
         ),
         ("pettingzoo/pettingzoo.no_zoo:env", "there is no module pettingzoo.no_zoo"),
         ("./my_env.py:make", "expected a module, not its file, such as my_env:make"),

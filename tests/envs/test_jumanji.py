@@ -353,12 +353,14 @@ def test_rware_auto_options_arrive():
         (
             "rware",
             {"agents": 111},
-            "rware/auto: agents must be at most 110, the cells of rows=1, columns=3, height=8, got 111",
+            "rware/auto: agents must be at most 110, "
+            "the cells of rows=1, columns=3, height=8, got 111",
         ),
         (
             "rware",
             {"agents": 40},
-            "rware/auto: requests must be at most 31, one less than the shelves of rows=1, columns=3, height=8, got 40",
+            "rware/auto: requests must be at most 31, "
+            "one less than the shelves of rows=1, columns=3, height=8, got 40",
         ),
         (
             "rware",

@@ -19,7 +19,8 @@ ZEROS = np.zeros(2, np.float32)
 class Scripted:
     """Agents observe, and everybody gets, what the script says; keeps what they did.
 
-    Each line of the script is what one step returns after the observations, and who goes on after it.
+    Each line of the script is what one step returns after the observations, and who goes on after
+    it.
     """
 
     metadata = {}  # noqa: RUF012
@@ -457,15 +458,18 @@ def test_continuous_actions_fill_their_limits():
         ),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.MultiBinary(2)),
-            "test: agent 'a' acts in MultiBinary(2); supported: Discrete or MultiDiscrete for all agents, or for",
+            "test: agent 'a' acts in MultiBinary(2); "
+            "supported: Discrete or MultiDiscrete for all agents, or for",
         ),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.MultiDiscrete([10**5, 2])),
-            "test: agent 'a' acts in MultiDiscrete([100000      2]); at most 100,000 choices are supported",
+            "test: agent 'a' acts in MultiDiscrete([100000      2]); "
+            "at most 100,000 choices are supported",
         ),
         (
             lambda: Scripted({"a": 5}, seen=spaces.Discrete(10**9)),
-            "test: agent 'a' observes Discrete(1000000000), whose 1,000,000,000 values would be as many numbers",
+            "test: agent 'a' observes Discrete(1000000000), "
+            "whose 1,000,000,000 values would be as many numbers",
         ),
         (
             lambda: Scripted({"a": ZEROS}, done=spaces.Discrete(10**9)),
@@ -473,11 +477,13 @@ def test_continuous_actions_fill_their_limits():
         ),
         (
             lambda: Scripted({"a": ZEROS}, seen=OldSpace()),
-            "test: agent 'a' observes Discrete(3) of gym, not of gymnasium; supported: Box, Discrete",
+            "test: agent 'a' observes Discrete(3) of gym, not of gymnasium; "
+            "supported: Box, Discrete",
         ),
         (
             lambda: Scripted({"a": ZEROS}, done=OldSpace()),
-            "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; supported: Discrete or Mu",
+            "test: agent 'a' acts in Discrete(3) of gym, not of gymnasium; "
+            "supported: Discrete or Mu",
         ),
         (
             lambda: Odd(observation_space=spaces.Dict()),
@@ -500,7 +506,8 @@ def test_continuous_actions_fill_their_limits():
                 {"a": ZEROS, "b": ZEROS},
                 done={"a": spaces.Discrete(2), "b": spaces.Box(0, 1, (2,))},
             ),
-            "test: agent 'a' acts in Discrete(2) and agent 'b' acts in Box(0.0, 1.0, (2,), float32); supported",
+            "test: agent 'a' acts in Discrete(2) and agent 'b' acts "
+            "in Box(0.0, 1.0, (2,), float32); supported",
         ),
         (
             lambda: Scripted({"a": ZEROS, "b": "?"}, seen={"a": NUMBERS, "b": spaces.Text(3)}),

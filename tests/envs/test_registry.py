@@ -39,7 +39,8 @@ def test_what_rows_say_of_packages_is_what_is_installed_and_documented():
     for name, suite in tasks.SUITES.items():
         sizes = f"{len(suite.tasks)}{', and any size' if suite.made_to_measure else ''}"
         rows.append(
-            f"| `{name}` | {f'`{suite.extra}`' if suite.extra else 'none'} | {suite.description} | {sizes} |"
+            f"| `{name}` | {f'`{suite.extra}`' if suite.extra else 'none'} | "
+            f"{suite.description} | {sizes} |"
         )
         installed = " ".join(extras[suite.extra] if suite.extra else [])
         assert bool(suite.extra) == bool(suite.packages)
@@ -102,8 +103,8 @@ def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
     with pytest.raises(UserError) as error:
         use(name)
     assert str(error.value) == (
-        f"{name} returns a {found}: expected a subclass of mam.types.Environment with spec, reset and step, "
-        "or a PettingZoo ParallelEnv"
+        f"{name} returns a {found}: expected a subclass of mam.types.Environment "
+        "with spec, reset and step, or a PettingZoo ParallelEnv"
     )
 
 
@@ -174,7 +175,10 @@ def test_a_suite_is_a_module_and_a_row(sized, capsys):
     """Names, lists and versions recorded derive from it."""
     assert "sized/small" in tasks.task_names()
     assert cli.main(["list"]) == 0
-    listed = "  sized/       of any size (extra x)\n    sized/small\n    sized/auto:agents=3,wide=false,density=0.5\n"
+    listed = (
+        "  sized/       of any size (extra x)\n    sized/small\n"
+        "    sized/auto:agents=3,wide=false,density=0.5\n"
+    )
     assert listed in capsys.readouterr().out
     packages = versions()["packages"]
     assert (packages["numpy"], packages["no-such-package"]) == (np.__version__, None)

@@ -146,8 +146,10 @@ def test_the_same_bits_for_any_number_of_threads():
     """A program's own threads: in a process that may use one processor, and in one that may use all."""
     script = (
         "import sys, numpy as np, jax; from mam.kernels.native.dense import native_product as f;"
-        "a = [np.random.default_rng(0).normal(size=s).astype('f') for s in ((5000, 48), (5000, 36), (36, 48))];"
-        "g = jax.jit(lambda y, *x: jax.vjp(f, *x)[1](y)[1])(*a); sys.stdout.buffer.write(np.asarray(g).tobytes())"
+        "a = [np.random.default_rng(0).normal(size=s).astype('f') "
+        "for s in ((5000, 48), (5000, 36), (36, 48))];"
+        "g = jax.jit(lambda y, *x: jax.vjp(f, *x)[1](y)[1])(*a); "
+        "sys.stdout.buffer.write(np.asarray(g).tobytes())"
     )
     one = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
     alone, together = (

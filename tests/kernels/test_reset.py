@@ -33,8 +33,8 @@ def split(v, *sizes):
     return jnp.split(v, np.cumsum(sizes), axis=-1)
 
 
-# A recurrence is `whole(weights, xs, state, …)`, and for one agent `step(weights, x, state)`. What it
-# reads of an agent is one array.
+# A recurrence is `whole(weights, xs, state, …)`, and for one agent `step(weights, x, state)`. What
+# it reads of an agent is one array.
 def select(weights, xs):
     x, dt, B, C = split(xs, D, D, S)
     return x, 0.5 * jnp.abs(dt), B, C

@@ -133,7 +133,8 @@ def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_rese
         for k, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            # The derivative along a random direction, exact to rounding: the imaginary part of a complex step.
+            # The derivative along a random direction, exact to rounding: the imaginary part of a
+            # complex step.
             direction = rng.normal(size=arguments[k].shape)
             moved = [a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]
             outputs = reference(*moved, reset, reverse)

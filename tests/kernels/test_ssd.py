@@ -113,7 +113,8 @@ def test_values_and_gradients_equal_the_loop(n, batch, heads, channels, s, has_s
     for k, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        # The derivative along a random direction, exact to rounding: the imaginary part of a complex step.
+        # The derivative along a random direction, exact to rounding: the imaginary part of a
+        # complex step.
         direction = rng.normal(size=arguments[k].shape)
         moved = reference(
             *[a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]

@@ -27,8 +27,8 @@ NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
 class Dice:
     """Episodes of 1 to 4 steps, as long as a die says; even ones terminate, odd ones are truncated.
 
-    The view is (the episode's length, steps so far, agent); an agent earns its action plus the steps before it.
-    Environment i throws the die of (seed, first + i), whatever the others do.
+    The view is (the episode's length, steps so far, agent); an agent earns its action plus the
+    steps before it. Environment i throws the die of (seed, first + i), whatever the others do.
     """
 
     spec = EnvSpec(

@@ -20,7 +20,8 @@ LENGTH, NUM_ENVS, NUM_AGENTS, NUM_ACTIONS = 12, 5, 2, 7
 class Clock:
     """Episodes of 1 to 4 steps, drawn at the reset; even ones terminate, odd ones are truncated.
 
-    The view is (the episode's length, steps so far); an agent earns its action plus the steps before it.
+    The view is (the episode's length, steps so far); an agent earns its action plus the steps
+    before it.
     """
 
     spec = EnvSpec("test/clock", NUM_AGENTS, obs_dim=2, num_actions=NUM_ACTIONS, time_limit=4)

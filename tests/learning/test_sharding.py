@@ -43,7 +43,8 @@ def test_losses_parameters_and_evaluations_equal_those_of_one_device(policy, cou
 
 def command(out, steps, *more):
     line = f"""train --env probe/identity --policy ippo --total-timesteps {steps} --out {out}
-        --network.d-model 8 --ppo.num-envs 8 --ppo.rollout-length 8 --ppo.num-epochs 1 --ppo.num-minibatches 2
+        --network.d-model 8 --ppo.num-envs 8 --ppo.rollout-length 8 --ppo.num-epochs 1 \
+--ppo.num-minibatches 2
         --eval.num-evaluations 2 --eval.num-episodes 6 --eval.num-absolute-episodes 5"""
     return [sys.executable, "-m", "mam", *line.split(), *more]
 

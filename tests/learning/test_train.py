@@ -417,9 +417,9 @@ def test_evaluation_samples_unless_asked_to_be_greedy_and_reports_the_other_besi
 class Mortal(Identity):
     """Episodes are cut by the time limit, or terminate there if agent 0 then sees an even cue.
 
-    Agent 0 dies in the third step, agent 1 in the fourth, to come back two steps later; what they see meanwhile would
-    be worth a billion. Rewards are a team's, or each agent's own. If agent 1 parts, it is truncated in the fourth step,
-    and back one step later.
+    Agent 0 dies in the third step, agent 1 in the fourth, to come back two steps later; what they
+    see meanwhile would be worth a billion. Rewards are a team's, or each agent's own. If agent 1
+    parts, it is truncated in the fourth step, and back one step later.
     """
 
     team_reward: bool = True
@@ -462,8 +462,9 @@ class Mortal(Identity):
 @pytest.mark.parametrize(("team_reward", "parts"), [(True, False), (False, False), (False, True)])
 def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_reward, parts):
     """Defect 2, as wired: the value of `final_observation` with the memory after the step, also where a time limit
-    struck, and nothing after a termination. The dead are worth what the living are on average, or nothing if rewards
-    are their own: then to die is to terminate, and to be truncated alone is to be cut off.
+    struck, and nothing after a termination. The dead are worth what the living are on average, or
+    nothing if rewards are their own: then to die is to terminate, and to be truncated alone is to
+    be cut off.
     """
     seen = []
 

@@ -104,7 +104,8 @@ def batch(policy):
 def rows_visited(key, size, ppo, length=None):
     """How often each gradient step reads each row: [steps, rows], from the gradients it sees.
 
-    Rows are steps of a policy without memory, or sequences of `length` steps of one whose memory says which it is.
+    Rows are steps of a policy without memory, or sequences of `length` steps of one whose memory
+    says which it is.
     """
     num_steps = ppo.num_epochs * ppo.num_minibatches
 

@@ -76,7 +76,8 @@ class Golden:
         arrays = self.arrays(case)
         state, output = decode(self.block(case), arrays["input"])
         assert_close(output, arrays["decode/output"], "output")
-        # Theirs keeps the last d_conv inputs, ours the last d_conv − 1: its first is never read again.
+        # Theirs keeps the last d_conv inputs, ours the last d_conv − 1: its first is never read
+        # again.
         theirs = np.moveaxis(arrays["decode/conv_state"][..., 1:], -1, 0)
         ours = [np.concatenate(inputs, axis=-1) for inputs in zip(*state.conv_state, strict=True)]
         assert_close(np.stack(ours), theirs, "state of the convolution")

@@ -25,7 +25,8 @@ QUICK = {
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2, head_dim=8)
 B, N, A, O = 3, 6, 4, 5  # noqa: E741
 SEQUENTIAL = Decoding()
-# Windows: all agents, and one that does not divide them; and where it ends in deciding one after another.
+# Windows: all agents, and one that does not divide them; and where it ends in deciding one after
+# another.
 WHOLE, WINDOWS, GIVEN_UP = (
     Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)]
 )

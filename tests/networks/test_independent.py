@@ -23,7 +23,8 @@ OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
 SIZES = NetworkConfig(d_model=8)
 
 
-# Two environments of three agents for four steps: agent 2 of the first is never alive, agent 0 of the second dies.
+# Two environments of three agents for four steps: agent 2 of the first is never alive, agent 0 of
+# the second dies.
 STEPS = 4
 ALIVE = np.ones((STEPS, 2, N), bool)
 ALIVE[:, 0, 2] = ALIVE[2:, 1, 0] = False

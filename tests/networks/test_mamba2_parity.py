@@ -1,6 +1,7 @@
 """The Mamba-2 block against an independent implementation: Mamba2Mixer of Hugging Face transformers.
 
-`tests/golden/mamba2.npz` holds its parameters, output, gradients and step-by-step decoding for three sizes.
+`tests/golden/mamba2.npz` holds its parameters, output, gradients and step-by-step decoding for
+three sizes.
 """
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Layouts of sequence policies: every one of up to three blocks decides, learns and is refused as it should.
 
-What compiles slowly is the gradient, so parameters of most layouts are shown to matter by changing them.
+What compiles slowly is the gradient, so parameters of most layouts are shown to matter by changing
+them.
 """
 
 import functools
@@ -89,7 +90,8 @@ evaluate_many = jax.jit(jax.vmap(evaluate, (0, None, 0, None)), compiler_options
 class Subject:
     """A layout that has acted, and what it says of actions.
 
-    In double precision, so that no tolerance hides a small mistake behind rounding. One program evaluates everything.
+    In double precision, so that no tolerance hides a small mistake behind rounding. One program
+    evaluates everything.
     """
 
     mask: np.ndarray
@@ -215,7 +217,8 @@ def test_layouts_of_the_decoder_are_equally_long(decoder, cross):
     with pytest.raises(UserError) as refused:
         make_policy("mam", SPEC, sizes, key=jax.random.key(0))
     assert str(refused.value) == (
-        f"network.decoder.cross must have a letter for each of the decoder's {blocks} blocks, got {cross!r}"
+        f"network.decoder.cross must have a letter for each of the decoder's {blocks} blocks, "
+        f"got {cross!r}"
     )
 
 
@@ -228,7 +231,8 @@ def test_layouts_are_of_letters_that_mixers_have(setting, layout):
     with pytest.raises(UserError) as refused:
         make_policy("mam", SPEC, sizes, key=jax.random.key(0))
     assert str(refused.value) == (
-        f"network.{setting} must be letters of M (mamba), 2 (mamba2), A (attention), one per block, got {layout!r}"
+        f"network.{setting} must be letters of M (mamba), 2 (mamba2), A (attention), "
+        f"one per block, got {layout!r}"
     )
 
 

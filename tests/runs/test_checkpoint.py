@@ -433,7 +433,8 @@ def test_refuses_a_leaf_that_is_no_array(tmp_path):
 
 def test_import_is_quiet_and_lazy():
     code = (
-        "import sys, mam.runs.checkpoint, mam.runs.sinks, mam.study.report; from jax._src import xla_bridge; "
+        "import sys, mam.runs.checkpoint, mam.runs.sinks, mam.study.report; "
+        "from jax._src import xla_bridge; "
         "assert not xla_bridge._backends; "
         "assert not {'matplotlib', 'tensorboardX'} & set(sys.modules), 'eager'"
     )

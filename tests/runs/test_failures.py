@@ -496,7 +496,10 @@ def test_exit_codes_of_signals(start, path, monkeypatch, number, code, capsys):
     options = (
         "--policy ippo --env probe/matrix --total-timesteps 96 --network.d-model 8 --ppo.num-envs 4"
     )
-    options += " --ppo.rollout-length 4 --ppo.num-epochs 1 --ppo.num-minibatches 1 --eval.num-evaluations 3"
+    options += (
+        " --ppo.rollout-length 4 --ppo.num-epochs 1 --ppo.num-minibatches 1"
+        " --eval.num-evaluations 3"
+    )
     options += " --eval.num-episodes 3 --eval.num-absolute-episodes 5"
     assert cli.main(["train", *options.split(), "--out", str(path)]) == code
     assert f"mam train --resume {path}" in capsys.readouterr().out

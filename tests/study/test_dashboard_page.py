@@ -248,11 +248,14 @@ def test_names_are_shown_whole_and_run_nothing(hostile, width):
 
 
 CUT = """() => [...document.querySelectorAll(".ag-center-cols-container .ag-cell")]
-    .filter(cell => cell.scrollWidth > cell.clientWidth + 1 || cell.scrollHeight > cell.clientHeight + 1)
+    .filter(cell => cell.scrollWidth > cell.clientWidth + 1 \
+|| cell.scrollHeight > cell.clientHeight + 1)
     .map(cell => cell.getAttribute("col-id") + ": " + cell.innerText)"""
-LABELS = """() => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series
+LABELS = """() => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart\
+.getOption().series
     .filter(one => one.id.startsWith("mean")).map(one => one.name)"""
-DRAWN = """name => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart.getOption().series
+DRAWN = """name => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart\
+.getOption().series
     .find(one => one.id == "mean " + name)?.data.length"""
 
 

@@ -143,7 +143,8 @@ def test_runs_come_and_go(tmp_path, monkeypatch):
     assert watcher.version == version
     with (path / "metrics.jsonl").open("a") as file:
         file.write(
-            '{"kind": "train", "update": 3, "step_count": 48, "elapsed": 20.0, "episode_return": [1, 1, 1, 1, 1]}\n'
+            '{"kind": "train", "update": 3, "step_count": 48, "elapsed": 20.0, '
+            '"episode_return": [1, 1, 1, 1, 1]}\n'
         )
     write_run(tmp_path / "c")
     watcher.refresh()

@@ -174,8 +174,8 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
     assert best == replace(CONFIG, ppo=replace(CONFIG.ppo, lr=1e-3), network=best.network)
     assert "best: trial_" in out
     assert (
-        f"mam train --env probe/matrix --num-seeds 2 --total-timesteps 96 --network.d-model {best.network.d_model}"
-        in out
+        "mam train --env probe/matrix --num-seeds 2 --total-timesteps 96 "
+        f"--network.d-model {best.network.d_model}" in out
     )
     assert [c[:2] for name, c in pool.commands if name == "trial_0000"] == [
         ["train", "--env"],

@@ -1,6 +1,7 @@
 """Two updates of one policy on one task, by the trainer's own pieces. Compiling is all that takes time here.
 
-So a task's environments are compiled once, for all policies: they act in them as in environments on the host.
+So a task's environments are compiled once, for all policies: they act in them as in environments on
+the host.
 """
 
 from dataclasses import replace
@@ -101,7 +102,8 @@ def check_two_updates(monkeypatch):
                 if name not in timestep.metrics
             }
             assert np.isfinite([*values.values()]).all(), values
-            # A sum over dimensions of what is not small: the weights are large, the standard deviations are not.
+            # A sum over dimensions of what is not small: the weights are large, the standard
+            # deviations are not.
             assert values["first_ratio_deviation"] <= (3e-5 if envs.spec.continuous else 1e-5)
         assert learn._cache_size() == 1
         for (path, before), after in zip(
