@@ -1,6 +1,6 @@
-"""Random configurations: every valid one trains and stays finite, every invalid one is refused in one line.
+"""Random configurations: every valid one trains and stays finite, every invalid one is refused.
 
-    python benchmarks/config_fuzz.py                        # 300 valid and 300 invalid ones, half an hour
+    python benchmarks/config_fuzz.py              # 300 valid and 300 invalid ones, half an hour
     python benchmarks/config_fuzz.py --valid 5 --invalid 50 --policies mam2
 
 A valid one takes two updates, every fifth an evaluation too, on a probe environment, compiled with
@@ -151,7 +151,7 @@ def valid(rng: random.Random, names: tuple[str, ...]) -> Config:
 
 
 def problem_of(config: Config, *, evaluated: bool) -> str | None:
-    """What is wrong with a configuration that ought to train, and to play if `evaluated`; None if nothing is."""
+    """What is wrong with a configuration that ought to train, and play if `evaluated`, or None."""
     try:
         trainer = make_train(config)
         state = trainer.init(np.arange(config.seed, config.seed + config.num_seeds))

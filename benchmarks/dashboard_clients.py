@@ -1,4 +1,4 @@
-"""How `mam dashboard` bears many browsers: pages in Chromium, each with a socket of its own, while runs are written.
+"""How `mam dashboard` bears many browsers: pages in Chromium, each with a socket of its own.
 
     python benchmarks/dashboard_clients.py [--pages 50] [--rows 10] [--browser /usr/bin/chromium]
 

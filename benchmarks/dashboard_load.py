@@ -1,10 +1,9 @@
-"""How `mam dashboard` bears a large folder: 100 runs of 100,000 rows, three seeds, a handful of metrics.
+"""How `mam dashboard` bears a large folder: 100 runs of 100,000 rows, three seeds, some metrics.
 
     python benchmarks/dashboard_load.py [--runs 100] [--rows 100000] [--keep DIR]
 
 Times the first read, a look at a folder in which nothing changed, one in which every run got a row,
-and the answer to a curve: of one run, of the runs of one algorithm, and of a part of it. Prints
-memory.
+and a curve: of one run, of the runs of one algorithm, and of a part of it. Prints memory.
 """
 
 import argparse

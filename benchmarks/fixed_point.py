@@ -1,4 +1,4 @@
-"""Fixed-point decoding against the loop: do they agree, how many passes does it take, and which is faster?
+"""Fixed-point decoding against the loop: do they agree, in how many passes, and which is faster?
 
     python benchmarks/fixed_point.py
     python benchmarks/fixed_point.py --num-agents 256 --batch 1 --windows 32 64

@@ -61,7 +61,7 @@ def in_float64(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def errors(actual: Any, expected: Any) -> dict[str, float]:
-    """‖actual − expected‖ / ‖expected‖ of every named array; infinite where numbers are not finite."""
+    """‖actual − expected‖ / ‖expected‖ of every named array; infinite where non-finite."""
     found = {}
     for name, reference in expected.items():
         value, reference = np.asarray(actual[name], np.float64), np.asarray(reference, np.float64)
@@ -100,7 +100,7 @@ def judged(name: str, tolerance: float, measure: Callable[[], dict[str, float]])
 
 
 def scan_reference(x, dt, B, C, A, reset, h0, *, reverse):
-    """The recurrence as it is written, one agent after another: [M, N, …] → outputs and last state."""
+    """The recurrence as written, one agent after another: [M, N, …] → outputs and last state."""
     import jax
     import jax.numpy as jnp
 
@@ -176,7 +176,7 @@ def check_scan(short: bool) -> list[Row]:
 
 
 def check_decode(short: bool) -> list[Row]:
-    """The decode kernel against the loop, in float32 on this device; outputs up to the first other decision."""
+    """The decode kernel against the loop, in float32; outputs up to the first other decision."""
     import jax
     import jax.numpy as jnp
 
@@ -249,7 +249,7 @@ def check_decode(short: bool) -> list[Row]:
 
 
 def check_policy(short: bool) -> list[Row]:
-    """Whole policies: acting's log-probabilities are the learner's, and both are near those of float64."""
+    """Whole policies: acting's log-probabilities against the learner's, both against float64."""
     import jax
 
     from mam.config import NetworkConfig
@@ -302,7 +302,7 @@ def check_policy(short: bool) -> list[Row]:
 def bench(
     what: str, names: tuple[str, ...], tokens: int, short: bool, part: str | None
 ) -> list[Row]:
-    """`mam bench` in this process, as rows: all candidates, or one of them just to have its programs compiled."""
+    """`mam bench` in this process, as rows: all candidates, or one to compile its programs."""
     from mam.cli.main import main
 
     out = Path(OUT, "bench", part or "all", what)
@@ -363,7 +363,7 @@ def seconds_of(run: Callable[[], Any], calls: int = 5) -> float:
 
 
 def train_step(task: str, short: bool, part: str | None) -> list[Row]:
-    """Whole train steps, and where their time goes: environments alone, acting beside them, the update."""
+    """Whole train steps, and where time goes: environments alone, acting in them, the update."""
     from mam.config import Config, NetworkConfig, PPOConfig
 
     network = NetworkConfig(d_model=64, num_blocks=1, d_state=16)

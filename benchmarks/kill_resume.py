@@ -1,8 +1,8 @@
-"""Kills runs at random moments, resumes them, and compares every byte with runs that were left alone.
+"""Kills runs at random moments, resumes them, and compares every byte with undisturbed runs.
 
-    python benchmarks/kill_resume.py                       # 120 kills over mam, mat and mappo, half an hour
+    python benchmarks/kill_resume.py          # 120 kills over mam, mat and mappo, half an hour
     python benchmarks/kill_resume.py --policies mappo --kills 3
-    python benchmarks/kill_resume.py --policies rec_ippo --env kill_resume:Parallel     # in worker processes
+    python benchmarks/kill_resume.py --policies rec_ippo --env kill_resume:Parallel    # in workers
 
 Every third kill waits until a save is being written; the others strike anywhere, also while the
 program starts. Each run is `mam train` as a user starts it, killed by SIGKILL, and resumed until it
@@ -57,8 +57,7 @@ class Tally:
 class Parallel:
     """A ParallelEnv whose episodes are as long as a rollout, and which draws nothing at random.
 
-    Simulators cannot be saved, a resumed run begins new episodes: here they are those that were
-    lost.
+    Simulators cannot be saved, a resumed run begins new episodes: here the lost ones again.
     """
 
     possible_agents = ("ann", "bob")
@@ -128,7 +127,7 @@ def finish(process: subprocess.Popen, log: Path) -> None:
 
 
 def kill(process: subprocess.Popen, run: Path, rng: random.Random, *, in_save: bool) -> str | None:
-    """Waits for a moment and kills the process there; returns what it was doing, None if it was done before."""
+    """Waits for a moment and kills the process there; returns what it was doing, None if done."""
     deadline = time.monotonic() + (rng.uniform(0, 4) if rng.random() < 0.1 and not in_save else 600)
     rows = _size(run / "metrics.jsonl")
     while (
@@ -160,7 +159,7 @@ def _size(file: Path) -> int:
 
 
 def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
-    """Every number of a finished run: its rows without the clock, and the bytes of its last train state."""
+    """Every number of a finished run: its rows without the clock, the bytes of its last state."""
     import jax
 
     from mam.learning.train import make_train

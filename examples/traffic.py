@@ -1,4 +1,4 @@
-"""Your own environment: a row of traffic lights that must let through what their neighbours send them.
+"""Your own environment: traffic lights in a row that let through what their neighbours send them.
 
 mam check-env examples.traffic:make_env
 mam train --env examples.traffic:make_env --total-timesteps 300000
@@ -23,7 +23,10 @@ class TrafficState(eqx.Module):
 
 @dataclass(frozen=True)
 class Traffic(Environment):
-    """Each light is green along the road (action 0) or across it (action 1); cars along the road visit every light."""
+    """Each light is green along the road (action 0) or across it (action 1).
+
+    Cars along the road visit every light.
+    """
 
     num_lights: int = 4
     time_limit: int = 40

@@ -1,7 +1,9 @@
-"""Level-Based Foraging on CPU cores: the smallest tasks, small networks, two learning rates, five seeds, 10⁶ steps.
+"""Level-Based Foraging on CPU cores: the smallest tasks, small networks, two learning rates.
 
-mam experiment experiments/lbf.py
-mam report runs/lbf --by ppo.lr --out report
+Five seeds, 10⁶ steps.
+
+    mam experiment experiments/lbf.py
+    mam report runs/lbf --by ppo.lr --out report
 """
 
 from mam.presets import preset

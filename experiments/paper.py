@@ -1,6 +1,7 @@
-"""The paper's comparison: RWARE, LBF and SMAX, 10 seeds, 20 million steps, 122 evaluations. For GPUs.
+"""The paper's comparison, for GPUs: RWARE, LBF and SMAX, 10 seeds, 20 million steps.
 
-Settings are each task's preset; those without one of their own take their suite's.
+Runs are evaluated 122 times. Settings are each task's preset; those without one of their own take
+their suite's.
 
     mam experiment experiments/paper.py --ray --ray-address auto
     mam report runs/paper --out report

@@ -1,13 +1,12 @@
 """From 2 to 2048 agents: how speed and return go with their number. For a GPU.
 
-Every task is the probe `identity` with that many agents, so that nothing else grows. From the
-project's own folder:
+Every task is the probe `identity` with that many agents: nothing else grows. From the project's
+folder:
 
     mam experiment experiments/scaling.py
     mam report runs/scaling --out report
 
-The report has return and speed of whole runs. What acting, the update and memory cost by
-themselves:
+The report has return and speed of whole runs. What acting, the update and memory cost alone:
 
     mam bench act --num-agents 2 8 32 128 512 1024
     mam bench update --num-agents 2 8 32 128 512 1024

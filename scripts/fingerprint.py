@@ -1,7 +1,7 @@
 """What short training runs compute, as digests: to show that a change of structure changed nothing.
 
-    python scripts/fingerprint.py write FILE              # run and write down
-    python scripts/fingerprint.py compare BEFORE AFTER    # exit 1 where a digest differs, with the largest deviation
+    python scripts/fingerprint.py write FILE            # run and write down
+    python scripts/fingerprint.py compare BEFORE AFTER  # exit 1 where digests differ, and how much
 
 Every policy trains on every task below for three updates and is evaluated after each, through the
 command line, so that the script runs on any version of the library (PYTHONPATH=…/src). Digests know
@@ -61,7 +61,7 @@ CLOCK = ("elapsed", "kind")  # fields of a row that are no metrics
 
 
 class Cues:
-    """A PettingZoo environment: each of two agents sees a cue and earns 1 for naming it, for ten steps."""
+    """A PettingZoo environment of ten steps: two agents see cues and earn 1 for naming them."""
 
     metadata = {"render_modes": []}  # noqa: RUF012
     possible_agents = ("left", "right")

@@ -1,4 +1,4 @@
-"""Write `tests/golden/mamba.npz`: what an independent Mamba-1 computes, for our block to be held against.
+"""Write `tests/golden/mamba.npz`: what an independent Mamba-1 computes, to compare our block with.
 
 The reference is the PyTorch slow path, `MambaMixer.slow_forward`, of Hugging Face `transformers`,
 on the CPU and with random weights (nothing is downloaded). The method is gone in 5.23 (4.57.6 has
@@ -49,7 +49,7 @@ CASES = {
 
 @torch.no_grad()
 def randomise(mixer: MambaMixer) -> None:
-    """Draw every parameter at a scale that keeps the output, the decay and the step sizes of ordinary size."""
+    """Draw every parameter at a scale that keeps output, decay and step sizes of ordinary size."""
     for name, param in mixer.named_parameters():
         match name:
             case "A_log":

@@ -1,4 +1,4 @@
-"""Write `tests/golden/mamba2.npz`: what an independent Mamba-2 computes, for our block to be held against.
+"""Write `tests/golden/mamba2.npz`: what an independent Mamba-2 computes, to compare ours with.
 
 The reference is the pure PyTorch path, `Mamba2Mixer.torch_forward`, of Hugging Face `transformers`,
 on the CPU and with random weights (nothing is downloaded). The method and its `Mamba2Cache` are
@@ -71,7 +71,7 @@ CASES = {
 
 @torch.no_grad()
 def randomise(mixer: Mamba2Mixer) -> None:
-    """Draw every parameter at a scale that keeps the output, the decay and the step sizes of ordinary size."""
+    """Draw every parameter at a scale that keeps output, decay and step sizes of ordinary size."""
     for name, param in mixer.named_parameters():
         match name:
             case "A_log" | "norm.weight":

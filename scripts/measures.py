@@ -1,4 +1,4 @@
-"""What the source looks like in numbers, of any checkout: `python scripts/measures.py [CHECKOUT …]`.
+"""Measure the source code of any checkout: `python scripts/measures.py [CHECKOUT …]`.
 
 Core is what computes: networks, kernels, the algorithm, and the types they share.
 """
@@ -53,7 +53,7 @@ def tokens_per_line(text: str) -> tuple[int, int]:
 
 
 def copied_lines(texts: list[str]) -> tuple[int, int]:
-    """Count lines in runs of six that stand somewhere else, too, and all lines, blank ones and imports left out."""
+    """Count lines in runs of six that stand elsewhere, and all, without blank ones and imports."""
     files = []
     for text in texts:
         lines = [line.strip() for line in text.splitlines()]

@@ -18,6 +18,6 @@ signal.signal(
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """What a file compiled is not needed by the next: kept, programs of all files take many gigabytes."""
+    """Free what a file compiled: programs of all files together take many gigabytes."""
     yield
     jax.clear_caches()

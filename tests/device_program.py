@@ -1,4 +1,4 @@
-"""Run by test_devices.py with eight virtual devices: the same short training on one and on several, compared."""
+"""Run by test_devices.py with eight virtual devices: the same short training on one and several."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def numbers(tree):
 
 
 def difference(tree, other):
-    """The largest over all leaves, relative to the largest number of a leaf where that is above 1, and where."""
+    """The largest deviation of any leaf, relative to its largest number if above 1, and where."""
     one, two = numbers(tree), numbers(other)
     assert one.keys() == two.keys()
     largest = {}

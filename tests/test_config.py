@@ -1,4 +1,4 @@
-"""Configurations: derived values, when a run is evaluated, what is refused, and the JSON round trip."""
+"""Configurations: derived values, when runs are evaluated, what is refused, the JSON round trip."""
 
 import dataclasses
 import json

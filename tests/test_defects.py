@@ -46,7 +46,7 @@ NUM_ACTIONS, BATCH = 5, 3
 
 
 def work(jaxpr):
-    """Multiplications in the matrix products of a program, all branches counted, times the turns of their loops."""
+    """Multiplications in a program's matrix products, all branches counted, times loop turns."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -88,10 +88,10 @@ def work_of_recomputing(name, num_agents):
 
     def act(policy):
         obs_rep = jnp.zeros((BATCH, num_agents, 64))
-        decide = lambda action, _: (
+        decide = lambda action, _: (  # noqa: E731
             policy.decoder(action, obs_rep).argmax(-1).astype(jnp.int32),
             None,
-        )  # noqa: E731
+        )
         return jax.lax.scan(decide, jnp.zeros((BATCH, num_agents), jnp.int32), length=num_agents)
 
     policy, _ = setup(name, num_agents)
@@ -100,7 +100,7 @@ def work_of_recomputing(name, num_agents):
 
 @pytest.mark.parametrize("name", policies())
 def test_acting_never_recomputes_the_decisions_of_earlier_agents(name):
-    """Defect 3. Twice the agents are twice the work, not four times: what is quadratic, or done once, is small."""
+    """Defect 3. Twice the agents are twice the work, not four times: what is quadratic is small."""
     few, many = 10, 20
     growth = work_of_acting(name, many) / work_of_acting(name, few)
     assert 1.9 < growth < 2.2 if isinstance(setup(name, few)[0], SequencePolicy) else growth == 2

@@ -1,4 +1,4 @@
-"""What the documents say is true: snippets run, commands parse, files and tests exist, quoted scores were measured."""
+"""What the documents say is true: snippets run, commands parse, files and scores exist."""
 
 import pkgutil
 import re
@@ -76,7 +76,7 @@ WRITTEN = sorted(
 
 @pytest.mark.parametrize(("path", "line"), WRITTEN)
 def test_commands_can_be_given(path, line, tmp_path, monkeypatch):
-    """By the parser itself, in a folder where runs and environments have the names of the documents."""
+    """The parser takes it, where runs and environments have the names of the documents."""
     name, *args = line.replace("NAME", "probe/identity").split()
     if name in ("COMMAND", "--version", "--help"):
         return

@@ -1,4 +1,4 @@
-"""What a stranger installs: the wheel or the sdist, from local files, where there is no checkout."""
+"""What a new user installs: the wheel or the sdist, from local files, without a checkout."""
 
 import os
 import re
@@ -80,8 +80,7 @@ def test_what_is_built_installs_with_extras_and_trains(built, suffix, tmp_path):
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=True)
     binaries = environment / "bin"
-    # What is installed beside the tests serves as the index: pip finds every requirement there and
-    # loads nothing.
+    # What is installed beside the tests is pip's index: nothing has to be downloaded.
     (site,) = environment.glob("lib/python*/site-packages")
     (site / "installed.pth").write_text(sysconfig.get_path("purelib"))
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -47,7 +47,7 @@ class Recorder(np.random.Generator):
 
 
 def numpy_iqm(scores):
-    """The mean of what is left without the lowest and the highest quarter, rounded down, written out."""
+    """The mean without the lowest and the highest quarter, rounded down, written out."""
     scores = np.sort(np.ravel(scores))
     cut = len(scores) // 4
     return scores[cut : len(scores) - cut].sum() / (len(scores) - 2 * cut)

@@ -1,4 +1,4 @@
-"""What every policy must keep: it learns what a scripted expert does from recorded joint actions alone."""
+"""What every policy must keep: it learns a scripted expert from recorded joint actions alone."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -85,7 +85,7 @@ def test_it_does_what_the_expert_did(policy, monkeypatch):
 
 
 def test_returns_are_learned_beside_and_objectives_add_up(monkeypatch):
-    """A sum of two halves is the whole, and a critic that is asked for predicts what the expert earns."""
+    """A sum of two halves is the whole, and a critic, if asked for, predicts what experts earn."""
     whole = BehaviourCloning(value_coef=0.5)
     _, _, together = clone("ippo", whole, monkeypatch, 10)
     _, _, in_parts = clone("ippo", WeightedSum(((0.25, whole), (0.75, whole))), monkeypatch, 10)

@@ -1,4 +1,6 @@
-"""What every mixer must keep, in every role it plays. Parametrised by `MIXERS`: a new mixer is covered as it is.
+"""What every mixer must keep, in every role it plays.
+
+Parametrised by `MIXERS`: a new mixer is covered as it is.
 
 All in double precision, so that parameters may be large and yet no tolerance hides a small mistake
 behind rounding.
@@ -54,7 +56,7 @@ def build_mixer(family, role, key):
 
 @functools.cache
 def make_mixer(family, role):
-    """A mixer with large random parameters: under the initial ones agents hardly heed one another."""
+    """A mixer with large random parameters: under the initial ones agents hardly interact."""
     empty = jax.eval_shape(lambda key: build_mixer(family, role, key), jax.random.key(0))
     rng = np.random.default_rng(0)
 
@@ -104,7 +106,7 @@ recurrent = jax.jit(run_recurrent, static_argnames="capacity", compiler_options=
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def influence(mixer, x, context, alive):
-    """Outputs, and the gradients of a random projection of each agent's output, agents first: [N, …]."""
+    """Outputs, and gradients of a random projection of each agent's, agents first: [N, …]."""
     y, pull_back = jax.vjp(
         lambda mixer, x, context: mixer(x, context, alive=alive), mixer, x, context
     )
@@ -113,7 +115,7 @@ def influence(mixer, x, context, alive):
 
 
 def influence_of(family, role, num_living=N, garbage=0.0):
-    """`influence` where the agents after the first `num_living` are dead and their inputs garbage."""
+    """`influence` where agents after the first `num_living` are dead and their inputs garbage."""
     inputs = make_inputs(role, (N,))
     alive = jnp.arange(N) < num_living
     noise = garbage * np.random.default_rng(2).normal(size=(N, 1))
@@ -154,7 +156,7 @@ def test_a_sequence_may_be_cut_anywhere(family, role, length, cuts):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def gathered_before_and_after(mixer, table, context, index):
-    """Agents that are rows of a table: projected once for every row there is, and once for every agent."""
+    """Agents that are rows of a table: projected once for every row, and once for every agent."""
     rows = jax.tree.map(lambda v: v[index], (mixer.project(table), mixer.project_context(context)))
     own = (
         mixer.project(table[index]),
@@ -220,7 +222,7 @@ def test_every_leaf_is_an_array(family, role):
 
 @every_mixer
 def test_the_dead_change_nothing(family, role):
-    """Outputs are those of the living alone, in value and in gradient, whatever the dead are made of."""
+    """Outputs and gradients are those of the living alone, whatever the dead are made of."""
     y, _, *gradients = influence_of(family, role, LIVING, garbage=1e6)
     assert np.all(np.isfinite(y))
     alone = parallel(
@@ -251,7 +253,7 @@ def test_the_dead_change_nothing_step_by_step(family, role):
 
 @every_mixer
 def test_in_single_precision_the_dead_change_less_than_a_millionth(family, role):
-    """As trained, rounding included, in both forms; with smaller parameters the outputs' scale is about 1."""
+    """As trained, with rounding, in both forms; with smaller parameters, outputs are about 1."""
     mixer = jax.tree.map(lambda leaf: 0.6 * leaf, make_mixer(family, role))
     mixer, inputs = jax.tree.map(lambda v: v.astype(jnp.float32), (mixer, make_inputs(role, (N,))))
     with jax.enable_x64(False):

@@ -1,4 +1,4 @@
-"""A mixer of one's own, from its registration to its first updates: nothing else has to know of it."""
+"""A mixer of one's own, from its registration to its first updates; nothing else has to know it."""
 
 import inspect
 from dataclasses import fields, replace
@@ -28,7 +28,7 @@ from small_run import CONFIG
 
 
 class Average(eqx.Module):
-    """A leaky average h_i = a h_{i−1} + (1 − a) W x_i of what agents are, and the residual around it."""
+    """A leaky average h_i = a h_{i−1} + (1 − a) W x_i of what agents are, and the residual."""
 
     in_proj: Dense
     leak: Float[Array, "E"]
@@ -109,7 +109,7 @@ class Leak(AbstractCausalMixer):
 
 
 def arguments_of(check):
-    """What a check of the contract is called with besides the family, as for one that is known: a role, or nothing."""
+    """What a check of the contract is called with besides the family: a role, or nothing."""
     (cases,) = (mark.args[1] for mark in check.pytestmark)
     return [case[1:] for case in cases if case[0] == "attention"] or [()]
 

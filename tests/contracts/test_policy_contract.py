@@ -1,4 +1,6 @@
-"""What every policy must keep, on three kinds of task. Parametrised by `policies()`: a new policy is covered as it is.
+"""What every policy must keep, on three kinds of task.
+
+Parametrised by `policies()`: a new policy is covered as it is.
 
 One sequence policy stands here with memory as well, `mat-gru`; what concerns time is asked of
 `mam-gru`, too.
@@ -53,8 +55,7 @@ over_time = pytest.mark.parametrize(
     "name", [*WITH_MEMORY, "mat", "ippo"]
 )  # to those without, time is like any axis
 every_kind = pytest.mark.parametrize("kind", KINDS)
-# What compiles. Several choices at once with one policy of each class: they differ in the
-# distribution alone.
+# What compiles. Several choices at once with one policy of each class: only distributions differ.
 every_case = pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -95,8 +96,7 @@ def make(name, spec, key, config=SIZES):
 def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """A policy with large random parameters: under the initial ones agents hardly heed one another.
 
-    Means of continuous actions are kept away from the limits, where log-probabilities are hardly
-    determined.
+    Means of continuous actions stay away from the limits, where log-probabilities are ill-posed.
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
@@ -125,7 +125,7 @@ def cuts(kind):
 
 
 def make_observation(alive, kind="discrete", seed=9):
-    """Random views and masks for the living; the dead see garbage: large numbers here, NaN there."""
+    """Random views and masks for the living; the dead see garbage: large numbers or NaN."""
     rng = np.random.default_rng(seed)
     garbage = np.where(rng.random(alive.shape) < 0.5, 1e3, np.nan)
 
@@ -155,7 +155,7 @@ def pick(obs, envs, num_agents):
 
 @functools.cache
 def observe(what, kind="discrete"):
-    """An observation and its keys: of teams with dead agents, of two agents by themselves, of one."""
+    """An observation and its keys: of teams with dead agents, of two agents alone, of one."""
     obs, keys = make_observation(ALIVE, kind), jax.random.split(jax.random.key(0), NUM_ENVS)
     if what == "single":  # the living agent of environment 4, without a batch axis
         return pick(obs, 4, 1), keys[4]
@@ -283,7 +283,7 @@ def test_the_value_is_one_whoever_asks(name, kind):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def in_new_units(policy, obs, target):
-    """Values before and after two changes of the value's units, of which only the second has anything to keep."""
+    """Values before and after two changes of their units; only the second has values to keep."""
     memory = remember(policy, obs)
     policy = NormalisedPolicy(
         policy, Statistics.init(make_spec("discrete"), observations=True, values=True)
@@ -306,7 +306,7 @@ def test_new_units_of_value_change_no_value(name):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def act_and_evaluate(policy, obs, reset, keys, successor):
-    """Acting step by step, from a memory that is not blank; all steps evaluated at once; and values by `value`."""
+    """Acting step by step, from a memory that is not blank; all steps at once; and `value`."""
     start = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory(reset.shape[1:]))
 
     def step(memory, inputs):
@@ -325,7 +325,7 @@ def act_and_evaluate(policy, obs, reset, keys, successor):
 
 @functools.cache
 def play(name, *, garbage=True):
-    """Four steps, with episodes that start and agents that die anywhere, each with a successor of its own."""
+    """Four steps in which episodes start and agents die anywhere, each with its own successor."""
     length = 4
     obs, successor = (
         make_observation(
@@ -374,7 +374,7 @@ def test_a_value_continues_the_episode(name):
 
 @over_time
 def test_successors_are_valued_without_a_stored_memory(name):
-    """`value` with the memory after every step, whether the episode goes on with that successor or not."""
+    """`value` with the memory after every step, whether the episode goes on or not."""
     _, _, steps, _, next_value = play(name)
     np.testing.assert_allclose(
         next_value, steps["next_value"], rtol=1e-5, atol=5e-5
@@ -425,7 +425,7 @@ def test_the_living_decide_first_and_by_index(name):
 @every_policy
 @pytest.mark.parametrize("mode", ["sampled", "greedy"])
 def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
-    """Agent after agent, action = argmax(log π(· | earlier actions) + noise of that agent); greedy has none."""
+    """Agent after agent, action = argmax(log π(· | earlier actions) + its noise, if sampled)."""
     obs, keys = observe("team")
     output = results(name, "team")[mode]
     candidates = np.arange(NUM_ACTIONS)
@@ -448,7 +448,7 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
 
 @every_policy
 def test_continuous_acting_uses_the_noise_of_the_agent(name):
-    """log π(a) = Σ log N(ε) − log σ − log(1 − a²) over the components in use, with ε = 0 in the greedy mode."""
+    """log π(a) = Σ log N(ε) − log σ − log(1 − a²) over components in use; ε = 0 if greedy."""
     obs, keys = observe("team", "continuous")
     normal, result = (
         get_policy(name, "continuous").distribution,
@@ -502,9 +502,9 @@ def test_illegal_actions_have_no_probability(name):
     ],
 )
 def test_later_agents_answer_earlier_ones(name, kind, order):
-    """Changing an agent's action changes what every later agent does, and nothing of the earlier ones.
+    """Changing an agent's action changes what later agents do, and nothing of the earlier ones.
 
-    Of independent agents nobody's.
+    Among independent agents it changes nothing.
     """
     obs, _ = observe("team", kind)
     view = np.random.default_rng(4).normal(size=obs.agents_view.shape)
@@ -548,7 +548,10 @@ def test_the_key_decides_samples_and_nothing_else(name):
 
 @functools.cache
 def joint_probabilities(name, env):
-    """Of the two living agents, every joint action evaluated: π(a₁, a₂) [A, A], π(a₁) [A], and entropies [A, A, 2]."""
+    """Every joint action of the two living agents, evaluated.
+
+    Returns π(a₁, a₂) [A, A], π(a₁) [A], and entropies [A, A, 2].
+    """
     pairs = np.indices((NUM_ACTIONS, NUM_ACTIONS)).reshape(2, -1).T
     actions = np.pad(pairs, [(0, 0), (0, NUM_AGENTS - 2)])
     evaluation = evaluate_env(name, observe("team")[0], env, actions, np.arange(NUM_AGENTS))
@@ -595,7 +598,7 @@ def entropy_in_nats(p):
 @every_policy
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 def test_appended_dead_agents_change_nothing(name, kind):
-    """One and two agents by themselves, and the same ones with dead agents after them; alone and in a batch."""
+    """One and two agents alone, and with dead agents after them; by themselves and in a batch."""
     team, single = (results(name, what, kind) for what in ("team", "single"))
     pair = results(name, "pair") if kind == "discrete" else None
     for method in single:
@@ -612,7 +615,7 @@ def test_appended_dead_agents_change_nothing(name, kind):
 
 @every_policy
 def test_it_does_not_matter_which_agents_are_dead(name):
-    """The same two agents in other places, their actions given, among other garbage: the same evaluation."""
+    """The same two agents in other places, with given actions, among other garbage."""
     obs, _ = observe("team")
     places = np.array([[0, 1], [1, 3], [3, 4], [0, 4], [2, 3], [1, 2]])
     rows = np.arange(NUM_ENVS)[:, None]
@@ -640,7 +643,7 @@ def test_it_does_not_matter_which_agents_are_dead(name):
 @hypothesis.settings(max_examples=10, deadline=None, derandomize=True)
 @hypothesis.given(names=st.permutations(range(NUM_AGENTS)), seed=st.integers(0, 2**16))
 def test_agents_may_be_called_otherwise(name, names, seed):
-    """Agents under other numbers, who decide in the same order: the same evaluation, under other numbers."""
+    """Agents under other numbers, in the same order: the same evaluation, renumbered."""
     obs, names, order = (
         make_observation(ALIVE, seed=seed),
         np.array(names),
@@ -691,7 +694,7 @@ def gradient(policy, obs, action, weights):
 
 @every_case
 def test_no_parameter_is_dead(name, kind):
-    """Every row and column of every leaf has a part in log-probability, entropy or value; no gradient is NaN.
+    """Every row and column of every leaf matters to an output; no gradient is NaN.
 
     Some agents are dead and see NaN, some components are not in use, and some actions are as large
     as they can be.
@@ -732,7 +735,7 @@ def test_no_parameter_is_dead(name, kind):
 @every_policy
 @every_kind
 def test_types_are_stable(name, kind):
-    """Nothing weakly typed or wider comes out, so results can be carried through loops and fed back."""
+    """Nothing weakly typed or wider comes out, so results can be loop carries."""
     policy, (obs, keys) = get_policy(name, kind), observe("team", kind)
     outputs = jax.eval_shape(run_all, policy, obs, keys)
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):

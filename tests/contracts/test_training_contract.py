@@ -1,4 +1,4 @@
-"""What every policy must do under the trainer: solve tasks with a known optimum, and learn nothing from noise.
+"""What every policy must do under the trainer: solve tasks of known optimum, not learn noise.
 
 Compiling a training step takes most of the time, so the tasks are one environment that plays the
 task it is told, and each policy is compiled once. Tasks follow each other in a `lax.map`: every one
@@ -42,11 +42,10 @@ NETWORK = NetworkConfig(d_model=16, num_heads=2, d_state=2, d_conv=2)
 
 
 class Mortal(Identity):
-    """`Identity` in which agents come and go, half of the wrong actions are illegal, and the living earn."""
+    """`Identity` in which agents come and go, and half of the wrong actions are illegal."""
 
     def _observe(self, view):
-        # Whatever looks random to the policy will do: the bits of the cues, which change at every
-        # step.
+        # Whatever looks random to the policy will do: the bits of the cues, new at every step.
         cue = view.argmax(axis=-1)
         bits = (cue[:, None] * 5 + cue[::-1, None] * 3 + jnp.arange(self.num_actions)) % 7
         action_mask = (bits < 4) | (view > 0)
@@ -54,7 +53,7 @@ class Mortal(Identity):
 
 
 class Unscaled(Identity):
-    """`Identity` in which every step costs 100, and a feature that says nothing is a thousand times the cue."""
+    """`Identity` in which steps cost 100, and a useless feature is a thousand times the cue."""
 
     def _observe(self, view):
         cue = view.argmax(axis=-1)
@@ -81,7 +80,7 @@ WITH_MEMORY = ["rec_mappo", "rec_ippo", "mam-gru"]
 
 
 def runs_of(name):
-    """What a policy trains on: all tasks, and `shuffled`, which is `identity` with the rewards of other environments.
+    """What a policy trains on: all tasks, and `shuffled`, `identity` with others' rewards.
 
     Only of sequence policies is anything asked where agents must agree at random (independent ones
     may or may not be trapped, and those with memory may take turns).
@@ -113,7 +112,7 @@ def pad(observation):
 
 @dataclass(frozen=True)
 class AnyTask:
-    """All tasks side by side; what is seen and earned is that of one, whose number may be traced."""
+    """All tasks side by side; seen and earned is that of one, whose number may be traced."""
 
     task: Any
     spec = EnvSpec("test/any", NUM_AGENTS, OBS_DIM, NUM_ACTIONS, time_limit=16)
@@ -267,7 +266,7 @@ def test_all_metrics_are_finite(learned):
 
 
 def test_every_parameter_learns(learned):
-    """Defect 5, through the whole loss: Adam has seen a gradient of every array after one update."""
+    """Defect 5, through the whole loss: after one update Adam has seen gradients of every array."""
     adam = learned.states[0].opt_state[1].inner_state[0]
     for path, square in jax.tree.leaves_with_path(adam.nu):
         assert (np.asarray(square)[runs_of(learned.name).index("mortal")] > 0).any(), (
@@ -277,7 +276,7 @@ def test_every_parameter_learns(learned):
 
 @only("mam", "rec_mappo")
 def test_a_seed_does_not_depend_on_its_neighbours(learned):
-    """Two seeds side by side in the trainer's own program, against each of them in a run of its own.
+    """Two seeds side by side in the trainer's own program, against each in a run of its own.
 
     Not to the bit: with a seed axis XLA sums in another order.
     """
@@ -298,7 +297,7 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
 
 @pytest.mark.parametrize("name", ["mam", "ippo"])
 def test_several_choices_at_once_are_learned(name):
-    """From one answer in six to nearly all: a component mixed up with another would be left to chance."""
+    """From one answer in six to nearly all: components mixed up would be left to chance."""
     config = Config(
         policy=name, env="probe/components", total_timesteps=10**6, network=NETWORK, ppo=PPO
     )

@@ -1,4 +1,4 @@
-"""Small PettingZoo environments, duck-typed, for tests; worker processes import this module by its name."""
+"""Small PettingZoo environments for tests; worker processes import this module by its name."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ LIMIT = 7  # steps until whoever is left is truncated
 
 @dataclass
 class Lives:
-    """Agents live for as long as `lives` says; what they see and earn is noise of the seed and of their actions.
+    """Agents live for as long as `lives` says; views and rewards are noise of seed and actions.
 
     They see the step, the noise, and (bob) one number more, (cleo) two more.
     """
@@ -145,7 +145,7 @@ class Camera:
 
 
 class Signals:
-    """Two agents see what each of them chose last, forever; the second makes the first choice only."""
+    """Two agents see what each of them chose last, forever; the second has one component."""
 
     possible_agents = ("left", "right")
     metadata = {}  # noqa: RUF012

@@ -1,9 +1,8 @@
-"""Good toy environments, and the same with one bug each: what `mam.envs.check` must, and must not, complain about.
+"""Good toy environments, and the same with one bug each, for `mam.envs.check` to tell apart.
 
 Walkers stand on a line of cells, each with a target, and may fall ill: a dead walker stays where it
 is. An episode ends when every living walker is on its target, when all are dead, or at the time
-limit. Every bug is a subclass of such a toy, of the sort that people write; `BUGS` says what the
-check has to find.
+limit. Every bug is a subclass of such a toy; `BUGS` says what the check has to find.
 """
 
 from collections.abc import Callable
@@ -140,7 +139,7 @@ class Walk:
 
 @good
 class Carriers(Walk):
-    """Walkers who say at the same time whether to carry what they have, which they may not at the ends."""
+    """Walkers that also choose whether to carry what they have, but may not at the ends."""
 
     spec = replace(Walk.spec, num_actions=5, action_components=(3, 2))
 
@@ -797,7 +796,7 @@ class LengthFromZero(Walk):
 
 
 class HostWalk:
-    """The walk in NumPy: some environments side by side that start their next episodes by themselves."""
+    """The walk in NumPy: environments side by side that start their next episodes themselves."""
 
     spec = replace(Walk.spec, name="toy/host-walk")
     num_envs = 3

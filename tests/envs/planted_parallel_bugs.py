@@ -1,4 +1,7 @@
-"""A PettingZoo environment, and the same with one bug each: what `mam.envs.external.audit` must notice. Free of JAX."""
+"""A PettingZoo environment, and the same with one bug each for `mam.envs.external.audit`.
+
+Free of JAX.
+"""
 
 from dataclasses import dataclass
 
@@ -7,7 +10,7 @@ from gymnasium import spaces
 
 
 class Walkers:
-    """Two walkers on a line; ann terminates at its end, which is at a distance, and all are truncated at step 10."""
+    """Two walkers on a line; ann terminates at its end, all are truncated at step 10."""
 
     possible_agents = ("ann", "bob")
     metadata = {}  # noqa: RUF012

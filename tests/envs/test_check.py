@@ -30,7 +30,7 @@ STRANGE |= {"memory": {"limit_as_termination"}}
 
 @pytest.fixture(autouse=True, scope="module")
 def _share_compiled_programs():
-    """Most toys have the same reset; tests need it compiled once, however little time that takes."""
+    """Compile the reset that most toys share once, however little time that takes."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 0.0)
@@ -98,7 +98,7 @@ def test_nothing_is_found_in_real_tasks(make_env):
 
 
 def test_types_are_checked_without_the_import_hook():
-    """Users run without it. A wrong type must be found by us, not by what the tests have installed."""
+    """Users run without it: a wrong type must be found by the check itself."""
     names = ("IntReward", "OneMask", "HostDoubles")
     code = f"""
 import planted_bugs

@@ -95,7 +95,7 @@ def test_reset_depends_on_the_key_only(task):
 
 
 def test_episode(task):
-    """Starts clean, always leaves a legal action, shares rewards, ends for one reason, and adds up."""
+    """Starts clean, always leaves a legal action, shares rewards, ends for one reason."""
     spec = task.env.spec
     first, *rest = play_episode(task, seed=0)
     assert not (first.terminated | first.truncated)
@@ -121,7 +121,7 @@ def test_episode(task):
 
 
 def test_batch_equals_single_environments(task):
-    """AutoReset is exact: environment i is what a hand-written loop with the same keys makes of it."""
+    """AutoReset is exact: environment i equals a hand-written loop with the same keys."""
     num_envs, num_steps = 2, task.env.spec.time_limit + 2
     batch = task.batched(num_envs)
     batch_step = task.jit(batch.step)

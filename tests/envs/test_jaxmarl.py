@@ -1,4 +1,4 @@
-"""JaxMARL's suites: what the adapter adds (order, masks, ends, scales), and that the rest is JaxMARL's own."""
+"""JaxMARL's suites: what the adapter adds (order, masks, ends, scales) to JaxMARL's own."""
 
 import functools
 import subprocess
@@ -32,7 +32,7 @@ ONION, SOUP = 4, 15  # in a cook's hands; three onions on a plate, cooked
 
 @dataclass(frozen=True)
 class Task:
-    """An environment, its functions compiled, with JaxMARL's own step compiled into the same program."""
+    """An environment, compiled, with JaxMARL's own step compiled into the same program."""
 
     env: Any
 
@@ -117,7 +117,7 @@ def avals(tree):
 
 
 def test_time_steps_match_the_spec(task):
-    """And step returns what reset returns, down to weak types, so that loops over steps compile once."""
+    """Step returns what reset returns, down to weak types, so that loops compile once."""
     spec, key = task.env.spec, jax.eval_shape(jax.random.key, 0)
     shape = (spec.num_agents, spec.num_actions) if spec.continuous else (spec.num_agents,)
     action = jax.ShapeDtypeStruct(shape, jnp.float32 if spec.continuous else jnp.int32)
@@ -193,7 +193,7 @@ def units(state, **fields):
 
 
 def test_smax_deaths(battle):
-    """One agent walks into the wall; it stays dead, sees nothing, may only stop, and is paid as the others are."""
+    """One agent walks into the wall; it stays dead, sees nothing, may only stop, and is paid."""
     state, timestep = battle.reset(jax.random.key(0))
     assert timestep.observation.alive.all()
     position = state.state.unit_positions.at[3].set(jnp.array([0.1, 16.0]))

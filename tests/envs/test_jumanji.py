@@ -41,7 +41,9 @@ def random_legal(mask, seed):
 
 
 def wires(state, *, boxed_in):
-    """Puts Connector's agents on 5 × 5 cells: two beside their targets, the third too, or walled into a corner.
+    """Puts Connector's agents on 5 × 5 cells, two of them beside their targets.
+
+    The third is beside its target too, or walled into a corner.
 
     h T . . .        h = head, T = target, p = path (of agent 0), as Jumanji numbers them
     h T . . .

@@ -1,4 +1,4 @@
-"""What agents see of the grids, cell by cell against Jumanji's own; where LBF's agents and food start."""
+"""What agents see of the grids, against Jumanji's own; where LBF's agents and food start."""
 
 import functools
 
@@ -12,7 +12,7 @@ from mam.envs import jumanji, jumanji_grids
 
 @functools.cache
 def random_episodes(make, num_envs=8, num_steps=30, **options):
-    """Plays random legal actions; returns Jumanji's states and our observations, [num_steps · num_envs, …]."""
+    """Plays random legal actions; returns states and observations [num_steps · num_envs, …]."""
     env = make(**options)
 
     @jax.jit
@@ -175,7 +175,7 @@ def test_start_cells_are_uniform():
 
 
 def test_later_food_is_uniform_over_what_is_left():
-    """With two items on 3 × 3 inner cells: all ordered pairs that do not touch, by the chance of the first."""
+    """With two items on 3 × 3 inner cells: all ordered pairs that do not touch, by their chance."""
     num_draws = 20_000
 
     def draw(key):

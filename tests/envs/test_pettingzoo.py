@@ -19,8 +19,7 @@ ZEROS = np.zeros(2, np.float32)
 class Scripted:
     """Agents observe, and everybody gets, what the script says; keeps what they did.
 
-    Each line of the script is what one step returns after the observations, and who goes on after
-    it.
+    Each line of the script is what one step returns after the observations, and who goes on.
     """
 
     metadata = {}  # noqa: RUF012
@@ -347,7 +346,7 @@ def test_indices_count_from_the_start_of_the_space():
 
 
 def test_components_of_all_agents_stand_side_by_side():
-    """Padded to the largest of each; an agent with fewer of them, or a single choice, has the first of the others."""
+    """Padded to the largest of each; what an agent lacks repeats the first of the others."""
     done = {
         "a": spaces.MultiDiscrete([2, 3], start=[1, 0]),
         "b": spaces.Discrete(4, start=-1),

@@ -498,7 +498,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("end", ["exit", "kill"])
 def test_nothing_is_left_after_the_parents_end(tmp_path, end):
-    """Its standard output, which all of its processes inherit, comes to an end when the last of them does."""
+    """Standard output, which all its processes inherit, ends when the last of them does."""
     (tmp_path / "script.py").write_text(SCRIPT)
     with subprocess.Popen(
         [sys.executable, tmp_path / "script.py", end],

@@ -20,7 +20,7 @@ SIZES = [  # not the defaults, so that the formulas are tested and not the numbe
 
 
 def play(env, policy, num_episodes=2000):
-    """Returns the returns [num_episodes] of `policy(first view, view, key)`, all episodes at once."""
+    """Plays `policy(first view, view, key)`, all episodes at once; returns [num_episodes]."""
 
     def episode(key):
         reset_key, steps_key = jax.random.split(key)
@@ -95,7 +95,7 @@ def test_random_return(env):
 
 
 def test_copy_without_seeing_earlier_agents():
-    """The best independent agents: agent 0 alternates at random, the others wait where it comes by."""
+    """The best independent agents: agent 0 alternates at random, the others wait for it."""
     env = Copy()
 
     def independent(first, view, key):

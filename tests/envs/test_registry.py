@@ -161,7 +161,7 @@ def make_plain_auto() -> Sized:
 
 @pytest.fixture
 def sized(monkeypatch):
-    """A suite with one task, and tasks of one's own making; another one without options: a module and a row each."""
+    """A suite with one task and custom sizes, and one without options: a module and row each."""
     row = tasks.Suite(
         "of any size", __name__, ("small",), made_to_measure=True, extra="x", packages=("numpy",)
     )

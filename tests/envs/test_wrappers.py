@@ -1,4 +1,4 @@
-"""Agent ids, statistics and the self-resetting batch, on a task whose every outcome shows its keys."""
+"""Agent ids, statistics and self-resetting batches, on a task whose outcomes show its keys."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from mam.types import EnvSpec, Observation
 
 @dataclass(frozen=True)
 class Coin:
-    """Ends with probability 1/3 per step; state and view are a number drawn from the last key used."""
+    """Ends with probability 1/3 per step; state and view are drawn from the last key used."""
 
     spec = EnvSpec("test/coin", num_agents=2, obs_dim=1, num_actions=2, time_limit=1000)
 
@@ -37,7 +37,7 @@ class Coin:
 
 @partial(jax.jit, static_argnums=0)
 def rollout(batch, key):
-    """Returns the last state and 20 time steps [T, B, …] of a batch in which only agent 0 chooses 1."""
+    """Returns the last state and 20 time steps [T, B, …] where only agent 0 chooses 1."""
     reset_key, steps_key = jax.random.split(key)
     state, _ = batch.reset(reset_key)
     action = jnp.tile(jnp.array([1, 0]), (batch.num_envs, 1))

@@ -143,7 +143,7 @@ def test_products_of_each_seed():
     not hasattr(os, "sched_setaffinity"), reason="processors cannot be taken away here"
 )
 def test_the_same_bits_for_any_number_of_threads():
-    """A program's own threads: in a process that may use one processor, and in one that may use all."""
+    """A program's own threads, where it may use one processor and where it may use all."""
     script = (
         "import sys, numpy as np, jax; from mam.kernels.native.dense import native_product as f;"
         "a = [np.random.default_rng(0).normal(size=s).astype('f') "

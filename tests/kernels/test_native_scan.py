@@ -1,4 +1,4 @@
-"""The scan in native code against NumPy and against XLA; its other tests are native/tests, which need no Python."""
+"""The scan in native code against NumPy and XLA; native/tests has those that need no Python."""
 
 import functools
 import os
@@ -33,7 +33,7 @@ NAMES = (
 
 
 def reference(x, dt, A, B, C, D, h, reset, reverse, gy, gh):
-    """The recurrence and its gradients as they are written, one agent after another: outputs in the order of NAMES."""
+    """The recurrence and its gradients as written, agent after agent, in the order of NAMES."""
     order = np.arange(x.shape[1])[:: -1 if reverse else 1]
     y, states, decays = np.zeros_like(x), [h], {}
     for i in order:
@@ -160,7 +160,7 @@ def test_the_same_bits_each_time_and_for_any_number_of_threads(monkeypatch):
 
 
 def test_a_scan_over_seeds_is_a_loop_over_seeds():
-    """Every seed has its own A and D; without a batch axis, what is not mapped is the same for all."""
+    """Every seed has its own A and D; what has no batch axis is the same for all."""
     problems = [make_problem(k, 6, 18, 20, 5) for k in range(3)]
     stacked = jax.tree.map(lambda *v: np.stack(v), *problems)
     together = jax.jit(jax.vmap(run.__wrapped__))(*stacked)

@@ -1,4 +1,4 @@
-"""`reset` in every implementation of every recurrence: the sequence is cut, and nothing leaks across."""
+"""`reset` in every implementation of every recurrence: the sequence is cut, and nothing leaks."""
 
 import contextlib
 import functools
@@ -136,7 +136,7 @@ def make_problem(name, n, seed=0, dtype=jnp.float32):
 
 
 def resets_between_pieces(n, reverse):
-    """Where pieces of equal length start, as they are read; the first piece in the first row only."""
+    """Where pieces of equal length start, as read; the first piece in the first row only."""
     reset = np.zeros((ROWS, n), bool)
     reset[:, :: n // PIECES] = True
     reset[1:, 0] = False
@@ -227,7 +227,7 @@ def test_random_resets(name, implementation, reverse):
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nothing_leaks_across_a_reset(name, implementation, reverse, bad):
-    """Neither values into what is read later nor gradients into what was read earlier: to the bit."""
+    """Neither values into what follows nor gradients into what preceded: to the bit."""
     piece = length(implementation, reverse)
     weights, xs, state, (gy, g_state) = make_problem(name, PIECES * piece)
     reset = resets_between_pieces(PIECES * piece, reverse)
@@ -236,7 +236,7 @@ def test_nothing_leaks_across_a_reset(name, implementation, reverse, bad):
     first, middle, final = (
         slice(k * piece, (k + 1) * piece) for k in ((2, 1, 0) if reverse else (0, 1, 2))
     )
-    # 1. The first piece is bad; in the first row, which is reset at once, the state before it instead.
+    # 1. The first piece is bad; in the first row, reset at once, the state before it instead.
     bad_xs, bad_state = xs.at[1:, first].set(bad), state.at[0].set(bad)
     (y_bad, last_bad), (_, g_bad, g_state_bad) = outcome(bad_xs, bad_state, reset, (gy, g_state))
     assert not np.any(np.isfinite(y_bad[1:, first]))

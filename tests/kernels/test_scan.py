@@ -133,8 +133,7 @@ def test_values_and_gradients_equal_the_loop(n, batch, d, s, has_state, has_rese
         for k, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            # The derivative along a random direction, exact to rounding: the imaginary part of a
-            # complex step.
+            # The derivative along a random direction, exact to rounding, by a complex step.
             direction = rng.normal(size=arguments[k].shape)
             moved = [a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]
             outputs = reference(*moved, reset, reverse)
@@ -197,7 +196,7 @@ def lengths(implementation):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
 def cut_in_two(implementation, cut, arguments):
-    """The whole at once, in two parts with the state carried over, and with a reset at the cut; all both ways."""
+    """The whole at once, in two parts with the state carried over, and reset at the cut."""
     x, dt, A, B, C, D, state = arguments
     n = x.shape[-2]
     first = (x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D)
@@ -237,7 +236,7 @@ def test_a_sequence_may_be_cut_anywhere(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_without_a_step_size_the_state_stays(implementation):
-    """Δ = 0 is how a dead agent changes nothing: the others' outputs are as if it were not there."""
+    """Δ = 0 is how a dead agent changes nothing: outputs are as if it were not there."""
     n, _ = lengths(implementation)
     rng = np.random.default_rng(0)
     arguments = make_arguments(rng, n, batch=(2,))
@@ -263,7 +262,7 @@ def intermediate_sizes(jaxpr):
 
 
 def test_training_keeps_no_states():
-    """Of all [B, N, D, S] states the sequential form keeps one per chunk, and forms one chunk's at a time."""
+    """Of all [B, N, D, S] states the sequential form keeps one per chunk and forms one chunk's."""
     n, batch, d, s = 64, 2, 32, 32
     arguments = [
         jnp.asarray(a, jnp.float32)

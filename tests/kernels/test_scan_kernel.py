@@ -1,4 +1,4 @@
-"""The scan kernel against a plain loop, interpreted on the CPU; and its lowering for a GPU, which needs none."""
+"""The scan kernel against a plain loop, interpreted on the CPU; and its lowering for a GPU."""
 
 import functools
 
@@ -55,7 +55,7 @@ def make_arguments(seed, m, n, d, s, dtype=np.float32):
 
 
 def value_and_gradients(scan, reverse, arguments, reset):
-    """(y, final state), and the gradients of all arguments through a sum of both with weights of their size."""
+    """(y, final state), and gradients of all arguments through a weighted sum of both."""
 
     def run(x, dt, B, C, A, h0):
         return scan(x, dt, B, C, A, reset, h0, reverse=reverse)
@@ -151,7 +151,7 @@ def test_the_final_state_may_be_left_out():
 
 
 def test_mapped_over_seeds_inside_a_loop():
-    """As training uses it: jitted, seeds mapped, A and h0 with them, inside `lax.scan`, differentiated."""
+    """As in training: jitted, mapped over seeds with A and h0, in `lax.scan`, differentiated."""
     seeds = [make_arguments(seed, 2, 3, 16, 4) for seed in range(2)]
     stacked, reset = jax.tree.map(lambda *v: jnp.stack(v), *seeds)
 

@@ -1,4 +1,4 @@
-"""The dual form of Mamba-2's scan against a plain NumPy loop: values and gradients, in chunks and step by step."""
+"""The dual form of Mamba-2's scan against a plain NumPy loop: values, gradients, chunks, steps."""
 
 import functools
 
@@ -113,8 +113,7 @@ def test_values_and_gradients_equal_the_loop(n, batch, heads, channels, s, has_s
     for k, gradient in enumerate(gradients):
         if gradient is None:
             continue
-        # The derivative along a random direction, exact to rounding: the imaginary part of a
-        # complex step.
+        # The derivative along a random direction, exact to rounding, by a complex step.
         direction = rng.normal(size=arguments[k].shape)
         moved = reference(
             *[a + 1e-30j * direction if i == k else a for i, a in enumerate(arguments)]
@@ -179,7 +178,7 @@ def test_the_native_recurrence_is_for_single_precision():
 
 @pytest.mark.parametrize("n", [7, CHUNK + 7])
 def test_without_a_step_size_the_state_stays(n):
-    """Δ = 0 is how a dead agent changes nothing: the others' outputs are as if it were not there."""
+    """Δ = 0 is how a dead agent changes nothing: outputs are as if it were not there."""
     arguments = make_arguments(np.random.default_rng(0), n, batch=(2,))
     there = np.arange(n) % 3 != 1
     arguments[1][:, ~there] = 0.0

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: a double loop in float64, the relations that define it, and values of the dead."""
+"""Generalised advantage estimation: a loop in float64, defining relations, values of the dead."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ constant = partial(jax.jit, static_argnames="gamma")(constant_value)
 
 @pytest.fixture(scope="module")
 def random():
-    """1,000 trajectories: reward, value, next_value, terminated, truncated. Both ends at once happen too."""
+    """1,000 trajectories: reward, value, next_value, terminated, truncated; some end both ways."""
     rng = np.random.default_rng(0)
     numbers = (rng.normal(size=SHAPE).astype(np.float32) for _ in range(3))
     return (*numbers, rng.random(SHAPE) < 0.1, rng.random(SHAPE) < 0.1)
@@ -118,7 +118,7 @@ def test_a_time_limit_is_bootstrapped_a_termination_is_not(terminated, truncated
 
 @pytest.mark.parametrize("end", ["terminated", "truncated"])
 def test_nothing_leaks_across_an_end(random, end):
-    """What comes after an end does not change what came before it, by a single bit; without the end it does."""
+    """What comes after an end changes nothing before it, to the bit; without the end it does."""
     reward, value, next_value, *_ = random
     cut = LENGTH // 2
     later = np.arange(LENGTH)[:, None] > cut

@@ -122,7 +122,7 @@ def test_what_does_not_end_is_cut_off_and_counted():
 
 
 def test_every_episode_equals_one_played_by_hand():
-    """Returns, lengths and the task's own metrics; memory is reset at the first step (defect 9), and only there."""
+    """Returns, lengths, the task's metrics; memory is reset at the first step only (defect 9)."""
     metrics = play()
     assert set(metrics) == {"episode_return", "episode_length", "drawn", "unfinished"}
     assert all(values.shape == (NUM_EPISODES,) for values in metrics.values())

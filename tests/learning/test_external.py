@@ -1,4 +1,4 @@
-"""Acting in environments that live on the host: the same as a plain loop, for every seed and every environment.
+"""Acting in external environments: the same as a plain loop, for every seed and environment.
 
 The environments here live in this very process, in NumPy.
 """
@@ -89,7 +89,7 @@ class Dice:
 
 
 class Counter(eqx.Module):
-    """Its memory is the number of steps since the last reset, which is also its value and decides its taste."""
+    """Its memory is the number of steps since the last reset, and also its value."""
 
     taste: jax.Array
 
@@ -155,7 +155,7 @@ def play_by_hand(seed_index, env_index, seed, key_of, *, greedy=False):
 
 
 def roll_out(num_seeds=NUM_SEEDS, first_seed=0, sequence_length=None):
-    """Two rollouts, one after the other, of some of the seeds: the environments, states, transitions and memories."""
+    """Two rollouts of some of the seeds: environments, states, transitions and memories."""
     seeds = slice(first_seed, first_seed + num_seeds)
     envs = Dice(num_seeds * NUM_ENVS, first_seed * NUM_ENVS)
     policy = jax.tree.map(lambda x: x[seeds], POLICY)
@@ -336,7 +336,7 @@ SEEDS = jnp.arange(NUM_SEEDS)
 
 
 class Host:
-    """Stands in for worker processes: keeps the environments that trainers start, and where they acted from."""
+    """Stands in for worker processes: keeps what trainers start, and where they acted from."""
 
     def __init__(self):
         self.made, self.states = [], []
@@ -367,7 +367,7 @@ def host(monkeypatch):
 
 @pytest.mark.parametrize("policy", ["mam", "rec_mappo"])
 def test_two_updates(host, policy):
-    """Learning starts at ratio one, reaches every array, and goes on with the episodes that it began."""
+    """Learning starts at ratio one, reaches every array, and goes on with its episodes."""
     trainer = host.make_train(policy)
     assert not host.made  # nothing is started before it is needed
     assert (trainer.spec, [envs.num_envs for envs in host.made]) == (

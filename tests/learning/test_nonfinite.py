@@ -1,4 +1,4 @@
-"""Numbers that are none: whatever they are planted in, they are found in that update, which then changes nothing."""
+"""Non-finite values, planted anywhere, are found in that update, which then changes nothing."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,10 @@ CONFIG = Config(
 
 
 class Fragile(eqx.Module):
-    """A linear policy in which gradients and losses can be broken; `steep` has a gradient wherever it is not 0."""
+    """A linear policy whose gradients and losses can be broken.
+
+    `steep` has a gradient wherever it is not 0.
+    """
 
     actor: jax.Array
     critic: jax.Array

@@ -1,4 +1,4 @@
-"""Running statistics against NumPy's of all samples at once, and what a policy is shown and says in their units."""
+"""Running statistics against NumPy's of all samples, and what policies see in their units."""
 
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ update = jax.jit(partial(Moments.update, horizon=HORIZON))
 
 
 def samples(seed, scale=1.0, offset=0.0):
-    """Batches [BATCHES, T, B, N, F] each from elsewhere, features of several scales; the dead are NaN."""
+    """Batches [BATCHES, T, B, N, F] each from elsewhere, of several scales; the dead are NaN."""
     rng = np.random.default_rng(seed)
     x = offset + scale * (
         rng.normal(size=(BATCHES, T, B, N, F)) * np.geomspace(0.1, 10, F) + np.arange(F)

@@ -1,4 +1,4 @@
-"""The PPO loss: a NumPy re-implementation, the relations that define it, and the dead, who do not count."""
+"""The PPO loss: a NumPy implementation, the relations that define it, and the uncounted dead."""
 
 from functools import partial
 
@@ -96,7 +96,7 @@ def test_equals_numpy(alive_probability):
 
 
 def test_at_ratio_one_the_loss_is_the_policy_gradient(numbers):
-    """The loss is minus the mean of normalised advantages, zero; its gradient is minus each of them / count."""
+    """The loss is minus the mean normalised advantage, zero; its gradient −advantage / count."""
     same = numbers | {"old_log_prob": numbers["log_prob"]}
     losses, gradients = losses_and_gradients(same, "policy_loss")
     assert losses.policy_loss == pytest.approx(0, abs=1e-6)
@@ -110,7 +110,7 @@ def test_at_ratio_one_the_loss_is_the_policy_gradient(numbers):
 
 @pytest.mark.parametrize("garbage", [-1e30, 1e30, 1e4, "mixed"])
 def test_the_dead_contribute_nothing(numbers, garbage):
-    """Defect 8. Whatever a dead agent's numbers are, neither the loss nor a gradient changes by a bit."""
+    """Defect 8. Whatever a dead agent's numbers are, loss and gradient stay the same to the bit."""
     alive = numbers["alive"]
     rng = np.random.default_rng(1)
 

@@ -1,4 +1,4 @@
-"""Acting in a batch: what is recorded fits together, and memory is reset exactly where an episode starts."""
+"""Acting in a batch: records fit together, and memory is reset exactly where episodes start."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +55,7 @@ class Clock:
 
 
 class Counter(eqx.Module):
-    """Its memory is the number of steps since the last reset, which is also its value and its preferred action."""
+    """Its memory is the number of steps since the last reset, also its value and action."""
 
     taste: jax.Array
 
@@ -99,7 +99,7 @@ class Counter(eqx.Module):
 
 @partial(jax.jit, static_argnames="sequence_length")
 def run(key, sequence_length=None):
-    """States before, between and after two rollouts, the rollouts, and what the policy says of them later."""
+    """States around two rollouts, the rollouts, and what the policy says of them later."""
     policy = Counter(taste=jax.random.normal(jax.random.key(9), (100, NUM_ACTIONS)))
     env = AutoReset(EpisodeStatistics(Clock()), NUM_ENVS)
     states, rollouts = [init_rollout_state(env, policy, key)], []

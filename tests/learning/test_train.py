@@ -1,4 +1,4 @@
-"""The mechanics of a run, with a linear policy in place of a network: seeds, keys, evaluation, resuming, wiring."""
+"""The mechanics of a run, with a linear policy: seeds, keys, evaluation, resuming, wiring."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,7 +81,7 @@ class Layered(Linear):
 
 
 class Counting(Linear):
-    """Remembers how many steps of the episode it has seen, which it takes to be worth a point each."""
+    """Remembers how many steps of the episode it has seen, its value being a point each."""
 
     def init_memory(self, batch=()):
         return jnp.full(batch, 99, jnp.int32)  # as if left over from an earlier episode
@@ -108,7 +108,7 @@ class Counting(Linear):
 
 
 class Imprecise(Linear):
-    """Acts with less precise log-probabilities than it learns with, and says how little it thought."""
+    """Acts with less precise log-probabilities than it learns with, and reports decode passes."""
 
     def act(self, memory, obs, reset, key, *, greedy=False):
         memory, output = super().act(memory, obs, reset, key, greedy=greedy)
@@ -195,7 +195,7 @@ def test_log_probabilities_of_acting_may_be_replaced_by_the_learners(recompute, 
 
 
 def test_steps_keep_the_types_of_the_state_in_double_precision():
-    """Else the programs that were compiled for the first would not take the next (JAX_ENABLE_X64)."""
+    """Else programs compiled for the first would not take the next (JAX_ENABLE_X64)."""
     with jax.enable_x64(True):
         trainer = make_train(CONFIG)
         before = trainer.shapes(np.arange(2))
@@ -244,7 +244,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(trainer):
 
 
 def test_a_seed_does_not_depend_on_its_neighbours(trainer):
-    """Seed k beside others is seed k alone, up to rounding: of a single seed XLA makes another program."""
+    """Seed k beside others is seed k alone, up to rounding: XLA makes another program of one."""
     together = run(trainer, SEEDS, "tte")
     for k in (0, 2):
         alone = run(trainer, SEEDS[k : k + 1], "tte")
@@ -335,7 +335,7 @@ def test_evaluation_is_of_the_current_weights(trainer):
 
 
 def test_the_evaluation_after_an_update_is_of_what_it_learned(trainer):
-    """Defect 4, in the order of a run: with the weights of before the update the same episodes go otherwise."""
+    """Defect 4, in the order of a run: with the weights before the update, episodes differ."""
     state = trainer.init(SEEDS)
     old = jax.tree.map(jnp.copy, state.policy)
     state, _ = trainer.train_step(state)
@@ -461,10 +461,11 @@ class Mortal(Identity):
 
 @pytest.mark.parametrize(("team_reward", "parts"), [(True, False), (False, False), (False, True)])
 def test_advantages_are_bootstrapped_from_the_true_successor(monkeypatch, team_reward, parts):
-    """Defect 2, as wired: the value of `final_observation` with the memory after the step, also where a time limit
-    struck, and nothing after a termination. The dead are worth what the living are on average, or
-    nothing if rewards are their own: then to die is to terminate, and to be truncated alone is to
-    be cut off.
+    """Defect 2, as wired: the value of `final_observation` with the memory after the step.
+
+    It counts also where a time limit struck, and nothing after a termination. The dead are worth
+    what the living are on average, or nothing if rewards are their own: then to die is to
+    terminate, and to be truncated alone is to be cut off.
     """
     seen = []
 

@@ -1,4 +1,4 @@
-"""Learning from one rollout: which sequences each gradient step reads, how many there are, and what they do."""
+"""Learning from one rollout: which sequences each gradient step reads, how many, to what effect."""
 
 from functools import partial
 
@@ -59,7 +59,7 @@ class Linear(Learner):
 
 
 class Table(Learner):
-    """One number per row of the batch, found by what the agents see: NaN unless their memory says the same."""
+    """One number per row, found by what the agents see: NaN unless their memory agrees."""
 
     numbers: jax.Array
 
@@ -159,7 +159,7 @@ CODE = jnp.arange(LENGTH * NUM_ENVS).reshape(LENGTH, NUM_ENVS)  # t B + b
 
 
 def coded_batch(memory):
-    """The batch of a rollout in which every number tells its step and environment; of booleans, whether it is odd."""
+    """A batch whose numbers tell their step and environment; booleans tell whether it is odd."""
     per_agent = jnp.broadcast_to(CODE[..., None], (LENGTH, NUM_ENVS, NUM_AGENTS))
     numbers, odd = per_agent.astype(float), CODE % 2 == 1
     obs = Observation(
@@ -193,7 +193,7 @@ def coded_batch(memory):
 
 
 def assert_coded(batch, rows):
-    """That element [l, m] of every field is that of the step and environment `rows[l, m]` stands for."""
+    """Element [l, m] of every field is that of the step and environment `rows[l, m]` stands for."""
     expected = {
         **{"action": rows, "order": rows + 1},
         **{
@@ -226,7 +226,7 @@ def test_without_memory_every_step_of_an_environment_is_a_sequence():
 
 
 def test_with_memory_every_environment_is_a_sequence():
-    """Of all its steps; what was remembered before the first of them is all the memory that is kept."""
+    """A row has all steps of an environment, and only the memory before the first of them."""
     batch = coded_batch(memory={"a": CODE[:1], "b": jnp.stack([CODE, -CODE], axis=-1)[:1]})
     assert_coded(batch, np.asarray(CODE))
     np.testing.assert_array_equal(batch.memory["a"], CODE[:1])
@@ -235,7 +235,7 @@ def test_with_memory_every_environment_is_a_sequence():
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_with_memory_a_rollout_may_be_several_sequences(length):
-    """Number k B + b has the steps k L, k L + 1, … of environment b, and the memory before the first of them."""
+    """Number k B + b has steps k L, k L + 1, … of environment b, and the memory before them."""
     batch = coded_batch(memory=CODE[::length])
     rows = np.concatenate(
         [np.asarray(CODE)[k : k + length] for k in range(0, LENGTH, length)], axis=1
@@ -264,7 +264,7 @@ def test_the_optimiser_is_adam_behind_a_limit_on_the_norm(max_grad_norm):
 
 @pytest.mark.parametrize("lr_scale", [1.0, 0.3])
 def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
-    """With one minibatch the order of the rows does not matter, so the epochs can be taken in a plain loop."""
+    """With one minibatch the order of rows does not matter: epochs can be a plain loop."""
     ppo = PPOConfig(
         lr=0.01, num_epochs=4, num_minibatches=1, ent_coef=0.03, vf_coef=0.7, max_grad_norm=0.1
     )
@@ -307,8 +307,10 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
 
 
 def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
-    """Defect 1. The deviation is zero if acting and evaluating agree, however far the update goes, and not if the
-    log-probabilities belong to other agents."""
+    """Defect 1. The deviation is zero if acting and evaluating agree, however far the update goes.
+
+    It is not if the log-probabilities belong to other agents.
+    """
     ppo = PPOConfig(lr=0.1, num_epochs=3, num_minibatches=4)
     optimiser = make_optimiser(ppo)
 

@@ -1,4 +1,4 @@
-"""Holds a block against what another implementation computed: parameters, output, gradients, step-by-step decoding."""
+"""Compares a block with another implementation: parameters, output, gradients, decoding."""
 
 import functools
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Golden:
 
     @functools.cache  # noqa: B019
     def block(self, case):
-        """Our block with their parameters; every parameter of ours is set, and every number of theirs used."""
+        """Our block with their parameters; every one of ours is set, every one of theirs used."""
         block = jax.eval_shape(lambda key: self.make(self.cases[case], key=key), jax.random.key(0))
         parameters = self.in_our_layout(case, "param/")
         assert len(jax.tree.leaves(block)) == len(parameters)
@@ -72,12 +72,11 @@ class Golden:
             assert_close(where(block_gradient), expected, f"gradient of {name}")
 
     def check_recurrent_form(self, case):
-        """Returns the last state, ours and theirs, whose conv_state [batch, channels, d_conv] has the oldest first."""
+        """Returns both last states; their conv_state is [batch, channels, d_conv], oldest first."""
         arrays = self.arrays(case)
         state, output = decode(self.block(case), arrays["input"])
         assert_close(output, arrays["decode/output"], "output")
-        # Theirs keeps the last d_conv inputs, ours the last d_conv − 1: its first is never read
-        # again.
+        # Theirs keeps the last d_conv inputs, ours d_conv − 1: its first is never read again.
         theirs = np.moveaxis(arrays["decode/conv_state"][..., 1:], -1, 0)
         ours = [np.concatenate(inputs, axis=-1) for inputs in zip(*state.conv_state, strict=True)]
         assert_close(np.stack(ours), theirs, "state of the convolution")
@@ -105,6 +104,6 @@ def decode(block, x):
 
 
 def assert_close(actual, expected, what):
-    """Largest error relative to the largest value; early in a sequence there may be nothing but zeros."""
+    """Largest error relative to the largest value; a sequence may begin with zeros."""
     error = np.max(np.abs(np.asarray(actual) - expected)) / max(np.max(np.abs(expected)), 1e-3)
     assert error <= 1e-5, f"{what}: {error:.2e}"

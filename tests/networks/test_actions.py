@@ -1,4 +1,4 @@
-"""Distributions of actions against NumPy and SciPy in double precision, and what masks and limits must not break."""
+"""Action distributions against NumPy and SciPy in double precision; masks and limits."""
 
 import functools
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ STDS = np.array([0.05, 0.3, 0.5, 0.7, 0.9, 1.0])
 
 
 def compiled(name):
-    """A method of any kind of action, compiled, and the gradient of its sum with respect to the kind and its input."""
+    """A method of an action distribution, compiled, and its sum's gradient in kind and input."""
 
     def call(kind, out, *rest):
         return getattr(kind, name)(out, *rest)
@@ -182,7 +182,7 @@ MASKS = np.array([[1] * 8, [1, 0, 1, 1, 0, 0, 1, 0]], bool)
 
 
 def test_components_are_independent_choices():
-    """Log-probabilities and entropies of all joint choices, from those of each component by itself."""
+    """Log-probabilities and entropies of all joint choices, from those of each component."""
     outputs = np.random.default_rng(0).normal(0.0, 2.0, (2, 8)).astype(np.float32)
     joint = np.indices(SIZES).reshape(3, -1).T
     rows = [np.repeat(x[:, None], len(joint), axis=1) for x in (outputs, MASKS)]
@@ -263,7 +263,7 @@ class Exact:
         return stats.norm.logpdf(np.arctanh(action), self.mean, self.std) - np.log1p(-(action**2))
 
     def entropy(self):
-        """E[−log π] as an integral over x, whose steps are far finer than anything that happens in it."""
+        """E[−log π] as an integral over x, in steps far finer than anything that happens in it."""
         x = np.linspace(-10, 10, 20_001)[:, None]
         log_slope = -2 * np.log(np.cosh(self.mean + self.std * x))
         minus_log_density = -stats.norm.logpdf(x) + np.log(self.std) + log_slope
@@ -299,7 +299,7 @@ def test_log_prob_is_the_change_of_variables():
 
 
 def test_the_density_integrates_to_one_and_samples_follow_it():
-    """Over 20 cells of (−1, 1), each cut finely: shares of samples against integrals of exp(log_prob)."""
+    """Over 20 cells of (−1, 1), each cut finely: shares against integrals of exp(log_prob)."""
     num, cells, fine = 4000, 20, 400
     edge = np.tanh(np.linspace(-6, 6, cells * fine + 1))
     edge[[0, -1]] = -LARGEST, LARGEST

@@ -1,4 +1,4 @@
-"""Acting as the fixed point of whole passes: the same actions as one after another, however agents heed each other."""
+"""Acting as the fixed point of whole passes: the same actions as one after another."""
 
 import functools
 import itertools
@@ -25,8 +25,7 @@ QUICK = {
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2, head_dim=8)
 B, N, A, O = 3, 6, 4, 5  # noqa: E741
 SEQUENTIAL = Decoding()
-# Windows: all agents, and one that does not divide them; and where it ends in deciding one after
-# another.
+# Windows: all agents, one that does not divide them, and one that ends in deciding one by one.
 WHOLE, WINDOWS, GIVEN_UP = (
     Decoding("fixed_point", *limits) for limits in [(None, None), (4, None), (4, 1)]
 )
@@ -47,7 +46,7 @@ def make_spec(kind):
 
 
 def randomise(build, seed=0):
-    """What `build` makes of a key, with large random parameters: under the initial ones agents hardly heed another."""
+    """What `build` makes of a key, with large random parameters, so that agents interact."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -76,7 +75,7 @@ def make_inputs(decoder, kind, batch, seed=0):
 
 @functools.partial(jax.jit, static_argnames=("kind", "decodings"), compiler_options=QUICK)
 def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
-    """One after another and in other ways, and what the decoder puts out if taught the former's actions."""
+    """One after another and in other ways, and the decoder's outputs for the former's actions."""
     ahead = Ahead(context=decoder.read(obs_rep), mask=mask, noise=noise)
     distribution = make_distribution(make_spec(kind))
     sequential, *others = (
@@ -125,7 +124,7 @@ def test_all_ways_lead_to_the_same_actions(layout, kind):
 
 @pytest.mark.parametrize("letters", ["M", "2"])
 def test_in_single_precision_only_ties_are_decided_otherwise(letters):
-    """Of twenty thousand decisions. An agent that differs has agents after it that may well differ, too."""
+    """Of twenty thousand decisions; agents after one that differs may differ, too."""
     decoder = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_decoder(letters, "discrete"))
     _, mask, noise = inputs = make_inputs(decoder, "discrete", (20_000 // N + 1,))
     results = all_ways(decoder, *inputs, kind="discrete", decodings=(WINDOWS,))
@@ -172,7 +171,10 @@ class Alternating(Decoder):
     ],
 )
 def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passes):
-    """Agent k is right after k passes and no sooner; past the limit all decide one after another, which is a pass."""
+    """Agent k is right after k passes and no sooner.
+
+    Past the limit all decide one after another, which is a pass.
+    """
     decoder = Alternating()
     ahead = Ahead(
         context=Context(obs_rep=jnp.zeros((1, N, 1)), blocks=()),
@@ -229,7 +231,7 @@ def act(policy, key, greedy):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def act_and_evaluate(policies, key):
-    """Per policy: sampled and greedy actions; of the last one also what `evaluate` says of the former."""
+    """Per policy: sampled and greedy actions; of the last one also `evaluate` of the former."""
     outputs = [
         {"sampled": act(policy, key, False), "greedy": act(policy, key, True)}
         for policy in policies

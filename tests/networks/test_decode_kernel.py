@@ -1,4 +1,4 @@
-"""The decode kernel against the loop it stands for, interpreted on the CPU; and its lowering for a GPU."""
+"""The decode kernel against its loop, interpreted on the CPU; and its lowering for a GPU."""
 
 import functools
 

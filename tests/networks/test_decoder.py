@@ -1,4 +1,4 @@
-"""The decoder agent by agent, in pieces and teacher-forced, and what an agent reads of the action before its own."""
+"""The decoder agent by agent, in pieces and teacher-forced, and what it reads of actions."""
 
 import functools
 
@@ -80,7 +80,7 @@ def in_pieces(decoder, tokens, obs_rep):
 
 @every_distribution
 def test_blocks_of_several_kinds_decode_as_they_were_taught(name):
-    """Each block's state goes to that block: a mix-up would not even have the right shape, or another answer."""
+    """Each block's state goes to that block: a mix-up would have another shape or answer."""
     layout, cross_layout = (families_of(letters, "layout") for letters in ("AM2", "2AM"))
     sizes = NetworkConfig(d_model=E, d_state=4, num_heads=2, head_dim=8)
     decoder = make(Decoder, layout, cross_layout, sizes, name=name)
@@ -106,7 +106,7 @@ def read(embed, tokens):
 
 @every_distribution
 def test_an_agent_reads_the_action_before_its_own(name):
-    """As one dense layer would: one-hot or the components, and a feature that only the start token has."""
+    """As one dense layer would: one-hot or components, and a feature for the start token."""
     embed, tokens = make(ActionEmbedding, E, name=name), make_tokens(name)
     before = np.zeros((B, N, A + 1))
     before[:, 0, A] = 1.0

@@ -1,4 +1,4 @@
-"""What an agent sees becomes a vector: features against NumPy, pictures against loops, and the dead, read as zeros."""
+"""What an agent sees becomes a vector: features and images against NumPy, the dead as zeros."""
 
 import functools
 
@@ -58,7 +58,7 @@ def make_observation(obs_dim, grid_shape, batch=(B,)):
 
 @pytest.mark.parametrize("observation_norm", ["running", "layer"])
 def test_features_follow_the_formula(observation_norm):
-    """LN(GELU(Dense(features))), for each agent by itself, or LN(GELU(Dense(LN(features)))) as published."""
+    """LN(GELU(Dense(features))) of each agent, or LN(GELU(Dense(LN(features)))) as published."""
     embed, obs = make_embedding(OBS_DIM, None, observation_norm), make_observation(OBS_DIM, None)
 
     def norm(layer, x):
@@ -163,7 +163,7 @@ def test_pictures_of_any_type_and_scale_look_the_same():
 
 
 def test_pictures_of_bytes_and_booleans_are_embedded():
-    """As they are without a conversion by anyone else; rows of the dead are read as zeros there too."""
+    """As they are, without another conversion; rows of the dead are read as zeros there too."""
     embed, obs = make_embedding(0, (5, 6, 2)), make_observation(0, (5, 6, 2))
     picture = obs.grid > 0
     with_picture = lambda dtype: eqx.tree_at(lambda obs: obs.grid, obs, picture.astype(dtype))  # noqa: E731
@@ -184,9 +184,10 @@ def test_a_blank_picture_is_no_accident(value):
 
 @pytest.mark.parametrize(("stride", "rows", "columns"), [(1, 4, 5), (2, 4, 5), (2, 1, 2)])
 def test_a_convolution_is_a_sum_over_neighbours(stride, rows, columns):
-    """Zeros around the picture; with stride 2 and an even number of rows the first row is a centre's upper neighbour.
+    """Zeros surround the image.
 
-    That is how SAME padding deals an odd number of zeros: the extra one comes last.
+    With stride 2 and an even number of rows the first row is a centre's upper neighbour. That is
+    how SAME padding deals an odd number of zeros: the extra one comes last.
     """
     conv = randomise(lambda key: Conv(2, 3, stride, key=key))
     x = np.random.default_rng(4).normal(size=(2, rows, columns, 2)).astype(np.float32)

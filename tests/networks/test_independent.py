@@ -1,4 +1,4 @@
-"""Who knows what in the independent policies: of themselves, of the others, of the state, and of the steps before."""
+"""What independent policies know: of themselves, the others, the state, and the steps before."""
 
 import functools
 from dataclasses import replace
@@ -53,7 +53,7 @@ def make_observation(state_dim, garbage=0.0):
 
 
 def run(policy, obs):
-    """Log-probabilities and values of fixed actions, from a memory that is not blank: each [steps, B, N]."""
+    """Log-probabilities and values of fixed actions from a used memory: each [steps, B, N]."""
     memory = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory((2,)))
     action = jnp.asarray(
         np.random.default_rng(6).integers(NUM_ACTIONS, size=ALIVE.shape), jnp.int32
@@ -68,7 +68,7 @@ results = jax.jit(run, compiler_options=QUICK)
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def dependence(policy, obs):
-    """Which log-probability and value depends on whose view, and on the state: [steps, B, N, steps, B(, N)]."""
+    """Which output depends on whose view, and on the state: [steps, B, N, steps, B(, N)]."""
 
     def depends(jacobian):
         return jnp.any(jacobian != 0.0, axis=-1)
@@ -85,7 +85,7 @@ def dependence(policy, obs):
 @pytest.mark.parametrize("state_dim", [None, STATE_DIM])
 @pytest.mark.parametrize("name", ["ippo", "mappo", "rec_ippo", "rec_mappo"])
 def test_who_knows_what(name, state_dim):
-    """Actors know what they saw themselves; critics of mappo the state besides, or what all the living saw."""
+    """Actors know what they saw; critics of mappo the state besides, or what all the living saw."""
     policy = make(name, state_dim)
     assert isinstance(policy, IndependentPolicy)
     log_prob, value = dependence(policy, make_observation(state_dim))

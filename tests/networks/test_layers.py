@@ -129,7 +129,7 @@ def looked_up(table, index, weights):
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
 def test_lookup_is_indexing_and_so_is_its_gradient(batch):
-    """Rows may be read often, or never: the gradients of the former add up, the latter's are zero."""
+    """Rows may be read often, or never: gradients add up, or are zero."""
     rng = np.random.default_rng(0)
     table = {
         "a": rng.normal(size=(4, 3)).astype(np.float32),

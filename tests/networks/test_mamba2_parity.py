@@ -1,7 +1,6 @@
-"""The Mamba-2 block against an independent implementation: Mamba2Mixer of Hugging Face transformers.
+"""The Mamba-2 block against an independent implementation: Hugging Face's Mamba2Mixer.
 
-`tests/golden/mamba2.npz` holds its parameters, output, gradients and step-by-step decoding for
-three sizes.
+`tests/golden/mamba2.npz` holds its parameters, output, gradients and decoding for three sizes.
 """
 
 import numpy as np

@@ -1,7 +1,6 @@
 """The Mamba block against an independent implementation: MambaMixer of Hugging Face transformers.
 
-`tests/golden/mamba.npz` holds its parameters, output, gradients and step-by-step decoding for three
-sizes.
+`tests/golden/mamba.npz` holds its parameters, output, gradients and decoding for three sizes.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Recurrences along time: what every one must keep, and the GRU against another implementation's."""
+"""Recurrences along time: what every one must keep, and the GRU against another's."""
 
 import functools
 
@@ -64,7 +64,7 @@ def step_by_step(recurrence, state, x, reset):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def influence(recurrence, state, x, reset):
-    """Which output depends on the state before all of them (first column) and on which input: [T, 1 + T, B]."""
+    """Which output depends on the first state (first column) and on which input: [T, 1 + T, B]."""
     y, pull_back = jax.vjp(lambda state, x: recurrence.unroll(state, x, reset)[1], state, x)
     state_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
     of_state = [

@@ -1,7 +1,6 @@
-"""Layouts of sequence policies: every one of up to three blocks decides, learns and is refused as it should.
+"""Layouts of sequence policies: every one of up to three blocks decides, learns or is refused.
 
-What compiles slowly is the gradient, so parameters of most layouts are shown to matter by changing
-them.
+Gradients compile slowly, so parameters of most layouts are shown to matter by changing them.
 """
 
 import functools
@@ -51,7 +50,7 @@ def sizes_of(layout, **others):
 
 
 def make(layout, parameters=jnp.float32, **others):
-    """A policy with large random parameters: under the initial ones agents hardly heed one another."""
+    """A policy with large random parameters: under the initial ones agents hardly interact."""
     rng = np.random.default_rng(0)
     sizes = sizes_of(layout, **others)
     empty = jax.eval_shape(lambda key: make_policy("mam", SPEC, sizes, key=key), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""State-space blocks: the encoder's two passes against its equations, and resets along a sequence."""
+"""State-space blocks: the encoder's two passes against its equations, and resets in sequences."""
 
 import functools
 from dataclasses import replace

@@ -59,7 +59,7 @@ class Until(mam.Callback):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run to its end in a thread that is not the main one, what a callback heard of it, and what it printed."""
+    """A run to its end outside the main thread, what a callback heard of it, and its output."""
     listener, results = Listener(), []
     path = tmp_path_factory.mktemp("api") / "run"
     thread = threading.Thread(
@@ -188,7 +188,7 @@ def test_a_loaded_policy_plays_without_an_environment(finished, no_environment):
 
 
 def test_memory_and_ids_are_kept_by_the_policy():
-    """Acting step by step equals the policy's own pure functions, with ids and memory handed on by hand."""
+    """Acting step by step equals the policy's pure functions, ids and memory passed by hand."""
     spec = mam.EnvSpec(
         "suite/task", num_agents=3, obs_dim=5, num_actions=4, time_limit=None, id_dim=3
     )

@@ -1,4 +1,7 @@
-"""What can happen to a run: files that cannot be written, memory, numbers, signals. Each ends in one line."""
+"""What can happen to a run: unwritable files, memory, non-finite values, signals.
+
+Each ends in one line.
+"""
 
 import errno
 import json

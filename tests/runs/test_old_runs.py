@@ -1,4 +1,4 @@
-"""A run folder of the first version of the library (ippo on probe/identity, 128 steps) still plays and goes on."""
+"""A run folder of the library's first version (ippo on probe/identity) still plays and goes on."""
 
 import tarfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Signals: asked once, a run stops between two steps; asked twice, or when a step takes too long, at once."""
+"""Signals: asked once, a run stops between two steps; asked twice, or in a long step, at once."""
 
 import os
 import signal

@@ -160,7 +160,7 @@ def test_half_written_last_line_is_ignored_and_other_damage_is_not(tmp_path):
 
 
 def read_events(folder):
-    """Scalars of an event file by tag: each record is length (8 bytes), checksum (4), an Event, checksum (4)."""
+    """Scalars of an event file by tag: records are length (8 bytes), CRC (4), an Event, CRC (4)."""
     (path,) = folder.iterdir()
     data, scalars = path.read_bytes(), {}
     while data:

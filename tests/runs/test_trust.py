@@ -1,4 +1,4 @@
-"""A folder that names code: nothing is imported before the user agrees, and only environments are made."""
+"""A folder that names code: nothing is imported before the user agrees, then environments only."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Run folders that hold anything: one of them is said to be bad, the others go on, and nothing hangs."""
+"""Run folders that hold anything: bad ones are reported, the others go on, and nothing hangs."""
 
 import json
 import os

@@ -48,7 +48,7 @@ def test_a_missing_extra_is_said(monkeypatch, tmp_path, capsys):
 
 
 def write_episode(run):
-    """A replay in which every state is another shade of grey, but the third looks like the second."""
+    """A replay whose states are shades of grey; the third looks like the second."""
     rng, shape = np.random.default_rng(0), (STEPS, AGENTS)
     shades = [
         Image.fromarray(np.full((20, 20, 3), 30 * max(state, 2) - 40, np.uint8))
@@ -208,7 +208,7 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\">"
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """The page on runs with long names that differ at their ends, and with markup wherever a run has a say."""
+    """The page on runs with long names that differ at their ends, and with markup anywhere."""
     root = tmp_path_factory.mktemp("hostile")
     for end in ("a", "b"):
         write_run(

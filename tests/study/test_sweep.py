@@ -91,7 +91,7 @@ def test_values_that_a_setting_cannot_have_are_refused(asked, words):
 
 
 class TrialPool(FakePool):
-    """Trials whose return is their learning rate, reported evaluation by evaluation; two at a time."""
+    """Trials whose return is their learning rate, reported per evaluation; two at a time."""
 
     def __init__(self, *, interrupt_after=None, killed=()):
         super().__init__({})

@@ -1,7 +1,7 @@
-"""Two updates of one policy on one task, by the trainer's own pieces. Compiling is all that takes time here.
+"""Two updates of one policy on one task, by the trainer's own pieces.
 
-So a task's environments are compiled once, for all policies: they act in them as in environments on
-the host.
+Compiling is all that takes time here. So a task's environments are compiled once, for
+all policies, as if they were external ones.
 """
 
 from dataclasses import replace
@@ -59,7 +59,7 @@ environments = cache(OnHost)
 
 
 def draw(path, leaf):
-    """A value of about the usual size for a leaf of the training state: drawing with NumPy compiles nothing."""
+    """A value of about the usual size for a leaf of the training state, drawn with NumPy."""
     names = [getattr(key, "name", "") for key in path]
     if "statistics" in names:
         return jnp.full(leaf.shape, 1.0 if names[-1] == "var" else 0.0, leaf.dtype)
@@ -74,7 +74,7 @@ def check_two_updates(monkeypatch):
     monkeypatch.setattr(host, "act", quick_jit(host.act.__wrapped__))
 
     def check(task, name):
-        """Nothing is compiled twice, all numbers are finite, ratios begin at 1, and every parameter moves."""
+        """Nothing compiles twice, all numbers are finite, ratios begin at 1, parameters move."""
         envs = environments(task)
         learner = Learner(replace(CONFIG, env=task, policy=name), envs.spec, PPO(CONFIG.ppo))
 

@@ -33,7 +33,7 @@ def double_precision():
 
 @pytest.fixture(scope="module", params=[("mat", False), ("mat", True), ("mam", False)], ids=str)
 def acted(request):
-    """Joint actions of a policy with large random weights, of `act` and of the rival after every number of steps."""
+    """Joint actions of a random policy, of `act` and of the baseline after any number of steps."""
     name, continuous = request.param
     with jax.enable_x64(True):
         rng, spec = np.random.default_rng(0), make_spec(continuous)
