@@ -1,7 +1,8 @@
 """CPU kernels for `mam`, as handlers of XLA's foreign function interface.
 
-`mam` finds and registers them by itself (`mam.kernels.native.library`). They are compiled for several instruction
-sets, of which the best that the processor has is used; the environment variable MAM_NATIVE_ISA chooses another.
+`mam` finds and registers them by itself (`mam.kernels.native.library`). They are compiled for
+several instruction sets, of which the best that the processor has is used; the environment
+variable MAM_NATIVE_ISA chooses another.
 """
 
 import ctypes
@@ -35,12 +36,12 @@ HANDLERS = {
 
 
 def isa() -> str:
-    """The instruction set in use."""
+    """Return the name of the instruction set in use."""
     return _library.mam_native_isa().decode()
 
 
 def available() -> tuple[str, ...]:
-    """The instruction sets that this processor has and the kernels are compiled for, the best last."""
+    """List the instruction sets of this processor that kernels are compiled for, the best last."""
     names = map(_library.mam_native_available, itertools.count())
     return tuple(
         name.decode() for name in itertools.takewhile(lambda name: name is not None, names)
@@ -48,13 +49,24 @@ def available() -> tuple[str, ...]:
 
 
 def choose(name: str) -> None:
-    """Uses this instruction set from the next call of a kernel on."""
+    """Use this instruction set from the next call of a kernel on.
+
+    Raises:
+        ValueError: for one that is not in `available()`.
+    """
     if not _library.mam_native_choose(name.encode()):
         raise ValueError(f"no kernels for {name!r} here: choose one of {', '.join(available())}")
 
 
 def scan_scratch(channels: int, states: int, rank: int, tiles: int) -> int:
-    """How many floats of memory to work in a thread needs for a scan of this size, forward or backward."""
+    """Return how many floats of scratch memory a scan needs per thread, forward or backward.
+
+    Args:
+        channels: D.
+        states: S, per channel.
+        rank: features that step sizes are made of; 0 if step sizes are given.
+        tiles: into which the channels are cut.
+    """
     return _library.mam_native_scan_scratch(channels, states, rank, tiles)
 
 

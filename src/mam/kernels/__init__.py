@@ -1,1 +1,1 @@
-"""Recurrences and their implementations: XLA, CUDA (Pallas), native CPU code. Leaves: arrays in, arrays out."""
+"""Recurrences and their implementations: XLA, CUDA (Pallas), native CPU code; arrays in and out."""

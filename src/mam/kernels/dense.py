@@ -1,4 +1,4 @@
-"""The dense layer's product, with the native kernel for its weight's gradient where that is faster."""
+"""The dense layer's product, with the native kernel for its weight's gradient where faster."""
 
 from jaxtyping import Array, Float
 
@@ -9,7 +9,7 @@ from mam.kernels.native.library import use_native
 def dense(
     x: Float[Array, "*batch I"], weight: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*batch O"]:
-    """Return x W + b, in the type of x."""
+    """Return x W + b, in the type of x, where W is the weight and b the bias (None: zeros)."""
     # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
     rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
     y = (

@@ -1,11 +1,11 @@
-"""The selective scan: the linear recurrence at the heart of Mamba, one signature for every implementation.
+"""The selective scan: the linear recurrence of Mamba, one signature for every implementation.
 
     h_i = exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i
     y_i = h_i C_i + D ⊙ x_i
 
-Source: Mamba (arXiv 2312.00752), §3.2 and Algorithm 2: zero-order hold for A, Euler for B. Difference: no
-implementation for training keeps all states; `"sequential"` saves one state per chunk of agents and recomputes
-the rest in its backward pass.
+Source: Mamba (arXiv 2312.00752), §3.2 and Algorithm 2: zero-order hold for A, Euler for B.
+Difference: no implementation for training keeps all states; `"sequential"` saves one state per
+chunk of agents and recomputes the rest in its backward pass.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,13 @@ from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, na
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
 
-# A state is kept for the backward pass every so many agents. Recomputing costs one more forward pass whatever
-# the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
+# A state is kept for the backward pass every so many agents. Recomputing costs one more forward
+# pass whatever the chunk; 16 keeps the kept states at N/16 and the recomputed ones at 16.
 CHUNK = 16
 # Sequences scanned together on CPU: 64 and 128 are alike, all at once takes up to twice as long.
 TILE = 128
-# Up to here the sum over pairs is faster than the loop (on CPU, forward and backward: 2–6× at N = 2, none from 3 on).
+# Up to here the sum over pairs is faster than the loop (on CPU, forward and backward: 2–6× at
+# N = 2, none from 3 on).
 MAX_PAIRWISE = 2
 
 
@@ -47,7 +48,7 @@ def selective_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
-    """Runs the recurrence along the agent axis, in float32 or wider.
+    """Run the recurrence along the agent axis, in float32 or wider.
 
     Args:
         x: inputs.
@@ -60,10 +61,11 @@ def selective_scan(
         reset: True where the state before agent i counts as zero, even if it is NaN: as if the
             sequence were cut there. If `reverse`, that is the state of agent i + 1.
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
-        implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass), `"associative"`
-            (a parallel prefix, which materialises all states: the published form), `"pairwise"` (a sum over pairs of
-            agents, quadratic in N), `"native"` (kernels for CPU, in float32, if installed), `"pallas"` (kernels for
-            CUDA), `"interpret"` (the same, run on any device to be tested), or None for the fastest.
+        implementation: `"sequential"` (a loop with a hand-written, recomputing backward pass),
+            `"associative"` (a parallel prefix, which materialises all states: the published form),
+            `"pairwise"` (a sum over pairs of agents, quadratic in N), `"native"` (kernels for CPU,
+            in float32, if installed), `"pallas"` (kernels for CUDA), `"interpret"` (the CUDA
+            kernels, run on any device to be tested), or None for the fastest.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
@@ -108,13 +110,14 @@ def gated_scan(
     reverse: bool = False,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
-    """`selective_scan` with step sizes made of features, Δ = softplus(W δ + b), and outputs multiplied by SiLU(gate).
+    """Run `selective_scan` with step sizes Δ = softplus(W δ + b), its outputs times SiLU(gate).
 
-    The native kernels do all of it in one pass: neither step sizes nor outputs before the gate are written.
+    The native kernels do all of it in one pass: neither step sizes nor outputs before the gate are
+    written.
 
     Args:
         x: inputs.
-        features: δ.
+        features: δ, the R features that step sizes are made of.
         dt_weight: W.
         dt_bias: b.
         A: as in `selective_scan`, as are B, C, D, initial_state, reset, reverse and implementation.
@@ -127,6 +130,13 @@ def gated_scan(
         reset: True where the state before agent i counts as zero.
         reverse: run from the last agent to the first.
         implementation: of the scan.
+
+    Returns:
+        The outputs, and the state after the last agent read (the first one if `reverse`).
+
+    Raises:
+        ValueError: for an unknown implementation, or sizes or types that the kernels do not take.
+        UserError: for kernels that are not installed.
     """
 
     def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset):
@@ -143,7 +153,7 @@ def gated_scan(
 
 
 def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:
-    """Puts zeros into v, [*batch, …], where `reset`: nowhere if None.
+    """Put zeros into v, [*batch, …], where `reset`: nowhere if None.
 
     A choice, not a product: what is left out may be NaN.
     """
@@ -155,7 +165,13 @@ def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:
 def without_agents(
     x: Array, initial_state: Float[Array, "*batch S D"] | None, shape: tuple[int, ...]
 ) -> tuple[Array, Float[Array, "*batch S D"]]:
-    """Outputs and state where there is nothing to read, no agent or no sequence: the state stays as it was."""
+    """Return outputs and state of a scan that reads no agent or no sequence.
+
+    Args:
+        x: empty inputs, which are the outputs.
+        initial_state: returned as it is.
+        shape: [*batch, S, D], of the zeros returned if `initial_state` is None.
+    """
     return x, jnp.zeros(
         shape, jnp.promote_types(x.dtype, jnp.float32)
     ) if initial_state is None else initial_state
@@ -164,7 +180,12 @@ def without_agents(
 def step_size(
     x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None = None
 ) -> Float[Array, "*batch F"]:
-    """Δ = softplus(x), bounded by DT_LIMIT, and 0 for the dead; in float32 or wider."""
+    """Return Δ = softplus(x), bounded by DT_LIMIT, and 0 for the dead; in float32 or wider.
+
+    Args:
+        x: one number per channel or head, of any sign.
+        alive: False for the dead (all alive if None).
+    """
     dt = jnp.minimum(jax.nn.softplus(x.astype(jnp.promote_types(x.dtype, jnp.float32))), DT_LIMIT)
     return dt if alive is None else jnp.where(alive[..., None], dt, 0.0)
 
@@ -178,7 +199,20 @@ def selective_step(
     C: Float[Array, "*batch S"],
     D: Float[Array, "D"],
 ) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
-    """One agent's step of `selective_scan`, for acting: takes and returns the state."""
+    """Run `selective_scan` for one agent, as acting does.
+
+    Args:
+        state: h before the agent.
+        x: the agent's input.
+        dt: step sizes Δ ≥ 0.
+        A: diagonal of the state matrix, negative.
+        B: input vector.
+        C: output vector.
+        D: skip weights.
+
+    Returns:
+        The state after the agent, and its output in the type of x.
+    """
     state = jnp.exp(dt[..., None, :] * A.T) * state + B[..., :, None] * (dt * x)[..., None, :]
     return state, (sum_over_states(state, C) + D * x).astype(x.dtype)
 
@@ -186,7 +220,7 @@ def selective_step(
 def sum_over_states(
     state: Float[Array, "*batch S D"], weight: Float[Array, "*batch S"]
 ) -> Float[Array, "*batch D"]:
-    """Σ_s weight[s] state[s]. Written out, because XLA's reduction on CPU is many times slower."""
+    """Return Σ_s weight[s] state[s], written out as XLA's reduction on CPU is many times slower."""
     total = weight[..., 0, None] * state[..., 0, :]
     for s in range(1, state.shape[-2]):
         total += weight[..., s, None] * state[..., s, :]
@@ -194,7 +228,7 @@ def sum_over_states(
 
 
 def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the skip connection to a recurrence."""
+    """Add the skip connection to a recurrence."""
 
     def run(x, dt, B, C, A, D, reset, h0, reverse):
         y, h = scan(x, dt, B, C, A, reset, h0, reverse)
@@ -204,7 +238,7 @@ def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
-    """The kernels of the device that is there, where they take sizes and types; elsewhere what is fastest on CPU."""
+    """Run the device's kernels where they take sizes and types, else what is fastest on CPU."""
     xla = partial(
         _with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse
     )
@@ -219,7 +253,7 @@ def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
 
 
 def has_cuda() -> bool:
-    """Whether this process has such a device: on others kernels are not even traced, which takes time."""
+    """Say whether this process has a GPU: without one its kernels are not traced, to save time."""
     return any(device.platform == "gpu" for device in jax.devices())
 
 
@@ -258,7 +292,7 @@ def _pallas(x, dt, B, C, A, reset, h0, reverse, *, interpret=False):
 
 
 def _decay(dt, A):
-    """exp(Δ A): [batch, S, D]."""
+    """Return exp(Δ A): [batch, S, D]."""
     return jnp.exp(dt[:, None, :] * A)
 
 
@@ -267,7 +301,7 @@ def _advance(A, h, x, dt, B):
 
 
 def _forward(x, dt, B, C, A, reset, h0, reverse):
-    """Outputs [N, batch, D] and the last state; xs are agents-first, A is [S, D]."""
+    """Return outputs [N, batch, D] and the last state, of inputs [N, batch, …]; A is [S, D]."""
 
     def body(h, inputs):
         x, dt, B, C, reset = inputs
@@ -279,7 +313,7 @@ def _forward(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _associative(x, dt, B, C, A, reset, h0, reverse):
-    """All states [batch, N, D, S] at once, by a parallel prefix over (decay, input): MAM as published.
+    """Form all states [batch, N, D, S] by a parallel prefix over (decay, input): MAM as published.
 
     With resets there is a third, whether there was one: what is on its left is then not read.
     """
@@ -299,7 +333,7 @@ def _associative(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _sequential(x, dt, B, C, A, reset, h0, reverse):
-    """Tiles of the batch one after another: a tile's states stay in the processor's cache."""
+    """Run tiles of the batch one after another: a tile's states stay in the processor's cache."""
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], *A.shape), A.dtype)
     batched = (x, dt, B, C, reset, h0)
@@ -328,7 +362,7 @@ def _recurrence(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _chunked(tree):
-    """[N, …] → [N / CHUNK, CHUNK, …], padded with zeros, which change no state and give no gradient."""
+    """Cut [N, …] into [N / CHUNK, CHUNK, …], padded with zeros: no change of state, no gradient."""
     n = jax.tree.leaves(tree)[0].shape[0]
     chunk = min(CHUNK, n)
     pad = -n % chunk
@@ -353,12 +387,14 @@ def _recurrence_fwd(x, dt, B, C, A, reset, h0, reverse):
 
 
 def _recurrence_bwd(reverse, residuals, cotangents):
-    """Reverse-mode recurrence, chunk by chunk from the last one; states inside a chunk are computed again.
+    """Run the recurrence in reverse mode, chunk by chunk from the last one.
 
-    With G_i the gradient of h_i, a_i the decay, and u = Δ ⊙ x:
+    States inside a chunk are computed again. With G_i the gradient of h_i, a_i the decay, and
+    u = Δ ⊙ x:
         G_i = gy_i ⊗ C_i + a_{i+1} ⊙ G_{i+1}
         gC_i = Σ_d gy_i h_i,   gB_i = Σ_d G_i u_i,   gu_i = Σ_s G_i B_i
-        gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A,   gA = Σ_i (G_i a_i h_{i-1}) Δ_i
+        gx_i = gu_i Δ_i,       gΔ_i = gu_i x_i + Σ_s (G_i a_i h_{i-1}) A
+        gA = Σ_i (G_i a_i h_{i-1}) Δ_i
     Where agent i is reset, h_{i-1} is zero, and so is a_i ⊙ G_i, the gradient of what it was.
     """
     chunks, A, h_starts, n = residuals
@@ -374,8 +410,8 @@ def _recurrence_bwd(reverse, residuals, cotangents):
         later, gA = carry  # a_{i+1} G_{i+1}, and the sum over agents with the batch still apart
         x, dt, B, C, reset, gy, h = inputs
         u = dt * x
-        # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy (C·B), so that
-        # each is a small contraction and none needs G itself in memory.
+        # Sums with a broadcast factor are taken apart, Σ_s (later + gy C) B = Σ_s later B + gy
+        # (C·B), so that each is a small contraction and none needs G itself in memory.
         gB = jnp.einsum("bd,bsd->bs", u, later) + C * jnp.sum(gy * u, axis=-1, keepdims=True)
         gu = sum_over_states(later, B) + gy * jnp.sum(B * C, axis=-1, keepdims=True)
         aG = _decay(dt, A) * (later + gy[:, None, :] * C[:, :, None])
@@ -401,9 +437,10 @@ _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
 def _pairwise(x, dt, B, C, A, reset, h0, reverse):
-    """The recurrence written out as a sum over pairs of agents: no state is formed, and K_ii needs no exponential.
+    """Run the recurrence as a sum over pairs of agents: no state, and no exponential in K_ii.
 
-    y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d]),   u = Δ ⊙ x
+    y_i = Σ_{j ≤ i} K_ij ⊙ u_j,   u = Δ ⊙ x
+    K_ij[d] = Σ_s C_i[s] B_j[s] exp(A[s, d] Σ_{j < k ≤ i} Δ_k[d])
     """
     if reverse:
         x, dt, B, C = (jnp.flip(v, axis=1) for v in (x, dt, B, C))
@@ -413,7 +450,7 @@ def _pairwise(x, dt, B, C, A, reset, h0, reverse):
     u = [dt[i] * x[i] for i in range(n)]
 
     def kept(j, i, v):
-        """Agent j's v as agent i sees it: zeros where one after j, up to i, is reset."""
+        """Return agent j's v as agent i sees it: zeros where one after j, up to i, is reset."""
         return zero_where(None if reset is None else jnp.any(reset[:, j + 1 : i + 1], axis=1), v)
 
     outputs = []
@@ -423,7 +460,7 @@ def _pairwise(x, dt, B, C, A, reset, h0, reverse):
             span = kept(j, i, sum(dt[j + 1 : i + 1]))
             y += kept(j, i, u[j]) * _decayed_product(C[i] * kept(j, i, B[j]), span, A)
         outputs.append(y)
-    # The initial state and the final one, each computed only where somebody asks for it.
+    # The initial state and the final one, each computed only where it is used.
     # Δ summed since the start or the last reset.
     total = list(accumulate(range(1, n), lambda t, i: kept(i - 1, i, t) + dt[i], initial=dt[0]))
     h = sum(
@@ -441,7 +478,7 @@ def _pairwise(x, dt, B, C, A, reset, h0, reverse):
 
 @jax.custom_vjp
 def _decayed_product(W, span, A):
-    """K[d] = Σ_s W[s] exp(A[s, d] span[d]) per row of the batch, unrolled over s so that XLA makes one loop of it."""
+    """Return K[d] = Σ_s W[s] exp(A[s, d] span[d]) per row, unrolled over s for one loop in XLA."""
     return sum(W[:, s : s + 1] * jnp.exp(A[s] * span) for s in range(A.shape[0]))
 
 

@@ -1,11 +1,13 @@
-"""State space duality: the scan of Mamba-2, as matrix products or, on CPU with native kernels, as the recurrence.
+"""State space duality: the scan of Mamba-2, as matrix products or natively as the recurrence.
 
     h_i = exp(Δ_i A) h_{i-1} + (Δ_i x_i) ⊗ B_i
     y_i = h_i C_i + D x_i,      Δ_i, A and D one number per head
 
-Because A is a number, the sum over earlier agents is an attention without softmax: y = (C Bᵀ ⊙ L) (Δ x) with
-L_ij = exp(A (Δ_{j+1} + … + Δ_i)) for j ≤ i. A short sequence is one such product; a long one is cut into chunks that
-hand a state on. Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
+Because A is a number, the sum over earlier agents is an attention without softmax:
+y = (C Bᵀ ⊙ L) (Δ x) with L_ij = exp(A (Δ_{j+1} + … + Δ_i)) for j ≤ i. A short sequence is one such
+product; a long one is cut into chunks that hand a state on.
+
+Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
 """
 
 from functools import partial
@@ -20,7 +22,8 @@ from mam.kernels.native.library import on_cpu, use_native
 from mam.kernels.native.scan import ScanInputs, native_final_state, native_outputs
 from mam.kernels.selective_scan import selective_scan, sum_over_states, without_agents
 
-# Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64 agents on.
+# Agents in one product. On CPU, forward and backward, 32 is the fastest of 16, 32 and 64 from 64
+# agents on.
 CHUNK = 32
 NEVER = -1e9  # exponent of the pairs in which j comes after i
 
@@ -39,7 +42,9 @@ def ssd(
     implementation: Literal["products", "scan", "native"] | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Float[Array, "*batch N D"], Float[Array, "*batch S D"]]:
-    """Runs the recurrence along the agent axis, in float32 or wider; head k has channels k·P to (k+1)·P, P = D / H.
+    """Run the recurrence along the agent axis, in float32 or wider.
+
+    Head k has channels k·P to (k+1)·P, P = D / H.
 
     Args:
         x: inputs.
@@ -83,7 +88,7 @@ def ssd(
 
 
 def _scan(x, dt, A, B, C, D, initial_state, *, reset, reverse):
-    """The recurrence of Mamba-1, whose rates and step sizes are the same in all of a head."""
+    """Run the recurrence of Mamba-1, with rates and step sizes that are equal within a head."""
     channels = x.shape[-1] // A.shape[0]
     A, D, dt = (jnp.repeat(v, channels, axis=-1) for v in (A, D, dt))
     A = jnp.broadcast_to(A[:, None], (A.shape[0], B.shape[-1]))
@@ -93,7 +98,7 @@ def _scan(x, dt, A, B, C, D, initial_state, *, reset, reverse):
 
 
 def _native(x, dt, A, B, C, D, initial_state, *, reset, reverse):
-    """The recurrence, with one rate for all states of a channel."""
+    """Run the recurrence by native kernels, with one rate for all states of a channel."""
     if not _is_single(x, dt, B, C):
         raise ValueError("the native scan is for float32")
     *batch, n, d = x.shape
@@ -115,7 +120,7 @@ def _is_single(*arrays: Array) -> bool:
 
 
 def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
-    """The dual form."""
+    """Compute the dual form, matrix products within chunks and a recurrence between them."""
     if reverse:
         x, dt, B, C = (jnp.flip(v, axis=-2) for v in (x, dt, B, C))
         y, h = _products(x, dt, A, B, C, D, initial_state, reverse=False, chunk=chunk)
@@ -127,8 +132,9 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     rows = [_chunks(v.reshape(-1, n, v.shape[-1]), size) for v in (x, dt, B, C)]
     x_, dt_, B_, C_ = (v.astype(jnp.promote_types(v.dtype, jnp.float32)) for v in rows)
     state = None if initial_state is None else initial_state.reshape(-1, s, d)
-    # 2. Exponents: Δ A summed over the agents after j up to i, and over all up to i. As products, because XLA's
-    #    cumulative sum is slow on CPU; not as differences of sums, in which short spans drown behind long ones.
+    # 2. Exponents: Δ A summed over the agents after j up to i, and over all up to i. As products,
+    #    because XLA's cumulative sum is slow on CPU; not as differences of sums, in which short
+    #    spans drown behind long ones.
     k, i, j = np.ogrid[:size, :size, :size]
     between = ((j < k) & (k <= i)).astype(x_.dtype).reshape(size, -1)
     exponent = jnp.swapaxes(dt_ * A, -1, -2)  # [chunks, H, size]
@@ -138,8 +144,8 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     )
     span = span.reshape(*total.shape, size)
     decay = jnp.exp(jnp.where(np.tri(size, dtype=bool), span, NEVER))
-    # 3. What agent i takes of agent j's input, per head. Step sizes and the skip connection belong to these small
-    #    matrices rather than to the channels.
+    # 3. The scores C Bᵀ and, per head, the mixing L ∘ C Bᵀ: what agent i takes of agent j's input.
+    #    Step sizes and the skip connection go into these small matrices, not to the channels.
     answers = jnp.einsum("bis,bjs->bij", C_, B_)
     taken = answers[:, None] * decay * jnp.swapaxes(dt_, -1, -2)[..., None, :]
     taken += D[:, None, None].astype(x_.dtype) * np.eye(size, dtype=x_.dtype)
@@ -161,7 +167,7 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
 
 
 def _chunks(v, size):
-    """[batch, N, F] → [batch · chunks, size, F]."""
+    """Cut [batch, N, F] into [batch · chunks, size, F], padded with zeros."""
     v = jnp.pad(v, ((0, 0), (0, -v.shape[1] % size), (0, 0)))
     return v.reshape(-1, size, v.shape[-1])
 
@@ -172,7 +178,14 @@ def _hand_on(
     state: Float[Array, "batch S P"] | None,
     num_sequences: int,
 ) -> tuple[Float[Array, "chunks S P"], Float[Array, "batch S P"]]:
-    """One head's states at the start of every chunk and after the last, given what each chunk adds by itself."""
+    """Return one head's states at the start of every chunk, and after the last.
+
+    Args:
+        ends: what each chunk adds to the state by itself, the chunks of a sequence in a row.
+        decay: by which each chunk multiplies the state before it.
+        state: before the first chunk (zeros if None).
+        num_sequences: batch, the number of sequences.
+    """
     if state is None:
         state = jnp.zeros((num_sequences, *ends.shape[1:]), ends.dtype)
 
@@ -196,7 +209,20 @@ def ssd_step(
     C: Float[Array, "*batch S"],
     D: Float[Array, "H"],
 ) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
-    """One agent's step of `ssd`, for acting: takes and returns the state."""
+    """Run `ssd` for one agent, as acting does.
+
+    Args:
+        state: h before the agent.
+        x: the agent's input.
+        dt: step sizes Δ ≥ 0 of each head.
+        A: decay rate per head, negative.
+        B: input vector.
+        C: output vector.
+        D: skip weight per head.
+
+    Returns:
+        The state after the agent, and its output in the type of x.
+    """
     channels = x.shape[-1] // A.shape[0]
     decay, u = jnp.repeat(jnp.exp(dt * A), channels, axis=-1), jnp.repeat(dt, channels, axis=-1) * x
     state = decay[..., None, :] * state + B[..., :, None] * u[..., None, :]

@@ -1,8 +1,9 @@
 """Distributions over one agent's actions: one choice, several choices, or a vector of real numbers.
 
-A distribution owns every shape that depends on the kind of action: what the network puts out for it, the noise it is
-sampled from, and what later agents read of it. Masks apply here alone: an illegal choice has probability zero, a
-component that is not in use is zero and counts for nothing. Noise is handed in, so that it can belong to the agent.
+A distribution owns every shape that depends on the kind of action: what the network puts out for
+it, the noise it is sampled from, and what later agents read of it. Masks apply here alone: an
+illegal choice has probability zero, a component that is not in use is zero and counts for nothing.
+Noise is handed in, so that it can belong to the agent.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ Token = Int[Array, "..."] | Float[Array, "... _"]  # an index, or features
 class ActionDistribution(Protocol):
     """A distribution over one agent's actions, for any leading axes.
 
-    `outputs` are the network's, [*batch, num_outputs]; `mask` is [*batch, A]; an action is [*batch], or [*batch, K] or
-    [*batch, A] where it has components.
+    `outputs` are the network's, [*batch, num_outputs]; `mask` is [*batch, A], True = legal; an
+    action is [*batch], or [*batch, K] or [*batch, A] where it has components.
     """
 
     indexed: ClassVar[bool]  # tokens are one-hot, and therefore given as indices
@@ -44,11 +45,11 @@ class ActionDistribution(Protocol):
         ...
 
     def token(self, action: AgentAction) -> Token:
-        """Returns what a decoder embeds of an action: features [*batch, token_dim], or indices [*batch]."""
+        """Return what a decoder embeds of an action: features [*batch, token_dim], or indices."""
         ...
 
     def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "..."]:
-        """Draws what makes `sample_from_noise` a random sample."""
+        """Draw what makes `sample_from_noise` a random sample."""
         ...
 
     def sample_from_noise(
@@ -57,42 +58,59 @@ class ActionDistribution(Protocol):
         mask: Bool[Array, "*batch A"],
         noise: Float[Array, "*batch Z"],
     ) -> AgentAction:
-        """Returns the action that the noise leads to; the mode for zeros."""
+        """Return the action that the noise leads to.
+
+        Args:
+            outputs: of the network.
+            mask: legal choices, or components in use.
+            noise: drawn by `draw_noise`; zeros lead to the mode.
+        """
         ...
 
     def equal(self, one: AgentAction, other: AgentAction) -> Bool[Array, "*batch"]:
-        """Returns whether actions are the same, up to rounding."""
+        """Say whether `one` and `other` are the same action, up to rounding."""
         ...
 
     def log_prob(
         self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"], action: AgentAction
     ) -> Float[Array, "*batch"]:
-        """Returns the log-probability (density) of an action."""
+        """Return the log-probability (density) of an action, in nats.
+
+        Args:
+            outputs: of the network.
+            mask: legal choices, or components in use.
+            action: one that the mask allows.
+        """
         ...
 
     def entropy(
         self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]
     ) -> Float[Array, "*batch"]:
-        """Returns the entropy, in nats."""
+        """Return the entropy, in nats, given the network's `outputs` and the `mask`."""
         ...
 
 
 def mask_logits(
     logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
 ) -> Float[Array, "*batch A"]:
-    """Returns logits of which the illegal ones are `ILLEGAL`: the rule by which every decoder masks."""
+    """Return `logits`, `ILLEGAL` where `mask` is False: the rule by which every decoder masks."""
     return jnp.where(mask, logits, ILLEGAL)
 
 
 def mask_noise(
     noise: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
 ) -> Float[Array, "*batch A"]:
-    """Returns the scores of choices apart from their logits, for a decoder that adds these later, by `add_logits`."""
+    """Return the scores of choices before their logits are added, later, by `add_logits`.
+
+    Args:
+        noise: drawn by `ActionDistribution.draw_noise`.
+        mask: legal choices; the others score `ILLEGAL` plus noise.
+    """
     return mask_logits(jnp.zeros_like(noise), mask) + noise
 
 
 def add_logits(scores: Float[Array, "..."], logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns mask_logits(logits, mask) + noise, given mask_noise(noise, mask)."""
+    """Return mask_logits(logits, mask) + noise, given `scores` = mask_noise(noise, mask)."""
     return jnp.where(scores > ILLEGAL / 2, logits + scores, scores)
 
 
@@ -110,7 +128,7 @@ class Categorical(eqx.Module):
         return action
 
     def draw_noise(self, key: Key[Array, ""]) -> Float[Array, "A"]:
-        """Draws Gumbel noise: argmax(logits + noise) is a sample from softmax(logits)."""
+        """Draw Gumbel noise: argmax(logits + noise) is a sample from softmax(logits)."""
         return jax.random.gumbel(key, (self.num_outputs,))
 
     def sample_from_noise(
@@ -139,15 +157,17 @@ class Categorical(eqx.Module):
     def entropy(
         self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
     ) -> Float[Array, "*batch"]:
-        """Returns the entropy; an illegal action contributes nothing, in value and in gradient."""
+        """Return the entropy; an illegal action contributes nothing, in value and in gradient."""
         log_probs = jax.nn.log_softmax(mask_logits(outputs, mask))
         return -jnp.sum(jnp.where(mask, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
 
 
 class MultiCategorical(eqx.Module):
-    """One choice in each of K components, which are independent; the network's outputs are their logits side by side.
+    """One choice in each of K independent components; outputs are their logits side by side.
 
-    log π(a) = Σ_k log π_k(a_k),  H(π) = Σ_k H(π_k),  each π_k a `Categorical` over its part of outputs and mask
+    log π(a) = Σ_k log π_k(a_k),  H(π) = Σ_k H(π_k)
+
+    Each π_k is a `Categorical` over its slice of outputs and mask.
     """
 
     sizes: tuple[int, ...] = eqx.field(static=True)  # choices of each component; Σ sizes = A
@@ -162,7 +182,7 @@ class MultiCategorical(eqx.Module):
         return self.num_outputs
 
     def token(self, action: Int[Array, "*batch K"]) -> Float[Array, "*batch A"]:
-        """Returns one-hot choices, side by side."""
+        """Return one-hot choices, side by side."""
         return jnp.concatenate(
             [jax.nn.one_hot(action[..., k], size) for k, size in enumerate(self.sizes)], axis=-1
         )
@@ -203,7 +223,7 @@ class MultiCategorical(eqx.Module):
         return jnp.sum(jnp.stack(entropies, axis=-1), axis=-1)
 
     def _components(self, *arrays: Array) -> Iterator[tuple]:
-        """Yields each component's distribution and its part of every array."""
+        """Yield each component's distribution and its slice of every array."""
         for size, stop in zip(self.sizes, accumulate(self.sizes), strict=True):
             yield Categorical(size), *(x[..., stop - size : stop] for x in arrays)
 
@@ -214,15 +234,17 @@ _NODES, _WEIGHTS = _NODES.astype(np.float32), (_WEIGHTS / _WEIGHTS.sum()).astype
 
 
 class TanhNormal(eqx.Module):
-    """A real number in (−1, 1) per component: tanh of a normal variable; the network's outputs are its means.
+    """A real number in (−1, 1) per component: tanh of a normal variable; outputs are its means.
 
-    The standard deviations, softplus(log_std), do not depend on the observation; log_std starts at 0.
+    The standard deviations, softplus(log_std), do not depend on the observation; log_std starts
+    at 0.
 
         log π(a) = Σ_j log N(x_j; μ_j, σ_j) − log(1 − a_j²),  x = atanh(a)
         H(π)     = Σ_j ½ log(2πe σ_j²) + E[log(1 − tanh² x_j)]
 
-    The expectation has no closed form; a Gauss–Hermite sum of 16 terms gives it to 2e-5 for σ ≤ 1 (3e-3 at σ = 2),
-    with no noise and no key, where others draw one sample. Source: Haarnoja et al. 2018 (arXiv 1812.05905), app. C.
+    Source: Haarnoja et al. 2018 (arXiv 1812.05905), app. C. Difference: the expectation, which has
+    no closed form, is a Gauss–Hermite sum of 16 terms in place of one sample. It is exact to 2e-5
+    for σ ≤ 1 (3e-3 at σ = 2), and takes no noise and no key.
     """
 
     log_std: Float[Array, "A"]
@@ -281,12 +303,12 @@ class TanhNormal(eqx.Module):
 
 
 def _log_slope(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """log(1 − tanh² x), the logarithm of tanh's slope, without cancellation."""
+    """Return log(1 − tanh² x), the logarithm of tanh's slope, without cancellation."""
     return 2 * (jnp.log(2.0) - x - jax.nn.softplus(-2 * x))
 
 
 def make_distribution(spec: EnvSpec) -> ActionDistribution:
-    """Returns the distribution over the actions that a task takes."""
+    """Return the distribution over the actions that a task takes."""
     if spec.continuous:
         return TanhNormal(spec.num_actions)
     if spec.action_components is not None:
@@ -297,7 +319,13 @@ def make_distribution(spec: EnvSpec) -> ActionDistribution:
 def agent_noise(
     distribution: ActionDistribution, key: Key[Array, "*batch"], num_agents: int
 ) -> Array:
-    """Draws noise [*batch, N, …] keyed by the agent, never by its place in the order."""
+    """Draw noise [*batch, N, …] keyed by the agent, never by its place in the order.
+
+    Args:
+        distribution: says what noise one agent needs.
+        key: one per batch element.
+        num_agents: N.
+    """
 
     def one(key: Key[Array, ""]) -> Float[Array, "N ..."]:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_agents))

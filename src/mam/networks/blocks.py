@@ -1,4 +1,7 @@
-"""Encoder and decoder blocks: mixers and an MLP with residuals and post-norms (MAT, §3; MAM keeps them)."""
+"""Encoder and decoder blocks: mixers and an MLP with residuals and post-norms.
+
+Source: MAT (arXiv 2205.14953), §3; MAM keeps them.
+"""
 
 import equinox as eqx
 import jax
@@ -66,7 +69,13 @@ class DecoderBlock(eqx.Module):
         )
 
     def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> DecoderState:
-        """The state before the first agent."""
+        """Return the state before the first of `num_agents` agents.
+
+        Args:
+            num_agents: N, the most agents that the state will take.
+            batch: leading axes.
+            dtype: of the activations.
+        """
         return DecoderState(
             mixer=self.mixer.init_state(num_agents, batch, dtype),
             cross=self.cross.init_state(num_agents, batch, dtype),
@@ -82,7 +91,7 @@ class DecoderBlock(eqx.Module):
         *,
         single: bool,
     ) -> tuple[DecoderState, Float[Array, "*batch E"]]:
-        """One agent (`single`) or several, after those in `state`.
+        """Run one agent (`single`) or several, after those in `state`.
 
         Args:
             state: what is known of the agents so far; None before the first of several.
@@ -91,6 +100,9 @@ class DecoderBlock(eqx.Module):
             obs_rep: the observation representation.
             context: `cross.project_context(obs_rep)`.
             single: arguments are those of one agent; if not, *batch ends with the agents.
+
+        Returns:
+            The state after them, and the activations for the next block.
         """
 
         def run(

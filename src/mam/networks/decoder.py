@@ -1,4 +1,4 @@
-"""The decoder: from the actions chosen so far and the observation representation to the next agent's output."""
+"""The decoder: from earlier actions and the observation representation to an agent's output."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,16 +18,15 @@ from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
 from mam.networks.mixers.base import MixerInputs
 from mam.networks.mixers.registry import MixerFamily
 
-Embedded = tuple[
-    Float[Array, "..."], MixerInputs
-]  # tokens [*batch, E], and what the first block's mixer reads of them
+# Tokens [*batch, E], and what the first block's mixer reads of them.
+Embedded = tuple[Float[Array, "..."], MixerInputs]
 
 
 class ActionEmbedding(eqx.Module):
     """LN(GELU(token W)), W a table of V = token_dim + 1 rows: a bias-free dense layer (MAT, §3).
 
-    Its tokens are the distribution's with a feature more, the last, which only the start token has: that is what the
-    first agent reads. Where tokens are one-hot, indices of rows stand for them.
+    Its tokens are the distribution's with a feature more, the last, which only the start token has:
+    that is what the first agent reads. Where tokens are one-hot, indices of rows stand for them.
     """
 
     table: Float[Array, "V E"]
@@ -42,14 +41,14 @@ class ActionEmbedding(eqx.Module):
         self.indexed = distribution.indexed
 
     def start(self, batch: tuple[int, ...]) -> Token:
-        """Returns the start token."""
+        """Return the start token, for leading axes `batch`."""
         last = self.table.shape[0] - 1
         if self.indexed:
             return jnp.full(batch, last, jnp.int32)
         return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
 
     def pad(self, token: Token) -> Token:
-        """Returns the distribution's token with what tells it from the start token."""
+        """Return the distribution's token with what tells it from the start token."""
         return (
             token
             if self.indexed
@@ -57,7 +56,7 @@ class ActionEmbedding(eqx.Module):
         )
 
     def shift_right(self, tokens: Token, first: Token | None = None) -> Token:
-        """Returns what each agent reads.
+        """Return what each agent reads, the token of the agent before it (teacher forcing).
 
         Args:
             tokens: the distribution's, of all agents in the order of deciding.
@@ -80,21 +79,22 @@ class ActionEmbedding(eqx.Module):
         return self.norm(jax.nn.gelu(token @ self.table))
 
     def rows(self) -> Float[Array, "V E"]:
-        """Returns the embeddings of all tokens that are indices."""
+        """Return the embeddings of all tokens that are indices."""
         return self.norm(jax.nn.gelu(self.table))
 
 
 class Context(eqx.Module):
-    """What the decoder reads of the observations, computed for all agents before the first of them acts."""
+    """What the decoder reads of the observations, computed before the first agent acts."""
 
     obs_rep: Float[Array, "*batch E"]
     blocks: tuple[MixerInputs, ...]
 
 
 class Decoder(eqx.Module):
-    """The embedded action before, then the blocks; a head makes logits, or means, of the result (MAT, §3).
+    """The embedded action before, then the blocks; a head makes logits or means (MAT, §3).
 
-    Every layer has two equal forms, for one agent and for several at once: `advance` decides, `extend` learns.
+    Every layer has two equal forms, for one agent and for several at once: `advance` decides,
+    `extend` learns.
     """
 
     embed: ActionEmbedding
@@ -123,21 +123,27 @@ class Decoder(eqx.Module):
     def __call__(
         self, tokens: Token, obs_rep: Float[Array, "*batch N E"]
     ) -> Float[Array, "*batch N P"]:
-        """Teacher-forced: the outputs for every agent given the tokens before it, in the order of deciding."""
+        """Return the outputs for every agent given the tokens before it (teacher-forced).
+
+        Args:
+            tokens: of the stored actions, in the order of deciding.
+            obs_rep: the observation representation, in the same order.
+        """
         embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
         return self.extend(None, embedded, self.read(obs_rep))[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
-        """Everything that does not depend on actions."""
+        """Compute everything that does not depend on actions."""
         return Context(
             obs_rep=obs_rep,
             blocks=tuple(block.cross.project_context(obs_rep) for block in self.blocks),
         )
 
     def embedder(self, dtype) -> Callable[[Token], Embedded]:
-        """The embedding of tokens, made once for all the agents who will use it.
+        """Return the embedding of tokens, made once for all the agents that use it.
 
-        Of indices there are few: all are embedded here, and projected, once per action and not per agent.
+        Of indices there are few: all are embedded here, and projected, once per action and not per
+        agent.
         """
         project = self.blocks[0].mixer.project
         if not self.embed.indexed:
@@ -153,7 +159,7 @@ class Decoder(eqx.Module):
 
     @property
     def fused(self) -> list[Any] | None:
-        """What decoders of one call run in place of the mixers, in their order; None if one of them is not known."""
+        """What fused decoders run in place of the mixers, in order; None if one is unknown."""
         mixers = [mixer for block in self.blocks for mixer in (block.mixer, block.cross)]
         known = [mixer.fused for mixer in mixers if mixer.fused is not None]
         return known if len(known) == len(mixers) else None
@@ -161,19 +167,31 @@ class Decoder(eqx.Module):
     def init_state(
         self, num_agents: int, batch: tuple[int, ...], dtype
     ) -> tuple[DecoderState, ...]:
-        """The state before the first agent, for observation representations of this type."""
+        """Return the state before the first agent; see `DecoderBlock.init_state`."""
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
     def advance(
         self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch P"]]:
-        """Autoregressive: the outputs for the next agent, given the action before."""
+        """Return the outputs for the next agent (autoregressive), and the state after it.
+
+        Args:
+            state: after the agents that have decided.
+            embedded: by `embedder`, the action of the last of them or the start token.
+            context: what `read` gave, of the next agent alone.
+        """
         return self._run(state, embedded, context, single=True)
 
     def extend(
         self, state: tuple[DecoderState, ...] | None, embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M P"]]:
-        """The outputs for the next M agents, given the action before each of them; None: from the first agent on."""
+        """Return the outputs for the next M agents (parallel), and the state after them.
+
+        Args:
+            state: after the agents before them; None: there are none.
+            embedded: by `embedder`, the action before each of them.
+            context: what `read` gave, of the M agents.
+        """
         return self._run(state, embedded, context, single=False)
 
     def _run(self, state, embedded, context, *, single):

@@ -1,4 +1,4 @@
-"""From what an agent sees to a vector of d_model numbers: features, and a picture if there is one."""
+"""From what an agent sees, features and an image if there is one, to d_model numbers."""
 
 import equinox as eqx
 import jax
@@ -11,10 +11,9 @@ from mam.config import NetworkConfig
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.types import EnvSpec, Observation
 
-SMALL_PICTURE = 8  # rows and columns a picture is reduced to, at most
-BIAS_SCALE = (
-    0.1  # of the embedding's bias at the start, uniform; inputs contribute numbers of order 1
-)
+SMALL_PICTURE = 8  # rows and columns an image is reduced to, at most
+# Of the embedding's bias at the start, uniform; inputs contribute numbers of order 1.
+BIAS_SCALE = 0.1
 
 
 class Conv(eqx.Module):
@@ -40,9 +39,9 @@ class Conv(eqx.Module):
 
 
 class PictureNet(eqx.Module):
-    """Convolutions until a picture has at most 8 × 8 cells, each followed by a GELU; then flat.
+    """Convolutions until an image has at most 8 × 8 cells, each followed by a GELU; then flat.
 
-    The picture is normalised to zero mean and unit variance first, whatever its numbers mean.
+    The image is normalised to zero mean and unit variance first, whatever its numbers mean.
     """
 
     layers: tuple[Conv, ...]
@@ -67,14 +66,16 @@ class PictureNet(eqx.Module):
 
 
 class ObservationEmbedding(eqx.Module):
-    """x = LN(GELU(Dense(features))), for each agent by itself (MAT, §3); a picture's numbers join the features.
+    """x = LN(GELU(Dense(features))), for each agent by itself.
 
-    The rows of dead agents are read as zeros: whatever stands there, NaN included, goes nowhere.
+    An image's encoding joins the features. The rows of dead agents are read as zeros: whatever
+    stands there, NaN included, goes nowhere.
 
-    Difference: the bias does not start at zero. An agent whose features are all equal would be a row of zeros to every
-    norm of the network, each of which multiplies its gradient by 1/√ε = 1000, beyond any float. There is no norm over
-    the features either, unless `observation_norm` is "layer": it would take their mean and scale away, of one or two
-    features nearly all there is to know.
+    Source: MAT (arXiv 2205.14953), §3. Difference: the bias does not start at zero. An agent whose
+    features are all equal would be a row of zeros to every norm of the network, each of which
+    multiplies its gradient by 1/√ε = 1000, beyond any float. There is no norm over the features
+    either, unless `observation_norm` is "layer": it would take their mean and scale away, of one or
+    two features nearly all there is to know.
     """
 
     obs_norm: LayerNorm | None  # None where features come normalised, or there are none

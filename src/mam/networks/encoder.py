@@ -28,7 +28,12 @@ class Encoder(eqx.Module):
         self.remat = sizes.remat
 
     def __call__(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> "Encoded":
-        """Encodes agents given in the order in which they decide, the dead last."""
+        """Encode agents given in the order of deciding, the dead last.
+
+        Args:
+            x: the embedded observations.
+            alive: False for the dead, which change nothing for the others.
+        """
         for block in self.blocks:
             x = (
                 jax.checkpoint(EncoderBlock.__call__)(block, x, alive)

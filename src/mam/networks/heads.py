@@ -9,7 +9,10 @@ from mam.networks.layers import HIDDEN_GAIN, SMALL_GAIN, Dense, LayerNorm
 
 
 class Head(eqx.Module):
-    """Dense → GELU → LayerNorm → Dense; the output starts near zero (MAT, §3) and is in float32 or wider."""
+    """Dense → GELU → LayerNorm → Dense; the output starts near zero, in float32 or wider.
+
+    Source: MAT (arXiv 2205.14953), §3.
+    """
 
     hidden: Dense
     norm: LayerNorm

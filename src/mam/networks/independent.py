@@ -1,4 +1,4 @@
-"""Independent policies, the baselines: every agent decides by itself, with weights that all agents share.
+"""Independent policies, the baselines: every agent decides by itself, with shared weights.
 
     ippo      the critic sees what the agent sees       (de Witt et al. 2020, arXiv 2011.09533)
     mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
@@ -25,8 +25,11 @@ from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOu
 class GlobalView(eqx.Module):
     """What an agent sees and what there is to know: x_i = LN(GELU(embed(o_i) + W s)).
 
-    s is the environment's global state; where it gives none, the embedded observations of all agents side by
-    side, zeros for the dead. Yu et al. 2022, §5.2 ("agent-specific" state); their first layer is dense.
+    s is the environment's global state; where it gives none, the embedded observations of all
+    agents side by side, zeros for the dead.
+
+    Source: Yu et al. 2022 (arXiv 2103.01955), §5.2 ("agent-specific" state). Difference: their
+    first layer is dense.
     """
 
     embed: ObservationEmbedding
@@ -56,7 +59,7 @@ class GlobalView(eqx.Module):
 
 
 class Stream(eqx.Module):
-    """From observations to one output vector per agent: view, `num_blocks` hidden layers, memory, head."""
+    """From observations to an output per agent: view, `num_blocks` hidden layers, memory, head."""
 
     view: ObservationEmbedding | GlobalView
     layers: tuple[Dense, ...]
@@ -80,20 +83,32 @@ class Stream(eqx.Module):
         return x
 
     def step(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]):
-        """One environment step: the memory after it, and the output."""
+        """Return the memory after one environment step, and the output [*batch, N, out_dim].
+
+        Args:
+            memory: before the step.
+            obs: what the agents see at the step.
+            reset: whether the step is the first of its episode.
+        """
         memory, x = self.memory.step(memory, self._features(obs), reset)
         return memory, self.head(x)
 
     def unroll(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]
     ) -> Float[Array, "*batch N A"]:
-        """Many steps, time first; `memory` is what it was before them."""
+        """Return the outputs of T steps, of which `memory` is what it was before the first.
+
+        Args:
+            memory: without the time axis.
+            obs: what the agents see at step t, time first.
+            reset: whether step t is the first of its episode.
+        """
         return self.head(self.memory.unroll(memory, self._features(obs), reset)[1])
 
     def successors(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N A"]:
-        """Outputs for what followed each of many steps; see `mam.types.Policy.successor_values`."""
+        """Return outputs for each step's successor; see `mam.types.Policy.successor_values`."""
         x, successor_x = self._features(obs), self._features(successor)
         return self.head(unroll_successors(self.memory, memory, x, reset, successor_x))
 
@@ -136,7 +151,7 @@ class IndependentPolicy(eqx.Module):
         return self.critic.head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Zeros per agent, [*batch, N, E]."""
+        """Return the memories of actor and critic before an episode; see `mam.types.Policy`."""
         shape = (*batch, self.num_agents)
         return ActorCriticMemory(
             actor=self.actor.memory.init(shape), critic=self.critic.memory.init(shape)
@@ -151,7 +166,7 @@ class IndependentPolicy(eqx.Module):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses all agents' actions at once; see `mam.types.Policy`."""
+        """Choose all agents' actions at once; see `mam.types.Policy`."""
         num_agents = obs.alive.shape[-1]
         actor_memory, out = self.actor.step(memory.actor, obs, reset)
         critic_memory, value = self.critic.step(memory.critic, obs, reset)
@@ -172,7 +187,7 @@ class IndependentPolicy(eqx.Module):
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Stored joint actions, the steps of an episode in one pass; see `mam.types.Policy`."""
+        """Evaluate stored joint actions, all steps in one pass; see `mam.types.Policy`."""
         out = self.actor.unroll(memory.actor, obs, reset)
         return Evaluation(
             log_prob=self.distribution.log_prob(out, obs.action_mask, action),
@@ -181,12 +196,12 @@ class IndependentPolicy(eqx.Module):
         )
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """State value per agent, of the observation after those that `memory` has seen."""
+        """Return the state value per agent; see `mam.types.Policy`."""
         going_on = jnp.zeros(obs.alive.shape[:-1], bool)
         return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
 
     def successor_values(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """Values of what followed every step; see `mam.types.Policy`."""
+        """Return the values of what followed every step; see `mam.types.Policy`."""
         return self.critic.successors(memory.critic, obs, reset, successor)[..., 0]

@@ -1,6 +1,7 @@
-"""Dense layers, norms and the MLP: the plain parts every network is made of. Any number of leading axes.
+"""Dense layers, norms and the MLP, for any number of leading axes.
 
-Activations have the type of the input, whatever the type of the parameters; norms compute in float32 or wider.
+Activations have the type of the input, whatever the type of the parameters; norms compute in
+float32 or wider.
 """
 
 import equinox as eqx
@@ -32,7 +33,15 @@ class Dense(eqx.Module):
         gain: float | None = None,
         bias: bool = True,
     ):
-        """Orthogonal weights with the given gain, or LeCun-normal ones if `gain` is None; the bias starts at zero."""
+        """Draw the weights; the bias starts at zero.
+
+        Args:
+            in_dim: I.
+            out_dim: O.
+            key: of the weights.
+            gain: of orthogonal weights; None for LeCun-normal ones.
+            bias: whether there is one.
+        """
         init = initializers.lecun_normal() if gain is None else initializers.orthogonal(gain)
         self.weight = init(key, (in_dim, out_dim), jnp.float32)
         self.bias = jnp.zeros(out_dim) if bias else None
@@ -42,7 +51,7 @@ class Dense(eqx.Module):
 
 
 class LayerNorm(eqx.Module):
-    """Zero mean and unit variance over the last axis, then scale and offset: of x, or of x + residual."""
+    """Zero mean and unit variance over the last axis, then scale and offset; of x + residual."""
 
     scale: Float[Array, "E"]
     offset: Float[Array, "E"]
@@ -74,7 +83,14 @@ class RMSNorm(eqx.Module):
 def lookup(
     table: PyTree[Float[Array, "K ..."]], index: Int[Array, "..."]
 ) -> PyTree[Float[Array, "..."]]:
-    """Rows of every array of a small table; its gradient is a product with one-hot rows instead of a scatter."""
+    """Return rows of every array of a small table.
+
+    The gradient is a product with one-hot rows instead of a scatter.
+
+    Args:
+        table: arrays with K rows each.
+        index: of the rows, from 0 to K − 1.
+    """
     return jax.tree.map(lambda v: v[index], table)
 
 

@@ -1,7 +1,8 @@
-"""Memory: a recurrence along environment steps, for each agent by itself. One stage of every policy.
+"""Memory: a recurrence along environment steps, for each agent by itself; a stage of every policy.
 
-It stands between the embedding of what an agent sees and everything that mixes agents, so it belongs to the agent and
-never to its place in the order of deciding. What it adds to a policy is decided here and by name (`MEMORIES`).
+It stands between the embedding of what an agent sees and everything that mixes agents, so it
+belongs to the agent and never to its place in the order of deciding. What it adds to a policy is
+decided here and by name (`MEMORIES`).
 """
 
 from abc import abstractmethod
@@ -22,25 +23,41 @@ from mam.networks.layers import Dense
 class AbstractRecurrence(eqx.Module):
     """Reads one row per agent and environment step; what it keeps between two steps is its state.
 
-    `unroll` is `step` after `step`, in one pass. Where `reset` is True an episode begins: the state before it, whatever
-    is in it, has no part in what follows.
+    `unroll` is `step` after `step`, in one pass. Where `reset` is True an episode begins: the state
+    before it, whatever is in it, has no part in what follows.
     """
 
     @abstractmethod
     def init(self, shape: tuple[int, ...]) -> PyTree:
-        """Returns the state before an episode's first step, for `shape` agents; () if nothing is remembered."""
+        """Return the state before an episode; () if nothing is remembered.
+
+        Args:
+            shape: [*batch, N], leading axes and agents.
+        """
 
     @abstractmethod
     def step(
         self, state: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]
     ) -> tuple[PyTree, Float[Array, "*batch N E"]]:
-        """Returns the state after one step, and its output."""
+        """Return the state after one step, and its output.
+
+        Args:
+            state: before the step.
+            x: the agents' rows.
+            reset: whether the step is the first of its episode.
+        """
 
     @abstractmethod
     def unroll(
         self, state: PyTree, x: Float[Array, "T *batch N E"], reset: Bool[Array, "T *batch"]
     ) -> tuple[PyTree, Float[Array, "T *batch N E"]]:
-        """Returns the state after T steps, and the outputs of all of them."""
+        """Return the state after T steps, and the outputs of all of them.
+
+        Args:
+            state: before the first step, without the time axis.
+            x: the agents' rows at step t.
+            reset: whether step t is the first of its episode.
+        """
 
 
 class NoMemory(AbstractRecurrence):
@@ -64,9 +81,11 @@ class NoMemory(AbstractRecurrence):
 
 
 class GRU(AbstractRecurrence):
-    """A gated recurrent unit (Cho et al. 2014, arXiv 1406.1078); the state is the output as well.
+    """A gated recurrent unit; the state is the output as well.
 
     r, z = σ(W x + U h + b);  n = tanh(W x + b + r ⊙ (U h + c));  h' = (1 − z) ⊙ n + z ⊙ h
+
+    Source: Cho et al. 2014 (arXiv 1406.1078).
     """
 
     inputs: Dense  # of r, z and n side by side
@@ -98,7 +117,7 @@ class GRU(AbstractRecurrence):
         x: Float[Array, "T *batch N E"],
         reset: Bool[Array, "T *batch"],
     ) -> tuple[Float[Array, "*batch N E"], Float[Array, "T *batch N E"]]:
-        """Returns the state after T steps and all outputs; the inputs' share of the gates is one product."""
+        """Return the last state and all outputs; the inputs' share of the gates is one product."""
 
         def step(state, inputs):
             state = self._advance(state, *inputs)
@@ -122,7 +141,9 @@ def unroll_successors(
     reset: Bool[Array, "T *batch"],
     successor: Float[Array, "T *batch N E"],
 ) -> Float[Array, "T *batch N E"]:
-    """Reads what followed every step, each time from the state after it, of which no more than one exists at a time.
+    """Read what followed every step, each from the state after it.
+
+    No more than one such state exists at a time.
 
     Args:
         recurrence: of the policy.
@@ -148,7 +169,7 @@ def unroll_successors(
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """A line of the list, and how the recurrence is built: `build(config, key=key)` with a `NetworkConfig`."""
+    """A line of the list, and how the recurrence is built: `build(config, key=key)`."""
 
     description: str
     build: Callable[..., AbstractRecurrence]
@@ -161,7 +182,11 @@ MEMORIES = {
 
 
 def make_memory(config: NetworkConfig, *, key: Key[Array, ""]) -> AbstractRecurrence:
-    """Builds the recurrence that `config.memory` names; none if it names none.
+    """Build the recurrence that `config.memory` names; `NoMemory` if it names none.
+
+    Args:
+        config: of the network.
+        key: of the weights.
 
     Raises:
         UserError: if there is no memory of this name.

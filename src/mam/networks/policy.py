@@ -45,11 +45,13 @@ def _independent(
 ) -> IndependentPolicy:
     if sizes.layouts:
         raise UserError(
-            f"network.encoder.layout and network.decoder.layout are for sequence policies: {sequence_policies()}"
+            "network.encoder.layout and network.decoder.layout are for sequence policies: "
+            f"{sequence_policies()}"
         )
     if decoding != Decoding():
         raise UserError(
-            f"decode is for sequence policies ({sequence_policies()}): independent agents need no decoding"
+            f"decode is for sequence policies ({sequence_policies()}): "
+            "independent agents need no decoding"
         )
     return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
 
@@ -68,7 +70,7 @@ SEQUENTIAL = Decoding()
 
 
 def policies() -> dict[str, PolicyKind]:
-    """Return all policies by name: one for every family of mixers, and those of independent agents."""
+    """Return all policies by name: one per family of mixers, and those of independent agents."""
     families = MIXERS.values()
     sequence = {
         f.policy: PolicyKind(
@@ -123,7 +125,14 @@ def make_policy(
     *,
     key: Key[Array, ""],
 ) -> Policy:
-    """Builds a named policy for the sizes of a task.
+    """Build a named policy for the sizes of a task.
+
+    Args:
+        name: a key of `policies()`.
+        spec: of the task's observations and actions.
+        sizes: of the networks.
+        decoding: how a sequence policy acts.
+        key: of the weights.
 
     Raises:
         UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
@@ -135,19 +144,19 @@ def make_policy(
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:
-    """Names the memory of a policy: what the configuration asks for, or else the policy's own."""
+    """Name the memory of a policy: what `config` asks for, or else that of the policy `name`."""
     return config.memory or policies()[name].memory
 
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
-    """Says whether a policy carries anything from one environment step to the next."""
+    """Say whether the policy `name` has memory, given the network's `config`."""
     return memory_of(name, config) != "none"
 
 
 def transfer_weights(
     policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
 ) -> Policy:
-    """The same weights for another task, one with more agents, say.
+    """Return the policy with the same weights for another task, such as one with more agents.
 
     Args:
         policy: weights trained on `old`, with any leading axes.
@@ -191,7 +200,10 @@ def transfer_weights(
     if to_blame:
         hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"
         raise UserError(
-            f"this {name} was trained on {old.name} and cannot play {new.name}: {', '.join(to_blame)}"
+            (
+                f"this {name} was trained on {old.name} and cannot play {new.name}: "
+                f"{', '.join(to_blame)}"
+            )
             + hint * (new.obs_dim - old.obs_dim == new.num_agents - old.num_agents != 0)
         )
     return jax.tree.unflatten(jax.tree.structure(shapes(new)), jax.tree.leaves(policy))

@@ -1,4 +1,7 @@
-"""Sequence policies: agents as a sequence, actions one after another. `mam` and `mat` differ in their mixers only."""
+"""Sequence policies: agents as a sequence, actions one after another.
+
+`mam` and `mat` differ in their mixers only.
+"""
 
 from dataclasses import dataclass
 
@@ -30,7 +33,11 @@ class Layout:
 
     @classmethod
     def of(cls, letter: str, sizes: NetworkConfig) -> "Layout":
-        """Return `num_blocks` times one letter, where the configuration has no layout of its own.
+        """Return the layouts of the configuration, or `num_blocks` times one letter.
+
+        Args:
+            letter: of the family of mixers that the policy is named after.
+            sizes: of the networks, with their layouts if any.
 
         Raises:
             UserError: for a letter of no mixer, or a decoder whose layouts differ in length.
@@ -40,8 +47,8 @@ class Layout:
         cross = sizes.decoder.cross or decoder
         if len(cross) != len(decoder):
             raise UserError(
-                f"network.decoder.cross must have a letter for each of the decoder's {len(decoder)} blocks, "
-                f"got {cross!r}"
+                f"network.decoder.cross must have a letter for each of the decoder's "
+                f"{len(decoder)} blocks, got {cross!r}"
             )
         return cls(
             encoder=families_of(sizes.encoder.layout or own, "network.encoder.layout"),
@@ -51,11 +58,13 @@ class Layout:
 
 
 class SequencePolicy(eqx.Module):
-    """An encoder over all agents' observations and a decoder that chooses their actions one after another.
+    """An encoder over all agents' observations, and a decoder that chooses actions one by one.
 
-    Joint policy: π(a | o) = Π_k π(a_{i_k} | o, a_{i_1}, …, a_{i_{k−1}}) with i_1, i_2, … the order of deciding:
-    by index, the living first. Source: MAT (arXiv 2205.14953), MAM (arXiv 2410.19382). Differences: the order is
-    an output of `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents.
+    Joint policy: π(a | o) = Π_k π(a_{i_k} | o, a_{i_1}, …, a_{i_{k−1}}) with i_1, i_2, … the order
+    of deciding: by index, the living first.
+
+    Source: MAT (arXiv 2205.14953), MAM (arXiv 2410.19382). Differences: the order is an output of
+    `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents.
     """
 
     embed: ObservationEmbedding
@@ -94,7 +103,7 @@ class SequencePolicy(eqx.Module):
         return self.encoder.value_head.out
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """State of the memory before an episode; () if there is none."""
+        """Return the memory before an episode; see `mam.types.Policy`."""
         return self.memory.init((*batch, self.num_agents))
 
     def act(
@@ -106,8 +115,9 @@ class SequencePolicy(eqx.Module):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses one joint action per batch element; see `mam.types.Policy`."""
-        # 1. Everything that does not depend on the actions, for all agents at once, in the order of deciding.
+        """Choose one joint action per batch element; see `mam.types.Policy`."""
+        # 1. Everything that does not depend on the actions, for all agents at once, in the order of
+        #    deciding.
         order = decision_order(obs.alive)
         memory, x = self.memory.step(memory, self.embed(obs), reset)
         encoded = self.encode(x, obs.alive, order)
@@ -138,7 +148,7 @@ class SequencePolicy(eqx.Module):
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Teacher-forced pass over stored joint actions; see `mam.types.Policy`."""
+        """Evaluate stored joint actions in a teacher-forced pass; see `mam.types.Policy`."""
         _, x = self.memory.unroll(memory, self.embed(obs), reset)
         encoded = self.encode(x, obs.alive, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
@@ -151,7 +161,7 @@ class SequencePolicy(eqx.Module):
         )
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """State value per agent, from the encoder alone."""
+        """Return the state value per agent, from the encoder alone; see `mam.types.Policy`."""
         going_on = jnp.zeros(obs.alive.shape[:-1], bool)
         _, x = self.memory.step(memory, self.embed(obs), going_on)
         return self._value(x, obs.alive)
@@ -159,7 +169,7 @@ class SequencePolicy(eqx.Module):
     def successor_values(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """Values of what followed every step; see `mam.types.Policy`."""
+        """Return the values of what followed every step; see `mam.types.Policy`."""
         x = unroll_successors(self.memory, memory, self.embed(obs), reset, self.embed(successor))
         return self._value(x, successor.alive)
 
@@ -169,7 +179,13 @@ class SequencePolicy(eqx.Module):
         alive: Bool[Array, "*batch N"],
         order: Int[Array, "*batch N"],
     ) -> Encoded:
-        """Representations and values, in the order of deciding, of what the memory put out."""
+        """Return representations and values in the order of deciding.
+
+        Args:
+            x: the memory's outputs, by agent.
+            alive: False for the dead, by agent.
+            order: order[k] decides k-th.
+        """
         if self.dtype != "float32":
             x = x.astype(self.dtype)
         return self.encoder(_rows(x, order), _rows(alive, order))
@@ -182,12 +198,12 @@ class SequencePolicy(eqx.Module):
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:
-    """Agents by index, the living first: order[k] decides k-th."""
+    """Return the agents by index, the living first: order[k] decides k-th."""
     return jnp.argsort(~alive, axis=-1, stable=True).astype(jnp.int32)
 
 
 def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
-    """Entries of [*batch, N] or rows of [*batch, N, F], taken along the agents."""
+    """Take entries of [*batch, N] or rows of [*batch, N, F] along the agents."""
     if x.ndim == index.ndim:
         return jnp.take_along_axis(x, index, axis=-1)
     return jnp.take_along_axis(x, index[..., None], axis=-2)

@@ -1,6 +1,6 @@
-"""What the kernels share: a launch whose blocks are named by axes, and single instructions of the GPU.
+"""What the kernels share: a launch whose blocks are named by axes, and single GPU instructions.
 
-Pallas is imported inside: the import takes a while, and only who runs a kernel needs it.
+Pallas is imported inside functions: the import takes a while, and only running a kernel needs it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,17 +21,23 @@ def launch(
     interpret: bool,
     name: str,
 ) -> tuple[jax.Array | None, ...]:
-    """Runs a Pallas-Triton kernel, one warp per program.
+    """Run a Pallas-Triton kernel, one warp per program.
 
     Args:
-        kernel: takes a reference to its block of each operand and each output; None for each that is None.
+        kernel: takes a reference to its block of each operand and each output; None for each that
+            is None.
         operands: an array, or None, and its axes, a letter each.
         outputs: a type, or None for no output, and axes.
         sizes: of the axes.
-        blocks: per axis that is cut, how long a program's part is; None for a part of one without the axis.
-        grid: the axes that are cut, those of neighbouring programs first. Letters of one word are cut together.
+        blocks: per axis that is cut, the length of a program's block; None for a block of one
+            without the axis.
+        grid: the axes that are cut, those of neighbouring programs first. Letters of one word are
+            cut together.
         interpret: run as ordinary JAX operations, on any device.
         name: of the kernel, for profiles.
+
+    Returns:
+        The outputs, None for each whose type is None.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -56,23 +62,31 @@ def launch(
         out_specs=tuple(None if dtype is None else spec(axes) for dtype, axes in outputs),
         interpret=interpret,
         name=name,
-        # Without parameters of Triton's, some versions of JAX would give the kernel to another compiler (Mosaic).
+        # Without parameters of Triton's, some versions of JAX would give the kernel to another
+        # compiler (Mosaic).
         compiler_params=triton.CompilerParams(num_warps=1, num_stages=1),
     )(*(v for v, _ in operands))
 
 
 def multiply_add(a, b, c, *, interpret):
-    """The sum a b + c. In Triton as XLA runs it, a product is rounded before it is added: two instructions, not one."""
+    """Return a b + c, rounded once.
+
+    In Triton as XLA runs it, a product is rounded before it is added: two instructions, not one.
+    `interpret` computes it by ordinary JAX operations.
+    """
     return a * b + c if interpret else _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
 def exp2(x, *, interpret):
-    """2^x, zero below 2^-126. XLA's own keeps those results, at four instructions instead of one."""
+    """Return 2^x, zero below 2^-126; by ordinary JAX operations if `interpret`.
+
+    XLA's own keeps those results, at four instructions instead of one.
+    """
     return jnp.exp2(x) if interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
 
 def _instruction(assembly, *operands):
-    """An instruction, on each element of operands of float32."""
+    """Apply an instruction to each element of operands of float32."""
     from jax.experimental.pallas import triton
 
     operands = jnp.broadcast_arrays(*operands)

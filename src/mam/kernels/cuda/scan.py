@@ -1,19 +1,22 @@
-"""The selective scan of `mam.kernels.selective_scan` as two Pallas-Triton kernels, forward and backward.
+"""The selective scan of `mam.kernels.selective_scan` as two Pallas-Triton kernels.
 
-A program is one warp. It runs the recurrence of a tile of channels along a sequence with the state [channels, S] in
-registers, 16 values per thread; there is one program per sequence (or a few short ones) and tile. With S minor, Triton
-gives each thread 4 channels × 4 states, so that sums over either need few shuffles and no warp waits for another.
+A program is one warp. It runs the recurrence of a tile of channels along a sequence with the state
+[channels, S] in registers, 16 values per thread; there is one program per sequence (or a few short
+ones) and tile. With S minor, Triton gives each thread 4 channels × 4 states, so that sums over
+either need few shuffles and no warp waits for another.
 
-For the backward pass the inputs are kept and one state per chunk of agents; the states inside a chunk are computed
-again. At S = 16 compilers take 160 to 210 registers per thread forward and 255 backward (8 warps per multiprocessor).
-Memory traffic in float32 at D = 128, N large: 21 bytes per agent and channel forward and 38 backward, 32 of them for x,
-Δ, y and their gradients. A sequence of one chunk or less keeps no state.
+For the backward pass the inputs are kept and one state per chunk of agents; the states inside a
+chunk are computed again. At S = 16 compilers take 160 to 210 registers per thread forward and 255
+backward (8 warps per multiprocessor). Memory traffic in float32 at D = 128, N large: 21 bytes per
+agent and channel forward and 38 backward, 32 of them for x, Δ, y and their gradients. A sequence
+of one chunk or less keeps no state.
 
-The gradients of B and C are sums over all channels: each tile writes its part, and XLA adds the parts. Atomic additions
-would save some of those bytes, but not give the same bits twice.
+The gradients of B and C are sums over all channels: each tile writes its part, and XLA adds the
+parts. Atomic additions would save some of those bytes, but not give the same bits twice.
 
-Source: the hardware-aware scan of Mamba (arXiv 2312.00752, §3.3.2), which recomputes likewise. Difference: that one
-is a parallel prefix along the sequence, as long sequences need; here they are short and many, and a loop does less.
+Source: the hardware-aware scan of Mamba (arXiv 2312.00752, §3.3.2), which recomputes likewise.
+Difference: that one is a parallel prefix along the sequence, as long sequences need; here they are
+short and many, and a loop does less.
 """
 
 import dataclasses
@@ -32,15 +35,17 @@ WIDE_STATE = 16
 TILE = 512  # states per program: 32 threads × 16
 MIN_BLOCK = 8  # channels per tile: fewer waste most of each read
 MIN_STATE, MAX_STATE = 4, 64
-MIN_AGENTS = 64  # agents per program, where sequences are short: each program reads A and writes a gradient of A
+# Agents per program, where sequences are short: each program reads A and writes a gradient of A.
+MIN_AGENTS = 64
 MIN_PROGRAMS = 2048  # fewer leave an H100 (132 multiprocessors) partly idle
 
 
 def kernel_supports(n: int, d: int, s: int) -> bool:
-    """Whether `scan_kernel` takes N agents, D channels and S states.
+    """Say whether `scan_kernel` takes N agents, D channels and S states.
 
-    Any N; S a power of two from 4 to 64; D a multiple of 8, better one of 512 / S. What a Triton program holds must
-    have sizes that are powers of two: here a tile of channels, S, and their product.
+    Any N; S a power of two from 4 to 64; D a multiple of 8, better one of 512 / S. What a Triton
+    program holds must have sizes that are powers of two: here a tile of channels, S, and their
+    product.
     """
     return (
         n >= 1
@@ -63,7 +68,7 @@ def scan_kernel(
     interpret: bool = False,
     final_state: bool = True,
 ) -> tuple[Float[Array, "M N D"], Float[Array, "M S D"] | None]:
-    """Runs the recurrence along the agents of M sequences.
+    """Run the recurrence along the agents of M sequences.
 
         h_i = exp(Δ_i A) ⊙ h_{i-1} + (Δ_i x_i) ⊗ B_i,   y_i = Σ_s h_i[s] C_i[s]
 
@@ -77,12 +82,12 @@ def scan_kernel(
         h0: h before the first agent (zeros if None).
         reverse: run from the last agent to the first; outputs stay in the order of the inputs.
         interpret: run as ordinary JAX operations, on any device.
-        final_state: whether the second result is wanted. It is as large as the inputs of S / 2 agents, which short
-            sequences notice.
+        final_state: whether the second result is wanted. It is as large as the inputs of S / 2
+            agents, which costs short sequences time.
 
     Returns:
-        The outputs, without the skip D ⊙ x, in x's type; and the state after the last agent read, in float32 (None
-        unless `final_state`).
+        The outputs, without the skip D ⊙ x, in x's type; and the state after the last agent read,
+        in float32 (None unless `final_state`).
 
     Raises:
         ValueError: for sizes that `kernel_supports` refuses.
@@ -102,8 +107,9 @@ def scan_kernel(
 class _Plan:
     """What is static: how a call is cut into programs, and each sequence into chunks.
 
-    The agents are read as a head of at most one chunk, which starts from h0, and then whole chunks, whose first states
-    are kept. So N may be any number, nothing is padded, and no state is kept that is not needed.
+    The agents are read as a head of at most one chunk, which starts from h0, and then whole chunks,
+    whose first states are kept. So N may be any number, nothing is padded, and no state is kept
+    that is not needed.
     """
 
     m: int
@@ -121,7 +127,7 @@ class _Plan:
 
     @property
     def rows(self):
-        """Sequences per program, one by one: a power of two that divides M, above 1 if they are short and many."""
+        """Sequences per program, one by one: a power of two that divides M; 1 if long or few."""
         rows = max(1, min(MIN_AGENTS // self.n, self.m * (self.d // self.block) // MIN_PROGRAMS))
         return math.gcd(self.m, 1 << (rows.bit_length() - 1))
 
@@ -139,11 +145,11 @@ class _Plan:
         return self.n - self.chunks * self.chunk
 
     def places(self, first, count):
-        """Where the agents stand that are read from the `first` on."""
+        """List the positions of `count` agents, from the one read as number `first` on."""
         return [self.n - 1 - (first + j) if self.reverse else first + j for j in range(count)]
 
     def run(self, kernel, operands, outputs):
-        """Launches a kernel over tiles (T) × groups of sequences (G); K are chunks."""
+        """Launch a kernel over tiles (T) × groups of sequences (G); K are chunks."""
         tiles, groups = self.d // self.block, self.m // self.rows
         return launch(
             partial(kernel, plan=self),

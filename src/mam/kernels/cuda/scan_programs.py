@@ -1,6 +1,7 @@
 """The two programs of the selective scan, as one warp runs them on one tile of channels.
 
-`plan` says how the sequences are cut (`mam.kernels.cuda.scan`). States are [block, S]: channels × states.
+`plan` says how the sequences are cut (`mam.kernels.cuda.scan`). States are [block, S]: channels
+times states.
 """
 
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ class _Agent(NamedTuple):
 
 
 def forward_program(*refs, plan):
+    """Run the recurrence along a program's sequences; keep the state before each whole chunk."""
     inputs, (y, last, starts) = Inputs(*refs[: len(AXES)]), refs[len(AXES) :]
     A = inputs.A[...] * LOG2_E
 
@@ -67,7 +69,10 @@ def forward_program(*refs, plan):
 
 
 def backward_program(*refs, plan):
-    """The equations of `mam.kernels.selective_scan._recurrence_bwd`, chunk by chunk from the last one."""
+    """Compute the gradients, chunk by chunk from the last one.
+
+    The equations are those of `mam.kernels.selective_scan._recurrence_bwd`.
+    """
     inputs = Inputs(*refs[: len(AXES)])
     starts, gy, g_last, gx, gdt, gB, gC, gA, gh0 = refs[len(AXES) :]
     A = inputs.A[...] * LOG2_E
@@ -83,8 +88,9 @@ def backward_program(*refs, plan):
             before.append(_zero_if_reset(agent, h))
             h = _advance(plan, A, before[-1], agent)
             gC[row, place] = jnp.sum(g[:, None] * h, axis=0)
-        # 2. Back. The inputs are read again, from the cache: there are not registers for them and the states. And with
-        #    the same Δ as above, the compiler would not compute the decays again but hold them, too.
+        # 2. Back. The inputs are read again, from the cache: there are not registers for them and
+        #    the states. And with the same Δ as above, the compiler would not compute the decays
+        #    again but hold them, too.
         for place, h in zip(reversed(places), reversed(before), strict=True):
             agent, g = _read(inputs, row, place), _wide(gy, row, place)
             G = multiply_add(g[:, None], agent.C, later, interpret=plan.interpret)
@@ -129,12 +135,12 @@ def _state(ref, row, A):
 
 
 def _decay(plan, A, agent):
-    """The factor exp(Δ A), given A log2(e): [block, S]."""
+    """Return exp(Δ A), given A log2(e): [block, S]."""
     return exp2(agent.dt[:, None] * A, interpret=plan.interpret)
 
 
 def _zero_if_reset(agent, state):
-    """Not a product: what is left out may be NaN."""
+    """Choose the state or, where the agent is reset, zeros; no product, as a state may be NaN."""
     return state if agent.reset is None else jnp.where(agent.reset != 0, 0.0, state)
 
 

@@ -15,7 +15,7 @@ MAX_TAPS = 4  # kMaxTaps in native/src/cpp/kernels.h
 
 
 def native_conv_supports(x: Array, weight: Array) -> bool:
-    """Whether `native_conv_silu` takes these: float32, and at most 4 taps."""
+    """Say whether `native_conv_silu` takes x and weight [taps, F]: float32, and at most 4 taps."""
     return x.dtype == weight.dtype == jnp.float32 and weight.shape[0] <= MAX_TAPS
 
 
@@ -27,9 +27,14 @@ def native_conv_silu(
     *,
     reverse: bool,
 ) -> Float[Array, "*batch N F"]:
-    """SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), zeros before the first agent and before a reset.
+    """Return SiLU(bias + Σ_k weight[K − 1 − k] x_{i−k}), the causal depthwise convolution.
 
-    If `reverse`, x_{i+k}, and zeros after the last agent.
+    Args:
+        x: inputs x_i; zeros before the first agent.
+        weight: K taps per channel, the last for the agent itself.
+        bias: one per channel.
+        reset: True where agents before agent i count as zeros (None: nowhere).
+        reverse: read x_{i+k}, and zeros after the last agent.
     """
     rows, n = math.prod(x.shape[:-2]), x.shape[-2]
     reset = None if reset is None else reset.reshape(rows, n)

@@ -1,6 +1,6 @@
-"""A dense layer's product on CPU, of which the package `mam_native` computes the gradient by the weight.
+"""A dense layer's product on CPU: the package `mam_native` computes the gradient by the weight.
 
-XLA multiplies well forward, but takes up to three times as long for xᵀ g, a sum over very many rows.
+XLA multiplies well forward, but takes up to three times as long for xᵀ g, a sum over many rows.
 """
 
 import jax
@@ -15,7 +15,7 @@ BLOCK = 1024  # rows, at least, between sums that are kept apart
 
 
 def native_product_supports(x: Array, weight: Array) -> bool:
-    """Whether `native_product` takes these: float32, and a side of the weight a multiple of 16."""
+    """Say whether `native_product` takes these: float32, a side of weight a multiple of 16."""
     return x.dtype == weight.dtype == jnp.float32 and any(
         size % LANES == 0 for size in weight.shape
     )
@@ -23,7 +23,7 @@ def native_product_supports(x: Array, weight: Array) -> bool:
 
 @jax.custom_vjp
 def native_product(x: Float[Array, "M I"], weight: Float[Array, "I O"]) -> Float[Array, "M O"]:
-    """The product x W."""
+    """Return x W, where x are M rows and W is the weight."""
     return x @ weight
 
 
@@ -42,7 +42,7 @@ native_product.defvjp(_product_fwd, _product_bwd)
 
 
 def _weight_gradient(x: Float[Array, "M I"], g: Float[Array, "M O"]) -> Float[Array, "I O"]:
-    """xᵀ g."""
+    """Return xᵀ g, summed over blocks of rows and then over blocks."""
     if g.shape[1] % LANES:
         return _weight_gradient(g, x).T
     blocks = min(-(-x.shape[0] // BLOCK), MAX_BLOCKS)

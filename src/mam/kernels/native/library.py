@@ -1,6 +1,7 @@
-"""Kernels for CPUs, from the optional package `mam_native` (the folder native/): where it is and whether to use it.
+"""Kernels for CPUs, from the optional package `mam_native`: where it is and whether to use it.
 
-What a kernel may not be part of, such as a program that is exported, is traced within `without_native()`.
+Its source is the folder native/. What a kernel may not be part of, such as a program that is
+exported, is traced within `without_native()`.
 """
 
 import functools
@@ -25,12 +26,15 @@ _allowed = jax.make_user_context(True)  # a part of every jitted function's key
 
 
 def without_native() -> Any:
-    """A context in which everything is traced as plain JAX: exported programs must not call this machine's library."""
+    """Return a context in which everything is traced as plain JAX.
+
+    Exported programs are traced so: they must not call this machine's library.
+    """
     return _allowed(False)
 
 
 def use_native() -> bool:
-    """Whether to choose kernels for the CPU: the package is there, and no other device is."""
+    """Say whether to choose kernels for the CPU: the package is there, and no other device is."""
     return (
         bool(_allowed.value)
         and is_installed()
@@ -39,7 +43,15 @@ def use_native() -> bool:
 
 
 def on_cpu(native: Callable[..., Sequence], other: Callable[..., Sequence], *args: Any) -> tuple:
-    """The two results of `native` on CPU, of `other` elsewhere; one that nobody reads is not computed."""
+    """Return the two results of `native` on CPU, of `other` elsewhere.
+
+    Each is a computation of its own: a result that is not used is not computed.
+
+    Args:
+        native: takes `args`; returns two arrays.
+        other: the same function in plain JAX.
+        *args: arrays, or None.
+    """
     return tuple(
         lax.platform_dependent(
             *args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i]
@@ -50,19 +62,19 @@ def on_cpu(native: Callable[..., Sequence], other: Callable[..., Sequence], *arg
 
 @functools.cache
 def is_installed() -> bool:
-    """Whether the package is there, in the version whose kernels are called here; does not import it."""
+    """Say, without importing it, whether the package is there in the version called here."""
     return installed_version().startswith(f"{VERSION}.")
 
 
 def installed_version() -> str:
-    """Of the package; empty if it is not there."""
+    """Return the version of the package; empty if it is not there."""
     there = importlib.util.find_spec("mam_native") is not None
     return (there and errors.installed_version(errors.NATIVE)) or ""
 
 
 @functools.cache
 def library() -> Any:
-    """The package, with its kernels registered.
+    """Import the package and register its kernels.
 
     Raises:
         UserError: where it is not installed.
@@ -78,9 +90,19 @@ def library() -> Any:
 def call(
     name: str, shapes: Sequence[tuple[int, ...]], *arguments: Array | None, **attributes: Any
 ) -> Sequence[Array]:
-    """A kernel's outputs, of these shapes. In its arguments no elements stand for None, 1 for True.
+    """Call a kernel and return its outputs.
 
-    Mapped over, kernels take all leading axes as one batch, of which each element has its own weights.
+    Mapped over, kernels take all leading axes as one batch, of which each element has its own
+    weights.
+
+    Args:
+        name: of the kernel, a key of `mam_native.HANDLERS`.
+        shapes: of the outputs, all in float32.
+        *arguments: arrays; the kernel gets no elements for None, and 1 for True.
+        **attributes: numbers, of the types that the kernel declares.
+
+    Raises:
+        UserError: where the package is not installed.
     """
     library()
     arrays = [jnp.zeros(0, jnp.float32) if v is None else v for v in arguments]
@@ -90,17 +112,17 @@ def call(
 
 
 def num_blocks(x: Array) -> np.int64:
-    """Into how many blocks the first axis is cut."""
+    """Return into how many blocks the first axis is cut."""
     return np.int64(min(x.shape[0], MAX_BLOCKS))
 
 
 def block_sums(x: Array, weight: Array | None) -> tuple[int, ...]:
-    """The shape of the sums of a weight's gradient over blocks."""
+    """Return the shape of the gradient of a weight per block of x, (0,) for a weight of None."""
     return (0,) if weight is None else (int(num_blocks(x)), *weight.shape)
 
 
 def description() -> str:
-    """In a few words what there is, for `mam --version`."""
+    """Describe in a few words what is installed, for `mam --version`."""
     if not is_installed():
         version = installed_version()
         return f"native kernels {version}, not {VERSION}" if version else "no native kernels"

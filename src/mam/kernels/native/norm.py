@@ -1,6 +1,7 @@
 """LayerNorm and RMSNorm on CPU, forward and backward, by the package `mam_native`.
 
-One pass over memory each way. Inputs are all that is kept for the gradient; the moments are computed again.
+One pass over memory each way. Inputs are all that is kept for the gradient; the moments are
+computed again.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from mam.kernels.native.library import LANES, block_sums, call, num_blocks
 
 
 def native_norm_supports(x: Array, *others: Array | None) -> bool:
-    """Whether `native_norm` takes these: all float32, and rows a multiple of 16."""
+    """Say whether `native_norm` takes these: all float32, and rows of x a multiple of 16."""
     return x.shape[-1] % LANES == 0 and all(
         v is None or v.dtype == jnp.float32 for v in (x, *others)
     )
@@ -28,7 +29,15 @@ def native_norm(
     *,
     eps: float,
 ) -> Float[Array, "*batch E"]:
-    """The norm of x, or of x + plus: LayerNorm if there is an offset, RMSNorm if not."""
+    """Normalise x, or x + plus, over the last axis: LayerNorm if there is an offset, else RMSNorm.
+
+    Args:
+        x: activations.
+        plus: residual, added to x first (None: nothing).
+        scale: multiplies the normalised rows.
+        offset: added then; None for RMSNorm.
+        eps: added to the variance.
+    """
     rows = [None if v is None else v.reshape(-1, v.shape[-1]) for v in (x, plus)]
     return _norm(eps, *rows, scale, offset).reshape(x.shape)
 

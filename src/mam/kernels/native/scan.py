@@ -1,7 +1,8 @@
-"""The selective scan of `mam.kernels.selective_scan` on CPU, forward and backward, by the package `mam_native`.
+"""The selective scan of `mam.kernels.selective_scan` on CPU, by the package `mam_native`.
 
-The package keeps one state per chunk of agents, none for sequences of one chunk, and computes the others again. How the
-work is cut depends on sizes only, not on the number of threads: a call gives the same bits every time.
+The package keeps one state per chunk of agents, none for sequences of one chunk, and computes the
+others again. How the work is cut depends on sizes only, not on the number of threads: a call gives
+the same bits every time.
 """
 
 import math
@@ -22,7 +23,7 @@ MAX_RANK = 16  # features of which step sizes are made: more are better multipli
 
 
 class ScanInputs(NamedTuple):
-    """What the recurrence reads; numbers are in float32."""
+    """What the recurrence reads; real arrays are in float32."""
 
     x: Float[Array, "M N D"]
     dt: Float[Array, "M N D"] | Float[Array, "M N R"]  # step sizes, or what they are made of
@@ -30,9 +31,8 @@ class ScanInputs(NamedTuple):
     B: Float[Array, "M N S"]
     C: Float[Array, "M N S"]
     D: Float[Array, "D"]
-    reset: (
-        Bool[Array, "M N"] | None
-    )  # where the state before agent i counts as zero (None: nowhere)
+    # Where the state before agent i counts as zero (None: nowhere).
+    reset: Bool[Array, "M N"] | None
     h0: Float[Array, "M S D"] | None  # h before the first agent (zeros if None)
     # Of a gated scan, Δ = min(softplus(W dt + b), DT_LIMIT):
     weight: Float[Array, "R+1 D"] | None = None  # the rows of W, then b
@@ -41,14 +41,15 @@ class ScanInputs(NamedTuple):
 
 
 def native_outputs(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M N D"]:
-    """The outputs, the skip connection included; agents are read from the last to the first if `reverse`."""
+    """Return the outputs with the skip connection; read from the last agent on if `reverse`."""
     return _scan(reverse, "y", inputs)
 
 
 def native_final_state(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M S D"]:
-    """The state after the last agent read. A call of its own, which is not made where nobody asks for the state.
+    """Return the state after the last agent read, the first agent if `reverse`.
 
-    Together with outputs it would be written always, and is as large as the inputs of S / 2 agents.
+    It is a call of its own, which is not made where the state is not used: together with outputs it
+    would be written always, and is as large as the inputs of S / 2 agents.
     """
     return _scan(reverse, "h", inputs)
 
@@ -56,7 +57,10 @@ def native_final_state(inputs: ScanInputs, *, reverse: bool) -> Float[Array, "M 
 def _run_forward(
     reverse: bool, output: str, inputs: ScanInputs, *, keep_starts: bool
 ) -> Sequence[Array]:
-    """The output, no or all final states, and the states between chunks."""
+    """Return outputs ("y"), final states ("h"), states between chunks and scratch memory.
+
+    Those that are not asked for are empty.
+    """
     m, n, d = inputs.x.shape
     s = inputs.B.shape[-1]
     cut = _Cut.of(m, d)
@@ -117,7 +121,7 @@ def _scan_bwd(reverse: bool, output: str, residuals: Any, gradient: Array) -> tu
 
 
 def _total(parts: Array) -> Array:
-    """The sum over the first axis."""
+    """Sum over the first axis."""
     return jnp.sum(parts, axis=0) if parts.shape[0] != 1 else parts[0]
 
 
@@ -139,11 +143,11 @@ class _Cut(NamedTuple):
         return cls(blocks, -(-d // width))
 
     def attributes(self) -> dict[str, np.int64]:
-        """As the kernels are told."""
+        """Return the cut as attributes of a kernel's call."""
         return {"blocks": np.int64(self.blocks), "tiles": np.int64(self.tiles)}
 
     def scratch(self, inputs: ScanInputs) -> tuple[int, int]:
-        """Memory to work in, for each thread that may take part."""
+        """Return the shape of the scratch memory: threads that may take part, floats for each."""
         workers = min(self.blocks * self.tiles, os.cpu_count() or 1)
         rank = 0 if inputs.weight is None else inputs.dt.shape[-1]
         return workers, library().scan_scratch(

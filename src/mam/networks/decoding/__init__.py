@@ -1,1 +1,1 @@
-"""Choosing actions: one agent after another, or all at once until nothing changes; in XLA, CUDA or native code."""
+"""Choosing actions, one agent after another or by a fixed point; in XLA, CUDA or native code."""

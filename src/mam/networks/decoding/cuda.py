@@ -1,23 +1,28 @@
-"""All agents' decisions in one kernel: the loop of `decide`, one agent after another, for state-space decoders.
+"""All agents' decisions in one kernel: the loop of `decide`, for state-space decoders.
 
-As XLA runs that loop each agent takes 40 to 60 launches, and nothing else takes time. Here a program runs all agents
-of a few environments, and nothing leaves its multiprocessor but actions and outputs.
+As XLA runs that loop each agent takes 40 to 60 launches, and nothing else takes time. Here a
+program runs all agents of a few environments, and nothing leaves its multiprocessor but actions and
+outputs.
 
-* Activations are features × columns (`decode_columns`): features are the long side of every product, environments
-  the 8 columns that are the least the matrix units take. Fewer environments stand there several times and share out
-  the work on the scan's states, so that no column is idle.
-* Matrices stay in shared memory, as float16: at d_model 64, d_state 16 and one block they take 176 KB with `mam` and
-  124 KB with `mam2`, and 2 to 4 KB are for exchanges between warps; an H100 has 227 KB. So there is one program per
-  multiprocessor. Where they do not fit, those at the end are read from the L2 cache at every use.
-* Δ's two projections are merged into one matrix where that fits: a product less in the chain of products, each of
-  which ends in an exchange between all warps.
-* States, convolutions' inputs and vectors stay in registers: 64 of a thread's 255 are for states. With one warp per 16
-  channels (the height of a matrix instruction) and at most 8, that is 4 environments per program at the sizes above.
-  Fewer environments are faster, so there are no more of them than are needed to occupy the GPU.
-* The first block's projections of a token are tables, like its embedding: rows of products worked out before.
+* Activations are features × columns (`cuda_columns`): features are the long side of every product,
+  environments the 8 columns that are the least the matrix units take. Fewer environments stand
+  there several times and share out the work on the scan's states, so that no column is idle.
+* Matrices stay in shared memory, as float16: at d_model 64, d_state 16 and one block they take
+  176 KB with `mam` and 124 KB with `mam2`, and 2 to 4 KB are for exchanges between warps; an H100
+  has 227 KB. So there is one program per multiprocessor. Where they do not fit, those at the end
+  are read from the L2 cache at every use.
+* Δ's two projections are merged into one matrix where that fits: a product less in the chain of
+  products, each of which ends in an exchange between all warps.
+* States, convolutions' inputs and vectors stay in registers: 64 of a thread's 255 are for states.
+  With one warp per 16 channels (the height of a matrix instruction) and at most 8, that is 4
+  environments per program at the sizes above. Fewer environments are faster, so there are no more
+  of them than are needed to occupy the GPU.
+* The first block's projections of a token are tables, like its embedding: rows of products computed
+  before.
 
-Operands are float16, not bfloat16, whose outputs are eight times as far off; sums, states, norms and exponentials are
-float32. Compiled for an H100, a step of `mam` for 4 environments is 1,800 instructions per warp and 40 barriers.
+Operands are float16, not bfloat16, whose outputs are eight times as far off; sums, states, norms
+and exponentials are float32. Compiled for an H100, a step of `mam` for 4 environments is 1,800
+instructions per warp and 40 barriers.
 """
 
 import importlib.util
@@ -49,7 +54,7 @@ MAX_TOKENS = 256
 
 @runtime_checkable
 class AheadLike(Protocol):
-    """`mam.networks.decoding.decide.Ahead`, whose module imports this one."""
+    """What fused decoders read of `mam.networks.decoding.decide.Ahead`."""
 
     @property
     def context(self) -> Context: ...
@@ -60,11 +65,12 @@ class AheadLike(Protocol):
 
 
 def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
-    """Whether `decode_kernel` takes this decoder.
+    """Say whether `decode_kernel` takes this decoder.
 
-    Its agents must make one choice each, of at most 255, and its blocks be of Mamba and Mamba-2 mixers only, mixed as
-    you like; d_model and d_inner must be powers of two from 16 on. States of one environment must fit into registers,
-    and any one of the matrices into a third of the shared memory.
+    Its agents must make one choice each, of at most 255, and its blocks be of Mamba and Mamba-2
+    mixers only, in any mixture; d_model and d_inner must be powers of two from 16 on. States of one
+    environment must fit into registers, and any one of the matrices, in `operand_dtype`, into a
+    third of the shared memory.
     """
     if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return False
@@ -88,7 +94,7 @@ def decode_kernel(
     interpret: bool = False,
     tiling: Tiling | None = None,
 ) -> tuple[Int[Array, "*batch N"], Float[Array, "*batch N A"]]:
-    """Chooses all agents' actions, one after another: argmax(logits + noise), the lowest index among equals.
+    """Choose all agents' actions, one after another: argmax(logits + noise), the lowest on ties.
 
     Has no gradient. May be mapped over seeds, decoders and all.
 
@@ -110,8 +116,9 @@ def decode_kernel(
     *batch, num_agents, num_actions = ahead.mask.shape
     size = math.prod(batch)
     tiling = tiling or default_tiling(decoder, size)
-    # 1. [batch, N, …], the batch a multiple of the environments per program. The scores of actions apart from their
-    #    logits: where illegal, that is all there is; past the last action, less than any.
+    # 1. [batch, N, …], the batch a multiple of the environments per program. The scores of actions
+    #    apart from their logits: where illegal, that is all there is; past the last action, less
+    #    than any.
     score = mask_noise(ahead.noise, ahead.mask)
     obs_rep, blocks = ahead.context.obs_rep, ahead.context.blocks
     inputs = Inputs(
@@ -130,7 +137,12 @@ def decode_kernel(
 
 
 def default_tiling(decoder: Decoder, batch: int) -> Tiling:
-    """As few environments per program as occupy the GPU, and no more than the registers take."""
+    """Choose as few environments per program as occupy the GPU, and as fit into registers.
+
+    Args:
+        decoder: one that `kernel_supports`.
+        batch: the number of environments.
+    """
     num_warps, num_envs = _num_warps(decoder), 1
     while (
         num_envs < COLUMNS
@@ -142,7 +154,7 @@ def default_tiling(decoder: Decoder, batch: int) -> Tiling:
 
 
 def _rows(v: Array, size: int, tiling: Tiling, features: int, fill: float = 0.0) -> Array:
-    """[*batch, N, F] → [batch, N, features], the batch padded to whole programs."""
+    """Reshape [*batch, N, F] to [batch, N, features], the batch padded to whole programs."""
     v = v.reshape(size, *v.shape[-2:])
     pads = [(0, -size % tiling.num_envs), (0, 0), (0, features - v.shape[-1])]
     return jnp.pad(v, pads, constant_values=fill)
@@ -159,7 +171,7 @@ def _d_states(decoder: Decoder) -> set[int]:
 
 
 def _num_warps(decoder: Decoder) -> int:
-    """One per 16 channels, at most 8."""
+    """Return the warps of a program: one per 16 channels, at most 8."""
     return min(max(ssm.out_proj.weight.shape[0] for ssm in _ssms(decoder)) // MIN_SIDE, 8)
 
 

@@ -1,4 +1,4 @@
-"""Activations of the decode kernel: features × columns, so that features are the long side of every matrix product.
+"""Activations of the decode kernel: features × columns, features the long side of every product.
 
 Functions here are of values in a kernel. Sizes are powers of two, as Triton wants them.
 """
@@ -24,8 +24,9 @@ LOG1P_TERMS = 7  # of 2 artanh(s) = 2 Σ s^(2k+1) / (2k+1) with s ≤ 1/3: a rel
 class Columns:
     """What the columns are: column c belongs to copy c // num_envs of environment c % num_envs.
 
-    Fewer environments than columns stand there several times. The copies of an environment hold the same numbers but
-    for the scan's states, which they share out: copy r has states r·J to (r + 1)·J − 1, J = d_state / copies.
+    Fewer environments than columns stand there several times. The copies of an environment hold the
+    same numbers but for the scan's states, which they share out: copy r has states r·J to
+    (r + 1)·J − 1, J = d_state / copies.
     """
 
     num_envs: int
@@ -42,11 +43,11 @@ class Columns:
         return self.d_state // self.copies
 
     def env(self, shape: tuple[int, ...]) -> Int[Array, "..."]:
-        """The column's environment, where columns are the last axis."""
+        """Return each column's environment, where columns are the last axis."""
         return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) % self.num_envs
 
     def state(self, shape: tuple[int, int]) -> Int[Array, "J C"]:
-        """The state that is a copy's j-th."""
+        """Return the number, from 0 to d_state − 1, of each copy's j-th state."""
         copy = lax.broadcasted_iota(jnp.int32, shape, 1) // self.num_envs
         return copy * self.own_states + lax.broadcasted_iota(jnp.int32, shape, 0)
 
@@ -54,13 +55,13 @@ class Columns:
         return jnp.zeros((features, COLUMNS), jnp.float32)
 
     def spread(self, per_copy: Float[Array, "F R"]) -> Float[Array, "F C"]:
-        """A number per copy, in all its columns."""
+        """Repeat a number per copy in all its columns."""
         features = per_copy.shape[0]
         wide = jnp.broadcast_to(per_copy[:, :, None], (features, self.copies, self.num_envs))
         return wide.reshape(features, COLUMNS)
 
     def sum_copies(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
-        """The sum over an environment's copies, in each of them."""
+        """Sum over an environment's copies; each of them gets the sum."""
         if self.copies == 1:
             return x
         shape = (x.shape[0], self.copies, self.num_envs)
@@ -69,9 +70,9 @@ class Columns:
         )
 
     def own_rows(self, *vectors: Float[Array, "S C"]) -> list[list[Float[Array, "1 C"]]]:
-        """Of one or two vectors over the states, the J rows that each copy needs.
+        """Return the J rows that each copy needs, of one or two vectors over the states.
 
-        Two go together: the rows reach all warps through shared memory, at the cost of two barriers.
+        Two go together: rows reach all warps through shared memory, at the cost of two barriers.
         """
         v = vectors[0] if len(vectors) == 1 else jnp.stack(vectors, axis=-1)
         if self.copies > 1:
@@ -108,18 +109,21 @@ class Columns:
         return x * self.reciprocal(1 + self.exp2(-LOG2_E * x))
 
     def gelu(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
-        """The tanh form, as jax.nn.gelu: ½ x (1 + tanh t) = x / (1 + exp(−2t))."""
+        """Return the GELU in its tanh form: ½ x (1 + tanh t) = x / (1 + exp(−2t))."""
         slope = self.multiply_add(
             x * x, jnp.float32(0.044715 * GELU_SLOPE), jnp.float32(GELU_SLOPE)
         )
         return x * self.reciprocal(1 + self.exp2(x * slope))
 
     def bounded(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
-        """Within float16's range."""
+        """Clip to float16's range."""
         return jnp.clip(x, -MAX_FLOAT16, MAX_FLOAT16)
 
     def step_size(self, x: Float[Array, "F C"]) -> Float[Array, "F C"]:
-        """`scan.step_size`; log(1 + e) = 2 artanh(e / (2 + e)), which keeps small Δ exact without a library call."""
+        """Return what `mam.kernels.selective_scan.step_size` does, without a library call.
+
+        log(1 + e) = 2 artanh(e / (2 + e)) keeps small Δ exact.
+        """
         e = self.exp2(-LOG2_E * jnp.abs(x))
         s = e * self.reciprocal(2 + e)
         series = jnp.float32(2 / (2 * LOG1P_TERMS - 1))

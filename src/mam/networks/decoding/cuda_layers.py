@@ -1,6 +1,7 @@
-"""The decoder's layers as the decode kernel runs them, one agent at a time: see the modules they stand for.
+"""The decoder's layers as the decode kernel runs them, one agent at a time.
 
-They live inside the kernel: their arrays are values, not parameters. `decode_pack` makes them.
+Each stands for a module of `mam.networks`. Their arrays are values in the kernel, not parameters;
+`cuda_pack` makes them.
 """
 
 from collections.abc import Callable
@@ -21,9 +22,8 @@ Row = Float[Array, "1 C"]
 class Linear:
     """y = W x + b, with operands of the weights' type and sums in float32."""
 
-    weight: (
-        Float[Array, "O I"] | Callable[[], Float[Array, "O I"]]
-    )  # what is read at every use is a function
+    # What is read at every use is a function.
+    weight: Float[Array, "O I"] | Callable[[], Float[Array, "O I"]]
     bias: Vector | None = None
 
     def __call__(self, x: Float[Array, "I C"]) -> Float[Array, "O C"]:
@@ -48,7 +48,8 @@ class Norm:
         if self.offset is None:
             square = jnp.sum(x * x, axis=0, keepdims=True) / features
             return x * columns.rsqrt(square + self.eps) * self.scale
-        # Both means in one sum over the features: each such sum crosses warps, at the cost of two barriers.
+        # Both means in one sum over the features: each such sum crosses warps, at the cost of two
+        # barriers.
         means = jnp.sum(jnp.stack([x, x * x], axis=-1), axis=0, keepdims=True) / features
         mean, square = (v.reshape(1, width) for v in jnp.split(means, 2, axis=-1))
         inverse = columns.rsqrt(jnp.maximum(square - mean * mean, 0.0) + self.eps)
@@ -78,9 +79,8 @@ class State(NamedTuple):
     """What a mixer knows of earlier agents."""
 
     conv: dict[str, tuple[Float[Array, "F C"], ...]]  # the last inputs of each convolution
-    ssm: tuple[
-        Float[Array, "D C"], ...
-    ]  # J arrays: each column has an environment's J states, or its share of them
+    # J arrays: each column has an environment's J states, or its share of them.
+    ssm: tuple[Float[Array, "D C"], ...]
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ class Selective:
 
 @dataclass(frozen=True)
 class Dual:
-    """`DualSSM` after its in-projections, which give x, z, Δ before the softplus, B and, unless it is read, C.
+    """`DualSSM` after its in-projections.
 
-    What belongs to a head stands in each of its channels.
+    They give x, z, Δ before the softplus, B and, unless it is read from a context, C. What belongs
+    to a head stands in each of its channels.
     """
 
     convs: dict[str, Conv]  # of x, B and C
@@ -151,14 +152,14 @@ class Dual:
 
 
 def _recur(columns, h, decays, u, B, C):
-    """The states after the agent, decay ⊙ h + u ⊗ B, and Σ h C."""
+    """Return the states after the agent, decay ⊙ h + u ⊗ B, and Σ h C."""
     h = tuple(columns.multiply_add(a, v, u * b) for a, v, b in zip(decays, h, B, strict=True))
     return h, columns.sum_copies(columns.sum_of_products(h, C))
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """`CausalSSM`: what its SSM reads is projected from the normed input or, in the first block, from the token."""
+    """`CausalSSM`, which projects the normed input or, in the first block, the token."""
 
     pre_norm: Norm | None
     parts: dict[str, Linear]
@@ -232,8 +233,17 @@ class Network:
         obs_rep: Float[Array, "E C"],
         C: list[list[Row]],
     ) -> tuple[tuple[tuple[State, State], ...], Float[Array, "A C"]]:
-        """The next agent's output, given the action before; C per block."""
-        # Rows of a table are looked up by a product: it leaves them where later products need them, a load does not.
+        """Return the states after the next agent, and its output.
+
+        Args:
+            columns: what the columns are.
+            states: after the agents before, of every block.
+            token: the action before, or the start token.
+            obs_rep: the agent's observation representation.
+            C: the rows of the agent's C, of every block.
+        """
+        # Rows of a table are looked up by a product: it leaves them where later products need them,
+        # a load does not.
         one_hot = lax.broadcasted_iota(jnp.int32, (self.num_tokens, COLUMNS), 0) == token[None]
         one_hot = one_hot.astype(jnp.float32)
         x, new = self.embed(one_hot), []

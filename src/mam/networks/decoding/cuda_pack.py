@@ -1,9 +1,10 @@
 """From a decoder's parameters to the layers of the decode kernel.
 
-Matrices are turned, cut, multiplied and rounded by a kernel of its own, before. As XLA operations that would be some
-thirty launches per joint action, which XLA does not move out of a rollout's loop; and what the decode kernel works out
-by itself Triton keeps in registers, where there is no room, not in shared memory. Vectors are read where they are.
-Sizes that are not powers of two are filled up with zeros.
+Matrices are transposed, cut, multiplied and rounded by a kernel of its own, before. As XLA
+operations that would be some thirty launches per joint action, which XLA does not move out of a
+rollout's loop; and what the decode kernel computes by itself Triton keeps in registers, where there
+is no space, not in shared memory. Vectors are read where they are. Sizes that are not powers of two
+are filled up with zeros.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ Cut = tuple[int, int]  # a range of columns
 
 
 def padded(size: int) -> int:
-    """The next power of two a matrix may have as its side."""
+    """Return the next power of two a matrix may have as its side."""
     return max(MIN_SIDE, 1 << (size - 1).bit_length())
 
 
@@ -87,7 +88,12 @@ class Packer:
         )
 
     def mixer(self, mixer: AbstractCausalMixer, rows: Make | None) -> Mixer:
-        """With `rows`, all tokens' embeddings as columns, projections are tables of what they make of them."""
+        """Make a mixer's layers; with `rows`, its projections are tables over all tokens.
+
+        Args:
+            mixer: a `CausalSSM`.
+            rows: all tokens' embeddings as columns, in the first block.
+        """
         assert isinstance(mixer, CausalSSM)
         make = self.linear
         if rows is not None:
@@ -133,7 +139,7 @@ class Packer:
         )
 
     def dual_parts(self, ssm: DualSSM, make: Callable[..., Linear]) -> dict[str, Linear]:
-        # Δ's rows are repeated for each channel of the head: a row of a product cannot be read twice.
+        # Δ's rows are repeated for each channel of the head: a product's row cannot be read twice.
         channels = ssm.norm.scale.shape[0] // ssm.A_log.shape[0]
         dt = make(
             ssm.dt_proj.weight, bias=_vector(ssm.dt_proj.bias, repeat=channels), repeat=channels
@@ -157,7 +163,7 @@ class Packer:
         )
 
     def rate(self, log: Array) -> Array:
-        """A / ln 2, of log(−A)."""
+        """Return A / ln 2, given log(−A)."""
         return -LOG2_E * self.columns.exp2(LOG2_E * log)
 
     def conv(self, weight: Any, bias: Any, cut: Cut | None = None) -> Conv:
@@ -178,13 +184,28 @@ class Packer:
     def linear(
         self, weight: Any, cut: Cut | None = None, *, bias: Vector | None = None, repeat: int = 1
     ) -> Linear:
-        """A layer of (some of) the columns of [I, O], each so many times."""
+        """Make a layer of (some of) the columns of [I, O].
+
+        Args:
+            weight: [I, O].
+            cut: the range of columns; all if None.
+            bias: of the layer.
+            repeat: how many times each column is taken.
+        """
         return Linear(self.place(lambda: _matrix(weight, cut, repeat)), bias)
 
     def table(
         self, operand: Make, weight: Any, cut: Cut | None = None, *, bias=None, repeat: int = 1
     ) -> Linear:
-        """What such a layer makes of the columns of an operand."""
+        """Make a table of what `linear` would make of the columns of an operand.
+
+        Args:
+            operand: makes the columns.
+            weight: as in `linear`, as are cut, bias and repeat.
+            cut: the range of columns.
+            bias: of the layer.
+            repeat: how many times each column is taken.
+        """
 
         def make():
             product = self.product(_matrix(weight, cut, repeat), operand())
@@ -197,13 +218,13 @@ class Packer:
 
 
 def _states(ssm: DualSSM) -> dict[str, Cut]:
-    """Where B and, unless it is read from a context, C stand among what is projected for the states."""
+    """Return the columns of B and, unless it is read from a context, of C in the projection."""
     names = ("B",) if ssm.context_proj is not None else ("B", "C")
     return {name: (i * ssm.d_state, (i + 1) * ssm.d_state) for i, name in enumerate(names)}
 
 
 def _own_states(v: Any, columns: Columns, j: int) -> Float[Array, "D R"]:
-    """Of [D, S], each copy's j-th state."""
+    """Return each copy's j-th state of [D, S]."""
     shape = (v.shape[0], columns.copies)
     state = _iota(shape, 1) * columns.own_states + j
     return _pick(
@@ -212,7 +233,7 @@ def _own_states(v: Any, columns: Columns, j: int) -> Float[Array, "D R"]:
 
 
 def _matrix(v: Any, cut: Cut | None = None, repeat: int = 1) -> Float[Array, "O I"]:
-    """Columns of [I, O], each so many times, turned."""
+    """Return columns of [I, O], each `repeat` times, transposed."""
     start, stop = cut or (0, v.shape[1])
     size = (v.shape[0], (stop - start) * repeat)
     shape = tuple(padded(n) for n in size)
@@ -229,7 +250,7 @@ def _vector(
     row: int | None = None,
     column: int | None = None,
 ) -> Vector:
-    """Entries of [F], or of a row or a column of a matrix, each so many times."""
+    """Return entries of [F], or of a row or a column of a matrix, each `repeat` times."""
     start, stop = cut or (0, v.shape[0 if row is None else 1])
     size = (stop - start) * repeat
     i = _iota((padded(size), 1), 0)
@@ -240,7 +261,7 @@ def _vector(
 
 
 def _pick(v: Any, index: tuple[Array, ...], there: Array | None) -> Array:
-    """v[index] in float32, zero where it is not there."""
+    """Return v[index] in float32, zero where it is not `there`."""
     if there is None:
         return v[index].astype(jnp.float32)
     inside = tuple(jnp.where(there, i, 0) for i in index)

@@ -1,4 +1,4 @@
-"""The two kernels of decoding: one that makes matrices of parameters, and one that runs the agents' loop with them."""
+"""The two kernels of decoding: one makes matrices of parameters, one runs the agents' loop."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work is cut."""
+    """How the work of decoding is cut into programs."""
 
     num_envs: int  # per program: 1, 2, 4 or 8
     num_warps: int
@@ -39,7 +39,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static."""
+    """What is static in a call of the kernels."""
 
     columns: Columns
     num_warps: int
@@ -52,7 +52,15 @@ class Plan:
     def of(
         cls, decoder: Decoder, d_state: int, tiling: Tiling, dtype: Any, interpret: bool
     ) -> "Plan":
-        """Merges Δ's projections where all matrices fit, and keeps the first ones that do."""
+        """Merge Δ's projections where all matrices fit, and keep the first ones that do.
+
+        Args:
+            decoder: whose matrices they are.
+            d_state: of its mixers, padded.
+            tiling: how the work is cut.
+            dtype: of the matrices.
+            interpret: run as ordinary JAX operations, on any device.
+        """
         columns, room = (
             Columns(tiling.num_envs, d_state, interpret),
             tiling.shared_memory - EXCHANGE,
@@ -74,7 +82,12 @@ class Plan:
 
 
 def matrix_shapes(decoder: Decoder, merge: bool) -> list[tuple[int, ...]]:
-    """Of the matrices of a step, in the order in which they are made."""
+    """Return the shapes of a step's matrices, in the order in which they are made.
+
+    Args:
+        decoder: whose matrices they are.
+        merge: one matrix for Δ in place of a product of two.
+    """
     shapes = []
 
     def place(make):
@@ -93,7 +106,13 @@ def matrix_shapes(decoder: Decoder, merge: bool) -> list[tuple[int, ...]]:
 def run(
     plan: Plan, decoder: Decoder, inputs: Inputs
 ) -> tuple[Int[Array, "batch N"], Float[Array, "batch N A"]]:
-    """Actions and outputs, for a batch of whole programs."""
+    """Run both kernels and return actions and outputs.
+
+    Args:
+        plan: of the call.
+        decoder: whose parameters are used.
+        inputs: of whole programs: the batch is a multiple of the environments per program.
+    """
     batch, num_agents, num_actions = inputs.score.shape
     num_envs = plan.columns.num_envs
     outputs = [jax.ShapeDtypeStruct(shape, plan.dtype) for shape in plan.shapes]
@@ -138,20 +157,21 @@ def _launch(kernel, operands, outputs, *, specs, num_programs, num_warps, plan, 
         out_specs=specs[1],
         interpret=plan.columns.interpret,
         name=name,
-        # Without parameters of Triton's, some versions of JAX would give the kernel to another compiler (Mosaic).
+        # Without parameters of Triton's, some versions of JAX would give the kernel to another
+        # compiler (Mosaic).
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=1),
     )(*operands)
 
 
 def _whole(tree: Any) -> Any:
-    """Every program has all of each array."""
+    """Return block specs by which every program has all of each array."""
     from jax.experimental import pallas as pl
 
     return jax.tree.map(lambda v: pl.BlockSpec(v.shape, lambda program: (0,) * len(v.shape)), tree)
 
 
 def _parts(tree: Any, rows: int) -> Any:
-    """Every program has so many rows of each array."""
+    """Return block specs by which every program has `rows` rows of each array."""
     from jax.experimental import pallas as pl
 
     def part(v):
@@ -163,7 +183,7 @@ def _parts(tree: Any, rows: int) -> Any:
 
 
 def _make_matrices(decoder, *outputs, plan):
-    """A program makes one matrix."""
+    """Make one matrix per program."""
     from jax.experimental import pallas as pl
 
     makes = []
@@ -181,7 +201,7 @@ def _make_matrices(decoder, *outputs, plan):
 
 
 def _decide(decoder, matrices, inputs, action, out, *, plan):
-    """A program runs all agents of its environments, one after another."""
+    """Run all agents of a program's environments, one after another."""
     columns, places = plan.columns, zip(matrices, plan.kept, strict=True)
 
     def place(_):

@@ -1,7 +1,8 @@
 """Choosing all agents' actions: one agent after another, or as the fixed point of whole passes.
 
-Every agent's noise is drawn beforehand, so the joint action is a function of it and both ways compute the same one.
-Arrays are in the order of deciding: agent k reads the actions of agents before it.
+Every agent's noise is drawn beforehand, so the joint action is a function of it and both ways
+compute the same one. Arrays are in the order of deciding: agent k reads the actions of agents
+before it.
 """
 
 from collections.abc import Callable
@@ -25,17 +26,16 @@ from mam.types import Action, AgentAction
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a sequence policy acts; every way yields the same actions, the kernel's up to its precision."""
+    """How a sequence policy acts; all ways yield the same actions, the kernel up to precision."""
 
     method: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     window: int | None = None  # agents in one fixed point; all of them if None
-    max_passes: int | None = (
-        None  # over a window, before its agents decide one after another; no limit if None
-    )
+    # Over a window, before its agents decide one after another; no limit if None.
+    max_passes: int | None = None
 
 
 class Ahead(eqx.Module):
-    """All that deciding depends on besides earlier actions, for some agents: [*batch, M, …]."""
+    """The inputs of decoding besides earlier actions, for some agents: [*batch, M, …]."""
 
     context: Context
     mask: Bool[Array, "*batch M A"]
@@ -43,7 +43,7 @@ class Ahead(eqx.Module):
 
 
 class Decision(eqx.Module):
-    """A joint action, what the network put out for it, and what it took."""
+    """A joint action, the network's outputs for it, and its cost in passes."""
 
     action: Action
     out: Float[Array, "*batch M P"]
@@ -51,7 +51,7 @@ class Decision(eqx.Module):
 
 
 class Progress(eqx.Module):
-    """Where deciding stands: what the decoder knows of earlier agents, and the last one's token."""
+    """The carry of decoding: the decoder's state after earlier agents, and the last one's token."""
 
     state: tuple[DecoderState, ...]
     token: Token
@@ -59,21 +59,28 @@ class Progress(eqx.Module):
 
 @dataclass(frozen=True)
 class _Chooser:
-    """Who decides."""
+    """What decoding reads and does not change: the decoder, the distribution, the embedding."""
 
     decoder: Decoder
     distribution: ActionDistribution
     embed: Callable[[Token], Embedded]
 
     def token(self, action: AgentAction) -> Token:
-        """What the next agent reads of an action."""
+        """Return what the next agent reads of an action."""
         return self.decoder.embed.pad(self.distribution.token(action))
 
 
 def decide(
     decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, decoding: Decoding
 ) -> Decision:
-    """Chooses one joint action per batch element, as `decoding` says."""
+    """Choose one joint action per batch element.
+
+    Args:
+        decoder: gives each agent's outputs.
+        distribution: over one agent's actions.
+        ahead: inputs of all agents, in the order of deciding.
+        decoding: the method, and its limits.
+    """
     *batch, num_agents, _ = ahead.mask.shape
     dtype = ahead.context.obs_rep.dtype
     chooser = _Chooser(decoder, distribution, decoder.embedder(dtype))
@@ -90,7 +97,7 @@ def decide(
 def _in_windows(
     chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int
 ) -> Decision:
-    """Fixed points of equal size; agents past the last one are decided too, and forgotten."""
+    """Decide by fixed points of equal size; agents that fill up the last one are dropped."""
     *batch, num_agents, _ = ahead.mask.shape
     axis = len(batch)
     windows = jax.tree.map(
@@ -140,9 +147,10 @@ def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Pr
 
 
 def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool) -> Decision:
-    """One agent after another: a loop, or one call of what is made for the platform and takes the decoder.
+    """Decide for one agent after another: in a loop, or in one call of fused code.
 
-    On CPU that is native code, where it is installed; on CUDA a kernel, if asked for.
+    Fused code is used where it takes the decoder: on CPU native code, if installed; on CUDA a
+    kernel, if asked for.
     """
 
     def loop(ahead: Ahead) -> Decision:
@@ -166,7 +174,7 @@ def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool)
 
 
 class _Attempt(eqx.Module):
-    """A joint action, and the one that follows when agents read it as what the others did."""
+    """A joint action, and the one that follows when agents read it as the actions before theirs."""
 
     read: Action
     action: Action
@@ -178,10 +186,11 @@ class _Attempt(eqx.Module):
 def _fixed_point(
     chooser: _Chooser, progress: Progress, ahead: Ahead, real: Bool[Array, "M"], max_passes: int
 ) -> tuple[Progress, Decision]:
-    """Passes over all agents of a window until what they read is what they do.
+    """Pass over all agents of a window until what they read is what they do.
 
-    Agent k reads agents before it only, so the first k agents are right after k passes, and M passes always suffice;
-    coupling decides how many are needed. The whole batch waits for its slowest element.
+    Agent k reads agents before it only, so the first k agents are right after k passes, and M
+    passes always suffice; coupling decides how many are needed. The whole batch waits for its
+    slowest element.
     """
     *batch, size, _ = ahead.mask.shape
     distribution = chooser.distribution
@@ -194,7 +203,7 @@ def _fixed_point(
 
     def settled(last: _Attempt) -> Bool[Array, ""]:
         moved = ~distribution.equal(last.read, last.action) & real
-        return ~jnp.any(moved[..., :-1])  # nobody of the window reads its last agent
+        return ~jnp.any(moved[..., :-1])  # no agent of the window reads its last one
 
     # The first guess: what would be chosen without any preference.
     indifferent = jnp.zeros((*batch, size, distribution.num_outputs), ahead.noise.dtype)

@@ -1,8 +1,9 @@
-"""All agents' decisions in one call on CPU, by the package `mam_native`: the loop of `mam.networks.decoding.decide`.
+"""All agents' decisions in one call on CPU, by `mam_native`: the loop of `decide`.
 
-As XLA runs that loop each agent takes some fifty small operations, and starting them takes most of the time. In the
-package a thread runs a few environments through all agents, with states and weights in its cache. All arithmetic is in
-float32, so the actions are those of the loop but for ties within rounding.
+As XLA runs that loop each agent takes some fifty small operations, and starting them takes most of
+the time. In the package a thread runs a few environments through all agents, with states and
+weights in its cache. All arithmetic is in float32, so the actions are those of the loop but for
+ties within rounding.
 """
 
 import math
@@ -24,18 +25,17 @@ from mam.networks.mixers.mamba import SelectiveInputs, SelectiveSSM
 from mam.networks.mixers.mamba2 import DualInputs, DualSSM
 from mam.networks.mixers.roles import CausalConv, CausalSSM, NormedInputs
 
-MAX_ROWS = (
-    16  # environments that go through the layers together: kMaxRows in native/src/cpp/decode.h
-)
+# Environments that go through the layers together: kMaxRows in native/src/cpp/decode.h.
+MAX_ROWS = 16
 ROWS_IN_WORK = 8  # Decode::kRowsInWork there
 LOG2_E = math.log2(math.e)
 
 
 def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
-    """Whether `native_decode` takes these.
+    """Say whether `native_decode` takes `decoder` and `ahead`.
 
-    It must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers only, mixed as you like;
-    d_model and d_inner must be multiples of 16.
+    They must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers
+    only, in any mixture; d_model and d_inner must be multiples of 16.
     """
     ssms = decoder.fused
     if not decoder.embed.indexed or ssms is None:
@@ -48,7 +48,7 @@ def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
 def native_decode(
     decoder: Decoder, ahead: AheadLike
 ) -> tuple[Int[Array, "*batch N"], Float[Array, "*batch N A"]]:
-    """Chooses all agents' actions, one after another: argmax(logits + noise), the lowest index among equals.
+    """Choose all agents' actions, one after another: argmax(logits + noise), the lowest on ties.
 
     Has no gradient. May be mapped over seeds, which then come one after another.
 
@@ -87,7 +87,7 @@ def native_decode(
 
 
 def _rows(size: int, workers: int) -> int:
-    """Environments per task: as many as go together well, and as much work for each thread."""
+    """Return the environments per task: at most MAX_ROWS, and equal work for each thread."""
     rounds = max(1, -(-size // (workers * MAX_ROWS)))
     return max(1, -(-size // (workers * rounds)))
 
@@ -97,7 +97,7 @@ def _flat(v: Array, size: int) -> Array:
 
 
 class _Pack:
-    """A decoder's parameters, layer by layer, in the order in which native/src/cpp/ffi_decode.cc takes them."""
+    """A decoder's parameters, in the order in which native/src/cpp/ffi_decode.cc takes them."""
 
     def __init__(self, rows: int):
         self.arrays: list[Array] = []
@@ -108,7 +108,7 @@ class _Pack:
 
     @property
     def memory(self) -> int:
-        """Numbers to work with, per environment: Decode::scratch_size."""
+        """Floats of scratch memory per environment: Decode::scratch_size."""
         return ROWS_IN_WORK * self.widest + self.states
 
     def decoder(self, decoder: Decoder, table: Embedded, contexts: Sequence[Array]) -> None:
@@ -162,7 +162,7 @@ class _Pack:
         self.norm(mixer.post_norm)
 
     def table(self, x: Array, inputs: NormedInputs) -> None:
-        """All tokens' embeddings, and what the first mixer reads of them."""
+        """Add all tokens' embeddings `x`, and what the first mixer reads of them (`inputs`)."""
         own = inputs.ssm
         assert isinstance(own, SelectiveInputs | DualInputs)
         self.arrays += [x, own.x, jax.nn.silu(own.gate)]
@@ -185,5 +185,5 @@ class _Pack:
 
 
 def _padded(v: Array) -> Array:
-    """With zeros up to a multiple of the widest vector in the last axis."""
+    """Pad the last axis with zeros to a multiple of the widest vector."""
     return jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, -v.shape[-1] % LANES)])

@@ -1,4 +1,7 @@
-"""Multi-head softmax attention over agents: the mixers of the Multi-Agent Transformer (arXiv 2205.14953, §3)."""
+"""Multi-head softmax attention over agents: the mixers of the Multi-Agent Transformer.
+
+Source: MAT (arXiv 2205.14953), §3.
+"""
 
 from functools import partial, reduce
 
@@ -17,7 +20,7 @@ MASKED = -1e9
 
 
 class Projections(eqx.Module):
-    """Query, key, value and output projections, with heads split and merged; what all attention mixers share."""
+    """Query, key, value and output projections of an attention mixer; heads split and merged."""
 
     query: Dense
     key: Dense
@@ -31,7 +34,8 @@ class Projections(eqx.Module):
         self.query, self.value, self.out = (
             Dense(d_model, d_model, key=k, gain=SMALL_GAIN) for k in keys[:3]
         )
-        # No bias: one added to every key moves all of a query's scores alike, and the softmax takes it out again.
+        # No bias: one added to every key moves all of a query's scores alike, and the softmax takes
+        # it out again.
         self.key = Dense(d_model, d_model, key=keys[3], gain=SMALL_GAIN, bias=False)
         self.num_heads = sizes.num_heads
 
@@ -47,11 +51,16 @@ class Attended(eqx.Module):
 
     keys: Float[Array, "*batch H M F"]
     values: Float[Array, "*batch H M F"]
-    visible: Bool[Array, "..."]  # to whom, [*batch, N, M] or less
+    visible: Bool[Array, "..."]  # to which agents, [*batch, N, M] or less
 
 
 def attend(query: Float[Array, "*batch H N F"], *parts: Attended) -> Float[Array, "*batch H N F"]:
-    """Softmax attention, softmax(q kᵀ / √F) v per head, over what is visible of all parts; the softmax in float32."""
+    """Return softmax(q kᵀ / √F) v per head, the softmax in float32 or wider.
+
+    Args:
+        query: q.
+        *parts: agents to attend to; the softmax is over what is visible of all of them.
+    """
 
     def scores(part: Attended) -> Array:
         scores = jnp.einsum("...nf,...mf->...nm", query, part.keys) * query.shape[-1] ** -0.5
@@ -70,7 +79,7 @@ def attend(query: Float[Array, "*batch H N F"], *parts: Attended) -> Float[Array
 
 
 def heads_first(x: Float[Array, "*batch N H F"]) -> Float[Array, "*batch H N F"]:
-    """The layout of products: a step of a cached decoder reads all keys, which must not be moved for it."""
+    """Move heads before agents: a decoder's step reads all cached keys as they are laid out."""
     return jnp.swapaxes(x, -2, -3)
 
 
@@ -100,7 +109,7 @@ class KVCache(eqx.Module):
 
 
 class AttentionInputs(eqx.Module):
-    """What is read of an agent: its key and value, and its query unless the second sequence asks."""
+    """What is read of an agent: key, value, and query unless the second sequence gives it."""
 
     key: Float[Array, "*batch H F"]
     value: Float[Array, "*batch H F"]
@@ -155,7 +164,8 @@ class CausalAttention(AbstractCausalMixer):
             y = attend(query, new)
             state = KVCache(keys=new.keys, values=new.values, length=jnp.array(num_new))
         else:
-            # The cache is read as it was before it is written: the other way round XLA copies it twice as often.
+            # The cache is read as it was before it is written: the other way round XLA copies it
+            # twice as often.
             before = jnp.arange(state.keys.shape[axis]) < state.length
             y = attend(query, Attended(state.keys, state.values, before[None]), new)
             keys = lax.dynamic_update_slice_in_dim(state.keys, new.keys, state.length, axis)

@@ -1,4 +1,4 @@
-"""What a mixer is: a sequence layer along the agent axis. The only thing in which MAM and MAT differ."""
+"""What a mixer is: a sequence layer along the agent axis, all in which MAM and MAT differ."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -27,47 +27,59 @@ class AbstractMixer(eqx.Module):
         *,
         alive: Bool[Array, "*batch N"] | None = None,
     ) -> Float[Array, "*batch N E"]:
-        """Mixes all agents at once.
+        """Mix all agents at once.
 
         Args:
             x: the agents, in the order in which they decide.
             context: a second sequence, for mixers that read one (the decoder's cross mixers).
-            alive: agents that exist; the dead must come last. They change nothing for the others, and their
-                own outputs mean nothing. None: all are alive.
+            alive: agents that exist; the dead must come last. They change nothing for the others,
+                and their own outputs mean nothing. None: all are alive.
         """
 
     def metrics(self) -> dict[str, Float[Array, ""]]:
-        """Return numbers to watch in training; of all mixers of a policy the largest is reported."""
+        """Return numbers to watch in training; the largest of a policy's mixers is reported."""
         return {}
 
 
 class AbstractCausalMixer(AbstractMixer):
     """A mixer in which no agent sees a later one.
 
-    What an agent contributes by itself (`project`, `project_context`) is apart from the mixing, so that it can be
-    computed once for everything an agent may be, or for all agents before the first of them acts. The mixing has
-    two equal forms: `advance` for one agent, `extend` for several.
+    What an agent contributes by itself (`project`, `project_context`) is apart from the mixing, so
+    that it can be computed once for everything an agent may be, or for all agents before the first
+    of them acts. The mixing has two equal forms: `advance` for one agent, `extend` for several.
     """
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
-        """What the mixer reads of agents, each by itself."""
+        """Compute what the mixer reads of agents, each by itself."""
 
     @abstractmethod
     def project_context(self, context: Float[Array, "*batch E"] | None) -> MixerInputs:
-        """What it reads of the second sequence, each agent by itself; None if it reads none."""
+        """Compute what the mixer reads of the second sequence, by agent; None if it reads none."""
 
     @abstractmethod
     def init_state(
         self, num_agents: int, batch: tuple[int, ...] = (), dtype: jnp.dtype | None = None
     ) -> MixerState:
-        """The state before the first of `num_agents` agents, with leading axes `batch`, for inputs of this type."""
+        """Return the state before the first agent.
+
+        Args:
+            num_agents: N, the most agents that the state will take.
+            batch: leading axes.
+            dtype: of the inputs.
+        """
 
     @abstractmethod
     def advance(
         self, state: MixerState, inputs: MixerInputs, context: MixerInputs
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
-        """The next agent's output, and the state after it."""
+        """Return the state after the next agent, and its output.
+
+        Args:
+            state: after the agents before.
+            inputs: what `project` gave for the agent.
+            context: what `project_context` gave for it.
+        """
 
     @abstractmethod
     def extend(
@@ -77,11 +89,18 @@ class AbstractCausalMixer(AbstractMixer):
         context: MixerInputs,
         alive: Bool[Array, "*batch M"] | None = None,
     ) -> tuple[MixerState, Float[Array, "*batch M E"]]:
-        """The next M agents' outputs, and the state after them; a state of None is that before the first agent."""
+        """Return the state after the next M agents, and their outputs.
+
+        Args:
+            state: after the agents before; None: there are none.
+            inputs: what `project` gave for the M agents.
+            context: what `project_context` gave for them.
+            alive: as in `__call__`.
+        """
 
     @property
     def fused(self) -> Any:
-        """The block that decoders of one call (native, CUDA) run in its place; None if they do not know it."""
+        """The block that fused decoders (native, CUDA) run in its place; None if there is none."""
         return None
 
     @final
@@ -95,23 +114,28 @@ class AbstractCausalMixer(AbstractMixer):
         x: Float[Array, "*batch E"],
         context: Float[Array, "*batch E"] | None = None,
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
-        """The next agent's output, and the state after it."""
+        """Return the state after the next agent, and its output.
+
+        Args:
+            state: after the agents before.
+            x: the agent.
+            context: the agent's entry of the second sequence, for mixers that read one.
+        """
         return self.advance(state, self.project(x), self.project_context(context))
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The three roles that a kind of mixer plays, each built as `role(config, key=key)` with a `NetworkConfig`."""
+    """The three roles that a kind of mixer plays, each built as `role(config, key=key)`."""
 
     encoder: Callable[..., AbstractMixer]
     decoder: Callable[..., AbstractCausalMixer]
-    cross: Callable[
-        ..., AbstractCausalMixer
-    ]  # of the decoder, reading the observations as its context
+    # Of the decoder, reading the observations as its context.
+    cross: Callable[..., AbstractCausalMixer]
 
 
 def mixer_metrics(policy: PyTree) -> dict[str, Float[Array, ""]]:
-    """Return what the mixers of a policy have to say, the largest of each."""
+    """Return the metrics of a policy's mixers, the largest of each name."""
     mixers = jax.tree.leaves(policy, is_leaf=lambda node: isinstance(node, AbstractMixer))
     found: dict[str, list[Array]] = {}
     for mixer in mixers:
@@ -122,7 +146,11 @@ def mixer_metrics(policy: PyTree) -> dict[str, Float[Array, ""]]:
 
 
 def required(context: T | None) -> T:
-    """The second sequence of a mixer that cannot do without one."""
+    """Return a mixer's second sequence.
+
+    Raises:
+        ValueError: if it is None.
+    """
     if context is None:
         raise ValueError("this mixer reads a second sequence: pass context")
     return context

@@ -1,4 +1,7 @@
-"""The Mamba block (arXiv 2312.00752, Fig. 3): a state per channel, and Δ, B and C read from the input."""
+"""The Mamba block: a state per channel, and Δ, B and C read from the input.
+
+Source: Mamba (arXiv 2312.00752), Fig. 3.
+"""
 
 from typing import ClassVar
 
@@ -71,9 +74,8 @@ class SelectiveSSM(AbstractSSM):
             Dense(dt_rank, d_inner, key=dt_key),
             (weight, initial_dt_bias(d_inner, key=dt_bias_key)),
         )
-        self.A_log = jnp.broadcast_to(
-            jnp.log(jnp.arange(1.0, d_state + 1)), (d_inner, d_state)
-        )  # S4D-Real
+        # S4D-Real.
+        self.A_log = jnp.broadcast_to(jnp.log(jnp.arange(1.0, d_state + 1)), (d_inner, d_state))
         self.skip = jnp.ones(d_inner)
         self.out_proj = Dense(d_inner, sizes.d_model, key=out_key, bias=False)
         self.scan = None if sizes.scan == "auto" else sizes.scan
@@ -123,7 +125,7 @@ class SelectiveSSM(AbstractSSM):
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
     def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
-        """δ, B and C."""
+        """Return δ, B and C, the latter the given one unless it is None."""
         dt_rank, d_state = self.dt_proj.weight.shape[0], self.A_log.shape[1]
         features, B, *own = jnp.split(self.x_proj(x), [dt_rank, dt_rank + d_state], axis=-1)
         return features, B, own[0] if C is None else C

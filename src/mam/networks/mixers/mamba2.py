@@ -1,4 +1,7 @@
-"""The Mamba-2 block (arXiv 2405.21060, §7): one decay per head, which makes the scan a matrix product."""
+"""The Mamba-2 block: one decay per head, which makes the scan a matrix product.
+
+Source: Dao and Gu 2024 (arXiv 2405.21060), §7.
+"""
 
 from typing import ClassVar
 
@@ -38,12 +41,14 @@ class DualInputs(eqx.Module):
 class DualSSM(AbstractSSM):
     """Mamba-2's block from in-projection to out-projection, with one group.
 
-        z = W_z u;  x = SiLU(conv(W_in u));  B, C = split(SiLU(conv(W_BC u)));  Δ = softplus(W_Δ u + b_Δ)
+        z = W_z u;  x = SiLU(conv(W_in u));  B, C = split(SiLU(conv(W_BC u)))
+        Δ = softplus(W_Δ u + b_Δ)
         h_i = exp(Δ_i A) h_{i-1} + (Δ_i x_i) ⊗ B_i;  y_i = h_i C_i + D x_i,  per head
         out = W_out RMSNorm(y ⊙ SiLU(z))
 
-    As `cross`, C = W_C context, neither convolved nor activated. Difference: the paper's one in-projection and one
-    convolution are kept in parts, which spares cutting activations up and, for the gradient, putting them together.
+    As `cross`, C = W_C context, neither convolved nor activated. Difference: the paper's one
+    in-projection and one convolution are kept in parts, which spares cutting activations up and,
+    for the gradient, putting them together.
     """
 
     in_proj: Dense
@@ -130,7 +135,7 @@ class DualSSM(AbstractSSM):
         )
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
-        """B and C, which may come from elsewhere."""
+        """Return B and C, the latter the given one unless it is None."""
         return (BC[..., : self.d_state], BC[..., self.d_state :]) if C is None else (BC, C)
 
 

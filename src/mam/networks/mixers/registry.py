@@ -1,6 +1,7 @@
-"""Mixers by family: all that the library says of each. A new mixer is a new module here and a row of `MIXERS`.
+"""Mixers by family: all that the library says of each.
 
-Nothing here imports JAX, so that help and sweeps read it too; what computes is loaded where it is built.
+A new mixer is a new module here and a row of `MIXERS`. Nothing here imports JAX, so that help and
+sweeps read it too; what computes is loaded where it is built.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,12 +20,13 @@ class MixerFamily:
     policy: str  # the name of the sequence policy whose blocks are all of this kind
     description: str  # of that policy, in a line
     load: Callable[[], Any]  # imports what it needs and returns `mam.networks.mixers.base.Roles`
-    # Settings of the network that it reads, and the values that a sweep tries; none for those it leaves alone.
+    # Settings of the network that it reads, and the values that a sweep tries; none for those it
+    # leaves alone.
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def roles(self) -> Any:
-        """How it is built in each role."""
+        """How a mixer of this family is built in each role."""
         return self.load()
 
 
@@ -60,7 +62,7 @@ MIXERS = {
 
 
 def sequence_policies() -> str:
-    """Return the names of the policies that a family stands for, as a list in a line."""
+    """Return the names of the policies whose blocks are of one family, as a list in a line."""
     return ", ".join(family.policy for family in MIXERS.values())
 
 

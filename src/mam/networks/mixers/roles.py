@@ -1,4 +1,7 @@
-"""State-space mixers: what Mamba-1 and Mamba-2 share, and the three roles they play in MAM (arXiv 2410.19382, §4)."""
+"""State-space mixers: what Mamba-1 and Mamba-2 share, and the three roles they play in MAM.
+
+Source: MAM (arXiv 2410.19382), §4.
+"""
 
 import operator
 from abc import abstractmethod
@@ -27,9 +30,8 @@ from mam.networks.mixers.base import (
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # Δ at initialisation: log-uniform between them
 
-Before = tuple[
-    Float[Array, "..."], ...
-]  # the last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first
+# The last d_conv − 1 inputs of a convolution, [*batch, F] each, oldest first.
+Before = tuple[Float[Array, "..."], ...]
 
 
 class SSMState(eqx.Module):
@@ -39,7 +41,7 @@ class SSMState(eqx.Module):
     conv_state: tuple[Before, ...]  # of each convolution
 
     def restarted(self, reset: Bool[Array, "*batch"] | None) -> "SSMState":
-        """Zeros where a new sequence starts; None: nowhere."""
+        """Return the state, zeros where a new sequence starts; None: nowhere."""
         return jax.tree.map(partial(zero_where, reset), self)
 
 
@@ -62,7 +64,9 @@ class CausalConv(eqx.Module):
         reset: Bool[Array, "*batch M"] | None = None,
         reverse: bool = False,
     ) -> tuple[Before, Float[Array, "*batch M F"]]:
-        """The next M outputs, as shifted multiply-adds: on CPU 50 times faster than XLA's grouped convolution.
+        """Return the next M outputs, and the state after them.
+
+        They are shifted multiply-adds: on CPU 50 times faster than XLA's grouped convolution.
 
         Args:
             state: the inputs so far; None before the first.
@@ -77,7 +81,8 @@ class CausalConv(eqx.Module):
         if state:
             known = jnp.stack(state[::-1] if reverse else state, axis=-2)
             if reset is not None:
-                # The outputs at known places are dropped, but zero times their derivative may be NaN.
+                # The outputs at known places are dropped, but zero times their derivative may be
+                # NaN.
                 known = zero_where(reset[..., -1 if reverse else 0], known)
                 reset = jnp.pad(
                     reset, [(0, 0)] * (x.ndim - 2) + [(0, before) if reverse else (before, 0)]
@@ -89,7 +94,7 @@ class CausalConv(eqx.Module):
         y = y[..., :num_new, :] if reverse else y[..., -num_new:, :]
 
         def last(k):
-            """The k-th last input read, zeros if one after it was reset."""
+            """Return the k-th last input read, zeros if one after it was reset."""
             later = slice(k - 1) if reverse else slice(x.shape[-2] - k + 1, None)
             is_gone = None if reset is None else reset[..., later].any(axis=-1)
             return zero_where(is_gone, x[..., k - 1 if reverse else -k, :])
@@ -101,14 +106,14 @@ class CausalConv(eqx.Module):
     def advance(
         self, state: Before, x: Float[Array, "*batch F"]
     ) -> tuple[Before, Float[Array, "*batch F"]]:
-        """The next output."""
+        """Return the state after the next input `x`, and its output; `state` is that before it."""
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
         return window[1:], jax.nn.silu(y)
 
 
 def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reverse: bool) -> Array:
-    """SiLU of the convolution: natively on CPU, where that is installed and takes it."""
+    """Return SiLU of the convolution: natively on CPU, where that is installed and takes it."""
     plain = partial(_conv_silu, -1 if reverse else 1)
     if not use_native() or not native_conv_supports(x, weight):
         return plain(x, weight, bias, reset)
@@ -118,7 +123,7 @@ def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reve
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv_silu(step, x, weight, bias, reset):
-    """SiLU of the convolution; its backward pass keeps the input only and convolves again.
+    """Return SiLU of the convolution; the backward pass keeps the input only and convolves again.
 
     `step` is 1, or -1 if agents are read from the last to the first.
     """
@@ -131,19 +136,19 @@ def _conv(step, x, weight, bias, reset):
 
 
 def _read(step, x, reset, ago):
-    """What every agent reads of the one so many agents ago."""
+    """Return what every agent reads of the one `ago` agents before it."""
     return zero_where(_reset_since(step, reset, ago), _shifted(x, step * ago))
 
 
 def _reset_since(step, reset, ago):
-    """Whether an agent or one of those before it, so many in all, was reset: [*batch, N]."""
+    """Say whether an agent or one of those before it, `ago` in all, was reset: [*batch, N]."""
     if reset is None or not ago:
         return None
     return reduce(operator.or_, (_shifted(reset[..., None], step * k) for k in range(ago)))[..., 0]
 
 
 def _shifted(x, places):
-    """Every agent's row moved to an agent so many places later (earlier, if negative), zeros where there was none."""
+    """Move every agent's row so many places later (earlier, if negative), zeros where none was."""
     n = x.shape[-2]
     if not places:
         return x
@@ -174,22 +179,22 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 
 
 class AbstractSSM(eqx.Module):
-    """A state-space block without norms and residual. Its out-projection is for the mixers to apply."""
+    """A state-space block without norms and residual; mixers apply its out-projection."""
 
     out_proj: eqx.AbstractVar[Dense]
     has_fused_decoder: ClassVar[bool] = False  # whether decoders of one call (native, CUDA) know it
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:
-        """Everything up to the convolution: of each agent by itself."""
+        """Compute everything up to the convolution, of each agent by itself."""
 
     @abstractmethod
     def project_context(self, context: Float[Array, "*batch E"]) -> Float[Array, "*batch S"]:
-        """C, where it is read from a second sequence."""
+        """Compute C, where it is read from a second sequence."""
 
     @abstractmethod
     def init_state(self, batch: tuple[int, ...], dtype: jnp.dtype | None) -> SSMState:
-        """Zeros, for inputs of this type."""
+        """Return zeros, for leading axes `batch` and inputs of type `dtype`."""
 
     @abstractmethod
     def advance(
@@ -200,7 +205,17 @@ class AbstractSSM(eqx.Module):
         *,
         reset: Bool[Array, "*batch"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch D"]]:
-        """Reads the next agent; C comes from the agent itself if None, `reset` makes the state zero first."""
+        """Read the next agent.
+
+        Args:
+            state: after the agents before.
+            inputs: what `project` gave for the agent.
+            C: read from the agent itself if None.
+            reset: True where the state counts as zero.
+
+        Returns:
+            The state after the agent, and the output before the out-projection.
+        """
 
     @abstractmethod
     def extend(
@@ -213,7 +228,7 @@ class AbstractSSM(eqx.Module):
         reset: Bool[Array, "*batch M"] | None = None,
         reverse: bool = False,
     ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
-        """Reads the next M agents, or M steps of one agent's time.
+        """Read the next M agents, or M steps of one agent's time.
 
         Args:
             state: the state before them; None: nothing was read.
@@ -221,7 +236,8 @@ class AbstractSSM(eqx.Module):
             C: read from the agents themselves if None.
             alive: the dead leave the state as it was.
             reset: True where a new sequence starts, such as an episode: nothing before reaches it.
-            reverse: read from the last to the first; a reset separates an agent from those after it.
+            reverse: read from the last to the first; a reset separates an agent from those after
+                it.
 
         Returns:
             The state after the last one read, and the outputs before the out-projection.
@@ -240,10 +256,11 @@ class BidirectionalSSM(AbstractMixer):
 
         u = RMSNorm(x);  f = SSM(u);  r = flip(SSM(flip(u)));  out = LayerNorm(x + f + r)
 
-    Difference: as published (`cascade`) the reverse pass reads the forward pass's output, and they are multiplied,
-    r = flip(SSM(flip(f))) and out = LayerNorm(x + f ⊙ r). That starts near 0 with hardly a gradient and grows with a
-    high power of x: in training it first mixes nothing and then drowns x. The sum is also cheaper: both passes read
-    the same in-projections, and share the out-projection.
+    Difference: as published (`cascade`) the reverse pass reads the forward pass's output, and they
+    are multiplied, r = flip(SSM(flip(f))) and out = LayerNorm(x + f ⊙ r). That starts near 0 with
+    hardly a gradient and grows with a high power of x: in training it first mixes nothing and then
+    drowns x. The sum is also cheaper: both passes read the same in-projections, and share the
+    out-projection.
     """
 
     pre_norm: RMSNorm
@@ -260,9 +277,8 @@ class BidirectionalSSM(AbstractMixer):
     def __call__(self, x, context=None, *, alive=None):
         inputs = self.ssm.project(self.pre_norm(x))
         if self.cascade:
-            forward = self.ssm.out_proj(
-                self._pass(inputs, None)
-            )  # the dead come last: the living do not see them yet
+            # The dead come last: the living do not see them yet.
+            forward = self.ssm.out_proj(self._pass(inputs, None))
             backward = self.ssm.out_proj(self._pass(self.ssm.project(forward), alive, reverse=True))
             return self.post_norm(x, forward * backward)
         both = self._pass(inputs, alive) + self._pass(inputs, alive, reverse=True)
@@ -285,8 +301,8 @@ class NormedInputs(eqx.Module):
 class CausalSSM(AbstractCausalMixer):
     """LayerNorm(x + SSM(RMSNorm(x))): the decoder's mixers.
 
-    As `cross`, C = W_C RMSNorm(context): as in cross-attention the context asks (C is a state-space model's query)
-    and the action stream answers. Everything else comes from x.
+    As `cross`, C = W_C RMSNorm(context): as in cross-attention the context gives the query (which C
+    is in a state-space model). Everything else comes from x, the action stream.
     """
 
     pre_norm: RMSNorm
@@ -339,7 +355,14 @@ class CausalSSM(AbstractCausalMixer):
 def init_ssm_state(
     batch: tuple[int, ...], d_state: int, convs: tuple[CausalConv, ...], dtype: jnp.dtype | None
 ) -> SSMState:
-    """Zeros, for inputs of this type; the first convolution is that of the scan's channels."""
+    """Return a state of zeros.
+
+    Args:
+        batch: leading axes.
+        d_state: S, states per channel.
+        convs: the convolutions; the first is that of the scan's channels.
+        dtype: of the inputs; the default type if None.
+    """
     dtype = dtype or jnp.zeros(()).dtype
     scanned = jnp.zeros(
         (*batch, d_state, convs[0].bias.shape[0]), jnp.promote_types(dtype, jnp.float32)
@@ -354,12 +377,12 @@ def init_ssm_state(
 def living(
     x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None
 ) -> Float[Array, "*batch F"]:
-    """Zeros in place of the dead."""
+    """Return x, zeros where `alive` is False (all alive if None)."""
     return x if alive is None else jnp.where(alive[..., None], x, 0.0)
 
 
 def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
-    """softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
+    """Draw softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
     dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(DT_MIN), maxval=jnp.log(DT_MAX)))
     return dt + jnp.log(-jnp.expm1(-dt))
 
