@@ -9,7 +9,7 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def restart(observation: Observation, metrics: Metrics | None = None) -> TimeStep:
-    """Returns the first time step of an episode: no reward, not ended."""
+    """Return the first time step of an episode: no reward, not ended."""
     return transition(observation, jnp.zeros(()), metrics=metrics)
 
 
@@ -21,7 +21,7 @@ def transition(
     truncated: Bool[Array, ""] | bool = False,
     metrics: Metrics | None = None,
 ) -> TimeStep:
-    """Returns the time step after a joint action; a scalar reward is the team's, and every agent receives it."""
+    """Return the time step after a joint action; a scalar reward is paid to every agent."""
     return TimeStep(
         observation=observation,
         reward=jnp.broadcast_to(jnp.asarray(reward, jnp.float32), observation.alive.shape),

@@ -1,9 +1,9 @@
-"""Tasks of Jumanji: foraging (`lbf/…`), warehouse (`rware/…`), wiring (`connector/…`) and cleaning (`cleaner/…`).
+"""Tasks of Jumanji: `lbf/…` (foraging), `rware/…` (warehouse), `connector/…`, `cleaner/…`.
 
 All are cooperative here: every agent receives the team's reward. What agents see is in
-`jumanji_grids`. Settings
-of the named tasks are those of the published MAM and Sable benchmarks (Cleaner: Jumanji's own limits). Jumanji
-takes seconds to import and starts JAX's backend, so that waits until the first task is made.
+`jumanji_grids`. Settings of the named tasks are those of the published MAM and Sable benchmarks
+(Cleaner: Jumanji's own limits). Jumanji takes seconds to import and starts JAX's backend, so that
+waits until the first task is made.
 """
 
 import math
@@ -23,9 +23,8 @@ from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZE
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
-Observe = Callable[
-    [Any, Any], Observation
-]  # what Jumanji's state and observation look like to the agents
+# What Jumanji's state and observation look like to the agents.
+Observe = Callable[[Any, Any], Observation]
 Measure = Callable[[Any], Metrics]  # metrics of Jumanji's state
 
 LBF_TIME_LIMIT = 100
@@ -33,13 +32,13 @@ RWARE_TIME_LIMIT = 500
 
 
 def make_lbf(task: str) -> "JumanjiEnv":
-    """Makes a task of `LBF_TASKS`.
+    """Make a task of `LBF_TASKS`.
 
-    Agents (level 1 or 2) and food have levels; agents next to food that load at the same step eat it if
-    their levels add up to its own. The return is at most 1: the share of all food, by level, that was eaten.
-    "2s" = sight of 2 cells instead of the whole grid, "coop" = food so heavy that both must load.
-    A flaw of Jumanji's generator is kept, because published scores have it: to keep agents off the food it
-    excludes whole rows of the grid from their start positions.
+    Agents (level 1 or 2) and food have levels; agents next to food that load at the same step eat
+    it if their levels add up to its own. The return is at most 1: the share of all food, by level,
+    that was eaten. "2s" = sight of 2 cells instead of the whole grid, "coop" = food so heavy that
+    both must load. A flaw of Jumanji's generator is kept, because published scores have it: to keep
+    agents off the food it excludes whole rows of the grid from their start positions.
     """
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
     from jumanji.environments.routing.lbf.generator import RandomGenerator
@@ -58,9 +57,10 @@ def make_lbf_auto(
     coop: bool = False,
     limit: int = 100,
 ) -> "JumanjiEnv":
-    """Makes LBF of any size, with views whose size depends on `sight` only: a policy can change `agents`.
+    """Make LBF of any size; the size of its views depends on `sight` only, so `agents` may change.
 
-    Agents start on any cells that hold nothing else, unlike in Jumanji's own generator (see `make_lbf`).
+    Agents start on any cells that hold nothing else, unlike in Jumanji's own generator (see
+    `make_lbf`).
 
     Args:
         agents: how many.
@@ -117,10 +117,11 @@ def make_lbf_auto(
 
 
 def make_rware(task: str) -> "JumanjiEnv":
-    """Makes a task of `RWARE_TASKS`.
+    """Make a task of `RWARE_TASKS`.
 
-    Robots carry requested shelves to a goal; the team earns 1 per delivery. Two robots on one cell end the
-    episode. As many shelves are requested as there are robots, half as many in a "-hard" task.
+    Robots carry requested shelves to a goal; the team earns 1 per delivery. Two robots on one cell
+    end the episode. As many shelves are requested as there are robots, half as many in a "-hard"
+    task.
     """
     size, agents, *hard = task.split("-")
     num_agents = int(agents.removesuffix("ag"))
@@ -139,7 +140,7 @@ def make_rware_auto(
     requests: int = 0,
     limit: int = 500,
 ) -> "JumanjiEnv":
-    """Makes RWARE of any size; the size of its views depends on `sight` only.
+    """Make RWARE of any size; the size of its views depends on `sight` only.
 
     Args:
         agents: robots.
@@ -192,10 +193,11 @@ def make_rware_auto(
 
 
 def make_connector(task: str) -> "JumanjiEnv":
-    """Makes a task of `CONNECTOR_TASKS`.
+    """Make a task of `CONNECTOR_TASKS`.
 
-    Agents draw paths, which nobody can cross, from start to target. Connecting earns 1, every step before it
-    costs 0.03. The episode ends when all are connected or stuck; a connected agent can but stand still.
+    Agents draw paths, which no agent can cross, from start to target. Connecting earns 1, every
+    step before it costs 0.03. The episode ends when all are connected or stuck; a connected agent
+    can but stand still.
     """
     from jumanji.environments.routing.connector.env import Connector
     from jumanji.environments.routing.connector.generator import RandomWalkGenerator
@@ -209,10 +211,10 @@ def make_connector(task: str) -> "JumanjiEnv":
 
 
 def make_cleaner(task: str) -> "JumanjiEnv":
-    """Makes a task of `CLEANER_TASKS`.
+    """Make a task of `CLEANER_TASKS`.
 
-    Agents start in one corner of a maze and clean the tiles they pass: the team earns 1 per tile, less 0.5 per
-    step. The episode ends when all is clean, or an agent walks into a wall.
+    Agents start in one corner of a maze and clean the tiles they pass: the team earns 1 per tile,
+    less 0.5 per step. The episode ends when all is clean, or an agent walks into a wall.
     """
     from jumanji.environments.routing.cleaner.env import Cleaner
     from jumanji.environments.routing.cleaner.generator import RandomGenerator
@@ -230,9 +232,10 @@ def make_cleaner(task: str) -> "JumanjiEnv":
 class JumanjiEnv:
     """A Jumanji environment under this library's protocol.
 
-    Jumanji's tasks disagree on the time limit: LBF and Connector truncate there, RWARE and Cleaner report a
-    termination. The wrapped environment is therefore built with a limit one step beyond `spec.time_limit`,
-    which it never reaches; an end that it reports is the task's own, and the limit is counted here.
+    Jumanji's tasks disagree on the time limit: LBF and Connector truncate there, RWARE and Cleaner
+    report a termination. The wrapped environment is therefore built with a limit one step beyond
+    `spec.time_limit`, which it never reaches; an end that it reports is the task's own, and the
+    limit is counted here.
     """
 
     spec: EnvSpec
@@ -260,7 +263,7 @@ class JumanjiEnv:
         )
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF of consecutive unbatched states, drawn by Jumanji's own viewer."""
+        """Write a GIF of consecutive unbatched states, drawn by Jumanji's own viewer."""
         import matplotlib.pyplot as plt
 
         frames = [state.replace(key=None) for state in states]
@@ -294,9 +297,8 @@ def _adapt(
         state, timestep = env.reset(key)
         return observe(state, timestep.observation)
 
-    observation = jax.eval_shape(
-        first, jax.eval_shape(jax.random.key, 0)
-    )  # sizes as they are, nothing computed
+    # Sizes as they are, nothing computed.
+    observation = jax.eval_shape(first, jax.eval_shape(jax.random.key, 0))
     num_agents, obs_dim = observation.agents_view.shape
     spec = EnvSpec(
         name=name,
@@ -321,7 +323,7 @@ def _share_cleaned(state: Any) -> Metrics:
 
 
 def _square(task: str) -> tuple[int, int]:
-    """Reads "10x10x3a": size and number of agents."""
+    """Read "10x10x3a": size and number of agents."""
     size, _, agents = task.removesuffix("a").split("x")
     return int(size), int(agents)
 
@@ -348,5 +350,6 @@ def _require(
 
 
 def _strongly_typed(leaf: Array) -> Array:
-    # RWARE's reset returns weakly typed leaves and its step does not: every jitted loop would compile twice.
+    # RWARE's reset returns weakly typed leaves and its step does not: every jitted loop would
+    # compile twice.
     return jnp.asarray(leaf, leaf.dtype)

@@ -1,4 +1,4 @@
-"""The grids of Jumanji's suites: what the agents see of them, one function per view, and where LBF starts.
+"""The grids of Jumanji's suites: what agents see of them, a function per view; LBF's starts.
 
 A view takes Jumanji's state and observation, unbatched, and returns ours.
 """
@@ -25,18 +25,19 @@ LOCAL_CHANNELS = ("agents' levels", "food's levels", "free")
 
 
 def vector_view(state: Any, observation: Any) -> Observation:
-    """LBF and RWARE: Jumanji's own features, as floats."""
+    """Return the views of LBF and RWARE: Jumanji's own features, as floats."""
     del state
     view = observation.agents_view.astype(jnp.float32)
     return Observation(view, observation.action_mask, alive=jnp.ones(view.shape[0], bool))
 
 
 def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> Observation:
-    """LBF with any number of agents: the cells within `sight`, [channel, row, column] flattened.
+    """Return the views of LBF of any size: the cells within `sight`, [channel, row, column].
 
-    The same as Jumanji's `GridObserver`, which fills a grid for every agent and item before it adds them up,
-    and mixes dtypes (JAX warns). The mask is read off the view, where Jumanji compares all agents with all.
-    With 64 agents a step of the environment is 6 times as fast as with it, 4 times as with the `VectorObserver`.
+    They are flattened, and those of Jumanji's `GridObserver`, which fills a grid for every agent
+    and item before it adds them up, and mixes dtypes (JAX warns). The mask is read off the view,
+    where Jumanji compares all agents with all. With 64 agents a step of the environment is 6 times
+    as fast as with it, 4 times as with the `VectorObserver`.
 
     Args:
         state: Jumanji's; one entity on a cell at most, eaten food aside.
@@ -72,16 +73,17 @@ def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> O
 
 
 def connector_view(state: Any, observation: Any) -> Observation:
-    """Connector: the whole grid as each agent sees it.
+    """Return the views of Connector: the whole grid as each agent sees it.
 
-    agents_view: row and column of its head, then of its target, in [0, 1]. grid: `CONNECTOR_CHANNELS`, bool;
-    an agent that has connected has a head and no target, an empty cell has nothing. state: channels path, head
-    and target, in which a cell that belongs to agent i is (i + 1) / N.
+    agents_view: row and column of its head, then of its target, in [0, 1]. grid:
+    `CONNECTOR_CHANNELS`, bool; an agent that has connected has a head and no target, an empty cell
+    has nothing. state: channels path, head and target, in which a cell that belongs to agent i is
+    (i + 1) / N.
     """
     agents, size = state.agents, state.grid.shape[0]
     num_agents = agents.position.shape[0]
-    # A cell of Jumanji's grid is 0, or 1 + 3 · owner + (0 path, 1 head, 2 target): few values, so what each of
-    # them looks like is tabulated, which costs a third of computing it cell by cell.
+    # A cell of Jumanji's grid is 0, or 1 + 3 · owner + (0 path, 1 head, 2 target): few values, so
+    # what each of them looks like is tabulated, which costs a third of computing it cell by cell.
     owner, kind = np.divmod(np.arange(3 * num_agents), 3)
     is_own = owner == np.arange(num_agents)[:, None]
     picture_of = np.zeros((num_agents, 1 + 3 * num_agents, len(CONNECTOR_CHANNELS)), bool)
@@ -100,16 +102,15 @@ def connector_view(state: Any, observation: Any) -> Observation:
 
 
 def cleaner_view(state: Any, observation: Any) -> Observation:
-    """Cleaner: the whole grid as each agent sees it.
+    """Return the views of Cleaner: the whole grid as each agent sees it.
 
-    agents_view: its row and column, in [0, 1]. grid: `CLEANER_CHANNELS`, bool; agents may share a tile.
-    state: channels dirty, wall, and share of the agents that are on the tile.
+    agents_view: its row and column, in [0, 1]. grid: `CLEANER_CHANNELS`, bool; agents may share a
+    tile. state: channels dirty, wall, and share of the agents that are on the tile.
     """
     position, size = state.agents_locations, state.grid.shape[0]
     num_agents = position.shape[0]
-    tiles = state.grid[..., None] == jnp.arange(
-        3, dtype=state.grid.dtype
-    )  # dirty, clean, wall in Jumanji's order
+    # Dirty, clean, wall in Jumanji's order.
+    tiles = state.grid[..., None] == jnp.arange(3, dtype=state.grid.dtype)
     here = (position[:, :1, None] == np.arange(size)[:, None]) & (
         position[:, 1:, None] == np.arange(size)
     )
@@ -132,20 +133,20 @@ def cleaner_view(state: Any, observation: Any) -> Observation:
 def draw_positions(
     key: Key[Array, ""], grid_size: int, num_food: int, num_agents: int
 ) -> tuple[Int[Array, "num_food 2"], Int[Array, "num_agents 2"]]:
-    """Draws where the food and the agents of LBF start, rows and columns; no two on one cell.
+    """Draw where the food and the agents of LBF start, rows and columns; no two on one cell.
 
-    Food: one item after another, uniformly over the cells that are neither at the edge nor beside an item.
-    Agents: uniformly over the cells without food. Jumanji's own generator means the same, but takes rows and
-    columns of food for two rows of the grid to keep agents off: with much food it puts agents on it.
+    Food: one item after another, uniformly over the cells that are neither at the edge nor beside
+    an item. Agents: uniformly over the cells without food. Jumanji's own generator means the same,
+    but takes rows and columns of food for two rows of the grid to keep agents off: with much food
+    it puts agents on it.
     """
     food_key, agent_key = jax.random.split(key)
     num_cells = grid_size**2
     index, at_and_beside = np.arange(num_cells), np.array([0, 1, -1, grid_size, -grid_size])
 
     def place(rank: Float[Array, "cells"], _: None) -> tuple[Float[Array, "cells"], Int[Array, ""]]:
-        cell = jnp.where(
-            rank == rank.max(), index, 0
-        ).max()  # what argmax is, which takes 6 times as long on CPUs
+        # This is argmax, which takes 6 times as long on CPUs.
+        cell = jnp.where(rank == rank.max(), index, 0).max()
         return rank.at[cell + at_and_beside].set(-1.0), cell
 
     # The inner cells in random order: the first that is still allowed is uniform over those.

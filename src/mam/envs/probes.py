@@ -1,15 +1,15 @@
-"""Tiny tasks with a known best score: each fails for one reason only, so a score says what is broken.
+"""Tiny tasks with a known best score: each fails for one reason, so a score says what is broken.
 
-    task        what it takes                               optimal_return     random_return    ends by
-    identity    acting on one's own observation             T                  T / A            truncation
-    copy        knowing what earlier agents just chose      (T−1)(1 − 1/A)     optimal / A      truncation
-    matrix      coordinating on the better of two optima    1                  see the class    termination
-    memory      carrying a cue across environment steps     1                  1 / A            termination
-    target      a continuous action per agent               T                  T / 3            truncation
-    components  several choices per agent at once           T                  T / Π sizes      truncation
+    task        what it takes                             optimal_return  random_return  ends by
+    identity    acting on one's own observation           T               T / A          truncation
+    copy        knowing what earlier agents just chose    (T−1)(1 − 1/A)  optimal / A    truncation
+    matrix      coordinating on the better of two optima  1               see the class  termination
+    memory      carrying a cue across environment steps   1               1 / A          termination
+    target      a continuous action per agent             T               T / 3          truncation
+    components  several choices per agent at once         T               T / Π sizes    truncation
 
-T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on average.
-All actions are legal and all agents alive.
+T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on
+average. All actions are legal and all agents alive.
 """
 
 import abc
@@ -62,9 +62,10 @@ class Probe(Environment, abc.ABC):
 
 @dataclass(frozen=True)
 class Identity(Probe):
-    """Every agent sees a random cue of its own, new at every step; the reward is the fraction that answer it.
+    """Every agent sees a random cue of its own, new at every step.
 
-    Probes the plumbing (observations, actions, advantages, optimiser): nothing done now matters later.
+    The reward is the fraction of agents that answer theirs. Probes the plumbing (observations,
+    actions, advantages, optimiser): nothing done now matters later.
     """
 
     num_agents: int = 3
@@ -107,21 +108,24 @@ class CopyState(eqx.Module):
 
 @dataclass(frozen=True)
 class Copy(Probe):
-    """Agents must agree with agent 0, which must not repeat itself, and nobody sees anything.
+    """Agents must agree with agent 0, which must not repeat itself, and no agent sees anything.
 
-    The reward is the fraction of the others that choose as agent 0 does, and nothing if agent 0 repeats
-    its action of the step before (or at the first step, where there is none before). Observations are
-    constant, so a policy without memory plays one joint distribution at every step. Let p_a be the
-    probability that agent 0 chooses a. It repeats itself with probability Σ p_a², so
+    The reward is the fraction of the others that choose as agent 0 does, and nothing if agent 0
+    repeats its action of the step before (or at the first step, where there is none before).
+    Observations are constant, so a policy without memory plays one joint distribution at every
+    step. Let p_a be the probability that agent 0 chooses a. It repeats itself with probability
+    Σ p_a², so
 
-    * at best a step earns 1 − Σ p_a² ≤ 1 − 1/A: agent 0 uniformly random, all others choosing the same;
-    * agents that choose independently earn at most max_a p_a (1 − p_a) ≤ 1/4 (`independent_return`),
-      however well they share information beforehand, because a random choice cannot be foreseen;
+    * at best a step earns 1 − Σ p_a² ≤ 1 − 1/A: agent 0 uniformly random, all others choosing the
+      same;
+    * agents that choose independently earn at most max_a p_a (1 − p_a) ≤ 1/4
+      (`independent_return`), however well they share information beforehand, because a random
+      choice cannot be foreseen;
     * a deterministic policy earns 0, so evaluate by sampling, not greedily.
 
-    Probes the decoder: only a policy in which later agents see the actions of earlier ones in the same
-    step gets past `independent_return`. The agent that decides first need not be agent 0. (A policy with
-    memory across steps could alternate between two actions and earn 1 a step.)
+    Probes the decoder: only a policy in which later agents see the actions of earlier ones in the
+    same step gets past `independent_return`. The agent that decides first need not be agent 0. (A
+    policy with memory across steps could alternate between two actions and earn 1 a step.)
     """
 
     num_agents: int = 3
@@ -164,12 +168,13 @@ class Copy(Probe):
 
 @dataclass(frozen=True)
 class Matrix(Probe):
-    """A coordination game of one step: 1 if all agents choose action 0, 0.6 if none does, otherwise 0.
+    """A coordination game of one step: 1 if all agents choose action 0, 0.6 if none does, else 0.
 
-    Probes coordination against a broad second-best optimum. While the others explore, action 0 looks
-    worse than the rest, and agents that learn independently from uniform play (3 actions, 2 agents) climb
-    to `trap_return`: the gradient of p² + 0.6 (1 − p)² in the probability p of action 0 points down below
-    p = 3/8. An agent that sees the earlier agents' choices learns the best reply to action 0 first.
+    Probes coordination against a broad second-best optimum. While the others explore, action 0
+    looks worse than the rest, and agents that learn independently from uniform play (3 actions, 2
+    agents) climb to `trap_return`: the gradient of p² + 0.6 (1 − p)² in the probability p of action
+    0 points down below p = 3/8. An agent that sees the earlier agents' choices learns the best
+    reply to action 0 first.
     """
 
     num_agents: int = 2
@@ -209,9 +214,9 @@ class Matrix(Probe):
 class Memory(Probe):
     """Every agent sees a cue at the first step and must answer it at the last of `length` steps.
 
-    The reward, at the last step only, is the fraction that answer their own cue. The view is the one-hot
-    cue (zeros after the first step), then 1 at the last step. Probes memory across environment steps:
-    a policy without it earns 1/A whatever it does.
+    The reward, at the last step only, is the fraction that answer their own cue. The view is the
+    one-hot cue (zeros after the first step), then 1 at the last step. Probes memory across
+    environment steps: a policy without it earns 1/A whatever it does.
     """
 
     num_agents: int = 2
@@ -260,10 +265,10 @@ class TargetState(eqx.Module):
 
 @dataclass(frozen=True)
 class Target(Probe):
-    """`Identity` with continuous actions: every agent sees a random point in [−1, 1]^A and is to name it.
+    """`Identity` with continuous actions: each agent sees a point in [−1, 1]^A and is to name it.
 
-    The reward is 1 minus the distance |action − target|, averaged over components and agents. A random action is
-    uniform here, at a mean distance of 2/3.
+    The reward is 1 minus the distance |action − target|, averaged over components and agents. A
+    random action is uniform here, at a mean distance of 2/3.
     """
 
     num_agents: int = 3
@@ -302,10 +307,10 @@ class Target(Probe):
 
 @dataclass(frozen=True)
 class Components(Probe):
-    """`Identity` with several choices at once: every agent sees a cue for each component of its action.
+    """`Identity` with several choices at once: agents see a cue for each component of an action.
 
-    The reward is the fraction of agents that answer all of theirs, so a component that is mixed up with another, or
-    left to chance, costs its share.
+    The reward is the fraction of agents that answer all of theirs, so a component that is mixed up
+    with another, or left to chance, costs its share.
     """
 
     num_agents: int = 3

@@ -1,7 +1,7 @@
 """Tasks by name; what stands for them is looked up in `mam.envs.tasks`.
 
 suite/task                         a task of a suite
-suite/auto:agents=64,grid=48       a task of that suite of one's own making
+suite/auto:agents=64,grid=48       a custom-size task of that suite
 pettingzoo/module:environment      any PettingZoo ParallelEnv that is installed
 package.module:factory             one's own environment: the factory returns it
 """
@@ -23,7 +23,7 @@ from mam.types import Environment, EnvSpec, HostEnvironments
 
 
 def auto_options() -> dict[str, Mapping[str, Any]]:
-    """Returns, for every suite that makes tasks to measure, the options of `suite/auto:…` and their defaults."""
+    """Return the options of `suite/auto:…` and their defaults, by suite with custom-size tasks."""
     return {
         f"{name}/auto": _options(_maker(name, "_auto"))
         for name, suite in SUITES.items()
@@ -32,11 +32,12 @@ def auto_options() -> dict[str, Mapping[str, Any]]:
 
 
 def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
-    """Makes one environment whose agents see who they are; it neither resets itself nor keeps statistics.
+    """Make one environment with agent ids, which neither resets itself nor keeps statistics.
 
     Args:
-        name: one of `task_names()`, "suite/auto" with or without options, or "package.module:factory".
-        agent_id: how agents see who they are; see `AgentId`.
+        name: one of `task_names()`, "suite/auto" with or without options, or
+            "package.module:factory".
+        agent_id: how agents are told apart; see `agent_ids`.
 
     Raises:
         UserError: the name is unknown, or the suite is not installed.
@@ -48,7 +49,7 @@ def make(name: str, agent_id: IdEncoding = "one_hot") -> Environment:
 
 
 def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> AutoReset:
-    """Makes `num_envs` environments that reset themselves and report their episodes' statistics.
+    """Make `num_envs` environments that reset themselves and report their episodes' statistics.
 
     Args:
         name: as for `make`.
@@ -62,10 +63,10 @@ def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> 
 
 
 def lives_on_host(name: str) -> bool:
-    """Whether the environment is stepped in worker processes (`make_host`) instead of by JAX (`make_batched`).
+    """Say whether it is an external environment (`make_host`), not one in JAX (`make_batched`).
 
     Raises:
-        UserError: the name is one of somebody's own environment, and there is none.
+        UserError: the name is that of one's own environment, and there is none.
     """
     return names_code(name) and isinstance(_own(name), EnvFactory)
 
@@ -78,7 +79,7 @@ def make_host(
     limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
     first: int = 0,
 ) -> HostEnvironments:
-    """Starts worker processes and makes environments in them.
+    """Start worker processes and make environments in them.
 
     Args:
         name: "pettingzoo/module:environment" or "package.module:factory".
@@ -86,7 +87,8 @@ def make_host(
         agent_id: as for `make`.
         num_workers: processes; one per CPU core if None.
         limits: how long an environment may take, and how often a worker is started again.
-        first: index of the first of them, for factories with a parameter `index`; others may exist beside these.
+        first: index of the first of them, for factories with a parameter `index`; others may exist
+            beside these.
 
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
@@ -101,17 +103,17 @@ def make_host(
 def make_env(
     name: str, num_envs: int | None = None, *, agent_id: IdEncoding = "one_hot"
 ) -> Environment | AutoReset | HostEnvironments:
-    """Make an environment whose agents see who they are.
+    """Make an environment with agent ids.
 
     Args:
         name: as for `make` or `make_host`.
-        num_envs: environments side by side that reset themselves; if None a single one that does not or, of those
-            that JAX does not step, a batch of one.
-        agent_id: how agents see who they are; see `AgentId`.
+        num_envs: environments side by side that reset themselves; if None a single one that does
+            not or, of those that JAX does not step, a batch of one.
+        agent_id: how agents are told apart; see `agent_ids`.
 
     Returns:
-        An environment in JAX, whose `reset` and `step` are pure functions; of any other, worker processes, which
-        `close` ends.
+        An environment in JAX, whose `reset` and `step` are pure functions; of any other, worker
+        processes, which `close` ends.
 
     Raises:
         UserError: the name is unknown, or the suite is not installed.
@@ -131,14 +133,13 @@ _FOREIGN = {
 
 @cache
 def _own(name: str) -> Environment | EnvFactory:
-    """What a name with a colon stands for: the environment, or what makes it in worker processes."""
+    """Return the environment that a name with a colon stands for, or what makes it in workers."""
     factory = find_factory(name)
     if name.startswith(PREFIX):
         return factory
     env = factory(index=0)
-    if hasattr(
-        env, "possible_agents"
-    ):  # PettingZoo's have these, and live in workers: this one was to look at
+    # PettingZoo's have these, and belong in workers: this one was to look at.
+    if hasattr(env, "possible_agents"):
         with contextlib.suppress(Exception):
             env.close()
         return factory
@@ -148,7 +149,7 @@ def _own(name: str) -> Environment | EnvFactory:
 
 
 def _foreign(env: Any) -> str:
-    """Which other library's environment it is; nothing if of none."""
+    """Say which other library's environment it is; nothing if of none."""
     packages = (kind.__module__.partition(".")[0] for kind in type(env).__mro__)
     return next((_FOREIGN[package] for package in packages if package in _FOREIGN), "")
 
@@ -156,13 +157,13 @@ def _foreign(env: Any) -> str:
 def _no_environment(name: str, env: Any) -> UserError:
     kind = type(getattr(env, "unwrapped", env)).__name__
     return UserError(
-        f"{name} returns a {kind}{_foreign(env)}: expected a subclass of mam.types.Environment with spec, reset and "
-        f"step, or a PettingZoo ParallelEnv"
+        f"{name} returns a {kind}{_foreign(env)}: expected a subclass of mam.types.Environment "
+        f"with spec, reset and step, or a PettingZoo ParallelEnv"
     )
 
 
 def make_plain(name: str) -> Environment:
-    """Makes one environment as it is, without agent ids; what somebody's own factory returns, unchecked.
+    """Make one environment without agent ids; what one's own factory returns is not checked.
 
     Raises:
         UserError: as `make`.
@@ -188,7 +189,7 @@ def make_plain(name: str) -> Environment:
 
 
 def _maker(suite: str, kind: str = "") -> Callable[..., Environment]:
-    """The function that makes a suite's tasks, or those made to measure."""
+    """Return the function that makes a suite's tasks, or its custom-size ones."""
     return getattr(import_module(SUITES[suite].module), f"make_{suite}{kind}")
 
 
@@ -199,7 +200,7 @@ def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:
 
 
 def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads `agents=64,grid=48`; every value has the type of its default."""
+    """Read `agents=64,grid=48`; every value has the type of its default."""
     values = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")

@@ -1,4 +1,4 @@
-"""Suites and the names of their tasks, as tables that import nothing: a wrong name is refused before JAX is loaded.
+"""Suites and their tasks' names, in tables that import nothing: JAX is not needed to refuse one.
 
 A new suite is a module and a row of `SUITES`.
 """
@@ -40,7 +40,8 @@ RWARE_TASKS = (
     *("large-8ag", "large-8ag-hard", "xlarge-4ag", "xlarge-4ag-hard"),
 )
 
-# Rows x columns x agents, and the time limit. Square only: Jumanji's action mask of Cleaner is wrong otherwise.
+# Rows x columns x agents, and the time limit. Square only: Jumanji's action mask of Cleaner is
+# wrong otherwise.
 CONNECTOR_TASKS = {"5x5x3a": 25, "7x7x5a": 49, "10x10x10a": 100, "15x15x23a": 225}
 CLEANER_TASKS = {"5x5x2a": 25, "10x10x3a": 100, "15x15x5a": 225, "20x20x20a": 400}
 
@@ -81,9 +82,8 @@ class Suite:
     description: str
     module: str  # has `make_<suite>(task)` and imports the packages in there
     tasks: Iterable[str]
-    made_to_measure: bool = (
-        False  # the module has `make_<suite>_auto(**options)`, too: suite/auto:…
-    )
+    # The module has `make_<suite>_auto(**options)`, too: suite/auto:…
+    made_to_measure: bool = False
     extra: str | None = None  # of the library, which installs the packages
     packages: tuple[str, ...] = ()  # the distributions whose versions decide what a task is
 
@@ -135,7 +135,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def check_task(name: str) -> None:
-    """Refuse the name of a task that no suite has; options, and names of one's own environment, are read later.
+    """Refuse a task that no suite has; options, and names of one's own environment, come later.
 
     Raises:
         UserError: there is none, with the nearest ones.

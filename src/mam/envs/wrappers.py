@@ -1,4 +1,4 @@
-"""Layers around an environment: agent identity, episode statistics, and the batch that resets itself.
+"""Layers around an environment: agent ids, episode statistics, and a batch that resets itself.
 
 The order is fixed: `AutoReset(EpisodeStatistics(AgentId(env)), num_envs)`.
 """
@@ -20,14 +20,15 @@ SINUSOID_DIM = 16
 
 
 def agent_ids(num_agents: int, encoding: IdEncoding) -> np.ndarray:
-    """What tells agents apart, [num_agents, features], float32.
+    """Return what tells agents apart, [num_agents, features], float32.
 
     Args:
         num_agents: N.
-        encoding: `one_hot`: N features, the usual choice. `sinusoid`: sines and cosines of the agent's index at
-            8 wavelengths from 4 to 40,000 agents (after the positions of Vaswani et al. 2017, arXiv 1706.03762,
-            §3.5), as many features whatever N is, so a policy may be run with another number of agents. `none`:
-            no features; agents that see the same are the same.
+        encoding: `one_hot`: N features, the usual choice. `sinusoid`: sines and cosines of the
+            agent's index at 8 wavelengths from 4 to 40,000 agents (after the positions of Vaswani
+            et al. 2017, arXiv 1706.03762, §3.5), as many features whatever N is, so a policy may be
+            run with another number of agents. `none`: no features; agents that see the same are the
+            same.
     """
     if encoding == "one_hot":
         return np.eye(num_agents, dtype=np.float32)
@@ -89,8 +90,8 @@ class EpisodeState(eqx.Module):
 class EpisodeStatistics:
     """Adds `episode_return` and `episode_length` to the metrics.
 
-    Both are running values: complete where `timestep.ended`, partial elsewhere. The return is the mean
-    over agents, hence the team's return where the reward is shared.
+    Both are running values: complete where `timestep.ended`, partial elsewhere. The return is the
+    mean over agents, hence the team's return where the reward is shared.
     """
 
     env: Environment
@@ -137,32 +138,33 @@ class AutoReset:
     """`num_envs` environments side by side, each starting a new episode as soon as one ends.
 
     At an episode's last step everything in the `TimeStep` belongs to the ended episode
-    (`final_observation` is the true successor), except `observation`, which is the first of the next.
+    (`final_observation` is the true successor), except `observation`, which is the first of the
+    next.
 
-    A reset may cost many times a step, and few environments end at the same step, so a loop resets the
-    ended ones only, B/32 at a time. It is a `while_loop` rather than a `cond`, which under `jax.vmap`
-    (over seeds) would compute both branches at every step. Environment i draws its randomness from
-    `fold_in(·, i)` of the step's key, whatever happens to the others and however many there are.
+    A reset may cost many times a step, and few environments end at the same step, so a loop resets
+    the ended ones only, B/32 at a time. It is a `while_loop` rather than a `cond`, which under
+    `jax.vmap` (over seeds) would compute both branches at every step. Environment i draws its
+    randomness from `fold_in(·, i)` of the step's key, whatever happens to the others and however
+    many there are.
     """
 
     env: Environment
     num_envs: int
-    first: Int[Array, ""] | int = field(
-        default=0, kw_only=True
-    )  # number of the first, where others stand elsewhere
+    # Number of the first, where others stand elsewhere.
+    first: Int[Array, ""] | int = field(default=0, kw_only=True)
 
     @property
     def spec(self) -> EnvSpec:
         return self.env.spec
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
-        """Starts an episode in every environment; all leaves gain a leading axis B."""
+        """Start an episode in every environment; all leaves gain a leading axis B."""
         return jax.vmap(self.env.reset)(self._key_per_env(key, jnp.arange(self.num_envs)))
 
     def step(
         self, state: EnvState, action: Action, key: Key[Array, ""]
     ) -> tuple[EnvState, TimeStep]:
-        """Applies one joint action per environment and resets those whose episode ended."""
+        """Apply one joint action per environment and reset those whose episode ended."""
         step_key, reset_key = jax.random.split(key)
         step_keys = self._key_per_env(step_key, jnp.arange(self.num_envs))
         state, timestep = jax.vmap(self.env.step)(state, action, step_keys)
@@ -179,7 +181,8 @@ class AutoReset:
         key: Key[Array, ""],
     ) -> tuple[EnvState, Observation]:
         chunk = max(1, self.num_envs // 32)
-        # The ended environments first; the rest of the queue points past the batch, where writes are dropped.
+        # The ended environments first; the rest of the queue points past the batch, where writes
+        # are dropped.
         (queue,) = jnp.nonzero(ended, size=self.num_envs + chunk, fill_value=self.num_envs)
 
         def reset_chunk(carry: _Restarts) -> _Restarts:

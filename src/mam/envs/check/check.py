@@ -64,17 +64,19 @@ _METHODS = {
 def check_environment(
     env: Any, *, seed: int = 0, num_episodes: int = 24, time_budget: float = 25.0
 ) -> Report:
-    """Plays episodes of random legal actions, and reports what breaks the protocol and what looks like a mistake.
+    """Play episodes of random legal actions, and report broken rules and likely mistakes.
 
-    A finding that makes playing impossible (of shapes, say) hides others: mend it, then check again.
+    A finding that makes playing impossible (of shapes, say) hides others: mend it, then check
+    again.
 
     Args:
-        env: an `Environment`, an `AutoReset` (of which the inner environment is checked), or `HostEnvironments`,
-            which are left open. Annotated as anything, because whether it is one of them is the question.
+        env: an `Environment`, an `AutoReset` (of which the inner environment is checked), or
+            `HostEnvironments`, which are left open. Annotated as anything, because whether it is
+            one of them is the question.
         seed: decides keys and actions.
         num_episodes: how many to play at least.
-        time_budget: seconds after which no further step is played. A single call that takes long (compilation,
-            a simulator's step) is waited for.
+        time_budget: seconds after which no further step is played. A single call that takes long
+            (compilation, a simulator's step) is waited for.
     """
     start = time.perf_counter()
     env = env.env if isinstance(env, AutoReset) else env
@@ -142,7 +144,7 @@ def _judge(findings: list[Finding], recording: Recording) -> None:
 
 
 def _report(findings: list[Finding], found: Iterator[Finding]) -> None:
-    """Takes findings over; raises `Unplayable` if one of them makes playing impossible."""
+    """Add to the findings; raise `Unplayable` if one of them makes playing impossible."""
     found_now = list(found)
     findings.extend(found_now)
     if any(map(is_fatal, found_now)):
@@ -150,7 +152,7 @@ def _report(findings: list[Finding], found: Iterator[Finding]) -> None:
 
 
 def _notes(recording: Recording) -> Iterator[str]:
-    """What the episodes did not show."""
+    """Yield what the episodes did not show."""
     yield from recording.notes
     limit = recording.spec.time_limit
     longest = max(episode.length for episode in recording.episodes)
@@ -162,7 +164,7 @@ def _notes(recording: Recording) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _unchecked_types() -> Iterator[None]:
-    """Turns jaxtyping's run-time checks off, where an import hook put them: our findings say more, and go on."""
+    """Turn off the run-time checks of jaxtyping's import hook: findings say more, and go on."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

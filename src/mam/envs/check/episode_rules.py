@@ -1,4 +1,4 @@
-"""Rules for how episodes end and start, and for what actions do in them; as those of `rules`."""
+"""Rules for how episodes end and start, and for what actions do in them; see `rules`."""
 
 from collections.abc import Iterator
 
@@ -13,11 +13,11 @@ MOST_FEATURES = 256  # that are compared from step to step
 TINY = 1e-6  # less than that is rounding
 FEW_DECISIONS, MANY_DECISIONS = 10, 50  # without any effect, before that is a warning, or an error
 
-# Ends ----------------------------------------------------------------------------------------------------------------
+# Ends
 
 
 def ended_at_reset(recording: Recording) -> Iterator[Finding]:
-    """No episode is over before it starts."""
+    """Find episodes that are over before they start."""
     for episode in recording.episodes:
         for name in ("terminated", "truncated") if episode.first is not None else ():
             flag = np.asarray(getattr(episode.first, name))[None].astype(bool)
@@ -27,14 +27,14 @@ def ended_at_reset(recording: Recording) -> Iterator[Finding]:
 
 
 def both_flags(recording: Recording) -> Iterator[Finding]:
-    """An episode ends for one reason."""
+    """Find ends that are termination and truncation at once."""
     kind = ("both_flags", "error", "truncated", "an episode to be terminated or truncated")
     for episode in recording.episodes:
         yield from places(episode, flags(episode).all(axis=1), kind, "both", offset=1)
 
 
 def time_limit(recording: Recording) -> Iterator[Finding]:
-    """Episodes are truncated at `spec.time_limit` if they get there, and nowhere else."""
+    """Find truncations before `spec.time_limit`, and episodes that go on after it."""
     limit = recording.spec.time_limit
     if limit is None:
         return
@@ -66,10 +66,10 @@ def time_limit(recording: Recording) -> Iterator[Finding]:
 
 
 def limit_as_termination(recording: Recording) -> Iterator[Finding]:
-    """The time limit truncates: what would have gone on is worth something.
+    """Find time limits that terminate: what would have gone on is worth something.
 
-    So many terminations at one step that those at earlier steps do not explain them are a limit's. Where none is known
-    it may be at the step that no episode gets past.
+    So many terminations at one step that those at earlier steps do not explain them are a limit's.
+    Where none is known it may be at the step that no episode gets past.
     """
     known = recording.spec.time_limit
     limit = known or max((episode.length for episode in recording.ended), default=0)
@@ -88,7 +88,7 @@ def limit_as_termination(recording: Recording) -> Iterator[Finding]:
 
 
 def no_end(recording: Recording) -> Iterator[Finding]:
-    """Episodes end, whether or not their limit is known."""
+    """Find episodes without a known limit that do not end."""
     if recording.spec.time_limit is None and not recording.ended:
         longest = max(episode.length for episode in recording.episodes)
         if longest >= STEP_LIMIT:  # otherwise there was no time to see one, which is a note
@@ -96,11 +96,11 @@ def no_end(recording: Recording) -> Iterator[Finding]:
             yield Finding("no_end", "error", "terminated", "an end of the episode", got)
 
 
-# Resets --------------------------------------------------------------------------------------------------------------
+# Resets
 
 
 def _unlike_final(episode: Episode) -> list[tuple[str, Numbers]]:
-    """For every field of the observation, the steps [T] at which it is not that of `final_observation`."""
+    """Return, for every observed field, the steps [T] at which `final_observation` has another."""
     timestep = episode.timestep
     observations = (timestep.observation, timestep.final_observation)
     ours, final = (dict(jax.tree_util.tree_flatten_with_path(x)[0]) for x in observations)
@@ -112,13 +112,16 @@ def _unlike_final(episode: Episode) -> list[tuple[str, Numbers]]:
 
 
 def _changes(episode: Episode) -> Numbers:
-    """Whether a step changes anything that is observed, [T]."""
+    """Say which steps change anything that is observed, [T]."""
     leaves = [differs(x[1:], x[:-1]) for x in jax.tree.leaves(episode.observation)]
     return np.any([x.reshape(len(x), -1).any(axis=1) for x in leaves], axis=0)
 
 
 def final_observation(recording: Recording) -> Iterator[Finding]:
-    """`final_observation` is the successor of the action: `observation`, unless that is already the next episode's."""
+    """Find steps within episodes at which `final_observation` is not `observation`.
+
+    Both are the successor of the action, unless `observation` is already the next episode's.
+    """
     for episode in recording.episodes:
         timestep = episode.timestep
         # There an agent was truncated alone, and has a last view in one of them only.
@@ -139,7 +142,7 @@ def final_observation(recording: Recording) -> Iterator[Finding]:
 
 
 def final_is_previous(recording: Recording) -> Iterator[Finding]:
-    """At an end, too, `final_observation` is what came after the last action, not what came before it."""
+    """Find ends at which `final_observation` is what came before the last action, not after it."""
     long = [
         episode for episode in recording.ended if episode.length >= 2 and recording.resets_itself
     ]
@@ -154,7 +157,7 @@ def final_is_previous(recording: Recording) -> Iterator[Finding]:
 
 
 def auto_reset(recording: Recording) -> Iterator[Finding]:
-    """`Environment` does not reset itself; `HostEnvironments` do, and show the next episode's first observation."""
+    """Find an `Environment` that resets itself, and `HostEnvironments` that lose the last view."""
     yield from _lost_final(recording) if recording.resets_itself else _resets_itself(recording)
 
 
@@ -173,7 +176,10 @@ def _resets_itself(recording: Recording) -> Iterator[Finding]:
     if len(counts) >= 2 and np.all(counts, axis=0).any():
         # Whose turn it is counts like this as well, where all episodes are one round long.
         sure = len({len(x) for x in clocks}) > 1 or len(clocks[0]) > 8
-        got = f"a count in the state that grows at every step and starts anew at the end of all {len(counts)} episodes"
+        got = (
+            "a count in the state that grows at every step and starts anew "
+            f"at the end of all {len(counts)} episodes"
+        )
         yield Finding("auto_reset", "error" if sure else "warning", "state", expected, got)
 
 
@@ -186,17 +192,21 @@ def _lost_final(recording: Recording) -> Iterator[Finding]:
             and all(same)
             and any(_changes(episode).any() for episode in episodes)
         ):
-            expected = "the next episode's first observation at an end, and the last one in final_observation"
+            expected = (
+                "the next episode's first observation at an end, "
+                "and the last one in final_observation"
+            )
             got = f"the same in both, at the end of all {len(episodes)} episodes that are {end}"
             place = (None, episodes[0].length, episodes[0].number)
             yield Finding("auto_reset", "error", "observation", expected, got, *place)
 
 
 def final_is_reset(recording: Recording) -> Iterator[Finding]:
-    """What a time limit cuts off ends where its last action led, not where the next episode starts.
+    """Find time limits whose `final_observation` is the next episode's start.
 
-    Told from jumps: at the limit nothing happens that does not happen at other steps, so a number that then is what it
-    may be at a start should seldom have changed more than at any other step: in one of so many steps.
+    Seen from jumps: at the limit nothing happens that does not happen at other steps, so a number
+    that then is what it may be at a start should seldom have changed more than at any other step:
+    in one of so many steps.
     """
     for name in ("agents_view", "grid", "state"):
         episodes = [
@@ -222,13 +232,13 @@ def final_is_reset(recording: Recording) -> Iterator[Finding]:
 
 
 def _sample(x: Numbers) -> Numbers:
-    """At most `MOST_FEATURES` of the numbers of every step, [T, F]; NaN and infinity are others' business."""
+    """Return up to `MOST_FEATURES` numbers of every step, [T, F]; non-finite values become 0."""
     flat = np.nan_to_num(np.asarray(x, np.float64).reshape(len(x), -1), posinf=0.0, neginf=0.0)
     return flat[:, :: -(-flat.shape[1] // MOST_FEATURES)] if flat.shape[1] else flat
 
 
 def episode_metrics(recording: Recording) -> Iterator[Finding]:
-    """At an end, `episode_length` counts the steps and `episode_return` adds up the mean reward of the agents."""
+    """Find ends whose `episode_length` or `episode_return` (mean over agents) does not add up."""
     for episode in recording.ended:
         metrics = episode.timestep.metrics
         sums = {
@@ -253,25 +263,31 @@ def episode_metrics(recording: Recording) -> Iterator[Finding]:
                 yield Finding("episode_metrics", "error", f"metrics.{name}", text, got, *place)
 
 
-# Actions -------------------------------------------------------------------------------------------------------------
+# Actions
 
 
 def actions_ignored(recording: Recording) -> Iterator[Finding]:
-    """What agents do changes something that they see or earn."""
+    """Find agents whose actions change nothing that is seen or earned."""
     decisions, effects = recording.influence.decisions, recording.influence.effects
     expected = "actions that change what agents see or earn"
     if decisions[-1] >= FEW_DECISIONS and not effects.any():
-        got = f"no effect in {decisions[-1]:,} joint actions that differed from those of an equal episode"
+        got = (
+            f"no effect in {decisions[-1]:,} joint actions "
+            "that differed from those of an equal episode"
+        )
         yield Finding("actions_ignored", "error", "action", expected, got)
         return
     for agent in np.flatnonzero((decisions[:-1] >= FEW_DECISIONS) & (effects[:-1] == 0)):
         severity = "error" if decisions[agent] >= MANY_DECISIONS else "warning"
-        got = f"no effect in {decisions[agent]:,} actions of this agent that differed from those of an equal episode"
+        got = (
+            f"no effect in {decisions[agent]:,} actions of this agent "
+            "that differed from those of an equal episode"
+        )
         yield Finding("actions_ignored", severity, "action", expected, got, int(agent))
 
 
 def agent_order(recording: Recording) -> Iterator[Finding]:
-    """The rows of actions and views belong to the same agents."""
+    """Find agents whose actions show at once in another agent's view, but not in their own."""
     at_once = recording.influence.at_once
     for agent, seen in enumerate(at_once):
         (others,) = np.nonzero(seen)

@@ -1,7 +1,8 @@
 """Playing `HostEnvironments`: the same seed again and again, with some agents acting otherwise.
 
-The noise that random legal actions are made of does not depend on the environments' seed, so two runs of one seed
-differ by the actions of those agents only that deviate, and runs of two seeds by the seed only.
+The noise that random legal actions are made of does not depend on the environments' seed, so two
+runs of one seed differ by the actions of those agents only that deviate, and runs of two seeds by
+the seed only.
 """
 
 import dataclasses
@@ -41,9 +42,9 @@ Deviates = Callable[[Numbers], Numbers]  # alive [B, N] -> whose actions are oth
 
 
 def play(env: Any, spec: EnvSpec, seed: int, num_episodes: int, deadline: float) -> Recording:
-    """Plays until there are enough episodes or their share of the time is up; then what is to be compared with them.
+    """Play until there are enough episodes or time is up, then the runs to compare with them.
 
-    Arguments as for `jax_play.play`.
+    See `jax_play.play` for the arguments.
 
     Raises:
         Unplayable: the reset fails.
@@ -58,7 +59,8 @@ def play(env: Any, spec: EnvSpec, seed: int, num_episodes: int, deadline: float)
     recording.episodes.extend(cut(main))
     if len(recording.ended) < num_episodes and time.perf_counter() >= share_end:
         recording.notes.append(
-            f"time was up after {len(recording.ended)} of {num_episodes} episodes; --seconds gives more"
+            f"time was up after {len(recording.ended)} of {num_episodes} episodes; "
+            "--seconds gives more"
         )
     try:
         player.compare(seed, main, deadline)
@@ -83,7 +85,7 @@ class _Player:
         num_episodes: int = 0,
         deviates: Deviates | None = None,
     ) -> Run:
-        """Resets and steps until there are enough steps, or episodes, or time is up."""
+        """Reset and step until there are enough steps, or episodes, or time is up."""
         held = [self._call("reset", 0, lambda: self.env.reset(seed))]
         timesteps, actions = [_copy(held[0])], []
         num_steps = min(num_steps, steps_that_fit(timesteps[0]))
@@ -136,7 +138,7 @@ class _Player:
         return choose(self.spec, observation.action_mask.astype(bool), noise)
 
     def compare(self, seed: int, main: Run, deadline: float) -> None:
-        """Makes the runs that are compared with the main one, each with an equal share of the time left."""
+        """Play the runs that are compared with the main one, each in an equal share of the time."""
         num_envs, num_agents = self.batch
         comparisons = [
             self._repeated,
@@ -162,7 +164,7 @@ class _Player:
                 break
 
     def _repeated(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
-        """The same seed and actions lead to the same, whatever was played before."""
+        """Check that the same seed and actions lead to the same, whatever was played before."""
         second = self.run(seed, main.length, deadline)
         difference = first_difference(main.first(second.length), second.timestep, num_lead=2)
         if difference is None:
@@ -176,7 +178,7 @@ class _Player:
         yield finding
 
     def _after_others(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
-        """Nothing is left of episodes of other seeds, right after whose end the first ones begin again."""
+        """Check that nothing is left of other seeds' episodes when the first ones begin again."""
         for other in range(1, NUM_LEAKS + 1):
             if other > 1 and time.perf_counter() >= deadline:
                 return
@@ -192,7 +194,7 @@ class _Player:
                 return
 
     def _other_seed(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
-        """Other seeds lead to other episodes, and in all environments."""
+        """Check that other seeds lead to other episodes, in all environments."""
         other = self.run(seed + 1, min(main.length, NUM_SEED_STEPS), deadline)
         if first_difference(main.first(other.length), other.timestep) is None:
             got = f"the same first {other.length} steps for equal actions"
@@ -210,7 +212,10 @@ class _Player:
             )
 
     def _others(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
-        """Environment 0 does as before while all agents of the others deviate; a single one deviates itself."""
+        """Check that environment 0 does as before while all agents of the others deviate.
+
+        A single environment deviates itself.
+        """
         deviating = np.ones(self.batch, bool)
         deviating[0] = self.batch[0] == 1
         run = self.run(seed, main.length, deadline, deviates=lambda alive: deviating & alive)
@@ -235,7 +240,7 @@ class _Player:
                 )
 
     def _dead(self, seed: int, main: Run, deadline: float) -> Iterator[Finding]:
-        """Dead agents deviate, which changes nothing."""
+        """Check that nothing changes where dead agents deviate."""
         run = self.run(seed, main.length, deadline, deviates=lambda alive: ~alive)
         for env in range(self.batch[0]):
             sees, rest, acts = deviation(main, run, env)
@@ -244,7 +249,10 @@ class _Player:
                 yield dead_acts(acts)
 
     def _agents(self, first: int) -> Callable[[int, Run, float], Iterator[Finding]]:
-        """In every environment one agent deviates, the next in the next."""
+        """Return a comparison in which one agent of every environment deviates.
+
+        It is agent `first` in environment 0, and the next in the next.
+        """
         num_envs, num_agents = self.batch
 
         def compare(seed: int, main: Run, deadline: float) -> Iterator[Finding]:
@@ -258,7 +266,7 @@ class _Player:
         return compare
 
     def _measure(self, main: Run, run: Run, env: int, who: int) -> None:
-        """Counts the actions that differed, up to the first thing that differed for it."""
+        """Count the actions that differed, up to their first effect."""
         sees, rest, acts = deviation(main, run, env)
         effects = np.logical_or(sees.any(axis=1), rest)
         until = int(np.argmax(effects)) + 1 if effects.any() else len(effects)
@@ -285,7 +293,7 @@ def _check_arrays(timestep: TimeStep, spec: EnvSpec, batch: tuple[int, int]) -> 
 
 
 def _check_held(held: TimeStep, copy: TimeStep, step: int) -> Iterator[Finding]:
-    """Time steps that were returned stay as they were."""
+    """Check that time steps stay as they were returned."""
     same = jax.tree.map(lambda x, y: x is y or x.tobytes() == y.tobytes(), copy, held)
     if not jax.tree.all(same) and (difference := first_difference(copy, held)):
         expected = "arrays that nobody overwrites once they were returned"

@@ -1,4 +1,4 @@
-"""A run of `HostEnvironments`: all environments from a reset on, cut into episodes and compared with another."""
+"""A run of `HostEnvironments` from a reset on, cut into episodes and compared with another."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,12 +22,16 @@ class Run:
         return len(self.action)
 
     def first(self, num_steps: int) -> TimeStep:
-        """The reset and the first steps."""
+        """Return the reset and the first `num_steps` steps."""
         return jax.tree.map(lambda x: x[: num_steps + 1], self.timestep)
 
 
 def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]:
-    """Where one environment differs between two runs: agents' views [S, N], all else [S], agents' actions [S, N]."""
+    """Say where one environment differs between two runs.
+
+    Returns:
+        Agents' views [S, N], all else [S], and agents' actions [S, N].
+    """
     length = min(main.length, run.length)
     one, other = (jax.tree.map(lambda x: x[1 : length + 1, env], r.timestep) for r in (main, run))
 
@@ -47,7 +51,7 @@ def deviation(main: Run, run: Run, env: int) -> tuple[Numbers, Numbers, Numbers]
 
 
 def stack(actions: list[Numbers], timesteps: list[TimeStep], shape: tuple[int, ...]) -> Run:
-    """The run of these steps, which may be none; `shape` is that of an action."""
+    """Return the run of these steps, which may be none; `shape` is that of an action."""
     names = set.intersection(*(set(timestep.metrics) for timestep in timesteps))
     common = [
         replace(timestep, metrics={name: timestep.metrics[name] for name in names})
@@ -60,7 +64,7 @@ def stack(actions: list[Numbers], timesteps: list[TimeStep], shape: tuple[int, .
 
 
 def cut(run: Run) -> Iterator[Episode]:
-    """The episodes of a run, the last of every environment perhaps without its end."""
+    """Yield the episodes of a run, the last of every environment perhaps without its end."""
     number = 0
     for env in range(run.action.shape[1]):
         stream, action = jax.tree.map(lambda x, b=env: x[:, b], run.timestep), run.action[:, env]

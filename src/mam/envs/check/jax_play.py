@@ -1,4 +1,4 @@
-"""Playing a JAX environment: rounds of many short episodes, and of others that deviate from them."""
+"""Playing a JAX environment: rounds of short episodes, and of others that deviate from them."""
 
 import functools
 import itertools
@@ -31,15 +31,14 @@ from mam.types import EnvSpec, TimeStep
 NUM_LANES = 192
 NUM_PROBED = 15  # agents that deviate in one round
 NUM_REPEATED = 3  # steps that are played again, to see whether the same comes out
-_FAILED_ON_DEVICE = (
-    jax.errors.JaxRuntimeError
-)  # a callback that raised; anything else would be a bug of ours
+# A callback that raised; anything else would be a bug of ours.
+_FAILED_ON_DEVICE = jax.errors.JaxRuntimeError
 
 
 def play(
     env: Any, spec: EnvSpec, timestep: TimeStep, seed: int, num_episodes: int, deadline: float
 ) -> Recording:
-    """Plays rounds of episodes until there are enough and every agent has deviated, or time is up.
+    """Play rounds of episodes until there are enough and every agent has deviated, or time is up.
 
     Args:
         env: an environment that traces.
@@ -75,7 +74,8 @@ def play(
     recording.findings.extend(player.check_keys())
     if len(recording.ended) < num_episodes and time.perf_counter() >= deadline:
         recording.notes.append(
-            f"time was up after {len(recording.ended)} of {num_episodes} episodes; --seconds gives more"
+            f"time was up after {len(recording.ended)} of {num_episodes} episodes; "
+            "--seconds gives more"
         )
     return recording
 
@@ -96,12 +96,12 @@ class _Player:
         self._begin, self._advance = compile_quickly(lanes.begin), compile_quickly(lanes.advance)
 
     def probed(self, number: int) -> np.ndarray:
-        """Which agents deviate in a round."""
+        """Return which agents deviate in a round."""
         first = number * self.lanes.num_probed
         return (np.arange(self.lanes.num_probed) + first) % self.lanes.spec.num_agents
 
     def begin(self, number: int) -> tuple[Carry, TimeStep, Numbers]:
-        """Resets all lanes for a round."""
+        """Reset all lanes for a round."""
         keys, _ = self._draw(number, 0)
         begin = functools.partial(self._begin, keys)
         carry, first, clocks = attempt(
@@ -110,7 +110,7 @@ class _Player:
         return carry, jax.device_get(first), jax.device_get(clocks)
 
     def steps(self, number: int, carry: Carry) -> Iterator[Record]:
-        """The steps of a round, without end."""
+        """Yield the steps of a round, without end."""
         for step in itertools.count(1):
             advance = functools.partial(
                 self._advance, carry, *self._draw(number, step), self.probed(number)
@@ -124,7 +124,10 @@ class _Player:
             yield jax.device_get(record)
 
     def _draw(self, number: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys [G, …] and action noise [2, G, N, A + 1] of a step; NumPy's, since JAX's would be slow to compile."""
+        """Draw keys [G, …] and action noise [2, G, N, A + 1] of a step.
+
+        NumPy draws them, since JAX's generator would be slow to compile.
+        """
         spec, num_groups = self.lanes.spec, self.lanes.num_groups
         generator = np.random.default_rng((self.seed, number, step))
         key = jax.eval_shape(jax.random.key_data, jax.eval_shape(lambda: jax.random.key(0)))
@@ -134,7 +137,7 @@ class _Player:
         return keys, noise
 
     def play_round(self, number: int) -> None:
-        """Plays an episode in every group, as far as there is time."""
+        """Play an episode in every group, as far as there is time."""
         carry, first, clocks = self.begin(number)
         records, over = [], np.zeros(self.lanes.num_groups, bool)
         for record in self.steps(number, carry):
@@ -153,15 +156,14 @@ class _Player:
             self._measure(episode, record, self.probed(number))
 
     def _measure(self, episode: Episode, record: Record, probed: np.ndarray) -> None:
-        """Counts what the lanes that deviate from an episode did otherwise, and what came of it."""
+        """Count what the lanes that deviate from an episode did otherwise, and what came of it."""
         influence, num_agents = self.recording.influence, self.lanes.spec.num_agents
         alive = episode.observation.alive[:-1]
         effects = record.sees.any(axis=-1) | record.rest  # [T, V]
         for lane, who in enumerate((num_agents, None, *probed)):
             (over,) = np.nonzero(record.ended[:, lane] | effects[:, lane])
-            until = (
-                over[0] + 1 if len(over) else episode.length
-            )  # later on the lanes are different stories
+            # Later on the lanes are different stories.
+            until = over[0] + 1 if len(over) else episode.length
             effect = effects[until - 1, lane]
             acts = record.acts[:until, lane] & (~alive if who is None else alive)[:until]
             if who is None:
@@ -175,7 +177,7 @@ class _Player:
                 influence.at_once[who] += record.sees[np.argmax(acted), lane]
 
     def check_keys(self) -> Iterator[Finding]:
-        """All resets alike, and steps that do not depend on the key either."""
+        """Find resets that are all alike, with steps that do not depend on the key either."""
         episodes = self.recording.episodes[: self.lanes.num_groups]
         one, other = episodes[:2]  # of the same action noise
         if one.length != other.length or first_difference(one.timestep, other.timestep):
@@ -186,7 +188,7 @@ class _Player:
             yield Finding("keys_ignored", "warning", "reset", "other keys, other episodes", got)
 
     def check_repeated(self) -> Iterator[Finding]:
-        """Plays the first steps of the first round again: the same keys and actions must lead to the same."""
+        """Play the first round's first steps again: equal keys and actions have equal results."""
         carry, first, _ = self.begin(0)
         records = itertools.islice(self.steps(0, carry), NUM_REPEATED)
         again = (first, *(record.timestep for record in records))

@@ -1,7 +1,7 @@
 """Many lanes of one environment in one compiled step, of which some deviate on purpose.
 
-Lanes come in groups. All lanes of a group share the keys of reset and step, and the noise that their random
-legal actions are made of, except that
+Lanes come in groups. All lanes of a group share the keys of reset and step, and the noise that
+their random legal actions are made of, except that
 
     lane 0      is the episode that is recorded
     lane 1      every agent draws on other noise
@@ -58,7 +58,7 @@ class Lanes:
         return AGENT_LANES + self.num_probed
 
     def begin(self, keys: Array) -> tuple[Carry, TimeStep, Array]:
-        """Resets every group and repeats it in its lanes; also returns lane 0's time step and clocks."""
+        """Reset every group, repeat it in its lanes; also return lane 0's time step and clocks."""
         state, timestep = jax.vmap(self.env.reset)(jax.random.wrap_key_data(keys))
         carry = jax.tree.map(
             lambda x: jnp.repeat(x, self.group_size, axis=0), Carry(state, timestep.observation)
@@ -68,7 +68,7 @@ class Lanes:
     def advance(
         self, carry: Carry, keys: Array, noise: Array, probed: Array
     ) -> tuple[Carry, Record]:
-        """Steps all lanes.
+        """Step all lanes.
 
         Args:
             carry: the lanes.
@@ -110,7 +110,7 @@ class Lanes:
         return Carry(state, timestep.observation), record
 
     def _deviates(self, alive: Array, probed: Array) -> Array:
-        """Which agents draw on the other noise, [G, 1 + V, N], after the table at the top."""
+        """Say which agents draw on the other noise, [G, 1 + V, N], as in the module's table."""
         nobody, everybody = jnp.zeros_like(alive[:, :1]), jnp.ones_like(alive[:, :1])
         one_each = probed[:, None] == jnp.arange(self.spec.num_agents)
         one_each = jnp.broadcast_to(one_each, (self.num_groups, *one_each.shape))
@@ -125,7 +125,7 @@ class Lanes:
         return x[:: self.group_size]
 
     def _deviation(self, *fields: Array | None, per_agent: bool = False) -> Array:
-        """Whether lanes 1, 2, … differ from lane 0, [G, V] or [G, V, N]."""
+        """Say whether lanes 1, 2, … differ from lane 0, [G, V] or [G, V, N]."""
         found: Any = False
         for x in fields:
             if x is not None:
@@ -136,7 +136,7 @@ class Lanes:
 
 
 def _clocks(state: EnvState, num_lanes: int) -> Array:
-    """The single numbers of every lane's state, [lanes, K]."""
+    """Return the single numbers of every lane's state, [lanes, K]."""
     numbers = [
         x for x in jax.tree.leaves(state) if x.ndim == 1 and jnp.issubdtype(x.dtype, jnp.number)
     ]

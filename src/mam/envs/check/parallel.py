@@ -17,7 +17,7 @@ CHECKS = ("space", "mask_name", "limit_of_one")
 
 
 def check_parallel(name: str, factory: Callable[..., Any], **kwargs: Any) -> Report:
-    """Plays a ParallelEnv in worker processes, and reports what is wrong with it.
+    """Play a ParallelEnv in worker processes, and report what is wrong with it.
 
     Args:
         name: of the task.
@@ -45,18 +45,18 @@ def check_parallel(name: str, factory: Callable[..., Any], **kwargs: Any) -> Rep
 
 
 def read_findings(folder: str) -> list[Finding]:
-    """Returns what all `Audited` environments noted in the folder comes to."""
+    """Return the findings from what all `Audited` environments noted in the folder."""
     notes = list(read_notes(folder))
     found = [Finding(*note) for note in notes if note[0] != END]
     return [*found, *limit_of_one([note[1:] for note in notes if note[0] == END])]
 
 
 def limit_of_one(ends: Sequence[Sequence]) -> Iterator[Finding]:
-    """A time limit truncates all agents that it stops, not some of them.
+    """Find agents that a time limit terminates where it truncates others.
 
     Args:
-        ends: (step, agents that terminated, agents that were truncated, whether nobody goes on), for every step at
-            which an agent ended.
+        ends: (step, agents that terminated, agents that were truncated, whether no agent goes on),
+            for every step at which an agent ended.
     """
     at_limit = [(step, dead, cut) for step, dead, cut, over in ends if over and cut]
     for agent in sorted({agent for _, dead, _ in at_limit for agent in dead}):

@@ -9,9 +9,8 @@ import numpy as np
 from mam.envs.check.report import Finding
 from mam.types import EnvSpec, Observation, TimeStep
 
-Numbers: TypeAlias = (
-    Any  # a NumPy array, which the time steps of a recording hold in place of JAX's
-)
+# A NumPy array, which the time steps of a recording hold in place of JAX's.
+Numbers: TypeAlias = Any
 STEP_LIMIT = 10_000  # of an episode whose time limit is unknown
 BEYOND_LIMIT = 2  # steps played past the time limit, to see when the episode ends instead
 RECORD_BYTES = 256 * 2**20  # of one round of episodes
@@ -20,15 +19,14 @@ PER_AGENT = ("agents_view", "action_mask", "alive", "grid", "reward")
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode of random legal actions; step 0 is the reset, step t what the t-th action led to."""
+    """One episode of random legal actions; step 0 is the reset, step t follows the t-th action."""
 
     number: int
     observation: Observation  # [T+1, …] the first one, then the successor of every action
     action: Numbers  # [T, N], [T, N, K] or [T, N, A]
     timestep: TimeStep  # [T, …] as the environment returned them
-    first: (
-        TimeStep | None
-    )  # what `reset` returned; None if the environment started this episode by itself
+    # What `reset` returned; None if the environment started this episode by itself.
+    first: TimeStep | None
     clocks: Numbers  # [T+1, K] single numbers of the state, one of which may count steps
 
     @property
@@ -42,13 +40,15 @@ class Episode:
 
 @dataclass
 class Influence:
-    """How often agents acted otherwise, all else being equal, and what came of it. Index N stands for all agents."""
+    """How often agents acted otherwise, all else being equal, and what came of it.
+
+    Index N stands for all agents.
+    """
 
     decisions: np.ndarray  # [N+1] actions of living agents that differed, before anything else did
     effects: np.ndarray  # [N+1] episodes in which anything that is seen or earned differed then
-    at_once: (
-        np.ndarray
-    )  # [N, N] of agent i's first such actions, how many changed agent j's next view
+    # [N, N] of agent i's first such actions, how many changed agent j's next view
+    at_once: np.ndarray
 
     @classmethod
     def none(cls, num_agents: int) -> "Influence":
@@ -73,20 +73,20 @@ class Recording:
 
 
 def ends(timestep: TimeStep) -> Numbers:
-    """Whether the episode ends; unlike `TimeStep.ended` for flags that are not boolean as well."""
+    """Say whether the episode ends; unlike in `TimeStep.ended`, flags need not be boolean."""
     return np.asarray(timestep.terminated).astype(bool) | np.asarray(timestep.truncated).astype(
         bool
     )
 
 
 def as_typed(observation: Observation) -> Observation:
-    """Masks as booleans, so that one of another type is reported once and read by all rules."""
+    """Return boolean masks, so that one of another type is reported once and read by all rules."""
     mask, alive = (np.asarray(x).astype(bool) for x in (observation.action_mask, observation.alive))
     return replace(observation, action_mask=mask, alive=alive)
 
 
 def steps_that_fit(timestep: TimeStep) -> int:
-    """How many such time steps are recorded at most."""
+    """Return how many such time steps are recorded at most."""
     return max(
         1,
         RECORD_BYTES // sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(timestep)),
@@ -94,9 +94,12 @@ def steps_that_fit(timestep: TimeStep) -> int:
 
 
 def choose(spec: EnvSpec, mask: Any, noise: Any, xp: Any = np) -> Any:
-    """Random legal actions [..., N], [..., N, K] or [..., N, A] from uniform noise [..., N, A + 1].
+    """Choose random legal actions [..., N], [..., N, K] or [..., N, A].
 
-    Continuous components are uniform in (−1, 1), except that one agent in ten plays ±1 in all of them.
+    They are made of uniform noise [..., N, A + 1].
+
+    Continuous components are uniform in (−1, 1), except that one agent in ten plays ±1 in all of
+    them.
     """
     noise, extreme = noise[..., :-1], noise[..., -1:] < 0.1
     if spec.action_components is not None:
@@ -109,13 +112,13 @@ def choose(spec: EnvSpec, mask: Any, noise: Any, xp: Any = np) -> Any:
 
 
 def component_parts(spec: EnvSpec, x: Any, xp: Any = np) -> list[Any]:
-    """Cuts [..., A] into one array for each component; a single one where an agent makes one choice."""
+    """Cut [..., A] into one array for each component; a single choice is one component."""
     sizes = spec.action_components or (spec.num_actions,)
     return xp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def differs(one: Any, other: Any, xp: Any = np) -> Any:
-    """Where two arrays are not the same, up to rounding."""
+    """Say where two arrays are not the same, up to rounding."""
     if one.dtype.kind in "biu":
         return one != other
     return ~xp.isclose(one, other, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -124,7 +127,7 @@ def differs(one: Any, other: Any, xp: Any = np) -> Any:
 def first_difference(
     one: TimeStep, other: TimeStep, num_lead: int = 0
 ) -> tuple[str, list[int]] | None:
-    """Returns the first field in which two time steps differ, and where in its leading (and agents') axes."""
+    """Return the first field that differs between two time steps, and where (in leading axes)."""
     ours, theirs = (dict(jax.tree_util.tree_flatten_with_path(tree)[0]) for tree in (one, other))
     for path in [path for path in ours if path in theirs]:
         mine, its = np.asarray(ours[path]), np.asarray(theirs[path])
@@ -141,7 +144,7 @@ def first_difference(
 def not_repeated(
     field: str, agent: int | None, step: int, episode: int | None, what: str
 ) -> Finding:
-    """The finding that the same keys (or seed) and actions led to something else."""
+    """Return the finding that the same keys (or seed) and actions led to something else."""
     got = "other values the second time"
     return Finding(
         "determinism",
@@ -156,7 +159,7 @@ def not_repeated(
 
 
 def dead_acts(acts: Numbers, episode: int | None = None) -> Finding:
-    """The finding that something changed because dead agents acted otherwise, as in `acts` [T, N]."""
+    """Return the finding that other actions of dead agents, `acts` [T, N], changed something."""
     step, agent = (int(i) for i in np.argwhere(acts)[0])
     expected, got = "the actions of dead agents to be ignored", "another outcome for another action"
     return Finding("dead_acts", "error", "alive", expected, got, agent, step + 1, episode)

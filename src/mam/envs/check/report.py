@@ -11,8 +11,8 @@ Severity = Literal["error", "warning"]
 class Finding:
     """One thing that is wrong, and the first place where it is.
 
-    An error breaks the protocol of `mam.types`, or leaves nothing to learn; a warning is legal, but more often
-    a mistake than not.
+    An error breaks the protocol of `mam.types`, or leaves nothing to learn; a warning is legal, but
+    more often a mistake than not.
     """
 
     check: str  # which check found it
@@ -26,7 +26,7 @@ class Finding:
     count: int = 1  # places in all; the others are not told
 
     def __str__(self) -> str:
-        """One line, such as `error · action_mask · agent 2, step 17: expected a legal action, got none`."""
+        """Return one line: `error · action_mask · agent 2: expected a legal action, got none`."""
         where = (("agent", self.agent), ("episode", self.episode), ("step", self.step))
         places = ", ".join(f"{name} {value}" for name, value in where if value is not None)
         field = self.field if self.field != self.check else ""
@@ -36,10 +36,10 @@ class Finding:
 
 
 def collapse(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Merges findings of one kind into the first of them, errors before warnings.
+    """Merge findings of one kind into the first of them, errors before warnings.
 
-    Findings with a step are places of one mistake, whichever agent they name; those without are statements
-    about an agent, and every agent keeps its own.
+    Findings with a step are places of one mistake, whichever agent they name; those without are
+    statements about an agent, and every agent keeps its own.
     """
     merged: dict[tuple[object, ...], Finding] = {}
     for finding in findings:
@@ -76,11 +76,14 @@ class Report:
         return not self.errors
 
     def lines(self) -> list[str]:
-        """The report as text: one line for each finding and note, then the verdict."""
+        """Return the report as text: one line for each finding and note, then the verdict."""
         num_errors, num_warnings = len(self.errors), len(self.warnings)
         found = (_count(num_errors, "error"), _count(num_warnings, "warning"))
         verdict = " and ".join(text for text in found if text) or "nothing found"
-        seen = f"{_count(self.episodes, 'episode') or 'no episode'}, {_count(self.steps, 'step') or 'no step'}"
+        seen = (
+            f"{_count(self.episodes, 'episode') or 'no episode'}, "
+            f"{_count(self.steps, 'step') or 'no step'}"
+        )
         summary = (
             f"{self.name}: {verdict} · {len(self.checks)} checks of {seen} in {self.seconds:.1f} s"
         )

@@ -1,4 +1,4 @@
-"""Rules for what is seen and earned: each a pure function that reads a recording and yields what breaks it."""
+"""Rules for what is seen and earned: pure functions that yield what breaks them in a recording."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +25,10 @@ def places(
     per_agent: bool = True,
     offset: int = 0,
 ) -> Iterator[Finding]:
-    """One finding for all the places [steps(, agents)(, …)] where `bad`; `got` may depend on the first of them."""
+    """Yield one finding for all places where `bad` [steps(, agents)(, …)] is True.
+
+    `got` may depend on the first of them.
+    """
     bad = np.asarray(bad, bool)
     if bad.any():
         place = tuple(int(i) for i in np.argwhere(bad)[0])
@@ -40,7 +43,7 @@ def places(
 
 
 def _fields(episode: Episode) -> Iterator[tuple[str, Numbers, int]]:
-    """Every array of numbers with its name and the step of its first row."""
+    """Yield every array of numbers with its name and the step of its first row."""
     observation = episode.observation
     for name in ("agents_view", "grid", "state"):
         if (value := getattr(observation, name)) is not None:
@@ -55,18 +58,21 @@ def _fields(episode: Episode) -> Iterator[tuple[str, Numbers, int]]:
 
 
 def flags(episode: Episode) -> Numbers:
-    """`terminated` and `truncated`, [T, 2]."""
+    """Return `terminated` and `truncated`, [T, 2]."""
     return np.stack([episode.timestep.terminated, episode.timestep.truncated], axis=1).astype(bool)
 
 
 def chance(num_changed: int, num_others: int, num_suspects: int) -> float:
-    """How likely none of `num_suspects` steps is among those that changed something, if these are any of all steps."""
+    """Return how likely none of `num_suspects` steps changed anything.
+
+    Those that did are taken to be any `num_changed` of all steps.
+    """
     total = num_others + num_suspects
     return float(np.prod([(total - num_changed - i) / (total - i) for i in range(num_suspects)]))
 
 
 def at_least(num_hits: int, num_tries: int, probability: float) -> float:
-    """How likely so many hits or more are."""
+    """Return how likely so many hits or more are."""
     few = (
         math.comb(num_tries, k) * probability**k * (1 - probability) ** (num_tries - k)
         for k in range(num_hits)
@@ -79,15 +85,15 @@ def num_steps(recording: Recording) -> int:
 
 
 def enough(recording: Recording) -> bool:
-    """Whether what was not seen until now is not just late."""
+    """Say whether what was not seen until now is not just late."""
     return len(recording.ended) >= FEW_EPISODES or num_steps(recording) >= MANY_STEPS
 
 
-# Numbers -------------------------------------------------------------------------------------------------------------
+# Numbers
 
 
 def finite(recording: Recording) -> Iterator[Finding]:
-    """No NaN and no infinity anywhere."""
+    """Find non-finite values in any field."""
     for episode in recording.episodes:
         for name, value, offset in _fields(episode):
             if value.dtype.kind == "f":
@@ -105,7 +111,7 @@ def finite(recording: Recording) -> Iterator[Finding]:
 
 
 def action_bounds(recording: Recording) -> Iterator[Finding]:
-    """Components of exactly ±1 are legal: what is not finite must not always follow them."""
+    """Find non-finite values that always follow components of exactly ±1, which are legal."""
     if not recording.spec.continuous:
         return
     followed = []
@@ -127,7 +133,7 @@ def action_bounds(recording: Recording) -> Iterator[Finding]:
 
 
 def magnitude(recording: Recording) -> Iterator[Finding]:
-    """Observations and rewards of a size that networks can take in."""
+    """Find observations and rewards that are too large for networks."""
     for episode in recording.episodes:
         for name, value, offset in _fields(episode):
             if not name.startswith("metrics"):
@@ -137,15 +143,15 @@ def magnitude(recording: Recording) -> Iterator[Finding]:
                 yield from places(episode, bad, kind, got, per_agent=name != "state", offset=offset)
 
 
-# Masks ---------------------------------------------------------------------------------------------------------------
+# Masks
 
 
 def action_mask(recording: Recording) -> Iterator[Finding]:
-    """Every agent, dead or alive, has at least one legal action, in every component."""
+    """Find agents, dead or alive, that have no legal action in some component."""
     for episode in recording.episodes:
-        got = lambda at, x=episode.observation.alive: (
+        got = lambda at, x=episode.observation.alive: (  # noqa: E731
             "none" if x[at] else "none (the agent is dead)"
-        )  # noqa: E731
+        )
         for number, mask in enumerate(
             component_parts(recording.spec, episode.observation.action_mask)
         ):
@@ -155,7 +161,7 @@ def action_mask(recording: Recording) -> Iterator[Finding]:
 
 
 def never_legal(recording: Recording) -> Iterator[Finding]:
-    """Every action is legal at some time."""
+    """Find actions that are never legal."""
     if not enough(recording):
         return
     masks = [episode.observation.action_mask.any(axis=(0, 1)) for episode in recording.episodes]
@@ -168,7 +174,7 @@ def never_legal(recording: Recording) -> Iterator[Finding]:
 
 
 def mask_frozen(recording: Recording) -> Iterator[Finding]:
-    """A mask that depends on where an episode starts should depend on how it goes on."""
+    """Find masks that depend on where an episode starts, but not on how it goes on."""
     masks = [episode.observation.action_mask for episode in recording.episodes]
     if any((mask != mask[0]).any() for mask in masks) or not enough(recording):
         return
@@ -177,11 +183,11 @@ def mask_frozen(recording: Recording) -> Iterator[Finding]:
         yield Finding("mask_frozen", "warning", "action_mask", "masks that follow the state", got)
 
 
-# Observations --------------------------------------------------------------------------------------------------------
+# Observations
 
 
 def stale(recording: Recording) -> Iterator[Finding]:
-    """What the second step changes, often, the first changes, too: else it is the previous step's."""
+    """Find fields that the second step often changes, but the first never: they are a step late."""
     long = [episode for episode in recording.episodes if episode.length >= 2]
     for name in ("agents_view", "action_mask", "grid", "state"):
         values = [
@@ -196,12 +202,15 @@ def stale(recording: Recording) -> Iterator[Finding]:
         num_changed = sum(change[1] for change in changes)
         if chance(num_changed, len(changes), len(changes)) < RARE:
             expected = "what the first action led to"
-            got = f"what was there before, in all {len(changes)} episodes; the second changed it in {num_changed}"
+            got = (
+                f"what was there before, in all {len(changes)} episodes; "
+                f"the second changed it in {num_changed}"
+            )
             yield Finding("stale", "warning", name, expected, got, step=1)
 
 
 def constant_view(recording: Recording) -> Iterator[Finding]:
-    """What an agent sees changes at some time."""
+    """Find agents whose view never changes."""
     if not enough(recording):
         return
     blind = np.ones(recording.spec.num_agents, bool)
@@ -223,11 +232,11 @@ def constant_view(recording: Recording) -> Iterator[Finding]:
             yield Finding("constant_view", "warning", "agents_view", expected, got, int(agent))
 
 
-# Rewards and deaths --------------------------------------------------------------------------------------------------
+# Rewards and deaths
 
 
 def reward_at_reset(recording: Recording) -> Iterator[Finding]:
-    """Nothing has been earned before the first action."""
+    """Find rewards before the first action."""
     kind = ("reward_at_reset", "error", "reward", "0 at a reset")
     for episode in recording.episodes:
         if episode.first is not None:
@@ -241,7 +250,7 @@ def reward_at_reset(recording: Recording) -> Iterator[Finding]:
 
 
 def team_reward(recording: Recording) -> Iterator[Finding]:
-    """With `spec.team_reward`, all agents earn the same at every step."""
+    """Find rewards that differ between agents where `spec.team_reward` is True."""
     if not recording.spec.team_reward:
         return
     kind = ("team_reward", "error", "reward", "the same for all agents, as spec.team_reward says")
@@ -252,7 +261,7 @@ def team_reward(recording: Recording) -> Iterator[Finding]:
 
 
 def dead_reward(recording: Recording) -> Iterator[Finding]:
-    """Without `spec.team_reward`, an agent that is dead before and after a step earns nothing in it."""
+    """Find agents, dead before and after a step, that earn in it without `spec.team_reward`."""
     if recording.spec.team_reward:
         return
     kind = ("dead_reward", "error", "reward", "0 for a dead agent (spec.team_reward is False)")
@@ -263,7 +272,7 @@ def dead_reward(recording: Recording) -> Iterator[Finding]:
 
 
 def all_dead(recording: Recording) -> Iterator[Finding]:
-    """An episode goes on for as long as somebody lives."""
+    """Find episodes that start, or go on, without a living agent."""
     for episode in recording.episodes:
         dead = ~episode.observation.alive.any(axis=1)
         kind = ("all_dead", "error", "alive", "a living agent at the start")

@@ -1,4 +1,4 @@
-"""Rules for the scale of numbers beside each other; as those of `rules`."""
+"""Rules for the scale of numbers beside each other; see `rules`."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,14 @@ from mam.envs.check.recording import Recording
 from mam.envs.check.report import Finding
 from mam.envs.check.rules import Rule, enough
 
-APART = 100.0  # times the smallest range of a feature: what hides it, unless each is normalised by itself
-OFFSET = 5.0  # times the range of rewards: what hides it, unless values are normalised
+# Times the smallest range of a feature: what hides it, unless each is normalised by itself.
+APART = 100.0
+# Times the range of rewards: what hides it, unless values are normalised.
+OFFSET = 5.0
 
 
 def feature_scale(recording: Recording) -> Iterator[Finding]:
-    """Features of one observation vary over ranges of like size."""
+    """Find features of one observation whose ranges are far apart in size."""
     for name in ("agents_view", "state") if enough(recording) else ():
         rows = []
         for episode in recording.episodes:
@@ -28,7 +30,10 @@ def feature_scale(recording: Recording) -> Iterator[Finding]:
         varies = np.flatnonzero(spread)
         if varies.size and spread.max() > APART * spread[varies].min():
             small, large = int(varies[spread[varies].argmin()]), int(spread.argmax())
-            expected = f"ranges within {APART:.0f} times each other, or network.observation_norm = running, the default"
+            expected = (
+                f"ranges within {APART:.0f} times each other, "
+                "or network.observation_norm = running, the default"
+            )
             got = (
                 f"feature {large} varies by {spread[large]:g}, feature {small} by {spread[small]:g}"
             )
@@ -36,7 +41,7 @@ def feature_scale(recording: Recording) -> Iterator[Finding]:
 
 
 def reward_offset(recording: Recording) -> Iterator[Finding]:
-    """Rewards vary about as much as they are large: what every step earns says nothing about actions."""
+    """Find rewards that vary little for their size: a constant part says nothing about actions."""
     earned = [
         episode.timestep.reward[episode.observation.alive[:-1]] for episode in recording.episodes
     ]
@@ -46,7 +51,10 @@ def reward_offset(recording: Recording) -> Iterator[Finding]:
     least, most, spread = reward.min(), reward.max(), np.ptp(reward)
     offset = max(least, -most)  # what the best and the worst step have in common
     if spread and offset > OFFSET * spread:
-        expected = f"a constant part of at most {OFFSET:.0f} times what varies, or ppo.normalise_value, on by default"
+        expected = (
+            f"a constant part of at most {OFFSET:.0f} times what varies, "
+            "or ppo.normalise_value, on by default"
+        )
         got = f"rewards from {least:g} to {most:g} at every step"
         yield Finding("reward_offset", "warning", "reward", expected, got)
 

@@ -12,7 +12,7 @@ from mam.types import EnvSpec, Observation, TimeStep
 
 
 def is_fatal(finding: Finding) -> bool:
-    """Whether episodes cannot be played or recorded before this is mended."""
+    """Say whether episodes cannot be played or recorded before this is mended."""
     return finding.check in ("protocol", "spec", "shape", "structure") and finding.field not in (
         "animate",
         "close",
@@ -22,7 +22,7 @@ def is_fatal(finding: Finding) -> bool:
 def check_fields(
     timestep: TimeStep, spec: EnvSpec, batch: tuple[int, ...] = ()
 ) -> Iterator[Finding]:
-    """Shapes and types of a time step, abstract or not, with leading axes `batch`."""
+    """Check shapes and types of a time step, abstract or not, with leading axes `batch`."""
     for name, kind in (
         ("observation", Observation),
         ("final_observation", Observation),
@@ -61,7 +61,7 @@ def check_fields(
 
 
 def check_metric_names(first: TimeStep, later: TimeStep, step: int) -> Iterator[Finding]:
-    """Metrics must have the same names at every step."""
+    """Check that metrics have the same names at every step."""
     if first.metrics.keys() != later.metrics.keys():
         expected, got = (
             ", ".join(sorted(timestep.metrics)) or "none" for timestep in (first, later)
@@ -102,7 +102,7 @@ def _check_optional(
 def _check_array(
     field: str, value: Any, shape: tuple[int, ...], dtype: str | None
 ) -> Iterator[Finding]:
-    """An array of this shape and type; `dtype` None accepts any but complex numbers."""
+    """Check for an array of this shape and type; `dtype` None accepts any but complex numbers."""
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         got = f"{type(value).__name__} {value!r}"
         yield Finding("shape", "error", field, f"an array, {dtype or 'numbers'}{list(shape)}", got)
@@ -115,7 +115,7 @@ def _check_array(
 
 
 def check_agreement(name: str, first: Any, later: Any) -> Iterator[Finding]:
-    """What a step returns must be laid out as what a reset returns, or a loop compiles twice or not at all."""
+    """Check that a step returns the layout of a reset: else loops compile twice or not at all."""
     ours, theirs = (
         {_path(name, path): leaf for path, leaf in _leaves(tree)} for tree in (first, later)
     )

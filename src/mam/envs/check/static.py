@@ -1,4 +1,4 @@
-"""Checks that need no episode: the specification, signatures, and what JAX says when it traces the functions."""
+"""Checks that need no episode: specification, signatures, and what JAX says as it traces."""
 
 import inspect
 import re
@@ -43,11 +43,11 @@ class Traced:
     later: tuple[Any, TimeStep]  # and of a step from there
 
 
-# The specification and the signatures --------------------------------------------------------------------------------
+# The specification and the signatures
 
 
 def read_spec(env: Any) -> EnvSpec:
-    """Returns the specification; raises `Unplayable` if there is none."""
+    """Return the specification; raise `Unplayable` if there is none."""
     spec = attempt("spec", lambda: env.spec)
     if isinstance(spec, EnvSpec):
         return spec
@@ -55,7 +55,7 @@ def read_spec(env: Any) -> EnvSpec:
 
 
 def check_spec(spec: EnvSpec) -> Iterator[Finding]:
-    """Sizes must be whole numbers in range."""
+    """Check that sizes are whole numbers in range."""
 
     def whole(value: Any, least: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
@@ -102,7 +102,7 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
 
 
 def check_signatures(env: Any, arguments: dict[str, tuple[str, ...]]) -> Iterator[Finding]:
-    """Every method of the protocol must be there and take its arguments by position."""
+    """Check that every method of the protocol is there and takes its arguments by position."""
     for name, parameters in arguments.items():
         method, expected = getattr(env, name, None), f"{name}({', '.join(parameters)})"
         if not callable(method):
@@ -118,7 +118,7 @@ def check_signatures(env: Any, arguments: dict[str, tuple[str, ...]]) -> Iterato
             continue  # built in: its signature cannot be read
 
 
-# Exceptions ----------------------------------------------------------------------------------------------------------
+# Exceptions
 
 
 def attempt(
@@ -129,7 +129,7 @@ def attempt(
     step: int | None = None,
     catch: type[Exception] = Exception,
 ) -> Any:
-    """Calls a function of the environment; raises `Unplayable` for what it raises of the type `catch`."""
+    """Call a function of the environment; raise `Unplayable` for exceptions of type `catch`."""
     try:
         return function()
     except Unplayable:
@@ -137,10 +137,16 @@ def attempt(
     except catch as error:
         got = str(error).splitlines()[0] if isinstance(error, UserError) else describe(error)
         if isinstance(error, _NOT_JITTABLE):
-            expected = "no Python control flow and no NumPy on traced values, so that jax.jit can compile it"
+            expected = (
+                "no Python control flow and no NumPy on traced values, "
+                "so that jax.jit can compile it"
+            )
             finding = Finding("jit", "error", where, expected, got, step=step)
         elif isinstance(error, jax.errors.UnexpectedTracerError):
-            expected = "everything that lasts to be in the returned state, nothing in attributes or globals"
+            expected = (
+                "everything that lasts to be in the returned state, "
+                "nothing in attributes or globals"
+            )
             finding = Finding("hidden_state", "error", where, expected, got, step=step)
         else:
             expected = "no exception" if check == "exception" else "jax.vmap to apply"
@@ -148,26 +154,25 @@ def attempt(
         raise Unplayable(finding) from error
 
 
-# Tracing -------------------------------------------------------------------------------------------------------------
+# Tracing
 
 
 def trace_environment(env: Any, spec: EnvSpec) -> Traced:
-    """Traces `reset` and `step`, unbatched; raises `Unplayable`."""
+    """Trace `reset` and `step`, unbatched; raise `Unplayable` where that fails."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     reset, first = _trace("reset", env.reset, key)
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type), first[0]
     )
     if any(map(is_fatal, found := list(check_fields(first[1], spec)))):
-        raise Unplayable(
-            *(replace(finding, step=0) for finding in found)
-        )  # else the step fails, and less clearly
+        # Else the step fails, and less clearly.
+        raise Unplayable(*(replace(finding, step=0) for finding in found))
     step, later = _trace("step", env.step, state, spec.joint_action, key)
     return Traced(reset, step, first, later)
 
 
 def batch_environment(env: Any, traced: Traced) -> None:
-    """Traces `reset` and `step` again, side by side; raises `Unplayable`."""
+    """Trace `reset` and `step` again, as a batch; raise `Unplayable` where that fails."""
     state, *_ = traced.first
     action, key = traced.step.in_avals[-2:]
     state, action, key = jax.tree.map(
@@ -189,7 +194,7 @@ def _trace(
 
 
 def expect_pair(where: str, result: Any) -> tuple[Any, TimeStep]:
-    """Returns (state, time step) if that is what the environment returned."""
+    """Return (state, time step) if the environment did; else raise `Unplayable`."""
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], TimeStep):
         return result
     got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
@@ -199,7 +204,7 @@ def expect_pair(where: str, result: Any) -> tuple[Any, TimeStep]:
 
 
 def check_traced(traced: Traced, spec: EnvSpec) -> Iterator[Finding]:
-    """Every field against the specification, and a step against a reset."""
+    """Check every field against the specification, and a step against a reset."""
     known = set()
     for step, (_, timestep) in enumerate((traced.first, traced.later)):
         for finding in check_fields(timestep, spec):
@@ -215,10 +220,11 @@ def check_traced(traced: Traced, spec: EnvSpec) -> Iterator[Finding]:
 
 
 def check_retraced(traced: Traced, env: Any, spec: EnvSpec) -> Iterator[Finding]:
-    """Traced anew after episodes were played, the environment must still compute the same.
+    """Check that the environment still computes the same, traced anew after episodes were played.
 
-    What it keeps in Python (a counter, NumPy's random numbers) is a constant of the compiled program, so episodes
-    cannot show it. Where the texts of the programs differ, their results decide.
+    What it keeps in Python (a counter, NumPy's random numbers) is a constant of the compiled
+    program, so episodes cannot show it. Where the texts of the programs differ, their results
+    decide.
     """
     again = trace_environment(env, spec)
     key = jax.random.key(0)
@@ -244,7 +250,10 @@ def check_retraced(traced: Traced, env: Any, spec: EnvSpec) -> Iterator[Finding]
 
 
 def compile_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As `jax.jit`, but on the CPU without optimisation, which would take longer than it saves in so few steps."""
+    """Compile like `jax.jit`, on the CPU without optimisation.
+
+    That would take longer than it saves in so few steps.
+    """
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=options)
 

@@ -1,4 +1,4 @@
-"""Other people's simulators: PettingZoo environments, stepped in worker processes.
+"""External (non-JAX) environments: those of PettingZoo, stepped in worker processes.
 
 factories  a name → what makes the environment      spaces   its spaces ↔ rows of arrays
 pettingzoo one ParallelEnv as stacked arrays        pool     many of them, in processes: `HostPool`

@@ -1,7 +1,7 @@
-"""What of PettingZoo's rules an environment breaks while it is played; noted in its worker. Free of JAX.
+"""Which of PettingZoo's rules an environment breaks while it is played; noted in its worker.
 
-Much is lost where an environment becomes arrays: values outside of their space, rewards of agents that have left,
-masks by another name. `mam.envs.check.parallel` reads the notes.
+Free of JAX. Much is lost where an environment becomes arrays: values outside of their space,
+rewards of agents that have left, masks by another name. `mam.envs.check.parallel` reads the notes.
 """
 
 import json
@@ -149,7 +149,7 @@ class Audit:
     def _note(
         self, check: str, severity: str, field: str, expected: str, got: str, agent: Hashable
     ) -> None:
-        """Notes the first place of its kind."""
+        """Note the first place of its kind."""
         index = self._index.get(agent)
         if (check, field, index) not in self._noted:
             self._noted.add((check, field, index))
@@ -161,13 +161,13 @@ class Audit:
 
 
 def read_notes(folder: str) -> Iterator[list]:
-    """All notes of all environments."""
+    """Yield all notes of all environments."""
     for path in sorted(Path(folder).iterdir()):
         yield from map(json.loads, path.read_text().splitlines())
 
 
 def _mask_rows(value: Any, sizes: tuple[int, ...]) -> list[np.ndarray]:
-    """A row of numbers for each component, if the value has the shape of a mask; none otherwise."""
+    """Return a row for each component, if the value has the shape of a mask; none otherwise."""
     try:
         rows = cut_mask(value, sizes)
     except (ValueError, TypeError, LookupError):

@@ -1,13 +1,14 @@
-"""Environments of other people's making, by name. Imports neither JAX nor any suite before it is asked to.
+"""Environments from outside of this library, by name.
 
-pettingzoo/module:environment            `parallel_env` of an environment's module, as PettingZoo lays them out
+pettingzoo/module:environment            `parallel_env` of an environment's module
 pettingzoo/module:environment:N=5,…      the same with keyword arguments
 package.module:factory                   one's own: the factory returns the environment
 
-Values of options are Python's (5, None, "a,b", [1, 2], true and false as well); anything else is text.
+Values of options are Python's (5, None, "a,b", [1, 2], true and false as well); anything else is
+text. Neither JAX nor any suite is imported before a name is looked up.
 
 Such a name is code: it is imported and called. If a folder brought it along, the user has to agree
-first, see `names_code`. Nothing of Python's own is called in any case.
+first, see `check_agreed`. Nothing of Python's own is called in any case.
 """
 
 import ast
@@ -35,7 +36,10 @@ _OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^
 
 @dataclass(frozen=True)
 class EnvFactory:
-    """Makes an environment. It travels to other processes as a name, and finds itself again there."""
+    """Makes an environment.
+
+    It travels to other processes as a name, and finds itself again there.
+    """
 
     name: str  # as the user wrote it
     module: str
@@ -44,12 +48,13 @@ class EnvFactory:
     first: int = 0  # index of the first environment it makes, where others exist beside these
 
     def __call__(self, render_mode: str | None = None, index: int | None = None) -> Any:
-        """Makes one environment.
+        """Make one environment.
 
         Args:
             render_mode: how it will be drawn; passed on where the environment takes such an option.
-            index: which of those that this factory makes it is, from 0; with `first` added passed on to a parameter
-                of that name, which tells environments that exist at the same time apart.
+            index: which of those that this factory makes it is, from 0; with `first` added passed
+                on to a parameter of that name, which tells environments that exist at the same time
+                apart.
 
         Raises:
             UserError: it cannot be made: not installed, or not with these options.
@@ -70,8 +75,8 @@ class EnvFactory:
             raise UserError(f"{self.name}: {_one_line(error)}") from error
         if not all(callable(getattr(env, method, None)) for method in ("reset", "step")):
             raise UserError(
-                f"{self.name} returns a {type(env).__name__}: expected a subclass of mam.types.Environment with spec, "
-                "reset and step, or a PettingZoo ParallelEnv"
+                f"{self.name} returns a {type(env).__name__}: expected a subclass of "
+                "mam.types.Environment with spec, reset and step, or a PettingZoo ParallelEnv"
             )
         return env
 
@@ -85,7 +90,7 @@ class EnvFactory:
             pass  # built in: its signature cannot be read
 
     def find(self) -> Callable[..., Any]:
-        """Imports what the name stands for.
+        """Import what the name stands for.
 
         Raises:
             UserError: there is no such thing.
@@ -97,12 +102,11 @@ class EnvFactory:
             target = getattr(target, "parallel_env", None) or getattr(target, "env", None)
         if not callable(target):
             raise UserError(
-                f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an environment, "
-                f"but of type {type(target).__name__}: expected a function or a class"
+                f"{self.name}: '{self.attribute}' of {self.module} is nothing that makes an "
+                f"environment, but of type {type(target).__name__}: expected a function or a class"
             )
-        _check_not_standard(
-            self.name, _defining_module(target)
-        )  # also where another module passes it on
+        # Refused also where another module passes it on.
+        _check_not_standard(self.name, _defining_module(target))
         return target
 
     def _submodule(self) -> ModuleType | None:
@@ -130,12 +134,12 @@ class EnvFactory:
 
 
 def names_code(name: str) -> bool:
-    """Whether a task's name is code to import, and no task of the library's suites."""
+    """Say whether a task's name is code to import, and no task of the library's suites."""
     return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
 
 
 def check_agreed(name: str, *, named: str | None, trust: bool | None) -> None:
-    """Refuse a task that is code if a folder named it, which may be a stranger's, and not the user.
+    """Refuse a task that is code if a folder named it, perhaps a stranger's, and not the user.
 
     Args:
         name: of the task, as the folder has it.
@@ -154,17 +158,18 @@ def check_agreed(name: str, *, named: str | None, trust: bool | None) -> None:
 
 
 def find_factory(name: str) -> EnvFactory:
-    """Finds what makes the environment of this name, and imports it.
+    """Find what makes the environment of this name, and import it.
 
     Args:
-        name: "pettingzoo/module:environment", "package.module:factory", either with ":option=value,…" after it.
+        name: "pettingzoo/module:environment", "package.module:factory", either with
+            ":option=value,…" after it.
 
     Returns:
         The factory, which may be sent to worker processes.
 
     Raises:
-        UserError: the name is not of this form, its module is not installed or Python's own, or there is no such thing
-            in it.
+        UserError: the name is not of this form, its module is not installed or Python's own, or
+            there is no such thing in it.
     """
     module, _, rest = name.removeprefix(PREFIX).partition(":")
     attribute, _, options = rest.partition(":")
@@ -193,14 +198,14 @@ def _check_not_standard(name: str, module: str) -> None:
 
 
 def _defining_module(target: Any) -> str:
-    """Where a callable was written; of an object that can be called, where its class was."""
+    """Return the module of a callable; of an object that can be called, that of its class."""
     while isinstance(target, functools.partial):
         target = target.func
     return getattr(target, "__module__", None) or type(target).__module__
 
 
 def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
-    """Reads `N=5,max_cycles=25,continuous_actions=true,map="a,b",sizes=[3,4],seed=None`."""
+    """Read `N=5,max_cycles=25,continuous_actions=true,map="a,b",sizes=[3,4],seed=None`."""
     options, items = [], _OPTION.findall(text)
     if ",".join(items) != text.strip(","):
         raise UserError(f"{name}: a quote or bracket is not closed in '{text}'")
@@ -228,7 +233,10 @@ def _import(name: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or path
         if missing == top:
-            place = f"is not in {os.getcwd()} and not installed: run this where it is, or say where with PYTHONPATH"
+            place = (
+                f"is not in {os.getcwd()} and not installed: "
+                "run this where it is, or say where with PYTHONPATH"
+            )
             raise UserError(f"{name}: {top} {_pip(path) or place}") from None
         if path == missing or path.startswith(f"{missing}."):
             raise UserError(f"{name}: there is no module {missing}") from None
@@ -240,7 +248,10 @@ def _import(name: str, path: str) -> ModuleType:
 
 
 def _pip(path: str) -> str:
-    """What installs a module that is known to be public: nobody's own, whose name may be a stranger's package."""
+    """Return how to install a module that is known to be public, "" for any other.
+
+    The name of a user's own module may be that of a stranger's package.
+    """
     top, _, rest = path.partition(".")
     family = rest.partition(".")[0]
     if top == "mpe2":
@@ -253,12 +264,12 @@ def _pip(path: str) -> str:
 
 
 def make_numbered(factory: Callable[..., Any], index: int) -> Any:
-    """Makes an environment, and tells the factory which one it is if that has a parameter `index`."""
+    """Make an environment; a factory with a parameter `index` is told which one it is."""
     return factory(index=index) if takes(factory, "index", by_name=True) else factory()
 
 
 def takes(make: Callable[..., Any], option: str, *, by_name: bool = False) -> bool:
-    """Whether a keyword argument may be given; `by_name`: as a parameter of its own, not as one of any."""
+    """Say whether a keyword argument may be given; if `by_name`, not through `**kwargs`."""
     try:
         parameters = inspect.signature(make).parameters
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
 """One PettingZoo `ParallelEnv` as stacked NumPy arrays. Free of JAX: worker processes import it.
 
-Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `reset`, `step` and the two spaces.
+Nothing of PettingZoo is needed: an environment is what has `possible_agents`, `reset`, `step` and
+the two spaces.
 """
 
 import importlib
@@ -40,26 +41,25 @@ class Outcome:
     reward: np.ndarray  # [N]
     terminated: bool
     truncated: bool
-    metrics: dict[str, float] = field(
-        default_factory=dict
-    )  # of the infos, at the end of an episode
-    final_observation: Arrays | None = (
-        None  # with the last views of agents truncated while others go on, if any
-    )
+    # Of the infos, at the end of an episode.
+    metrics: dict[str, float] = field(default_factory=dict)
+    # With the last views of agents truncated while others go on, if any.
+    final_observation: Arrays | None = None
 
 
 class PettingZooEnv:
-    """A ParallelEnv whose agents stand in rows, in the order of `possible_agents`, whoever of them is alive.
+    """A ParallelEnv whose agents, dead or alive, stand in rows, in the order of `possible_agents`.
 
-    An agent that has terminated or was truncated before the others is dead until it is missing in `env.agents` and
-    comes back, or until the next episode; so is one that is not in `env.agents`, or observes nothing, for as long.
-    The dead see zeros, earn nothing and are free to choose any action, which goes nowhere. The joint episode ends when
-    nobody goes on. It was truncated if anybody was truncated at its last step; those agents are alive in its last
-    observation, since they would have gone on. So are, in `final_observation`, those truncated before the others.
+    An agent that has terminated or was truncated before the others is dead until it is missing in
+    `env.agents` and comes back, or until the next episode; so is one that is not in `env.agents`,
+    or observes nothing, for as long. The dead see zeros, earn nothing and are free to choose any
+    action, which goes nowhere. The joint episode ends when no agent goes on. It was truncated if an
+    agent was truncated at its last step; those agents are alive in its last observation, since they
+    would have gone on. So are, in `final_observation`, those truncated before the others.
     """
 
     def __init__(self, env: Any, name: str):
-        """Reads the spaces; the environment is not reset.
+        """Read the spaces; the environment is not reset.
 
         Args:
             env: a ParallelEnv, or an AECEnv whose agents may act at the same time.
@@ -82,16 +82,16 @@ class PettingZooEnv:
         own = [[np.ones(size, bool) for size in action.sizes] for action in self._actions]
         self._own_actions = np.stack([self._padded(masks) for masks in own])
         self._ended: set[Hashable] = set()  # agents whose part in the episode is over
-        self._acting: set[Hashable] = set()  # agents who go on
+        self._acting: set[Hashable] = set()  # agents that go on
         self._last_state = np.zeros(self.layout.state_dim or 0, np.float32)
 
     @property
     def notes(self) -> list[str]:
-        """What was padded, flattened or left out to make all agents' arrays alike; one line each."""
+        """What was padded, flattened or left out to make agents' arrays alike; one line each."""
         return list(self.layout.notes)
 
     def reset(self, seed: int, into: Arrays | None = None) -> Arrays:
-        """Starts an episode; all of its randomness comes from the seed.
+        """Start an episode; all of its randomness comes from the seed.
 
         Args:
             seed: for the environment.
@@ -105,13 +105,13 @@ class PettingZooEnv:
         return self._observe(observations, infos, self._acting, over=False, into=into)
 
     def step(self, action: np.ndarray, into: Arrays | None = None) -> Outcome:
-        """Applies a joint action.
+        """Apply a joint action.
 
         Args:
             action: [N] indices, [N, K] of components, or [N, A] real components in [-1, 1].
             into: as for `reset`.
         """
-        # Who has ended but is still listed is expected to act, too, by the environment that lists it.
+        # An environment expects agents that have ended but are still listed to act, too.
         actions = {
             agent: self._read_action(agent, action) for agent in listed_agents(self._env, self.name)
         }
@@ -121,7 +121,7 @@ class PettingZooEnv:
         acted = self._acting
         terminated = {agent for agent in acted if terminations.get(agent)}
         truncated = {agent for agent in acted if truncations.get(agent)} - terminated
-        # Who has ended and is listed again after it was not has come back.
+        # An agent that has ended and is listed again after it was not has come back.
         self._ended = (self._ended | terminated | truncated) & set(
             listed_agents(self._env, self.name)
         )
@@ -144,23 +144,23 @@ class PettingZooEnv:
         )
 
     def frame(self) -> np.ndarray | None:
-        """A picture [Y, X, RGB] of how things stand, None where nothing is drawn.
+        """Draw an image [Y, X, RGB] of the current state; return None where nothing is drawn.
 
         Raises:
-            UserError: what is drawn is no picture.
+            UserError: what is drawn is no image.
         """
         drawn = self._env.render()
         if drawn is None:
             return None
         picture = np.asarray(drawn)
-        picture = (
-            picture[-1] if picture.ndim == 4 and len(picture) else picture
-        )  # several since the last time
+        # Several since the last time: the newest.
+        picture = picture[-1] if picture.ndim == 4 and len(picture) else picture
         grey_or_colour = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[-1] in (3, 4))
         if picture.dtype.kind not in "biuf" or not grey_or_colour or not picture.size:
             what = f"{type(drawn).__name__} of shape {picture.shape}, {picture.dtype}"
             raise UserError(
-                f"{self.name} cannot be drawn: render() returns {what}, not numbers [rows, columns, 3]"
+                f"{self.name} cannot be drawn: "
+                f"render() returns {what}, not numbers [rows, columns, 3]"
             )
         if picture.dtype.kind != "f":
             return picture.astype(np.uint8)
@@ -168,7 +168,7 @@ class PettingZooEnv:
         return np.nan_to_num(np.clip(picture * (255 if unit else 1), 0, 255)).astype(np.uint8)
 
     def close(self) -> None:
-        """Ends the environment."""
+        """Close the environment."""
         self._env.close()
 
     def _going_on(self) -> set[Hashable]:
@@ -185,9 +185,8 @@ class PettingZooEnv:
                 raise UserError(
                     f"{self.name}: the reward of agent '{agent}' is {reward!r}: expected a number"
                 )
-        with np.errstate(
-            over="ignore"
-        ):  # what is infinite then is found where all numbers are looked at
+        # Infinite values are found where all numbers are looked at.
+        with np.errstate(over="ignore"):
             return np.array([rewards.get(agent, 0.0) for agent in self._index], np.float32)
 
     def _observe(
@@ -235,7 +234,7 @@ class PettingZooEnv:
         mask[n] = self._padded(read_mask(given, self._actions[n].sizes))
 
     def _padded(self, masks: list[np.ndarray]) -> np.ndarray:
-        """An agent's masks among those that all agents have room for."""
+        """Pad an agent's masks to the sizes that hold every agent's."""
         return pad_masks(masks, self.layout.action_components or (self.layout.num_actions,))
 
     def _read_action(self, agent: Hashable, action: np.ndarray) -> Any:
@@ -248,9 +247,8 @@ class PettingZooEnv:
         except Exception:
             if not over:
                 raise
-            return (
-                self._last_state
-            )  # some put it together from the agents that go on: at the end there are none
+            # Some put it together from the agents that go on: at the end there are none.
+            return self._last_state
         if state.shape == self._last_state.shape:
             return state
         if over:
@@ -261,7 +259,7 @@ class PettingZooEnv:
 
 
 def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> tuple[Mapping, ...]:
-    """Returns what `reset` or `step` of a ParallelEnv returned; infos may be None.
+    """Return the fields that `reset` or `step` of a ParallelEnv returned; infos may be None.
 
     Args:
         name: of the environment, for messages.
@@ -286,17 +284,19 @@ def read_result(name: str, method: str, result: Any, agents: Set[Hashable]) -> t
         if not isinstance(values, Mapping):
             kind = type(values).__name__
             raise UserError(
-                f"{name}: {method}() returns a {kind} for {part}: expected a dictionary, agent by agent"
+                f"{name}: {method}() returns a {kind} for {part}: "
+                "expected a dictionary, agent by agent"
             )
         if part != "infos" and (unknown := values.keys() - agents):
             raise UserError(
-                f"{name}: {part} of {method}() has an entry '{unknown.pop()}', which is no possible agent"
+                f"{name}: {part} of {method}() has an entry '{unknown.pop()}', "
+                "which is no possible agent"
             )
     return tuple(read.values())
 
 
 def listed_agents(env: Any, name: str) -> list[Hashable]:
-    """Returns those who go on, and perhaps some whose end was told.
+    """Return the agents that go on, and perhaps some whose end was told.
 
     Raises:
         UserError: the environment does not say.
@@ -310,7 +310,7 @@ def listed_agents(env: Any, name: str) -> list[Hashable]:
 
 
 def as_parallel(env: Any, name: str) -> Any:
-    """Returns a ParallelEnv as it is and converts an AECEnv whose agents may act at the same time.
+    """Return a ParallelEnv as it is; convert an AECEnv whose agents may act at the same time.
 
     Raises:
         UserError: it is neither.
@@ -332,8 +332,9 @@ def as_parallel(env: Any, name: str) -> Any:
         )
     if not getattr(env, "metadata", {}).get("is_parallelizable", False):
         raise UserError(
-            f"{name}: the agents of this AECEnv act in turn, but a ParallelEnv is needed (if they may act at the same "
-            'time, set metadata["is_parallelizable"] = True, or convert it with pettingzoo.utils.aec_to_parallel)'
+            f"{name}: the agents of this AECEnv act in turn, but a ParallelEnv is needed "
+            '(if they may act at the same time, set metadata["is_parallelizable"] = True, '
+            "or convert it with pettingzoo.utils.aec_to_parallel)"
         )
     return importlib.import_module("pettingzoo.utils.conversions").aec_to_parallel(env)
 
@@ -349,7 +350,7 @@ def _takes_seed(reset: Callable) -> bool:
 
 
 def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: list) -> Layout:
-    """Sizes that hold every agent, and what had to be done for it."""
+    """Return sizes that hold every agent, and what had to be done for it."""
     notes = []
     picture = picture_of(views)
     view_sizes = (
@@ -361,7 +362,8 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         notes.append("not all agents see pictures of one size: pictures are flattened")
     if len(set(view_sizes)) > 1:
         notes.append(
-            f"agents observe {_span(view_sizes)} numbers: the shorter observations are padded with zeros"
+            f"agents observe {_span(view_sizes)} numbers: "
+            "the shorter observations are padded with zeros"
         )
     sizes = [action.sizes for action in actions]
     components = tuple(max(choices) for choices in zip_longest(*sizes, fillvalue=0))
@@ -375,7 +377,8 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         notes.append(f"agents have {theirs} actions: those that an agent does not have are masked")
     if any(isinstance(action, BoxAction) and action.unlimited for action in actions):
         notes.append(
-            "actions without limits reach from -1 to 1, or 2 beyond their only limit: give them both"
+            "actions without limits reach from -1 to 1, "
+            "or 2 beyond their only limit: give them both"
         )
     first = views[0]
     if picture and first.channels_first:
@@ -402,7 +405,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
 
 
 def _info_metrics(infos: Mapping) -> dict[str, float]:
-    """Numbers of all agents' infos, such as a win rate: `info_<key>`, the mean over the agents that have it."""
+    """Return the numbers of all infos as `info_<key>`, the mean over the agents that have it."""
     found: dict[str, list[float]] = {}
     for info in infos.values():
         for key, value in info.items() if isinstance(info, Mapping) else ():
@@ -418,7 +421,7 @@ def _span(sizes: list[int]) -> str:
 
 
 def _time_limit(env: Any) -> int | None:
-    """The number of steps after which the environment truncates, where it says so in the usual place."""
+    """Return after how many steps the environment truncates, if it says so in the usual place."""
     places = (
         getattr(env, "max_cycles", None),
         getattr(getattr(env, "unwrapped", env), "max_cycles", None),

@@ -1,7 +1,8 @@
-"""Environments in worker processes, stepped side by side: somebody's simulator next to a policy on a device.
+"""External environments in worker processes, stepped side by side.
 
-Actions, observations and rewards are in memory that all processes share; on pipes there is one short command and one
-shorter answer per worker and step. Workers are spawned, never forked (JAX has threads), and import no JAX.
+Actions, observations and rewards are in memory that all processes share; on pipes there is one
+short command and one shorter answer per worker and step. Workers are spawned, never forked (JAX has
+threads), and import no JAX.
 """
 
 import logging
@@ -36,13 +37,15 @@ _log = logging.getLogger("mam")
 
 
 class HostPool:
-    """Environments in worker processes; a `HostEnvironments`, and a context manager that closes itself.
+    """Environments in worker processes: a `HostEnvironments`, and a context manager.
 
-    What happens in an environment depends on the seed, its place and the actions, not on the number of workers.
+    What happens in an environment depends on the seed, its place and the actions, not on the number
+    of workers.
 
-    A worker that dies, does not answer in time, or whose environment raises something is started again, with a warning:
-    its episodes are reported as truncated where they were last seen, without reward for the action that is lost, and
-    new ones begin. What happens too often is a `RunError`. After an exception the pool is closed.
+    A worker that dies, does not answer in time, or whose environment raises something is started
+    again, with a warning: its episodes are reported as truncated where they were last seen, without
+    reward for the action that is lost, and new ones begin. What happens too often is a `RunError`.
+    After an exception the pool is closed.
     """
 
     def __init__(
@@ -54,14 +57,15 @@ class HostPool:
         agent_id: IdEncoding = "one_hot",
         limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
     ):
-        """Starts the workers and waits until they have made their environments.
+        """Start the workers and wait until they have made their environments.
 
         Args:
             name: of the task, for the spec and for messages.
-            factory: makes one ParallelEnv, given its place if it takes an `index`; workers must be able to import it.
+            factory: makes one ParallelEnv, given its place if it takes an `index`; workers must be
+                able to import it.
             num_envs: B.
             num_workers: processes; by default one per CPU core, and never more than environments.
-            agent_id: how agents see who they are; see `mam.envs.wrappers.agent_ids`.
+            agent_id: how agents are told apart; see `mam.envs.wrappers.agent_ids`.
             limits: how long an environment may take, and how often a worker is started again.
 
         Raises:
@@ -70,7 +74,8 @@ class HostPool:
         num_workers = _num_cores() if num_workers is None else num_workers
         if num_envs < 1 or num_workers < 1:
             raise UserError(
-                f"{name}: num_envs and num_workers must be positive, got {num_envs} and {num_workers}"
+                f"{name}: num_envs and num_workers must be positive, "
+                f"got {num_envs} and {num_workers}"
             )
         self._name, self._num_envs, self._limits = name, num_envs, limits
         self._restarts = 0
@@ -121,7 +126,7 @@ class HostPool:
         return [] if self._layout is None else list(self._layout.notes)
 
     def reset(self, seed: int) -> TimeStep:
-        """Starts an episode everywhere; environment i draws on (seed, i) alone from here on."""
+        """Start an episode everywhere; environment i draws on (seed, i) alone from here on."""
         self._check_open()
         self._seed = seed
         for worker in self._workers:
@@ -134,7 +139,11 @@ class HostPool:
         return self._timestep()
 
     def step(self, action: np.ndarray) -> TimeStep:
-        """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
+        """Apply one joint action per environment.
+
+        Args:
+            action: [B, N], [B, N, K] of components or, where actions are continuous, [B, N, A].
+        """
         self._check_open()
         if np.shape(action) != self._slab.action.shape:
             raise ValueError(
@@ -161,7 +170,7 @@ class HostPool:
         return self._timestep()
 
     def close(self) -> None:
-        """Ends the environments and the processes they live in; safe to call twice."""
+        """Close the environments and end their processes; safe to call twice."""
         self._end()
         vars(self).pop("_slab", None)  # the last that refers to the memory
 
@@ -177,7 +186,7 @@ class HostPool:
 
     @contextmanager
     def _closed_by_exceptions(self) -> Iterator[None]:
-        """After an exception, Ctrl-C included, commands and answers no longer match: nothing can go on."""
+        """Close after an exception, Ctrl-C included: commands and answers no longer match."""
         try:
             yield
         except BaseException:
@@ -185,7 +194,7 @@ class HostPool:
             raise
 
     def _start(self, workers: list[WorkerProcess]) -> None:
-        """Starts the processes and gives them memory to work in; those lost on the way are started again."""
+        """Start the processes and give them memory; those lost on the way are started again."""
         while workers:
             for worker in workers:
                 worker.start()
@@ -195,7 +204,7 @@ class HostPool:
                 self._share(worker, layout)
 
     def _reset(self, workers: list[WorkerProcess]) -> None:
-        """Starts new episodes; workers lost on the way are started again."""
+        """Start new episodes; workers lost on the way are started again."""
         while workers:
             for worker in workers:
                 worker.send(b"%b %d %d" % (child.RESET, self._seed, worker.generation))
@@ -205,7 +214,7 @@ class HostPool:
     def _answers(
         self, workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
     ) -> tuple[dict[WorkerProcess, Answer], list[WorkerProcess]]:
-        """Waits for everybody's answer; returns the answers, and who is lost."""
+        """Wait for all workers' answers; return them, and the workers lost."""
         most = self._limits.max_restarts
         answers, lost = wait_for_answers(workers, deadline)
         for worker, fate in lost.items():
@@ -229,7 +238,10 @@ class HostPool:
         return answers, list(lost)
 
     def _read_infos(self, finished: list[Any]) -> None:
-        """Numbers of the infos of episodes that this step ended; NaN elsewhere. Names come up one by one."""
+        """Read the numbers in infos of episodes that this step ended; NaN elsewhere.
+
+        Names come up one by one.
+        """
         episodes = {
             place: metrics for answer in finished if answer for place, metrics in answer.items()
         }
@@ -259,7 +271,7 @@ class HostPool:
         return Deadline(self._limits.reset_timeout * (worker.share.stop - worker.share.first))
 
     def _share(self, worker: WorkerProcess, layout: Layout) -> None:
-        """Gives a worker the memory, whose size the first one's environments decide."""
+        """Give a worker the memory, whose size the first worker's environments decide."""
         if self._layout is None:
             self._layout = layout
             self._ids = agent_ids(layout.num_agents, self._agent_id)
@@ -267,17 +279,17 @@ class HostPool:
             self._memory.resize(slab_size(seen, self._num_envs))
             self._slab = map_slab(self._memory.fd, seen, self._num_envs)
             for arrays in (self._slab.observation, self._slab.final_observation):
-                arrays["agents_view"][..., : self._ids.shape[1]] = (
-                    self._ids
-                )  # workers write behind them
+                # Workers write behind them.
+                arrays["agents_view"][..., : self._ids.shape[1]] = self._ids
         if layout != self._layout:
             raise UserError(
-                f"{self._name}: {worker} has environments with other agents or spaces than the first"
+                f"{self._name}: {worker} has environments with "
+                "other agents or spaces than the first"
             )
         worker.give(self._memory, self._num_envs, self._ids.shape[1])
 
     def _cut_short(self, worker: WorkerProcess) -> None:
-        """The time steps of environments that are lost."""
+        """Write the last time steps of a lost worker's environments."""
         rows, slab = worker.rows, self._slab
         for name, last in self._last.items():
             slab.final_observation[name][rows] = last[rows]
@@ -287,7 +299,7 @@ class HostPool:
         slab.parted[rows] = False
 
     def _timestep(self) -> TimeStep:
-        """Copies what is in shared memory."""
+        """Copy what is in shared memory."""
         slab = self._slab
         self._over = slab.terminated | slab.truncated
         self._last = {name: rows.copy() for name, rows in slab.observation.items()}
@@ -311,7 +323,7 @@ class HostPool:
 
 
 def _share_out(name: str, factory: bytes, num_envs: int, num_workers: int) -> list[WorkerProcess]:
-    """Workers, each with environments that stand side by side."""
+    """Return workers, each with environments that stand side by side."""
     first = [num_envs * k // num_workers for k in range(num_workers + 1)]
     shares = [
         child.Share(name, factory, first[k], first[k + 1], quiet=k > 0) for k in range(num_workers)
@@ -320,5 +332,5 @@ def _share_out(name: str, factory: bytes, num_envs: int, num_workers: int) -> li
 
 
 def _num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,9 +18,8 @@ from mam.envs.external.shared import Layout, SharedMemory
 from mam.errors import RunError, UserError
 
 _EXIT_TIMEOUT = 5.0  # seconds that workers may take to close their environments
-Answer = (
-    Layout | dict[int, dict[str, float]] | None
-)  # when made; metrics of episodes that ended; done
+# When made; metrics of episodes that ended; done.
+Answer = Layout | dict[int, dict[str, float]] | None
 _PATIENCE = 1.0  # seconds; see `wait_for_answers`
 
 
@@ -41,7 +40,7 @@ class WorkerProcess:
         return f"worker {self._index} ({places})"
 
     def start(self) -> None:
-        """Starts the process, which sends a `Layout` when its environments are made."""
+        """Start the process, which sends a `Layout` when its environments are made."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
@@ -57,21 +56,22 @@ class WorkerProcess:
         theirs.close()  # else the pipe would not break when the worker dies
 
     def give(self, memory: SharedMemory, num_envs: int, id_dim: int) -> None:
-        """Answers the layout with the memory to work in."""
+        """Answer the layout with the memory to work in."""
         self.send(b"%b %d %d" % (child.SHARE, num_envs, id_dim))
         with suppress(OSError):
             send_handle(self.connection, memory.fd, self.process.pid)
 
     def send(self, command: bytes) -> None:
-        """Gives a command; that the worker is gone shows when its answer is read."""
+        """Give a command; that the worker is gone shows when its answer is read."""
         with suppress(OSError):
             self.connection.send_bytes(command)
 
     def receive(self) -> Answer:
-        """Reads the answer.
+        """Read the answer.
 
         Raises:
-            UserError: an environment will not do; a `RunError` if it raised something while it was used.
+            UserError: an environment will not do; a `RunError` if it raised something while it was
+                used.
             EOFError: the worker is gone.
         """
         try:
@@ -86,12 +86,12 @@ class WorkerProcess:
         return result
 
     def hang_up(self) -> None:
-        """Lets the worker know that there are no more commands."""
+        """Let the worker know that there are no more commands."""
         if self._started:
             self.connection.close()
 
     def end(self, timeout: float) -> str:
-        """Ends the process, by force after `timeout` seconds; returns how it ended."""
+        """End the process, by force after `timeout` seconds; return how it ended."""
         if not self._started:
             return "was not started"
         self.hang_up()
@@ -109,7 +109,10 @@ class WorkerProcess:
 
 @dataclass(frozen=True)
 class Deadline:
-    """How long a worker may be busy with what it does now, and what that is: time starts anew when it changes."""
+    """How long a worker may be busy with what it does now, and what that is.
+
+    Time starts anew when it changes.
+    """
 
     seconds: float
     doing: bytes = b""
@@ -118,12 +121,13 @@ class Deadline:
 def wait_for_answers(
     workers: list[WorkerProcess], deadline: Callable[[WorkerProcess], Deadline]
 ) -> tuple[dict[WorkerProcess, Answer], dict[WorkerProcess, str | RunError]]:
-    """Waits for everybody's answer; ends those who do not give one in time.
+    """Wait for all workers' answers; end those that do not answer in time.
 
-    Time is counted in pieces in which nobody answered, so that it stands still while the program does (Ctrl-Z).
+    Time is counted in pieces in which no worker answered, so that it stands still while the program
+    does (Ctrl-Z).
 
     Returns:
-        The answers, and what happened to those who are lost: an error that an environment raised, or words.
+        The answers, and what happened to the lost workers: an environment's error, or words.
 
     Raises:
         UserError: an environment will not do.
@@ -156,7 +160,7 @@ def wait_for_answers(
 
 
 def end_all(workers: list[WorkerProcess], memory: SharedMemory) -> None:
-    """Ends all workers at once, and lets go of the memory."""
+    """End all workers at once, and let go of the memory."""
     for worker in workers:
         worker.hang_up()
     deadline = time.monotonic() + _EXIT_TIMEOUT
@@ -166,7 +170,7 @@ def end_all(workers: list[WorkerProcess], memory: SharedMemory) -> None:
 
 
 def pickle_factory(name: str, factory: Callable[..., Any]) -> bytes:
-    """The factory as it travels to the workers.
+    """Return the factory as it travels to the workers.
 
     Raises:
         UserError: they could not import it.
@@ -182,9 +186,10 @@ def pickle_factory(name: str, factory: Callable[..., Any]) -> bytes:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Hides the main script for as long as a process is started.
+    """Hide the main script for as long as a process is started.
 
-    A spawned process imports what the main script imports, if it finds one: for our own command, all of JAX.
+    A spawned process imports what the main script imports, if it finds one: for our own command,
+    all of JAX.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")

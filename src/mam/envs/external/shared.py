@@ -1,4 +1,4 @@
-"""What the pool and its workers agree on: the sizes of an environment, and the memory they share. Free of JAX."""
+"""What the pool and its workers share: an environment's sizes, and memory. Free of JAX."""
 
 import math
 import mmap
@@ -16,7 +16,7 @@ _ALIGNMENT = 64  # bytes; a cache line
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of one environment's arrays: what a pool must know of an environment that lives in another process."""
+    """Sizes of one environment's arrays: what a pool must know of it."""
 
     agents: tuple[str, ...]
     obs_dim: int
@@ -58,19 +58,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class Slab:
-    """Arrays [B, …] in memory that the pool and all workers see; worker processes write their own rows."""
+    """Arrays [B, …] in memory that the pool and all workers see; workers write their own rows."""
 
     action: np.ndarray
     observation: Arrays  # to act on next
-    final_observation: (
-        Arrays  # of the ended episode; stale in rows where none has ended and nobody parted
-    )
+    # Of the ended episode; stale in rows where none has ended and no agent parted.
+    final_observation: Arrays
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    doing: (
-        np.ndarray
-    )  # IDLE, STEPPING or RESETTING: what its worker does with an environment right now
+    # IDLE, STEPPING or RESETTING: what its worker does with an environment right now.
+    doing: np.ndarray
     parted: np.ndarray  # an agent was truncated while others go on
 
 
@@ -80,8 +78,8 @@ IDLE, STEPPING, RESETTING = range(3)
 class SharedMemory:
     """Memory without a name: however the processes end, nothing of it stays behind.
 
-    Unlike `multiprocessing.shared_memory` it needs no one to unlink it and, on Linux, is not limited by the size
-    of /dev/shm (64 MB in many containers).
+    Unlike `multiprocessing.shared_memory` it need not be unlinked and, on Linux, is not limited by
+    the size of /dev/shm (64 MB in many containers).
     """
 
     def __init__(self):
@@ -92,21 +90,21 @@ class SharedMemory:
                 self.fd = os.dup(file.fileno())
 
     def resize(self, size: int) -> None:
-        """Makes it `size` bytes of zeros long."""
+        """Make it `size` bytes of zeros long."""
         os.ftruncate(self.fd, size)
 
     def close(self) -> None:
-        """Lets go of the memory; what is mapped stays until its arrays are gone."""
+        """Let go of the memory; what is mapped stays until its arrays are gone."""
         os.close(self.fd)
 
 
 def slab_size(layout: Layout, num_envs: int) -> int:
-    """Bytes that `map_slab` needs."""
+    """Return how many bytes `map_slab` needs."""
     return sum(_aligned(shape, dtype) for shape, dtype in _fields(layout, num_envs).values())
 
 
 def map_slab(fd: int, layout: Layout, num_envs: int) -> Slab:
-    """The arrays in the memory of the file descriptor, at the same places in every process."""
+    """Map the arrays in the memory of a file descriptor, at the same places in every process."""
     buffer = mmap.mmap(fd, slab_size(layout, num_envs))
     arrays, offset = {}, 0
     for name, (shape, dtype) in _fields(layout, num_envs).items():

@@ -14,7 +14,10 @@ from mam.errors import UserError
 
 
 class EnvSlice:
-    """Environments that reset themselves, at their places in the pool; `doing` says where an exception came from."""
+    """Environments that reset themselves, at their places in the pool.
+
+    `doing` says where an exception came from.
+    """
 
     def __init__(self, name: str, places: range):
         self.name = name
@@ -22,14 +25,13 @@ class EnvSlice:
         self._places = places
         self._envs: list[PettingZooEnv] = []
         self._seeds: list[np.random.Generator] = []
-        self.finished: dict[
-            int, dict[str, float]
-        ] = {}  # metrics of the episodes that the last step ended, by place
+        # Metrics of the episodes that the last step ended, by place.
+        self.finished: dict[int, dict[str, float]] = {}
         self._slab: Slab
-        self._rows: list[Arrays] = []  # where each of them writes what it observes,
-        self._final_rows: list[
-            Arrays
-        ] = []  # and where, if that is something else, what an action led to
+        # Where each of them writes what it observes and, if that is something else, what an action
+        # led to.
+        self._rows: list[Arrays] = []
+        self._final_rows: list[Arrays] = []
 
     @property
     def layout(self) -> Layout:
@@ -37,7 +39,7 @@ class EnvSlice:
         return self._envs[0].layout
 
     def make(self, factory: Callable[..., Any]) -> None:
-        """Makes the environments.
+        """Make the environments.
 
         Raises:
             UserError: one of them is nothing that can be adapted, or unlike the first.
@@ -51,7 +53,7 @@ class EnvSlice:
                 )
 
     def share(self, memory: int, num_envs: int, id_dim: int) -> None:
-        """Goes to work in this memory, where `id_dim` features stand in front of every agent's view."""
+        """Map this memory, where `id_dim` features stand in front of every agent's view."""
         layout = replace(self.layout, obs_dim=id_dim + self.layout.obs_dim)
         self._slab = map_slab(memory, layout, num_envs)
         self._rows, self._final_rows = (
@@ -66,11 +68,12 @@ class EnvSlice:
         )
 
     def reset(self, seed: int, generation: int) -> None:
-        """Starts an episode everywhere. Environment i draws on (seed, i) alone, whoever steps it.
+        """Start an episode everywhere; environment i draws on (seed, i) alone.
 
         Args:
             seed: of the pool.
-            generation: how often these environments have been lost since; not to lose them in the same way again.
+            generation: how often these environments have been lost since; not to lose them in the
+                same way again.
         """
         self._seeds = [
             np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(place, generation)))
@@ -81,7 +84,7 @@ class EnvSlice:
             self._slab.doing[place] = IDLE
 
     def step(self) -> None:
-        """Applies the actions in shared memory and writes what comes of them there."""
+        """Apply the actions in shared memory and write what comes of them there."""
         slab, self.finished = self._slab, {}
         for k, place in enumerate(self._places):
             self.doing = f"stepping environment {place}"
@@ -102,7 +105,7 @@ class EnvSlice:
             slab.doing[place] = IDLE
 
     def close(self) -> None:
-        """Ends all environments, whatever they say to it."""
+        """Close all environments, whatever they raise."""
         for env in self._envs:
             with suppress(Exception):
                 env.close()

@@ -1,4 +1,4 @@
-"""Gymnasium's spaces as rows of numbers: observations flattened, actions read from an index or from [-1, 1].
+"""Gymnasium's spaces as rows: observations flattened, actions read from an index or [-1, 1].
 
 Free of JAX: worker processes import it.
 """
@@ -17,14 +17,14 @@ from mam.errors import UserError
 OBSERVATIONS = "Box, Discrete, MultiBinary, MultiDiscrete, Dict and Tuple"
 ACTIONS = "Discrete or MultiDiscrete for all agents, or for all of them Box of floats with one axis"
 CHOICES = (spaces.Discrete, spaces.MultiDiscrete)
-MAX_CHANNELS = 4  # of what is a picture for certain: grey or colours, with or without transparency
+MAX_CHANNELS = 4  # of what is an image for certain: grey or colours, with or without transparency
 MAX_CHOICES = 100_000  # of one space; each is a number of its own in every array
 _UNBOUNDED = 1e30  # limits beyond this, such as the largest float, are not meant to be reached
 _ROUNDING = 1e-5  # by which a value may pass its limits, relative to them
 
 
 def flat_size(space: spaces.Space) -> int:
-    """How many numbers `flatten` makes of a value of the space.
+    """Return how many numbers `flatten` makes of a value of the space.
 
     Raises:
         TypeError: the space is of a kind that cannot be flattened.
@@ -42,21 +42,21 @@ def flat_size(space: spaces.Space) -> int:
 def _choices(space: spaces.Space, number: int) -> int:
     if number > MAX_CHOICES:
         raise ValueError(
-            f"{space}, whose {number:,} values would be as many numbers; at most {MAX_CHOICES:,} can be"
+            f"{space}, whose {number:,} values would be as many numbers; "
+            f"at most {MAX_CHOICES:,} can be"
         )
     return number
 
 
 def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
-    """Writes a value into `row`, which is zero and of `flat_size(space)`; choices become one-hot.
+    """Write a value into `row`, which is zero and of `flat_size(space)`; choices become one-hot.
 
     Raises:
         ValueError, LookupError: the value is not of its space.
     """
     if isinstance(space, spaces.Box | spaces.MultiBinary):
-        with np.errstate(
-            over="ignore"
-        ):  # what is infinite then is found where all numbers are looked at
+        # Infinite values are found where all numbers are looked at.
+        with np.errstate(over="ignore"):
             row[:] = shaped(space, value).reshape(-1)
     elif isinstance(space, spaces.Discrete):
         choice = int(value) - int(space.start)
@@ -78,7 +78,7 @@ def flatten(space: spaces.Space, value: Any, row: np.ndarray) -> None:
 
 
 def shaped(space: spaces.Space, value: Any) -> np.ndarray:
-    """A value as an array of its space's shape, of which axes of length 1 may be missing.
+    """Return a value as an array of its space's shape; axes of length 1 may be missing in it.
 
     Raises:
         ValueError: it has another shape.
@@ -92,7 +92,10 @@ def shaped(space: spaces.Space, value: Any) -> np.ndarray:
 
 
 def out_of_bounds(space: spaces.Space, value: Any) -> str | None:
-    """What about a value that can be flattened is not as its space says; None if it is. NaN is nothing of that."""
+    """Say what about a value that can be flattened is not as its space says; None if it is.
+
+    NaN is not reported here.
+    """
     if isinstance(space, spaces.Dict | spaces.Tuple):
         found = (out_of_bounds(part, value[key]) for key, part in _parts(space))
         return next(filter(None, found), None)
@@ -115,7 +118,7 @@ def out_of_bounds(space: spaces.Space, value: Any) -> str | None:
 
 
 def _parts(space: spaces.Space) -> list[tuple[Any, spaces.Space]]:
-    """Parts and their keys, always in the same order."""
+    """Return the parts and their keys, always in the same order."""
     if isinstance(space, spaces.Dict):
         return list(space.spaces.items())
     if isinstance(space, spaces.Tuple):
@@ -133,7 +136,7 @@ class View:
 
     @classmethod
     def of(cls, space: spaces.Space, action_space: spaces.Space) -> "View":
-        """Takes the action mask and the observation proper apart where the space is a dictionary of both."""
+        """Take action mask and observation proper apart where the space is a dictionary of both."""
         if not isinstance(space, spaces.Dict):
             return cls(space, inside=None, masked=False)
         masked = "action_mask" in space.spaces and isinstance(action_space, CHOICES)
@@ -150,34 +153,34 @@ class View:
         return flat_size(self.space)
 
     def read(self, value: Any) -> Any:
-        """The observation proper."""
+        """Return the observation proper."""
         return value if self.inside is None else value[self.inside]
 
     @property
     def channels_first(self) -> bool:
-        """Whether it is a picture whose channels come before its rows, as PyTorch has them."""
+        """Whether it is an image whose channels come before its rows, as PyTorch has them."""
         shape: Any = self.space.shape
         return is_picture(self.space) and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
-        """Rows, columns and channels of the picture it is."""
+        """Rows, columns and channels of the image it is."""
         shape: Any = self.space.shape
         return (*shape[1:], shape[0]) if self.channels_first else shape
 
     def picture(self, value: Any) -> np.ndarray:
-        """The observation proper as rows, columns, channels."""
+        """Return the observation proper as rows, columns, channels."""
         picture = shaped(self.space, self.read(value))
         return np.moveaxis(picture, 0, -1) if self.channels_first else picture
 
 
 def is_picture(space: spaces.Space) -> bool:
-    """Whether a value has rows, columns and channels."""
+    """Say whether a value has rows, columns and channels."""
     return isinstance(space, spaces.Box) and len(space.shape) == 3
 
 
 def picture_of(views: list[View]) -> spaces.Box | None:
-    """The space of the picture that every agent sees, if all see one and of the same size; None otherwise."""
+    """Return the space of the image that agents see, if all see one of the same size, or None."""
     first = views[0].space
     alike = all(
         view.space.shape == first.shape and view.space.dtype == first.dtype for view in views
@@ -186,7 +189,7 @@ def picture_of(views: list[View]) -> spaces.Box | None:
 
 
 def view_size(name: str, agent: object, view: View) -> int:
-    """How many numbers an agent observes.
+    """Return how many numbers an agent observes.
 
     Raises:
         UserError: its observations cannot be flattened.
@@ -202,13 +205,13 @@ def view_size(name: str, agent: object, view: View) -> int:
 
 
 def _named(space: Any) -> str:
-    """The space, and its package where that is not the one which is meant."""
+    """Name the space, and its package where that is not gymnasium."""
     package = type(space).__module__.partition(".")[0]
     return f"{space}" if package == "gymnasium" else f"{space} of {package}, not of gymnasium"
 
 
 def cut_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Returns a row for each component, of one row of all of them side by side or of such rows.
+    """Return a row for each component, from one row of all of them side by side or from such rows.
 
     Raises:
         ValueError: it has another shape.
@@ -225,7 +228,7 @@ def cut_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
 
 
 def read_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
-    """Returns which choices are legal, in each component; as `cut_mask`.
+    """Return which choices are legal, in each component; see `cut_mask` for the forms.
 
     A component in which nothing is allowed is read as one whose choice does not matter.
 
@@ -240,9 +243,10 @@ def read_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
 
 
 def pad_masks(rows: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:
-    """Returns the masks of an agent's components in one row for components of these sizes, no smaller.
+    """Return the masks of an agent's components in one row, padded to components of these sizes.
 
-    What the agent does not have is illegal, but for the first choice of a component that it does not have at all.
+    What the agent does not have is illegal, but for the first choice of a component that it does
+    not have at all.
     """
     padded = np.zeros(sum(sizes), bool)
     starts = np.cumsum(sizes) - sizes
@@ -273,7 +277,10 @@ class DiscreteAction:
 
 @dataclass(frozen=True)
 class BoxAction:
-    """Components in [-1, 1], stretched to the space's limits; as they are where it has none, and 2 wide from one."""
+    """Components in [-1, 1], stretched to the space's limits.
+
+    They stay as they are where it has none, and are 2 wide where it has one.
+    """
 
     space: spaces.Box
     centre: np.ndarray
@@ -308,10 +315,11 @@ class BoxAction:
 def action_readers(
     name: str, action_spaces: dict[str, spaces.Space]
 ) -> list[DiscreteAction] | list[BoxAction]:
-    """How the agents' actions are read, in their order.
+    """Return how the agents' actions are read, in their order.
 
     Raises:
-        UserError: a space is of a kind that is not supported, or the agents' spaces are of different kinds.
+        UserError: a space is of a kind that is not supported, or the agents' spaces are of
+            different kinds.
     """
     for agent, space in action_spaces.items():
         floats = (
@@ -325,7 +333,8 @@ def action_readers(
             )
         if isinstance(space, CHOICES) and sum(DiscreteAction(space).sizes) > MAX_CHOICES:
             raise UserError(
-                f"{name}: agent '{agent}' acts in {space}; at most {MAX_CHOICES:,} choices are supported"
+                f"{name}: agent '{agent}' acts in {space}; "
+                f"at most {MAX_CHOICES:,} choices are supported"
             )
     discrete = [
         DiscreteAction(space) for space in action_spaces.values() if isinstance(space, CHOICES)

@@ -1,9 +1,10 @@
 """The worker process: it steps its share of a pool's environments when the pool says so.
 
-First it makes its environments, sends their `Layout`, and gets the memory that it shares with the pool. From then on
-commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by the metrics of episodes that ended; actions
-and observations are in shared memory. Its last answer may be a pickled error: a `RunError` if an environment raised
-something in the middle of a run, which another worker may survive, a `UserError` if it will not do.
+First it makes its environments, sends their `Layout`, and gets the memory that it shares with the
+pool. From then on commands are bytes on a pipe, `step` or `reset`, answered by nothing, or by the
+metrics of episodes that ended; actions and observations are in shared memory. Its last answer may
+be a pickled error: a `RunError` if an environment raised something in the middle of a run, which
+another worker may survive, a `UserError` if it will not do.
 
 Free of JAX, whose start takes longer than everything else here.
 """
@@ -30,9 +31,11 @@ from mam.errors import RunError, UserError
 if TYPE_CHECKING:
     from mam.envs.external.slice import EnvSlice
 
-SHARE = b"share"  # followed by the size of the pool and of what stands in front of a view, then by the memory
+# Followed by the size of the pool and of what stands in front of a view, then by the memory.
+SHARE = b"share"
 STEP = b"step"
-RESET = b"reset"  # followed by the seed, and by how often this worker was lost since that seed was given
+# Followed by the seed, and by how often this worker was lost since that seed was given.
+RESET = b"reset"
 DONE = b""
 
 _ORPHAN_GRACE = 2.0  # seconds that environments have to close after the parent's death
@@ -57,16 +60,15 @@ class Share:
 
 
 def main(connection: Connection, share: Share) -> None:
-    """Serves the pool until it closes its end of the pipe, or is no more."""
+    """Serve the pool until it closes its end of the pipe, or is gone."""
     for number in PARENTS_SIGNALS:
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # the pool decides what Ctrl-C, or a batch system's signal, means
-    current_process().daemon = (
-        False  # or environments could have no children; the parent still ends us when it exits
-    )
+        # The pool decides what Ctrl-C, or a batch system's signal, means.
+        signal.signal(number, signal.SIG_IGN)
+    # A daemon's environments could have no children; the parent still ends us when it exits.
+    current_process().daemon = False
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    # Read when NumPy is first imported, which is why that happens below: the workers are threads enough.
+    # Read when NumPy is first imported, which is why that happens below: the workers are threads
+    # enough.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     if share.quiet:
@@ -108,7 +110,7 @@ def _serve(connection: Connection, envs: "EnvSlice") -> None:
 
 
 def _receive(connection: Connection) -> bytes | None:
-    """The next command, None if there will be no more."""
+    """Return the next command, None if there will be no more."""
     try:
         return connection.recv_bytes()
     except (EOFError, OSError):
@@ -125,7 +127,7 @@ def _unpickle(share: Share) -> Callable[[], Any]:
 
 
 def _explain(error: BaseException, envs: "EnvSlice", kind: type[UserError]) -> UserError:
-    """What went wrong in somebody's environment, with the end of the traceback."""
+    """Return what went wrong in an environment, with the end of the traceback."""
     if isinstance(error, UserError):
         return error
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -134,7 +136,7 @@ def _explain(error: BaseException, envs: "EnvSlice", kind: type[UserError]) -> U
 
 
 def _leave_with_parent() -> None:
-    """Ends this process after its parent's death, even if an environment is busy or stuck."""
+    """End this process after its parent's death, even if an environment is busy or stuck."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -143,11 +145,13 @@ def _leave_with_parent() -> None:
 
 
 def describe(error: BaseException) -> str:
-    """The last line of the traceback, and the innermost place in somebody's own code, or else in what is installed."""
+    """Return the traceback's last line, and its innermost place.
+
+    That is in the user's own code if any of it is there, or else in what is installed.
+    """
     lines = traceback.format_exception_only(error)[0].strip().splitlines()
-    text = (
-        lines[-1] if "Traceback" in lines[0] else lines[0]
-    )  # a callback's own traceback is within the message
+    # A callback's own traceback is within the message.
+    text = lines[-1] if "Traceback" in lines[0] else lines[0]
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

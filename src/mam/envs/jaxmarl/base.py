@@ -1,9 +1,10 @@
 """What the adapters of JaxMARL's suites share: stepping, importing, drawing.
 
-JaxMARL's dictionaries by agent end here: rows are stacked in the order of its `env.agents`, by name, because
-JAX sorts keys (`ally_10` before `ally_2`). It is stepped without its own auto-reset, which would lose an episode's
-last observation. Task settings are those of the published MAM and Sable benchmarks. JaxMARL takes seconds to
-import and starts JAX's backend, so that waits until the first task is made.
+JaxMARL's dictionaries by agent end here: rows are stacked in the order of its `env.agents`, by
+name, because JAX sorts keys (`ally_10` before `ally_2`). It is stepped without its own auto-reset,
+which would lose an episode's last observation. Task settings are those of the published MAM and
+Sable benchmarks. JaxMARL takes seconds to import and starts JAX's backend, so that waits until the
+first task is made.
 """
 
 import abc
@@ -54,19 +55,23 @@ class JaxMarlEnv(abc.ABC):
         )
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF of consecutive unbatched states; raises `NotImplementedError` where nothing can draw them."""
+        """Write a GIF of consecutive unbatched states.
+
+        Raises:
+            NotImplementedError: nothing can draw them.
+        """
         raise NotImplementedError(f"{self.spec.name} cannot be drawn")
 
     @abc.abstractmethod
     def _observe(self, views: Mapping[str, Array], state: Any) -> Observation: ...
 
     def _is_cut_off(self, state: Any) -> Bool[Array, ""]:
-        """Whether an episode that ended in `state` did so by its time limit alone; here, because nothing else can."""
+        """Say whether an episode ended in `state` by its time limit alone; here, always."""
         del state
         return jnp.ones((), bool)
 
     def _decode(self, action: Action) -> Iterable[Any]:
-        """Actions in JaxMARL's own form, one for each agent."""
+        """Return the actions in JaxMARL's own form, one for each agent."""
         return action
 
     def _reward(self, rewards: Mapping[str, Array], info: Mapping[str, Any]) -> Float[Array, "N"]:
@@ -105,7 +110,15 @@ def draw_discs(
     extent: tuple[int, int],
     path: Path,
 ) -> None:
-    """Writes a GIF of moving discs: positions [T, discs, 2], radius [discs], colours [T, discs, 3 or 4]."""
+    """Write a GIF of moving discs.
+
+    Args:
+        positions: [T, discs, 2].
+        radius: [discs].
+        colours: [T, discs, 3 or 4].
+        extent: limits of both axes.
+        path: of the GIF.
+    """
     from matplotlib.animation import PillowWriter
     from matplotlib.collections import EllipseCollection
     from matplotlib.figure import Figure
@@ -132,9 +145,10 @@ def draw_discs(
 
 
 def import_jaxmarl() -> None:
-    """Imports JaxMARL, all but its brax tasks, which would double the seconds that takes.
+    """Import JaxMARL, all but its brax tasks, which would double the seconds that takes.
 
-    They are held back by failing to import, as where there is no brax, and can be imported afterwards by name.
+    They are held back by failing to import, as where there is no brax, and can be imported
+    afterwards by name.
     """
     brax_tasks = "jaxmarl.environments.mabrax"
     held_back = sys.modules.setdefault(brax_tasks, cast(Any, None)) is None
@@ -148,7 +162,8 @@ def import_jaxmarl() -> None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    # JaxMARL and brax print as they are imported, and warn that brax is old; JaxMARL also replaces both streams.
+    # JaxMARL and brax print as they are imported, and warn that brax is old; JaxMARL also replaces
+    # both streams.
     streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(sys.stderr)
     with streams[0], streams[1], warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

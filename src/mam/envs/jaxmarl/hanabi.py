@@ -12,10 +12,11 @@ from mam.types import EnvSpec, Observation
 
 
 def make_hanabi(task: str) -> "HanabiEnv":
-    """Makes a task of `HANABI_TASKS`, the full game for 2 to 5 players.
+    """Make a task of `HANABI_TASKS`, the full game for 2 to 5 players.
 
-    Players act in turn; whoever is not to move has one legal action, which does nothing. The team earns 1 for
-    each card played well, and loses it all with the last life. No time limit: every game comes to an end.
+    Players act in turn; one that is not to move has one legal action, which does nothing. The team
+    earns 1 for each card played well, and loses it all with the last life. No time limit: every
+    game comes to an end.
     """
     import_jaxmarl()
     from jaxmarl.environments import Hanabi

@@ -16,15 +16,16 @@ MABRAX_TIME_LIMIT = 1000
 
 
 def make_mabrax(task: str) -> "MabraxEnv":
-    """Makes a task of `MABRAX_TASKS`: one robot whose joints are shared out among the agents.
+    """Make a task of `MABRAX_TASKS`: one robot whose joints are shared out among the agents.
 
-    Agents that have fewer joints or see less than others are padded; the padding of actions is masked. JaxMARL
-    writes agent i's one-hot index and then its features from position i + 1 on, so they overlap; kept, because
-    published scores have it.
+    Agents that have fewer joints or see less than others are padded; the padding of actions is
+    masked. JaxMARL writes agent i's one-hot index and then its features from position i + 1 on, so
+    they overlap; kept, because published scores have it.
     """
     import_jaxmarl()
     with quietly(), contextlib.ExitStack() as undo:
-        import brax.envs  # noqa: F401  # before JaxMARL's own import, during which the streams are closed files
+        # Before JaxMARL's own import, during which the streams are closed files.
+        import brax.envs  # noqa: F401
         import mujoco
         from jaxmarl.environments import mabrax
 

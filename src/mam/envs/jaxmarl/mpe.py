@@ -14,13 +14,12 @@ from mam.envs.jaxmarl.base import JaxMarlEnv, draw_discs, import_jaxmarl, requir
 from mam.errors import UserError
 from mam.types import Action, EnvSpec, EnvState, Observation
 
-MPE_TIME_LIMIT = (
-    26  # JaxMARL's limit of 25 is compared before the step is counted, so one more is taken
-)
+# JaxMARL's limit of 25 is compared before the step is counted, so one more is taken.
+MPE_TIME_LIMIT = 26
 
 
 def make_mpe(task: str) -> "MpeEnv":
-    """Makes a task of `MPE_TASKS`: as many agents as landmarks, which are all to be covered without collisions."""
+    """Make a task of `MPE_TASKS`: as many landmarks as agents, to be covered without collisions."""
     agents, _, kind = task.removeprefix("simple_spread_").partition("-")
     return _mpe(f"mpe/{task}", int(agents), int(agents), local_ratio=0.5, continuous=not kind)
 
@@ -32,12 +31,13 @@ def make_mpe_auto(
     continuous: bool = False,
     limit: int = MPE_TIME_LIMIT,
 ) -> "MpeEnv":
-    """Makes simple_spread of any size.
+    """Make simple_spread of any size.
 
     Args:
         agents: how many.
         landmarks: how many; 0: as many as agents.
-        local_ratio: of an agent's reward, the part that is for its own collisions; 0: all earn the same.
+        local_ratio: of an agent's reward, the part that is for its own collisions; 0: all earn the
+            same.
         continuous: actions are strengths instead of directions.
         limit: time limit.
 
@@ -53,9 +53,10 @@ def make_mpe_auto(
 
 @dataclass(frozen=True)
 class MpeEnv(JaxMarlEnv):
-    """simple_spread: nothing, left, right, down and up. Continuous actions push left, right, down and up at once.
+    """simple_spread: nothing, left, right, down and up.
 
-    JaxMARL takes the strengths from 0 to 1, after a fifth number, for nothing, which it does not read.
+    Continuous actions push left, right, down and up at once. JaxMARL takes the strengths from 0 to
+    1, after a fifth number, for nothing, which it does not read.
     """
 
     def _observe(self, views: Mapping[str, Array], state: Any) -> Observation:
@@ -66,7 +67,7 @@ class MpeEnv(JaxMarlEnv):
         return jnp.pad((action + 1) / 2, ((0, 0), (1, 0))) if self.spec.continuous else action
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF: agents green, landmarks dark."""
+        """Write a GIF: agents green, landmarks dark."""
         positions = np.stack([state.p_pos for state in jax.device_get(states)])
         colours = np.broadcast_to(np.array(self.env.colour) / 255, (*positions.shape[:2], 3))
         draw_discs(positions, np.asarray(self.env.rad), colours, (-2, 2), path)

@@ -17,11 +17,12 @@ OVERCOOKED_TIME_LIMIT = 400
 
 
 def make_overcooked(task: str) -> "OvercookedEnv":
-    """Makes a task of `OVERCOOKED_TASKS`: cooks in a kitchen, seen whole by each; the team earns 20 for each soup.
+    """Make a task of `OVERCOOKED_TASKS`: cooks in a kitchen, which each sees as a whole.
 
-    In most kitchens chance never serves a soup. A "-shaped" task adds JaxMARL's shaped rewards of all agents, for
-    filling pots, fetching plates and taking up soups; its returns are not those of the task without.
-    JaxMARL's second version, which it recommends over the first.
+    The team earns 20 for each soup. In most kitchens chance never serves a soup. A "-shaped" task
+    adds JaxMARL's shaped rewards of all agents, for filling pots, fetching plates and taking up
+    soups; its returns are not those of the task without. JaxMARL's second version, which it
+    recommends over the first.
     """
     import_jaxmarl()
     from jaxmarl.environments import OvercookedV2
@@ -42,7 +43,7 @@ def make_overcooked(task: str) -> "OvercookedEnv":
 
 @dataclass(frozen=True)
 class OvercookedEnv(JaxMarlEnv):
-    """A kitchen, as a picture for each agent."""
+    """A kitchen, as an image for each agent."""
 
     shaped: bool = False
 
@@ -52,9 +53,8 @@ class OvercookedEnv(JaxMarlEnv):
             agents_view=jnp.zeros((self.spec.num_agents, 0)),
             action_mask=self._all_legal(),
             alive=self._all_alive(),
-            grid=self._stack(views).astype(
-                jnp.uint8
-            ),  # counts up to 20, in a quarter of the memory
+            # Counts up to 20, in a quarter of the memory.
+            grid=self._stack(views).astype(jnp.uint8),
         )
 
     def _reward(self, rewards: Mapping[str, Array], info: Mapping[str, Any]) -> Float[Array, "N"]:
@@ -62,7 +62,7 @@ class OvercookedEnv(JaxMarlEnv):
         return reward + self._stack(info["shaped_reward"]).sum() if self.shaped else reward
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF drawn by JaxMARL."""
+        """Write a GIF drawn by JaxMARL."""
         from PIL import Image
 
         try:

@@ -1,4 +1,4 @@
-"""SMAX from JaxMARL (`smax/…`): battles in the manner of SMAC, where agents die and others fight on."""
+"""SMAX from JaxMARL (`smax/…`): battles like SMAC's, where agents die and others fight on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from mam.envs.base import Metrics
 from mam.envs.jaxmarl.base import JaxMarlEnv, draw_discs, import_jaxmarl, require_positive
 from mam.types import EnvSpec, EnvState, Observation
 
-SMAX_TIME_LIMIT = (
-    101  # JaxMARL's limit of 100 is compared before the step is counted, so one more is taken
-)
+# JaxMARL's limit of 100 is compared before the step is counted, so one more is taken.
+SMAX_TIME_LIMIT = 101
 
 
 def make_smax(task: str) -> "SmaxEnv":
-    """Makes a task of `SMAX_TASKS`: a battle against scripted units that shoot at the closest.
+    """Make a task of `SMAX_TASKS`: a battle against scripted units that shoot at the closest.
 
-    The team earns the share of the enemies' health it takes, and 1 for winning. Walls kill. In a smacv2 task
-    units and positions are random; JaxMARL starts some of those units beyond a wall, and they die at once.
+    The team earns the share of the enemies' health it takes, and 1 for winning. Walls kill. In a
+    smacv2 task units and positions are random; JaxMARL starts some of those units beyond a wall,
+    and they die at once.
     """
     import_jaxmarl()
     from jaxmarl.environments.smax import map_name_to_scenario
@@ -38,13 +38,13 @@ def make_smax_auto(
     map_size: int = 32,
     limit: int = SMAX_TIME_LIMIT,
 ) -> "SmaxEnv":
-    """Makes a battle of any size; each unit sees every other, so memory and time grow with the square of it.
+    """Make a battle of any size; all units see each other: memory and time grow with its square.
 
     Args:
         agents: how many; 256 marines a side still find room on the usual map.
         enemies: how many; 0: as many as agents.
-        random_units: units and positions as in the smacv2 tasks, instead of marines in two groups. (Enemies in
-            excess of the agents are marines all the same: a flaw of JaxMARL's.)
+        random_units: units and positions as in the smacv2 tasks, instead of marines in two groups.
+            (Enemies in excess of the agents are marines all the same: a flaw of JaxMARL's.)
         map_size: length of the map's sides.
         limit: time limit.
 
@@ -70,8 +70,9 @@ def make_smax_auto(
 class SmaxEnv(JaxMarlEnv):
     """A battle. Metric `won`: whether all enemies are dead and some agent is not.
 
-    A dead agent sees zeros, may do nothing but stop, and goes on earning the team's reward. The global state is
-    JaxMARL's, scaled to [0, 1]: positions by the map, weapon cooldowns by the longest, types by their number.
+    A dead agent sees zeros, may do nothing but stop, and goes on earning the team's reward. The
+    global state is JaxMARL's, scaled to [0, 1]: positions by the map, weapon cooldowns by the
+    longest, types by their number.
     """
 
     def _observe(self, views: Mapping[str, Array], state: Any) -> Observation:
@@ -102,8 +103,9 @@ class SmaxEnv(JaxMarlEnv):
         return np.array([*unit * num_units, *[1] * num_units, *[unit_type] * num_units], np.float32)
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF: agents blue, enemies red, paler the less health they have left."""
-        # JaxMARL's viewer takes half a second for each frame, and minutes for an episode with many units.
+        """Write a GIF: agents blue, enemies red, paler the less health they have left."""
+        # JaxMARL's viewer takes half a second for each frame, and minutes for an episode with many
+        # units.
         battles = [state.state for state in jax.device_get(states)]
         types = battles[0].unit_types
         health = (
