@@ -14,9 +14,8 @@ from mam.errors import UserError, shown, unknown_name
 
 T = TypeVar("T")
 
-MAX_SEED = (
-    2**32 - 1
-)  # a random key is made of 32 bits: what lies above would be one of the seeds below
+# A random key is made of 32 bits: what lies above would be one of the seeds below
+MAX_SEED = 2**32 - 1
 MAX_INT = 2**63 - 1
 
 
@@ -74,7 +73,8 @@ class NetworkConfig:
         default="running", metadata={"before": "layer"}
     )
     """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
-    by each other's (LayerNorm), which hides one or two features, and small ones beside large ones."""
+    by each other's (LayerNorm), which hides one or two features, and small ones beside large
+    ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
     """How Mamba's scan is computed: auto takes what is fastest; associative is the published form."""
 
@@ -202,7 +202,8 @@ class Config:
     """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
     decode: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     """How agents' actions are computed: one after another, all at once until nothing changes (the same actions), or
-    one after another in a single CUDA kernel of half precision (mam, mam2; with --ppo.recompute-log-prob)."""
+    one after another in a single CUDA kernel of half precision (mam, mam2; with
+    --ppo.recompute-log-prob)."""
     decode_window: int | None = None
     """Agents in one fixed point; all of them if None."""
     decode_max_passes: int | None = None
@@ -403,10 +404,10 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
-    """Builds a config from what `to_json` wrote, maybe before there was this or that key.
+    """Build a config from what `to_json` wrote, maybe before there was this or that key.
 
-    A missing key takes the value that does what runs did before there was one: its default, if its metadata do not
-    say otherwise (`before`).
+    A missing key takes the value that does what runs did before there was one: its default, if its
+    metadata do not say otherwise (`before`).
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming it.

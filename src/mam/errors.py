@@ -35,8 +35,8 @@ def shown(value: Any) -> str:
 def printable(text: object) -> str:
     r"""Write text of unknown origin so that a terminal, a page or a file shows it and nothing else happens.
 
-    Control characters, marks that turn the direction of writing, and the bytes of names that are not UTF-8 become
-    escapes such as `\x1b`; what is different stays different.
+    Control characters, marks that turn the direction of writing, and the bytes of names that are
+    not UTF-8 become escapes such as `\x1b`; what is different stays different.
     """
     letters = (
         c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode()

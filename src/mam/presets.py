@@ -1,7 +1,7 @@
 """Good settings by task. A preset's name is a task, or a suite for all of its tasks that have none of their own.
 
-A public sweep over a sister sequence model is where most numbers come from. A score that a docstring gives was measured
-here, and stands in the file of results that it names.
+A public sweep over a sister sequence model is where most numbers come from. A score that a
+docstring gives was measured here, and stands in the file of results that it names.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ from mam.errors import unknown_name
 def lbf_smallest() -> Config:
     """Two agents that must forage together: the task to try first.
 
-    `mam train`, which `make train` runs: minutes on 2 CPU cores. Twice as long, and with `--network.observation-norm
-    layer --ppo.no-normalise-value`, the absolute metric over five seeds is 0.990 [0.984, 0.994], with `--policy mat`
-    0.991 [0.987, 0.995] (results/lbf/README.md).
+    `mam train`, which `make train` runs: minutes on 2 CPU cores. Twice as long, and with
+    `--network.observation-norm layer --ppo.no-normalise-value`, the absolute metric over five seeds
+    is 0.990 [0.984, 0.994], with `--policy mat` 0.991 [0.987, 0.995] (results/lbf/README.md).
     """
     return Config(
         env="lbf/2s-8x8-2p-2f-coop",
@@ -317,8 +317,9 @@ def preset_for(env: str) -> tuple[Config, str]:
 def own() -> Config:
     """Somebody's own environment, or one of PettingZoo.
 
-    Ids of a size that does not depend on the number of agents, so that the policy can play with others; and few
-    evaluations in one mode, because a simulator's steps cost as much there as in training.
+    Ids of a size that does not depend on the number of agents, so that the policy can play with
+    others; and few evaluations in one mode, because a simulator's steps cost as much there as in
+    training.
     """
     few = EvalConfig(
         num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False

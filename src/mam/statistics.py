@@ -1,11 +1,13 @@
 """Statistics over tasks and seeds, with stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264).
 
-By `scipy.stats`, which JAX brings along: `bootstrap` of several samples resamples each of them by itself, which is the
-stratified bootstrap if a sample is a task, and `trim_mean` is the interquartile mean. `rliable` gives the same numbers
-(the tests hold some of them), but its last release, 1.2.0, holds arch below 8 and so pandas below 3 for everything
-beside it, and takes no task with more seeds than another.
+By `scipy.stats`, which JAX brings along: `bootstrap` of several samples resamples each of them by
+itself, which is the stratified bootstrap if a sample is a task, and `trim_mean` is the
+interquartile mean. `rliable` gives the same numbers (the tests hold some of them), but its last
+release, 1.2.0, holds arch below 8 and so pandas below 3 for everything beside it, and takes no task
+with more seeds than another.
 
-Every statistic here takes one array per task, [*rest, seeds], and reduces tasks and seeds to [*rest].
+Every statistic here takes one array per task, [*rest, seeds], and reduces tasks and seeds to
+[*rest].
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +22,8 @@ ENOUGH_RUNS = 5  # below this many an interval is too narrow to decide anything
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 5000
 
-_BATCH = 2_000_000  # numbers resampled at once: decides memory, and with it the order in which indices are drawn
+# Numbers resampled at once: decides memory, and with it the order in which indices are drawn
+_BATCH = 2_000_000
 
 Scores = Sequence[Float[np.ndarray, "*rest _"]]  # one per task
 Statistic = Callable[..., Float[np.ndarray, "*rest"]]
@@ -51,8 +54,8 @@ def optimality_gap(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
 def improvement(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
     """Probability that a run of X beats one of Y on the same task, averaged over tasks; a tie counts half.
 
-    Per task the Mann–Whitney statistic divided by the number of pairs. SciPy's own comes with a p-value, which cannot
-    be had where all runs tie and takes most of the time in a bootstrap.
+    Per task the Mann–Whitney statistic divided by the number of pairs. SciPy's own comes with a
+    p-value, which cannot be had where all runs tie and takes most of the time in a bootstrap.
 
     Args:
         tasks: X's tasks, then Y's in the same order.

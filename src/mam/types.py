@@ -18,8 +18,8 @@ Axis legend, used in every shape annotation of the library:
     G  state_dim           features of the global state
     Y X C                  rows, columns and channels of a picture
 
-`*batch` stands for any number of leading axes (none, B, or T B). All arrays are stacked over agents;
-dictionaries keyed by agent names stop at the environment adapters.
+`*batch` stands for any number of leading axes (none, B, or T B). All arrays are stacked over
+agents; dictionaries keyed by agent names stop at the environment adapters.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ from jaxtyping import Bool, Float, Int, Key, Num, PyTree
 if TYPE_CHECKING:
     from jax import Array
 else:
-    Array = (
-        jax.Array | np.ndarray
-    )  # where an environment lives on the host, the same structures hold NumPy arrays
+    # Where an environment lives on the host, the same structures hold NumPy arrays
+    Array = jax.Array | np.ndarray
 
 EnvState = PyTree  # whatever an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
-# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in [-1, 1].
+# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in
+# [-1, 1].
 Action = Int[Array, "..."] | Float[Array, "*batch N A"]
 # Of one agent, or of any number along *batch: the same without N.
 AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
@@ -50,38 +50,33 @@ class Observation(eqx.Module):
     """What the agents see before they act, and what a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
-    action_mask: Bool[
-        Array, "*batch N A"
-    ]  # True = legal, or in use; every agent has one, in every component
-    alive: Bool[
-        Array, "*batch N"
-    ]  # False = dead or padded: its action is ignored, nothing is learned from it
-    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = (
-        None  # a picture for each agent
-    )
-    state: Float[Array, "*batch G"] | None = (
-        None  # of the whole environment, for centralised critics
-    )
+    # True = legal, or in use; every agent has one, in every component
+    action_mask: Bool[Array, "*batch N A"]
+    # False = dead or padded: its action is ignored, nothing is learned from it
+    alive: Bool[Array, "*batch N"]
+    # A picture for each agent
+    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None
+    # Of the whole environment, for centralised critics
+    state: Float[Array, "*batch G"] | None = None
 
 
 class TimeStep(eqx.Module):
     """What an environment returns from `reset` and `step`.
 
     `terminated` and `truncated` are never merged: a terminated episode is worth nothing more, a
-    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`. Where the dead earn
-    nothing more, an agent that is alive there but not in `observation` was truncated alone, while others go on.
+    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`.
+    Where the dead earn nothing more, an agent that is alive there but not in `observation` was
+    truncated alone, while others go on.
     """
 
     observation: Observation  # to act on next; the new episode's first one after an auto-reset
-    reward: Float[
-        Array, "*batch N"
-    ]  # of the action just taken, per agent; a team reward is repeated
+    # Of the action just taken, per agent; a team reward is repeated
+    reward: Float[Array, "*batch N"]
     terminated: Bool[Array, "*batch"]  # the task itself ended
     truncated: Bool[Array, "*batch"]  # cut off by the time limit
     final_observation: Observation  # successor of the action just taken, before any auto-reset
-    metrics: dict[
-        str, Float[Array, "*batch"]
-    ]  # scalars such as episode_return; the same names at every step
+    # Scalars such as episode_return; the same names at every step
+    metrics: dict[str, Float[Array, "*batch"]]
 
     @property
     def ended(self) -> Bool[Array, "*batch"]:
@@ -96,24 +91,20 @@ class EnvSpec:
     name: str  # "suite/task"
     num_agents: int
     obs_dim: int
-    num_actions: (
-        int  # choices of one agent, of all components; with `continuous`, components of its action
-    )
+    # Choices of one agent, of all components; with `continuous`, components of its action
+    num_actions: int
     time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
     continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
     grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
     grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
-    team_reward: bool = (
-        True  # all agents earn the same, the dead too; if not, the dead earn nothing more
-    )
-    agent_names: tuple[str, ...] | None = (
-        None  # such as adversary_0; without its number it says of which kind one is
-    )
+    # All agents earn the same, the dead too; if not, the dead earn nothing more
+    team_reward: bool = True
+    # Such as adversary_0; without its number it says of which kind one is
+    agent_names: tuple[str, ...] | None = None
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
-    action_components: tuple[int, ...] | None = (
-        None  # choices in each component, where an agent makes several at once
-    )
+    # Choices in each component, where an agent makes several at once
+    action_components: tuple[int, ...] | None = None
 
     @property
     def joint_action(self) -> jax.ShapeDtypeStruct:
@@ -137,17 +128,17 @@ class Environment(Protocol):
         ...
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
-        """Starts an episode; reward is zero, `terminated` and `truncated` are False."""
+        """Start an episode; reward is zero, `terminated` and `truncated` are False."""
         ...
 
     def step(
         self, state: EnvState, action: Action, key: Key[Array, ""]
     ) -> tuple[EnvState, TimeStep]:
-        """Applies the joint action; `final_observation` equals `observation` here."""
+        """Apply the joint action; `final_observation` equals `observation` here."""
         ...
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF of consecutive unbatched states; what subclasses do not write, cannot be drawn."""
+        """Write a GIF of consecutive unbatched states; what subclasses do not write, cannot be drawn."""
         raise NotImplementedError(f"{self.spec.name} cannot be drawn")
 
 
@@ -155,9 +146,10 @@ class Environment(Protocol):
 class HostEnvironments(Protocol):
     """Environments side by side that are stepped on the host, not by JAX: somebody's simulator.
 
-    Time steps are as everywhere else, with NumPy arrays [B, …] that nobody overwrites later. Each environment
-    starts its next episode by itself: at an episode's last step `observation` is the next episode's first, and
-    `final_observation` the ended one's last. Metrics hold `episode_return` and `episode_length`.
+    Time steps are as everywhere else, with NumPy arrays [B, …] that nobody overwrites later. Each
+    environment starts its next episode by itself: at an episode's last step `observation` is the
+    next episode's first, and `final_observation` the ended one's last. Metrics hold
+    `episode_return` and `episode_length`.
     """
 
     @property
@@ -167,15 +159,15 @@ class HostEnvironments(Protocol):
     def num_envs(self) -> int: ...
 
     def reset(self, seed: int) -> TimeStep:
-        """Starts an episode everywhere; environment i draws on (seed, i) alone from here on."""
+        """Start an episode everywhere; environment i draws on (seed, i) alone from here on."""
         ...
 
     def step(self, action: np.ndarray) -> TimeStep:
-        """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
+        """Apply one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
         ...
 
     def close(self) -> None:
-        """Ends the environments and the processes they live in; safe to call twice."""
+        """End the environments and the processes they live in; safe to call twice."""
         ...
 
 
@@ -203,8 +195,8 @@ class Evaluation(eqx.Module):
 class Policy(Protocol):
     """All that the trainer, the evaluator and the command line know of an algorithm.
 
-    Every leaf is an array, so `jax.jit`, `jax.grad` and `jax.vmap` apply as they are. Leading axes are
-    free: the same methods serve one environment, a batch, or a whole rollout.
+    Every leaf is an array, so `jax.jit`, `jax.grad` and `jax.vmap` apply as they are. Leading axes
+    are free: the same methods serve one environment, a batch, or a whole rollout.
     """
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
@@ -220,7 +212,7 @@ class Policy(Protocol):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses one joint action per batch element: a sample, or the most likely one if `greedy`.
+        """Choose one joint action per batch element: a sample, or the most likely one if `greedy`.
 
         `reset` marks the first step of an episode.
         """
@@ -236,8 +228,8 @@ class Policy(Protocol):
     ) -> Evaluation:
         """Log-probability, entropy and value of stored joint actions, differentiable in the policy.
 
-        A policy with memory reads the first leading axis as time; `memory`, without that axis, is what it
-        was before the first step. For a policy without memory all leading axes are alike.
+        A policy with memory reads the first leading axis as time; `memory`, without that axis, is
+        what it was before the first step. For a policy without memory all leading axes are alike.
         """
         ...
 

@@ -20,8 +20,9 @@ def with_the_dead(
 ) -> Float[Array, "*batch N"]:
     """Values in which those of dead agents, of which the critic knows nothing, are replaced.
 
-    A team's reward goes on after a member's death, and is partly of its making: the dead take the mean value of the
-    living (0 if there are none). Where rewards are the agents' own, death ends them: the value is 0.
+    A team's reward goes on after a member's death, and is partly of its making: the dead take the
+    mean value of the living (0 if there are none). Where rewards are the agents' own, death ends
+    them: the value is 0.
     """
     if not team_reward:
         return jnp.where(alive, value, 0.0)
@@ -39,8 +40,9 @@ def constant_value(
 ) -> Float[Array, ""]:
     """The value of a critic that sees nothing: c = E[r] / E[1 − γ (1 − terminated)], over living agents.
 
-    It solves c = E[r + γ (1 − terminated) c]. Where values start there, a constant in all rewards need not be learned
-    over many times 1 / (1 − γ) steps (Naik et al. 2024, arXiv 2405.09999, on such offsets).
+    It solves c = E[r + γ (1 − terminated) c]. Where values start there, a constant in all rewards
+    need not be learned over many times 1 / (1 − γ) steps (Naik et al. 2024, arXiv 2405.09999, on
+    such offsets).
 
     Args:
         reward: r_{t+1}, of the action at t.
@@ -75,7 +77,8 @@ def generalised_advantages(
     Args:
         reward: r_{t+1}, of the action at t.
         value: v(s_t).
-        next_value: v(s'_{t+1}), of the true successor even where the environment has reset itself since.
+        next_value: v(s'_{t+1}), of the true successor even where the environment has reset itself
+            since.
         terminated: the action at t ended the task.
         truncated: the action at t was the last one before a cut.
         gamma: discount per step.
@@ -84,7 +87,8 @@ def generalised_advantages(
     Returns:
         Advantages and value targets.
 
-    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; truncation after Pardo et al. 2018 (arXiv 1712.00378).
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; truncation after Pardo et al. 2018
+    (arXiv 1712.00378).
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
     carry_on = jnp.where(terminated | truncated, 0.0, gamma * gae_lambda)

@@ -19,7 +19,8 @@ class BehaviourCloning:
 
     R are λ-returns of the recorded rewards, bootstrapped from the critic itself.
 
-    Source: Pomerleau 1991 (behaviour cloning); the autoregressive joint policy as in MAT (arXiv 2205.14953), eq. 5.
+    Source: Pomerleau 1991 (behaviour cloning); the autoregressive joint policy as in MAT
+    (arXiv 2205.14953), eq. 5.
     """
 
     value_coef: float = 0.0  # c_V; with 0 the critic learns nothing, and rewards are not read

@@ -39,8 +39,8 @@ Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] o
 class Experience(Protocol):
     """A source of rollouts.
 
-    Where it is compiled, `collect` is traced for one seed, on every device for its share; elsewhere it is called for
-    all seeds at once, with arrays [seeds, …].
+    Where it is compiled, `collect` is traced for one seed, on every device for its share; elsewhere
+    it is called for all seeds at once, with arrays [seeds, …].
     """
 
     @property

@@ -1,7 +1,7 @@
 """Acting in environments that live on the host: somebody's simulator in worker processes, the policy on the device.
 
-The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays are [seeds, B, …],
-and the environments of all seeds stand side by side in one `HostEnvironments`.
+The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays
+are [seeds, B, …], and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -92,7 +92,7 @@ def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
 def start_episodes(
     envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int
 ) -> tuple[RolloutState, TimeStep]:
-    """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
+    """Start an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
     timestep = _by_seed(envs.reset(seed), num_seeds)
     reset = np.ones_like(timestep.terminated)
     return RolloutState(
@@ -131,7 +131,7 @@ def host_rollout(
 
 
 def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
+    """Return the same metrics with all names in each: NaN where a name had not come up yet."""
     names = dict.fromkeys(name for one in metrics for name in one)
     blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
     return [
@@ -141,12 +141,13 @@ def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarray]]:
-    """Takes the metrics that environments made of infos out of a rollout [seeds, T, B].
+    """Take the metrics that environments made of infos out of a rollout [seeds, T, B].
 
     Their names come up one by one, and for each of them the update would be compiled anew.
 
     Returns:
-        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if none did.
+        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if
+        none did.
     """
     infos = {name: x for name, x in transitions.metrics.items() if name.startswith("info_")}
     rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
@@ -170,13 +171,15 @@ def host_evaluate(
     greedy: bool = False,
     max_steps: int = EvalConfig.max_episode_steps,
 ) -> dict[str, np.ndarray]:
-    """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
+    """Play `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
-    Each environment plays one episode a round, so short episodes do not count for more than long ones.
+    Each environment plays one episode a round, so short episodes do not count for more than long
+    ones.
 
     Returns:
         The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
-        [seeds, num_episodes]; where rewards are not a team's, AGENT_RETURN, [seeds, num_episodes, N].
+        [seeds, num_episodes]; where rewards are not a team's, AGENT_RETURN,
+        [seeds, num_episodes, N].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds

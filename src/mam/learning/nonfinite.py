@@ -1,7 +1,7 @@
 """Numbers that are none: found inside the compiled update, which then changes nothing, and named.
 
-Arrays are watched in the order in which data flow through a train step, so the first bad one is where it began.
-Dead agents may see and earn anything.
+Arrays are watched in the order in which data flow through a train step, so the first bad one is
+where it began. Dead agents may see and earn anything.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ def is_bad(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Boo
         return jnp.zeros((), bool)
     if alive is not None:
         x = jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - alive.ndim)), x, 0)
-    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of finite
-    # ones do not overflow.
+    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of
+    # finite ones do not overflow.
     return ~jnp.isfinite(jnp.vdot(x, jnp.full_like(x, 1e-20)))
 
 

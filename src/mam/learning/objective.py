@@ -19,8 +19,8 @@ from mam.types import Action, Evaluation, Memory, Observation
 class Batch(eqx.Module):
     """What gradient steps read of a rollout, in the network's units.
 
-    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the first of
-    them, is [1, M, …].
+    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the
+    first of them, is [1, M, …].
     """
 
     observation: Observation
@@ -60,7 +60,8 @@ class Objective(Protocol):
 
         Args:
             policy: with the normalisation that is learned in.
-            rollout: [T, B, …], with observations in the network's units and values in those of reward.
+            rollout: [T, B, …], with observations in the network's units and values in those of
+                reward.
             estimates: advantages and value targets in units of reward, if they are needed.
         """
         ...
@@ -112,7 +113,8 @@ class WeightedSum:
 def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:
     """Cut a rollout [T, B, …] into sequences; from several devices it comes together here.
 
-    A policy with memory learns from T / L · B sequences of L steps, one without from each step on its own.
+    A policy with memory learns from T / L · B sequences of L steps, one without from each step on
+    its own.
     """
     transitions = rollout.transitions
     batch = Batch(

@@ -26,9 +26,8 @@ class PPOLoss(eqx.Module):
     entropy: Float[Array, ""]
     approx_kl: Float[Array, ""]  # mean of (r − 1) − log r, never negative
     clip_fraction: Float[Array, ""]  # of ratios outside [1 − ε, 1 + ε]
-    ratio_deviation: Float[
-        Array, ""
-    ]  # largest |r − 1|; zero before the first gradient step on a rollout
+    # Largest |r − 1|; zero before the first gradient step on a rollout
+    ratio_deviation: Float[Array, ""]
 
 
 def ppo_loss(
@@ -60,10 +59,11 @@ def ppo_loss(
         clip_eps: ε.
         ent_coef: c_H.
         vf_coef: c_V.
-        shard: where the minibatch lies on several devices, this one's share. What returns is then its share of every
-            mean, and the largest deviation of its own agents.
+        shard: where the minibatch lies on several devices, this one's share. What returns is then
+            its share of every mean, and the largest deviation of its own agents.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT (arXiv 2205.14953), eq. 5.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT
+    (arXiv 2205.14953), eq. 5.
     """
     count = jnp.maximum(shard.sum(alive.sum()), 1)
 
@@ -73,7 +73,8 @@ def ppo_loss(
     # 1. Normalised advantages.
     centred = advantage - shard.sum(mean(advantage))
     advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
-    # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it can overflow.
+    # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it
+    # can overflow.
     log_ratio = jnp.where(alive, new.log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)

@@ -1,7 +1,7 @@
 """Many devices as one: every device runs the same program on its share of the environments.
 
-What is to be known of all environments is asked of `Shard`, which on a single device answers with what it is
-given. Parameters are the same on every device; gradients are summed.
+What is to be known of all environments is asked of `Shard`, which on a single device answers with
+what it is given. Parameters are the same on every device; gradients are summed.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Shard:
         return jax.tree.map(lambda x: lax.all_gather(x, AXIS, axis=axis, tiled=True), tree)
 
     def sum(self, tree: PyTree) -> PyTree:
-        """Sums over devices. Not to be differentiated: take gradients of shares, and sum those."""
+        """Sum over devices. Not to be differentiated: take gradients of shares, and sum those."""
         return lax.psum(tree, AXIS) if self.num_shards > 1 else tree
 
     def max(self, tree: PyTree) -> PyTree:
@@ -73,7 +73,7 @@ class Devices:
         )
 
     def share(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """Runs a function on every device; specs say which axes are dealt out. With one device, the function itself."""
+        """Run a function on every device; specs say which axes are dealt out. With one device, the function itself."""
         if self.num_devices == 1:
             return function
         return jax.shard_map(

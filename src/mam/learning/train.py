@@ -1,8 +1,8 @@
 """A training run as functions: `init`, `train_step`, `evaluate_step`, `absolute_metric`.
 
-One driver puts together where experience comes from, what is learned from it, and where the policy is played. Where
-the environments are JAX programs each function is one pure, compiled program; where they are external, compiled parts
-are called in between.
+One driver puts together where experience comes from, what is learned from it, and where the policy
+is played. Where the environments are JAX programs each function is one pure, compiled program;
+where they are external, compiled parts are called in between.
 """
 
 from collections.abc import Callable
@@ -80,24 +80,20 @@ NON_FINITE = "non_finite"  # the value that says which of `watched` went bad fir
 class Trainer:
     """The functions of a run. Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
 
-    `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with external environments, where
-    the last three are loops around jitted functions.
+    `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with external
+    environments, where the last three are loops around jitted functions.
     """
 
     init: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
-    train_step: Callable[
-        [TrainState], tuple[TrainState, Values]
-    ]  # one rollout and the update on it
-    evaluate_step: Callable[
-        [TrainState], tuple[TrainState, Values]
-    ]  # current weights; remembers the best
+    # One rollout and the update on it
+    train_step: Callable[[TrainState], tuple[TrainState, Values]]
+    # Current weights; remembers the best
+    evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
-    evaluate: Callable[
-        ..., Values
-    ]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
-    shapes: Callable[
-        [Int[Array | np.ndarray, "seeds"]], TrainState
-    ]  # of what `init` returns, and where its arrays lie
+    # Policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
+    evaluate: Callable[..., Values]
+    # Of what `init` returns, and where its arrays lie
+    shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
     environments: Environments
     devices: Devices
 
@@ -392,13 +388,12 @@ class Learner:
         return state, values
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
-        """Keeps the evaluated weights if none were better before, for each mode that was played."""
+        """Keep the evaluated weights if none were better before, for each mode that was played."""
 
         def better(best: Best, returns: Any) -> Best:
             mean_return = returns.mean(dtype=best.mean_return.dtype)
-            is_better = (
-                mean_return >= best.mean_return
-            )  # of equals the later: it has learned for longer
+            # Of equals the later: it has learned for longer
+            is_better = mean_return >= best.mean_return
             new = Best(state.policy, mean_return)
             return jax.tree.map(lambda new, old: jnp.where(is_better, new, old), new, best)
 
@@ -414,7 +409,7 @@ class Learner:
 def _guarded(
     step: Callable[..., tuple[TrainState, Values]], config: Config, *, external: bool = False
 ) -> Callable:
-    """Takes back what a step did to the seeds in which a number was not finite; if that ends the run, to all seeds.
+    """Take back what a step did to the seeds in which a number was not finite; if that ends the run, to all seeds.
 
     What happened in an external environment cannot be taken back.
     """
@@ -441,7 +436,8 @@ def _guarded(
 def _over_seeds(step: Callable) -> Callable:
     """A function of one seed for arguments with a leading axis of seeds.
 
-    On CPU one seed after another: one keeps the cores busy, and the memory is that of one. Elsewhere all at once.
+    On CPU one seed after another: one keeps the cores busy, and the memory is that of one.
+    Elsewhere all at once.
     """
     return _in_turn(step) if jax.default_backend() == "cpu" else jax.vmap(step)
 
@@ -449,9 +445,9 @@ def _over_seeds(step: Callable) -> Callable:
 def _in_turn(step: Callable) -> Callable:
     """A function of one seed for many, one after another.
 
-    `init` needs it everywhere: on CPU two batched QR factorisations (of orthogonal weights) at the same time wait for
-    each other for ever: each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2,
-    two cores).
+    `init` needs it everywhere: on CPU two batched QR factorisations (of orthogonal weights) at the
+    same time wait for each other for ever: each holds a thread of XLA's pool while it waits for the
+    pool to do its share (jaxlib 0.10.2, two cores).
     """
     return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
 
@@ -459,7 +455,8 @@ def _in_turn(step: Callable) -> Callable:
 def _key(state: TrainState, stream: int) -> Key[Array, ""]:
     """The key for one use at this update.
 
-    Evaluating draws nothing from training's stream, so how often a run is evaluated does not change it.
+    Evaluating draws nothing from training's stream, so how often a run is evaluated does not change
+    it.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
 
@@ -485,8 +482,8 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:
     """How well the critic predicts, if it learns.
 
-    Explained variance is 1 − Var(target − value) / Var(target) over the living: 1 is a perfect critic, 0 one that
-    knows the mean only.
+    Explained variance is 1 − Var(target − value) / Var(target) over the living: 1 is a perfect
+    critic, 0 one that knows the mean only.
     """
     if estimates is None:
         return {}

@@ -31,9 +31,8 @@ class UpdateMetrics(eqx.Module):
 
     losses: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]  # before clipping
-    first: dict[
-        str, Float[Array, ""]
-    ]  # maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
+    # Maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
+    first: dict[str, Float[Array, ""]]
     # acting ≠ evaluating
     bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or FINE
 
@@ -56,7 +55,8 @@ def update(
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
     """Take num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
 
-    Where there are several devices, all of them have the whole batch, and each computes its share of every minibatch.
+    Where there are several devices, all of them have the whole batch, and each computes its share
+    of every minibatch.
 
     Args:
         policy: the network.
@@ -70,7 +70,8 @@ def update(
         lr_scale: multiplies the learning rate in the optimiser's state.
 
     Raises:
-        UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the devices.
+        UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the
+            devices.
     """
     _check_minibatches(batch, config, shard)
 

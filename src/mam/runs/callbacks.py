@@ -14,9 +14,8 @@ class Event:
 
     update: int  # updates done
     step_count: int  # environment steps done, per seed
-    metrics: Mapping[
-        str, np.ndarray
-    ]  # name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    # Name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    metrics: Mapping[str, np.ndarray]
     state: TrainState  # its arrays are gone after the next update: copy what is to be kept
     log: Callable[[str], None]  # prints a line above the progress bar
     stop: Callable[[], None]  # ends the run, saved, before its next step
@@ -25,7 +24,8 @@ class Event:
 class Callback:
     """Hears of a run. Subclasses write the methods that they need.
 
-    Either may return True to end the run, saved, as a signal would. What one raises ends it, too: saved, and raised on.
+    Either may return True to end the run, saved, as a signal would. What one raises ends it, too:
+    saved, and raised on.
     """
 
     def on_update(self, event: Event) -> bool | None:

@@ -3,9 +3,9 @@
     <folder>/<n>/arrays.safetensors    the arrays, by their leaves' names
     <folder>/<n>/manifest.json         its checksum, what the leaves are, the caller's own metadata
 
-A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after that. A process
-that is killed at any moment leaves saves that can be read. What a disk did to a save later on shows in the
-checksums, and the save before it is used.
+A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after
+that. A process that is killed at any moment leaves saves that can be read. What a disk did to a
+save later on shows in the checksums, and the save before it is used.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ class Writer:
     """Saves to a folder, one after another, while the caller goes on.
 
     Args:
-        folder: the run's checkpoint folder; made if missing, and cleared of what a killed save left behind.
+        folder: the run's checkpoint folder; made if missing, and cleared of what a killed save left
+            behind.
         keep: how many of the newest saves to keep.
         after: the save to go on from; damaged ones that are newer are deleted. None begins anew.
     """
@@ -63,12 +64,13 @@ class Writer:
         """Begins to write a save, once the one before it is done.
 
         Args:
-            state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be changed or
-                donated as soon as this returns.
+            state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be
+                changed or donated as soon as this returns.
             meta: whatever is to be known before the state is restored, as JSON.
 
         Raises:
-            CheckpointError: if a leaf of `state` is neither an array nor a number, or the save before this failed.
+            CheckpointError: if a leaf of `state` is neither an array nor a number, or the save
+                before this failed.
         """
         leaves = _named_leaves(state)
         described = {name: _describe(name, leaf) for name, leaf in leaves.items()}
@@ -80,7 +82,7 @@ class Writer:
             self._pending = self._pool.submit(self._write, arrays, contents)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns when everything is on disk, or after so many seconds.
+        """Return when everything is on disk, or after so many seconds.
 
         Raises:
             CheckpointError: if the last save failed; those before it are intact.
@@ -96,7 +98,7 @@ class Writer:
             ) from error
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for what is being written."""
         try:
             self.wait()
         finally:
@@ -136,19 +138,20 @@ class Save:
     meta: dict[str, Any]
 
     def restore(self, like: PyTree, part: str = "") -> PyTree:
-        """Reads the state, or a part of it, bit for bit.
+        """Read the state, or a part of it, bit for bit.
 
         Args:
-            like: pytree of the structure, shapes and dtypes to expect, for instance a freshly initialised
-                state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the sharding they have here,
-                whatever it was when they were saved.
+            like: pytree of the structure, shapes and dtypes to expect, for instance a freshly
+                initialised state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the
+                sharding they have here, whatever it was when they were saved.
             part: the attribute of the state that is wanted, such as `.policy`; all of it if empty.
 
         Returns:
             The state, with the containers of `like` and the values of the save.
 
         Raises:
-            CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
+            CheckpointError: if the save does not fit `like`; the message names the first leaf that
+                differs.
         """
         leaves = {
             _stored_name(name, self.leaves): leaf
@@ -202,7 +205,8 @@ def newest(
 
     Args:
         folder: the run's checkpoint folder.
-        valid: whether metadata is of the kind that the caller writes; what has other metadata is damaged.
+        valid: whether metadata is of the kind that the caller writes; what has other metadata is
+            damaged.
         warn: hears about each newer one that is not.
 
     Raises:
@@ -258,7 +262,7 @@ def _damaged(path: Path, why: object) -> CheckpointError:
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
-    """Writes arrays to a file; returns the checksum of what should be there."""
+    """Write arrays to a file; returns the checksum of what should be there."""
     from safetensors.numpy import save
 
     data = save({name: _storable(np.asarray(array)) for name, array in arrays.items()})
@@ -310,7 +314,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
+    """Make a rename last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -50,8 +50,8 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file, which may hold anything.
 
     Raises:
-        UserError: in one line, if it cannot be read, is no regular file or a longer one, or if `parse_object` refuses
-            what is in it.
+        UserError: in one line, if it cannot be read, is no regular file or a longer one, or if
+            `parse_object` refuses what is in it.
     """
     try:
         with open_regular(path) as file:

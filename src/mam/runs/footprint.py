@@ -1,7 +1,8 @@
 """What a run will need, before it starts: XLA's own account of the compiled train step.
 
-Memory is that of one device: the train state, which goes in and comes out, and what the step needs besides. The
-allocator's own losses come on top, so a step that needs nearly all of a device may still fail.
+Memory is that of one device: the train state, which goes in and comes out, and what the step needs
+besides. The allocator's own losses come on top, so a step that needs nearly all of a device may
+still fail.
 """
 
 import os
@@ -68,7 +69,8 @@ def plan(config: Config) -> Iterator[Plan]:
     """Compiles the run as it is asked for; if it does not fit, with smaller minibatches and recomputed blocks.
 
     Raises:
-        UserError: for a run whose environments live on the host: its train step is no single program.
+        UserError: for a run whose environments live on the host: its train step is no single
+            program.
     """
     room = ROOM * device_memory()
     first = _compiled(config, "as asked for")
@@ -79,7 +81,7 @@ def plan(config: Config) -> Iterator[Plan]:
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """Runs that need less memory, and how they differ, the mildest first."""
+    """Run that need less memory, and how they differ, the mildest first."""
     ppo = config.ppo
     whole = has_memory(config.policy, config.network)
     num_sequences = config.steps_per_update // (
@@ -127,7 +129,7 @@ def footprint(trainer: Trainer) -> str:
 
 @contextmanager
 def out_of_memory(config: Config) -> Iterator[None]:
-    """Turns the device's complaint about memory into advice."""
+    """Turn the device's complaint about memory into advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -69,14 +69,15 @@ def load_weights(
 
     Args:
         path: folder of the run.
-        greedy: the mode in which the best weights were best; the one that counts in the run if None.
+        greedy: the mode in which the best weights were best; the one that counts in the run if
+            None.
         which: the weights of the best evaluation, or the latest ones.
         named: task that the user named.
         trust: import the environment that the folder names, where that is code.
 
     Raises:
-        UserError: if there is no run, or it is of the first versions, which did not write the sizes of their tasks
-            down, and its environment is code that nobody has agreed to import.
+        UserError: if there is no run, or it is of the first versions, which did not write the sizes
+            of their tasks down, and its environment is code that nobody has agreed to import.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     folder = RunFolder(path)
@@ -158,16 +159,16 @@ class LoadedPolicy:
 
         Args:
             observation: NumPy or JAX arrays with any leading axes [*batch], see `complete`.
-            reset: which observations [*batch] are the first of their episodes; one bool stands for all of them. At the
-                very first step all are.
+            reset: which observations [*batch] are the first of their episodes; one bool stands for
+                all of them. At the very first step all are.
 
         Returns:
-            Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for NumPy's views, JAX's for
-            JAX's.
+            Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for
+            NumPy's views, JAX's for JAX's.
 
         Raises:
-            UserError: if the observation has other sizes than those that the policy reads, or another batch than at the
-                step before while episodes go on.
+            UserError: if the observation has other sizes than those that the policy reads, or
+                another batch than at the step before while episodes go on.
         """
         obs = self.complete(observation)
         batch = obs.alive.shape[:-1]
@@ -196,7 +197,8 @@ class LoadedPolicy:
         Args:
             memory: after the step before; `policy.init_memory(batch)` at first.
             observation: as for `act`.
-            reset: which observations are the first of their episodes, in which `memory` is not read.
+            reset: which observations are the first of their episodes, in which `memory` is not
+                read.
             key: decides what is sampled.
 
         Returns:
@@ -210,8 +212,9 @@ class LoadedPolicy:
         """Return what the policy reads: agents' ids in front of their views, where these lack them.
 
         Args:
-            observation: an `Observation`, or the agents' views [*batch, N, O] alone where every action is legal and
-                every agent alive. Views are those of the run's environment, with or without its ids.
+            observation: an `Observation`, or the agents' views [*batch, N, O] alone where every
+                action is legal and every agent alive. Views are those of the run's environment,
+                with or without its ids.
 
         Raises:
             UserError: if the views have other sizes.
@@ -268,20 +271,21 @@ def load(
 ) -> LoadedPolicy:
     """Load the policy of a run, without its environment: what it has to know of it is saved with the weights.
 
-    Runs of versions that did not save this make the environment, once, to see its sizes; where it is code that the
-    folder names, that needs `trust`.
+    Runs of versions that did not save this make the environment, once, to see its sizes; where it
+    is code that the folder names, that needs `trust`.
 
     Args:
         run: folder of the run.
         which: the weights of the best evaluation, or the latest ones.
-        greedy: take the most likely actions instead of sampling them, and the weights that were best so; as the run's
-            evaluations did if None.
+        greedy: take the most likely actions instead of sampling them, and the weights that were
+            best so; as the run's evaluations did if None.
         policy_seed: which of the run's seeds; the one with the best evaluation if None.
         seed: decides what is sampled.
         trust: import the environment that the folder of an early version names, where that is code.
 
     Raises:
-        UserError: if there is no run or no such seed, or an early version's environment may not be imported.
+        UserError: if there is no run or no such seed, or an early version's environment may not be
+            imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)

@@ -1,7 +1,7 @@
 """Advisory locks on files: one process at a time, until it closes the lock or ends, however it ends.
 
-They are `flock`'s. On NFS Linux keeps such a lock at the server (version 4, or 3 with lockd), for all machines that
-see the folder. Where a file system has none, and on Windows, nothing is locked.
+They are `flock`'s. On NFS Linux keeps such a lock at the server (version 4, or 3 with lockd), for
+all machines that see the folder. Where a file system has none, and on Windows, nothing is locked.
 """
 
 import os

@@ -115,7 +115,8 @@ class RunFolder:
         """The newest save that is intact.
 
         Raises:
-            UserError: if it is of a run with another configuration: config.json was edited, or the save is another's.
+            UserError: if it is of a run with another configuration: config.json was edited, or the
+                save is another's.
             CheckpointError: if there is none.
         """
         save = newest(self.checkpoint, valid=_is_position, warn=print)
@@ -147,7 +148,7 @@ class RunFolder:
 
 
 def restore(save: Save, shapes: TrainState) -> TrainState:
-    """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
+    """Read a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
     if shapes.best_beside is None or any(
         name.startswith("state.best_beside") for name in save.leaves
     ):
@@ -163,7 +164,7 @@ def seeds_of(config: Config) -> list[int]:
 
 
 def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]:
-    """Checks the configuration and makes the folder of a new run; nothing is written if anything is wrong.
+    """Check the configuration and makes the folder of a new run; nothing is written if anything is wrong.
 
     Args:
         config: what to run.
@@ -173,8 +174,8 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         The folder, locked, and what trains in it.
 
     Raises:
-        UserError: for a task or policy that does not exist, a folder that holds a run already or is in use, or one
-            that cannot be made.
+        UserError: for a task or policy that does not exist, a folder that holds a run already or is
+            in use, or one that cannot be made.
     """
     if path is None and jax.process_count() > 1:
         raise UserError("several processes write one run: give them the same --out")
@@ -259,14 +260,14 @@ def resume_options(config: Config, path: Path) -> list[str]:
 
 
 def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
-    """Opens a run to go on with it, possibly for longer.
+    """Open a run to go on with it, possibly for longer.
 
     Returns:
         The folder, locked, and what trains in it.
 
     Raises:
-        UserError: if the configuration differs from the run's in anything but the settings that are FREE, or another
-            process runs it.
+        UserError: if the configuration differs from the run's in anything but the settings that are
+            FREE, or another process runs it.
     """
     folder = RunFolder(path)
     saved = folder.load_config()
@@ -323,13 +324,15 @@ def run(
         folder: where, as `start` or `resume` returned it.
         trainer: what trains there, as they returned it; closed at the end.
         callbacks: called after every update and every evaluation.
-        signals: stop on SIGINT, SIGTERM and the like, whose handlers are replaced for as long as the run takes.
+        signals: stop on SIGINT, SIGTERM and the like, whose handlers are replaced for as long as
+            the run takes.
 
     Returns:
         How it ended: whoever was stopped is saved and can be resumed.
 
     Raises:
-        RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
+        RunError: if the run cannot go on: its files cannot be written, a number is not finite,
+            memory is out.
     """
     seeds = np.asarray(seeds_of(config))
     with ExitStack() as stack:
@@ -436,10 +439,11 @@ class _Loop:
         return self._saved is not None
 
     def open(self, stack: ExitStack, progress: Progress) -> None:
-        """Opens the files, which `stack` closes."""
+        """Open the files, which `stack` closes."""
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
         with _writing(self._folder.path):
-            self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
+            # What was removed while the program was compiled is not made anew without it
+            self._folder.config.stat()
             self._writer = Writer(
                 self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed
             )
@@ -463,7 +467,7 @@ class _Loop:
         stack.callback(_try, sink.close)
 
     def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
-        """Takes a step; if it fails, the state before it is saved.
+        """Take a step; if it fails, the state before it is saved.
 
         Raises:
             RunError: an environment or a callback failed.
@@ -484,7 +488,7 @@ class _Loop:
             raise RunError("\n".join([f"{what}; {self.last_words()}", *traceback])) from error
 
     def report(self, kind: Any, values: Values, state: TrainState, stop: Stop) -> None:
-        """Writes what a step came to, and tells the callbacks, which may stop the run."""
+        """Write what a step came to, and tells the callbacks, which may stop the run."""
         record = self.write(kind, values)
         event = Event(record.update, record.step_count, record.values, state, self._log, stop.ask)
 
@@ -588,7 +592,7 @@ class _Loop:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
     def finish(self) -> None:
-        """Waits until everything is on disk."""
+        """Wait until everything is on disk."""
         with _writing(self._folder.path):
             with self._clock.part("saving"):
                 if self._writer:
@@ -622,7 +626,7 @@ def _is_position(meta: dict[str, Any]) -> bool:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns whatever keeps the run's files from being written into one line."""
+    """Turn whatever keeps the run's files from being written into one line."""
     try:
         yield
     except OSError as error:
@@ -633,7 +637,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _try(close: Callable[[], None]) -> None:
-    """Closes a file; what goes wrong then went wrong before, and was said."""
+    """Close a file; what goes wrong then went wrong before, and was said."""
     with suppress(OSError, RunError):
         close()
 

@@ -1,7 +1,7 @@
 """Asking a run to stop: signals become a question between two updates, with a deadline.
 
-SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's) say
-that the machine is needed for something else and the run should be queued again (Slurm:
+SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's)
+say that the machine is needed for something else and the run should be queued again (Slurm:
 `--signal=USR1@60`), which the exit code reports. Before the first update there is nothing to save:
 the process ends at once. Imports nothing heavy: `mam train` listens before it loads anything else.
 """
@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-PREEMPTED = (
-    75  # the exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>
-)
+# The exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>
+PREEMPTED = 75
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 GRACE = 25.0  # seconds between a signal and the end, whatever the run is doing
 
@@ -51,7 +50,7 @@ class Stop:
         self.signal = self.signal or number
 
     def ask(self) -> None:
-        """Ends the run as a signal would, without a deadline."""
+        """End the run as a signal would, without a deadline."""
         self.receive(signal.SIGTERM)
 
     def watch(self, wakeup: socket.socket) -> None:
@@ -105,13 +104,12 @@ def _say(line: str) -> None:
 
 
 _listening: Stop | None = None  # to the signals of this process
-_ends: tuple[socket.socket, socket.socket] | None = (
-    None  # which it reads, and where they are written
-)
+# Which it reads, and where they are written
+_ends: tuple[socket.socket, socket.socket] | None = None
 
 
 def listen() -> tuple[Stop, Callable[[], None]]:
-    """Takes the signals of this process over, if that has not happened yet.
+    """Take the signals of this process over, if that has not happened yet.
 
     In any thread but the main one, where Python has no signals, it listens to nothing.
 
@@ -153,7 +151,7 @@ def _nothing() -> None:
 
 
 def _handle(stop: Stop) -> dict[int, Any]:
-    """Takes the signals over, but for those ignored from the start (nohup); returns the old handlers.
+    """Take the signals over, but for those ignored from the start (nohup); returns the old handlers.
 
     Ctrl-C is never ignored: shells that start a command in the background do that for it.
     """
@@ -165,7 +163,7 @@ def _handle(stop: Stop) -> dict[int, Any]:
 
 @contextmanager
 def stop_on_signals(log: Callable[[str], None], last_words: Callable[[], str]) -> Iterator[Stop]:
-    """Listens to signals while a run goes on.
+    """Listen to signals while a run goes on.
 
     Args:
         log: prints a line.

@@ -1,6 +1,7 @@
 """Sinks of a run: every number it reports goes through `write`, to a file, to TensorBoard, to the terminal.
 
-A new sink is something with `write` and `close`, and a row of `SINKS`, or an entry point of a package of one's own.
+A new sink is something with `write` and `close`, and a row of `SINKS`, or an entry point of a
+package of one's own.
 """
 
 import json
@@ -36,9 +37,8 @@ class Record:
     update: int  # updates done
     step_count: int  # environment steps done, per seed
     elapsed: float  # wall-clock seconds since the run began; a resumed run goes on counting
-    values: dict[
-        str, np.ndarray
-    ]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+    # Metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+    values: dict[str, np.ndarray]
 
 
 @runtime_checkable
@@ -59,8 +59,8 @@ def seed_means(values: np.ndarray) -> np.ndarray:
 def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
     """Return the environment steps per second of one seed while it trains: the one definition of speed.
 
-    The median over updates, each timed from the record before it, so that compiling moves it no more than evaluating.
-    Times the number of seeds it is the speed that is shown.
+    The median over updates, each timed from the record before it, so that compiling moves it no
+    more than evaluating. Times the number of seeds it is the speed that is shown.
 
     Args:
         steps: environment steps done at each record, of updates and of evaluations.
@@ -91,7 +91,7 @@ def to_json(values: np.ndarray) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one. A failure leaves the old."""
+    """Replace a file as a whole: a reader, or a kill, sees the old text or the new one. A failure leaves the old."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -110,8 +110,8 @@ class JsonLines:
 
     Args:
         path: the file, by custom `metrics.jsonl`.
-        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume, cuts the file
-            there: the resumed run writes the rest again.
+        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume,
+            cuts the file there: the resumed run writes the rest again.
 
     Attributes:
         missing: bytes before that position which a file that has lost its tail no longer has.
@@ -129,7 +129,7 @@ class JsonLines:
             self.missing = append_at - end
 
     def write(self, record: Record) -> None:
-        """Appends one line and hands it to the operating system."""
+        """Append one line and hands it to the operating system."""
         row = {
             "kind": record.kind,
             "update": int(record.update),
@@ -142,12 +142,12 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> int:
-        """Puts everything on disk; returns the position behind it, in bytes."""
+        """Put everything on disk; returns the position behind it, in bytes."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
@@ -158,7 +158,7 @@ def _end_of_line(path: Path, position: int) -> int:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads what `JsonLines` wrote; None becomes NaN. A half-written last line, left by a kill, is ignored.
+    """Read what `JsonLines` wrote; None becomes NaN. A half-written last line, left by a kill, is ignored.
 
     Raises:
         ValueError: if any other line is damaged, naming it.
@@ -195,11 +195,13 @@ class TensorBoard:
     Args:
         folder: sub-runs go to `<folder>/seed_<k>`.
         seeds: the seeds k, in the order of the records' first axis.
-        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run are hidden.
+        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run
+            are hidden.
     """
 
     def __init__(self, folder: Path, seeds: Sequence[int], *, append_after_step: int | None = None):
-        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence on a full disk.
+        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence
+        # on a full disk.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -218,7 +220,7 @@ class TensorBoard:
                 self._writers[-1].write_event(Event(step=append_after_step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
-        """Adds one point per metric and seed."""
+        """Add one point per metric and seed."""
         points = {}
         for name, value in record.values.items():
             points[name] = seed_means(value)
@@ -238,7 +240,7 @@ class TensorBoard:
             writer.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for writer in self._writers:
             writer.close()
 
@@ -246,8 +248,8 @@ class TensorBoard:
 class Progress:
     """The live terminal: a bar with steps, speed, time left and the latest return.
 
-    A context manager, so that the terminal is itself again whatever ends the run. Where no one watches
-    (a file, a CI log) it prints one plain line per evaluation instead.
+    A context manager, so that the terminal is itself again whatever ends the run. Where no one
+    watches (a file, a CI log) it prints one plain line per evaluation instead.
 
     Args:
         total_steps: environment steps per seed at the end of the run.
@@ -267,7 +269,8 @@ class Progress:
         console: Console | None = None,
     ):
         self._total, self._num_seeds = total_steps, num_seeds
-        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
+        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be
+        # redrawn.
         self._console = console or Console(
             highlight=False, force_interactive=None if sys.stdout.isatty() else False
         )
@@ -299,11 +302,11 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Takes the bar off the screen and gives the cursor back; may be called twice."""
+        """Take the bar off the screen and gives the cursor back; may be called twice."""
         self._bar.stop()
 
     def log(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Print a line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -339,7 +342,7 @@ class Progress:
             self.log(what)
 
     def write(self, record: Record) -> None:
-        """Moves the bar; prints a line at an evaluation where nothing is live."""
+        """Move the bar; prints a line at an evaluation where nothing is live."""
         now = record.elapsed - self._compile_seconds
         if self._times:
             steps_before, before = self._times[-1]
@@ -401,12 +404,10 @@ def _short(number: int | float) -> str:
     return f"{number:.0f}"
 
 
-Resume = Mapping[
-    str, Any
-]  # metadata of the save that a run goes on from: step_count, update, metrics_bytes, …
-OpenSink = Callable[
-    [Path, Config, Resume | None], Sink
-]  # the run's folder, its configuration; None: a new run
+# Metadata of the save that a run goes on from: step_count, update, metrics_bytes, …
+Resume = Mapping[str, Any]
+# The run's folder, its configuration; None: a new run
+OpenSink = Callable[[Path, Config, Resume | None], Sink]
 
 
 def _open_jsonl(folder: Path, config: Config, resume: Resume | None) -> JsonLines:

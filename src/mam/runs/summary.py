@@ -64,9 +64,10 @@ def summary_table(
 ) -> Table:
     """The outcome of a run, finished or not, as a table for `rich.print`.
 
-    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the same weights with
-    greedy actions (or with sampled ones, if greedy ones are what counts); then mean ± standard deviation over seeds
-    and, from three seeds on, the 95 % bootstrap interval of that mean.
+    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the
+    same weights with greedy actions (or with sampled ones, if greedy ones are what counts); then
+    mean ± standard deviation over seeds and, from three seeds on, the 95 % bootstrap interval of
+    that mean.
 
     Args:
         records: all records of the run.
@@ -148,11 +149,12 @@ def write_marl_eval(
     algorithm: str,
     seeds: Sequence[int],
 ) -> Path:
-    """Writes `marl_eval.json`, the raw results in the form of Gorsane et al. (2022) and the marl-eval package.
+    """Write `marl_eval.json`, the raw results in the form of Gorsane et al. (2022) and the marl-eval package.
 
-    `{env: {task: {algorithm: {"seed_<k>": {"step_<i>": {"step_count", "elapsed_time", <metric>: [per
-    episode], …}, …, "absolute_metrics": {<metric>: [per episode], …}}}}}}`, where i counts the evaluations
-    and `episode_return` is called `mean_episode_return`, as in published data.
+    `{env: {task: {algorithm: {"seed_<k>": {"step_<i>": {"step_count", "elapsed_time", <metric>:
+    [per episode], …}, …, "absolute_metrics": {<metric>: [per episode],
+    …}}}}}}`, where i counts the evaluations and `episode_return` is called `mean_episode_return`,
+    as in published data.
 
     Args:
         run_folder: where the file goes.
