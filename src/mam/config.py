@@ -24,10 +24,11 @@ class EncoderConfig:
     """The encoder's blocks."""
 
     layout: str | None = None
-    """A letter per block, such as MA (see `mam list`); num_blocks times the policy's own if None."""
+    """A letter per block, such as MA (see `mam list`); num_blocks times the policy's own if
+    None."""
     combine: Literal["sum", "product"] = "sum"
-    """The two directions of a state-space mixer: both read the observations and are added, or as published the second
-    reads the first and they are multiplied, which learns less."""
+    """The two directions of a state-space mixer: both read the observations and are added, or as
+    published the second reads the first and they are multiplied, which learns less."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class NetworkConfig:
     d_model: int = 64
     """Width of the residual stream."""
     num_blocks: int = 1
-    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent policies."""
+    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent
+    policies."""
     num_heads: int = 1
     """Attention heads."""
     d_state: int = 16
@@ -59,24 +61,28 @@ class NetworkConfig:
     dt_rank: int | None = None
     """Rank of the step-size projection; d_model / 16, rounded up, if None."""
     head_dim: int | None = None
-    """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if None."""
+    """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if
+    None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's own if None: gru
-    for rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's
+    own if None: gru for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
+    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
+    always."""
     remat: bool = False
-    """Recompute each block in the backward pass: less memory for more time, for very many agents."""
+    """Recompute each block in the backward pass: less memory for more time, for very many
+    agents."""
     observation_norm: Literal["running", "layer"] = field(
         default="running", metadata={"before": "layer"}
     )
-    """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
-    by each other's (LayerNorm), which hides one or two features, and small ones beside large
-    ones."""
+    """How features and the global state are normalised: each by its mean and deviation so far, or
+    all of one agent's by each other's (LayerNorm), which hides one or two features, and small ones
+    beside large ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
-    """How Mamba's scan is computed: auto takes what is fastest; associative is the published form."""
+    """How Mamba's scan is computed: auto takes what is fastest; associative is the published
+    form."""
 
     @property
     def d_inner(self) -> int:
@@ -113,13 +119,15 @@ class PPOConfig:
     lr: float = 5e-4
     """Adam's learning rate."""
     anneal_lr: bool = False
-    """Lower the learning rate with every update, linearly, to nothing after the last; constant if not."""
+    """Lower the learning rate with every update, linearly, to nothing after the last; constant if
+    not."""
     num_envs: int = 64
     """Environments stepped side by side, per seed."""
     rollout_length: int = 128
     """Environment steps between two updates, per environment."""
     sequence_length: int | None = None
-    """Steps a policy with memory learns from in one piece, a divisor of rollout_length; whole rollouts if None."""
+    """Steps a policy with memory learns from in one piece, a divisor of rollout_length; whole
+    rollouts if None."""
     num_epochs: int = 5
     """Passes over each rollout."""
     num_minibatches: int = 2
@@ -135,11 +143,13 @@ class PPOConfig:
     vf_coef: float = 0.5
     """Weight of the value loss."""
     normalise_value: bool = field(default=True, metadata={"before": False})
-    """Learn values less the targets' mean and, where it is above 1, over their deviation (Pop-Art)."""
+    """Learn values less the targets' mean and, where it is above 1, over their deviation
+    (Pop-Art)."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this global norm."""
     recompute_log_prob: bool = False
-    """Take the old log-probabilities from a pass of the learner in place of acting's: ratios start at exactly 1."""
+    """Take the old log-probabilities from a pass of the learner in place of acting's: ratios start
+    at exactly 1."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
     num_evaluations: int = 20
-    """Evenly spaced evaluations, besides one before training; the last one is of the final weights."""
+    """Evenly spaced evaluations, besides one before training; the last one is of the final
+    weights."""
     num_episodes: int = 32
     """Episodes per evaluation."""
     num_absolute_episodes: int = 320
@@ -155,9 +166,11 @@ class EvalConfig:
     max_episode_steps: int = 10_000
     """Steps after which an episode that has not ended is cut off, and counted as unfinished."""
     greedy: bool = False
-    """What counts is the return of the most likely actions instead of sampled ones; the other is reported beside."""
+    """What counts is the return of the most likely actions instead of sampled ones; the other is
+    reported beside."""
     both_modes: bool = True
-    """Play as many episodes in the other mode, to report it beside. A simulator's steps are not free."""
+    """Play as many episodes in the other mode, to report it beside. A simulator's steps are not
+    free."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,8 @@ class WorkerConfig:
     reset_timeout: float = 300.0
     """Seconds that making or resetting one environment may take."""
     max_restarts: int = 100
-    """Restarts, after crashes and exceptions, before the run is saved and ended with exit code 1."""
+    """Restarts, after crashes and exceptions, before the run is saved and ended with exit code
+    1."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +203,11 @@ class Config:
     policy: str = "mam"
     """Policy, such as mam or mappo; `mam list` explains them all."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
-    """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory; see `mam list`."""
+    """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory;
+    see `mam list`."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
-    """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one per agent."""
+    """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
+    per agent."""
     num_workers: int | None = None
     """Processes that step environments which are not JAX programs; one per CPU core if None."""
     seed: int = 0
@@ -201,8 +217,8 @@ class Config:
     total_timesteps: int = 1_000_000
     """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
     decode: Literal["sequential", "fixed_point", "kernel"] = "sequential"
-    """How agents' actions are computed: one after another, all at once until nothing changes (the same actions), or
-    one after another in a single CUDA kernel of half precision (mam, mam2; with
+    """How agents' actions are computed: one after another, all at once until nothing changes (the
+    same actions), or one after another in a single CUDA kernel of half precision (mam, mam2; with
     --ppo.recompute-log-prob)."""
     decode_window: int | None = None
     """Agents in one fixed point; all of them if None."""
@@ -211,11 +227,12 @@ class Config:
     num_devices: int | None = None
     """Devices the environments are spread over; all there are if None."""
     on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    """What to do with an update in which a number is NaN or infinite, after which the state is that of before: end the
-    run, go on with other random numbers, or do so with half the learning rate."""
+    """What to do with an update in which a number is NaN or infinite, after which the state is that
+    of before: end the run, go on with other random numbers, or do so with half the learning
+    rate."""
     log: tuple[str, ...] = ("jsonl", "tensorboard")
-    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed package adds under its
-    own name; see docs/runs.md. Changes no numbers."""
+    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed
+    package adds under its own name; see docs/runs.md. Changes no numbers."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
