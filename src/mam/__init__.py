@@ -1,4 +1,4 @@
-"""Multi-Agent Mamba: cooperative multi-agent reinforcement learning as sequence modelling, in JAX.
+"""Multi-Agent Mamba: cooperative multi-agent reinforcement learning as sequence modelling in JAX.
 
 Names are imported when they are first used: `import mam` by itself loads nothing and starts no
 backend.

@@ -14,7 +14,7 @@ from mam.errors import UserError, shown, unknown_name
 
 T = TypeVar("T")
 
-# A random key is made of 32 bits: what lies above would be one of the seeds below
+# A random key is made of 32 bits: a seed above would be one of those below.
 MAX_SEED = 2**32 - 1
 MAX_INT = 2**63 - 1
 
@@ -175,7 +175,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saves of a running run, besides those at its end and when it is stopped. They change no numbers."""
+    """Saves of a running run, besides those at its end and when it is stopped.
+
+    They change no numbers.
+    """
 
     seconds: float = 300.0
     """Time between two saves; 0 saves after every update."""
@@ -185,7 +188,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Processes that step environments outside JAX: how long they may take, and how often they may fail."""
+    """Processes that step environments outside JAX.
+
+    How long they may take, and how often they may fail.
+    """
 
     step_timeout: float = 60.0
     """Seconds that one step of one environment may take before its process is taken for dead."""
@@ -244,7 +250,10 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        """The policy's name in tables and files, with what is not its own: layouts, memory, the published encoder."""
+        """The policy's name in tables and files, with what is not its own.
+
+        These are layouts, memory and the published encoder.
+        """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
@@ -294,7 +303,7 @@ class Config:
         return once * len(self.evaluation_modes)
 
     def evaluate_after(self, update: int) -> bool:
-        """Whether the weights after this many updates are evaluated: evenly spaced, the last always."""
+        """Say whether the weights after this many updates are evaluated; the last always are."""
         count = self.num_evaluations
         return (update * count) // self.num_updates > ((update - 1) * count) // self.num_updates
 
@@ -319,7 +328,7 @@ _GROUPS = ("network", "ppo", "eval", "checkpoint", "worker")
 
 
 def _validate(config: Config) -> None:
-    """Refuses values that no run could have, naming the key and what is allowed."""
+    """Refuse values that no run could have, naming the key and what is allowed."""
     groups = [("", config), *((f"{name}.", getattr(config, name)) for name in _GROUPS)]
     for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
         for name in names:
@@ -328,7 +337,8 @@ def _validate(config: Config) -> None:
     ppo, network = config.ppo, config.network
     _check_choices(config)
     names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
-    for name, value in names.items():  # which stand in messages, pages and file names
+    # They stand in messages, pages and file names.
+    for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
@@ -339,9 +349,8 @@ def _validate(config: Config) -> None:
     if not config.log:
         raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
     for name, layout in network.layouts.items():
-        if not re.fullmatch(
-            "[A-Za-z0-9]+", layout
-        ):  # which mixers there are, networks know; it stands in file names
+        # The mixers are known to networks alone; the layout stands in file names.
+        if not re.fullmatch("[A-Za-z0-9]+", layout):
             raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
@@ -364,7 +373,8 @@ def _validate(config: Config) -> None:
         ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length
     ):
         raise UserError(
-            f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, got {ppo.sequence_length}"
+            f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, "
+            f"got {ppo.sequence_length}"
         )
     if config.steps_per_update % ppo.num_minibatches:
         raise UserError(
@@ -373,13 +383,15 @@ def _validate(config: Config) -> None:
         )
     if network.d_model % network.num_heads:
         raise UserError(
-            f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}"
+            f"network.num_heads must divide network.d_model = {network.d_model}, "
+            f"got {network.num_heads}"
         )
     if network.head_dim is not None and (
         network.head_dim < 1 or network.d_inner % network.head_dim
     ):
         raise UserError(
-            f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}"
+            f"network.head_dim must divide the inner width {network.d_inner}, "
+            f"got {network.head_dim}"
         )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
@@ -387,7 +399,7 @@ def _validate(config: Config) -> None:
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:
-    """Refuses values that are none of a few words, in this group and all below it."""
+    """Refuse values that are none of a few words, in this group and all below it."""
     for setting in dataclasses.fields(group):
         value = getattr(group, setting.name)
         if dataclasses.is_dataclass(value):
@@ -397,7 +409,7 @@ def _check_choices(group: Any, prefix: str = "") -> None:
 
 
 def _check_finite(group: Any) -> None:
-    """Refuses numbers that are infinite or none, and whole numbers that no array can hold."""
+    """Refuse non-finite values, and whole numbers that no array can hold."""
     for name, value in flat(to_json(group)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
@@ -406,12 +418,12 @@ def _check_finite(group: Any) -> None:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries."""
+    """Return a config as plain dictionaries."""
     return dataclasses.asdict(config)
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dots in its keys, as in `ppo.lr`."""
+    """Flatten nested dictionaries, with `prefix` and dots in the keys, as in `ppo.lr`."""
     found = {}
     for name, value in data.items():
         found |= (
@@ -421,10 +433,15 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
-    """Build a config from what `to_json` wrote, maybe before there was this or that key.
+    """Build a config from what `to_json` of this version or an older one wrote.
 
     A missing key takes the value that does what runs did before there was one: its default, if its
     metadata do not say otherwise (`before`).
+
+    Args:
+        kind: the dataclass.
+        data: its values by name, groups as dictionaries.
+        prefix: of names in messages.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming it.
@@ -451,7 +468,7 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
 
 
 def _checked(name: str, value: Any, expected: Any) -> Any:
-    """The value, if it has the type; an int passes for a float, a bool for nothing else."""
+    """Return a value if it has the type; an int passes for a float, a bool for nothing else."""
     allowed = typing.get_args(expected) or (expected,)
     if typing.get_origin(expected) is Literal:
         if value not in allowed:

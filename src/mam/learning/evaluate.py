@@ -43,7 +43,7 @@ def evaluate(
     max_steps: int | Int[Array, ""] = EvalConfig.max_episode_steps,
     shard: Shard = WHOLE,
 ) -> dict[str, Float[Array, "M *agents"]]:
-    """Play episodes side by side, each from a fresh reset to its end, and stops when the last one is over or cut off.
+    """Play episodes side by side, each from a fresh reset to its end or its cut-off.
 
     Args:
         env: one environment that reports its metrics, such as `EpisodeStatistics`; it need not
@@ -53,7 +53,7 @@ def evaluate(
         num_episodes: M.
         greedy: take the most likely actions instead of sampling; the rest is the same for the same
             key.
-        max_steps: steps after which what has not ended is cut off.
+        max_steps: steps after which an episode that has not ended is cut off.
         shard: plays its share of the episodes; all devices return those of all.
 
     Returns:
@@ -110,7 +110,7 @@ def evaluate(
 def with_kinds(
     metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = False
 ) -> dict[str, Any]:
-    """Return the metrics with `return_<kind>`, the mean over the agents of a kind, and without AGENT_RETURN.
+    """Replace AGENT_RETURN by `return_<kind>`, the mean over the agents of a kind.
 
     Args:
         metrics: of episodes, as `evaluate` returns them.
@@ -131,7 +131,7 @@ def with_kinds(
 def agents_by_kind(names: tuple[str, ...]) -> dict[str, Int[np.ndarray, "n"]]:
     """Return the agents of each kind, which is a name without the number at its end.
 
-    Nothing where all are of one kind, or there are more than MOST_KINDS.
+    There are none where all are of one kind, or there are more than MOST_KINDS.
     """
     kinds = [re.sub(r"[\W_]*\d+$", "", name) or "agent" for name in names]
     different = dict.fromkeys(kinds)

@@ -1,4 +1,4 @@
-"""Observations and values in units of their own running statistics: a policy around a policy.
+"""Observations and values in units of their running statistics: a policy around a policy.
 
 The network inside sees features of mean 0 and deviation 1 and predicts (v − μ) / σ. Outside nothing
 of this shows: observations go in as the environment gives them, values come out in units of reward.
@@ -27,7 +27,7 @@ VALUE_FLOOR = 1.0
 
 
 class Moments(eqx.Module):
-    """Running mean and variance of any number of features; a leading axis of seeds where there are several."""
+    """Running mean and variance of features; one leading axis where there are several seeds."""
 
     count: Float[Array, "*seeds"]  # samples; 0: nothing was seen yet
     mean: Float[Array, "*seeds_features"]
@@ -36,7 +36,7 @@ class Moments(eqx.Module):
 
     @classmethod
     def init(cls, *features: int, floor: float = FEATURE_FLOOR) -> "Moments":
-        """Return mean 0 and variance 1, which change nothing."""
+        """Return mean 0 and variance 1, with which normalising changes nothing."""
         return cls(
             count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor
         )
@@ -62,7 +62,7 @@ class Moments(eqx.Module):
         horizon: int,
         shard: Shard = WHOLE,
     ) -> "Moments":
-        """Take a batch in: the moments of all samples so far, while these are no more than `horizon` batches.
+        """Return the moments of all samples so far and those of a batch.
 
         Args:
             x: samples [*batch, *features]; those that are masked may be anything, NaN included.
@@ -104,7 +104,13 @@ class Statistics(eqx.Module):
 
     @classmethod
     def init(cls, spec: EnvSpec, *, observations: bool, values: bool) -> "Statistics":
-        """Return those of nothing, for what is to be normalised."""
+        """Return the statistics before any sample.
+
+        Args:
+            spec: sizes of the task.
+            observations: whether features and the global state are normalised.
+            values: whether values are.
+        """
         num_features = spec.obs_dim - spec.id_dim
         return cls(
             features=Moments.init(num_features) if observations and num_features else None,
@@ -115,7 +121,7 @@ class Statistics(eqx.Module):
         )
 
     def normalise(self, obs: Observation) -> Observation:
-        """Return what the network sees."""
+        """Return the observation in the network's units."""
         view, state = obs.agents_view, obs.state
         if self.features is not None:
             ids, own = jnp.split(view, [view.shape[-1] - self.features.mean.shape[-1]], axis=-1)
@@ -125,7 +131,12 @@ class Statistics(eqx.Module):
         return replace(obs, agents_view=view, state=state)
 
     def update(self, obs: Observation, shard: Shard = WHOLE) -> "Statistics":
-        """Take the observations of a rollout in."""
+        """Return the statistics that include the observations of a rollout.
+
+        Args:
+            obs: [T, B, …].
+            shard: where the rollout lies on several devices, this one's share.
+        """
         features, state, how = (
             self.features,
             self.state,
@@ -140,7 +151,7 @@ class Statistics(eqx.Module):
 
 
 class NormalisedPolicy(eqx.Module):
-    """A policy whose network learns in normalised units, and which acts and answers in those of the environment."""
+    """A policy in the environment's units around a network in normalised ones."""
 
     network: Policy
     statistics: Statistics
@@ -185,7 +196,7 @@ class NormalisedPolicy(eqx.Module):
     def successor_values(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """Return the values of what followed every step; see `mam.types.Policy`."""
+        """Return the values of every step's successor; see `mam.types.Policy`."""
         obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
         return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
 
@@ -202,9 +213,14 @@ class NormalisedPolicy(eqx.Module):
     def update_values(
         self, target: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
     ) -> "NormalisedPolicy":
-        """Take the value targets of a rollout in, and changes the network's last layer so that values stay the same.
+        """Return the policy with new value statistics, and a last layer that keeps its values.
 
             W' = W σ / σ';  b' = (b σ + μ − μ') / σ'
+
+        Args:
+            target: value targets of a rollout, in units of reward.
+            alive: agents whose targets count.
+            shard: where the rollout lies on several devices, this one's share.
 
         Source: van Hasselt et al. 2016 (arXiv 1602.07714), §2.1 (Pop-Art). Difference: at the first
         rollout nothing is learned yet that would have to be kept, and the network's values, near
@@ -230,7 +246,7 @@ def _clip(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def as_normalised(policy: Policy) -> NormalisedPolicy:
-    """Return any policy as one that normalises, if only nothing."""
+    """Return a policy as one that normalises, even if it normalises nothing."""
     return (
         policy if isinstance(policy, NormalisedPolicy) else NormalisedPolicy(policy, Statistics())
     )
@@ -244,7 +260,18 @@ def simplified(policy: NormalisedPolicy) -> Policy:
 def transfer_policy(
     policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
 ) -> Policy:
-    """Return a policy for another task with the same weights, and its statistics as far as that task has the same."""
+    """Return a policy for another task with the same weights, and the statistics that fit.
+
+    Args:
+        policy: the weights.
+        name: of the policy.
+        old: the task that it was trained on.
+        new: the other task.
+        sizes: of the network.
+
+    Raises:
+        UserError: if the weights do not fit.
+    """
     whole = as_normalised(policy)
     network, statistics = transfer_weights(whole.network, name, old, new, sizes), whole.statistics
     if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it

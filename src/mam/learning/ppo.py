@@ -43,7 +43,7 @@ def ppo_loss(
     vf_coef: float,
     shard: Shard = WHOLE,
 ) -> PPOLoss:
-    """Clipped PPO with one ratio per agent, over the agents that were alive.
+    """Compute the clipped PPO loss, with one ratio per agent that was alive.
 
         −E[min(r Â, clip(r, 1 ± ε) Â)] − c_H H + c_V · ½ E[max((v − R)², (v_clip − R)²)]
 
@@ -84,7 +84,7 @@ def ppo_loss(
     value_loss = 0.5 * mean(
         jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
     )
-    # 4. Their sum, and what one watches.
+    # 4. Their sum, and diagnostics.
     entropy = mean(new.entropy)
     return PPOLoss(
         loss=policy_loss - ent_coef * entropy + vf_coef * value_loss,
@@ -98,7 +98,7 @@ def ppo_loss(
 
 
 class PPOTargets(eqx.Module):
-    """What the loss compares the current parameters with, [T, B, N]; values in the network's units."""
+    """What the loss compares the current parameters with, in the network's units, [T, B, N]."""
 
     log_prob: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
@@ -116,7 +116,7 @@ class PPO:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> PPOTargets:
-        """Return the targets.
+        """Return the targets; see `Objective`.
 
         Raises:
             UserError: for recorded actions, of whose probability nothing is known.
@@ -141,7 +141,7 @@ class PPO:
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
     ) -> Losses:
-        """Return `ppo_loss` of a minibatch."""
+        """Return `ppo_loss` of a minibatch; see `Objective`."""
         losses = ppo_loss(
             evaluation,
             targets.log_prob,

@@ -50,7 +50,7 @@ class Stopwatch:
 
     @contextmanager
     def compiling_apart(self) -> Iterator[None]:
-        """Count as "compile" what JAX spends on it, in whichever part a program meets new shapes."""
+        """Count as "compile" the time that JAX spends on it, in any part."""
 
         def listen(event: str, duration_secs: float, **_: Any) -> None:
             if event in _COMPILING and self._part:

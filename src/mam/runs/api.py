@@ -43,7 +43,7 @@ class Result:
 
     @property
     def absolute_metric(self) -> np.ndarray | None:
-        """Mean return of the best weights in fresh episodes, [num_seeds]; None of a run that did not finish."""
+        """Mean return of the best weights in fresh episodes, [num_seeds]; None if not finished."""
         return absolute_returns(self.records)
 
     def policy(self) -> LoadedPolicy:
@@ -60,7 +60,7 @@ def train(
     signals: bool = False,
     trust: bool = False,
 ) -> Result:
-    """Train a run to its end, or to a stop: what `mam train` does, in this process.
+    """Train a run to its end or to a stop, as `mam train` does, in this process.
 
     Unlike the command it keeps compiled programs and freed memory only as this process is set to do
     (`mam.runs.process.configure` sets it as the command does).
@@ -146,7 +146,10 @@ def play_episodes(
     seed: int,
     trust: bool,
 ) -> tuple[EnvSpec, dict[str, np.ndarray]]:
-    """Return the task that was played, and `evaluate`'s metrics with an axis of seeds in any case."""
+    """Return the task that was played, and `evaluate`'s metrics, always [num_seeds, episodes].
+
+    See `evaluate` for the arguments.
+    """
     if episodes < 1:
         raise UserError(f"--episodes must be positive, got {episodes}")
     if isinstance(run, LoadedPolicy):

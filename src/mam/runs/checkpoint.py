@@ -1,4 +1,4 @@
-"""Whole train state in, whole train state out: written in the background, complete or not there, and checked.
+"""Saves of the whole train state: written in the background, complete or not there, and checked.
 
     <folder>/<n>/arrays.safetensors    the arrays, by their leaves' names
     <folder>/<n>/manifest.json         its checksum, what the leaves are, the caller's own metadata
@@ -29,14 +29,13 @@ from mam.errors import RunError, UserError
 from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
-_RENAMED = {
-    ".distribution.": ".kind."
-}  # parts of leaves' names, and what older versions called them
+# Parts of leaves' names, and what older versions called them.
+_RENAMED = {".distribution.": ".kind."}
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
 class CheckpointError(RunError):
-    """A checkpoint is missing, damaged, cannot be written, or is of something else than what it is restored into."""
+    """A checkpoint is missing, damaged, cannot be written, or does not fit."""
 
 
 class Writer:
@@ -61,7 +60,7 @@ class Writer:
                 _remove(left)
 
     def save(self, state: PyTree, meta: dict[str, Any]) -> None:
-        """Begins to write a save, once the one before it is done.
+        """Begin to write a save, once the one before it is done.
 
         Args:
             state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be
@@ -175,12 +174,13 @@ class Save:
             return load(file.read())
 
     def _read_orbax(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-        """The arrays of a save of the first versions, which left out those without elements."""
+        """Read the arrays of a save of the first versions, which left out those of no elements."""
         try:
             import orbax.checkpoint as ocp
         except ImportError as error:
             raise UserError(
-                f"{self.path} is of an older version of mam: to read it, pip install orbax-checkpoint"
+                f"{self.path} is of an older version of mam: "
+                "to read it, pip install orbax-checkpoint"
             ) from error
         empty = {name: np.empty(shape.shape, shape.dtype) for name, shape in shapes.items()}
         stored = {name: array for name, array in empty.items() if array.size}
@@ -191,7 +191,7 @@ class Save:
 
 
 def has_saves(folder: Path) -> bool:
-    """Whether a save was ever completed there."""
+    """Say whether a save was ever completed there."""
     return bool(_numbers(folder))
 
 
@@ -201,13 +201,13 @@ def newest(
     valid: Callable[[dict[str, Any]], bool] = lambda meta: True,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Save:
-    """The newest save that is intact.
+    """Open the newest save that is intact.
 
     Args:
         folder: the run's checkpoint folder.
         valid: whether metadata is of the kind that the caller writes; what has other metadata is
             damaged.
-        warn: hears about each newer one that is not.
+        warn: called with a line about each newer one that is not.
 
     Raises:
         CheckpointError: if there is none.
@@ -228,7 +228,7 @@ def newest(
 
 
 def _open(path: Path, number: int) -> Save:
-    """The save of that number, whose files are all there and as they were written."""
+    """Open the save of that number, whose files are all there and as they were written."""
     try:
         manifest = _read_manifest(path / _MANIFEST)
         match manifest:
@@ -262,7 +262,7 @@ def _damaged(path: Path, why: object) -> CheckpointError:
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
-    """Write arrays to a file; returns the checksum of what should be there."""
+    """Write arrays to a file, and return the checksum of what should be there."""
     from safetensors.numpy import save
 
     data = save({name: _storable(np.asarray(array)) for name, array in arrays.items()})
@@ -274,13 +274,13 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """An array in C order, of a type that NumPy has: of others, such as bfloat16, the bits."""
+    """Return an array in C order, of a type that NumPy has: of others, as bfloat16, the bits."""
     array = np.ascontiguousarray(array).reshape(array.shape)
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
 def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
-    """JSON on two lines: the contents, and their checksum."""
+    """Write JSON on two lines: the contents, and their checksum."""
     text = json.dumps(contents)
     with path.open("w", encoding="utf-8") as file:
         file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
@@ -298,7 +298,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of all complete saves, newest first; names that a `Writer` would not give are passed over."""
+    """List the numbers of complete saves, newest first, without names that no `Writer` gives."""
     names = [path.name for path in folder.glob("*") if path.is_dir()]
     return sorted(
         (int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True
@@ -306,7 +306,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder, a file, or a link but not what it points to."""
+    """Delete a folder, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -323,7 +323,7 @@ def _sync(folder: Path) -> None:
 
 
 def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays that stay what they are when the originals are donated or changed, whole in every process."""
+    """Copy arrays, whole in every process, so that the originals may be donated or changed."""
     on_device = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
     copies = {
         name: np.array(x) for name, x in arrays.items() if name not in on_device
@@ -332,7 +332,7 @@ def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(array: Any) -> Any:
-    """An array with the parts that other processes hold."""
+    """Return an array with the parts that other processes hold."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return array
@@ -342,7 +342,7 @@ _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
 def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
-    """Leaves by their place in the state, such as `state.params['w'][0]`, in flattening order."""
+    """Return leaves by their place in the state, as `state.params['w'][0]`, in flattening order."""
     return {
         f"state{part}{jax.tree_util.keystr(path)}": leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -350,12 +350,12 @@ def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
 
 
 def _belongs(name: str, part: str) -> bool:
-    """Whether a leaf is this part of the state, or within it."""
+    """Say whether a leaf is this part of the state, or within it."""
     return name == part or (name.startswith(part) and name[len(part)] in ".[")
 
 
 def _stored_name(name: str, saved: Container[str]) -> str:
-    """A leaf's name in a save, which may be of a version that called a part of it otherwise."""
+    """Return a leaf's name in a save, whose version may have called a part of it otherwise."""
     old = name
     for now, before in _RENAMED.items():
         old = old.replace(now, before)
@@ -369,7 +369,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _describe(name: str, leaf: Any) -> str:
-    """Dtype and shape as text, such as `float32[2,3]` or `key<fry>[]`; the latter remembers the kind of generator."""
+    """Return dtype and shape as text, as `float32[2,3]` or, with its generator, `key<fry>[]`."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         leaf = np.asarray(leaf)
     if not _is_key(leaf) and not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
@@ -378,24 +378,25 @@ def _describe(name: str, leaf: Any) -> str:
 
 
 def _compare(folder: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
-    """Refuses a checkpoint whose leaves are not those expected."""
+    """Refuse a checkpoint whose leaves are not those expected."""
     for name in [*expected, *saved]:
         if saved.get(name) != expected.get(name):
             raise CheckpointError(
-                f"the checkpoint in {folder} does not fit: {name} is {saved.get(name, 'missing')} in the checkpoint, "
+                f"the checkpoint in {folder} does not fit: "
+                f"{name} is {saved.get(name, 'missing')} in the checkpoint, "
                 f"{expected.get(name, 'missing')} here"
             )
 
 
 def _to_array(leaf: Any) -> Any:
-    """A leaf as it is stored: keys as their bits, numbers as arrays."""
+    """Return a leaf as it is stored: keys as their bits, numbers as arrays."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of what is stored of a leaf."""
+    """Return the shape and type of what is stored of a leaf."""
     if _is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     elif not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -404,7 +405,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_array(array: np.ndarray, like: Any) -> Any:
-    """A stored array as the kind of leaf that `like` is: a JAX array on the devices that `like` is bound to, if any."""
+    """Return a stored array as the kind of leaf that `like` is, on its devices if any."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return (
             array

@@ -77,7 +77,7 @@ def load_weights(
 
     Raises:
         UserError: if there is no run, or it is of the first versions, which did not write the sizes
-            of their tasks down, and its environment is code that nobody has agreed to import.
+            of their tasks down, and its environment is code that may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     folder = RunFolder(path)
@@ -107,7 +107,7 @@ def _read(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
 
 
 def _read_by_environment(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
-    """Read the weights of a save that does not say the sizes of its task: making the task tells them."""
+    """Read the weights of a save without the sizes of its task, which is made to know them."""
     trainer = make_train(config)
     try:
         state, spec = restore(save, trainer.shapes(np.asarray(seeds_of(config)))), trainer.spec
@@ -128,7 +128,7 @@ def _read_spec(save: Save) -> EnvSpec:
 
 
 class LoadedPolicy:
-    """A policy that plays: observations in, actions out, for any number of environments side by side.
+    """A policy that plays in any number of environments: observations in, actions out.
 
     Attributes:
         config: of the run.
@@ -176,7 +176,8 @@ class LoadedPolicy:
         if batch != self._batch or self._memory is None:
             if not reset.all():
                 raise UserError(
-                    f"the batch was {self._batch} and is {batch}: begin all its episodes with reset=True"
+                    f"the batch was {self._batch} and is {batch}: "
+                    "begin all its episodes with reset=True"
                 )
             self._memory, self._batch = self.policy.init_memory(batch), batch
         key = jax.random.fold_in(self._key, self._num_steps)
@@ -240,7 +241,7 @@ class LoadedPolicy:
 
     @property
     def _view_sizes(self) -> list[int]:
-        """Features of one agent, with ids and without."""
+        """Return the features of one agent, with ids and without."""
         return sorted({self.spec.obs_dim, self.spec.obs_dim - self.spec.id_dim}, reverse=True)
 
 
@@ -269,7 +270,7 @@ def load(
     seed: int = 0,
     trust: bool = False,
 ) -> LoadedPolicy:
-    """Load the policy of a run, without its environment: what it has to know of it is saved with the weights.
+    """Load the policy of a run without its environment, whose sizes are saved with the weights.
 
     Runs of versions that did not save this make the environment, once, to see its sizes; where it
     is code that the folder names, that needs `trust`.

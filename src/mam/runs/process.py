@@ -1,4 +1,4 @@
-"""Settings of the whole process, made before JAX starts: the compilation cache, the allocator, the other hosts."""
+"""Settings of the whole process, made before JAX starts: compilation cache, allocator, hosts."""
 
 import ctypes
 import logging
@@ -31,7 +31,9 @@ class Hosts:
 
 
 def configure(*, keep_programs: bool = True, hosts: Hosts = Hosts()) -> None:
-    """Turn on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import.
+    """Turn on the compilation cache and, on Linux, tune the allocator.
+
+    The command line calls this; an import does not.
 
     Args:
         keep_programs: whether compiled programs are kept on disk.
@@ -55,10 +57,8 @@ def _check_devices(asked: str) -> None:
 
     try:
         jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # of a platform without its plugin JAX says nothing more
+    except (RuntimeError, AssertionError) as error:
+        # Of a platform without its plugin JAX says nothing more.
         reason = " ".join(str(error).split()) or "JAX finds no such device here"
         raise UserError(
             f"JAX_PLATFORMS={asked}: {reason}; leave it out, or set it to cpu"
@@ -66,7 +66,7 @@ def _check_devices(asked: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: mam/xla in the user's cache folder."""
+    """Return where compiled programs are kept: mam/xla in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mam" / "xla"
 
 
@@ -93,7 +93,7 @@ def enable_compilation_cache() -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Remove programs that cannot be read, such as half-written ones after a kill, as soon as JAX warns of them.
+    """Remove programs that cannot be read, such as half-written ones, when JAX warns of them.
 
     JAX compiles them anew, but would never write them again, and warn at every start.
     """
@@ -117,7 +117,7 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from returning a step's buffers to the system, only to fault them in again at the next.
+    """Stop glibc from returning a step's buffers to the system, only to fault them in again.
 
     On CPU a training step is 1.3 to 1.6 times faster for it. The constants are those of <malloc.h>.
     """
