@@ -28,10 +28,10 @@ Axis legend, used in every shape annotation of the library:
 `seeds`, is a number of these. All arrays are stacked over agents; dictionaries keyed by agent names
 stop at the environment adapters.
 
-Where letters clash, the nearer meaning holds: as the names of arguments A, B, C and D are the
-matrices of a state-space model, never axes; a dense layer puts out O features [I, O]; a convolution
-has K taps [K, F]; a head of SSD has P = D / H channels; CUDA decoders have C columns, R copies of
-an environment and J states in each; `envs/check` has G groups of V lanes with K clocks.
+Where letters clash, the nearer meaning holds: arguments called A, B, C and D are the matrices of a
+state-space model, not axes; a dense layer puts out O features [I, O]; a convolution has K taps
+[K, F]; a head of SSD has P = D / H channels; CUDA decoders have C columns, R copies of an
+environment and J states in each; `envs/check` has G groups of V lanes with K clocks.
 """
 
 from dataclasses import dataclass

@@ -55,7 +55,7 @@ class Best(eqx.Module):
 
 
 class TrainState(eqx.Module):
-    """Everything that a run continues from, bit for bit; one leading axis of seeds."""
+    """All that a run needs to go on as if it had never stopped; one leading axis of seeds."""
 
     policy: Policy
     opt_state: optax.OptState
