@@ -1,6 +1,7 @@
-"""Multi-Agent Mamba: cooperative multi-agent reinforcement learning as sequence modelling, in JAX.
+"""Multi-Agent Mamba: cooperative multi-agent reinforcement learning as sequence modelling in JAX.
 
-Names are imported when they are first used: `import mam` by itself loads nothing and starts no backend.
+Names are imported when they are first used: `import mam` by itself loads nothing and starts no
+backend.
 """
 
 from importlib import import_module

@@ -6,7 +6,10 @@ from mam.runs.signals import listen
 
 
 def main() -> int:
-    """Runs the command; training listens to signals before anything heavy is imported, and until its last moment."""
+    """Run the command.
+
+    Training listens to signals before anything heavy is imported, and until its last moment.
+    """
     if sys.argv[1:2] == ["train"]:
         listen()
     from mam.cli import main as cli

@@ -14,9 +14,8 @@ from mam.errors import UserError, shown, unknown_name
 
 T = TypeVar("T")
 
-MAX_SEED = (
-    2**32 - 1
-)  # a random key is made of 32 bits: what lies above would be one of the seeds below
+# A random key is made of 32 bits: a seed above would be one of those below.
+MAX_SEED = 2**32 - 1
 MAX_INT = 2**63 - 1
 
 
@@ -25,10 +24,11 @@ class EncoderConfig:
     """The encoder's blocks."""
 
     layout: str | None = None
-    """A letter per block, such as MA (see `mam list`); num_blocks times the policy's own if None."""
+    """A letter per block, such as MA (see `mam list`); num_blocks times the policy's own if
+    None."""
     combine: Literal["sum", "product"] = "sum"
-    """The two directions of a state-space mixer: both read the observations and are added, or as published the second
-    reads the first and they are multiplied, which learns less."""
+    """The two directions of a state-space mixer: both read the observations and are added, or as
+    published the second reads the first and they are multiplied, which learns less."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class NetworkConfig:
     d_model: int = 64
     """Width of the residual stream."""
     num_blocks: int = 1
-    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent policies."""
+    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent
+    policies."""
     num_heads: int = 1
     """Attention heads."""
     d_state: int = 16
@@ -60,23 +61,28 @@ class NetworkConfig:
     dt_rank: int | None = None
     """Rank of the step-size projection; d_model / 16, rounded up, if None."""
     head_dim: int | None = None
-    """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if None."""
+    """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if
+    None."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's own if None: gru
-    for rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's
+    own if None: gru for rec_mappo and rec_ippo, none for the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32 always."""
+    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
+    always."""
     remat: bool = False
-    """Recompute each block in the backward pass: less memory for more time, for very many agents."""
+    """Recompute each block in the backward pass: less memory for more time, for very many
+    agents."""
     observation_norm: Literal["running", "layer"] = field(
         default="running", metadata={"before": "layer"}
     )
-    """How features and the global state are normalised: each by its mean and deviation so far, or all of one agent's
-    by each other's (LayerNorm), which hides one or two features, and small ones beside large ones."""
+    """How features and the global state are normalised: each by its mean and deviation so far, or
+    all of one agent's by each other's (LayerNorm), which hides one or two features, and small ones
+    beside large ones."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
-    """How Mamba's scan is computed: auto takes what is fastest; associative is the published form."""
+    """How Mamba's scan is computed: auto takes what is fastest; associative is the published
+    form."""
 
     @property
     def d_inner(self) -> int:
@@ -113,13 +119,15 @@ class PPOConfig:
     lr: float = 5e-4
     """Adam's learning rate."""
     anneal_lr: bool = False
-    """Lower the learning rate with every update, linearly, to nothing after the last; constant if not."""
+    """Lower the learning rate with every update, linearly, to nothing after the last; constant if
+    not."""
     num_envs: int = 64
     """Environments stepped side by side, per seed."""
     rollout_length: int = 128
     """Environment steps between two updates, per environment."""
     sequence_length: int | None = None
-    """Steps a policy with memory learns from in one piece, a divisor of rollout_length; whole rollouts if None."""
+    """Steps a policy with memory learns from in one piece, a divisor of rollout_length; whole
+    rollouts if None."""
     num_epochs: int = 5
     """Passes over each rollout."""
     num_minibatches: int = 2
@@ -135,11 +143,13 @@ class PPOConfig:
     vf_coef: float = 0.5
     """Weight of the value loss."""
     normalise_value: bool = field(default=True, metadata={"before": False})
-    """Learn values less the targets' mean and, where it is above 1, over their deviation (Pop-Art)."""
+    """Learn values less the targets' mean and, where it is above 1, over their deviation
+    (Pop-Art)."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this global norm."""
     recompute_log_prob: bool = False
-    """Take the old log-probabilities from a pass of the learner in place of acting's: ratios start at exactly 1."""
+    """Take the old log-probabilities from a pass of the learner in place of acting's: ratios start
+    at exactly 1."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,8 @@ class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
     num_evaluations: int = 20
-    """Evenly spaced evaluations, besides one before training; the last one is of the final weights."""
+    """Evenly spaced evaluations, besides one before training; the last one is of the final
+    weights."""
     num_episodes: int = 32
     """Episodes per evaluation."""
     num_absolute_episodes: int = 320
@@ -155,14 +166,19 @@ class EvalConfig:
     max_episode_steps: int = 10_000
     """Steps after which an episode that has not ended is cut off, and counted as unfinished."""
     greedy: bool = False
-    """What counts is the return of the most likely actions instead of sampled ones; the other is reported beside."""
+    """What counts is the return of the most likely actions instead of sampled ones; the other is
+    reported beside."""
     both_modes: bool = True
-    """Play as many episodes in the other mode, to report it beside. A simulator's steps are not free."""
+    """Play as many episodes in the other mode, to report it beside. A simulator's steps are not
+    free."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saves of a running run, besides those at its end and when it is stopped. They change no numbers."""
+    """Saves of a running run, besides those at its end and when it is stopped.
+
+    They change no numbers.
+    """
 
     seconds: float = 300.0
     """Time between two saves; 0 saves after every update."""
@@ -172,14 +188,18 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """Processes that step environments outside JAX: how long they may take, and how often they may fail."""
+    """Processes that step environments outside JAX.
+
+    How long they may take, and how often they may fail.
+    """
 
     step_timeout: float = 60.0
     """Seconds that one step of one environment may take before its process is taken for dead."""
     reset_timeout: float = 300.0
     """Seconds that making or resetting one environment may take."""
     max_restarts: int = 100
-    """Restarts, after crashes and exceptions, before the run is saved and ended with exit code 1."""
+    """Restarts, after crashes and exceptions, before the run is saved and ended with exit code
+    1."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +209,11 @@ class Config:
     policy: str = "mam"
     """Policy, such as mam or mappo; `mam list` explains them all."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
-    """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory; see `mam list`."""
+    """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory;
+    see `mam list`."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
-    """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one per agent."""
+    """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
+    per agent."""
     num_workers: int | None = None
     """Processes that step environments which are not JAX programs; one per CPU core if None."""
     seed: int = 0
@@ -201,8 +223,9 @@ class Config:
     total_timesteps: int = 1_000_000
     """Environment steps per seed (not multiplied by the agents); rounded up to whole updates."""
     decode: Literal["sequential", "fixed_point", "kernel"] = "sequential"
-    """How agents' actions are computed: one after another, all at once until nothing changes (the same actions), or
-    one after another in a single CUDA kernel of half precision (mam, mam2; with --ppo.recompute-log-prob)."""
+    """How agents' actions are computed: one after another, all at once until nothing changes (the
+    same actions), or one after another in a single CUDA kernel of half precision (mam, mam2; with
+    --ppo.recompute-log-prob)."""
     decode_window: int | None = None
     """Agents in one fixed point; all of them if None."""
     decode_max_passes: int | None = None
@@ -210,11 +233,12 @@ class Config:
     num_devices: int | None = None
     """Devices the environments are spread over; all there are if None."""
     on_non_finite: Literal["stop", "skip", "rollback"] = "stop"
-    """What to do with an update in which a number is NaN or infinite, after which the state is that of before: end the
-    run, go on with other random numbers, or do so with half the learning rate."""
+    """What to do with an update in which a number is NaN or infinite, after which the state is that
+    of before: end the run, go on with other random numbers, or do so with half the learning
+    rate."""
     log: tuple[str, ...] = ("jsonl", "tensorboard")
-    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed package adds under its
-    own name; see docs/runs.md. Changes no numbers."""
+    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed
+    package adds under its own name; see docs/runs.md. Changes no numbers."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -226,7 +250,10 @@ class Config:
 
     @property
     def algorithm(self) -> str:
-        """The policy's name in tables and files, with what is not its own: layouts, memory, the published encoder."""
+        """The policy's name in tables and files, with what is not its own.
+
+        These are layouts, memory and the published encoder.
+        """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
@@ -276,7 +303,7 @@ class Config:
         return once * len(self.evaluation_modes)
 
     def evaluate_after(self, update: int) -> bool:
-        """Whether the weights after this many updates are evaluated: evenly spaced, the last always."""
+        """Say whether the weights after this many updates are evaluated; the last always are."""
         count = self.num_evaluations
         return (update * count) // self.num_updates > ((update - 1) * count) // self.num_updates
 
@@ -301,7 +328,7 @@ _GROUPS = ("network", "ppo", "eval", "checkpoint", "worker")
 
 
 def _validate(config: Config) -> None:
-    """Refuses values that no run could have, naming the key and what is allowed."""
+    """Refuse values that no run could have, naming the key and what is allowed."""
     groups = [("", config), *((f"{name}.", getattr(config, name)) for name in _GROUPS)]
     for (prefix, group), names in zip(groups, _POSITIVE, strict=True):
         for name in names:
@@ -310,7 +337,8 @@ def _validate(config: Config) -> None:
     ppo, network = config.ppo, config.network
     _check_choices(config)
     names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
-    for name, value in names.items():  # which stand in messages, pages and file names
+    # They stand in messages, pages and file names.
+    for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
     for name in ("num_workers", "num_devices", "decode_window", "decode_max_passes"):
@@ -321,9 +349,8 @@ def _validate(config: Config) -> None:
     if not config.log:
         raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
     for name, layout in network.layouts.items():
-        if not re.fullmatch(
-            "[A-Za-z0-9]+", layout
-        ):  # which mixers there are, networks know; it stands in file names
+        # The mixers are known to networks alone; the layout stands in file names.
+        if not re.fullmatch("[A-Za-z0-9]+", layout):
             raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
@@ -346,7 +373,8 @@ def _validate(config: Config) -> None:
         ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length
     ):
         raise UserError(
-            f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, got {ppo.sequence_length}"
+            f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, "
+            f"got {ppo.sequence_length}"
         )
     if config.steps_per_update % ppo.num_minibatches:
         raise UserError(
@@ -355,13 +383,15 @@ def _validate(config: Config) -> None:
         )
     if network.d_model % network.num_heads:
         raise UserError(
-            f"network.num_heads must divide network.d_model = {network.d_model}, got {network.num_heads}"
+            f"network.num_heads must divide network.d_model = {network.d_model}, "
+            f"got {network.num_heads}"
         )
     if network.head_dim is not None and (
         network.head_dim < 1 or network.d_inner % network.head_dim
     ):
         raise UserError(
-            f"network.head_dim must divide the inner width {network.d_inner}, got {network.head_dim}"
+            f"network.head_dim must divide the inner width {network.d_inner}, "
+            f"got {network.head_dim}"
         )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
@@ -369,7 +399,7 @@ def _validate(config: Config) -> None:
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:
-    """Refuses values that are none of a few words, in this group and all below it."""
+    """Refuse values that are none of a few words, in this group and all below it."""
     for setting in dataclasses.fields(group):
         value = getattr(group, setting.name)
         if dataclasses.is_dataclass(value):
@@ -379,7 +409,7 @@ def _check_choices(group: Any, prefix: str = "") -> None:
 
 
 def _check_finite(group: Any) -> None:
-    """Refuses numbers that are infinite or none, and whole numbers that no array can hold."""
+    """Refuse non-finite values, and whole numbers that no array can hold."""
     for name, value in flat(to_json(group)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{name} must be finite, got {value}")
@@ -388,12 +418,12 @@ def _check_finite(group: Any) -> None:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as plain dictionaries."""
+    """Return a config as plain dictionaries."""
     return dataclasses.asdict(config)
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dots in its keys, as in `ppo.lr`."""
+    """Flatten nested dictionaries, with `prefix` and dots in the keys, as in `ppo.lr`."""
     found = {}
     for name, value in data.items():
         found |= (
@@ -403,10 +433,15 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
-    """Builds a config from what `to_json` wrote, maybe before there was this or that key.
+    """Build a config from what `to_json` of this version or an older one wrote.
 
-    A missing key takes the value that does what runs did before there was one: its default, if its metadata do not
-    say otherwise (`before`).
+    A missing key takes the value that does what runs did before there was one: its default, if its
+    metadata do not say otherwise (`before`).
+
+    Args:
+        kind: the dataclass.
+        data: its values by name, groups as dictionaries.
+        prefix: of names in messages.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming it.
@@ -433,7 +468,7 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
 
 
 def _checked(name: str, value: Any, expected: Any) -> Any:
-    """The value, if it has the type; an int passes for a float, a bool for nothing else."""
+    """Return a value if it has the type; an int passes for a float, a bool for nothing else."""
     allowed = typing.get_args(expected) or (expected,)
     if typing.get_origin(expected) is Literal:
         if value not in allowed:

@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend, and the names its advice installs packages by."""
+"""Usage errors, and the names by which their advice installs packages."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _FORMER = {DISTRIBUTION: "mam", NATIVE: "mam-native"}  # what older checkouts ar
 
 
 class UserError(Exception):
-    """Something asked for cannot be had. The message is one line: what is wrong, and what would be right.
+    """A usage error, in one line: what is wrong, and what would be right.
 
     Where a user's own code failed, the last lines of its traceback follow.
     """
@@ -21,22 +21,22 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run that was well asked for could not go on; what it had saved is as it was."""
+    """A run of valid arguments could not go on; what it had saved is as it was."""
 
     exit_code = 1
 
 
 def shown(value: Any) -> str:
-    """Write a value that may be anything, in part of a line."""
+    """Return the text of any value, in part of a line."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 def printable(text: object) -> str:
-    r"""Write text of unknown origin so that a terminal, a page or a file shows it and nothing else happens.
+    r"""Escape text of unknown origin for a terminal, a page or a file.
 
-    Control characters, marks that turn the direction of writing, and the bytes of names that are not UTF-8 become
-    escapes such as `\x1b`; what is different stays different.
+    Control characters, marks that turn the direction of writing, and the bytes of names that are
+    not UTF-8 become escapes such as `\x1b`; what is different stays different.
     """
     letters = (
         c if c.isprintable() or c == "\N{NO-BREAK SPACE}" else c.encode("unicode_escape").decode()
@@ -46,7 +46,14 @@ def printable(text: object) -> str:
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> UserError:
-    """The error for a name that does not exist, with the nearest ones that do and the command that lists all."""
+    """Return the error for a name that does not exist.
+
+    Args:
+        kind: of what it is a name.
+        name: as it was given.
+        valid: the names that exist, of which the nearest are suggested.
+        see: the command that lists them.
+    """
     names = list(valid)
     near = [v for v in names if v.startswith(name)][:3] or difflib.get_close_matches(
         name, names, n=3, cutoff=0.6
@@ -56,7 +63,7 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], *, see: str) -> Use
 
 
 def installed_version(name: str) -> str | None:
-    """Return the version of a distribution that is installed, under its former name if need be; None if it is not."""
+    """Return the version of an installed distribution, maybe under its former name, or None."""
     for candidate in filter(None, (name, _FORMER.get(name))):
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(candidate)
@@ -64,5 +71,5 @@ def installed_version(name: str) -> str | None:
 
 
 def missing_extra(who: str, needs: str, extra: str) -> UserError:
-    """Return the error for a package that one of the library's extras installs."""
+    """Return the error that `who` needs a package `needs`, which the `extra` installs."""
     return UserError(f'{who} needs {needs}: pip install "{DISTRIBUTION}[{extra}]"')

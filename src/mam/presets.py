@@ -1,7 +1,8 @@
-"""Good settings by task. A preset's name is a task, or a suite for all of its tasks that have none of their own.
+"""Good settings by task.
 
-A public sweep over a sister sequence model is where most numbers come from. A score that a docstring gives was measured
-here, and stands in the file of results that it names.
+A preset's name is a task, or a suite for all of its tasks that have none of their own. A public
+sweep over a sister sequence model is where most numbers come from. A score that a docstring gives
+was measured here, and stands in the file of results that it names.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from mam.errors import unknown_name
 def lbf_smallest() -> Config:
     """Two agents that must forage together: the task to try first.
 
-    `mam train`, which `make train` runs: minutes on 2 CPU cores. Twice as long, and with `--network.observation-norm
-    layer --ppo.no-normalise-value`, the absolute metric over five seeds is 0.990 [0.984, 0.994], with `--policy mat`
-    0.991 [0.987, 0.995] (results/lbf/README.md).
+    `mam train`, which `make train` runs: minutes on 2 CPU cores. Twice as long, and with
+    `--network.observation-norm layer --ppo.no-normalise-value`, the absolute metric over five seeds
+    is 0.990 [0.984, 0.994], with `--policy mat` 0.991 [0.987, 0.995] (results/lbf/README.md).
     """
     return Config(
         env="lbf/2s-8x8-2p-2f-coop",
@@ -56,7 +57,7 @@ def lbf_15x15_4p_5f() -> Config:
 
 
 def rware() -> Config:
-    """The robotic warehouse, any task."""
+    """Robotic warehouse, any task."""
     return Config(
         env="rware/tiny-4ag",
         total_timesteps=20_000_000,
@@ -67,7 +68,10 @@ def rware() -> Config:
 
 
 def rware_tiny_2ag() -> Config:
-    """Two robots in the smallest warehouse, at a size that learns on a CPU: `mam train --env rware/tiny-2ag`."""
+    """Two robots in the smallest warehouse, at a size that learns on a CPU.
+
+    `mam train --env rware/tiny-2ag`.
+    """
     return Config(
         env="rware/tiny-2ag",
         total_timesteps=4_000_000,
@@ -87,7 +91,7 @@ def rware_tiny_4ag() -> Config:
 
 
 def _long(env: str, d_model: int, num_blocks: int, **ppo: Any) -> Config:
-    """A run of the published length: 20 million steps, 122 evaluations."""
+    """Return a run of the published length: 20 million steps, 122 evaluations."""
     return Config(
         env=env,
         total_timesteps=20_000_000,
@@ -255,7 +259,7 @@ def overcooked() -> Config:
 
 
 def hanabi() -> Config:
-    """The card game, any number of players."""
+    """Hanabi, the card game, any number of players."""
     return _long("hanabi/2p", 128, 1, lr=5e-4, num_minibatches=4, max_grad_norm=0.5, ent_coef=0.01)
 
 
@@ -296,7 +300,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
 
 
 def preset(name: str) -> Config:
-    """The preset of this name.
+    """Return the preset of this name.
 
     Raises:
         UserError: if there is none.
@@ -307,7 +311,7 @@ def preset(name: str) -> Config:
 
 
 def preset_for(env: str) -> tuple[Config, str]:
-    """The settings to start from for a task, and the name of the preset they come from (`defaults` if none)."""
+    """Return the settings to start from for a task, and their preset's name or `defaults`."""
     for name in (env, env.split("/")[0]):
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name
@@ -315,10 +319,11 @@ def preset_for(env: str) -> tuple[Config, str]:
 
 
 def own() -> Config:
-    """Somebody's own environment, or one of PettingZoo.
+    """Return the settings to start from for custom environments and PettingZoo's.
 
-    Ids of a size that does not depend on the number of agents, so that the policy can play with others; and few
-    evaluations in one mode, because a simulator's steps cost as much there as in training.
+    Ids of a size that does not depend on the number of agents, so that the policy can play with
+    others; and few evaluations in one mode, because a simulator's steps cost as much there as in
+    training.
     """
     few = EvalConfig(
         num_evaluations=10, num_episodes=10, num_absolute_episodes=50, both_modes=False
@@ -327,7 +332,7 @@ def own() -> Config:
 
 
 def origin(name: str) -> str:
-    """Return what a preset is in one line: its network, and those that other tasks of the suite start from."""
+    """Return a preset's network in one line, and those of the suite's other tasks."""
     if name not in PRESETS:
         return f"settings start from {name}: {_network(Config())}"
     mine, suite = _network(PRESETS[name]()), name.partition("/")[0]
@@ -343,6 +348,9 @@ def origin(name: str) -> str:
 
 
 def _network(config: Config) -> str:
-    """The sizes in which presets differ."""
+    """Return the sizes in which presets differ."""
     network = config.network
-    return f"d_model {network.d_model}, {network.num_blocks} block{'s' if network.num_blocks > 1 else ''}"
+    return (
+        f"d_model {network.d_model}, "
+        f"{network.num_blocks} block{'s' if network.num_blocks > 1 else ''}"
+    )

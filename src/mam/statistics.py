@@ -1,11 +1,13 @@
-"""Statistics over tasks and seeds, with stratified bootstrap intervals (Agarwal et al., 2021, arXiv 2108.13264).
+"""Statistics over tasks and seeds, with stratified bootstrap intervals.
 
-By `scipy.stats`, which JAX brings along: `bootstrap` of several samples resamples each of them by itself, which is the
-stratified bootstrap if a sample is a task, and `trim_mean` is the interquartile mean. `rliable` gives the same numbers
-(the tests hold some of them), but its last release, 1.2.0, holds arch below 8 and so pandas below 3 for everything
-beside it, and takes no task with more seeds than another.
+Source: Agarwal et al. 2021 (arXiv 2108.13264). By `scipy.stats`, which JAX brings along:
+`bootstrap` of several samples resamples each of them by itself, which is the stratified bootstrap
+if a sample is a task, and `trim_mean` is the interquartile mean. `rliable` gives the same numbers
+(the tests hold some of them), but its last release, 1.2.0, holds arch below 8 and so pandas below 3
+for everything beside it, and takes no task with more seeds than another.
 
-Every statistic here takes one array per task, [*rest, seeds], and reduces tasks and seeds to [*rest].
+Every statistic here takes one array per task, [*rest, seeds], and reduces tasks and seeds to
+[*rest].
 """
 
 from collections.abc import Callable, Sequence
@@ -20,39 +22,41 @@ ENOUGH_RUNS = 5  # below this many an interval is too narrow to decide anything
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 5000
 
-_BATCH = 2_000_000  # numbers resampled at once: decides memory, and with it the order in which indices are drawn
+# Numbers resampled at once: decides memory, and with it the order in which indices are drawn.
+_BATCH = 2_000_000
 
 Scores = Sequence[Float[np.ndarray, "*rest _"]]  # one per task
 Statistic = Callable[..., Float[np.ndarray, "*rest"]]
 
 
 def iqm(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean: the mean of the middle half of all runs of all tasks."""
+    """Return the interquartile mean: that of the middle half of all runs of all tasks."""
     from scipy.stats import trim_mean
 
     return np.asarray(trim_mean(np.concatenate(tasks, axis=axis), 0.25, axis=axis))
 
 
 def mean(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean over tasks of their means over seeds."""
+    """Return the mean over tasks of their means over seeds."""
     return np.asarray(np.mean([task.mean(axis) for task in tasks], axis=0))
 
 
 def median(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Median over tasks of their means over seeds."""
+    """Return the median over tasks of their means over seeds."""
     return np.asarray(np.median([task.mean(axis) for task in tasks], axis=0))
 
 
 def optimality_gap(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """How far below 1, the best normalised score, runs are on average; scores above 1 count as 1."""
+    """Return how far below 1, the best normalised score, runs are; scores above 1 count as 1."""
     return np.asarray(np.mean([1 - np.minimum(task, 1).mean(axis) for task in tasks], axis=0))
 
 
 def improvement(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Probability that a run of X beats one of Y on the same task, averaged over tasks; a tie counts half.
+    """Return the probability that a run of X beats one of Y on the same task; a tie counts half.
 
-    Per task the Mann–Whitney statistic divided by the number of pairs. SciPy's own comes with a p-value, which cannot
-    be had where all runs tie and takes most of the time in a bootstrap.
+    It is averaged over tasks: per task the Mann–Whitney statistic divided by the number of pairs.
+    SciPy's own comes with a p-value, which cannot be had where all runs tie and takes most of the
+    time in a bootstrap.
 
     Args:
         tasks: X's tasks, then Y's in the same order.
@@ -75,7 +79,7 @@ AGGREGATES: dict[str, Statistic] = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, or an array of them, with its interval; the ends are NaN where there are too few seeds for one."""
+    """Numbers with their interval, whose ends are NaN where there are too few seeds."""
 
     value: Float[np.ndarray, "*rest"]
     low: Float[np.ndarray, "*rest"]
@@ -83,19 +87,19 @@ class Estimate:
     runs: int = 0  # behind it: the seeds of all tasks
 
     def complement(self) -> "Estimate":
-        """Of a probability: that of the opposite."""
+        """Return the probability of the opposite, if this is one."""
         value, low, high = (np.asarray(1 - x) for x in (self.value, self.high, self.low))
         return Estimate(value, low, high, self.runs)
 
     def above(self, other: "Estimate") -> bool:
-        """Whether this interval lies wholly above the other; never where either is of too few runs to tell."""
+        """Say whether this interval lies wholly above the other, and neither has too few runs."""
         return min(self.runs, other.runs) >= ENOUGH_RUNS and bool(np.all(self.low > other.high))
 
 
 def estimate(
     statistic: Statistic, tasks: Scores, *, rng: np.random.Generator | None = None
 ) -> Estimate:
-    """A statistic and its 95 % percentile interval, the same at every call.
+    """Compute a statistic and its 95 % percentile interval, the same at every call.
 
     Args:
         statistic: of one array per task.
@@ -117,7 +121,7 @@ def interval(
     num_resamples: int = NUM_RESAMPLES,
     rng: np.random.Generator | None = None,
 ) -> Float[np.ndarray, "2 *rest"]:
-    """Lower and upper end of the stratified percentile bootstrap interval of a statistic.
+    """Compute both ends of the stratified percentile bootstrap interval of a statistic.
 
     Args:
         statistic: of one array per task.

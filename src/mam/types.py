@@ -1,12 +1,17 @@
-"""The words everything else is written in: observations, time steps, transitions and the two protocols.
+"""The library's structures and protocols: observations, time steps, transitions, policies.
 
 Axis legend, used in every shape annotation of the library:
 
     T  rollout_length      steps of one rollout
+    L  sequence_length     steps of one sequence that is learned from, a divisor of T
     B  num_envs            environments stepped side by side
     N  num_agents          agents of one environment
+    M                      items side by side: sequences, episodes, rows, or the next agents
     O  obs_dim             features one agent observes
-    A  num_actions         choices of one agent, of all components side by side; real components of its action
+    G  state_dim           features of the global state
+    Y X C                  rows, columns and channels of an image
+    A  num_actions         choices of one agent, of all components side by side;
+                           real components of its action where it is continuous
     K  action_components   components of one agent's action where each is a choice
     P  num_outputs         numbers that a network puts out for one agent's action
     Z                      numbers of the noise from which one agent's action is sampled
@@ -14,12 +19,19 @@ Axis legend, used in every shape annotation of the library:
     E  d_model             width of the residual stream
     D  d_inner             width inside a state-space mixer (expand · d_model)
     S  d_state             state size per inner channel
-    H  num_heads           attention heads
-    G  state_dim           features of the global state
-    Y X C                  rows, columns and channels of a picture
+    H  num_heads           heads of attention or Mamba-2
+    R  dt_rank             rank of the step-size projection
+    I                      features that a dense layer reads
+    F                      features of any other vector, such as those of one head
 
-`*batch` stands for any number of leading axes (none, B, or T B). All arrays are stacked over agents;
-dictionaries keyed by agent names stop at the environment adapters.
+`*batch` stands for any number of leading axes (none, B, or T B); an axis called by a word, such as
+`seeds`, is a number of these. All arrays are stacked over agents; dictionaries keyed by agent names
+stop at the environment adapters.
+
+Where letters clash, the nearer meaning holds: arguments called A, B, C and D are the matrices of a
+state-space model, not axes; a dense layer puts out O features [I, O]; a convolution has K taps
+[K, F]; a head of SSD has P = D / H channels; CUDA decoders have C columns, R copies of an
+environment and J states in each; `envs/check` has G groups of V lanes with K clocks.
 """
 
 from dataclasses import dataclass
@@ -34,13 +46,13 @@ from jaxtyping import Bool, Float, Int, Key, Num, PyTree
 if TYPE_CHECKING:
     from jax import Array
 else:
-    Array = (
-        jax.Array | np.ndarray
-    )  # where an environment lives on the host, the same structures hold NumPy arrays
+    # With external environments the same structures hold NumPy arrays
+    Array = jax.Array | np.ndarray
 
-EnvState = PyTree  # whatever an environment needs to go on
+EnvState = PyTree  # what an environment needs to go on
 Memory = PyTree  # what a policy carries across environment steps; () if nothing
-# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in [-1, 1].
+# Of all agents: indices [*batch, N], or [*batch, N, K] of components, or real components in
+# [-1, 1].
 Action = Int[Array, "..."] | Float[Array, "*batch N A"]
 # Of one agent, or of any number along *batch: the same without N.
 AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
@@ -50,42 +62,37 @@ class Observation(eqx.Module):
     """What the agents see before they act, and what a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
-    action_mask: Bool[
-        Array, "*batch N A"
-    ]  # True = legal, or in use; every agent has one, in every component
-    alive: Bool[
-        Array, "*batch N"
-    ]  # False = dead or padded: its action is ignored, nothing is learned from it
-    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = (
-        None  # a picture for each agent
-    )
-    state: Float[Array, "*batch G"] | None = (
-        None  # of the whole environment, for centralised critics
-    )
+    # True = legal, or in use; every agent has one, in every component
+    action_mask: Bool[Array, "*batch N A"]
+    # False = dead or padded: its action is ignored, nothing is learned from it
+    alive: Bool[Array, "*batch N"]
+    # An image for each agent
+    grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None
+    # Of the whole environment, for centralised critics
+    state: Float[Array, "*batch G"] | None = None
 
 
 class TimeStep(eqx.Module):
     """What an environment returns from `reset` and `step`.
 
     `terminated` and `truncated` are never merged: a terminated episode is worth nothing more, a
-    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`. Where the dead earn
-    nothing more, an agent that is alive there but not in `observation` was truncated alone, while others go on.
+    truncated one (time limit) would have gone on and is bootstrapped from `final_observation`.
+    Where the dead earn nothing more, an agent that is alive there but not in `observation` was
+    truncated alone, while others go on.
     """
 
     observation: Observation  # to act on next; the new episode's first one after an auto-reset
-    reward: Float[
-        Array, "*batch N"
-    ]  # of the action just taken, per agent; a team reward is repeated
+    # Of the action just taken, per agent; a team reward is repeated
+    reward: Float[Array, "*batch N"]
     terminated: Bool[Array, "*batch"]  # the task itself ended
     truncated: Bool[Array, "*batch"]  # cut off by the time limit
     final_observation: Observation  # successor of the action just taken, before any auto-reset
-    metrics: dict[
-        str, Float[Array, "*batch"]
-    ]  # scalars such as episode_return; the same names at every step
+    # Scalars such as episode_return; the same names at every step
+    metrics: dict[str, Float[Array, "*batch"]]
 
     @property
     def ended(self) -> Bool[Array, "*batch"]:
-        """Whether the episode is over, for either reason; `observation` then starts a new one."""
+        """Say whether the episode is over; `observation` then starts a new one."""
         return self.terminated | self.truncated
 
 
@@ -96,28 +103,24 @@ class EnvSpec:
     name: str  # "suite/task"
     num_agents: int
     obs_dim: int
-    num_actions: (
-        int  # choices of one agent, of all components; with `continuous`, components of its action
-    )
+    # Choices of one agent, of all components; with `continuous`, components of its action
+    num_actions: int
     time_limit: int | None  # environment steps after which an episode is truncated; None if unknown
     continuous: bool = False  # actions are real numbers in [-1, 1] instead of indices
-    grid_shape: tuple[int, int, int] | None = None  # of the picture each agent sees
+    grid_shape: tuple[int, int, int] | None = None  # of the image each agent sees
     grid_dtype: str = "uint8"  # of its numbers
     state_dim: int | None = None  # features of the global state, where the environment gives one
-    team_reward: bool = (
-        True  # all agents earn the same, the dead too; if not, the dead earn nothing more
-    )
-    agent_names: tuple[str, ...] | None = (
-        None  # such as adversary_0; without its number it says of which kind one is
-    )
+    # All agents earn the same, the dead too; if not, the dead earn nothing more
+    team_reward: bool = True
+    # Such as adversary_0; without its number it says of which kind one is
+    agent_names: tuple[str, ...] | None = None
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
-    action_components: tuple[int, ...] | None = (
-        None  # choices in each component, where an agent makes several at once
-    )
+    # Choices in each component, where an agent makes several at once
+    action_components: tuple[int, ...] | None = None
 
     @property
     def joint_action(self) -> jax.ShapeDtypeStruct:
-        """Shape and type of all agents' actions: [N], [N, K], or [N, A] where they are continuous."""
+        """Shape and type of all agents' actions: [N], [N, K] or, if continuous, [N, A]."""
         if self.continuous:
             return jax.ShapeDtypeStruct((self.num_agents, self.num_actions), np.float32)
         components = () if self.action_components is None else (len(self.action_components),)
@@ -137,27 +140,45 @@ class Environment(Protocol):
         ...
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
-        """Starts an episode; reward is zero, `terminated` and `truncated` are False."""
+        """Start an episode; reward is zero, `terminated` and `truncated` are False."""
         ...
 
     def step(
         self, state: EnvState, action: Action, key: Key[Array, ""]
     ) -> tuple[EnvState, TimeStep]:
-        """Applies the joint action; `final_observation` equals `observation` here."""
+        """Apply the joint action.
+
+        Args:
+            state: as `reset` or the last step returned it.
+            action: of all agents, [N], [N, K] or, if continuous, [N, A].
+            key: decides everything random in this step.
+
+        Returns:
+            The state after it and what it led to; `final_observation` equals `observation` here.
+        """
         ...
 
     def animate(self, states: list[EnvState], path: Path) -> None:
-        """Writes a GIF of consecutive unbatched states; what subclasses do not write, cannot be drawn."""
+        """Write a GIF of an episode.
+
+        Args:
+            states: consecutive and unbatched.
+            path: the file.
+
+        Raises:
+            NotImplementedError: if the environment cannot be drawn.
+        """
         raise NotImplementedError(f"{self.spec.name} cannot be drawn")
 
 
 @runtime_checkable
 class HostEnvironments(Protocol):
-    """Environments side by side that are stepped on the host, not by JAX: somebody's simulator.
+    """External (non-JAX) environments, stepped side by side.
 
-    Time steps are as everywhere else, with NumPy arrays [B, …] that nobody overwrites later. Each environment
-    starts its next episode by itself: at an episode's last step `observation` is the next episode's first, and
-    `final_observation` the ended one's last. Metrics hold `episode_return` and `episode_length`.
+    Time steps are as everywhere else, with NumPy arrays [B, …] that are not overwritten later. Each
+    environment starts its next episode by itself: at an episode's last step `observation` is the
+    next episode's first, and `final_observation` the ended one's last. Metrics hold
+    `episode_return` and `episode_length`.
     """
 
     @property
@@ -167,15 +188,15 @@ class HostEnvironments(Protocol):
     def num_envs(self) -> int: ...
 
     def reset(self, seed: int) -> TimeStep:
-        """Starts an episode everywhere; environment i draws on (seed, i) alone from here on."""
+        """Start an episode everywhere; environment i draws on (seed, i) alone from here on."""
         ...
 
     def step(self, action: np.ndarray) -> TimeStep:
-        """Applies one joint action per environment: [B, N], [B, N, K] or, where actions are continuous, [B, N, A]."""
+        """Apply joint actions, [B, N], [B, N, K] or, if continuous, [B, N, A]."""
         ...
 
     def close(self) -> None:
-        """Ends the environments and the processes they live in; safe to call twice."""
+        """End the environments and their processes; safe to call twice."""
         ...
 
 
@@ -186,9 +207,8 @@ class PolicyOutput(eqx.Module):
     log_prob: Float[Array, "*batch N"]  # of each agent's action given the earlier agents' actions
     value: Float[Array, "*batch N"]
     order: Int[Array, "*batch N"]  # order[k] = the agent that decided k-th
-    metrics: dict[str, Float[Array, "*batch"]] = eqx.field(
-        default_factory=dict
-    )  # of acting; the same names always
+    # Of acting; the same names always
+    metrics: dict[str, Float[Array, "*batch"]] = eqx.field(default_factory=dict)
 
 
 class Evaluation(eqx.Module):
@@ -203,12 +223,12 @@ class Evaluation(eqx.Module):
 class Policy(Protocol):
     """All that the trainer, the evaluator and the command line know of an algorithm.
 
-    Every leaf is an array, so `jax.jit`, `jax.grad` and `jax.vmap` apply as they are. Leading axes are
-    free: the same methods serve one environment, a batch, or a whole rollout.
+    Every leaf is an array, so `jax.jit`, `jax.grad` and `jax.vmap` apply as they are. Leading axes
+    are free: the same methods serve one environment, a batch, or a whole rollout.
     """
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Memory before the first step of an episode, for leading axes `batch`; () for policies without one."""
+        """Return the memory before an episode, for leading axes `batch`; () if there is none."""
         ...
 
     def act(
@@ -220,9 +240,17 @@ class Policy(Protocol):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses one joint action per batch element: a sample, or the most likely one if `greedy`.
+        """Choose one joint action per batch element.
 
-        `reset` marks the first step of an episode.
+        Args:
+            memory: after step t − 1; `init_memory` at first.
+            obs: what is seen at step t.
+            reset: whether t is the first step of an episode, in which `memory` is not read.
+            key: decides what is sampled.
+            greedy: take the most likely action instead of a sample.
+
+        Returns:
+            The memory after step t; the action, and its log-probability, value and order.
         """
         ...
 
@@ -234,21 +262,31 @@ class Policy(Protocol):
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Log-probability, entropy and value of stored joint actions, differentiable in the policy.
+        """Evaluate stored joint actions, differentiably in the policy.
 
-        A policy with memory reads the first leading axis as time; `memory`, without that axis, is what it
-        was before the first step. For a policy without memory all leading axes are alike.
+        A policy with memory reads the first leading axis as time. For a policy without memory all
+        leading axes are alike.
+
+        Args:
+            memory: before the first step, without the time axis.
+            obs: what was seen at step t.
+            action: the joint action at t.
+            order: in which the agents decided at t.
+            reset: whether t was the first step of its episode.
+
+        Returns:
+            Log-probability, entropy and value per agent, [*batch, N].
         """
         ...
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """State value per agent, for an observation that continues the episode of `memory`."""
+        """Return the state value per agent of `obs`, which continues the episode of `memory`."""
         ...
 
     def successor_values(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """State values of what followed every step of a rollout, from one memory for all of them.
+        """Return the state values of what followed every step of a rollout, from one memory.
 
         Equals `value(memory after step t, successor at t)`; axes are those of `evaluate`.
 

@@ -18,10 +18,14 @@ class Advantages(eqx.Module):
 def with_the_dead(
     value: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], *, team_reward: bool
 ) -> Float[Array, "*batch N"]:
-    """Values in which those of dead agents, of which the critic knows nothing, are replaced.
+    """Replace the values of dead agents, of which the critic knows nothing.
 
-    A team's reward goes on after a member's death, and is partly of its making: the dead take the mean value of the
-    living (0 if there are none). Where rewards are the agents' own, death ends them: the value is 0.
+    Args:
+        value: v(s_t), per agent.
+        alive: agents whose values stay.
+        team_reward: a team's reward goes on after a member's death, and is partly of its making:
+            the dead take the mean value of the living (0 if there are none). Where rewards are the
+            agents' own, death ends them: the value is 0.
     """
     if not team_reward:
         return jnp.where(alive, value, 0.0)
@@ -37,10 +41,11 @@ def constant_value(
     gamma: float,
     shard: Shard = WHOLE,
 ) -> Float[Array, ""]:
-    """The value of a critic that sees nothing: c = E[r] / E[1 − γ (1 − terminated)], over living agents.
+    """Return the best constant value, c = E[r] / E[1 − γ (1 − terminated)] over living agents.
 
-    It solves c = E[r + γ (1 − terminated) c]. Where values start there, a constant in all rewards need not be learned
-    over many times 1 / (1 − γ) steps (Naik et al. 2024, arXiv 2405.09999, on such offsets).
+    It solves c = E[r + γ (1 − terminated) c]. Where values start there, a constant in all rewards
+    need not be learned over many times 1 / (1 − γ) steps (Naik et al. 2024, arXiv 2405.09999, on
+    such offsets).
 
     Args:
         reward: r_{t+1}, of the action at t.
@@ -67,7 +72,7 @@ def generalised_advantages(
     gamma: float,
     gae_lambda: float,
 ) -> Advantages:
-    """GAE(λ) in which a time limit is no termination.
+    """Estimate advantages by GAE(λ) in which a time limit is no termination.
 
         δ_t = r_{t+1} + γ (1 − terminated_{t+1}) v(s'_{t+1}) − v(s_t)
         Â_t = δ_t + γ λ (1 − terminated_{t+1}) (1 − truncated_{t+1}) Â_{t+1}
@@ -75,7 +80,8 @@ def generalised_advantages(
     Args:
         reward: r_{t+1}, of the action at t.
         value: v(s_t).
-        next_value: v(s'_{t+1}), of the true successor even where the environment has reset itself since.
+        next_value: v(s'_{t+1}), of the true successor even where the environment has reset itself
+            since.
         terminated: the action at t ended the task.
         truncated: the action at t was the last one before a cut.
         gamma: discount per step.
@@ -84,7 +90,8 @@ def generalised_advantages(
     Returns:
         Advantages and value targets.
 
-    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; truncation after Pardo et al. 2018 (arXiv 1712.00378).
+    Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; truncation after Pardo et al. 2018
+    (arXiv 1712.00378).
     """
     delta = reward + gamma * jnp.where(terminated, 0.0, next_value) - value
     carry_on = jnp.where(terminated | truncated, 0.0, gamma * gae_lambda)

@@ -1,4 +1,4 @@
-"""Behaviour cloning: actions that somebody else chose, learned as if they were the policy's own."""
+"""Behaviour cloning: recorded actions, learned as if they were the policy's own."""
 
 from dataclasses import dataclass
 
@@ -15,24 +15,27 @@ from mam.types import Evaluation
 
 @dataclass(frozen=True)
 class BehaviourCloning:
-    """−E[log π(a | o)] + c_V · ½ E[(v − R)²] over living agents, of joint actions with teacher forcing.
+    """Behaviour cloning of joint actions, with teacher forcing.
+
+        −E[log π(a | o)] + c_V · ½ E[(v − R)²]   over living agents
 
     R are λ-returns of the recorded rewards, bootstrapped from the critic itself.
 
-    Source: Pomerleau 1991 (behaviour cloning); the autoregressive joint policy as in MAT (arXiv 2205.14953), eq. 5.
+    Source: Pomerleau 1991 (behaviour cloning); the autoregressive joint policy as in MAT
+    (arXiv 2205.14953), eq. 5.
     """
 
     value_coef: float = 0.0  # c_V; with 0 the critic learns nothing, and rewards are not read
 
     @property
     def needs_values(self) -> bool:
-        """Whether there are returns to predict."""
+        """Say whether there are returns to predict."""
         return self.value_coef > 0
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> Float[Array, "T B N"] | None:
-        """Return R, if it is to be predicted."""
+        """Return R, if it is to be predicted; see `Objective`."""
         return None if estimates is None else policy.normalise_value(estimates.target)
 
     def loss(
@@ -42,7 +45,7 @@ class BehaviourCloning:
         targets: Float[Array, "L M N"] | None,
         shard: Shard,
     ) -> Losses:
-        """Return the loss of a minibatch."""
+        """Return the loss of a minibatch; see `Objective`."""
         alive = batch.observation.alive
         count = jnp.maximum(shard.sum(alive.sum()), 1)
         loss = -jnp.sum(jnp.where(alive, evaluation.log_prob, 0.0)) / count

@@ -26,7 +26,7 @@ def estimate(
     config: PPOConfig,
     shard: Shard = WHOLE,
 ) -> tuple[Transition, Advantages]:
-    """Estimate what a rollout was worth, with GAE in which the dead's values are replaced.
+    """Estimate advantages of a rollout, with GAE in which the dead's values are replaced.
 
     Args:
         policy: its critic values the states, and their true successors.
@@ -41,7 +41,7 @@ def estimate(
     transitions = rollout.transitions
     value, next_value = _values(policy, rollout, spec, config, shard)
     seen, reached = transitions.observation.alive, transitions.final_observation.alive
-    # Who was not truncated alone goes on.
+    # An agent that was not truncated alone goes on.
     goes_on = jnp.concatenate([seen[1:], rollout.final_alive[None]])
     team_reward = spec.team_reward
     estimates = generalised_advantages(
@@ -59,7 +59,7 @@ def estimate(
 def _values(
     policy: NormalisedPolicy, rollout: Rollout, spec: EnvSpec, config: PPOConfig, shard: Shard
 ) -> tuple[Float[Array, "T B N"], Float[Array, "T B N"]]:
-    """Values of what was observed and of its true successors.
+    """Return the values of what was observed and of its true successors.
 
     Values that are normalised start, at the first rollout, as the best constant.
     """
@@ -77,6 +77,6 @@ def _values(
 
 
 def _terminated(transitions: Transition, spec: EnvSpec) -> Bool[Array, "T B #N"]:
-    """For whom the action was the last: death ends one's own reward, not a team's."""
+    """Say for which agents the action was the last: death ends an own reward, not a team's."""
     terminated = transitions.terminated[..., None]
     return terminated if spec.team_reward else terminated | ~transitions.final_observation.alive

@@ -15,7 +15,8 @@ from mam.config import EvalConfig
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Environment, EnvSpec, EnvState, Memory, Policy, TimeStep
 
-UNFINISHED = "unfinished"  # the metric that is 1 for an episode that was cut off by the evaluation's own limit
+# The metric that is 1 for an episode that was cut off by the evaluation's own limit
+UNFINISHED = "unfinished"
 AGENT_RETURN = "agent_return"  # each agent's own, where rewards are not a team's
 MOST_KINDS = 16  # of agents, whose returns are metrics
 
@@ -42,20 +43,22 @@ def evaluate(
     max_steps: int | Int[Array, ""] = EvalConfig.max_episode_steps,
     shard: Shard = WHOLE,
 ) -> dict[str, Float[Array, "M *agents"]]:
-    """Plays episodes side by side, each from a fresh reset to its end, and stops when the last one is over or cut off.
+    """Play episodes side by side, each from a fresh reset to its end or its cut-off.
 
     Args:
-        env: one environment that reports its metrics, such as `EpisodeStatistics`; it need not reset itself.
+        env: one environment that reports its metrics, such as `EpisodeStatistics`; it need not
+            reset itself.
         policy: the weights to evaluate.
         key: decides everything random.
         num_episodes: M.
-        greedy: take the most likely actions instead of sampling; the rest is the same for the same key.
-        max_steps: steps after which what has not ended is cut off.
+        greedy: take the most likely actions instead of sampling; the rest is the same for the same
+            key.
+        max_steps: steps after which an episode that has not ended is cut off.
         shard: plays its share of the episodes; all devices return those of all.
 
     Returns:
-        The environment's metrics at the end of each episode, `episode_return`, `episode_length`, …; UNFINISHED; and,
-        where rewards are not a team's, AGENT_RETURN, [M, N].
+        The environment's metrics at the end of each episode, `episode_return`, `episode_length`, …;
+        UNFINISHED; and, where rewards are not a team's, AGENT_RETURN, [M, N].
     """
     share = -(-num_episodes // shard.num_shards)
 
@@ -107,7 +110,7 @@ def evaluate(
 def with_kinds(
     metrics: Mapping[str, Any], spec: EnvSpec, *, each_agent: bool = False
 ) -> dict[str, Any]:
-    """Returns the metrics with `return_<kind>`, the mean over the agents of a kind, and without AGENT_RETURN.
+    """Replace AGENT_RETURN by `return_<kind>`, the mean over the agents of a kind.
 
     Args:
         metrics: of episodes, as `evaluate` returns them.
@@ -126,9 +129,9 @@ def with_kinds(
 
 
 def agents_by_kind(names: tuple[str, ...]) -> dict[str, Int[np.ndarray, "n"]]:
-    """Returns the agents of each kind, which is a name without the number at its end.
+    """Return the agents of each kind, which is a name without the number at its end.
 
-    Nothing where all are of one kind, or there are more than MOST_KINDS.
+    There are none where all are of one kind, or there are more than MOST_KINDS.
     """
     kinds = [re.sub(r"[\W_]*\d+$", "", name) or "agent" for name in names]
     different = dict.fromkeys(kinds)

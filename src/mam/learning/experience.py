@@ -39,27 +39,43 @@ Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] o
 class Experience(Protocol):
     """A source of rollouts.
 
-    Where it is compiled, `collect` is traced for one seed, on every device for its share; elsewhere it is called for
-    all seeds at once, with arrays [seeds, …].
+    Where it is compiled, `collect` is traced for one seed, on every device for its share; elsewhere
+    it is called for all seeds at once, with arrays [seeds, …].
     """
 
     @property
     def compiled(self) -> bool: ...
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> Any:
-        """Return the carry before the first rollout, of one seed and this device's share."""
+        """Return the carry before the first rollout.
+
+        Args:
+            policy: of one seed.
+            key: decides how episodes start.
+            shard: this device's share of the environments.
+        """
         ...
 
     def collect(
         self, policy: Policy, carry: Any, key: Key[Array, "*seeds"], shard: Shard
     ) -> tuple[Any, Rollout, Values]:
-        """Return the carry after the next rollout, the rollout, and metrics that came beside it."""
+        """Collect the next rollout.
+
+        Args:
+            policy: acts, or says what memory is.
+            carry: as `init` or the last rollout left it.
+            key: decides everything random in it.
+            shard: this device's share of the environments.
+
+        Returns:
+            The carry after it, the rollout [T, B, …], and metrics that came beside it.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Environments that are pure functions: rollouts and episodes are parts of compiled programs."""
+    """Environments in JAX: rollouts and episodes are parts of compiled programs."""
 
     config: Config
     devices: Devices
@@ -83,13 +99,13 @@ class OnDevice:
         return replace(self.batched, num_envs=share, first=shard.index * share)
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
-        """Start an episode in every environment."""
+        """Start an episode in every environment; see `Experience`."""
         return init_rollout_state(self._share(shard), policy, key)
 
     def collect(
         self, policy: Policy, carry: RolloutState, key: Key[Array, ""], shard: Shard
     ) -> tuple[RolloutState, Rollout, Values]:
-        """Act for one rollout."""
+        """Act for one rollout; see `Experience`."""
         length, sequence = self.config.ppo.rollout_length, self.config.ppo.sequence_length
         return *rollout(self._share(shard), policy, carry, key, length, shard, sequence), {}
 
@@ -113,7 +129,17 @@ class OnDevice:
         num_episodes: int,
         modes: Sequence[bool],
     ) -> Values:
-        """Play each mode with its policy: one program, in which the mode is data. Metrics are [modes, …]."""
+        """Play each mode with its policy, in one program.
+
+        Args:
+            policies: one per mode.
+            key: the same for all modes.
+            num_episodes: in each mode.
+            modes: whether to take the most likely actions.
+
+        Returns:
+            Metrics, [modes, episodes].
+        """
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *policies), jnp.array(modes)
         values = lax.map(lambda mode: self.play(mode[0], key, num_episodes, mode[1]), stacked)
         return with_kinds(values, self.spec)
@@ -141,12 +167,12 @@ class External:
 
     @cached_property
     def env(self) -> HostEnvironments:
-        """Where policies are evaluated."""
+        """Environments in which policies are evaluated."""
         return self._start(self._per_round)
 
     @cached_property
     def _learning(self) -> HostEnvironments:
-        """Where they learn."""
+        """Environments that rollouts come from."""
         first = self.config.num_seeds * self._per_round
         with self.clock.part("environment"):
             return Timed(self._start(self.config.ppo.num_envs, first=first), self.clock)
@@ -164,13 +190,16 @@ class External:
         return self.env.spec
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
-        """Return a state of the right shapes: episodes start with the first rollout."""
+        """Return a state of the right shapes: episodes start with the first rollout.
+
+        See `Experience` for the arguments.
+        """
         return blank_state(policy, self.spec, self.config.ppo.num_envs)
 
     def collect(
         self, policy: Policy, carry: RolloutState, key: Key[Array, "seeds"], shard: Shard
     ) -> tuple[RolloutState, Rollout, Values]:
-        """Act for one rollout."""
+        """Act for one rollout; see `Experience`."""
         ppo, num_seeds = self.config.ppo, self.config.num_seeds
         if "_learning" not in self.__dict__:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
@@ -198,7 +227,17 @@ class External:
         num_episodes: int,
         modes: Sequence[bool],
     ) -> Values:
-        """Play each mode with its policy. Metrics are [modes, …]."""
+        """Play each mode with its policy, one after another.
+
+        Args:
+            policies: one per mode, each [seeds].
+            key: the same for all modes.
+            num_episodes: per seed, in each mode.
+            modes: whether to take the most likely actions.
+
+        Returns:
+            Metrics, [modes, seeds, episodes].
+        """
         key = jax.vmap(jax.random.split)(key)[:, 0]
         values = [
             self.play(policy, key, num_episodes, greedy)
@@ -226,7 +265,8 @@ def environments(config: Config) -> Environments:
     if lives_on_host(config.env):
         if jax.process_count() > 1:
             raise UserError(
-                f"{config.env} lives in processes of one host: only environments in JAX run on several"
+                f"{config.env} lives in processes of one host: "
+                "only environments in JAX run on several"
             )
         return External(config)
     num_envs, num_devices = config.ppo.num_envs, config.num_devices or jax.device_count()
@@ -243,9 +283,9 @@ def environments(config: Config) -> Environments:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Somebody else's joint transitions, in memory: a rollout is num_envs windows of them, drawn at random.
+    """Recorded joint transitions, of which a rollout is num_envs windows drawn at random.
 
-    Each window is a sequence of its own, at whose start nothing is remembered.
+    Each window is a sequence of its own, at whose start memory is empty.
     """
 
     transitions: Transition  # [T, B, …]; log_prob, value and metrics are not read
@@ -259,13 +299,13 @@ class Recorded:
             raise UserError(f"windows of {self.length} steps do not fit in {num_steps} recorded")
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
-        """Return nothing: there is nothing to carry over."""
+        """Return nothing: there is nothing to carry over; see `Experience`."""
         return ()
 
     def collect(
         self, policy: Policy, carry: tuple[()], key: Key[Array, ""], shard: Shard
     ) -> tuple[tuple[()], Rollout, Values]:
-        """Draw the windows."""
+        """Draw the windows; see `Experience`."""
         num_steps, num_columns = self.transitions.reset.shape
         first_key, column_key = jax.random.split(key)
         last = num_steps - self.length + 1

@@ -1,7 +1,7 @@
-"""Acting in environments that live on the host: somebody's simulator in worker processes, the policy on the device.
+"""Acting in external environments: they run in worker processes, the policy on the device.
 
-The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays are [seeds, B, …],
-and the environments of all seeds stand side by side in one `HostEnvironments`.
+The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays
+are [seeds, B, …], and the environments of all seeds stand side by side in one `HostEnvironments`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from mam.types import (
     Transition,
 )
 
-LAST_STEP = 2**31 - 1  # that nobody reaches
+LAST_STEP = 2**31 - 1  # which no run reaches
 
 
 @jax.jit
@@ -41,7 +41,18 @@ def act(
     step: Int[Array, ""],
     greedy: Bool[Array, ""],
 ) -> tuple[Memory, PolicyOutput]:
-    """`policy.act` of all seeds at step t, each environment with a key of its own."""
+    """Act for all seeds at step t, each environment with a key of its own.
+
+    Args:
+        policy: [seeds].
+        state: what is acted on, [seeds, B, …].
+        key: [seeds].
+        step: t, the same for all.
+        greedy: take the most likely actions instead of sampling.
+
+    Returns:
+        What `policy.act` returns, [seeds, B, …].
+    """
     keys = jax.random.split(jax.random.fold_in(key, step), state.reset.shape[0])
     return policy.act(state.memory, state.observation, state.reset, keys, greedy=greedy)
 
@@ -74,7 +85,13 @@ class Timed:
 
 
 def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
-    """Return a state of the right shapes, before there is an episode: for one seed, [B, …]."""
+    """Return a state of the right shapes, before there is an episode.
+
+    Args:
+        policy: of one seed.
+        spec: of the task.
+        num_envs: B.
+    """
     n, dtype = spec.num_agents, jax.dtypes.canonicalize_dtype(spec.grid_dtype)
     observation = Observation(
         agents_view=jnp.zeros((num_envs, n, spec.obs_dim)),
@@ -92,7 +109,17 @@ def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
 def start_episodes(
     envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int
 ) -> tuple[RolloutState, TimeStep]:
-    """Starts an episode in every environment; `memory` is that before any step, [seeds, B, …]."""
+    """Start an episode in every environment.
+
+    Args:
+        envs: those of all seeds.
+        memory: that before any step, [seeds, B, …].
+        num_seeds: how many seeds share the environments.
+        seed: decides the episodes.
+
+    Returns:
+        What is acted on next, and the time step it comes from, [seeds, B, …].
+    """
     timestep = _by_seed(envs.reset(seed), num_seeds)
     reset = np.ones_like(timestep.terminated)
     return RolloutState(
@@ -108,7 +135,15 @@ def host_rollout(
     length: int,
     sequence_length: int | None = None,
 ) -> tuple[RolloutState, Rollout]:
-    """Take `length` steps in every environment with sampled actions; arguments as of `rollout`, for all seeds.
+    """Take `length` steps in every environment with sampled actions.
+
+    Args:
+        envs: those of all seeds.
+        policy: acts in all of them, [seeds].
+        state: where the last rollout ended, [seeds, B, …].
+        key: decides what is sampled, [seeds].
+        length: T.
+        sequence_length: L, a divisor of T: memory is kept before every L-th step; T if None.
 
     Returns:
         The state after the last step, and what happened, [seeds, T, B, …], as NumPy arrays.
@@ -131,7 +166,7 @@ def host_rollout(
 
 
 def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the same metrics with all names in each: NaN where a name had not come up yet."""
+    """Return the same metrics with all names in each: NaN where a name had not come up yet."""
     names = dict.fromkeys(name for one in metrics for name in one)
     blank = [np.full_like(one["episode_return"], np.nan) for one in metrics]
     return [
@@ -141,12 +176,13 @@ def aligned(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarray]]:
-    """Takes the metrics that environments made of infos out of a rollout [seeds, T, B].
+    """Take the metrics that environments made of infos out of a rollout [seeds, T, B].
 
     Their names come up one by one, and for each of them the update would be compiled anew.
 
     Returns:
-        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if none did.
+        The transitions without them, and their means over the episodes that ended, [seeds]; NaN if
+        none did.
     """
     infos = {name: x for name, x in transitions.metrics.items() if name.startswith("info_")}
     rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
@@ -170,13 +206,23 @@ def host_evaluate(
     greedy: bool = False,
     max_steps: int = EvalConfig.max_episode_steps,
 ) -> dict[str, np.ndarray]:
-    """Plays `num_episodes` episodes per seed, in rounds of as many as there are environments.
+    """Play `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
-    Each environment plays one episode a round, so short episodes do not count for more than long ones.
+    Each environment plays one episode a round, so short episodes do not count for more than long
+    ones.
+
+    Args:
+        envs: those of all seeds.
+        policy: [seeds].
+        memory: that before any step, [seeds, B, …].
+        key: decides everything random, [seeds].
+        num_episodes: M, per seed.
+        greedy: take the most likely actions instead of sampling.
+        max_steps: steps after which an episode that has not ended is cut off.
 
     Returns:
         The environments' metrics at the end of each episode, or after `max_steps`, and UNFINISHED,
-        [seeds, num_episodes]; where rewards are not a team's, AGENT_RETURN, [seeds, num_episodes, N].
+        [seeds, M]; where rewards are not a team's, AGENT_RETURN, [seeds, M, N].
     """
     num_seeds = key.shape[0]
     per_round = envs.num_envs // num_seeds
@@ -207,7 +253,10 @@ def host_evaluate(
 
 
 def seed_of(key: Key[Array, "..."]) -> int:
-    """A number for those who know nothing of keys, from the first of these; acting at step t uses `fold_in(key, t)`."""
+    """Return a seed for external environments from the first key.
+
+    It is drawn at LAST_STEP, because acting at step t uses `fold_in(key, t)`.
+    """
     return int(jax.random.bits(jax.random.fold_in(key.reshape(-1)[0], LAST_STEP)))
 
 
@@ -219,7 +268,7 @@ def _step(
     step: int,
     greedy: bool = False,
 ) -> tuple[Memory, PolicyOutput, TimeStep]:
-    """One step of the policy and of every environment."""
+    """Take one step of the policy and of every environment."""
     memory, output = act(policy, state, key, step, greedy)
     output = jax.device_get(output)
     action = output.action.reshape(envs.num_envs, *output.action.shape[2:])
@@ -227,5 +276,5 @@ def _step(
 
 
 def _by_seed(tree: PyTree, num_seeds: int) -> PyTree:
-    """[seeds · B, …] → [seeds, B, …]."""
+    """Split the first axis: [seeds · B, …] → [seeds, B, …]."""
     return jax.tree.map(lambda x: x.reshape(num_seeds, -1, *x.shape[1:]), tree)

@@ -1,7 +1,7 @@
-"""Numbers that are none: found inside the compiled update, which then changes nothing, and named.
+"""Non-finite values: found inside the compiled update, which then changes nothing, and named.
 
-Arrays are watched in the order in which data flow through a train step, so the first bad one is where it began.
-Dead agents may see and earn anything.
+Arrays are watched in the order in which data flow through a train step, so the first one with such
+a value is where it began. Dead agents may see and earn anything.
 """
 
 from collections.abc import Sequence
@@ -13,33 +13,43 @@ from jaxtyping import Array, Bool, Int, PyTree
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Observation, Transition
 
-FINE = -1  # in place of the number of a bad array
+FINE = -1  # in place of the index of an array with a non-finite value
 
 
 def first_bad(flags: Sequence[Bool[Array, ""]], shard: Shard = WHOLE) -> Int[Array, ""]:
-    """Which of the flags is the first that is set, on any device; FINE if none is."""
+    """Return the index of the first flag that is set, on any device; FINE if none is.
+
+    Args:
+        flags: scalars, each for one array.
+        shard: where arrays lie on several devices, this one's share.
+    """
     stacked = shard.max(jnp.stack(flags).astype(jnp.int32))
     return jnp.where(stacked.any(), jnp.argmax(stacked), FINE).astype(jnp.int32)
 
 
 def is_bad(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
-    """Whether a number in it is NaN or infinite, among those of the living if `alive` is given."""
+    """Say whether an array has a non-finite value.
+
+    Args:
+        x: any array [*batch, N, …], or None, which has none.
+        alive: agents whose values count; all if None.
+    """
     if x is None or not jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros((), bool)
     if alive is not None:
         x = jnp.where(alive.reshape(*alive.shape, *[1] * (x.ndim - alive.ndim)), x, 0)
-    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of finite
-    # ones do not overflow.
+    # A product, because XLA's reductions are slow on CPU; with small numbers, so that sums of
+    # finite ones do not overflow.
     return ~jnp.isfinite(jnp.vdot(x, jnp.full_like(x, 1e-20)))
 
 
 def bad_leaves(tree: PyTree) -> list[Bool[Array, ""]]:
-    """One flag per leaf."""
+    """Say of each leaf whether it has a non-finite value."""
     return [is_bad(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def leaf_names(tree: PyTree, what: str) -> list[str]:
-    """Names for `bad_leaves`, such as `gradient of decoder.head.weight`."""
+    """Return a name per leaf, `what` and its path, such as `gradient of decoder.head.weight`."""
     return [
         f"{what} {jax.tree_util.keystr(path).lstrip('.')}"
         for path, _ in jax.tree.leaves_with_path(tree)
@@ -53,7 +63,7 @@ ROLLOUT_NAMES = (
 
 
 def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
-    """One flag for each of ROLLOUT_NAMES."""
+    """Say of each of ROLLOUT_NAMES whether it has a non-finite value."""
     seen, reached = transitions.observation, transitions.final_observation
     alive = seen.alive
     own = (transitions.reward, transitions.log_prob, transitions.value)
@@ -72,7 +82,13 @@ def _bad_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
 
 
 def kept(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:
-    """The old state of the seeds that are bad, the new one of the others; leaves are [seeds, …]."""
+    """Select the old state for seeds with a non-finite value, the new one for others.
+
+    Args:
+        bad: seeds that had such a value.
+        old: the state before, whose leaves are [seeds, …].
+        new: the state after.
+    """
 
     def choose(old: Array, new: Array) -> Array:
         return jnp.where(bad.reshape(-1, *[1] * (new.ndim - 1)), old, new)

@@ -1,8 +1,8 @@
-"""Observations and values in units of their own running statistics: a policy around a policy.
+"""Observations and values in units of their running statistics: a policy around a policy.
 
-The network inside sees features of mean 0 and deviation 1 and predicts (v − μ) / σ. Outside nothing of this shows:
-observations go in as the environment gives them, values come out in units of reward. Statistics change between
-rollouts only, so acting and evaluating agree within one.
+The network inside sees features of mean 0 and deviation 1 and predicts (v − μ) / σ. Outside nothing
+of this shows: observations go in as the environment gives them, values come out in units of reward.
+Statistics change between rollouts only, so acting and evaluating agree within one.
 """
 
 from dataclasses import replace
@@ -22,11 +22,12 @@ MAX_DEVIATIONS = 10.0  # where normalised features are clipped
 OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
 VALUE_HORIZON = 10  # the same of value targets, which change with the policy
 FEATURE_FLOOR = 1e-8  # variances below are taken for this
-VALUE_FLOOR = 1.0  # small values stay as they are: scaled up, rare rewards would outweigh all else in the gradient
+# Small values stay as they are: scaled up, rare rewards would outweigh all else in the gradient
+VALUE_FLOOR = 1.0
 
 
 class Moments(eqx.Module):
-    """Running mean and variance of any number of features; a leading axis of seeds where there are several."""
+    """Running mean and variance of features; one leading axis where there are several seeds."""
 
     count: Float[Array, "*seeds"]  # samples; 0: nothing was seen yet
     mean: Float[Array, "*seeds_features"]
@@ -35,7 +36,7 @@ class Moments(eqx.Module):
 
     @classmethod
     def init(cls, *features: int, floor: float = FEATURE_FLOOR) -> "Moments":
-        """Returns mean 0 and variance 1, which change nothing."""
+        """Return mean 0 and variance 1, with which normalising changes nothing."""
         return cls(
             count=jnp.zeros(()), mean=jnp.zeros(features), var=jnp.ones(features), floor=floor
         )
@@ -46,11 +47,11 @@ class Moments(eqx.Module):
         return jnp.sqrt(jnp.maximum(self.var, self.floor))
 
     def normalise(self, x: Shaped[Array, "..."]) -> Float[Array, "..."]:
-        """Returns (x − μ) / σ, for [*batch, *features]."""
+        """Return (x − μ) / σ, for [*batch, *features]."""
         return (x - self.mean) / self.deviation
 
     def restore(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns x σ + μ, the inverse of `normalise`."""
+        """Return x σ + μ, the inverse of `normalise`."""
         return x * self.deviation + self.mean
 
     def update(
@@ -61,16 +62,18 @@ class Moments(eqx.Module):
         horizon: int,
         shard: Shard = WHOLE,
     ) -> "Moments":
-        """Takes a batch in: the moments of all samples so far, while these are no more than `horizon` batches.
+        """Return the moments of all samples so far and those of a batch.
 
         Args:
             x: samples [*batch, *features]; those that are masked may be anything, NaN included.
             mask: which samples count.
-            horizon: batches after which the oldest samples fade, each batch then weighing 1 / horizon.
-            shard: where the batch lies on several devices, this one's share of it; the result is the same on all.
+            horizon: batches after which the oldest samples fade, each batch then weighing
+                1 / horizon.
+            shard: where the batch lies on several devices, this one's share of it; the result is
+                the same on all.
 
-        Source: Chan, Golub & LeVeque 1983, eq. 2.1 (moments of two samples merged). Everything is measured from the
-        old mean, so that float32 suffices for features far from zero.
+        Source: Chan, Golub & LeVeque 1983, eq. 2.1 (moments of two samples merged). Everything is
+        measured from the old mean, so that float32 suffices for features far from zero.
         """
         axes, counts = (
             tuple(range(mask.ndim)),
@@ -101,7 +104,13 @@ class Statistics(eqx.Module):
 
     @classmethod
     def init(cls, spec: EnvSpec, *, observations: bool, values: bool) -> "Statistics":
-        """Returns those of nothing, for what is to be normalised."""
+        """Return the statistics before any sample.
+
+        Args:
+            spec: sizes of the task.
+            observations: whether features and the global state are normalised.
+            values: whether values are.
+        """
         num_features = spec.obs_dim - spec.id_dim
         return cls(
             features=Moments.init(num_features) if observations and num_features else None,
@@ -112,7 +121,7 @@ class Statistics(eqx.Module):
         )
 
     def normalise(self, obs: Observation) -> Observation:
-        """Returns what the network sees."""
+        """Return the observation in the network's units."""
         view, state = obs.agents_view, obs.state
         if self.features is not None:
             ids, own = jnp.split(view, [view.shape[-1] - self.features.mean.shape[-1]], axis=-1)
@@ -122,7 +131,12 @@ class Statistics(eqx.Module):
         return replace(obs, agents_view=view, state=state)
 
     def update(self, obs: Observation, shard: Shard = WHOLE) -> "Statistics":
-        """Takes the observations of a rollout in."""
+        """Return the statistics that include the observations of a rollout.
+
+        Args:
+            obs: [T, B, …].
+            shard: where the rollout lies on several devices, this one's share.
+        """
         features, state, how = (
             self.features,
             self.state,
@@ -137,13 +151,13 @@ class Statistics(eqx.Module):
 
 
 class NormalisedPolicy(eqx.Module):
-    """A policy whose network learns in normalised units, and which acts and answers in those of the environment."""
+    """A policy in the environment's units around a network in normalised ones."""
 
     network: Policy
     statistics: Statistics
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Returns the network's memory."""
+        """Return the network's memory."""
         return self.network.init_memory(batch)
 
     def act(
@@ -155,7 +169,7 @@ class NormalisedPolicy(eqx.Module):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Chooses one joint action per batch element; see `mam.types.Policy`."""
+        """Choose one joint action per batch element; see `mam.types.Policy`."""
         memory, output = self.network.act(
             memory, self.statistics.normalise(obs), reset, key, greedy=greedy
         )
@@ -169,42 +183,48 @@ class NormalisedPolicy(eqx.Module):
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Evaluates stored joint actions; see `mam.types.Policy`."""
+        """Evaluate stored joint actions; see `mam.types.Policy`."""
         evaluation = self.network.evaluate(
             memory, self.statistics.normalise(obs), action, order, reset
         )
         return replace(evaluation, value=self.restore_value(evaluation.value))
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Returns the state value per agent; see `mam.types.Policy`."""
+        """Return the state value per agent; see `mam.types.Policy`."""
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
     def successor_values(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """Returns the values of what followed every step; see `mam.types.Policy`."""
+        """Return the values of every step's successor; see `mam.types.Policy`."""
         obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
         return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
 
     def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
-        """Returns values in the network's units."""
+        """Return values in the network's units."""
         moments = self.statistics.values
         return value if moments is None else moments.normalise(value)
 
     def restore_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
-        """Returns values in units of reward."""
+        """Return values in units of reward."""
         moments = self.statistics.values
         return value if moments is None else moments.restore(value)
 
     def update_values(
         self, target: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
     ) -> "NormalisedPolicy":
-        """Takes the value targets of a rollout in, and changes the network's last layer so that values stay the same.
+        """Return the policy with new value statistics, and a last layer that keeps its values.
 
             W' = W σ / σ';  b' = (b σ + μ − μ') / σ'
 
-        Source: van Hasselt et al. 2016 (arXiv 1602.07714), §2.1 (Pop-Art). Difference: at the first rollout nothing is
-        learned yet that would have to be kept, and the network's values, near zero, start in the new units.
+        Args:
+            target: value targets of a rollout, in units of reward.
+            alive: agents whose targets count.
+            shard: where the rollout lies on several devices, this one's share.
+
+        Source: van Hasselt et al. 2016 (arXiv 1602.07714), §2.1 (Pop-Art). Difference: at the first
+        rollout nothing is learned yet that would have to be kept, and the network's values, near
+        zero, start in the new units.
         """
         old = self.statistics.values
         if old is None:
@@ -226,21 +246,32 @@ def _clip(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def as_normalised(policy: Policy) -> NormalisedPolicy:
-    """Returns any policy as one that normalises, if only nothing."""
+    """Return a policy as one that normalises, even if it normalises nothing."""
     return (
         policy if isinstance(policy, NormalisedPolicy) else NormalisedPolicy(policy, Statistics())
     )
 
 
 def simplified(policy: NormalisedPolicy) -> Policy:
-    """Returns the network by itself if nothing is normalised; the inverse of `as_normalised`."""
+    """Return the network by itself if nothing is normalised; the inverse of `as_normalised`."""
     return policy if jax.tree.leaves(policy.statistics) else policy.network
 
 
 def transfer_policy(
     policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
 ) -> Policy:
-    """Return a policy for another task with the same weights, and its statistics as far as that task has the same."""
+    """Return a policy for another task with the same weights, and the statistics that fit.
+
+    Args:
+        policy: the weights.
+        name: of the policy.
+        old: the task that it was trained on.
+        new: the other task.
+        sizes: of the network.
+
+    Raises:
+        UserError: if the weights do not fit.
+    """
     whole = as_normalised(policy)
     network, statistics = transfer_weights(whole.network, name, old, new, sizes), whole.statistics
     if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it

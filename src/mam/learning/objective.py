@@ -19,8 +19,8 @@ from mam.types import Action, Evaluation, Memory, Observation
 class Batch(eqx.Module):
     """What gradient steps read of a rollout, in the network's units.
 
-    [L, M, …]: M sequences of L steps, of which a minibatch draws some; memory, that before the first of
-    them, is [1, M, …].
+    Arrays are [L, M, …]: M sequences of L steps, of which a minibatch draws some. Memory is that
+    before the first step of each, [1, M, …].
     """
 
     observation: Observation
@@ -32,12 +32,12 @@ class Batch(eqx.Module):
 
     @property
     def num_sequences(self) -> int:
-        """M."""
+        """The number of sequences, M."""
         return self.reset.shape[1]
 
 
 class Losses(eqx.Module):
-    """A loss and what is reported beside it: of several devices this one's share, until they are summed."""
+    """A loss and what is reported beside it; of several devices this one's share."""
 
     loss: Float[Array, ""]
     means: dict[str, Float[Array, ""]]
@@ -50,17 +50,20 @@ class Objective(Protocol):
 
     @property
     def needs_values(self) -> bool:
-        """Whether returns are to be estimated, and their normalisation kept up."""
+        """Say whether returns are to be estimated, and their normalisation kept up."""
         ...
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> PyTree[Float[Array, "T B N"]]:
-        """Return what the loss reads besides the policy's view of the actions, in the network's units.
+        """Return what the loss reads besides the policy's view of the actions.
+
+        It is in the network's units.
 
         Args:
-            policy: with the normalisation that is learned in.
-            rollout: [T, B, …], with observations in the network's units and values in those of reward.
+            policy: as it acted, with the normalisation that is learned in.
+            rollout: [T, B, …], with observations in the network's units and values in those of
+                reward.
             estimates: advantages and value targets in units of reward, if they are needed.
         """
         ...
@@ -85,19 +88,19 @@ class WeightedSum:
 
     @property
     def needs_values(self) -> bool:
-        """Whether one of them needs them."""
+        """Say whether a term needs values."""
         return any(objective.needs_values for _, objective in self.terms)
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> list[PyTree]:
-        """Return what each of them reads."""
+        """Return what each term reads; see `Objective`."""
         return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
 
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard
     ) -> Losses:
-        """Return Σ weight · loss, and what each reports."""
+        """Return Σ weight · loss, and what each term reports; see `Objective`."""
         found = [
             (weight, objective.loss(evaluation, batch, own, shard))
             for (weight, objective), own in zip(self.terms, targets, strict=True)
@@ -110,9 +113,15 @@ class WeightedSum:
 
 
 def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:
-    """Cut a rollout [T, B, …] into sequences; from several devices it comes together here.
+    """Cut a rollout into sequences, and gather it where it lies on several devices.
 
-    A policy with memory learns from T / L · B sequences of L steps, one without from each step on its own.
+    A policy with memory learns from T / L · B sequences of L steps, one without from each step on
+    its own.
+
+    Args:
+        rollout: [T, B, …], with observations in the network's units.
+        targets: what the objective made of it, [T, B, N].
+        shard: where the rollout lies on several devices, this one's share.
     """
     transitions = rollout.transitions
     batch = Batch(

@@ -26,9 +26,8 @@ class PPOLoss(eqx.Module):
     entropy: Float[Array, ""]
     approx_kl: Float[Array, ""]  # mean of (r − 1) − log r, never negative
     clip_fraction: Float[Array, ""]  # of ratios outside [1 − ε, 1 + ε]
-    ratio_deviation: Float[
-        Array, ""
-    ]  # largest |r − 1|; zero before the first gradient step on a rollout
+    # Largest |r − 1|; zero before the first gradient step on a rollout
+    ratio_deviation: Float[Array, ""]
 
 
 def ppo_loss(
@@ -44,7 +43,7 @@ def ppo_loss(
     vf_coef: float,
     shard: Shard = WHOLE,
 ) -> PPOLoss:
-    """Clipped PPO with one ratio per agent, over the agents that were alive.
+    """Compute the clipped PPO loss, with one ratio per agent that was alive.
 
         −E[min(r Â, clip(r, 1 ± ε) Â)] − c_H H + c_V · ½ E[max((v − R)², (v_clip − R)²)]
 
@@ -60,10 +59,11 @@ def ppo_loss(
         clip_eps: ε.
         ent_coef: c_H.
         vf_coef: c_V.
-        shard: where the minibatch lies on several devices, this one's share. What returns is then its share of every
-            mean, and the largest deviation of its own agents.
+        shard: where the minibatch lies on several devices, this one's share. What returns is then
+            its share of every mean, and the largest deviation of its own agents.
 
-    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT (arXiv 2205.14953), eq. 5.
+    Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT
+    (arXiv 2205.14953), eq. 5.
     """
     count = jnp.maximum(shard.sum(alive.sum()), 1)
 
@@ -73,7 +73,8 @@ def ppo_loss(
     # 1. Normalised advantages.
     centred = advantage - shard.sum(mean(advantage))
     advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
-    # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it can overflow.
+    # 2. The policy. A dead agent's log-probabilities mean nothing: its ratio is set to 1 before it
+    # can overflow.
     log_ratio = jnp.where(alive, new.log_prob - old_log_prob, 0.0)
     ratio = jnp.exp(log_ratio)
     clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
@@ -83,7 +84,7 @@ def ppo_loss(
     value_loss = 0.5 * mean(
         jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
     )
-    # 4. Their sum, and what one watches.
+    # 4. Their sum, and diagnostics.
     entropy = mean(new.entropy)
     return PPOLoss(
         loss=policy_loss - ent_coef * entropy + vf_coef * value_loss,
@@ -97,7 +98,7 @@ def ppo_loss(
 
 
 class PPOTargets(eqx.Module):
-    """What the loss compares the current parameters with, [T, B, N]; values in the network's units."""
+    """What the loss compares the current parameters with, in the network's units, [T, B, N]."""
 
     log_prob: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
@@ -115,7 +116,7 @@ class PPO:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> PPOTargets:
-        """Return the targets.
+        """Return the targets; see `Objective`.
 
         Raises:
             UserError: for recorded actions, of whose probability nothing is known.
@@ -140,7 +141,7 @@ class PPO:
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
     ) -> Losses:
-        """Return `ppo_loss` of a minibatch."""
+        """Return `ppo_loss` of a minibatch; see `Objective`."""
         losses = ppo_loss(
             evaluation,
             targets.log_prob,

@@ -44,17 +44,23 @@ class RolloutState(eqx.Module):
 
 
 class Rollout(eqx.Module):
-    """What a policy did, or somebody else: the transitions and all that learning needs beside them."""
+    """Transitions, a policy's or recorded ones, and all that learning needs beside them."""
 
     transitions: Transition  # [T, B, …]
     memory: Memory  # before the first step of each sequence, [T / L, B, …]
-    final_alive: Bool[Array, "*batch N"]  # who lives after the last step, [B, N]
+    final_alive: Bool[Array, "*batch N"]  # which agents live after the last step, [B, N]
 
 
 def init_rollout_state(
     env: BatchedEnvironment, policy: Policy, key: Key[Array, ""]
 ) -> RolloutState:
-    """Start an episode in every environment."""
+    """Start an episode in every environment.
+
+    Args:
+        env: the environments, B of them.
+        policy: says what memory is before the first step.
+        key: decides how episodes start.
+    """
     env_state, timestep = env.reset(key)
     return RolloutState(
         env_state=env_state,
@@ -73,7 +79,7 @@ def rollout(
     shard: Shard = WHOLE,
     sequence_length: int | None = None,
 ) -> tuple[RolloutState, Rollout]:
-    """Take `length` steps in every environment (of the share of this device) with sampled actions.
+    """Take `length` steps in every environment of this device with sampled actions.
 
     Args:
         env: the environments, B of them.
@@ -114,7 +120,13 @@ def rollout(
 
 
 def make_transition(state: RolloutState, output: PolicyOutput, timestep: TimeStep) -> Transition:
-    """Put together what was seen, what was done, and what came of it."""
+    """Put together one step.
+
+    Args:
+        state: what was seen at t.
+        output: what was done at t.
+        timestep: what that led to, at t + 1.
+    """
     return Transition(
         observation=state.observation,
         reset=state.reset,
@@ -132,5 +144,11 @@ def make_transition(state: RolloutState, output: PolicyOutput, timestep: TimeSte
 
 
 def next_state(timestep: TimeStep, memory: Memory, env_state: EnvState = ()) -> RolloutState:
-    """Return the state after a step."""
+    """Return the state after a step.
+
+    Args:
+        timestep: what the step led to.
+        memory: after it.
+        env_state: after it; () of external environments.
+    """
     return RolloutState(env_state, timestep.observation, reset=timestep.ended, memory=memory)

@@ -1,7 +1,7 @@
 """Many devices as one: every device runs the same program on its share of the environments.
 
-What is to be known of all environments is asked of `Shard`, which on a single device answers with what it is
-given. Parameters are the same on every device; gradients are summed.
+What depends on all environments goes through `Shard`, whose methods return what they are given on a
+single device. Parameters are the same on every device; gradients are summed.
 """
 
 from collections.abc import Callable
@@ -17,34 +17,44 @@ AXIS = "devices"
 
 @dataclass(frozen=True)
 class Shard:
-    """This device's share, inside a program that `num_shards` devices run together (`Devices.share`)."""
+    """This device's share, inside a program that several run together (`Devices.share`)."""
 
     num_shards: int = 1
 
     @property
     def index(self) -> Int[Array, ""] | int:
-        """Which share this is."""
+        """The number of this share, from 0."""
         return lax.axis_index(AXIS) if self.num_shards > 1 else 0
 
     def part(self, x: Array, axis: int = 0) -> Array:
-        """This device's part of an array that all have whole."""
+        """Return the local slice of an array that all devices have whole.
+
+        Args:
+            x: the whole array.
+            axis: along which it is cut.
+        """
         if self.num_shards == 1:
             return x
         size = x.shape[axis] // self.num_shards
         return lax.dynamic_slice_in_dim(x, self.index * size, size, axis)
 
     def gather(self, tree: PyTree, axis: int = 0) -> PyTree:
-        """Arrays whole, from everybody's part."""
+        """Return whole arrays from the slices of all devices.
+
+        Args:
+            tree: pytree of local slices.
+            axis: along which they are put together.
+        """
         if self.num_shards == 1:
             return tree
         return jax.tree.map(lambda x: lax.all_gather(x, AXIS, axis=axis, tiled=True), tree)
 
     def sum(self, tree: PyTree) -> PyTree:
-        """Sums over devices. Not to be differentiated: take gradients of shares, and sum those."""
+        """Sum over devices; not to be differentiated: sum the gradients of shares instead."""
         return lax.psum(tree, AXIS) if self.num_shards > 1 else tree
 
     def max(self, tree: PyTree) -> PyTree:
-        """Maxima over devices."""
+        """Take the maximum over devices."""
         return lax.pmax(tree, AXIS) if self.num_shards > 1 else tree
 
 
@@ -53,7 +63,7 @@ WHOLE = Shard()  # that of a single device
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices a run is spread over: those of all its processes, in one row."""
+    """The devices a run is spread over: those of all its processes."""
 
     num_devices: int = 1
 
@@ -64,7 +74,7 @@ class Devices:
 
     @property
     def mesh(self) -> jax.sharding.Mesh:
-        """The row."""
+        """The 1-D device mesh."""
         return jax.make_mesh(
             (self.num_devices,),
             (AXIS,),
@@ -73,7 +83,13 @@ class Devices:
         )
 
     def share(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """Runs a function on every device; specs say which axes are dealt out. With one device, the function itself."""
+        """Make a function run on every device; with one device, return the function itself.
+
+        Args:
+            function: of local slices.
+            in_specs: `jax.P` of its arguments, or prefixes: which axes are cut.
+            out_specs: the same of what it returns.
+        """
         if self.num_devices == 1:
             return function
         return jax.shard_map(
@@ -81,7 +97,7 @@ class Devices:
         )
 
     def place(self, shapes: PyTree, specs: PyTree) -> PyTree:
-        """Shapes that know where their arrays lie; with one device, as they are.
+        """Give shapes the shardings of their arrays; with one device, return them as they are.
 
         Args:
             shapes: pytree of `jax.ShapeDtypeStruct`.

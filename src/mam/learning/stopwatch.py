@@ -26,8 +26,8 @@ _COMPILING = tuple(
 class Stopwatch:
     """Seconds by the part of a run they went into.
 
-    What is measured within a part counts for the inner part alone. It reads the clock and waits for nothing: time
-    that a device works counts where its results are first needed.
+    What is measured within a part counts for the inner part alone. It reads the clock and waits for
+    nothing: time that a device works counts where its results are first needed.
 
     Attributes:
         seconds: of each part so far, without the one that goes on.
@@ -40,7 +40,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: Part) -> Iterator[None]:
-        """Counts what happens inside as this part."""
+        """Count what happens inside as this part."""
         outer = self._part
         self._switch(name)
         try:
@@ -50,7 +50,7 @@ class Stopwatch:
 
     @contextmanager
     def compiling_apart(self) -> Iterator[None]:
-        """Counts as "compile" what JAX spends on it, in whichever part a program meets new shapes."""
+        """Count as "compile" the time that JAX spends on it, in any part."""
 
         def listen(event: str, duration_secs: float, **_: Any) -> None:
             if event in _COMPILING and self._part:

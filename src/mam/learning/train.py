@@ -1,8 +1,8 @@
 """A training run as functions: `init`, `train_step`, `evaluate_step`, `absolute_metric`.
 
-One driver puts together where experience comes from, what is learned from it, and where the policy is played. Where
-the environments are JAX programs each function is one pure, compiled program; where they are external, compiled parts
-are called in between.
+One driver puts together where experience comes from, what is learned from it, and where the policy
+is played. Where the environments are JAX programs each function is one pure, compiled program;
+where they are external, compiled parts are called in between.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class Best(eqx.Module):
 
 
 class TrainState(eqx.Module):
-    """Everything a run needs to go on exactly as if it had never stopped; one leading axis of seeds."""
+    """All that a run needs to go on as if it had never stopped; one leading axis of seeds."""
 
     policy: Policy
     opt_state: optax.OptState
@@ -67,37 +67,35 @@ class TrainState(eqx.Module):
     num_updates: Int[Array, "*seeds"]
 
     def best(self, *, beside: bool) -> Best:
-        """The best weights in the mode that counts, or in the one beside it, as far as that was played."""
+        """Return the best weights in the mode that counts, or in the one beside it if played."""
         if beside and self.best_beside is not None:
             return self.best_beside
         return Best(self.best_policy, self.best_return)
 
 
-NON_FINITE = "non_finite"  # the value that says which of `watched` went bad first
+NON_FINITE = "non_finite"  # the index in `watched` of the first array with a non-finite value
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The functions of a run. Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
+    """The functions of a run.
 
-    `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with external environments, where
-    the last three are loops around jitted functions.
+    Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
+
+    `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with external
+    environments, where the last three are loops around jitted functions.
     """
 
     init: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
-    train_step: Callable[
-        [TrainState], tuple[TrainState, Values]
-    ]  # one rollout and the update on it
-    evaluate_step: Callable[
-        [TrainState], tuple[TrainState, Values]
-    ]  # current weights; remembers the best
+    # One rollout and the update on it
+    train_step: Callable[[TrainState], tuple[TrainState, Values]]
+    # Current weights; remembers the best
+    evaluate_step: Callable[[TrainState], tuple[TrainState, Values]]
     absolute_metric: Callable[[TrainState], Values]  # best weights, fresh episodes
-    evaluate: Callable[
-        ..., Values
-    ]  # policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
-    shapes: Callable[
-        [Int[Array | np.ndarray, "seeds"]], TrainState
-    ]  # of what `init` returns, and where its arrays lie
+    # Policies [seeds], keys [seeds], num_episodes, greedy → metrics, AGENT_RETURN too
+    evaluate: Callable[..., Values]
+    # Of what `init` returns, and where its arrays lie
+    shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
     environments: Environments
     devices: Devices
 
@@ -108,7 +106,7 @@ class Trainer:
 
     @property
     def env(self) -> Environment | HostEnvironments:
-        """What is evaluated in: one environment that does not reset itself, or external ones, which this starts."""
+        """What is evaluated in: one environment, or external ones, which this starts."""
         return self.environments.env
 
     def close(self) -> None:
@@ -117,16 +115,21 @@ class Trainer:
 
     @property
     def clock(self) -> Stopwatch:
-        """Tells parts of a train step apart, where it can."""
+        """The stopwatch of the parts of a train step, where they can be told apart."""
         return self.environments.clock
 
     @property
     def step_part(self) -> Part:
-        """What the rest of a train step is."""
+        """The part that the rest of a train step counts as."""
         return self.environments.step_part
 
     def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
-        """What was the first array with a number that is not finite in a train step, for each seed that had one."""
+        """Name the first array with a non-finite value in a train step, by seed that had one.
+
+        Args:
+            state: after the step.
+            values: what the step reported.
+        """
         bad = {
             seed: int(index)
             for seed, index in enumerate(np.asarray(values[NON_FINITE]))
@@ -136,7 +139,7 @@ class Trainer:
         return {seed: names[index] for seed, index in bad.items()}
 
     def compile(self, state: TrainState) -> "Trainer":
-        """The same with `train_step` and `evaluate_step` compiled ahead of their first call, where they can be."""
+        """Compile `train_step` and `evaluate_step` ahead of their first call, where they can be."""
 
         def compiled(step: Callable) -> Callable:
             return step.lower(state).compile() if isinstance(step, jax.stages.Wrapped) else step
@@ -149,7 +152,7 @@ class Trainer:
 def make_train(
     config: Config, experience: Experience | None = None, objective: Objective | None = None
 ) -> Trainer:
-    """Build the functions of a run; nothing is compiled, and no process started, before the first call.
+    """Build the functions of a run; nothing is compiled or started before the first call.
 
     Args:
         config: of the run; its task is where the policy is played.
@@ -162,7 +165,7 @@ def make_train(
     played = environments(config)
     source, objective, devices = experience or played, objective or PPO(config.ppo), played.devices
 
-    # External environments are started by whoever first asks for their sizes.
+    # External environments are started when their sizes are first read.
     @cache
     def learner() -> Learner:
         return Learner(config, played.spec, objective, devices.shard)
@@ -221,7 +224,7 @@ def make_train(
 
 @dataclass(frozen=True)
 class _Steps:
-    """What the functions of a run do, traced for one seed or, between compiled parts, called for all of them."""
+    """What the functions of a run do, traced for one seed or called for all of them."""
 
     config: Config
     source: Experience
@@ -255,7 +258,7 @@ class _Steps:
     def _play(
         self, state: TrainState, policies: list[Policy], stream: int, num_episodes: int
     ) -> Values:
-        """Metrics of the mode that counts and of the one beside it, if played, which is named in front."""
+        """Return metrics of the mode that counts and, with its name in front, of the other."""
         config = self.config
         values = self.played.play_modes(
             policies, self.key(state, stream), num_episodes, config.evaluation_modes
@@ -269,7 +272,7 @@ class _Steps:
 
 
 def _device_specs(learner: "Learner", source: Experience) -> TrainState:
-    """Which axes of the state are dealt out to the devices."""
+    """Say which axes of the state are dealt out to the devices."""
     seed = jnp.zeros((), int)
     shape = jax.eval_shape(
         lambda: learner.init(seed, lambda policy, key: source.init(policy, key, WHOLE))
@@ -279,7 +282,7 @@ def _device_specs(learner: "Learner", source: Experience) -> TrainState:
 
 
 def watched(policy: Policy) -> list[str]:
-    """Everything in a train step that has to be finite, in the order in which it is computed."""
+    """Name every array of a train step that has to be finite, in the order of computing."""
     whole = as_normalised(policy)
     parameters, statistics = (
         leaf_names(whole.network, "parameter"),
@@ -289,14 +292,26 @@ def watched(policy: Policy) -> list[str]:
 
 
 def init_policy(config: Config, spec: EnvSpec, *, key: Key[Array, ""]) -> Policy:
-    """Draw the first weights of a run's policy; what it decides depends on nothing else of the environment."""
+    """Draw the first weights of a run's policy.
+
+    Args:
+        config: of the run.
+        spec: of its task, the only thing of the environment that the policy depends on.
+        key: decides the weights.
+    """
     decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
     network = make_policy(config.policy, spec, config.network, decoding, key=key)
     return with_statistics(network, config, spec)
 
 
 def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:
-    """Return a network with the normalisation that the configuration asks for."""
+    """Return a network with the normalisation of a configuration, before any sample.
+
+    Args:
+        network: in normalised units.
+        config: of the run.
+        spec: of its task.
+    """
     running, values = config.network.observation_norm == "running", config.ppo.normalise_value
     statistics = Statistics.init(spec, observations=running, values=values)
     return simplified(NormalisedPolicy(network, statistics))
@@ -304,7 +319,7 @@ def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:
 
 @dataclass(frozen=True)
 class Learner:
-    """What training does besides acting, for one seed: the same wherever the environments live."""
+    """What training does besides acting, for one seed, with environments of any kind."""
 
     config: Config
     spec: EnvSpec
@@ -318,7 +333,12 @@ class Learner:
     def init(
         self, seed: Int[Array, ""], start: Callable[[Policy, Key[Array, ""]], Any]
     ) -> TrainState:
-        """Return a fresh state; `start` makes the carry of experience."""
+        """Return a fresh state.
+
+        Args:
+            seed: decides the weights and everything random after them.
+            start: makes the carry of experience, of a policy and a key.
+        """
         config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
         policy = init_policy(config, self.spec, key=policy_key)
         never = jnp.array(-jnp.inf, jnp.float32)
@@ -336,7 +356,17 @@ class Learner:
     def learn(
         self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
     ) -> tuple[TrainState, Values]:
-        """Learn from a rollout [T, B, …], after which experience goes on from `carry`."""
+        """Learn from a rollout.
+
+        Args:
+            state: before it.
+            carry: what experience goes on from after the rollout.
+            rollout: [T, B, …].
+            key: decides the minibatches.
+
+        Returns:
+            The state after it, and what is reported, one number each.
+        """
         ppo, shard = self.config.ppo, self.shard
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
         flags = [*bad_leaves(policy.network), *bad_in_rollout(transitions)]
@@ -392,13 +422,17 @@ class Learner:
         return state, values
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
-        """Keeps the evaluated weights if none were better before, for each mode that was played."""
+        """Keep the evaluated weights, for each mode in which none were better before.
+
+        Args:
+            state: the weights that were played.
+            values: metrics of the evaluation, [episodes].
+        """
 
         def better(best: Best, returns: Any) -> Best:
             mean_return = returns.mean(dtype=best.mean_return.dtype)
-            is_better = (
-                mean_return >= best.mean_return
-            )  # of equals the later: it has learned for longer
+            # Of equals the later: it has learned for longer.
+            is_better = mean_return >= best.mean_return
             new = Best(state.policy, mean_return)
             return jax.tree.map(lambda new, old: jnp.where(is_better, new, old), new, best)
 
@@ -414,7 +448,7 @@ class Learner:
 def _guarded(
     step: Callable[..., tuple[TrainState, Values]], config: Config, *, external: bool = False
 ) -> Callable:
-    """Takes back what a step did to the seeds in which a number was not finite; if that ends the run, to all seeds.
+    """Take back what a step did to seeds with a non-finite value; if that ends the run, to all.
 
     What happened in an external environment cannot be taken back.
     """
@@ -439,33 +473,35 @@ def _guarded(
 
 
 def _over_seeds(step: Callable) -> Callable:
-    """A function of one seed for arguments with a leading axis of seeds.
+    """Make a function of one seed one of arguments with a leading axis of seeds.
 
-    On CPU one seed after another: one keeps the cores busy, and the memory is that of one. Elsewhere all at once.
+    On CPU one seed after another: one keeps the cores busy, and the memory is that of one.
+    Elsewhere all at once.
     """
     return _in_turn(step) if jax.default_backend() == "cpu" else jax.vmap(step)
 
 
 def _in_turn(step: Callable) -> Callable:
-    """A function of one seed for many, one after another.
+    """Make a function of one seed one of many, one after another.
 
-    `init` needs it everywhere: on CPU two batched QR factorisations (of orthogonal weights) at the same time wait for
-    each other for ever: each holds a thread of XLA's pool while it waits for the pool to do its share (jaxlib 0.10.2,
-    two cores).
+    `init` needs it everywhere: on CPU two batched QR factorisations (of orthogonal weights) at the
+    same time wait for each other for ever: each holds a thread of XLA's pool while it waits for the
+    pool to do its share (jaxlib 0.10.2, two cores).
     """
     return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
 
 
 def _key(state: TrainState, stream: int) -> Key[Array, ""]:
-    """The key for one use at this update.
+    """Return the key for one use at this update.
 
-    Evaluating draws nothing from training's stream, so how often a run is evaluated does not change it.
+    Evaluating draws nothing from training's stream, so how often a run is evaluated does not change
+    it.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
 
 
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
-    """Means of the environment's metrics over the episodes that ended in this rollout; infinite if none did.
+    """Return means of metrics over the episodes that ended in a rollout; infinite if none did.
 
     No NaN: JAX_DEBUG_NANS would take it for a mistake.
     """
@@ -483,10 +519,10 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
 
 
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:
-    """How well the critic predicts, if it learns.
+    """Return how well the critic predicts, if it learns.
 
-    Explained variance is 1 − Var(target − value) / Var(target) over the living: 1 is a perfect critic, 0 one that
-    knows the mean only.
+    Explained variance is 1 − Var(target − value) / Var(target) over the living: 1 is a perfect
+    critic, 0 one that knows the mean only.
     """
     if estimates is None:
         return {}

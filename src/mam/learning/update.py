@@ -19,7 +19,10 @@ from mam.types import Policy
 
 
 def make_optimiser(ppo: PPOConfig) -> optax.GradientTransformation:
-    """Adam behind a limit on the global gradient norm; the learning rate is part of its state (`learning_rate`)."""
+    """Make Adam behind a limit on the global gradient norm.
+
+    The learning rate is part of its state (`learning_rate`).
+    """
     adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2", "eps", "eps_root"))
     return optax.chain(
         optax.clip_by_global_norm(ppo.max_grad_norm), adam(learning_rate=ppo.lr, eps=1e-5)
@@ -31,10 +34,8 @@ class UpdateMetrics(eqx.Module):
 
     losses: dict[str, Float[Array, ""]]
     grad_norm: Float[Array, ""]  # before clipping
-    first: dict[
-        str, Float[Array, ""]
-    ]  # maxima of the first minibatch: for PPO's ratios 0 up to rounding, else
-    # acting ≠ evaluating
+    # Maxima of the first minibatch: for PPO's ratios 0 up to rounding, else acting ≠ evaluating.
+    first: dict[str, Float[Array, ""]]
     bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or FINE
 
 
@@ -54,9 +55,12 @@ def update(
     shard: Shard = WHOLE,
     lr_scale: Float[Array, ""] | float = 1.0,
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
-    """Take num_epochs × num_minibatches gradient steps; each epoch visits every sequence of the batch once.
+    """Take num_epochs × num_minibatches gradient steps.
 
-    Where there are several devices, all of them have the whole batch, and each computes its share of every minibatch.
+    Each epoch visits every sequence of the batch once.
+
+    Where there are several devices, all of them have the whole batch, and each computes its share
+    of every minibatch.
 
     Args:
         policy: the network.
@@ -69,8 +73,12 @@ def update(
         shard: this device's share of every minibatch.
         lr_scale: multiplies the learning rate in the optimiser's state.
 
+    Returns:
+        The network and the optimiser's state after the steps, and means over these.
+
     Raises:
-        UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the devices.
+        UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the
+            devices.
     """
     _check_minibatches(batch, config, shard)
 
@@ -120,5 +128,6 @@ def _check_minibatches(batch: Batch, config: PPOConfig, shard: Shard) -> None:
         what = f"the {size} sequences of a rollout" if whole else f"the {size} steps of a rollout"
         devices = f" × {shard.num_shards} devices" if shard.num_shards > 1 else ""
         raise UserError(
-            f"{why}ppo.num_minibatches{devices} must divide {what}, got {config.num_minibatches}{devices}"
+            f"{why}ppo.num_minibatches{devices} must divide {what}, "
+            f"got {config.num_minibatches}{devices}"
         )

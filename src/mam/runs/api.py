@@ -43,7 +43,7 @@ class Result:
 
     @property
     def absolute_metric(self) -> np.ndarray | None:
-        """Mean return of the best weights in fresh episodes, [num_seeds]; None of a run that did not finish."""
+        """Mean return of the best weights in fresh episodes, [num_seeds]; None if not finished."""
         return absolute_returns(self.records)
 
     def policy(self) -> LoadedPolicy:
@@ -60,23 +60,25 @@ def train(
     signals: bool = False,
     trust: bool = False,
 ) -> Result:
-    """Train a run to its end, or to a stop: what `mam train` does, in this process.
+    """Train a run to its end or to a stop, as `mam train` does, in this process.
 
     Unlike the command it keeps compiled programs and freed memory only as this process is set to do
     (`mam.runs.process.configure` sets it as the command does).
 
     Args:
-        config: what to run. On a resume the run's own if None; otherwise it may differ in the settings that a resumed
-            run may change.
+        config: what to run. On a resume the run's own if None; otherwise it may differ in the
+            settings that a resumed run may change.
         out: folder of a new run; runs/<task>/<policy>/<time> if None.
         resume: folder of a run to go on with.
         callbacks: hear of every update and every evaluation, and may end the run.
-        signals: end the run, saved, on Ctrl-C, SIGTERM and the like, whose handlers are replaced for as long as it
-            takes; in the main thread only. Without, Ctrl-C raises KeyboardInterrupt, and what was saved before stays.
+        signals: end the run, saved, on Ctrl-C, SIGTERM and the like, whose handlers are replaced
+            for as long as it takes; in the main thread only. Without, Ctrl-C raises
+            KeyboardInterrupt, and what was saved before stays.
         trust: import the environment that the resumed folder names, where that is code.
 
     Raises:
-        UserError: for a configuration that cannot be run, or a folder that is in use or holds another run.
+        UserError: for a configuration that cannot be run, or a folder that is in use or holds
+            another run.
         RunError: if the run could not go on; what it had saved is as it was.
     """
     if resume is not None:
@@ -111,17 +113,19 @@ def evaluate(
         run: folder of the run, all of whose seeds play, or a policy.
         episodes: per seed.
         env: task to play in place of the run's own: with another number of agents, say.
-        greedy: take the most likely actions instead of sampling them; as the run's evaluations, or the policy, if None.
+        greedy: take the most likely actions instead of sampling them; as the run's evaluations, or
+            the policy, if None.
         seed: decides the episodes.
-        trust: import the environment that the folder names, where that is code, without naming it as `env`.
+        trust: import the environment that the folder names, where that is code, without naming it
+            as `env`.
 
     Returns:
-        Metrics of each episode by name, `episode_return` and `episode_length` among them: [num_seeds, episodes] of a
-        run, [episodes] of a policy.
+        Metrics of each episode by name, `episode_return` and `episode_length` among them:
+        [num_seeds, episodes] of a run, [episodes] of a policy.
 
     Raises:
-        UserError: if there is no run or no such task, the weights do not fit it, or it is code that only the folder
-            names.
+        UserError: if there is no run or no such task, the weights do not fit it, or it is code that
+            only the folder names.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     how = {"episodes": episodes, "env": env, "greedy": greedy, "seed": seed, "trust": trust}
@@ -142,7 +146,10 @@ def play_episodes(
     seed: int,
     trust: bool,
 ) -> tuple[EnvSpec, dict[str, np.ndarray]]:
-    """Return the task that was played, and `evaluate`'s metrics with an axis of seeds in any case."""
+    """Return the task that was played, and `evaluate`'s metrics, always [num_seeds, episodes].
+
+    See `evaluate` for the arguments.
+    """
     if episodes < 1:
         raise UserError(f"--episodes must be positive, got {episodes}")
     if isinstance(run, LoadedPolicy):

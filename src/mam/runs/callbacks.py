@@ -1,4 +1,4 @@
-"""What a run that was started from Python tells while it goes on."""
+"""Callbacks of a run that was started from Python."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ class Event:
 
     update: int  # updates done
     step_count: int  # environment steps done, per seed
-    metrics: Mapping[
-        str, np.ndarray
-    ]  # name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    # Name → [num_seeds], of an evaluation [num_seeds, num_episodes]
+    metrics: Mapping[str, np.ndarray]
     state: TrainState  # its arrays are gone after the next update: copy what is to be kept
     log: Callable[[str], None]  # prints a line above the progress bar
     stop: Callable[[], None]  # ends the run, saved, before its next step
 
 
 class Callback:
-    """Hears of a run. Subclasses write the methods that they need.
+    """Methods that are called as a run goes on; subclasses write those that they need.
 
-    Either may return True to end the run, saved, as a signal would. What one raises ends it, too: saved, and raised on.
+    Either may return True to end the run, saved, as a signal would. What one raises ends it, too:
+    saved, and raised on.
     """
 
     def on_update(self, event: Event) -> bool | None:
-        """Hear of an update: losses, and the episodes that ended in its rollout."""
+        """Take note of an update: losses, and the episodes that ended in its rollout."""
 
     def on_evaluation(self, event: Event) -> bool | None:
-        """Hear of an evaluation: its episodes, in each mode that is played."""
+        """Take note of an evaluation: its episodes, in each mode that is played."""

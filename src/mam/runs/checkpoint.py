@@ -1,11 +1,11 @@
-"""Whole train state in, whole train state out: written in the background, complete or not there, and checked.
+"""Saves of the whole train state: written in the background, complete or not there, and checked.
 
     <folder>/<n>/arrays.safetensors    the arrays, by their leaves' names
     <folder>/<n>/manifest.json         its checksum, what the leaves are, the caller's own metadata
 
-A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after that. A process
-that is killed at any moment leaves saves that can be read. What a disk did to a save later on shows in the
-checksums, and the save before it is used.
+A save is written as `<n>.partial`, read back, and then renamed; older saves are deleted only after
+that. A process that is killed at any moment leaves saves that can be read. What a disk did to a
+save later on shows in the checksums, and the save before it is used.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from mam.errors import RunError, UserError
 from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
-_RENAMED = {
-    ".distribution.": ".kind."
-}  # parts of leaves' names, and what older versions called them
+# Parts of leaves' names, and what older versions called them.
+_RENAMED = {".distribution.": ".kind."}
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 
 class CheckpointError(RunError):
-    """A checkpoint is missing, damaged, cannot be written, or is of something else than what it is restored into."""
+    """A checkpoint is missing, damaged, cannot be written, or does not fit."""
 
 
 class Writer:
     """Saves to a folder, one after another, while the caller goes on.
 
     Args:
-        folder: the run's checkpoint folder; made if missing, and cleared of what a killed save left behind.
+        folder: the run's checkpoint folder; made if missing, and cleared of what a killed save left
+            behind.
         keep: how many of the newest saves to keep.
         after: the save to go on from; damaged ones that are newer are deleted. None begins anew.
     """
@@ -60,15 +60,16 @@ class Writer:
                 _remove(left)
 
     def save(self, state: PyTree, meta: dict[str, Any]) -> None:
-        """Begins to write a save, once the one before it is done.
+        """Begin to write a save, once the one before it is done.
 
         Args:
-            state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be changed or
-                donated as soon as this returns.
+            state: pytree of JAX arrays (typed PRNG keys included), NumPy arrays and numbers; may be
+                changed or donated as soon as this returns.
             meta: whatever is to be known before the state is restored, as JSON.
 
         Raises:
-            CheckpointError: if a leaf of `state` is neither an array nor a number, or the save before this failed.
+            CheckpointError: if a leaf of `state` is neither an array nor a number, or the save
+                before this failed.
         """
         leaves = _named_leaves(state)
         described = {name: _describe(name, leaf) for name, leaf in leaves.items()}
@@ -80,7 +81,7 @@ class Writer:
             self._pending = self._pool.submit(self._write, arrays, contents)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Returns when everything is on disk, or after so many seconds.
+        """Return when everything is on disk, or after so many seconds.
 
         Raises:
             CheckpointError: if the last save failed; those before it are intact.
@@ -96,7 +97,7 @@ class Writer:
             ) from error
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for what is being written."""
         try:
             self.wait()
         finally:
@@ -136,19 +137,20 @@ class Save:
     meta: dict[str, Any]
 
     def restore(self, like: PyTree, part: str = "") -> PyTree:
-        """Reads the state, or a part of it, bit for bit.
+        """Read the state, or a part of it, bit for bit.
 
         Args:
-            like: pytree of the structure, shapes and dtypes to expect, for instance a freshly initialised
-                state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the sharding they have here,
-                whatever it was when they were saved.
+            like: pytree of the structure, shapes and dtypes to expect, for instance a freshly
+                initialised state; leaves may be `jax.ShapeDtypeStruct`. JAX arrays return with the
+                sharding they have here, whatever it was when they were saved.
             part: the attribute of the state that is wanted, such as `.policy`; all of it if empty.
 
         Returns:
             The state, with the containers of `like` and the values of the save.
 
         Raises:
-            CheckpointError: if the save does not fit `like`; the message names the first leaf that differs.
+            CheckpointError: if the save does not fit `like`; the message names the first leaf that
+                differs.
         """
         leaves = {
             _stored_name(name, self.leaves): leaf
@@ -172,12 +174,13 @@ class Save:
             return load(file.read())
 
     def _read_orbax(self, shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
-        """The arrays of a save of the first versions, which left out those without elements."""
+        """Read the arrays of a save of the first versions, which left out those of no elements."""
         try:
             import orbax.checkpoint as ocp
         except ImportError as error:
             raise UserError(
-                f"{self.path} is of an older version of mam: to read it, pip install orbax-checkpoint"
+                f"{self.path} is of an older version of mam: "
+                "to read it, pip install orbax-checkpoint"
             ) from error
         empty = {name: np.empty(shape.shape, shape.dtype) for name, shape in shapes.items()}
         stored = {name: array for name, array in empty.items() if array.size}
@@ -188,7 +191,7 @@ class Save:
 
 
 def has_saves(folder: Path) -> bool:
-    """Whether a save was ever completed there."""
+    """Say whether a save was ever completed there."""
     return bool(_numbers(folder))
 
 
@@ -198,12 +201,13 @@ def newest(
     valid: Callable[[dict[str, Any]], bool] = lambda meta: True,
     warn: Callable[[str], None] = lambda line: None,
 ) -> Save:
-    """The newest save that is intact.
+    """Open the newest save that is intact.
 
     Args:
         folder: the run's checkpoint folder.
-        valid: whether metadata is of the kind that the caller writes; what has other metadata is damaged.
-        warn: hears about each newer one that is not.
+        valid: whether metadata is of the kind that the caller writes; what has other metadata is
+            damaged.
+        warn: called with a line about each newer one that is not.
 
     Raises:
         CheckpointError: if there is none.
@@ -224,7 +228,7 @@ def newest(
 
 
 def _open(path: Path, number: int) -> Save:
-    """The save of that number, whose files are all there and as they were written."""
+    """Open the save of that number, whose files are all there and as they were written."""
     try:
         manifest = _read_manifest(path / _MANIFEST)
         match manifest:
@@ -258,7 +262,7 @@ def _damaged(path: Path, why: object) -> CheckpointError:
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
-    """Writes arrays to a file; returns the checksum of what should be there."""
+    """Write arrays to a file, and return the checksum of what should be there."""
     from safetensors.numpy import save
 
     data = save({name: _storable(np.asarray(array)) for name, array in arrays.items()})
@@ -270,13 +274,13 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """An array in C order, of a type that NumPy has: of others, such as bfloat16, the bits."""
+    """Return an array in C order, of a type that NumPy has: of others, as bfloat16, the bits."""
     array = np.ascontiguousarray(array).reshape(array.shape)
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
 def _write_manifest(path: Path, contents: dict[str, Any]) -> None:
-    """JSON on two lines: the contents, and their checksum."""
+    """Write JSON on two lines: the contents, and their checksum."""
     text = json.dumps(contents)
     with path.open("w", encoding="utf-8") as file:
         file.write(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
@@ -294,7 +298,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Of all complete saves, newest first; names that a `Writer` would not give are passed over."""
+    """List the numbers of complete saves, newest first, without names that no `Writer` gives."""
     names = [path.name for path in folder.glob("*") if path.is_dir()]
     return sorted(
         (int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True
@@ -302,7 +306,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a folder, a file, or a link but not what it points to."""
+    """Delete a folder, a file, or a link but not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -310,7 +314,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename last through a power cut."""
+    """Make a rename last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -319,7 +323,7 @@ def _sync(folder: Path) -> None:
 
 
 def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays that stay what they are when the originals are donated or changed, whole in every process."""
+    """Copy arrays, whole in every process, so that the originals may be donated or changed."""
     on_device = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
     copies = {
         name: np.array(x) for name, x in arrays.items() if name not in on_device
@@ -328,7 +332,7 @@ def _copy(arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole(array: Any) -> Any:
-    """An array with the parts that other processes hold."""
+    """Return an array with the parts that other processes hold."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return array
@@ -338,7 +342,7 @@ _copy_on_device = jax.jit(partial(jax.tree.map, jnp.copy))
 
 
 def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
-    """Leaves by their place in the state, such as `state.params['w'][0]`, in flattening order."""
+    """Return leaves by their place in the state, as `state.params['w'][0]`, in flattening order."""
     return {
         f"state{part}{jax.tree_util.keystr(path)}": leaf
         for path, leaf in jax.tree.leaves_with_path(tree)
@@ -346,12 +350,12 @@ def _named_leaves(tree: PyTree, part: str = "") -> dict[str, Any]:
 
 
 def _belongs(name: str, part: str) -> bool:
-    """Whether a leaf is this part of the state, or within it."""
+    """Say whether a leaf is this part of the state, or within it."""
     return name == part or (name.startswith(part) and name[len(part)] in ".[")
 
 
 def _stored_name(name: str, saved: Container[str]) -> str:
-    """A leaf's name in a save, which may be of a version that called a part of it otherwise."""
+    """Return a leaf's name in a save, whose version may have called a part of it otherwise."""
     old = name
     for now, before in _RENAMED.items():
         old = old.replace(now, before)
@@ -365,7 +369,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _describe(name: str, leaf: Any) -> str:
-    """Dtype and shape as text, such as `float32[2,3]` or `key<fry>[]`; the latter remembers the kind of generator."""
+    """Return dtype and shape as text, as `float32[2,3]` or, with its generator, `key<fry>[]`."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         leaf = np.asarray(leaf)
     if not _is_key(leaf) and not (jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == np.bool_):
@@ -374,24 +378,25 @@ def _describe(name: str, leaf: Any) -> str:
 
 
 def _compare(folder: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
-    """Refuses a checkpoint whose leaves are not those expected."""
+    """Refuse a checkpoint whose leaves are not those expected."""
     for name in [*expected, *saved]:
         if saved.get(name) != expected.get(name):
             raise CheckpointError(
-                f"the checkpoint in {folder} does not fit: {name} is {saved.get(name, 'missing')} in the checkpoint, "
+                f"the checkpoint in {folder} does not fit: "
+                f"{name} is {saved.get(name, 'missing')} in the checkpoint, "
                 f"{expected.get(name, 'missing')} here"
             )
 
 
 def _to_array(leaf: Any) -> Any:
-    """A leaf as it is stored: keys as their bits, numbers as arrays."""
+    """Return a leaf as it is stored: keys as their bits, numbers as arrays."""
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and type of what is stored of a leaf."""
+    """Return the shape and type of what is stored of a leaf."""
     if _is_key(leaf):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     elif not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
@@ -400,7 +405,7 @@ def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_array(array: np.ndarray, like: Any) -> Any:
-    """A stored array as the kind of leaf that `like` is: a JAX array on the devices that `like` is bound to, if any."""
+    """Return a stored array as the kind of leaf that `like` is, on its devices if any."""
     if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return (
             array

@@ -1,4 +1,4 @@
-"""Reading files that anyone may have written, and writing where there may be no room."""
+"""Reading files of unknown origin, and writing where there may be no space."""
 
 import json
 import math
@@ -50,8 +50,8 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file, which may hold anything.
 
     Raises:
-        UserError: in one line, if it cannot be read, is no regular file or a longer one, or if `parse_object` refuses
-            what is in it.
+        UserError: in one line, if it cannot be read, is no regular file or longer than `max_bytes`,
+            or if `parse_object` refuses what is in it.
     """
     try:
         with open_regular(path) as file:
@@ -66,7 +66,7 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object whose numbers are finite and fit into 64 bits, and which is of sane depth.
+    """Parse a JSON object of sane depth, whose numbers are finite and fit into 64 bits.
 
     Raises:
         ValueError: in one line, if it is anything else.

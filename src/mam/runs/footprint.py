@@ -1,7 +1,8 @@
 """What a run will need, before it starts: XLA's own account of the compiled train step.
 
-Memory is that of one device: the train state, which goes in and comes out, and what the step needs besides. The
-allocator's own losses come on top, so a step that needs nearly all of a device may still fail.
+Memory is that of one device: the train state, which goes in and comes out, and what the step needs
+besides. The allocator's own losses come on top, so a step that needs nearly all of a device may
+still fail.
 """
 
 import os
@@ -32,12 +33,12 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Everything a train step holds at once; the old and the new state share their memory where they can."""
+        """All that a train step holds at once; old and new state share memory where they can."""
         return self.state + self.temporary
 
     @staticmethod
     def of(compiled: Any) -> "Footprint":
-        """Of a compiled train step."""
+        """Read the footprint of a compiled train step."""
         memory = compiled.memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return Footprint(memory.argument_size_in_bytes + max(new, 0), memory.temp_size_in_bytes)
@@ -53,7 +54,7 @@ class Plan:
 
 
 def device_memory() -> int:
-    """Bytes of the first device: what JAX may use of a GPU; of a CPU the machine's or its container's."""
+    """Return the bytes of the first device: what JAX may use of a GPU, or the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -65,10 +66,10 @@ def device_memory() -> int:
 
 
 def plan(config: Config) -> Iterator[Plan]:
-    """Compiles the run as it is asked for; if it does not fit, with smaller minibatches and recomputed blocks.
+    """Compile the run; if it does not fit, with smaller minibatches and recomputed blocks.
 
     Raises:
-        UserError: for a run whose environments live on the host: its train step is no single program.
+        UserError: for a run with external environments: its train step is no single program.
     """
     room = ROOM * device_memory()
     first = _compiled(config, "as asked for")
@@ -79,7 +80,7 @@ def plan(config: Config) -> Iterator[Plan]:
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """Runs that need less memory, and how they differ, the mildest first."""
+    """List runs that need less memory, and how they differ, the mildest first."""
     ppo = config.ppo
     whole = has_memory(config.policy, config.network)
     num_sequences = config.steps_per_update // (
@@ -102,7 +103,8 @@ def _compiled(config: Config, changes: str) -> Plan:
     try:
         if not isinstance(trainer.train_step, jax.stages.Wrapped):
             raise UserError(
-                f"{config.env} lives on the host: its memory depends on the simulator, and is not planned"
+                f"{config.env} lives on the host: "
+                "its memory depends on the simulator, and is not planned"
             )
         seeds = np.arange(config.seed, config.seed + config.num_seeds)
         begun = time.perf_counter()
@@ -113,7 +115,7 @@ def _compiled(config: Config, changes: str) -> Plan:
 
 
 def footprint(trainer: Trainer) -> str:
-    """What a compiled trainer needs, in one line; nothing if its train step is no single program."""
+    """Say what a compiled trainer needs, in one line; "" if its train step is no single program."""
     if not isinstance(trainer.train_step, jax.stages.Compiled):
         return ""
     need, there = Footprint.of(trainer.train_step), device_memory()
@@ -127,7 +129,7 @@ def footprint(trainer: Trainer) -> str:
 
 @contextmanager
 def out_of_memory(config: Config) -> Iterator[None]:
-    """Turns the device's complaint about memory into advice."""
+    """Turn an out-of-memory error of the device into advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -138,10 +140,11 @@ def out_of_memory(config: Config) -> Iterator[None]:
             " or ".join(words for words, _ in list(_smaller(config))[:1]) or "fewer --ppo.num-envs"
         )
         raise RunError(
-            f"out of memory ({text.splitlines()[0]}): try {words}; `mam plan` with the same options says what fits"
+            f"out of memory ({text.splitlines()[0]}): try {words}; "
+            "`mam plan` with the same options says what fits"
         ) from error
 
 
 def gigabytes(size: int) -> str:
-    """A size to read: 512 MB, 1.25 GB."""
+    """Return a size to read, such as 512 MB or 1.25 GB."""
     return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

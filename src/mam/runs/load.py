@@ -69,14 +69,15 @@ def load_weights(
 
     Args:
         path: folder of the run.
-        greedy: the mode in which the best weights were best; the one that counts in the run if None.
+        greedy: the mode in which the best weights were best; the one that counts in the run if
+            None.
         which: the weights of the best evaluation, or the latest ones.
         named: task that the user named.
         trust: import the environment that the folder names, where that is code.
 
     Raises:
-        UserError: if there is no run, or it is of the first versions, which did not write the sizes of their tasks
-            down, and its environment is code that nobody has agreed to import.
+        UserError: if there is no run, or it is of the first versions, which did not write the sizes
+            of their tasks down, and its environment is code that may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     folder = RunFolder(path)
@@ -106,7 +107,7 @@ def _read(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
 
 
 def _read_by_environment(config: Config, save: Save, which: Which, *, beside: bool) -> Weights:
-    """Read the weights of a save that does not say the sizes of its task: making the task tells them."""
+    """Read the weights of a save without the sizes of its task, which is made to know them."""
     trainer = make_train(config)
     try:
         state, spec = restore(save, trainer.shapes(np.asarray(seeds_of(config)))), trainer.spec
@@ -127,7 +128,7 @@ def _read_spec(save: Save) -> EnvSpec:
 
 
 class LoadedPolicy:
-    """A policy that plays: observations in, actions out, for any number of environments side by side.
+    """A policy that plays in any number of environments: observations in, actions out.
 
     Attributes:
         config: of the run.
@@ -158,16 +159,16 @@ class LoadedPolicy:
 
         Args:
             observation: NumPy or JAX arrays with any leading axes [*batch], see `complete`.
-            reset: which observations [*batch] are the first of their episodes; one bool stands for all of them. At the
-                very first step all are.
+            reset: which observations [*batch] are the first of their episodes; one bool stands for
+                all of them. At the very first step all are.
 
         Returns:
-            Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for NumPy's views, JAX's for
-            JAX's.
+            Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for
+            NumPy's views, JAX's for JAX's.
 
         Raises:
-            UserError: if the observation has other sizes than those that the policy reads, or another batch than at the
-                step before while episodes go on.
+            UserError: if the observation has other sizes than those that the policy reads, or
+                another batch than at the step before while episodes go on.
         """
         obs = self.complete(observation)
         batch = obs.alive.shape[:-1]
@@ -175,7 +176,8 @@ class LoadedPolicy:
         if batch != self._batch or self._memory is None:
             if not reset.all():
                 raise UserError(
-                    f"the batch was {self._batch} and is {batch}: begin all its episodes with reset=True"
+                    f"the batch was {self._batch} and is {batch}: "
+                    "begin all its episodes with reset=True"
                 )
             self._memory, self._batch = self.policy.init_memory(batch), batch
         key = jax.random.fold_in(self._key, self._num_steps)
@@ -196,7 +198,8 @@ class LoadedPolicy:
         Args:
             memory: after the step before; `policy.init_memory(batch)` at first.
             observation: as for `act`.
-            reset: which observations are the first of their episodes, in which `memory` is not read.
+            reset: which observations are the first of their episodes, in which `memory` is not
+                read.
             key: decides what is sampled.
 
         Returns:
@@ -210,8 +213,9 @@ class LoadedPolicy:
         """Return what the policy reads: agents' ids in front of their views, where these lack them.
 
         Args:
-            observation: an `Observation`, or the agents' views [*batch, N, O] alone where every action is legal and
-                every agent alive. Views are those of the run's environment, with or without its ids.
+            observation: an `Observation`, or the agents' views [*batch, N, O] alone where every
+                action is legal and every agent alive. Views are those of the run's environment,
+                with or without its ids.
 
         Raises:
             UserError: if the views have other sizes.
@@ -237,7 +241,7 @@ class LoadedPolicy:
 
     @property
     def _view_sizes(self) -> list[int]:
-        """Features of one agent, with ids and without."""
+        """Return the features of one agent, with ids and without."""
         return sorted({self.spec.obs_dim, self.spec.obs_dim - self.spec.id_dim}, reverse=True)
 
 
@@ -266,22 +270,23 @@ def load(
     seed: int = 0,
     trust: bool = False,
 ) -> LoadedPolicy:
-    """Load the policy of a run, without its environment: what it has to know of it is saved with the weights.
+    """Load the policy of a run without its environment, whose sizes are saved with the weights.
 
-    Runs of versions that did not save this make the environment, once, to see its sizes; where it is code that the
-    folder names, that needs `trust`.
+    Runs of versions that did not save this make the environment, once, to see its sizes; where it
+    is code that the folder names, that needs `trust`.
 
     Args:
         run: folder of the run.
         which: the weights of the best evaluation, or the latest ones.
-        greedy: take the most likely actions instead of sampling them, and the weights that were best so; as the run's
-            evaluations did if None.
+        greedy: take the most likely actions instead of sampling them, and the weights that were
+            best so; as the run's evaluations did if None.
         policy_seed: which of the run's seeds; the one with the best evaluation if None.
         seed: decides what is sampled.
         trust: import the environment that the folder of an early version names, where that is code.
 
     Raises:
-        UserError: if there is no run or no such seed, or an early version's environment may not be imported.
+        UserError: if there is no run or no such seed, or an early version's environment may not be
+            imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)

@@ -1,7 +1,7 @@
-"""Advisory locks on files: one process at a time, until it closes the lock or ends, however it ends.
+"""Advisory locks on files: one process at a time, until it closes the lock or ends.
 
-They are `flock`'s. On NFS Linux keeps such a lock at the server (version 4, or 3 with lockd), for all machines that
-see the folder. Where a file system has none, and on Windows, nothing is locked.
+They are `flock`'s. On NFS Linux keeps such a lock at the server (version 4, or 3 with lockd), for
+all machines that see the folder. Where a file system has none, and on Windows, nothing is locked.
 """
 
 import os
@@ -27,7 +27,7 @@ class Lock:
     descriptor: int
 
     def close(self) -> None:
-        """Release it."""
+        """Release the lock."""
         os.close(self.descriptor)
 
 
@@ -40,7 +40,7 @@ class Holder:
 
     @property
     def here(self) -> bool:
-        """Whether it is a process of this machine."""
+        """Say whether it is a process of this machine."""
         return self.machine == socket.gethostname()
 
 
@@ -71,7 +71,7 @@ def acquire(path: Path) -> Lock:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file unless another process, or this one through another descriptor, holds it."""
+    """Lock an open file unless it is locked already, be it by this process."""
     if fcntl is None:
         return True
     try:
@@ -84,7 +84,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some process holds the lock."""
+    """Say whether some process holds the lock."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -96,7 +96,7 @@ def is_held(path: Path) -> bool:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """The process that locked a file last, if it could say so."""
+    """Return the process that locked a file last, if it could say so."""
     try:
         pid, machine = path.read_text(encoding="utf-8").split()
         return Holder(int(pid), machine)

@@ -1,4 +1,4 @@
-"""A run on the host: a folder, a loop over compiled steps, and a stop that loses nothing.
+"""A run on this machine: a folder, a loop over compiled steps, and a stop that loses nothing.
 
 RUN/config.json        what was run           RUN/metrics.jsonl       every number it reported
 RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
@@ -57,6 +57,7 @@ from mam.types import EnvSpec
 
 Outcome = Literal["finished", "stopped", "preempted"]
 LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
+# Settings that a resumed run may change.
 FREE = (
     "total_timesteps",
     "num_devices",
@@ -64,8 +65,8 @@ FREE = (
     "worker",
     "checkpoint",
     "log",
-)  # settings a resumed run may change
-MOST_SKIPPED = 10  # updates in a row with numbers that are not finite, before a run gives up
+)
+MOST_SKIPPED = 10  # updates in a row with non-finite values, before a run gives up
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RunFolder:
     """Names of what a run leaves behind."""
 
     path: Path
-    held: Lock | None = field(default=None, compare=False)  # by who trains; readers need none
+    held: Lock | None = field(default=None, compare=False)  # while training; readers need none
 
     @property
     def lock(self) -> Path:
@@ -100,7 +101,7 @@ class RunFolder:
         return self.path / "learning_curve.png"
 
     def load_config(self) -> Config:
-        """The configuration of the run.
+        """Read the configuration of the run.
 
         Raises:
             UserError: if the folder holds no run, or one of an incompatible version.
@@ -108,14 +109,20 @@ class RunFolder:
         return read_config(self.config)
 
     def load_state(self, config: Config, trainer: Trainer) -> TrainState:
-        """The newest train state that is intact, one leading axis of seeds."""
+        """Read the newest train state that is intact, one leading axis of seeds.
+
+        Args:
+            config: of the run.
+            trainer: of the run; says the shapes.
+        """
         return restore(self.newest_save(config), trainer.shapes(np.asarray(seeds_of(config))))
 
     def newest_save(self, config: Config) -> Save:
-        """The newest save that is intact.
+        """Open the newest save that is intact.
 
         Raises:
-            UserError: if it is of a run with another configuration: config.json was edited, or the save is another's.
+            UserError: if it is of a run with another configuration: config.json was edited, or the
+                save is another's.
             CheckpointError: if there is none.
         """
         save = newest(self.checkpoint, valid=_is_position, warn=print)
@@ -137,17 +144,24 @@ class RunFolder:
         return save
 
     def records(self) -> list[Record]:
-        """Everything the run has reported."""
+        """Read all that the run has reported."""
         return read_records(self.metrics)
 
     def release(self) -> None:
-        """Lets other processes train here; happens by itself when this one ends."""
+        """Let other processes train here; happens by itself when this one ends."""
         if self.held:
             self.held.close()
 
 
 def restore(save: Save, shapes: TrainState) -> TrainState:
-    """Reads a train state. Earlier versions kept the best weights of one mode only, which then stand for both."""
+    """Read a train state.
+
+    Earlier versions kept the best weights of one mode only, which then stand for both.
+
+    Args:
+        save: the save.
+        shapes: of the state, and where its arrays lie.
+    """
     if shapes.best_beside is None or any(
         name.startswith("state.best_beside") for name in save.leaves
     ):
@@ -158,12 +172,12 @@ def restore(save: Save, shapes: TrainState) -> TrainState:
 
 
 def seeds_of(config: Config) -> list[int]:
-    """The seeds of a run, in the order of every leading axis."""
+    """Return the seeds of a run, in the order of every leading axis."""
     return list(range(config.seed, config.seed + config.num_seeds))
 
 
 def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]:
-    """Checks the configuration and makes the folder of a new run; nothing is written if anything is wrong.
+    """Check a configuration and make the folder of a new run, unless anything is wrong.
 
     Args:
         config: what to run.
@@ -173,8 +187,8 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         The folder, locked, and what trains in it.
 
     Raises:
-        UserError: for a task or policy that does not exist, a folder that holds a run already or is in use, or one
-            that cannot be made.
+        UserError: for a task or policy that does not exist, a folder that holds a run already or is
+            in use, or one that cannot be made.
     """
     if path is None and jax.process_count() > 1:
         raise UserError("several processes write one run: give them the same --out")
@@ -194,7 +208,7 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
 
 
 def _check_unused(config: Config, path: Path) -> None:
-    """Refuses names that no terminal can show as they are, and folders with a run."""
+    """Refuse names that no terminal can show as they are, and folders with a run."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in str(path)):
         raise UserError(f"--out takes names that can be printed, got {shown(str(path))}")
     try:
@@ -208,7 +222,7 @@ def _check_unused(config: Config, path: Path) -> None:
 
 
 def _make_folder(config: Config, path: Path | None) -> RunFolder:
-    """The folder of a new run, which nobody else has at the same time."""
+    """Make the folder of a new run, which no other run has."""
     try:
         if path is None:
             path = _make_unused(_default_folder(config))
@@ -231,12 +245,12 @@ def _make_folder(config: Config, path: Path | None) -> RunFolder:
 
 
 def _default_folder(config: Config) -> Path:
-    """Where runs of this kind go; every file system takes the name."""
+    """Return where runs of this kind go; every file system takes the name."""
     return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
 
 
 def _make_unused(parent: Path) -> Path:
-    """A new folder called by the time, with a suffix where another run began in the same second."""
+    """Make a folder called by the time, with a suffix where one began in the same second."""
     parent.mkdir(parents=True, exist_ok=True)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 10_000))):
@@ -254,19 +268,28 @@ def _write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def resume_options(config: Config, path: Path) -> list[str]:
-    """The options of `mam train` that resume a run; a task that is code has to be named by the user."""
+    """Return the options of `mam train` that resume a run, with the task where it is code.
+
+    Args:
+        config: of the run.
+        path: its folder.
+    """
     return ["--resume", str(path), *(["--env", config.env] if names_code(config.env) else [])]
 
 
 def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
-    """Opens a run to go on with it, possibly for longer.
+    """Open a run to go on with it, possibly for longer.
+
+    Args:
+        path: the folder.
+        config: the run's, except for settings that are FREE.
 
     Returns:
         The folder, locked, and what trains in it.
 
     Raises:
-        UserError: if the configuration differs from the run's in anything but the settings that are FREE, or another
-            process runs it.
+        UserError: if the configuration differs from the run's in anything but the settings that are
+            FREE, or another process runs it.
     """
     folder = RunFolder(path)
     saved = folder.load_config()
@@ -277,7 +300,8 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         raise UserError(f"{path} cannot go on with other settings: {'; '.join(differing)}")
     if config.total_timesteps < saved.total_timesteps:
         raise UserError(
-            f"total_timesteps cannot shrink from {saved.total_timesteps} to {config.total_timesteps}"
+            f"total_timesteps cannot shrink from {saved.total_timesteps} "
+            f"to {config.total_timesteps}"
         )
     for name in config.log:
         find_sink(name)
@@ -297,7 +321,13 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Fields in which two configurations differ, as `ppo.lr was 0.0005, is 0.001`."""
+    """List the fields in which two configurations differ, as `ppo.lr was 0.0005, is 0.001`.
+
+    Args:
+        old: a configuration, or a group of one.
+        new: the other one.
+        prefix: of the names of its fields.
+    """
     found = []
     for setting in fields(old):
         before, now = getattr(old, setting.name), getattr(new, setting.name)
@@ -316,20 +346,22 @@ def run(
     callbacks: Sequence[Callback] = (),
     signals: bool = True,
 ) -> Outcome:
-    """Trains from where the folder's newest intact checkpoint stands, or from scratch, to the end or to a stop.
+    """Train from the newest intact checkpoint, or from scratch, to the end or to a stop.
 
     Args:
         config: what is run.
         folder: where, as `start` or `resume` returned it.
         trainer: what trains there, as they returned it; closed at the end.
         callbacks: called after every update and every evaluation.
-        signals: stop on SIGINT, SIGTERM and the like, whose handlers are replaced for as long as the run takes.
+        signals: stop on SIGINT, SIGTERM and the like, whose handlers are replaced for as long as
+            the run takes.
 
     Returns:
-        How it ended: whoever was stopped is saved and can be resumed.
+        How it ended; a run that was stopped is saved and can be resumed.
 
     Raises:
-        RunError: if the run cannot go on: its files cannot be written, a number is not finite, memory is out.
+        RunError: if the run cannot go on: its files cannot be written, a value is not finite,
+            memory is out.
     """
     seeds = np.asarray(seeds_of(config))
     with ExitStack() as stack:
@@ -355,16 +387,16 @@ def run(
             progress.log(line)
         if save:
             progress.log(
-                f"going on after update {loop.update} of {config.num_updates} ({loop.step_count:,} steps)"
+                f"going on after update {loop.update} of {config.num_updates} "
+                f"({loop.step_count:,} steps)"
             )
         loop.open(stack, progress)
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
+                # However long the first evaluation takes, what was learned before it is safe.
                 if loop.update and not loop.has_saved:
-                    loop.save(
-                        state
-                    )  # however long the first evaluation takes, what was learned before it is safe
+                    loop.save(state)
                 progress.evaluating(config.eval.num_episodes)
                 with clock.part("evaluation"):
                     state, values = loop.take(trainer.evaluate_step, state)
@@ -436,25 +468,25 @@ class _Loop:
         return self._saved is not None
 
     def open(self, stack: ExitStack, progress: Progress) -> None:
-        """Opens the files, which `stack` closes."""
+        """Open the files, which `stack` closes."""
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
         with _writing(self._folder.path):
-            self._folder.config.stat()  # what was removed while the program was compiled is not made anew without it
+            # What was removed while the program was compiled is not made anew without it.
+            self._folder.config.stat()
             self._writer = Writer(
                 self._folder.checkpoint, keep=self._config.checkpoint.keep, after=self._resumed
             )
             stack.callback(_try, self._writer.close)
             if jax.process_index() > 0:
                 return
-            for name in dict.fromkeys(
-                ("jsonl", *self._config.log)
-            ):  # the first is what resuming and reports read
+            # The first is what resuming and reports read.
+            for name in dict.fromkeys(("jsonl", *self._config.log)):
                 self._add(stack, find_sink(name)(self._folder.path, self._config, meta))
         self._metrics = cast(JsonLines, self._sinks[0])
         if meta and (lost := self._metrics.missing):
             self._log(
-                f"{self._folder.metrics} lacks {lost} of the {meta['metrics_bytes']} bytes that it had at the "
-                "checkpoint: rows are lost, and the run goes on without them"
+                f"{self._folder.metrics} lacks {lost} of the {meta['metrics_bytes']} bytes "
+                "that it had at the checkpoint: rows are lost, and the run goes on without them"
             )
         self._add(stack, progress)
 
@@ -463,7 +495,11 @@ class _Loop:
         stack.callback(_try, sink.close)
 
     def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
-        """Takes a step; if it fails, the state before it is saved.
+        """Take a step; if it fails, the state before it is saved.
+
+        Args:
+            step: of the trainer.
+            state: before it.
 
         Raises:
             RunError: an environment or a callback failed.
@@ -471,12 +507,10 @@ class _Loop:
         try:
             return step(state)
         except Exception as error:
-            if (
-                jax.process_count() == 1
-            ):  # several would have to save together, and only this one failed
-                with suppress(
-                    Exception
-                ):  # of a state that was given away to the step nothing is left
+            # Several would have to save together, and only this one failed. Of a state that was
+            # donated to the step nothing is left.
+            if jax.process_count() == 1:
+                with suppress(Exception):
                     self.save(state)
             if not isinstance(error, UserError):
                 raise
@@ -484,7 +518,14 @@ class _Loop:
             raise RunError("\n".join([f"{what}; {self.last_words()}", *traceback])) from error
 
     def report(self, kind: Any, values: Values, state: TrainState, stop: Stop) -> None:
-        """Writes what a step came to, and tells the callbacks, which may stop the run."""
+        """Write what a step came to, and call the callbacks, which may stop the run.
+
+        Args:
+            kind: of step.
+            values: what it reported.
+            state: after it.
+            stop: how callbacks ask for an end.
+        """
         record = self.write(kind, values)
         event = Event(record.update, record.step_count, record.values, state, self._log, stop.ask)
 
@@ -519,12 +560,13 @@ class _Loop:
             self._said_unfinished = True
             limit = self._config.eval.max_episode_steps
             self._log(
-                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended after {limit:,} steps "
-                "and count with what they had returned by then; --eval.max-episode-steps sets the limit"
+                f"{int(cut.sum())} of {cut.size} evaluated episodes had not ended "
+                f"after {limit:,} steps and count with what they had returned by then; "
+                "--eval.max-episode-steps sets the limit"
             )
 
     def save(self, state: TrainState) -> None:
-        """Begins a save, unless the state is that of the last one; at the end of the run, ends it."""
+        """Begin a save, unless the state is that of the last one; at the end of the run, end it."""
         stands, self._saved_at = (self.update, self.evaluated), time.monotonic()
         if self._saved == stands:
             return
@@ -542,7 +584,13 @@ class _Loop:
         self._saved = stands
 
     def healthy(self, trainer: Trainer, state: TrainState, values: Values) -> bool:
-        """Whether to go on after a train step; says what was not finite in it."""
+        """Say whether to go on after a train step, and set what was not finite in it.
+
+        Args:
+            trainer: took the step.
+            state: after it.
+            values: what it reported.
+        """
         bad = trainer.first_bad(state, values)
         self._skipped = self._skipped + 1 if bad else 0
         if not bad:
@@ -554,7 +602,8 @@ class _Loop:
         )
         if self._config.on_non_finite == "stop":
             self.diagnosis += (
-                "; the state before it is saved. If the environment is not to blame (mam check-env), "
+                "; the state before it is saved. "
+                "If the environment is not to blame (mam check-env), "
                 "lower --ppo.lr, or take --on-non-finite skip or rollback"
             )
             return False
@@ -572,7 +621,7 @@ class _Loop:
         return True
 
     def agreed(self, stop: Stop) -> bool:
-        """Whether to stop: where there are several processes, as soon as one of them is asked to."""
+        """Say whether to stop: of several processes, as soon as one of them is asked to."""
         if jax.process_count() == 1:
             return stop.signal is not None
         signals = multihost_utils.process_allgather(np.asarray(stop.signal or 0))
@@ -580,7 +629,7 @@ class _Loop:
         return stop.signal is not None
 
     def agreed_to_save(self, step_seconds: float) -> bool:
-        """Whether it is time: at intervals, and where a signal's deadline would come before the end of a step."""
+        """Say whether to save: at intervals, and before steps longer than a signal's deadline."""
         since = time.monotonic() - self._saved_at
         due = since >= self._config.checkpoint.seconds or step_seconds > GRACE / 2
         if jax.process_count() == 1:
@@ -588,7 +637,7 @@ class _Loop:
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
 
     def finish(self) -> None:
-        """Waits until everything is on disk."""
+        """Wait until everything is on disk."""
         with _writing(self._folder.path):
             with self._clock.part("saving"):
                 if self._writer:
@@ -597,7 +646,7 @@ class _Loop:
                 write_times(self._folder.times, self._clock.seconds)
 
     def last_words(self) -> str:
-        """What is saved, once the save being written is done."""
+        """Say what is saved, once the save being written is done."""
         if self._writer:
             self._writer.wait(timeout=4.0)
         return (
@@ -608,7 +657,7 @@ class _Loop:
 
 
 def _is_position(meta: dict[str, Any]) -> bool:
-    """Whether metadata is what `_Loop.save` writes."""
+    """Say whether metadata is what `_Loop.save` writes."""
     least = {"update": 0, "evaluated": -1, "step_count": 0, "metrics_bytes": 0}
     return (
         all(
@@ -622,7 +671,7 @@ def _is_position(meta: dict[str, Any]) -> bool:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns whatever keeps the run's files from being written into one line."""
+    """Turn any reason why the run's files cannot be written into one line."""
     try:
         yield
     except OSError as error:
@@ -633,13 +682,13 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _try(close: Callable[[], None]) -> None:
-    """Closes a file; what goes wrong then went wrong before, and was said."""
+    """Close a file; what goes wrong then went wrong before, and was said."""
     with suppress(OSError, RunError):
         close()
 
 
 def _write_results(config: Config, folder: RunFolder) -> None:
-    """Everything derived from the metrics, made anew from the whole file."""
+    """Write all that is derived from the metrics, anew from the whole file."""
     records, seeds = folder.records(), seeds_of(config)
     suite, slash, task = config.env.partition("/")
     if not slash:  # package.module:factory
@@ -654,7 +703,7 @@ def _write_results(config: Config, folder: RunFolder) -> None:
 
 
 def versions() -> dict[str, Any]:
-    """What the run's numbers depend on besides its configuration."""
+    """Return what the run's numbers depend on besides its configuration."""
     suites = (package for suite in SUITES.values() for package in suite.packages)
     others = ("jax", "jaxlib", "equinox", "optax", "numpy", *suites)
     device = jax.devices()[0]
@@ -668,7 +717,7 @@ def versions() -> dict[str, Any]:
 
 
 def _git_sha() -> str | None:
-    """The commit of the source in use, `-dirty` if it was changed since; None outside a checkout."""
+    """Return the commit of the source, `-dirty` if changed since; None outside a checkout."""
     command = [
         "git",
         "-C",

@@ -1,4 +1,4 @@
-"""One episode step by step, for looking at it: a picture, and a trace of what was decided."""
+"""One episode step by step, for looking at it: an image, and a trace of what was decided."""
 
 import json
 from dataclasses import dataclass, fields
@@ -32,7 +32,7 @@ class Trace:
 
     @classmethod
     def of(cls, steps: list[dict[str, Any]]) -> "Trace":
-        """Stacks what was noted at each step."""
+        """Stack what was noted at each step."""
         return cls(
             **{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)}
         )
@@ -45,12 +45,12 @@ class Episode:
     episode_return: float  # the team's, averaged over agents
     terminated: bool  # not merely cut off by the time limit
     trace: Trace
-    num_frames: int  # of the picture
+    num_frames: int  # of the GIF
     undrawn: str = ""  # why there is none; empty if there is one
 
 
 def trace_path(picture: Path) -> Path:
-    """Where the trace of an episode is: beside its picture."""
+    """Return where the trace of an episode is: beside its image."""
     return picture.with_suffix(".json")
 
 
@@ -64,14 +64,14 @@ def play(
     max_steps: int = EvalConfig.max_episode_steps,
     **about: Any,
 ) -> Episode:
-    """Plays an episode and writes it as a GIF and a trace.
+    """Play an episode and write it as a GIF and a trace.
 
     Args:
         env: one environment that reports `episode_return`.
         policy: the weights to play with.
         seed: decides everything random.
-        path: GIF to write, of the T + 1 states, and beside it, as .json, the trace; see `write_trace`. Of an
-            environment that nothing can draw there is the trace alone.
+        path: GIF to write, of the T + 1 states, and beside it, as .json, the trace; see
+            `write_trace`. Of an environment that cannot be drawn there is the trace alone.
         greedy: take the most likely actions instead of sampling.
         max_steps: steps after which an episode that has not ended is cut off.
         about: what else the trace should say, such as the run's own seed.
@@ -129,14 +129,15 @@ def play_on_host(
     max_steps: int = EvalConfig.max_episode_steps,
     **about: Any,
 ) -> Episode:
-    """Plays an episode of an environment that JAX does not step, in this process, and writes it as GIF and trace.
+    """Play an episode of an external environment, in this process; see `play`.
 
     Args:
         name: of the environment, as for `mam.envs.registry.make_host`.
         agent_id: as for `make_host`.
         policy: as for `play`.
         seed: as for `play`.
-        path: as for `play`, of the T states that were acted on; without a GIF where the environment draws nothing.
+        path: as for `play`, of the T states that were acted on; without a GIF where the environment
+            draws nothing.
         greedy: as for `play`.
         max_steps: as for `play`.
         about: as for `play`.
@@ -186,18 +187,19 @@ def play_on_host(
 
 
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
-    """One step of a trace."""
+    """Return one step of a trace."""
     decided = {name: getattr(output, name) for name in ("value", "action", "log_prob", "order")}
     return decided | {"reward": reward, "alive": observation.alive}
 
 
 def write_trace(path: Path, episode: Episode, **about: Any) -> None:
-    """Writes what happened in an episode as one JSON object.
+    """Write what happened in an episode as one JSON object.
 
-    `env`, `seed`, `greedy`, `agents` (their names, null if they have none) and whatever else is said about it;
-    `episode_return`, `terminated`, `picture` (name of the GIF, null if there is none), `num_frames` (T + 1 or T, of
-    which a GIF leaves out repetitions) and `undrawn` (why); then the arrays of `Trace`, as lists over steps: `reward`,
-    `value`, `action`, `log_prob`, `order`, `alive`. Numbers that are not finite are null.
+    `env`, `seed`, `greedy`, `agents` (their names, null if they have none) and whatever else is
+    said about it; `episode_return`, `terminated`, `picture` (name of the GIF, null if there is
+    none), `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
+    then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`,
+    `order`, `alive`. Non-finite values are null.
 
     Args:
         path: the GIF; the trace goes to `trace_path` of it.

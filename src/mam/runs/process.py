@@ -1,4 +1,4 @@
-"""Settings of the whole process, made before JAX starts: the compilation cache, the allocator, the other hosts."""
+"""Settings of the whole process, made before JAX starts: compilation cache, allocator, hosts."""
 
 import ctypes
 import logging
@@ -31,14 +31,17 @@ class Hosts:
 
 
 def configure(*, keep_programs: bool = True, hosts: Hosts = Hosts()) -> None:
-    """Turns on the compilation cache and, on Linux, tunes the allocator. Called by the command line, not on import.
+    """Turn on the compilation cache and, on Linux, tune the allocator.
+
+    The command line calls this; an import does not.
 
     Args:
         keep_programs: whether compiled programs are kept on disk.
         hosts: the other processes of this run.
 
     Raises:
-        UserError: the other processes are not there, or the devices that JAX_PLATFORMS asks for are not.
+        UserError: the other processes are not there, or the devices that JAX_PLATFORMS asks for are
+            not.
     """
     if keep_programs and os.environ.get("MAM_COMPILATION_CACHE") != "0":
         enable_compilation_cache()
@@ -54,10 +57,8 @@ def _check_devices(asked: str) -> None:
 
     try:
         jax.devices()
-    except (
-        RuntimeError,
-        AssertionError,
-    ) as error:  # of a platform without its plugin JAX says nothing more
+    except (RuntimeError, AssertionError) as error:
+        # Of a platform without its plugin JAX says nothing more.
         reason = " ".join(str(error).split()) or "JAX finds no such device here"
         raise UserError(
             f"JAX_PLATFORMS={asked}: {reason}; leave it out, or set it to cpu"
@@ -65,15 +66,15 @@ def _check_devices(asked: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: mam/xla in the user's cache folder."""
+    """Return where compiled programs are kept: mam/xla in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mam" / "xla"
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the second run of a configuration starts in seconds.
+    """Keep compiled programs on disk, so that the second run of a configuration starts in seconds.
 
-    JAX_COMPILATION_CACHE_DIR chooses another folder; MAM_COMPILATION_CACHE=0 turns the cache off. Where the folder
-    cannot be made, nothing is kept, and that is said.
+    JAX_COMPILATION_CACHE_DIR chooses another folder; MAM_COMPILATION_CACHE=0 turns the cache off.
+    Where the folder cannot be made, nothing is kept, and that is said.
     """
     import jax
 
@@ -92,7 +93,7 @@ def enable_compilation_cache() -> None:
 
 
 def _remove_damaged(folder: Path) -> None:
-    """Removes programs that cannot be read, such as half-written ones after a kill, as soon as JAX warns of them.
+    """Remove programs that cannot be read, such as half-written ones, when JAX warns of them.
 
     JAX compiles them anew, but would never write them again, and warn at every start.
     """
@@ -116,7 +117,7 @@ def _remove_damaged(folder: Path) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Stops glibc from returning a step's buffers to the system, only to fault them in again at the next.
+    """Stop glibc from returning a step's buffers to the system, only to fault them in again.
 
     On CPU a training step is 1.3 to 1.6 times faster for it. The constants are those of <malloc.h>.
     """
@@ -129,7 +130,7 @@ def _keep_freed_memory() -> None:
 
 
 def join(hosts: Hosts) -> None:
-    """Makes this process one of several, if it is to be.
+    """Make this process one of several, if it is to be.
 
     Raises:
         UserError: if the others are not described, or not there.

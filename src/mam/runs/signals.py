@@ -1,7 +1,7 @@
-"""Asking a run to stop: signals become a question between two updates, with a deadline.
+"""Graceful shutdown: handlers set a flag polled between updates, a watchdog enforces a deadline.
 
-SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's) say
-that the machine is needed for something else and the run should be queued again (Slurm:
+SIGINT, SIGTERM and SIGHUP (the terminal is gone) ask for an end; SIGUSR1 and SIGUSR2 (submitit's)
+say that the machine is needed for something else and the run should be queued again (Slurm:
 `--signal=USR1@60`), which the exit code reports. Before the first update there is nothing to save:
 the process ends at once. Imports nothing heavy: `mam train` listens before it loads anything else.
 """
@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-PREEMPTED = (
-    75  # the exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>
-)
+# The exit code that asks for the run to be queued again: EX_TEMPFAIL of <sysexits.h>.
+PREEMPTED = 75
 INTERRUPTED = 130  # the shell's code for a process ended by Ctrl-C
 GRACE = 25.0  # seconds between a signal and the end, whatever the run is doing
 
 
 def _existing(*names: str) -> tuple[int, ...]:
-    """Signals by name, those that this system has."""
+    """Return the numbers of signals, those that this system has."""
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
@@ -47,15 +46,15 @@ class Stop:
         return self.signal in _REQUEUE
 
     def receive(self, number: int) -> None:
-        """Remembers the first signal. Called between two instructions of the main thread, which may be busy."""
+        """Remember the first signal; called between two instructions of the main thread."""
         self.signal = self.signal or number
 
     def ask(self) -> None:
-        """Ends the run as a signal would, without a deadline."""
+        """End the run as a signal would, without a deadline."""
         self.receive(signal.SIGTERM)
 
     def watch(self, wakeup: socket.socket) -> None:
-        """Answers signals at once, in a thread of its own: the main one may be inside a long computation."""
+        """React to signals at once, in a thread apart: the main one may be inside a long call."""
         deadline = None
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
@@ -73,14 +72,20 @@ class Stop:
             elif deadline is None:
                 deadline = time.monotonic() + GRACE
                 self._log(
-                    "stopping after this step; press Ctrl-C again to stop at once and lose what is not saved"
+                    "stopping after this step; "
+                    "press Ctrl-C again to stop at once and lose what is not saved"
                 )
             elif number == signal.SIGINT:
                 self._end("interrupted", INTERRUPTED)
 
     @contextmanager
     def during(self, log: Callable[[str], None], last_words: Callable[[], str]) -> Iterator[None]:
-        """While a run asks between two of its steps, signals are a question; afterwards it has its last words."""
+        """Let a run poll between its steps, and say what is saved when it ends.
+
+        Args:
+            log: prints a line.
+            last_words: called before the process is ended; says what is saved.
+        """
         self._log, self._last_words = log, last_words
         try:
             yield
@@ -94,7 +99,7 @@ class Stop:
 
     def _end(self, why: str, code: int) -> None:
         words = self._last_words() if self._last_words else "nothing was changed"
-        with suppress(Exception):  # where the terminal is gone nobody listens
+        with suppress(Exception):  # the terminal may be gone
             self._log(f"{why}: stopped at once; {words}")
             sys.stdout.flush()
         os._exit(code)
@@ -105,13 +110,12 @@ def _say(line: str) -> None:
 
 
 _listening: Stop | None = None  # to the signals of this process
-_ends: tuple[socket.socket, socket.socket] | None = (
-    None  # which it reads, and where they are written
-)
+# The socket that it reads, and the one that handlers write to.
+_ends: tuple[socket.socket, socket.socket] | None = None
 
 
 def listen() -> tuple[Stop, Callable[[], None]]:
-    """Takes the signals of this process over, if that has not happened yet.
+    """Take the signals of this process over, if that has not happened yet.
 
     In any thread but the main one, where Python has no signals, it listens to nothing.
 
@@ -122,9 +126,8 @@ def listen() -> tuple[Stop, Callable[[], None]]:
     if threading.current_thread() is not threading.main_thread():
         return Stop(), _nothing
     if _listening is not None:
-        _handle(
-            _listening
-        )  # libraries loaded since, such as a cluster's client, may have taken some over
+        # Libraries loaded since, such as a cluster's client, may have taken some over.
+        _handle(_listening)
         return _listening, _nothing
     stop = _listening = Stop()
     reading, writing = _ends = socket.socketpair()
@@ -153,7 +156,7 @@ def _nothing() -> None:
 
 
 def _handle(stop: Stop) -> dict[int, Any]:
-    """Takes the signals over, but for those ignored from the start (nohup); returns the old handlers.
+    """Take over all signals not ignored from the start (nohup), and return the old handlers.
 
     Ctrl-C is never ignored: shells that start a command in the background do that for it.
     """
@@ -165,7 +168,7 @@ def _handle(stop: Stop) -> dict[int, Any]:
 
 @contextmanager
 def stop_on_signals(log: Callable[[str], None], last_words: Callable[[], str]) -> Iterator[Stop]:
-    """Listens to signals while a run goes on.
+    """Listen to signals while a run goes on.
 
     Args:
         log: prints a line.

@@ -1,6 +1,7 @@
-"""Sinks of a run: every number it reports goes through `write`, to a file, to TensorBoard, to the terminal.
+"""Sinks of a run: all that it reports goes through `write`, to files and the terminal.
 
-A new sink is something with `write` and `close`, and a row of `SINKS`, or an entry point of a package of one's own.
+A new sink is something with `write` and `close`, and a row of `SINKS`, or an entry point of a
+package of one's own.
 """
 
 import json
@@ -36,9 +37,8 @@ class Record:
     update: int  # updates done
     step_count: int  # environment steps done, per seed
     elapsed: float  # wall-clock seconds since the run began; a resumed run goes on counting
-    values: dict[
-        str, np.ndarray
-    ]  # metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+    # Metric → [num_seeds], or [num_seeds, num_episodes] in an evaluation
+    values: dict[str, np.ndarray]
 
 
 @runtime_checkable
@@ -51,16 +51,16 @@ class Sink(Protocol):
 
 
 def seed_means(values: np.ndarray) -> np.ndarray:
-    """One number per seed, [num_seeds]: the mean over its episodes, or the scalar itself."""
+    """Return one number per seed, [num_seeds]: the mean over its episodes, or the scalar itself."""
     values = np.asarray(values, np.float64)
     return values.reshape(len(values), -1).mean(axis=1)
 
 
 def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
-    """Return the environment steps per second of one seed while it trains: the one definition of speed.
+    """Return the speed of training: environment steps per second of one seed.
 
-    The median over updates, each timed from the record before it, so that compiling moves it no more than evaluating.
-    Times the number of seeds it is the speed that is shown.
+    It is the median over updates, each timed from the record before it, so that compiling moves it
+    no more than evaluating. Times the number of seeds it is the speed that is shown.
 
     Args:
         steps: environment steps done at each record, of updates and of evaluations.
@@ -82,7 +82,7 @@ def training_speed(records: Sequence[Record]) -> float:
 
 
 def to_json(values: np.ndarray) -> Any:
-    """An array as nested lists of plain numbers; NaN and infinity, which JSON lacks, become None."""
+    """Return an array as nested lists; NaN and infinity, which JSON lacks, become None."""
     array = np.asarray(values)
     if array.dtype.kind not in "biu":
         array = array.astype(np.float64).astype(object)
@@ -91,7 +91,14 @@ def to_json(values: np.ndarray) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: a reader, or a kill, sees the old text or the new one. A failure leaves the old."""
+    """Replace a file as a whole: a reader sees the old text or the new one.
+
+    A failure or a kill leaves the old one.
+
+    Args:
+        path: the file.
+        text: all of it.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -110,8 +117,8 @@ class JsonLines:
 
     Args:
         path: the file, by custom `metrics.jsonl`.
-        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume, cuts the file
-            there: the resumed run writes the rest again.
+        append_at: None starts the file anew. A number, the checkpoint's `position` on a resume,
+            cuts the file there: the resumed run writes the rest again.
 
     Attributes:
         missing: bytes before that position which a file that has lost its tail no longer has.
@@ -129,7 +136,7 @@ class JsonLines:
             self.missing = append_at - end
 
     def write(self, record: Record) -> None:
-        """Appends one line and hands it to the operating system."""
+        """Append one line and hand it to the operating system."""
         row = {
             "kind": record.kind,
             "update": int(record.update),
@@ -142,23 +149,25 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> int:
-        """Puts everything on disk; returns the position behind it, in bytes."""
+        """Put everything on disk, and return the position behind it, in bytes."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
 
 def _end_of_line(path: Path, position: int) -> int:
-    """The position, or the end of the last whole line before it in a file that has lost its tail."""
+    """Return the position, or the end of the last whole line before it if the tail is lost."""
     with path.open("rb") as file:
         return file.read(position).rfind(b"\n") + 1
 
 
 def read_records(path: Path) -> list[Record]:
-    """Reads what `JsonLines` wrote; None becomes NaN. A half-written last line, left by a kill, is ignored.
+    """Read what `JsonLines` wrote.
+
+    None becomes NaN. A half-written last line, left by a kill, is ignored.
 
     Raises:
         ValueError: if any other line is damaged, naming it.
@@ -195,11 +204,13 @@ class TensorBoard:
     Args:
         folder: sub-runs go to `<folder>/seed_<k>`.
         seeds: the seeds k, in the order of the records' first axis.
-        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run are hidden.
+        append_after_step: on a resume, the checkpoint's step count; later points of the earlier run
+            are hidden.
     """
 
     def __init__(self, folder: Path, seeds: Sequence[int], *, append_after_step: int | None = None):
-        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence on a full disk.
+        # The file format alone: the package's SummaryWriter writes in a thread that dies in silence
+        # on a full disk.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
@@ -209,16 +220,15 @@ class TensorBoard:
         for seed in seeds:
             path = folder / f"seed_{seed}"
             path.mkdir(parents=True, exist_ok=True)
-            events = str(
-                (path / "events").absolute()
-            )  # of a relative one it takes `s3:` and `gs:` for a place elsewhere
+            # Of a relative one it takes `s3:` and `gs:` for a place elsewhere.
+            events = str((path / "events").absolute())
             self._writers.append(EventsWriter(events, f".{os.getpid()}.{append_after_step or 0}"))
             if append_after_step is not None:
                 start = SessionLog(status=SessionLog.START)
                 self._writers[-1].write_event(Event(step=append_after_step + 1, session_log=start))
 
     def write(self, record: Record) -> None:
-        """Adds one point per metric and seed."""
+        """Add one point per metric and seed."""
         points = {}
         for name, value in record.values.items():
             points[name] = seed_means(value)
@@ -238,7 +248,7 @@ class TensorBoard:
             writer.flush()
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         for writer in self._writers:
             writer.close()
 
@@ -246,8 +256,8 @@ class TensorBoard:
 class Progress:
     """The live terminal: a bar with steps, speed, time left and the latest return.
 
-    A context manager, so that the terminal is itself again whatever ends the run. Where no one watches
-    (a file, a CI log) it prints one plain line per evaluation instead.
+    A context manager, so that the terminal is itself again whatever ends the run. Where output is
+    no terminal (a file, a CI log) it prints one plain line per evaluation instead.
 
     Args:
         total_steps: environment steps per seed at the end of the run.
@@ -267,7 +277,8 @@ class Progress:
         console: Console | None = None,
     ):
         self._total, self._num_seeds = total_steps, num_seeds
-        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
+        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be
+        # redrawn.
         self._console = console or Console(
             highlight=False, force_interactive=None if sys.stdout.isatty() else False
         )
@@ -282,9 +293,8 @@ class Progress:
         )
         self._return, self._evaluated = "", False
         self._compile_seconds = 0.0  # in all; no part of the speed
-        self._times: deque[tuple[int, float]] = deque(
-            maxlen=100
-        )  # steps and seconds at the last records
+        # Steps and seconds at the last records.
+        self._times: deque[tuple[int, float]] = deque(maxlen=100)
         self._losses = ""
         self._recent = np.zeros(2)  # steps and seconds, older ones fading away
         self._task = self._bar.add_task(
@@ -299,16 +309,16 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        """Takes the bar off the screen and gives the cursor back; may be called twice."""
+        """Take the bar off the screen and give the cursor back; safe to call twice."""
         self._bar.stop()
 
     def log(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Print a line above the bar."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def compiling(self, what: str) -> Iterator[None]:
-        """Says that `what` (such as "the update") is being compiled, and afterwards how long that took."""
+        """Say that `what` (such as "the update") is being compiled, and then how long that took."""
         begin = time.perf_counter()
         if self._bar.live.is_started:
             self._bar.stop()  # one live display at a time
@@ -331,7 +341,7 @@ class Progress:
         self.log(f"compiled {what} in {seconds:.1f} s")
 
     def evaluating(self, num_episodes: int) -> None:
-        """Says that an evaluation runs; where nothing is live, the first time."""
+        """Say that an evaluation runs; where nothing is live, the first time."""
         what = f"evaluating: {num_episodes} episodes, sampled and greedy…"
         if self._live:
             self._bar.update(self._task, description=what)
@@ -339,7 +349,7 @@ class Progress:
             self.log(what)
 
     def write(self, record: Record) -> None:
-        """Moves the bar; prints a line at an evaluation where nothing is live."""
+        """Move the bar; where nothing is live, print a line at an evaluation."""
         now = record.elapsed - self._compile_seconds
         if self._times:
             steps_before, before = self._times[-1]
@@ -385,7 +395,7 @@ _WATCHED = ("policy_loss", "value_loss", "approx_kl", "entropy")  # of an update
 
 
 def mean_and_spread(values: np.ndarray) -> str:
-    """Mean over seeds, ± their sample standard deviation if there are several; seeds without a number do not count."""
+    """Return the mean over seeds, ± their sample standard deviation, of those with a number."""
     seeds = seed_means(values)
     seeds = seeds[np.isfinite(seeds)]
     if not seeds.size:
@@ -394,19 +404,17 @@ def mean_and_spread(values: np.ndarray) -> str:
 
 
 def _short(number: int | float) -> str:
-    """A number in five characters or so: 950, 12.3k, 5.0M."""
+    """Return a number in five characters or so: 950, 12.3k, 5.0M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
 
 
-Resume = Mapping[
-    str, Any
-]  # metadata of the save that a run goes on from: step_count, update, metrics_bytes, …
-OpenSink = Callable[
-    [Path, Config, Resume | None], Sink
-]  # the run's folder, its configuration; None: a new run
+# Metadata of the save that a run goes on from: step_count, update, metrics_bytes, ….
+Resume = Mapping[str, Any]
+# Arguments: the run's folder, its configuration, and the save, or None for a new run.
+OpenSink = Callable[[Path, Config, Resume | None], Sink]
 
 
 def _open_jsonl(folder: Path, config: Config, resume: Resume | None) -> JsonLines:

@@ -1,4 +1,4 @@
-"""What is left of a run: its summary, its learning curve, and its results in the form marl-eval reads."""
+"""What is left of a run: its summary, its learning curve, and its results for marl-eval."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def bootstrap_interval(
     values: Float[np.ndarray, "seeds *rest"], *, confidence: float = CONFIDENCE
 ) -> Float[np.ndarray, "2 *rest"]:
-    """Percentile bootstrap interval of the mean over seeds, the same at every call.
+    """Compute the percentile bootstrap interval of the mean over seeds, the same at every call.
 
     Args:
         values: one number per seed; further axes are treated one by one, with the same resamples.
@@ -43,7 +43,7 @@ def bootstrap_interval(
 def evaluation_returns(
     records: Sequence[Record],
 ) -> tuple[np.ndarray, Float[np.ndarray, "evaluations seeds"]]:
-    """Step counts of the evaluations and each seed's mean return in them."""
+    """Return step counts of the evaluations, and each seed's mean return in them."""
     evaluations = [record for record in records if record.kind == "evaluation"]
     steps = np.array([record.step_count for record in evaluations], int)
     if not evaluations:
@@ -54,7 +54,7 @@ def evaluation_returns(
 def absolute_returns(
     records: Sequence[Record], metric: str = RETURN
 ) -> Float[np.ndarray, "seeds"] | None:
-    """Each seed's absolute metric, if the run got that far; the last one, should it have been measured twice."""
+    """Return each seed's absolute metric `metric`, the last one measured; None if there is none."""
     found = [record for record in records if record.kind == "absolute" and metric in record.values]
     return seed_means(found[-1].values[metric]) if found else None
 
@@ -62,11 +62,12 @@ def absolute_returns(
 def summary_table(
     records: Sequence[Record], *, seeds: Sequence[int], title: str | None = None
 ) -> Table:
-    """The outcome of a run, finished or not, as a table for `rich.print`.
+    """Return the outcome of a run, finished or not, as a table for `rich.print`.
 
-    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the same weights with
-    greedy actions (or with sampled ones, if greedy ones are what counts); then mean ± standard deviation over seeds
-    and, from three seeds on, the 95 % bootstrap interval of that mean.
+    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the
+    same weights with greedy actions (or with sampled ones, if greedy ones are what counts); then
+    mean ± standard deviation over seeds and, from three seeds on, the 95 % bootstrap interval of
+    that mean.
 
     Args:
         records: all records of the run.
@@ -103,7 +104,7 @@ def summary_table(
 
 
 def deployment(records: Sequence[Record], *, greedy: bool) -> str:
-    """Return which actions to deploy the best weights with, and why; nothing before there is an absolute metric.
+    """Say which actions to deploy the best weights with, and why; "" without an absolute metric.
 
     Args:
         records: all records of the run.
@@ -114,7 +115,10 @@ def deployment(records: Sequence[Record], *, greedy: bool) -> str:
     if score is None:
         return ""
     if other is None:
-        return f"deploy {counts} actions, the only ones played (--eval.both-modes plays the others, too)"
+        return (
+            f"deploy {counts} actions, the only ones played "
+            "(--eval.both-modes plays the others, too)"
+        )
     scores = {counts: float(score.mean()), beside: float(other.mean())}
     best, worst = sorted(scores, key=lambda mode: -scores[mode])
     shown = f"{scores[best]:.3f}, with {worst} ones {scores[worst]:.3f}"
@@ -129,7 +133,7 @@ def _interval(values: np.ndarray | None) -> str:
 
 
 def _effort(records: Sequence[Record], num_seeds: int) -> str:
-    """Steps, speed while training, and the wall-clock."""
+    """Return steps, speed while training, and the wall-clock."""
     if not records:
         return "no records"
     last = records[-1]
@@ -148,11 +152,14 @@ def write_marl_eval(
     algorithm: str,
     seeds: Sequence[int],
 ) -> Path:
-    """Writes `marl_eval.json`, the raw results in the form of Gorsane et al. (2022) and the marl-eval package.
+    """Write `marl_eval.json`, the raw results in the form of Gorsane et al. (2022) and marl-eval.
 
-    `{env: {task: {algorithm: {"seed_<k>": {"step_<i>": {"step_count", "elapsed_time", <metric>: [per
-    episode], …}, …, "absolute_metrics": {<metric>: [per episode], …}}}}}}`, where i counts the evaluations
-    and `episode_return` is called `mean_episode_return`, as in published data.
+        {env: {task: {algorithm: {"seed_<k>": {
+            "step_<i>": {"step_count", "elapsed_time", <metric>: [per episode], …}, …,
+            "absolute_metrics": {<metric>: [per episode], …}}}}}}
+
+    i counts the evaluations, and `episode_return` is called `mean_episode_return`, as in published
+    data.
 
     Args:
         run_folder: where the file goes.
@@ -174,10 +181,9 @@ def write_marl_eval(
             | _metrics(record, index)
             for i, record in enumerate(evaluations)
         }
+        # After the steps, where marl-eval reads it.
         if absolute:
-            steps["absolute_metrics"] = _metrics(
-                absolute[-1], index
-            )  # after the steps, where its readers look
+            steps["absolute_metrics"] = _metrics(absolute[-1], index)
         return steps
 
     runs = {f"seed_{seed}": of_seed(index) for index, seed in enumerate(seeds)}
@@ -187,7 +193,7 @@ def write_marl_eval(
 
 
 def _metrics(record: Record, index: int) -> dict[str, list[float | None]]:
-    """One seed's metrics, each as a list over episodes."""
+    """Return one seed's metrics, each as a list over episodes."""
     names = {name: f"mean_{name}" if name == RETURN else name for name in record.values}
     return {
         names[name]: to_json(np.atleast_1d(np.asarray(value[index], np.float64)))
@@ -203,7 +209,7 @@ def plot_learning_curve(
     seeds: Sequence[int],
     reference: Mapping[str, float] | None = None,
 ) -> None:
-    """Draws the mean evaluation return against environment steps, 1200 × 750 pixels.
+    """Draw the mean evaluation return against environment steps, 1200 × 750 pixels.
 
     Args:
         path: PNG to write.
@@ -249,7 +255,7 @@ _REFERENCES = ("#D55E00", "#CC79A7", "#E69F00")
 
 
 def _draw_curves(axes: "Axes", steps: np.ndarray, returns: np.ndarray, num_seeds: int) -> None:
-    """Mean, single seeds and band."""
+    """Draw the mean, single seeds and a band."""
     mean = f"mean of {num_seeds} seeds" if num_seeds > 1 else "evaluation"
     axes.plot(
         steps,

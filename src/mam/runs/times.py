@@ -13,12 +13,12 @@ from mam.runs.sinks import write_atomically
 
 
 def write_times(path: Path, seconds: Mapping[Part, float]) -> None:
-    """Writes the seconds of each part."""
+    """Write the seconds of each part to a run's file."""
     write_atomically(path, json.dumps(seconds, indent=2))
 
 
 def read_times(path: Path) -> dict[Part, float]:
-    """Reads what `write_times` wrote; nothing where a run has no such file, or a damaged one."""
+    """Read what `write_times` wrote; an empty dictionary if the file is missing or damaged."""
     try:
         times = read_object(path)
     except UserError:
@@ -27,7 +27,7 @@ def read_times(path: Path) -> dict[Part, float]:
 
 
 def are_times(times: Any) -> bool:
-    """Whether this is seconds by part."""
+    """Say whether this is seconds by part."""
     return isinstance(times, dict) and all(
         name in get_args(Part) and isinstance(seconds, float) and math.isfinite(seconds)
         for name, seconds in times.items()
@@ -35,7 +35,7 @@ def are_times(times: Any) -> bool:
 
 
 def shares(seconds: Mapping[Part, float]) -> str:
-    """Returns each part's share of the time, the largest first, such as `environment 61 %, update 39 %`."""
+    """Return each part's share, the largest first, such as `environment 61 %, update 39 %`."""
     total = sum(seconds.values())
     ordered = sorted(seconds.items(), key=lambda item: -item[1])
     return ", ".join(
