@@ -1,4 +1,4 @@
-"""Reading a command line into a dataclass; every mistake is one line that says what would be right."""
+"""Reading a command line into a dataclass; a mistake is one line that says what would be right."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from mam.networks.mixers.registry import MIXERS
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:
-    """The last value given to a flag, written `--flag value` or `--flag=value`."""
+    """Return the last value given to a flag, written `--flag value` or `--flag=value`."""
     found = None
     for index, arg in enumerate(args):
         if arg == flag and index + 1 < len(args):
@@ -30,7 +30,7 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
 
 
 def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
-    """Lets tyro read the arguments; every mistake becomes one line."""
+    """Parse the arguments with tyro; every mistake becomes one line."""
     args = _checked_args(kind, args, see=f"mam {command} --help")
     extra = {} if default is None else {"default": default}
     errors = io.StringIO()
@@ -56,7 +56,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
 
 
 def _description(kind: type) -> str:
-    """What the command does and, where a network is chosen, of which mixers, and what each of them reads."""
+    """Describe the command and, where it chooses a network, the mixers and what each reads."""
     text = inspect.getdoc(kind) or ""
     if not any(flag.startswith("--network.") for flag in known_flags(kind)):
         return text
@@ -68,7 +68,7 @@ def _description(kind: type) -> str:
 
 
 def _checked_args(kind: type, args: Sequence[str], *, see: str) -> list[str]:
-    """Refuses unknown flags with the nearest known ones, and values that do not have the flag's type.
+    """Refuse unknown flags, with the nearest known ones, and values that lack the flag's type.
 
     Returns:
         The arguments, with whole numbers such as 1e6 written out.
@@ -108,7 +108,7 @@ def _is_flag(arg: str) -> bool:
 
 
 def _written_out(value: str) -> str:
-    """A whole number in the way papers write it, 1e6 or 2.5e5, with all of its digits; anything else as it is."""
+    """Write out a whole number such as 1e6 or 2.5e5 in digits; return anything else as it is."""
     with contextlib.suppress(ValueError):
         if (number := float(value)).is_integer() and "e" in value.lower():
             return str(int(number))

@@ -31,7 +31,8 @@ class Evaluate:
     json: bool = False
     """Print one JSON object with every episode instead of a table."""
     trust: bool = False
-    """Import the environment that the folder names, where that is code, without naming it as --env."""
+    """Import the environment that the folder names, where that is code, without naming
+    it as --env."""
 
 
 def evaluate(args: Evaluate) -> None:
@@ -46,9 +47,8 @@ def evaluate(args: Evaluate) -> None:
 
     process.configure()
     asked: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
-    with (
-        contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
-    ):  # notes are no JSON
+    # Notes do not belong in the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         spec, metrics = api.play_episodes(
             args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked
         )
@@ -90,7 +90,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def _agent_table(returns: Any, spec: Any) -> Any:
-    """Each agent's return, [seeds, episodes, N], over all seeds' episodes."""
+    """Tabulate each agent's return, [seeds, episodes, N], over all seeds' episodes."""
     from rich.table import Table
 
     names = spec.agent_names or range(spec.num_agents)

@@ -13,7 +13,8 @@ class List:
     """List policies, tasks and presets."""
 
     envs: bool = False
-    """A table of all tasks with their agents, observations, actions and limits; loads every suite, in a minute."""
+    """A table of all tasks with their agents, observations, actions and limits; loads every suite,
+    in a minute."""
 
 
 def list_names(args: List) -> None:
@@ -36,12 +37,14 @@ def list_names(args: List) -> None:
     options = auto_options()
     for name, suite in SUITES.items():
         print(
-            f"  {name + '/':<13}{suite.description}{f' (extra {suite.extra})' if suite.extra else ''}"
+            f"  {name + '/':<13}{suite.description}"
+            f"{f' (extra {suite.extra})' if suite.extra else ''}"
         )
         print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
         if defaults := options.get(f"{name}/auto"):
             print(
-                f"    {name}/auto:{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
+                f"    {name}/auto:"
+                f"{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
             )
     print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
     print("  your own                          package.module:factory")
@@ -55,7 +58,7 @@ def _shown(value: Any) -> str:
 
 
 def _print_specs() -> None:
-    """Every task with its sizes; a suite that is not installed with how to get it."""
+    """Print every task with its sizes, and how to get each suite that is not installed."""
     from rich.table import Column, Table
 
     from mam.envs.registry import auto_options, make
@@ -91,10 +94,12 @@ def _print_specs() -> None:
         table.add_row(name, *map(str, sizes))
     display(table)
     print(
-        "observation: features of one agent, without its id, and the image it sees (rows × columns × channels)"
+        "observation: features of one agent, without its id, and the image it sees "
+        "(rows × columns × channels)"
     )
     print(
-        "actions: how many there are to choose from, in each component where there are several, or real numbers"
+        "actions: how many there are to choose from, in each component where there are several, "
+        "or real numbers"
     )
     for suite, message in missing.items():
         print(f"{suite}: {message}")

@@ -1,4 +1,4 @@
-"""The command: `mam train | plan | evaluate | show | play | experiment | sweep | report | dashboard | list | …`."""
+"""The command line `mam COMMAND [OPTIONS]`: which commands there are, and how one is run."""
 
 import contextlib
 import dataclasses
@@ -40,13 +40,15 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "check-env": (CheckEnv, check_env),
     "bench": (Bench, run_bench),
 }
-_LASTING = ("train", "experiment", "sweep", "dashboard")  # nobody has to watch these to their end
+# Commands that go on when their output is no longer read.
+_LASTING = ("train", "experiment", "sweep", "dashboard")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 1 if `check-env` found errors, 2 for invalid arguments.
+    """Run one command; return the exit code.
 
-    141 if whatever read the output went away; what takes long goes on without.
+    0, 1 if `check-env` found errors, 2 for invalid arguments, 141 if the reader of the output went
+    away; commands that take long go on without it.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     make_printable()
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"mam: {error}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # who reads this has seen enough: `mam list | head`
+    except BrokenPipeError:  # the reader has seen enough: `mam list | head`
         discard(sys.stdout)
         return 141  # 128 + SIGPIPE, which not every system has
     except OSError as error:
@@ -72,8 +74,8 @@ def read_options(name: str, args: Sequence[str]) -> Any:
     """Read the options of a command, such as `["--seed", "1"]` of `train`.
 
     Raises:
-        UserError: if there is no such command or option, a value is of the wrong type, there is no such task, or only
-            a folder names the task and it is code.
+        UserError: if there is no such command or option, a value is of the wrong type, there is no
+            such task, or only a folder names the task and it is code.
     """
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS, see="mam --help")

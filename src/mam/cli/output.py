@@ -1,4 +1,4 @@
-"""Standard output and error that end nothing: readers that go away, full disks, narrow encodings."""
+"""Output that never ends the program: readers that go away, full disks, narrow encodings."""
 
 import os
 import sys
@@ -8,24 +8,24 @@ from typing import Any, cast
 
 
 def make_printable() -> None:
-    """Lets standard output and error print any text: what they cannot encode becomes a question mark."""
+    """Let standard output and error print any text: what they cannot encode becomes `?`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this (`>&-`)
+        if stream is None:  # closed by the parent process (`>&-`)
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def display(table: Any) -> None:
-    """Prints a table of Rich's in which names are neither markup nor emoji, whatever is in them."""
+    """Print a table of Rich's in which names are neither markup nor emoji, whatever is in them."""
     from rich.console import Console
 
     Console(highlight=False, markup=False, emoji=False).print(table)
 
 
 def discard(stream: Any) -> None:
-    """Sends whatever is still to be written nowhere, what is buffered included."""
+    """Discard everything still to be written to a stream, buffered output included."""
     with suppress(OSError, ValueError):  # no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -34,7 +34,7 @@ def discard(stream: Any) -> None:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Whoever reads standard output or error may go away: what is printed then is lost, and nothing else."""
+    """Let readers of standard output and error go away: only what is printed then is lost."""
     out, err = (cast(Any, _Lasting(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         yield

@@ -45,11 +45,13 @@ def plan(args: Plan) -> None:
             fitting = found
     display(table)
     print(
-        f"the device has {gigabytes(room)}, of which a train step should need no more than {ROOM:.0%}"
+        f"the device has {gigabytes(room)}, "
+        f"of which a train step should need no more than {ROOM:.0%}"
     )
     if fitting is None:
         raise UserError(
-            "nothing tried fits: take fewer --ppo.num-envs or --num-seeds, or a shorter --ppo.rollout-length"
+            "nothing tried fits: take fewer --ppo.num-envs or --num-seeds, "
+            "or a shorter --ppo.rollout-length"
         )
     print(
         "fits as asked for" if fitting.changes == "as asked for" else f"fits with {fitting.changes}"

@@ -11,7 +11,7 @@ from mam.errors import UserError
 
 @dataclass(frozen=True)
 class Play:
-    """Write a GIF of one episode played by the best weights of a run, and what every agent decided, as JSON."""
+    """Write a GIF of one episode played by a run's best weights, and every decision as JSON."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -26,7 +26,8 @@ class Play:
     greedy: bool = False
     """Take the most likely actions instead of sampling them."""
     trust: bool = False
-    """Import the environment that the folder names, where that is code, without naming it as --env."""
+    """Import the environment that the folder names, where that is code, without naming
+    it as --env."""
 
 
 def play(args: Play) -> None:

@@ -11,7 +11,7 @@ from mam.runs.files import writing
 
 @dataclass(frozen=True)
 class Report:
-    """Compare runs: curves, statistics with intervals and tables, as a page that needs nothing else.
+    """Compare runs: curves, statistics with intervals and tables as a page that needs nothing else.
 
     Writes report.html, report.md, tables.tex, figures/*.png and data/*.csv.
     """

@@ -12,7 +12,7 @@ from mam.runs.files import read_config
 
 
 def starting_options(kind: type, args: Sequence[str]) -> Any:
-    """Make the options that arguments override: of a run or a file, of the preset asked for, or of the task's preset.
+    """Make the options that arguments override: of a run, a file, a preset or the task's preset.
 
     Raises:
         UserError: if the arguments name several of these, or one that does not exist.

@@ -19,21 +19,24 @@ class Train:
     """Train a policy on a task.
 
     Starts from the preset of the task (see `mam list`); every setting below overrides it.
-    Ctrl-C saves the run; `--resume` goes on with it, to the same numbers. Exit codes: 0 finished, or stopped by Ctrl-C,
-    SIGTERM or SIGHUP; 75 stopped by SIGUSR1 or SIGUSR2, to be queued again; 1 failed, with what was saved intact; 2
-    wrongly asked for; 130 interrupted at once.
+    Ctrl-C saves the run; `--resume` goes on with it, to the same numbers. Exit codes: 0 finished,
+    or stopped by Ctrl-C, SIGTERM or SIGHUP; 75 stopped by SIGUSR1 or SIGUSR2, to be queued again; 1
+    failed, with what was saved intact; 2 wrongly asked for; 130 interrupted at once.
     """
 
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
     start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings to start from: the folder of a run, or a JSON file such as its config.json or a sweep's best.json."""
+    """Settings to start from: the folder of a run, or a JSON file such as its config.json or
+    a sweep's best.json."""
     out: Path | None = None
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None
-    """Folder of a run to go on with. --total-timesteps, --checkpoint and --num-devices may be given besides."""
+    """Folder of a run to go on with. --total-timesteps, --checkpoint and --num-devices may be
+    given besides."""
     trust: bool = False
-    """Import the environment that the resumed folder names, where that is code of yours, without naming it here."""
+    """Import the environment that the resumed folder names, where that is code of yours, without
+    naming it here."""
     hosts: Hosts = field(default_factory=Hosts)
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
@@ -75,7 +78,7 @@ def train(args: Train) -> int:
 
 
 def _headline(config: Config, trainer: Any, path: Path) -> str:
-    """One line: what is about to happen, and where its results go."""
+    """Say in one line what is about to happen, and where its results go."""
     import jax
     import numpy as np
 
@@ -89,17 +92,21 @@ def _headline(config: Config, trainer: Any, path: Path) -> str:
     steps = config.num_updates * config.steps_per_update
     rounded = "" if steps == config.total_timesteps else f" (asked for: {config.total_timesteps:,})"
     return (
-        f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · {parameters:,} parameters · "
-        f"{devices} ({device.device_kind}) · {seeds}{steps:,} steps{rounded} "
+        f"{config.algorithm} on {config.env} · {trainer.spec.num_agents} agents · "
+        f"{parameters:,} parameters · {devices} ({device.device_kind}) · "
+        f"{seeds}{steps:,} steps{rounded} "
         f"in {config.num_updates} updates of {config.steps_per_update:,} · results in {path}"
     )
 
 
 def price(config: Config, time_limit: int | None) -> str:
-    """One line: what evaluations cost beside training, where every episode takes as long as it may."""
+    """Say in one line what evaluations cost beside training, with episodes as long as may be."""
     episodes = config.num_evaluation_episodes
     modes = " in both modes" if config.eval.both_modes else ""
-    line = f"evaluations: 1 + {config.num_evaluations} and the absolute metric, {episodes:,} episodes per seed{modes}"
+    line = (
+        f"evaluations: 1 + {config.num_evaluations} and the absolute metric, "
+        f"{episodes:,} episodes per seed{modes}"
+    )
     if not time_limit:
         return line
     steps, trained = episodes * time_limit, config.num_updates * config.steps_per_update

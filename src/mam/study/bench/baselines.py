@@ -1,4 +1,4 @@
-"""What the library is compared with: the published way to decode, on the library's own weights, and fair sizes."""
+"""Baselines: MAT's published way to decode, on the library's own weights, and fair sizes."""
 
 import math
 from dataclasses import replace
@@ -17,10 +17,10 @@ from mam.types import EnvSpec, Observation, PolicyOutput
 def act_uncached(
     policy: SequencePolicy, obs: Observation, key: Key[Array, "*batch"], steps: int | Int[Array, ""]
 ) -> PolicyOutput:
-    """MAT's published decoding: for every agent the whole decoder, over all agents, and one row of what it gives.
+    """Act by MAT's published decoding, which runs the whole decoder over all agents for each agent.
 
-    With all steps it chooses what `policy.act` chooses: the noise is the same. Source: the code of MAT
-    (arXiv 2205.14953), where no key or value is kept from one agent to the next.
+    With all steps it chooses what `policy.act` chooses: the noise is the same. Source: the code of
+    MAT (arXiv 2205.14953), where no key or value is kept from one agent to the next.
 
     Args:
         policy: any policy of this kind; its decoder is run in the parallel form only.
@@ -65,14 +65,14 @@ def act_uncached(
 
 
 def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
-    """Entries of [*batch, N, …] taken along the agents."""
+    """Take entries of [*batch, N, …] along the agents."""
     return jnp.take_along_axis(
         x, index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), axis=index.ndim - 1
     )
 
 
 def matched_sizes(name: str, spec: EnvSpec, sizes: NetworkConfig, parameters: int) -> NetworkConfig:
-    """Sizes at which the named policy has as many parameters as another one, as nearly as d_model = 8, 16, … allows."""
+    """Return sizes whose d_model brings the named policy nearest to a number of parameters."""
     grain = math.lcm(8, sizes.num_heads)  # heads share d_model evenly
     smaller = larger = replace(sizes, d_model=grain)
 

@@ -1,4 +1,4 @@
-"""What can be compared: for each bench the contenders, each built for one cell, and the sizes at which they meet."""
+"""What can be compared: the contenders of each bench, and the sizes at which they meet."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +47,7 @@ PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agen
 
 
 def _both_ways(function: Callable[..., Array]) -> Callable[..., tuple[Array, PyTree]]:
-    """A function's output and, for a given gradient of the output, the gradients of all its arguments."""
+    """Make a function also return its arguments' gradients, for a given gradient of its output."""
 
     def run(gradient: Array, *args: Any) -> tuple[Array, PyTree]:
         y, pull_back = jax.vjp(function, *args)
@@ -57,7 +57,7 @@ def _both_ways(function: Callable[..., Array]) -> Callable[..., tuple[Array, PyT
 
 
 def _scan(implementation: str, cell: Cell) -> Contender:
-    """Mamba's scan, forward and backward."""
+    """Build Mamba's scan, forward and backward."""
     if implementation == "pairwise" and cell.num_agents > PAIRWISE_AGENTS:
         raise Skip(f"made for N ≤ {PAIRWISE_AGENTS}")
     d_inner, d_state = cell.network.d_inner, cell.network.d_state
@@ -76,7 +76,7 @@ def _scan(implementation: str, cell: Cell) -> Contender:
 
 
 def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Contender:
-    """Mamba-2's scan, forward and backward."""
+    """Build Mamba-2's scan, forward and backward."""
     if implementation == "native" and not use_native():
         raise Skip("no native kernels, or not only CPUs")
     heads = cell.network.num_ssm_heads
@@ -98,7 +98,7 @@ def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: 
 
 
 def _block(family: str, role: str, cell: Cell) -> Contender:
-    """One mixer, forward and backward."""
+    """Build one mixer, forward and backward."""
     build = getattr(MIXERS[family].roles, role)
     mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
     x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(
@@ -115,7 +115,7 @@ def _block(family: str, role: str, cell: Cell) -> Contender:
 def _act(
     name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential"
 ) -> Contender:
-    """One joint action per environment, encoder included."""
+    """Build one joint action per environment, encoder included."""
     spec = synthetic_task(cell.num_agents)
     policy = random_policy(name, spec, cell.network, _decoding(name, spec, cell, decode))
     obs = random_observation(spec, cell.batch)
@@ -130,7 +130,7 @@ def _act(
 
 
 def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Contender:
-    """The same without the encoder: given what it put out, and the noise."""
+    """Build one joint action per environment, given the encoder's output and the noise."""
     spec = synthetic_task(cell.num_agents)
     policy: Any = random_policy(name, spec, cell.network)
     decoding = _decoding(name, spec, cell, decode)
@@ -149,7 +149,7 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
 
 
 def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Decoding:
-    """The way to decode; raises Skip for a kernel where there is none."""
+    """Return the way to decode; raise Skip for a kernel where there is none."""
     if decode == "kernel":
         if not has_cuda():
             raise Skip("made for CUDA")
@@ -160,7 +160,7 @@ def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Dec
 
 
 def _update(name: str, cell: Cell, **changes: Any) -> Contender:
-    """One gradient step of PPO on random data."""
+    """Build one gradient step of PPO on random data."""
     spec, sizes = synthetic_task(cell.num_agents), replace(cell.network, **changes)
     ppo = PPOConfig(num_epochs=1, num_minibatches=1)
     return _update_contender(
@@ -169,7 +169,7 @@ def _update(name: str, cell: Cell, **changes: Any) -> Contender:
 
 
 def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
-    """The same with as many parameters as the rival has."""
+    """Build one gradient step of a policy with as many parameters as the rival has."""
     spec = synthetic_task(cell.num_agents)
     sizes = matched_sizes(name, spec, cell.network, count(policy_shapes(rival, spec, cell.network)))
     return replace(_update(name, replace(cell, network=sizes)), note=f"d_model {sizes.d_model}")
@@ -178,7 +178,7 @@ def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
 def _update_contender(
     policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str
 ) -> Contender:
-    """A whole update on that many environment steps."""
+    """Build a whole update on that many environment steps."""
     optimiser = make_optimiser(ppo)
 
     def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
@@ -194,7 +194,7 @@ def _update_contender(
 
 
 def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
-    """A contender without the kernels made for the device: native ones, or CUDA's scan."""
+    """Build a contender without the kernels made for the device: native ones, or CUDA's scan."""
     if has_cuda():
         return build(replace(cell, network=replace(cell.network, scan="sequential")))
     if not use_native():
@@ -209,7 +209,7 @@ def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
 
 
 def _train(name: str, part: str | None, cell: Cell) -> Contender:
-    """A whole train step, or the part of it that acts, or the part that updates."""
+    """Build a whole train step, or the part of it that acts, or the part that updates."""
     config = Config(
         name,
         network=cell.network,
@@ -254,7 +254,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
 
 
 def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
-    """Every policy and, of those with decoders of one call, through XLA, in one kernel, and as a fixed point."""
+    """List every policy; fused decoders also through XLA, in one kernel, and as a fixed point."""
     found: dict[str, Callable[[Cell], Contender]] = {
         name: partial(act, name) for name in _policies()
     }
@@ -272,7 +272,7 @@ def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Co
 
 
 def _policies() -> list[str]:
-    """Names of those that see agents as a sequence."""
+    """List the policies that see agents as a sequence."""
     return [family.policy for family in MIXERS.values()]
 
 

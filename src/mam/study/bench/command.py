@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Bench:
     """Time implementations, mixers and policies side by side, against the number of agents.
 
-    Programs are compiled ahead, then timed in turn, round by round. Results are a table per number of agents, a CSV
-    file and a plot; times are to be compared within one bench only.
+    Programs are compiled ahead, then timed in turn, round by round. Results are a table per number
+    of agents, a CSV file and a plot; times are to be compared within one bench only.
     """
 
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WHAT")]
@@ -37,7 +37,8 @@ class Bench:
     batch: int | None = None
     """Environments, the same at every N; 64 for act, decode and train."""
     tokens: int | None = None
-    """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block and update."""
+    """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block
+    and update."""
     contenders: tuple[str, ...] = ()
     """Who takes part; all unless given."""
     rounds: int | None = None
@@ -66,7 +67,7 @@ class Bench:
 
 
 def run_bench(options: Bench) -> None:
-    """Times the contenders, printing as it goes; leaves results.csv, plot.png and options.json.
+    """Time the contenders, printing as it goes; leave results.csv, plot.png and options.json.
 
     Raises:
         UserError: for a bench or a contender that does not exist.
@@ -121,7 +122,7 @@ def run_bench(options: Bench) -> None:
 
 
 def _contenders(options: Bench, case: "Case") -> list[str]:
-    """Those asked for, in the bench's own order."""
+    """List the contenders asked for, in the bench's own order."""
     for name in options.contenders:
         if name not in case.contenders:
             raise UserError(
@@ -133,7 +134,7 @@ def _contenders(options: Bench, case: "Case") -> list[str]:
 
 
 def _cells(options: Bench, case: "Case") -> Iterator["Cell"]:
-    """The sizes, fewest agents first."""
+    """Yield the sizes, fewest agents first."""
     from mam.study.bench.measure import Cell
 
     for num_agents in sorted(set(options.num_agents or case.num_agents)):

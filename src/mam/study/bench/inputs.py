@@ -19,16 +19,16 @@ OBS_DIM, NUM_ACTIONS = 32, 8  # of the synthetic task
 
 
 def normal(*shape: int, seed: int = 0) -> Float[Array, "..."]:
-    """Standard normal numbers, float32, the same at every call; beyond a million they repeat."""
+    """Draw standard normal numbers, float32, the same at every call; they repeat after 2^20."""
     drawn = np.random.default_rng(seed).standard_normal(min(math.prod(shape), 1 << 20), np.float32)
     return jnp.asarray(np.resize(drawn, shape))
 
 
 def random_like(shapes: PyTree) -> PyTree:
-    """Arrays of numbers spread by 0.1, for a tree of shapes.
+    """Draw arrays with a standard deviation of 0.1, for a tree of shapes.
 
-    They stand for weights: no time depends on them, and initialising properly takes longer to compile than most
-    contenders.
+    They stand for weights: no time depends on them, and initialising properly takes longer to
+    compile than most contenders.
     """
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -37,14 +37,14 @@ def random_like(shapes: PyTree) -> PyTree:
 
 
 def count(tree: PyTree) -> int:
-    """Numbers in all leaves."""
+    """Count the numbers in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def policy_shapes(
     name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
 ) -> PyTree:
-    """A policy with shapes in place of arrays; nothing is computed."""
+    """Make a policy with shapes in place of arrays; nothing is computed."""
     build = partial(make_policy, name, spec, sizes, decoding)
     return jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
 
@@ -52,17 +52,17 @@ def policy_shapes(
 def random_policy(
     name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
 ) -> Policy:
-    """A named policy with numbers in it."""
+    """Make a named policy with random weights."""
     return random_like(policy_shapes(name, spec, sizes, decoding))
 
 
 def synthetic_task(num_agents: int) -> EnvSpec:
-    """Sizes of a task that nobody plays."""
+    """Specify a task that has sizes and no environment."""
     return EnvSpec("bench/synthetic", num_agents, OBS_DIM, NUM_ACTIONS, time_limit=None)
 
 
 def random_observation(spec: EnvSpec, *batch: int) -> Observation:
-    """What agents see, [*batch, N, …]: all alive, every action legal."""
+    """Draw what agents see, [*batch, N, …]: all alive, every action legal."""
     agents = (*batch, spec.num_agents)
     mask = jnp.ones((*agents, spec.num_actions), bool)
     return Observation(
@@ -71,10 +71,10 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
 
 
 def random_batch(policy: Policy, spec: EnvSpec, steps: int, length: int) -> Batch:
-    """Environment steps that a policy took at random, to learn from.
+    """Draw environment steps for a policy to learn from.
 
     Args:
-        policy: that is to learn from them.
+        policy: the one that learns from them.
         spec: of the task.
         steps: about so many of them.
         length: of sequences, if the policy has memory; one without reads each step by itself.

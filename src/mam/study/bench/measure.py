@@ -1,4 +1,4 @@
-"""The measuring loop of every bench: compiles a cell's contenders, times them in turn, says which are left out."""
+"""The measuring loop of every bench: compiles a cell's contenders and times them in turn."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +37,8 @@ class Contender:
     args: tuple[Any, ...]  # what it is called with
     baseline: str  # the contender whose time is 1
     parameters: int | None = None
-    steps: int | None = (
-        None  # of one length, if it takes steps; how many is then its last argument, not in `args`
-    )
+    # Of one length, if it takes steps; how many is then its last argument, not in `args`.
+    steps: int | None = None
     note: str = ""
 
 
@@ -54,9 +53,8 @@ class Case:
     num_agents: tuple[int, ...]
     tokens: int | None = None  # agents in all environments together; decides the batch
     batch: int | None = None  # environments
-    derived: Mapping[str, Callable[[Cell, float], float]] = field(
-        default_factory=dict
-    )  # column → from seconds
+    # Column → its value from a cell and seconds.
+    derived: Mapping[str, Callable[[Cell, float], float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,11 @@ class Limits:
     max_memory: float  # GB, 10^9 bytes
 
     def check_time(self, seconds: float, what: str) -> None:
-        """Raises Skip if so long a call cannot be repeated often enough."""
+        """Raise Skip if so long a call cannot be repeated often enough."""
         if seconds * self.repeats > self.max_seconds:
             raise Skip(
-                f"{what} {seconds:.2g} s a call: {self.repeats} calls exceed --max-seconds {self.max_seconds:g}"
+                f"{what} {seconds:.2g} s a call: "
+                f"{self.repeats} calls exceed --max-seconds {self.max_seconds:g}"
             )
 
     @property
@@ -93,7 +92,7 @@ class _Program:
 
     @property
     def note(self) -> str:
-        """Says what a time was made of."""
+        """What a time was made of."""
         return (
             f"extrapolated from {PREFIX} of {self.contender.steps} steps"
             if self.scale != 1.0
@@ -110,7 +109,7 @@ def measure(
     *,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Times the named contenders in every cell.
+    """Time the named contenders in every cell.
 
     Args:
         what: name of the bench.
@@ -118,7 +117,7 @@ def measure(
         cells: the sizes, fewest agents first.
         names: of the contenders.
         limits: what to leave out.
-        tell: hears what is being compiled, and "" before anything is timed.
+        tell: called with what is being compiled, and with "" before anything is timed.
 
     Yields:
         Rows, cell by cell, one for every name: what is left out has a note in place of times.
@@ -161,7 +160,7 @@ def _device() -> str:
 def _time(
     case: Case, cell: Cell, programs: Mapping[str, _Program], rounds: int | None
 ) -> dict[str, dict[str, Any]]:
-    """The measured columns for each of the programs of a cell."""
+    """Measure the columns of each of the programs of a cell."""
     estimates = {name: program.estimate for name, program in programs.items()}
     rounds = rounds or rounds_for(list(estimates.values()))
     timings = interleave(
@@ -191,7 +190,7 @@ def _time(
 
 
 def _shares(whole: str, medians: Mapping[str, float]) -> str:
-    """What the parts of a contender take of its time, each measured on its own."""
+    """Say what the parts of a contender take of its time, each measured on its own."""
     parts = {name: seconds for name, seconds in medians.items() if name.startswith(f"{whole}/")}
     shares = {name.partition("/")[2]: seconds / medians[whole] for name, seconds in parts.items()}
     if shares:
@@ -200,7 +199,7 @@ def _shares(whole: str, medians: Mapping[str, float]) -> str:
 
 
 def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _Program:
-    """Compiles a contender and calls it once or twice; raises Skip where it exceeds a limit."""
+    """Compile a contender and call it once or twice; raise Skip where it exceeds a limit."""
     if predicted is not None and contender.steps is None:
         limits.check_time(predicted, "predicted")
     args = contender.args if contender.steps is None else (*contender.args, jnp.int32(0))
@@ -218,7 +217,8 @@ def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _
         temp_mb = None if memory is None else memory.temp_size_in_bytes / 1e6
         if temp_mb is not None and temp_mb > 1e3 * limits.max_memory:
             raise Skip(
-                f"needs {temp_mb / 1e3:.3g} GB of temporary memory, over --max-memory {limits.max_memory:g}"
+                f"needs {temp_mb / 1e3:.3g} GB of temporary memory, "
+                f"over --max-memory {limits.max_memory:g}"
             )
 
         def call(steps: int | None) -> Run:
@@ -233,7 +233,7 @@ def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _
 def _warm_up(
     call: Callable[[int | None], Run], steps: int | None, limits: Limits
 ) -> tuple[Run, float, float]:
-    """What to run in the rounds, the seconds it takes, and the factor from there to a whole call.
+    """Return what to run in the rounds, its seconds, and the factor from there to a whole call.
 
     Where there are steps, and all of them would take too long, only the first few are run.
     """

@@ -29,12 +29,9 @@ class Row:
     per_agent_us: float | None = None  # of acting: one agent's step in all environments
     env_steps_per_s: float | None = None  # of training
     baseline: str | None = None
-    ratio: float | None = (
-        None  # of the median to the baseline's, below 1 if faster; of a part, its share of the whole
-    )
-    temp_mb: float | None = (
-        None  # temporary memory of the compiled program, at its peak; 10^6 bytes
-    )
+    # Of the median to the baseline's, below 1 if faster; of a part, its share of the whole.
+    ratio: float | None = None
+    temp_mb: float | None = None  # temporary memory of the program, at its peak; 10^6 bytes
     parameters: int | None = None
     compile_s: float | None = None
     rounds: int | None = None  # samples behind the median
@@ -60,7 +57,7 @@ class CsvFile:
         self._file.close()
 
     def write(self, row: Row) -> None:
-        """Appends a row and hands it to the operating system."""
+        """Append a row and hand it to the operating system."""
         values = asdict(row)
         self._writer.writerow(
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
@@ -69,7 +66,7 @@ class CsvFile:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, without an exponent."""
+    """Format a number with three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
@@ -86,7 +83,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def cell_report(rows: Sequence[Row]) -> Group:
-    """The measured contenders of one cell as a table without empty columns, and the notes."""
+    """Tabulate the measured contenders of one cell, without empty columns, and add the notes."""
     title = f"{rows[0].what} · N = {rows[0].num_agents} · batch {rows[0].batch}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     shown = {
@@ -107,7 +104,7 @@ def cell_report(rows: Sequence[Row]) -> Group:
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The measured rows by contender, fewest agents first."""
+    """Group the measured rows by contender, fewest agents first."""
     names = dict.fromkeys(row.contender for row in rows)
     measured = sorted(
         (row for row in rows if row.median_ms is not None), key=lambda row: row.num_agents
@@ -117,14 +114,14 @@ def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def slope(curve: Sequence[Row]) -> float | None:
-    """The exponent of time against N; None if only one N was measured."""
+    """Return the exponent of time against N; None if only one N was measured."""
     if len(curve) < 2:
         return None
     return power_law([row.num_agents for row in curve], [row.median_ms or 0.0 for row in curve])
 
 
 def slope_table(rows: Sequence[Row]) -> Table | None:
-    """How time grows with N, over all sizes and at the end; None if there was one size only."""
+    """Tabulate how time grows with N, over all sizes and at the end; None for a single size."""
     table = Table(title=f"time ∝ N^slope, {_fixed(rows)}", title_justify="left", box=SIMPLE_HEAD)
     for header in ("contender", "slope", "between the two largest N"):
         table.add_column(header, justify="left" if header == "contender" else "right", no_wrap=True)
@@ -136,7 +133,7 @@ def slope_table(rows: Sequence[Row]) -> Table | None:
 
 
 def _fixed(rows: Sequence[Row]) -> str:
-    """What is the same at every N."""
+    """Say what is the same at every N."""
     batches, tokens = {row.batch for row in rows}, {row.batch * row.num_agents for row in rows}
     if len(batches) == 1:
         return f"batch {rows[0].batch}"
@@ -149,9 +146,10 @@ _LINES = ("-", "--", ":")
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draws time and temporary memory against N, a line per contender; hollow marks are extrapolated.
+    """Draw time and temporary memory against N, a line per contender.
 
-    `kind/part` has the colour of its kind, and the dashes of its part.
+    Hollow marks are extrapolated. `kind/part` has the colour of its kind, and the dashes of its
+    part.
 
     Args:
         path: PNG to write, 1650 × 750 pixels.

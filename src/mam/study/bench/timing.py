@@ -11,9 +11,8 @@ Clock = Callable[[], float]  # seconds
 
 SHORTEST_SAMPLE = 1e-3  # seconds; a shorter one measures the clock and the operating system
 LONGEST_REPEATED = 10.0  # seconds
-ROUNDS_TIME = (
-    3.0  # seconds of measuring for all programs together, unless the number of rounds is given
-)
+# Seconds of measuring for all programs together, unless the number of rounds is given.
+ROUNDS_TIME = 3.0
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 30
 
 
@@ -25,26 +24,26 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """The median of the rounds, in seconds per call."""
         return median(self.samples)
 
     @property
     def minimum(self) -> float:
-        """The round in which the machine had the least else to do."""
+        """The shortest round, in which the machine had the least else to do."""
         return min(self.samples)
 
 
 def warm_up(run: Run, clock: Clock = time.perf_counter) -> float:
-    """An estimate of the seconds one call takes: the second one, because the first touches fresh memory.
+    """Estimate the seconds one call takes by the second one: the first touches fresh memory.
 
-    A first call that is too long to be repeated for that is taken at its word.
+    A first call that is too long to be repeated for that counts itself.
     """
     first = _sample(run, 1, clock)
     return first if first > LONGEST_REPEATED else min(first, _sample(run, 1, clock))
 
 
 def rounds_for(estimates: Sequence[float]) -> int:
-    """How many rounds fit into a few seconds, given the seconds one call of each program takes."""
+    """Return how many rounds fit into a few seconds, given the seconds a call of each takes."""
     seconds = sum(max(estimate, SHORTEST_SAMPLE) for estimate in estimates)
     return min(max(int(ROUNDS_TIME / seconds), FEWEST_ROUNDS), MOST_ROUNDS) if seconds else 0
 
@@ -55,15 +54,16 @@ def interleave(
     rounds: int,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times programs in turn, so that whatever slows the machine for a while slows all of them.
+    """Time programs in turn, so that whatever slows the machine for a while slows all of them.
 
     Every other round goes backwards: no program always runs in the wake of the same one.
 
     Args:
         runs: the programs, warmed up.
-        estimates: seconds one call of each takes; short programs are called several times per sample.
+        estimates: seconds one call of each takes; short programs are called several times per
+            sample.
         rounds: samples per program.
-        clock: seconds.
+        clock: returns seconds.
     """
     calls = {name: math.ceil(SHORTEST_SAMPLE / max(estimates[name], 1e-9)) for name in runs}
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -74,7 +74,7 @@ def interleave(
 
 
 def _sample(run: Run, calls: int, clock: Clock) -> float:
-    """Seconds per call, over so many calls."""
+    """Measure the seconds per call, over so many calls."""
     start = clock()
     for _ in range(calls):
         run()
@@ -82,7 +82,7 @@ def _sample(run: Run, calls: int, clock: Clock) -> float:
 
 
 def power_law(sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """The exponent p of seconds ∝ size^p: the slope of the least-squares line between their logarithms."""
+    """Fit the exponent p of seconds ∝ size^p: the least-squares slope between their logarithms."""
     x, y = [math.log(size) for size in sizes], [math.log(second) for second in seconds]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     spread = sum((a - mean_x) ** 2 for a in x)
@@ -90,7 +90,7 @@ def power_law(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def predict(history: Sequence[tuple[int, float]], size: int) -> float | None:
-    """Seconds at a larger size, after the last two sizes measured; after one only, the same again.
+    """Predict the seconds at a larger size from the last two measured; one alone is repeated.
 
     Args:
         history: sizes and seconds, smallest first.

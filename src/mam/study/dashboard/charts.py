@@ -17,12 +17,8 @@ from mam.study.report.figures import styles_of
 
 _MOST_CHARTS = 12  # tasks that are drawn at once
 _FEW = 40  # points up to which each has a mark
-_DASHES = {
-    "-": "solid",
-    "--": "dashed",
-    ":": "dotted",
-    "-.": [8, 3, 2, 3],
-}  # ECharts' words for Matplotlib's
+# ECharts' words for Matplotlib's.
+_DASHES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": [8, 3, 2, 3]}
 
 Looks = dict[str, tuple[str, str]]  # colour and dashes, by label
 
@@ -65,7 +61,7 @@ class Charts:
             control.on_value_change(self._redraw)
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
-        """Shows what is new in these runs."""
+        """Show what is new in these runs."""
         self._runs = list(runs)
         if not self._chosen:
             found = metrics_of(self._runs)
@@ -102,7 +98,7 @@ class Charts:
 
 
 class Chart:
-    """One task's curves. What is looked at closely gets points of its own."""
+    """One task's curves; the part that is zoomed into gets points of its own."""
 
     def __init__(self, task: str, curves: Curves):
         self._curves = curves
@@ -125,11 +121,11 @@ class Chart:
         )
 
     def delete(self) -> None:
-        """Takes it off the page."""
+        """Take the chart off the page."""
         self._card.delete()
 
     def put(self, place: int) -> None:
-        """Moves it among the others, which may have come before it."""
+        """Move the chart to its place among the others."""
         if place != self._place:
             self._place = place
             self._card.style(f"order: {place}")
@@ -137,7 +133,7 @@ class Chart:
     async def show(
         self, runs: dict[str, list[LiveRun]], looks: Looks, metric: str, axis: Axis
     ) -> None:
-        """Draws the curves of some runs by label, as far as they have changed."""
+        """Draw the curves of some runs by label, as far as they have changed."""
         if self._asked and self._asked[2:] != (metric, axis):
             self._window = None
         asked = self._asked = (runs, looks, metric, axis)
@@ -193,7 +189,7 @@ class Speeds:
             self._table = ui.html("", sanitize=False).classes("mam-scroll")
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
-        """Shows what is new in these runs."""
+        """Show what is new in these runs."""
         await self._charts.refresh(runs)
         self._table.set_content(await asyncio.to_thread(self._describe, list(runs)))
 
@@ -217,7 +213,7 @@ class Speeds:
 
 
 def _series(label: str, curve: Curve | None, colour: str, dashes: str) -> list[dict[str, Any]]:
-    """A line and its band, which ECharts stacks of its lower edge and its height."""
+    """Describe a line and its band, which ECharts stacks of its lower edge and its height."""
     assert curve is not None
     x, middle, low, high = (
         _numbers(array) for array in (curve.x, curve.mean, curve.low, curve.high)
@@ -256,7 +252,7 @@ def _series(label: str, curve: Curve | None, colour: str, dashes: str) -> list[d
 
 
 def _numbers(array: np.ndarray) -> list[float | None]:
-    """Six digits are more than a screen shows; NaN becomes None."""
+    """Round to six digits, more than a screen shows; NaN becomes None."""
     return [float(f"{value:.6g}") if value == value else None for value in array.tolist()]
 
 

@@ -14,7 +14,7 @@ from mam.errors import UserError, missing_extra
 
 @dataclass(frozen=True)
 class Dashboard:
-    """Show runs while they train: table, curves, settings, logs and replays, as a page on this machine.
+    """Show runs while they train: table, curves, settings, logs and replays, as a local page.
 
     Needs the extra: pip install "multi-agent-mamba[dashboard]". Ctrl-C ends it.
     """
@@ -32,10 +32,11 @@ class Dashboard:
 
 
 def serve(options: Dashboard) -> int:
-    """Serves the page until Ctrl-C; returns the exit code.
+    """Serve the page until Ctrl-C; return the exit code.
 
     Raises:
-        UserError: if the folder does not exist, the port cannot be had, or the extra is not installed.
+        UserError: if the folder does not exist, the port cannot be had, or the extra is not
+            installed.
     """
     if not options.runs.is_dir():
         raise UserError(

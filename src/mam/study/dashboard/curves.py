@@ -1,4 +1,4 @@
-"""Curves for the screen: few points that keep the extremes, and the report's intervals at those points."""
+"""Curves for the screen: few points that keep the extremes, and the report's intervals there."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """The mean over seeds and its band: a 95 % interval from three seeds on, the range with two, nothing with one."""
+    """The mean over seeds and its band.
+
+    The band is a 95 % interval from three seeds on, the range with two, nothing with one.
+    """
 
     x: Float[np.ndarray, "points"]
     mean: Float[np.ndarray, "points"]
@@ -42,7 +45,7 @@ class Curve:
 
 
 def metrics_of(runs: Iterable[LiveRun]) -> list[str]:
-    """What can be drawn, as `kind/metric`: evaluations first."""
+    """List the metrics that can be drawn, as `kind/metric`: evaluations first."""
     names: dict[str, None] = {}
     runs = list(runs)
     for kind in ("evaluation", "train"):
@@ -52,7 +55,7 @@ def metrics_of(runs: Iterable[LiveRun]) -> list[str]:
 
 
 def labels_of(runs: Iterable[LiveRun]) -> dict[str, str]:
-    """What each run is drawn as, by its name: its algorithm, told apart from runs on its task that learn otherwise."""
+    """Label each run by its algorithm and the settings in which runs of it on its task differ."""
     cells: dict[tuple[str, str], dict[str, Config]] = {}
     for run in runs:
         if run.config:
@@ -68,7 +71,7 @@ def labels_of(runs: Iterable[LiveRun]) -> dict[str, str]:
 def groups(
     runs: Iterable[LiveRun], labels: Mapping[str, str]
 ) -> dict[str, dict[str, list[LiveRun]]]:
-    """Task → label → runs. Runs without a configuration or a label are left out."""
+    """Group runs by task and label; those without a configuration or a label are left out."""
     found: dict[str, dict[str, list[LiveRun]]] = {}
     for run in sorted(runs, key=lambda run: run.name):
         if run.config and run.name in labels:
@@ -77,7 +80,7 @@ def groups(
 
 
 def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:
-    """A metric, as `kind/metric`, of a run; None where it has none."""
+    """Read a metric, as `kind/metric`, of a run; None where it has none."""
     kind, _, name = metric.partition("/")
     rows = run.metrics.of(kind).rows([name])
     x = rows.steps.astype(np.float64) if axis == "steps" else rows.elapsed
@@ -95,13 +98,14 @@ def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:
 def curve_of(
     series: Sequence[Series], *, points: int = POINTS, window: Window | None = None
 ) -> Curve | None:
-    """The mean of some runs, all their seeds weighing the same; at each x those that have got there.
+    """Average some runs, all their seeds weighing the same; at each x those that have got there.
 
-    Runs with the same x are put side by side; others are joined on straight lines between their rows.
+    Runs with the same x are put side by side; others are interpolated between their rows.
 
     Args:
         series: one per run.
-        points: most of them, of which the mean's ends, and its lowest and highest points along the way, are some.
+        points: most of them, of which the mean's ends, and its lowest and highest points along the
+            way, are some.
         window: where half of the points are spent besides, if given.
     """
     x, values = _side_by_side([one for one in series if len(one.x)], points)
@@ -124,7 +128,7 @@ def curve_of(
 
 
 def thin(values: Float[np.ndarray, "rows"], points: int) -> Int[np.ndarray, "_"]:
-    """Which rows to draw: all, or the ends and the lowest and highest of every bucket of as many rows.
+    """Choose the rows to draw: all, or the ends and the extremes of every bucket of as many rows.
 
     Returns:
         At most `points` indices, in order.
@@ -142,7 +146,10 @@ def thin(values: Float[np.ndarray, "rows"], points: int) -> Int[np.ndarray, "_"]
 def _side_by_side(
     series: Sequence[Series], points: int
 ) -> tuple[np.ndarray, Float[np.ndarray, "rows seeds"]]:
-    """All seeds on one grid, NaN where a seed has not got to; where x differs, of the points worth drawing of each."""
+    """Put all seeds on one grid, NaN where a seed has not got to.
+
+    Where x differs, the grid is of the points worth drawing of each run.
+    """
     if not series:
         return np.empty(0), np.empty((0, 0))
     first = series[0]
@@ -154,7 +161,7 @@ def _side_by_side(
 
 
 def _means(values: Float[np.ndarray, "rows seeds"]) -> Float[np.ndarray, "rows"]:
-    """Means over the seeds that have a number, 0 where none has."""
+    """Average over the seeds that have a number, 0 where none has."""
     there = np.isfinite(values)
     return np.where(there, values, 0).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
 
@@ -162,7 +169,7 @@ def _means(values: Float[np.ndarray, "rows seeds"]) -> Float[np.ndarray, "rows"]
 def _joined(
     grid: np.ndarray, x: np.ndarray, values: Float[np.ndarray, "rows seeds"]
 ) -> Float[np.ndarray, "grid seeds"]:
-    """Each seed on the straight lines between its numbers; NaN outside them."""
+    """Interpolate each seed between its numbers; NaN outside them."""
     lines = np.full((len(grid), values.shape[1]), np.nan)
     for seed, of_seed in enumerate(values.T):
         if (there := np.isfinite(of_seed)).any():
@@ -187,7 +194,7 @@ def _band(
 
 
 class Curves:
-    """Answers that were given, for as long as the runs behind them stay as they are."""
+    """A cache of curves, each kept for as long as the runs behind it stay as they are."""
 
     _MOST = 256
 
@@ -197,7 +204,7 @@ class Curves:
     def of(
         self, runs: Sequence[LiveRun], metric: str, axis: Axis, window: Window | None = None
     ) -> tuple[tuple, Curve | None]:
-        """The curve of some runs, and what it was made of: equal as long as nothing changed."""
+        """Return a curve of runs, and what it was made of, which is equal while nothing changed."""
         asked = (tuple(run.name for run in runs), metric, axis, window)
         made_of = tuple((run.name, run.version) for run in runs)
         known = self._known.pop(asked, None)

@@ -21,7 +21,7 @@ def grid(
     *,
     faint: Sequence[bool] = (),
 ) -> str:
-    """A table as HTML; every cell is escaped.
+    """Format a table as HTML; every cell is escaped.
 
     Args:
         header: names of the columns.
@@ -53,7 +53,7 @@ class Settings:
         self._shown = ""
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
-        """Shows what is new in these runs."""
+        """Show what is new in these runs."""
         text, note = await asyncio.to_thread(self._describe, list(runs)[:_MOST_RUNS])
         more = len(runs) - _MOST_RUNS
         self._note.text = note + (
@@ -109,7 +109,7 @@ class Logs:
             self._metrics = ui.html("", sanitize=False).style("width: 100%")
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
-        """Shows what is new in these runs."""
+        """Show what is new in these runs."""
         self._runs = {one.name: one for one in runs}
         names = list(self._runs)
         if names != self._choice.options:

@@ -31,7 +31,7 @@ class Shared:
     replays: dict[str, Replay] = field(default_factory=dict)  # the newest few, by key
 
     def replay(self, path: Path) -> tuple[str, Replay]:
-        """An episode, and the key to its frames.
+        """Return the key to the frames of an episode, and the episode.
 
         Raises:
             UserError: if it cannot be read.
@@ -57,7 +57,7 @@ class Page:
         self._busy = False
 
     def build(self) -> None:
-        """Lays out the page and keeps it up to date."""
+        """Lay out the page and keep it up to date."""
         ui.dark_mode(None)
         ui.colors(primary="#0072B2")
         ui.add_head_html(HEAD)
@@ -119,7 +119,7 @@ class Page:
             self._busy = False
 
     def _runs(self) -> list[LiveRun]:
-        """The selected runs; all, if none is."""
+        """Return the selected runs; all, if none is."""
         runs = self._watcher.runs
         return [runs[name] for name in self._table.selection if name in runs] or list(runs.values())
 

@@ -83,7 +83,7 @@ class Player:
         self._clock = ui.timer(_FRAME_SECONDS, self._advance, active=False)
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
-        """Offers these runs."""
+        """Offer these runs."""
         self._runs = {one.name: one for one in runs if one.config}
         names = list(self._runs)
         if names != self._run.options:
@@ -114,7 +114,7 @@ class Player:
         self._list()
 
     def _list(self) -> None:
-        """Offers the episodes of the run; of another run, it opens the newest."""
+        """Offer the episodes of the run; of another run, open the newest."""
         found = replays_of(one) if (one := self._chosen) else {}
         if found != self._replays:
             self._replays = found
@@ -169,7 +169,8 @@ class Player:
         about = self._replay.about
         how = "greedy" if about.get("greedy") else "sampled"
         self._about.text = (
-            f"{about.get('algorithm', '')} on {about.get('env', '')} · seed {about.get('policy_seed', '–')}, {how}, "
+            f"{about.get('algorithm', '')} on {about.get('env', '')} · "
+            f"seed {about.get('policy_seed', '–')}, {how}, "
             f"episode {about.get('seed', '–')} · return {about['episode_return']:.3f}"
         )
         drawn = bool(self._replay.frames)
@@ -187,7 +188,7 @@ class Player:
         self._show()
 
     def _show(self) -> None:
-        """The state at the slider."""
+        """Show the state at the slider."""
         if not (replay := self._replay):
             return
         state = min(self._state, replay.last)
@@ -223,7 +224,7 @@ class Player:
 
 
 def _decisions(replay: Replay, step: int) -> str:
-    """What each agent decided at a step, as HTML."""
+    """Tabulate what each agent decided at a step, as HTML."""
     trace = {name: array[step] for name, array in replay.trace.items()}
     place = np.empty(len(trace["order"]), int)
     place[trace["order"].astype(int)] = np.arange(1, len(place) + 1)
@@ -239,7 +240,7 @@ def _decisions(replay: Replay, step: int) -> str:
 
 
 def _course(replay: Replay) -> dict[str, Any]:
-    """The whole episode: each agent's value, and the reward so far, as a chart's options."""
+    """Chart each agent's value and the reward so far over the whole episode; return the options."""
     values = replay.trace["value"]
     text, line = {"color": GREY, "fontSize": 11}, {"lineStyle": {"color": GREY, "opacity": 0.22}}
     common = {
@@ -309,7 +310,7 @@ def _course(replay: Replay) -> dict[str, Any]:
 
 
 def _marker(state: int) -> dict[str, Any]:
-    """A vertical line at a state."""
+    """Describe a vertical line at a state."""
     look = {"symbol": "none", "silent": True, "animation": False, "label": {"show": False}}
     return look | {
         "lineStyle": {"color": GREY, "type": "solid", "width": 1},

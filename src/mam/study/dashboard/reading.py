@@ -1,4 +1,4 @@
-"""Metrics of a run that is being written, as columns: every byte is read once, a row takes no more than its numbers."""
+"""Metrics of a run being written, as columns: a byte is read once, a row takes only its numbers."""
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ CHUNK = 1 << 20  # bytes parsed at once: other threads wait no longer than that 
 MAX_LINE = 1 << 23  # bytes of a line; longer ones are skipped and counted
 MAX_READ = 1 << 26  # bytes read of a file before the next one's turn
 MAX_BYTES = 1 << 28  # held per run and kind, beyond which rows are dropped as beyond MAX_ROWS
-MAX_ROWS = (
-    1 << 18
-)  # rows kept per run and kind; beyond them every second one is dropped, then every second of those …
-_TAIL = 1024  # bytes before the position that are remembered, to see whether the file was cut and written again
+# Rows kept per run and kind; beyond them every second one is dropped, then every second of those…
+MAX_ROWS = 1 << 18
+# Bytes before the position that are remembered, to see whether the file was cut and written again.
+_TAIL = 1024
 _HEAD = ("kind", "update", "step_count", "elapsed")
 
 
@@ -37,7 +37,8 @@ class Columns:
     """Rows that get more, in arrays with room to grow; one thread may append while others read.
 
     Args:
-        dtype: of the values. JAX computes metrics in float32, which so loses nothing; means over episodes need float64.
+        dtype: of the values. JAX computes metrics in float32, which so loses nothing; means over
+            episodes need float64.
     """
 
     def __init__(self, dtype: type[np.floating]):
@@ -60,7 +61,7 @@ class Columns:
         return list(self._values)
 
     def rows(self, metrics: Iterable[str]) -> Rows:
-        """Everything there is of some metrics, as copies."""
+        """Copy all rows of some metrics."""
         with self._lock:
             end = self._size
             values = {
@@ -69,7 +70,7 @@ class Columns:
             return Rows(self._steps[:end].copy(), self._elapsed[:end].copy(), values)
 
     def last(self, metric: str) -> Float[np.ndarray, "seeds"] | None:
-        """The newest row of a metric; None if there is none."""
+        """Return the newest row of a metric; None if there is none."""
         with self._lock:
             return (
                 self._values[metric][self._size - 1].copy()
@@ -78,10 +79,11 @@ class Columns:
             )
 
     def check(self, new: Rows) -> None:
-        """Says whether rows can be appended.
+        """Check that rows can be appended.
 
         Raises:
-            ValueError: if a metric has another number of seeds than before, or a row has too many numbers.
+            ValueError: if a metric has another number of seeds than before, or a row has too many
+                numbers.
         """
         if 2 * self._row_bytes(new) > MAX_BYTES:
             raise ValueError("a row of more numbers than can be kept")
@@ -92,14 +94,14 @@ class Columns:
                 )
 
     def _row_bytes(self, new: Rows) -> int:
-        """Memory of a row once it has the new metrics, too."""
+        """Return the bytes of a row once it has the new metrics, too."""
         widths = {
             name: values.shape[1] for name, values in (*self._values.items(), *new.values.items())
         }
         return 16 + np.dtype(self._dtype).itemsize * sum(widths.values())
 
     def append(self, new: Rows) -> None:
-        """Adds rows that were checked; metrics that either side lacks are NaN there."""
+        """Add rows that were checked; metrics that either side lacks are NaN there."""
         with self._lock:
             self._append(new)
 
@@ -145,7 +147,7 @@ class Columns:
 
 @dataclass
 class Metrics:
-    """All of a metrics.jsonl up to some position; a value that is replaced as a whole when the file starts anew."""
+    """All of a metrics.jsonl up to some position; replaced as a whole when the file starts anew."""
 
     train: Columns = field(default_factory=lambda: Columns(np.float32))
     evaluation: Columns = field(default_factory=lambda: Columns(np.float64))
@@ -157,7 +159,7 @@ class Metrics:
     damaged: int = 0  # lines that could not be read, or were too long to be
 
     def of(self, kind: str) -> Columns:
-        """The columns of a kind of record.
+        """Return the columns of a kind of record.
 
         Raises:
             ValueError: if there is no such kind.
@@ -175,8 +177,9 @@ class Metrics:
 class Reader:
     """Follows a metrics.jsonl from the position last read.
 
-    A half-written last line waits for its end; one without end is skipped. A file that was cut, as a resumed run does,
-    or replaced is read anew: which shows in its size, or in other bytes before the position.
+    A half-written last line waits for its end; one without end is skipped. A file that was cut, as
+    a resumed run does, or replaced is read anew: which shows in its size, or in other bytes before
+    the position.
 
     Attributes:
         metrics: what was read.
@@ -192,7 +195,7 @@ class Reader:
         self._skipping = False  # within a line that is too long
 
     def poll(self) -> bool:
-        """Reads what is new, of very much the next part; says whether there was anything."""
+        """Read what is new, of very much the next part; say whether there was anything."""
         try:
             stat = self._path.stat()
         except OSError:
@@ -227,7 +230,7 @@ class Reader:
         return changed
 
     def _take(self, text: bytes, *, whole: bool) -> None:
-        """Reads lines; what is not whole is a part of one that is too long."""
+        """Read lines; what is not whole is a part of one that is too long."""
         self._position += len(text)
         self._tail = (self._tail + text)[-_TAIL:]
         lines = text.split(b"\n")[: -1 if whole else 0]
@@ -289,7 +292,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> Rows:
 def _values(
     rows: Sequence[dict[str, Any]], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows seeds"]]:
-    """All metrics at once where they are alike, which many of them need, or one by one."""
+    """Parse all metrics at once where they are alike, which is fast for many, or one by one."""
     try:
         block = np.array([[row[name] for name in names] for row in rows], np.float64)
         block = block.reshape(*block.shape[:3], -1).mean(axis=-1) if block.ndim > 3 else block
@@ -301,7 +304,7 @@ def _values(
 
 
 def _means(values: Sequence[Any]) -> Float[np.ndarray, "rows seeds"]:
-    """Means over episodes, by row and seed; None becomes NaN, and so does a row without the metric."""
+    """Average over episodes, by row and seed; None, and a row without the metric, become NaN."""
     if None not in values:
         try:
             array = np.array(values, np.float64)

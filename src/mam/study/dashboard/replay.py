@@ -1,4 +1,4 @@
-"""Episodes that were played: finding them, reading them, and playing another one in a process of its own."""
+"""Episodes that were played: found, read, and another one played in a process of its own."""
 
 import asyncio
 import io
@@ -16,14 +16,10 @@ from mam.errors import RunError, UserError, printable, shown
 from mam.runs.files import open_regular, read_object
 from mam.study.dashboard.runs import LiveRun, changed
 
-_OTHERS = (
-    "config.json",
-    "versions.json",
-    "marl_eval.json",
-    "times.json",
-)  # of a run's folder that are no traces
+# Files of a run's folder that are no traces.
+_OTHERS = ("config.json", "versions.json", "marl_eval.json", "times.json")
 _MOST_BYTES = 1 << 28  # of a trace
-_MOST_PIXELS = 1 << 30  # of all frames of a picture
+_MOST_PIXELS = 1 << 30  # of all frames of a GIF
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
 
 
@@ -43,7 +39,7 @@ class Replay:
 
     @property
     def last(self) -> int:
-        """The last state that can be looked at: T, after the last action, unless there is no picture of it."""
+        """The last state that can be shown: T, after the last action, unless no frame shows it."""
         return max(len(self.moments) - 1, 0) if len(self.moments) else self.length
 
     @property
@@ -54,23 +50,23 @@ class Replay:
         return [printable(name) for name in given]
 
     def reward_so_far(self, state: int) -> float:
-        """The team's reward before a state, averaged over agents."""
+        """Sum the team's reward before a state, averaged over agents."""
         return float(self.trace["reward"][:state].mean(axis=1).sum()) if state else 0.0
 
     def frame(self, state: int) -> int | None:
-        """Which of the frames shows a state; None without pictures."""
+        """Return which of the frames shows a state; None without frames."""
         return int(self.moments[min(state, len(self.moments) - 1)]) if len(self.moments) else None
 
 
 def replays_of(run: LiveRun) -> dict[str, Path]:
-    """The traces of a run by name, the newest first."""
+    """Find the traces of a run by name, the newest first."""
     found = [path for path in run.path.glob("*.json") if path.name not in _OTHERS]
     found += run.path.glob("replays/*.json")
     return {printable(path.stem): path for path in sorted(found, key=changed, reverse=True)}
 
 
 def load(path: Path) -> Replay:
-    """Reads a trace and its picture.
+    """Read a trace and its GIF.
 
     Raises:
         UserError: if either cannot be read.
@@ -123,7 +119,7 @@ def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:
 
 
 class Players:
-    """Processes that play episodes; the page's own process compiles nothing and imports nothing that a run names.
+    """Processes that play episodes: the page's own compiles nothing and imports no code of a run.
 
     Args:
         trust: play runs whose environment is code that their folder names, too.
@@ -134,20 +130,20 @@ class Players:
         self._processes: set[asyncio.subprocess.Process] = set()
 
     def refusal(self, run: LiveRun) -> str:
-        """Why a run is not played here, with what would be imported; empty if it may be."""
+        """Say why a run is not played here, with what would be imported; empty if it may be."""
         if run.config is None:
             return "its config.json cannot be read"
         if self._trust or not names_code(run.config.env):
             return ""
         return (
-            f"playing it would import {shown(run.config.env)}, which the folder names: if you trust that code, start "
-            f"the page with --trust"
+            f"playing it would import {shown(run.config.env)}, which the folder names: "
+            f"if you trust that code, start the page with --trust"
         )
 
     async def play(
         self, run: LiveRun, *, policy_seed: int, greedy: bool, seed: int, say: Callable[[str], None]
     ) -> Path:
-        """Plays one episode with `mam play`, on the CPU: what trains keeps its devices.
+        """Play one episode with `mam play`, on the CPU: what trains keeps its devices.
 
         Args:
             run: whose best weights play.
@@ -178,9 +174,8 @@ class Players:
             str(policy_seed),
             *(["--greedy"] if greedy else []),
         ]
-        if names_code(
-            env := run.config.env
-        ):  # what was shown is what is imported, whatever the folder says by then
+        # What was shown is what is imported, whatever the folder says by then.
+        if names_code(env := run.config.env):
             options += ["--env", env]
         try:
             out.parent.mkdir(exist_ok=True)
@@ -212,7 +207,7 @@ class Players:
         return out.with_suffix(".json")
 
     def close(self) -> None:
-        """Ends what still plays."""
+        """End what still plays."""
         for process in self._processes:
             if process.returncode is None:
                 process.kill()

@@ -39,7 +39,8 @@ class LiveRun:
 
     Attributes:
         config: None if it cannot be read; `problem` then says why.
-        speed: environment steps per second of all seeds over the last updates; NaN before the second one.
+        speed: environment steps per second of all seeds over the last updates; NaN before the
+            second one.
         version: grows with every change.
     """
 
@@ -66,7 +67,7 @@ class LiveRun:
 
     @property
     def returns(self) -> Float[np.ndarray, "seeds"]:
-        """Each seed's mean return in the last evaluation, or as the absolute metric once there is one; may be empty."""
+        """Each seed's mean return in the last evaluation or absolute metric; may be empty."""
         columns = (
             self.metrics.absolute
             if self.metrics.last_kind == "absolute"
@@ -81,7 +82,7 @@ class LiveRun:
         return max(changed(self.path / "metrics.jsonl"), self._config_time)
 
     def poll(self) -> bool:
-        """Reads what is new; says whether there was anything."""
+        """Read what is new; say whether there was anything."""
         anything = self._read_config()
         anything |= self._reader.poll()
         if anything:
@@ -101,9 +102,10 @@ class LiveRun:
         return True
 
     def median_speed(self, recent: int | None = None) -> float:
-        """Environment steps per second of all seeds while training: the median over the recent updates, or over all.
+        """Return the median speed of recent updates, or of all, while training.
 
-        NaN before the second update. Neither compiling nor evaluating moves a median.
+        In environment steps per second of all seeds; NaN before the second update. Neither
+        compiling nor evaluating moves a median.
         """
         kinds = [columns.rows(()) for columns in (self.metrics.train, self.metrics.evaluation)]
         steps, elapsed = (
@@ -113,10 +115,11 @@ class LiveRun:
         return median_speed(steps[last], elapsed[last]) * self.num_seeds
 
     def state(self, now: float | None = None) -> State:
-        """Whether it goes on, as far as its files tell; no process is asked, which may live on another machine.
+        """Say whether it goes on, as far as its files tell: its process may be on another machine.
 
-        Finished is the absolute metric at the end of the budget. Failed is an error as the last thing it printed.
-        Stopped is a run that has written its results before the end, or was silent for ten times as long as ever.
+        Finished is the absolute metric at the end of the budget. Failed is an error as the last
+        thing it printed. Stopped is a run that has written its results before the end, or was
+        silent for ten times as long as ever.
 
         Args:
             now: seconds since 1970; the clock's if None.
@@ -140,7 +143,7 @@ class LiveRun:
         return State("running")
 
     def _error(self) -> str:
-        """The error that its output ends with, if it is newer than everything else; empty if none."""
+        """Return the error that ends its output, if newer than everything else; empty if none."""
         log = self.path / "output.log"
         if changed(log) < self.last_sign:
             return ""
@@ -153,23 +156,23 @@ class LiveRun:
         return lines[-1].strip() if failed else ""
 
     def versions(self) -> dict[str, Any]:
-        """What it ran with: flat, such as packages.jax; empty if unknown."""
+        """Read what it ran with: flat, such as packages.jax; empty if unknown."""
         try:
             return flat(read_object(self.path / "versions.json"))
         except UserError:
             return {}
 
     def times(self) -> str:
-        """Where its wall-clock time went, as far as it is known: shares of it."""
+        """Say where its wall-clock time went, in shares, as far as that is known."""
         return shares(read_times(self.path / "times.json"))
 
     def settings(self) -> dict[str, Any]:
-        """Its configuration, flat: ppo.lr and so on."""
+        """Return its configuration, flat: ppo.lr and so on."""
         return flat(to_json(self.config)) if self.config else {}
 
 
 def differing(of_runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """The keys in which some dictionaries differ, with the value of each; None where a key is missing."""
+    """Find the keys in which dictionaries differ, with the value of each; None if it is missing."""
     names = dict.fromkeys(name for one in of_runs for name in one)
     rows = {name: [one.get(name) for one in of_runs] for name in names}
     return {
@@ -178,7 +181,7 @@ def differing(of_runs: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def tail(path: Path, size: int = _TAIL_BYTES) -> str:
-    """The end of a text file, from the beginning of a line; empty if it cannot be read."""
+    """Read the end of a text file, from the beginning of a line; empty if it cannot be read."""
     try:
         with open_regular(path) as file:
             length = file.seek(0, 2)
@@ -192,7 +195,7 @@ def tail(path: Path, size: int = _TAIL_BYTES) -> str:
 
 
 def changed(path: Path) -> float:
-    """When a file was written, in seconds since 1970; 0 if there is none."""
+    """Return when a file was written, in seconds since 1970; 0 if there is none."""
     try:
         return path.stat().st_mtime
     except OSError:

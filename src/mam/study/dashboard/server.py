@@ -20,12 +20,12 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def run(
     root: Path, *, host: str, port: int, trust: bool = False, open_browser: bool = False
 ) -> int:
-    """Serves the page until Ctrl-C; returns the exit code.
+    """Serve the page until Ctrl-C; return the exit code.
 
     Args:
         root: folder of the runs.
-        host: address to listen on. On the loopback one, requests for other names are refused: a web page elsewhere
-            could otherwise ask through the browser.
+        host: address to listen on. On the loopback one, requests for other names are refused: a web
+            page elsewhere could otherwise ask through the browser.
         port: to listen on; any free one if 0.
         trust: play runs whose environment is code.
         open_browser: open the page.

@@ -6,7 +6,8 @@ STATES = {"running": "#0072B2", "finished": "#009E73", "stopped": "#E69F00", "fa
 
 _STYLE = """
 <style>
-:root { --mam-bg: #f7f7f5; --mam-card: #fff; --mam-line: #e4e4e0; --mam-text: #22262a; --mam-faint: #747a80; }
+:root { --mam-bg: #f7f7f5; --mam-card: #fff; --mam-line: #e4e4e0; --mam-text: #22262a;\
+ --mam-faint: #747a80; }
 body.body--dark { --mam-bg: #15181b; --mam-card: #1c2024; --mam-line: #2d3238; --mam-text: #dde1e4;
   --mam-faint: #8f979e; }
 body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
@@ -16,17 +17,23 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
 .mam-head { width: 100%; align-items: baseline; gap: 12px; }
 .mam-title { font-size: 1.25rem; font-weight: 650; letter-spacing: .02em; }
 .mam-faint { color: var(--mam-faint); font-size: .85rem; }
-.mam-trouble { width: 100%; padding: 6px 12px; border-left: 4px solid #D55E00; background: var(--mam-card); }
+.mam-trouble { width: 100%; padding: 6px 12px; border-left: 4px solid #D55E00;\
+ background: var(--mam-card); }
 .mam-path { overflow-wrap: anywhere; }
 .mam-table-frame { width: 100%; }
 .mam-table { width: 100%; height: 100%;  --ag-font-size: 13px;
-  --ag-background-color: var(--mam-card); --ag-border-color: var(--mam-line); --ag-wrapper-border-radius: 8px;
-  --ag-header-background-color: var(--mam-card); --ag-font-family: inherit; --ag-foreground-color: var(--mam-text);
+  --ag-background-color: var(--mam-card); --ag-border-color: var(--mam-line);\
+ --ag-wrapper-border-radius: 8px;
+  --ag-header-background-color: var(--mam-card); --ag-font-family: inherit;\
+ --ag-foreground-color: var(--mam-text);
   --ag-data-font-color: var(--mam-text); --ag-header-font-weight: 500; }
-.mam-wrap { white-space: normal; overflow-wrap: anywhere; line-height: 1.35; padding-top: 6px; padding-bottom: 6px; }
-.mam-state::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
+.mam-wrap { white-space: normal; overflow-wrap: anywhere; line-height: 1.35; padding-top: 6px;\
+ padding-bottom: 6px; }
+.mam-state::before { content: ""; display: inline-block; width: 8px; height: 8px;\
+ border-radius: 50%;
   margin-right: 7px; background: var(--dot); }
-.mam-progress { background-repeat: no-repeat; background-size: 100% 3px; background-position: bottom; }
+.mam-progress { background-repeat: no-repeat; background-size: 100% 3px;\
+ background-position: bottom; }
 .mam-tabs { width: 100%; border-bottom: 1px solid var(--mam-line); }
 .mam-tabs .q-tab { padding: 0 14px; }
 .mam-panels { width: 100%; background: transparent !important; }
@@ -34,29 +41,37 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
 .mam-bar { width: 100%; align-items: center; gap: 8px 16px; }
 .mam-charts { width: 100%; display: grid; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); }
-.mam-card { background: var(--mam-card); border: 1px solid var(--mam-line); border-radius: 8px; padding: 10px 12px;
+.mam-card { background: var(--mam-card); border: 1px solid var(--mam-line); border-radius: 8px;\
+ padding: 10px 12px;
   min-width: 0; }
 .mam-chart { width: 100%; height: 330px; }
 .mam-card-title { font-weight: 600; font-size: .92rem; overflow-wrap: anywhere; }
-/* A shade at an edge says that there is more beyond it; at the end the card's own colour covers it. */
+/* A shade at an edge says that there is more beyond it;\
+ at the end the card's own colour covers it. */
 .mam-scroll { width: 100%; overflow-x: auto;
-  background: linear-gradient(90deg, var(--mam-card) 30%, transparent) left / 36px 100% no-repeat local,
+  background: linear-gradient(90deg, var(--mam-card) 30%, transparent)\
+ left / 36px 100% no-repeat local,
     linear-gradient(270deg, var(--mam-card) 30%, transparent) right / 36px 100% no-repeat local,
     linear-gradient(90deg, #8889, transparent) left / 12px 100% no-repeat scroll,
-    linear-gradient(270deg, #8889, transparent) right / 12px 100% no-repeat scroll; background-color: var(--mam-card); }
+    linear-gradient(270deg, #8889, transparent) right / 12px 100% no-repeat scroll;\
+ background-color: var(--mam-card); }
 .mam-grid { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 .mam-grid th { text-align: left; font-weight: 500; color: var(--mam-faint); }
-.mam-grid th, .mam-grid td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--mam-line); vertical-align: top; }
+.mam-grid th, .mam-grid td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--mam-line);\
+ vertical-align: top; }
 .mam-grid th, .mam-grid td { overflow-wrap: break-word; max-width: 300px; }
 .mam-grid .r { text-align: right; }
 .mam-grid tr.dead { opacity: .45; }
-.mam-log { width: 100%; max-height: 420px; overflow: auto; margin: 0; font-size: .76rem; line-height: 1.45;
+.mam-log { width: 100%; max-height: 420px; overflow: auto; margin: 0; font-size: .76rem;\
+ line-height: 1.45;
   white-space: pre; font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .mam-replay { width: 100%; display: grid; gap: 12px; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); }
-.mam-frame { width: 100%; max-width: 640px; background: #fff; border-radius: 4px; overflow: hidden; }
+.mam-frame { width: 100%; max-width: 640px; background: #fff; border-radius: 4px;\
+ overflow: hidden; }
 @media (max-width: 700px) {
-  .mam-progress::before { content: ""; display: inline-block; width: 8px; height: 8px; border-radius: 50%;
+  .mam-progress::before { content: ""; display: inline-block; width: 8px; height: 8px;\
+ border-radius: 50%;
     margin-right: 6px; background: var(--dot); }
   .mam-page { padding: 10px 10px 30px; }
   .mam-chart { height: 270px; }
@@ -83,7 +98,8 @@ window.mam = {
   },
   name(s) { return s.length > 40 ? s.slice(0, 16) + "…" + s.slice(-23) : s; },
   fit(grid, frame, head, row) {  // as high as the rows, up to a good part of the screen
-    const count = grid.getDisplayedRowCount(), last = count && grid.getDisplayedRowAtIndex(count - 1);
+    const count = grid.getDisplayedRowCount(),\
+ last = count && grid.getDisplayedRowAtIndex(count - 1);
     const rows = Math.max(last ? last.rowTop + last.rowHeight : 0, 2 * row);
     frame.style.height = `min(${head + rows + 2}px, 42vh)`;
   },
@@ -93,10 +109,12 @@ window.mam = {
     return points => {
       const rows = points.filter(p => p.data.length > 2).map(p => {
         const [x, y, low, high] = p.data;
-        const band = low == null ? "" : ` <span style="opacity:.65">[${mam.short(low)}, ${mam.short(high)}]</span>`;
+        const band = low == null ? "" :\
+ ` <span style="opacity:.65">[${mam.short(low)}, ${mam.short(high)}]</span>`;
         return `${p.marker}${echartsEscape(p.seriesName)} <b>${mam.short(y)}</b>${band}`;
       });
-      return [mam[axis](points[0].axisValue) + (axis == "short" ? " steps" : ""), ...rows].join("<br>");
+      return [mam[axis](points[0].axisValue) + (axis == "short" ? " steps" : ""),\
+ ...rows].join("<br>");
     };
   },
 };

@@ -12,20 +12,15 @@ from mam.study.dashboard.watch import Watcher
 
 _ROW_HEIGHT, _HEAD_HEIGHT = 32, 38  # pixels, with borders
 _NARROW = 700  # pixels below which only the most important columns are shown
-_WIDE_ONLY = (
-    "task",
-    "algorithm",
-    "seeds",
-    "state",
-    "speed",
-    "last",
-)  # the state is then a dot in the progress
+# Columns for wide windows only; in narrow ones the state is a dot in the progress.
+_WIDE_ONLY = ("task", "algorithm", "seeds", "state", "speed", "last")
 
 _DOT = f"p => ({{'--dot': ({STATES})[p.data.state]}})"
 _BAR = """p => {
   const done = p.data.budget ? Math.min(100 * p.data.steps / p.data.budget, 100) : 0;
   const colour = (STATES)[p.data.state];
-  return {'--dot': colour, backgroundImage: `linear-gradient(90deg, ${colour} ${done}%, transparent ${done}%)`};
+  return {'--dot': colour, backgroundImage:\
+ `linear-gradient(90deg, ${colour} ${done}%, transparent ${done}%)`};
 }""".replace("STATES", str(STATES))
 _WRAPPED: dict[str, Any] = {"wrapText": True, "autoHeight": True, "cellClass": "mam-wrap"}
 _COLUMNS: list[dict[str, Any]] = [
@@ -49,8 +44,10 @@ _COLUMNS: list[dict[str, Any]] = [
         "type": "rightAligned",
         "cellClass": "mam-progress ag-right-aligned-cell",
         ":cellStyle": _BAR,
-        ":valueFormatter": "p => p.data.budget ? Math.floor(100 * Math.min(p.value / p.data.budget, 1)) + ' %' : '–'",
-        ":tooltipValueGetter": "p => mam.short(p.data.steps) + ' of ' + mam.short(p.data.budget) + ' steps per seed'",
+        ":valueFormatter": "p => p.data.budget ? "
+        "Math.floor(100 * Math.min(p.value / p.data.budget, 1)) + ' %' : '–'",
+        ":tooltipValueGetter": "p => mam.short(p.data.steps) + ' of ' + "
+        "mam.short(p.data.budget) + ' steps per seed'",
     },
     {
         "headerName": "return",
@@ -62,7 +59,8 @@ _COLUMNS: list[dict[str, Any]] = [
         "flex": 1.5,
         "type": "rightAligned",
         ":valueFormatter": "p => p.data.returns",
-        "headerTooltip": "last evaluation, or the absolute metric of a finished run: mean ± deviation over seeds",
+        "headerTooltip": "last evaluation, or the absolute metric of a finished run: "
+        "mean ± deviation over seeds",
     },
     {
         "headerName": "steps/s",
@@ -98,7 +96,8 @@ _OPTIONS: dict[str, Any] = {
     "suppressCellFocus": True,
     "suppressColumnMoveAnimation": True,
     "overlayNoRowsTemplate": "no runs yet: a run is a folder with a config.json",
-    ":onGridSizeChanged": f"e => e.api.setColumnsVisible({list(_WIDE_ONLY)}, e.clientWidth > {_NARROW})",
+    ":onGridSizeChanged": f"e => e.api.setColumnsVisible({list(_WIDE_ONLY)}, "
+    f"e.clientWidth > {_NARROW})",
 }
 
 
@@ -118,9 +117,8 @@ class Table:
         self._shown = dict(watcher.table)
         self.selection: tuple[str, ...] = ()
         self._frame = ui.element("div").classes("mam-table-frame")
-        with (
-            self._frame
-        ):  # which has the height: a change of the grid's own style would make the grid anew
+        # The frame has the height: a change of the grid's own style would make the grid anew.
+        with self._frame:
             rows = {"rowData": list(self._shown.values())}
             self._grid = ui.aggrid(_OPTIONS | rows, auto_size_columns=False).classes("mam-table")
         rows = max(len(self._shown), 2)  # whose height the browser knows better in a moment
@@ -133,16 +131,18 @@ class Table:
             mam.skew = {time.time():.1f} - Date.now() / 1000;
             setInterval(() => {{
                 const grid = getElement({self._grid.id});
-                if (grid?.api && !document.hidden) grid.api.refreshCells({{columns: ["last"], force: true}});
+                if (grid?.api && !document.hidden)\
+ grid.api.refreshCells({{columns: ["last"], force: true}});
             }}, 5000);
             setInterval(() => {{
                 const grid = getElement({self._grid.id}), frame = getHtmlElement({self._frame.id});
-                if (grid?.api && !document.hidden) mam.fit(grid.api, frame, {_HEAD_HEIGHT}, {_ROW_HEIGHT});
+                if (grid?.api && !document.hidden)\
+ mam.fit(grid.api, frame, {_HEAD_HEIGHT}, {_ROW_HEIGHT});
             }}, 300);
         """)
 
     def refresh(self) -> None:
-        """Sends the rows that changed."""
+        """Send the rows that changed."""
         now, before = dict(self._watcher.table), self._shown
         self._shown = now
         change = {

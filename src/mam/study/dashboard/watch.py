@@ -29,7 +29,7 @@ class Progress:
 
 
 class Watcher:
-    """All runs below a folder; new ones appear by themselves, and none keeps the others from being read.
+    """All runs below a folder; new ones appear by themselves, and none blocks reading the others.
 
     Args:
         root: the folder.
@@ -50,12 +50,12 @@ class Watcher:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begin to watch."""
         self._thread = threading.Thread(target=self._watch, daemon=True, name="reader")
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, after the run it is reading."""
+        """End the thread, after the run it is reading."""
         self._ended.set()
         if self._thread:
             self._thread.join(timeout=5)
@@ -81,12 +81,11 @@ class Watcher:
         )
 
     def refresh(self) -> None:
-        """Looks at every run once."""
+        """Look at every run once."""
         if time.monotonic() - self._searched >= _SEARCH_INTERVAL or not self.runs:
             self._search()
-        runs = sorted(
-            self.runs.values(), key=lambda run: run.last_sign, reverse=True
-        )  # those that train come first
+        # Those that train come first.
+        runs = sorted(self.runs.values(), key=lambda run: run.last_sign, reverse=True)
         self._unread = sum(run.version == 0 for run in runs)
         for run in runs:
             if self._ended.is_set():
@@ -129,7 +128,7 @@ class Watcher:
         return printable(self.root.resolve().name) if name == "." else name
 
     def _look(self, run: LiveRun) -> None:
-        """Reads what is new of a run and describes it."""
+        """Read what is new of a run and describe it."""
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 run.poll()
@@ -146,7 +145,7 @@ _UNKNOWN |= {"mean": None, "returns": "–", "speed": None, "last": 0}
 
 
 def _row(run: LiveRun) -> dict[str, Any]:
-    """What the table shows of a run."""
+    """Describe a run as a row of the table."""
     state, returns = run.state(), run.returns
     mean = float(np.nanmean(returns)) if np.isfinite(returns).any() else math.nan
     return {

@@ -31,15 +31,13 @@ class RayPool:
         except ImportError as error:
             raise missing_extra("--ray", "Ray", "experiment") from error
         self._ray = ray
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0"
-        )  # a run without a GPU keeps its environment
+        # A run without a GPU keeps its environment.
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         local = {"include_dashboard": False} if address is None else {}
         try:
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
-        except (
-            Exception
-        ) as error:  # Ray's are of every kind, also where a slow machine does not start in time
+        except Exception as error:
+            # Ray's are of every kind, also where a slow machine does not start in time.
             ray.shutdown()
             where = "cannot start Ray here" if address is None else f"no Ray cluster at {address}"
             raise UserError(f"{where}: {' '.join(str(error).split())}") from error
@@ -90,8 +88,11 @@ class RayPool:
 
 
 def _work(command: list[str], log: Path, cwd: str) -> int:
-    """The task: one process. A cancelled task is interrupted, and passes the first interruption on as SIGTERM."""
-    # What a shell starts in the background ignores SIGINT, and so would this: Ray's interruptions are none then.
+    """Run one process as a task, and return its exit code.
+
+    A cancelled task is interrupted, and passes the first interruption on as SIGTERM.
+    """
+    # A shell's background processes ignore SIGINT, and so would this: Ray could not interrupt it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     process = launch(command, log, cwd)
     told = False

@@ -19,20 +19,24 @@ from mam.errors import UserError
 class Experiment:
     """Run a list of configurations to the end: finished runs are skipped, interrupted ones resumed.
 
-    Every run is a `mam train` in a process of its own; one that fails does not stop the others. Ctrl-C saves them all,
-    and the same command goes on. Exit codes: 0 all finished, or stopped by Ctrl-C; 1 some failed; 2 wrongly asked for.
+    Every run is a `mam train` in a process of its own; one that fails does not stop the others.
+    Ctrl-C saves them all, and the same command goes on. Exit codes: 0 all finished, or stopped by
+    Ctrl-C; 1 some failed; 2 wrongly asked for.
     """
 
     file: tyro.conf.Positional[Path]
-    """Python file that defines `runs`: a list of Config or (name, Config), such as `mam.grid` makes."""
+    """Python file that defines `runs`: a list of Config or (name, Config), such
+    as `mam.grid` makes."""
     out: Path | None = None
-    """Folder of the runs; runs/<name of the file> if None. With --ray every machine has to see it."""
+    """Folder of the runs; runs/<name of the file> if None. With --ray every
+    machine has to see it."""
     dry_run: bool = False
     """Only list the runs, with their commands."""
     jobs: int = 1
     """Runs at the same time, without Ray."""
     retries: int = 2
-    """How often a run that was killed, or preempted, is resumed at once; errors of its own are not tried again."""
+    """How often a run that was killed, or preempted, is resumed at once; errors of its own are not
+    tried again."""
     ray: bool = False
     """Distribute the runs with Ray, one task each."""
     ray_address: str | None = None
@@ -52,7 +56,7 @@ class Experiment:
 
 
 def run_experiment(options: Experiment) -> int:
-    """Runs whatever is not finished; returns the exit code.
+    """Run what is not finished; return the exit code.
 
     Raises:
         UserError: if the file does not define runs, or Ray is asked for and missing.

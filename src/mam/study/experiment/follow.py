@@ -14,8 +14,10 @@ class Follower:
 
     Attributes:
         step_count: environment steps done, per seed.
-        returns: each seed's mean return in the last evaluation, or as the absolute metric; empty before the first.
-        speed: environment steps per second and seed, `median_speed` of the last records; NaN at first.
+        returns: each seed's mean return in the last evaluation, or as the absolute metric; empty
+            before the first.
+        speed: environment steps per second and seed, `median_speed` of the last records; NaN at
+            first.
     """
 
     def __init__(self, path: Path):
@@ -28,7 +30,7 @@ class Follower:
         self.step_count, self.returns, self.speed = 0, np.empty(0), float("nan")
 
     def poll(self) -> list[dict[str, Any]]:
-        """The whole lines written since the last call; a file that got shorter, by a resume, is read anew."""
+        """Read the whole lines written since the last call; a file cut by a resume is read anew."""
         try:
             with self._path.open("rb") as file:
                 if file.seek(0, 2) < self._offset:
@@ -52,12 +54,12 @@ class Follower:
             self.returns = seed_returns(row)
 
     def finished(self, budget: int) -> bool:
-        """Whether the last thing that happened is the absolute metric, with all steps done."""
+        """Say whether the last row is the absolute metric, with all steps done."""
         return self._kind == "absolute" and self.step_count >= budget
 
 
 def seed_returns(row: dict[str, Any]) -> np.ndarray:
-    """Each seed's mean return in an evaluation's row; NaN where an episode had none."""
+    """Return each seed's mean return in an evaluation's row; NaN where an episode had none."""
     episodes = [
         [float("nan") if value is None else value for value in np.atleast_1d(seed)]
         for seed in row[RETURN]

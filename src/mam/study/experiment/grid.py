@@ -8,17 +8,19 @@ from mam.presets import preset_for
 
 
 def grid(base: Config | None = None, **settings: Any) -> list[tuple[str, Config]]:
-    """Every combination of some settings, with a name that stays the same when values are added.
+    """Combine settings in every way, each with a name that stays the same when values are added.
 
     A list or tuple is an axis; any other value holds for all. Grouped settings are written
-    `**{"ppo.lr": [1e-4, 5e-4]}`. The name is `<task>/<algorithm>`, then all other axes: `lbf/small/mam,ppo.lr=0.0005`.
+    `**{"ppo.lr": [1e-4, 5e-4]}`. The name is `<task>/<algorithm>`, then all other axes:
+    `lbf/small/mam,ppo.lr=0.0005`.
 
     Args:
         base: what the settings are changed in; the preset of each task if None.
         settings: fields of `Config` or, dotted, of its groups.
 
     Raises:
-        UserError: for a setting that does not exist or has the wrong type, or a combination that no run could have.
+        UserError: for a setting that does not exist or has the wrong type, or a combination that no
+            run could have.
     """
     axes = {key: value for key, value in settings.items() if isinstance(value, list | tuple)}
     fixed = {key: value for key, value in settings.items() if key not in axes}
@@ -33,10 +35,11 @@ def grid(base: Config | None = None, **settings: Any) -> list[tuple[str, Config]
 
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:
-    """The configuration with other values for some keys, `ppo.lr` reaching into a group; checked as a whole.
+    """Change some values of a configuration, `ppo.lr` reaching into a group, and check the whole.
 
     Raises:
-        UserError: as for `grid`.
+        UserError: for a setting that does not exist or has the wrong type, or values that no run
+            could have.
     """
     data = to_json(config)
     for key, value in settings.items():
@@ -52,7 +55,7 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def flags(config: Config, base: Config) -> list[str]:
-    """The options of `mam train` that make `config` out of `base`."""
+    """List the options of `mam train` that make `config` out of `base`."""
     before = flat(to_json(base))
     found = []
     for key, value in flat(to_json(config)).items():

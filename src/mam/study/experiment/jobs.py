@@ -43,25 +43,25 @@ class Job:
         return self.path / _LOG
 
     def follow(self) -> Follower:
-        """A reader of its metrics, from the beginning."""
+        """Make a reader of its metrics, from the beginning."""
         return Follower(self.path / "metrics.jsonl")
 
     def finished(self) -> bool:
-        """Whether the absolute metric was measured at the end of the budget, which exit codes do not tell."""
+        """Say whether the absolute metric was measured after all steps; exit codes do not tell."""
         follower = self.follow()
         follower.poll()
         return follower.finished(self.budget)
 
     def started(self) -> bool:
-        """Whether there is something to go on with."""
+        """Say whether there is something to go on with."""
         return (self.path / "config.json").exists()
 
     def running(self) -> bool:
-        """Whether a process goes on with it, of whoever it is."""
+        """Say whether any process goes on with it."""
         return is_running(self.path)
 
     def command(self) -> list[str]:
-        """Arguments of `mam`: start it, or resume it.
+        """Return the arguments of `mam` that start it, or resume it.
 
         Raises:
             UserError: if its folder holds a run with other settings.
@@ -78,11 +78,11 @@ class Job:
         return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
 
     def command_line(self) -> str:
-        """The same for a shell."""
+        """Return the command that starts it, or resumes it, quoted for a shell."""
         return shlex.join(["mam", *self.command()])
 
     def last_words(self) -> str:
-        """The last line it printed; on a full disk, where its error may be lost, that, too."""
+        """Return the last line it printed; say if a full disk may have lost its error."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             full = shutil.disk_usage(self.path).free == 0
@@ -92,12 +92,12 @@ class Job:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is training there, or was started to."""
+    """Say whether a process is training there, or was started to."""
     return is_held(folder / _LOG) or is_held(folder / LOCK_FILE)
 
 
 def load_runs(file: Path) -> list[Any]:
-    """What a file defines as `runs`.
+    """Run a file and return what it defines as `runs`.
 
     Raises:
         UserError: if it cannot be run, with the end of its traceback, or defines none.
@@ -113,16 +113,18 @@ def load_runs(file: Path) -> list[Any]:
         raise UserError(f"{file} failed:\n{last}") from error
     if not isinstance(found, Iterable) or not (runs := list(found)):
         raise UserError(
-            f"{file} defines no `runs`: a list of Config or (name, Config), see mam.study.experiment.grid"
+            f"{file} defines no `runs`: a list of Config or (name, Config), "
+            f"see mam.study.experiment.grid"
         )
     return runs
 
 
 def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
-    """One job per run; a configuration without a name is called by its task and algorithm.
+    """Make one job per run; a configuration without a name is called by its task and algorithm.
 
     Raises:
-        UserError: if something is no configuration, there is no such task, or two runs have one name.
+        UserError: if something is no configuration, there is no such task, or two runs have one
+            name.
     """
     jobs = dict[Path, Job]()
     for run in runs:
@@ -146,7 +148,7 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
 
 
 def _file_name(name: str) -> Path:
-    """A name without what file systems do not like, the same on every machine."""
+    """Turn a name into a path for any file system, the same on every machine."""
     parts = [
         "".join(c if c.isalnum() or c in "-_.,=" else "_" for c in part) for part in name.split("/")
     ]
@@ -154,7 +156,7 @@ def _file_name(name: str) -> Path:
 
 
 def _short(part: str) -> str:
-    """The part of a name, or its beginning and a checksum where it is longer than file systems allow."""
+    """Shorten part of a name that is too long for file systems to its beginning and a checksum."""
     data = part.encode(errors="replace")
     if len(data) <= _LONGEST:
         return part
@@ -164,5 +166,5 @@ def _short(part: str) -> str:
 
 
 def python_command(arguments: list[str]) -> list[str]:
-    """The command for a process of its own, with this interpreter."""
+    """Return the command for a process of its own, with this interpreter."""
     return [sys.executable, "-m", "mam", *arguments]

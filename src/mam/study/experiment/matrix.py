@@ -35,12 +35,12 @@ class Row:
             self.status = "finished"
 
     def look(self) -> None:
-        """Reads what the run has reported."""
+        """Read what the run has reported."""
         self.progress.poll()
 
 
 def run_matrix(jobs: Sequence[Job], pool: Pool, screen: Screen, *, retries: int) -> int:
-    """Runs what is not finished, and says at the end what failed.
+    """Run what is not finished, and say at the end what failed.
 
     Args:
         jobs: the runs.
@@ -95,7 +95,7 @@ def _start(row: Row, pool: Pool, screen: Screen) -> None:
 
 
 def _settle(row: Row, end: End, screen: Screen, *, retries: int, stopping: bool) -> None:
-    """Decides what a process that ended means."""
+    """Decide what a process that ended means."""
     row.look()
     code = end.code
     if row.progress.finished(row.job.budget):
@@ -137,7 +137,7 @@ def _conclude(rows: Sequence[Row], screen: Screen) -> int:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Any]:
-    """Turns SIGINT and SIGTERM into a question; the second Ctrl-C interrupts."""
+    """Turn SIGINT and SIGTERM into a flag to be polled; the second Ctrl-C interrupts."""
     received: list[int] = []
 
     def handle(number: int, _: Any) -> None:

@@ -15,7 +15,7 @@ from mam.runs.loop import LOCK_FILE
 from mam.runs.signals import PREEMPTED
 from mam.study.experiment.jobs import Job, is_running, python_command
 
-UNKNOWN = 256  # in place of the exit code of somebody else's process
+UNKNOWN = 256  # in place of the exit code of a process started elsewhere
 KILLED = -signal.SIGTERM.value  # the exit code of a process that ended without one of its own
 
 
@@ -28,7 +28,7 @@ class End:
     why: str = ""  # what went wrong, if it never began
 
     def to_be_resumed(self, starts: int, retries: int) -> bool:
-        """Whether the run did not end by itself, and has not been started too often."""
+        """Say whether the run did not end by itself, and has not been started too often."""
         return self.code == UNKNOWN or (
             (self.code < 0 or self.code == PREEMPTED) and starts <= retries
         )
@@ -39,17 +39,17 @@ class Pool(Protocol):
     """A place for runs, entered and left as a context."""
 
     def room(self) -> bool:
-        """Whether another run can start now."""
+        """Say whether another run can start now."""
         ...
 
     def start(self, job: Job, command: Sequence[str]) -> None: ...
 
     def ended(self) -> list[End]:
-        """Runs that ended since the last call."""
+        """Return the runs that ended since the last call."""
         ...
 
     def stop(self, job: Job) -> None:
-        """Tells a run to save itself and end; returns at once."""
+        """Tell a run to save itself and end; return at once."""
         ...
 
     def __enter__(self) -> "Pool": ...
@@ -58,7 +58,7 @@ class Pool(Protocol):
 
 
 class Elsewhere:
-    """A run that a process of somebody else's goes on with: waited for like one of one's own.
+    """A run in a process that was started elsewhere, waited for like one that was started here.
 
     It is what a killed experiment left behind, or a `mam train` by hand.
     """
@@ -67,11 +67,11 @@ class Elsewhere:
         self._folder = folder
 
     def poll(self) -> int | None:
-        """None as long as it lives; how it ended is not known."""
+        """Return None as long as it lives, then UNKNOWN: how it ended is not known."""
         return None if is_running(self._folder) else UNKNOWN
 
     def terminate(self) -> None:
-        """Tells it to save itself and end, if it is on this machine."""
+        """Tell it to save itself and end, if it is on this machine."""
         holder = holder_of(self._folder / LOCK_FILE)
         if holder and holder.here and is_held(self._folder / LOCK_FILE):
             with suppress(OSError):
@@ -81,9 +81,10 @@ class Elsewhere:
 def launch(
     command: Sequence[str], log: Path, cwd: str | None = None
 ) -> subprocess.Popen[bytes] | Elsewhere:
-    """Starts `mam` in a process of its own, which appends what it prints to a file.
+    """Start `mam` in a process of its own, which appends what it prints to a file.
 
-    The file stays locked as long as the process lives, whoever dies in between: a run is never started twice.
+    The file stays locked as long as the process lives, even without its parent: a run is never
+    started twice.
 
     Returns:
         The process, or the one that runs it already.

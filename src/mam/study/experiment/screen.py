@@ -1,4 +1,4 @@
-"""The matrix on the terminal: a live table, or plain lines where no one watches."""
+"""The matrix on the terminal: a live table, or plain lines where there is no terminal."""
 
 import sys
 from collections import Counter
@@ -23,21 +23,15 @@ _STYLES = {
     "pruned": "yellow",
     "failed": "red",
 }
-_URGENCY = (
-    "failed",
-    "running",
-    "stopped",
-    "waiting",
-    "pruned",
-    "finished",
-)  # what is shown if not all rows fit
+# What is shown first if not all rows fit.
+_URGENCY = ("failed", "running", "stopped", "waiting", "pruned", "finished")
 
 
 class Screen:
     """Standard output; a context manager, so that the terminal is itself again whatever happens."""
 
     def __init__(self, console: Console | None = None):
-        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; it is not one that can be redrawn.
+        # FORCE_COLOR, usual in CI, makes rich take a file for a terminal; a file cannot be redrawn.
         self._console = console or Console(
             highlight=False, force_interactive=None if sys.stdout.isatty() else False
         )
@@ -53,11 +47,11 @@ class Screen:
         self._live.stop()
 
     def log(self, text: str) -> None:
-        """Prints a line, above the table where there is one."""
+        """Print a line, above the table where there is one."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def show(self, rows: Sequence["Row"]) -> None:
-        """Redraws the table; where no one watches, says which runs have got a tenth further."""
+        """Redraw the table; without a terminal, say which runs have got a tenth further."""
         if self._live.is_started:
             self._live.update(self.table(rows, limit=max(self._console.height - 8, 3)))
             return
@@ -68,12 +62,12 @@ class Screen:
                 self.log(f"{row.job.name}: {10 * tenths} %, return {self.returns(row)}")
 
     def conclude(self, rows: Sequence["Row"]) -> None:
-        """Leaves the whole table behind."""
+        """Leave the whole table behind."""
         self._live.stop()
         self._console.print(self.table(rows))
 
     def table(self, rows: Sequence["Row"], *, limit: int | None = None) -> Table:
-        """The runs in their order, the most urgent ones if there are more than `limit`."""
+        """Tabulate the runs in their order, the most urgent ones if there are more than `limit`."""
         shown = sorted(rows, key=lambda row: _URGENCY.index(row.status))[:limit]
         counts = Counter(row.status for row in rows)
         summary = ", ".join(f"{counts[status]} {status}" for status in _URGENCY if counts[status])
@@ -99,7 +93,7 @@ class Screen:
 
     @staticmethod
     def returns(row: "Row") -> str:
-        """Mean ± standard deviation over seeds of the last evaluation, or of the absolute metric."""
+        """Format mean ± standard deviation over seeds of the last evaluation or absolute metric."""
         from mam.runs.sinks import mean_and_spread
 
         return mean_and_spread(row.progress.returns) if len(row.progress.returns) else "–"

@@ -18,12 +18,12 @@ _SHOWN = 4  # items named in one warning
 
 
 def load(paths: Iterable[Any], by: Sequence[str] = ()) -> tuple[Results, list[str]]:
-    """All runs among and below some folders, and every reason for doubt.
+    """Read all runs among and below some folders, and find every reason for doubt.
 
     Args:
         paths: the folders.
-        by: dotted settings whose values belong to the name of an algorithm: runs of one in which they differ are told
-            apart.
+        by: dotted settings whose values belong to the name of an algorithm: runs of one in which
+            they differ are told apart.
 
     Raises:
         UserError: if there are no runs, or no such settings.
@@ -46,7 +46,7 @@ def load(paths: Iterable[Any], by: Sequence[str] = ()) -> tuple[Results, list[st
 
 
 def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[str]]:
-    """Of several runs of the same task, algorithm and seed the finished one, the longest one, the last by name."""
+    """Keep one run per task, algorithm and seed: the finished, the longest, the last by name."""
     ordered = sorted(
         seeds, key=lambda seed: (seed.run.finished, seed.run.step_count, str(seed.run.path))
     )
@@ -62,7 +62,7 @@ def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[s
 
 
 def doubts(results: Results) -> Iterator[str]:
-    """Reasons to doubt a comparison, one line each."""
+    """Yield reasons to doubt a comparison, one line each."""
     runs = {seed.run.path: seed.run for seed in results.seeds}.values()
     yield from _unfinished(runs)
     yield from _seeds(results)
@@ -105,7 +105,10 @@ def _seeds(results: Results) -> Iterator[str]:
             if min(counts.values()) < MIN_SEEDS
             else ""
         )
-        yield f"fewer than {ENOUGH_RUNS} seeds (10 are usual{none}; nothing of fewer is set in bold): {_listed(few)}"
+        yield (
+            f"fewer than {ENOUGH_RUNS} seeds "
+            f"(10 are usual{none}; nothing of fewer is set in bold): {_listed(few)}"
+        )
     if len(set(counts.values())) > 1:
         most = max(counts.values())
         fewer = [
@@ -120,7 +123,10 @@ def _missing(results: Results) -> Iterator[str]:
         yield "no run is finished: there is nothing to sum up yet"
     elif left_out:
         which = "no task was finished by every algorithm: nothing is summed up; see"
-        some = "left out of everything that sums up tasks, because not every algorithm has finished them:"
+        some = (
+            "left out of everything that sums up tasks, "
+            "because not every algorithm has finished them:"
+        )
         yield f"{some if results.common_tasks else which} {_listed(left_out)}"
 
 
@@ -142,14 +148,14 @@ def _evaluation(config: Config) -> str:
 
 
 def _settings(results: Results) -> Iterator[str]:
-    """One algorithm's runs on a task that learn in different ways."""
+    """Find algorithms whose runs on a task learn in different ways."""
     for task, name in results.cells:
         if differing := unlike(seed.run.config for seed in results.runs_of(task, name)):
             yield f"{name} on {task} is of several settings, taken as one ({_apart(differing)})"
 
 
 def _modes(results: Results) -> Iterator[str]:
-    """Policies whose most likely actions are worth something else than sampled ones, beyond doubt."""
+    """Find policies whose greedy actions have another value than sampled ones, beyond doubt."""
     for task, name in results.cells:
         counts = (
             "greedy"
@@ -169,6 +175,6 @@ def _apart(differing: Sequence[str]) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    """The first few, and how many more."""
+    """Name the first few, and how many more there are."""
     rest = len(items) - _SHOWN
     return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -27,9 +27,7 @@ class Run:
     step_count: int  # environment steps done, per seed
     finished: bool
     seconds: float  # wall-clock, compiling and evaluations included
-    steps_per_second: (
-        float  # environment steps of all seeds together, while training; NaN if unknown
-    )
+    steps_per_second: float  # environment steps of all seeds, while training; NaN if unknown
     device: str
     commit: str  # of the source it ran with; `-dirty` if that was changed
 
@@ -48,9 +46,8 @@ class SeedRun:
     seed: int
     steps: Int[np.ndarray, "evaluations"]
     returns: Float[np.ndarray, "evaluations"]  # mean return of each evaluation
-    absolute: dict[
-        str, float
-    ]  # the absolute metric and its companions, means over episodes; empty if unfinished
+    # The absolute metric and its companions, means over episodes; empty if unfinished.
+    absolute: dict[str, float]
     run: Run
 
     @property
@@ -60,7 +57,7 @@ class SeedRun:
 
 
 def find_runs(paths: Iterable[Path]) -> list[Path]:
-    """The run folders among and below some folders, each once, in alphabetical order.
+    """Find the run folders among and below some folders, each once, in alphabetical order.
 
     Raises:
         UserError: if a folder does not exist, or none of them holds a run.
@@ -83,7 +80,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
-    """The seeds of a run, finished or not; settings named in `by` are part of its algorithm's name.
+    """Read the seeds of a run, finished or not; settings in `by` are part of its algorithm's name.
 
     Raises:
         UserError: if the configuration or the metrics cannot be read.
@@ -117,7 +114,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
 
 
 def _check(records: Sequence[Record], num_seeds: int) -> None:
-    """Refuses records that no single run can have written.
+    """Refuse records that no single run can have written.
 
     Raises:
         ValueError: naming the first one that does not fit.
@@ -144,14 +141,14 @@ def _check(records: Sequence[Record], num_seeds: int) -> None:
         before = updates.get(record.kind, -1)
         if record.update < before or (record.update == before and record.kind != "absolute"):
             raise ValueError(
-                f"row {number} of metrics.jsonl is of update {record.update}, after one of update {before}: "
-                "two processes have written it"
+                f"row {number} of metrics.jsonl is of update {record.update}, "
+                f"after one of update {before}: two processes have written it"
             )
         updates[record.kind] = record.update
 
 
 def algorithm_of(config: Config, by: Sequence[str] = ()) -> str:
-    """The algorithm's name, with the values of some settings."""
+    """Name the algorithm, with the values of some settings."""
     settings = flat(to_json(config)) if by else {}
     return " ".join(
         [config.algorithm, *(f"{key.rpartition('.')[2]}={settings[key]}" for key in by)]
@@ -159,7 +156,7 @@ def algorithm_of(config: Config, by: Sequence[str] = ()) -> str:
 
 
 def unlike(configs: Iterable[Config]) -> list[str]:
-    """The settings in which they differ that decide what is learned."""
+    """List the settings in which configurations differ that decide what is learned."""
     flats = [flat(to_json(config)) for config in set(configs)]
     return [
         key

@@ -1,4 +1,4 @@
-"""Names that a run chose, in the languages of the report: each of them one function, which every value goes through."""
+"""Names that a run chose, in the languages of the report: one function each, for every value."""
 
 import html
 import re
@@ -23,10 +23,13 @@ _TEX = str.maketrans(
 
 
 def markdown(text: Any) -> str:
-    """Text as Markdown that shows it: no HTML, link, emphasis, formula or end of a table's cell."""
+    """Escape text for Markdown: no HTML, link, emphasis, formula or end of a table's cell."""
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(printable(text), quote=False))
 
 
 def tex(text: Any) -> str:
-    """Text as LaTeX that shows it, also where a row of a table begins and `[` or `*` would belong to the one before."""
+    """Escape text for LaTeX.
+
+    Where a row of a table begins, `[` or `*` would belong to the one before.
+    """
     return re.sub(r"^([\[*])", r"{\1}", printable(text).translate(_TEX))

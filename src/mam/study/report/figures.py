@@ -1,4 +1,4 @@
-"""The report's figures: small, one statement each, side by side on a desk and in a column on a phone."""
+"""The report's figures: small, one statement each, side by side or in a column on a phone."""
 
 import itertools
 import textwrap
@@ -16,17 +16,11 @@ from mam.study.report.results import THRESHOLDS, Curve, Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for its black.
+# Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for
+# its black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
-_POLICIES = (
-    "mam",
-    "mat",
-    "mam2",
-    "ippo",
-    "mappo",
-    "rec_ippo",
-    "rec_mappo",
-)  # that have a colour for good
+# Policies that have a colour for good.
+_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_ippo", "rec_mappo")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH, _HEIGHT = 4.2, 2.9  # inches
@@ -48,7 +42,7 @@ class Figure:
 
 
 def styles_of(algorithms: Collection[str]) -> Styles:
-    """One look per algorithm: a policy's own whatever is beside it, for others those that are left."""
+    """Give each algorithm a look: a policy's own whatever is beside it, others what is left."""
     markers = dict(zip(COLOURS, _MARKERS, strict=True))
     looks = [(colour, dashes, markers[colour]) for dashes in _LINES for colour in COLOURS]
     styles = {
@@ -59,12 +53,13 @@ def styles_of(algorithms: Collection[str]) -> Styles:
 
 
 def aggregate_figures(results: Results) -> list[Figure]:
-    """One figure per statistic: an interval for each algorithm."""
+    """Make one figure per statistic: an interval for each algorithm."""
     styles = styles_of(results.algorithms)
     return [
         Figure(
             f"aggregate_{statistic.replace(' ', '_').lower()}",
-            f"{statistic[0].upper()}{statistic[1:]} of normalised scores{_DIRECTION.get(statistic, '')}",
+            f"{statistic[0].upper()}{statistic[1:]} of normalised scores"
+            f"{_DIRECTION.get(statistic, '')}",
             partial(
                 _intervals,
                 list(estimates.values()),
@@ -78,7 +73,7 @@ def aggregate_figures(results: Results) -> list[Figure]:
 
 
 def comparison_figures(results: Results) -> list[Figure]:
-    """Performance profiles, probability of improvement, and IQM against steps."""
+    """Make performance profiles, probability of improvement, and IQM against steps."""
     styles, figures = styles_of(results.algorithms), list[Figure]()
     if results.profiles:
         curves = {
@@ -113,7 +108,7 @@ def comparison_figures(results: Results) -> list[Figure]:
 
 
 def task_figures(results: Results) -> list[Figure]:
-    """A learning curve per task that has an evaluation."""
+    """Make a learning curve per task that has an evaluation."""
     styles, figures = styles_of(results.algorithms), list[Figure]()
     for task in results.tasks:
         curves = {
@@ -132,7 +127,7 @@ def task_figures(results: Results) -> list[Figure]:
 
 
 def _file_name(task: str, taken: Collection[str]) -> str:
-    """A name for a task's curve without what file systems and links do not like, unlike those that are taken."""
+    """Name a task's curve for any file system or link, unlike the names that are taken."""
     letters = (c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in task)
     name = f"curve_{''.join(letters)[:_LONGEST_NAME]}"
     return next(
@@ -143,7 +138,7 @@ def _file_name(task: str, taken: Collection[str]) -> str:
 
 
 def _label(name: str, width: int = _WHOLE) -> str:
-    """A name on a few lines; of a very long one the beginning and the end, as the tables hold it whole."""
+    """Wrap a name; of a very long one only the beginning and the end, as tables hold it whole."""
     half = 3 * width // 2
     return textwrap.fill(name if len(name) <= 2 * half else f"{name[:half]}…{name[-half:]}", width)
 
@@ -161,7 +156,10 @@ def _intervals(
     *,
     against: Sequence[str] = (),
 ) -> None:
-    """A row per name: a mark, and a bar for its interval; a probability stands between a name and another."""
+    """Draw a row per name: a mark, and a bar for its interval.
+
+    A probability stands between a name and another.
+    """
     for row, (estimate, (colour, _, marker)) in enumerate(zip(estimates, styles, strict=True)):
         low, high = (
             end if np.isfinite(end) else estimate.value for end in (estimate.low, estimate.high)
@@ -194,7 +192,7 @@ def _curves(
     labels: tuple[str, str],
     x: np.ndarray | None = None,
 ) -> None:
-    """A line per algorithm in the band of its interval."""
+    """Draw a line per algorithm in the band of its interval."""
     from matplotlib.ticker import EngFormatter
 
     for name, curve in curves.items():
@@ -221,14 +219,14 @@ def _curves(
 
 
 def render(figure: Figure, format: str) -> bytes:
-    """The figure as `svg` (letters stay letters; the same bytes every time) or `png`."""
+    """Render the figure as `svg` (letters stay letters; the same bytes every time) or `png`."""
     import io
 
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    # The salt keeps the names within several pictures on one page apart; a name with dollars is no formula.
+    # The salt keeps names within several images on one page apart; dollars make no formula.
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": figure.name,

@@ -15,7 +15,7 @@ from mam.study.report.results import THRESHOLDS, Curve, Results
 
 
 def csv_files(results: Results) -> dict[str, str]:
-    """File name → every number behind the figures and tables, in full precision."""
+    """Return file name → every number behind the figures and tables, in full precision."""
     profiles = {
         (name,): Curve(np.arange(len(THRESHOLDS)), value)
         for name, value in results.profiles.items()
@@ -96,7 +96,7 @@ def _curve_rows(
 
 
 def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    """Rows as text."""
+    """Format rows as CSV."""
     rows = list(rows)
     file = io.StringIO()
     if rows:
@@ -107,7 +107,7 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _field(value: Any) -> Any:
-    """NaN is an empty field; text that a spreadsheet would compute stands behind an apostrophe."""
+    """Leave NaN empty, and put text that a spreadsheet would compute behind an apostrophe."""
     if isinstance(value, str | Path):
         text = printable(value)
         return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

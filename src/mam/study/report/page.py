@@ -30,7 +30,7 @@ class Section:
 
 
 def write_report(out: Path, results: Results, warnings: Sequence[str]) -> None:
-    """Writes report.html, report.md, tables.tex, figures/*.png and data/*.csv.
+    """Write report.html, report.md, tables.tex, figures/*.png and data/*.csv.
 
     Args:
         out: folder, made if missing; what an earlier report left in it is written over.
@@ -49,7 +49,8 @@ def write_report(out: Path, results: Results, warnings: Sequence[str]) -> None:
     for name, text in csv_files(results).items():
         write_atomically(out / "data" / name, text)
     context = {
-        "title": f"{_counted(results.algorithms, 'algorithm')} on {_counted(results.tasks, 'task')}",
+        "title": f"{_counted(results.algorithms, 'algorithm')} "
+        f"on {_counted(results.tasks, 'task')}",
         "facts": _facts(results),
         "warnings": warnings,
         "sections": sections,
@@ -63,19 +64,22 @@ def _sections(results: Results) -> list[Section]:
     sections = [
         Section(
             "Over all tasks",
-            "Means of absolute metrics, normalised per task: 0 and 1 are the worst and the best mean return that any "
-            "seed of any algorithm had there. Bars and bands are 95 % stratified bootstrap intervals.",
+            "Means of absolute metrics, normalised per task: 0 and 1 are the worst and the best "
+            "mean return that any seed of any algorithm had there. "
+            "Bars and bands are 95 % stratified bootstrap intervals.",
             aggregate_figures(results),
         ),
         Section(
             "Comparisons",
-            "The share of runs that score above τ; how likely a run of the one beats a run of the other on the same "
-            "task, ties counting half; the IQM of normalised evaluations against environment steps.",
+            "The share of runs that score above τ; how likely a run of the one beats a run of the "
+            "other on the same task, ties counting half; "
+            "the IQM of normalised evaluations against environment steps.",
             comparison_figures(results),
         ),
         Section(
             "Learning curves",
-            "Mean return of the current weights' evaluations over seeds, with 95 % bootstrap intervals.",
+            "Mean return of the current weights' evaluations over seeds, "
+            "with 95 % bootstrap intervals.",
             task_figures(results),
         ),
     ]
@@ -92,13 +96,13 @@ def _facts(results: Results) -> str:
     steps = sum(run.step_count * run.config.num_seeds for run in runs)
     version = installed_version(DISTRIBUTION) or "(not installed)"
     return (
-        f"{', '.join(results.algorithms)} · {len(runs)} runs, {finished} of them finished · {len(results.seeds)} seeds "
-        f"in all · {steps:,} environment steps · mam {version}"
+        f"{', '.join(results.algorithms)} · {len(runs)} runs, {finished} of them finished · "
+        f"{len(results.seeds)} seeds in all · {steps:,} environment steps · mam {version}"
     )
 
 
 def _template(name: str) -> Any:
-    """A template whose every value is escaped for its language; what may stand as it is says so, as Markup."""
+    """Load a template that escapes every value for its language, except what is Markup."""
     try:
         import jinja2
         from markupsafe import Markup
@@ -118,15 +122,15 @@ def _template(name: str) -> Any:
     return environment.get_template(name)
 
 
-_WRITTEN = {
-    "report.html": printable,
-    "report.md": markdown,
-    "tables.tex": tex,
-}  # and what escapes besides Jinja
+# What is written, and what escapes its values besides Jinja.
+_WRITTEN = {"report.html": printable, "report.md": markdown, "tables.tex": tex}
 
 
 def _svg(figure: Figure) -> str:
-    """The picture for a page: without the file's head, as wide as there is room, and with a name for who cannot see."""
+    """Render an image for a page.
+
+    It has no file head, is as wide as there is room, and has a name for screen readers.
+    """
     from markupsafe import Markup
 
     text = render(figure, "svg").decode()

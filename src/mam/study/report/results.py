@@ -27,8 +27,8 @@ class Curve:
 class Results:
     """The seeds of all runs, none of them twice.
 
-    Scores are normalised per task: 0 and 1 are the worst and the best mean return that any seed of any algorithm had in
-    an evaluation or as its absolute metric.
+    Scores are normalised per task: 0 and 1 are the worst and the best mean return that any seed of
+    any algorithm had in an evaluation or as its absolute metric.
     """
 
     seeds: Sequence[SeedRun]
@@ -72,13 +72,13 @@ class Results:
     def absolute(
         self, task: str, algorithm: str, metric: str = RETURN
     ) -> Float[np.ndarray, "seeds"]:
-        """The absolute metric of each finished seed, or another metric of the same episodes."""
+        """Return the absolute metric, or another of its episodes, of each finished seed."""
         seeds = self.cells.get((task, algorithm), [])
         values = np.array([seed.absolute[metric] for seed in seeds if metric in seed.absolute])
         return values[np.isfinite(values)]
 
     def score(self, task: str, algorithm: str, metric: str = RETURN) -> Estimate | None:
-        """Mean over seeds of the absolute metric; None if no seed has it."""
+        """Estimate the mean over seeds of the absolute metric; None if no seed has it."""
         values = self.absolute(task, algorithm, metric)
         return estimate(mean, [values]) if len(values) else None
 
@@ -94,12 +94,12 @@ class Results:
         return found
 
     def normalise(self, task: str, returns: np.ndarray) -> np.ndarray:
-        """Returns on a task as scores; where all of them are equal, 1."""
+        """Turn returns on a task into scores; where all of them are equal, 1."""
         low, high = self.bounds[task]
         return (returns - low) / (high - low) if high > low else np.ones_like(returns)
 
     def scores(self, algorithm: str) -> list[Float[np.ndarray, "_"]]:
-        """Normalised absolute metrics, one array per common task."""
+        """Return normalised absolute metrics, one array per common task."""
         return [self.normalise(task, self.absolute(task, algorithm)) for task in self.common_tasks]
 
     @cached_property
@@ -137,7 +137,7 @@ class Results:
 
     @cached_property
     def improvements(self) -> dict[tuple[str, str], Estimate]:
-        """Probability that a run of the first algorithm beats one of the second, in both directions."""
+        """Probability that a run of one algorithm beats one of another, in both directions."""
         there = {
             (x, y): estimate(improvement, self.scores(x) + self.scores(y)) for x, y in self.pairs
         }
@@ -153,7 +153,7 @@ class Results:
 
     @cached_property
     def efficiency(self) -> dict[str, Curve]:
-        """IQM of the normalised evaluation returns against steps, as far as every seed of all algorithms has got."""
+        """IQM of normalised evaluation returns against steps, as far as every seed has got."""
         cells = {
             name: [
                 [seed for seed in self.cells[task, name] if seed.absolute]
@@ -182,7 +182,7 @@ class Results:
         }
 
     def runs_of(self, task: str, algorithm: str) -> Iterator[SeedRun]:
-        """One seed of each run."""
+        """Yield one seed of each run."""
         yield from {seed.run.path: seed for seed in self.cells.get((task, algorithm), [])}.values()
 
 
@@ -191,18 +191,18 @@ def _return_of(seed: SeedRun) -> list[float]:
 
 
 def _grid(seeds: Sequence[SeedRun]) -> Int[np.ndarray, "points"]:
-    """All steps at which some seed was evaluated."""
+    """Collect all steps at which some seed was evaluated."""
     return np.unique(np.concatenate([seed.steps for seed in seeds]))
 
 
 def _sampled(seeds: Sequence[SeedRun], grid: np.ndarray) -> Float[np.ndarray, "points seeds"]:
-    """Each seed's return at some steps, on the straight line between its evaluations; NaN outside them."""
+    """Interpolate each seed's returns to some steps; NaN outside its evaluations."""
     lines = [np.interp(grid, seed.steps, seed.returns, left=np.nan, right=np.nan) for seed in seeds]
     return np.stack(lines, axis=-1)
 
 
 def _curve_of_any_lengths(seeds: Sequence[SeedRun]) -> Curve:
-    """The mean at each step over the seeds that have got there."""
+    """Estimate the mean at each step over the seeds that have got there."""
     grid = _grid(seeds)
     values = _sampled(seeds, grid)
     patterns, groups = np.unique(np.isfinite(values), axis=0, return_inverse=True)

@@ -41,15 +41,14 @@ class Table:
 _ACTIONS = {
     frozenset([False]): "Actions are sampled from the policy",
     frozenset([True]): "Actions are the most likely ones (greedy)",
-    frozenset(
-        [False, True]
-    ): "Actions are sampled in some runs, the most likely ones (greedy) in others",
+    frozenset([False, True]): "Actions are sampled in some runs, "
+    "the most likely ones (greedy) in others",
 }
 _BOLD = "Bold: its interval lies wholly above those of all others."
 
 
 def tables(results: Results) -> list[Table]:
-    """All tables that there is something to put in."""
+    """Make all tables that there is something to put in."""
     made = (
         _aggregates(results),
         *(_per_task(results, metric) for metric in _METRICS),
@@ -84,7 +83,10 @@ def _per_task(results: Results, metric: str) -> Table:
         scores = [results.score(task, name, metric) for name in results.compared]
         if any(scores):
             rows.append([Cell(task), *_compared(scores)])
-    note = f"The best checkpoint's fresh episodes, mean over seeds and 95 % bootstrap interval. {_BOLD}"
+    note = (
+        f"The best checkpoint's fresh episodes, mean over seeds and 95 % bootstrap interval. "
+        f"{_BOLD}"
+    )
     if metric == RETURN:
         greedy = {seed.run.config.eval.greedy for seed in results.seeds}
         note = f"{_ACTIONS[frozenset(greedy)]}. {note}"
@@ -94,7 +96,7 @@ def _per_task(results: Results, metric: str) -> Table:
 
 
 def _compared(estimates: Sequence[Estimate | None], *, less_is_better: bool = False) -> list[Cell]:
-    """A cell per estimate, bold if it is better than all others beyond doubt."""
+    """Make a cell per estimate, bold if it is better than all others beyond doubt."""
     cells = []
     for index, mine in enumerate(estimates):
         others = [other for i, other in enumerate(estimates) if i != index and other is not None]
@@ -107,13 +109,13 @@ def _compared(estimates: Sequence[Estimate | None], *, less_is_better: bool = Fa
 
 
 def shown(estimate: Estimate) -> str:
-    """`0.965 [0.950, 0.978]`, or the value alone where there is no interval."""
+    """Format as `0.965 [0.950, 0.978]`, or the value alone where there is no interval."""
     value, low, high = (number(float(x)) for x in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low},\N{NO-BREAK SPACE}{high}]" if np.isfinite(estimate.low) else value
 
 
 def number(value: float) -> str:
-    """Three decimals, fewer for large numbers."""
+    """Format with three decimals, fewer for large numbers."""
     return (
         "–"
         if not np.isfinite(value)
@@ -157,8 +159,8 @@ def _speeds(results: Results) -> Table:
         )
         rows.append([Cell(task), Cell(name), *map(Cell, cells)])
     note = (
-        "Per run, medians over runs. Steps/s: environment steps of all seeds of the run together, while training; "
-        "wall-clock: everything, compiling included."
+        "Per run, medians over runs. Steps/s: environment steps of all seeds of the run together, "
+        "while training; wall-clock: everything, compiling included."
     )
     header = ["task", "algorithm", "steps/s", "wall-clock", "seeds side by side", "device"]
     return Table("Speed", header, "llrrrl", rows, note)
@@ -180,7 +182,10 @@ def _settings(results: Results) -> Table:
             run.commit[:12] + "-dirty" * run.commit.endswith("-dirty") for run in runs
         )
         rows.append([Cell(task), Cell(name), Cell(", ".join(commits)), Cell(text or "–")])
-    note = "Settings that are not the defaults of `mam train` without a preset; the rest is in each run's config.json."
+    note = (
+        "Settings that are not the defaults of `mam train` without a preset; "
+        "the rest is in each run's config.json."
+    )
     return Table("Settings", ["task", "algorithm", "commit", "settings"], "llll", rows, note)
 
 

@@ -12,11 +12,13 @@ from mam.errors import UserError
 
 @dataclass(frozen=True)
 class Sweep:
-    """Search for the settings with the best return, over the paper's ranges (tree-structured Parzen estimator).
+    """Search for the settings with the best return, over the paper's ranges.
 
-    Starts from the preset of the task, as `mam train`; settings that are not searched stay as they are. Trials that
-    fall behind the median of the earlier ones are ended early. Every trial is a `mam train` in a process of its own.
-    Ctrl-C saves the trials under way, and the same command goes on. Leaves best.json and the best run's command.
+    The search is a tree-structured Parzen estimator. Starts from the preset of the task, as `mam
+    train`; settings that are not searched stay as they are. Trials that fall behind the median of
+    the earlier ones are ended early. Every trial is a `mam train` in a process of its own. Ctrl-C
+    saves the trials under way, and the same command goes on. Leaves best.json and the best run's
+    command.
     """
 
     preset: str | None = None
@@ -30,8 +32,8 @@ class Sweep:
     jobs: int = 1
     """Trials at the same time."""
     search: tuple[str, ...] = ()
-    """Settings to search, such as ppo.lr network.d_model, or with values of your own, such as ppo.gamma=0.9,0.99; all
-    that the policy reads of the paper's if none."""
+    """Settings to search, such as ppo.lr network.d_model, or with values of your own, such as
+    ppo.gamma=0.9,0.99; all that the policy reads of the paper's if none."""
     objective: Literal["iqm", "mean"] = "iqm"
     """What counts over seeds: the interquartile mean of the absolute metric, or the mean."""
     prune: bool = True
@@ -47,10 +49,11 @@ class Sweep:
 
 
 def run_sweep(options: Sweep) -> int:
-    """Searches until there are enough trials; returns the exit code: 1 if every trial failed.
+    """Search until there are enough trials; return the exit code: 1 if every trial failed.
 
     Raises:
-        UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep of something else.
+        UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep
+            of something else.
     """
     from mam.runs.signals import INTERRUPTED
     from mam.study.experiment.pools import LocalPool

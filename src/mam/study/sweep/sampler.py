@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 
 class Untried(TPESampler):
-    """Asks for combinations that no other trial has: the same settings would give the same run again.
+    """A sampler of combinations that no other trial has: the same settings would give the same run.
 
     Args:
         space: values of each setting.
@@ -27,19 +27,19 @@ class Untried(TPESampler):
 
     @property
     def num_combinations(self) -> int:
-        """How many there are."""
+        """The number of combinations."""
         return math.prod(map(len, self._values.values()))
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All settings, so that they are decided on together."""
+        """Return all settings, so that they are decided on together."""
         return {name: CategoricalDistribution(values) for name, values in self._values.items()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """What the estimator says of each setting by itself; at random where that was tried."""
+        """Sample each setting by itself from the estimator; at random where that was tried."""
         tried = {
             self._combination(other.params)
             for other in study.get_trials(deepcopy=False)

@@ -1,4 +1,4 @@
-"""Trials of a sweep: asked for, run, ended early, told, and picked up again after an interruption."""
+"""Trials of a sweep: asked for, run, ended early, recorded, and resumed after an interruption."""
 
 import json
 import time
@@ -47,7 +47,8 @@ class Search:
         screen: where they are shown.
 
     Raises:
-        UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep of something else.
+        UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep
+            of something else.
     """
 
     def __init__(self, options: Sweep, out: Path, pool: Pool, screen: Screen):
@@ -100,7 +101,7 @@ class Search:
         return study
 
     def run(self) -> None:
-        """Runs trials until there are enough, or a signal comes."""
+        """Run trials until there are enough, or a signal comes."""
         # Two at once would tell the outcome of each other's trials.
         with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
             unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
@@ -154,7 +155,7 @@ class Search:
         row.status, row.starts = "running", row.starts + 1
 
     def _judge(self, row: TrialRow) -> None:
-        """Reports new evaluations, and ends a trial that is behind."""
+        """Report new evaluations, and end a trial that is behind."""
         for line in row.progress.poll():
             if line["kind"] == "evaluation" and line["step_count"] > row.reported:
                 row.reported = line["step_count"]
@@ -166,7 +167,7 @@ class Search:
                         self._pool.stop(row.job)
 
     def _settle(self, row: TrialRow, end: End, *, stopping: bool) -> bool:
-        """Decides what a process that ended means; returns whether the trial is to be resumed."""
+        """Decide what a process that ended means; return whether the trial is to be resumed."""
         if row.progress.finished(row.job.budget):
             self._tell(row, "finished")
         elif row.status == "pruned":
@@ -181,7 +182,7 @@ class Search:
         return False
 
     def _tell(self, row: TrialRow, status: Any, why: str = "") -> None:
-        """Puts the outcome of a trial on record."""
+        """Put the outcome of a trial on record."""
         states, value = self._optuna.trial.TrialState, self._objective(row.progress.returns)
         row.status, row.note = status, why
         if status == "finished" and np.isfinite(value):
@@ -193,13 +194,13 @@ class Search:
         self._screen.log(f"{row.job.name}: {row.status}, {said} · {settings}")
 
     def _objective(self, returns: np.ndarray) -> float:
-        """What counts of the seeds' returns; NaN if there are none."""
+        """Return what counts of the seeds' returns; NaN if there are none."""
         if not len(returns):
             return float("nan")
         return float(iqm(returns) if self._options.objective == "iqm" else returns.mean())
 
     def conclude(self) -> int:
-        """Says which trial was best, and how to train with its settings."""
+        """Say which trial was best, and how to train with its settings; return the exit code."""
         states = self._optuna.trial.TrialState
         counts = {state: len(self._study.get_trials(states=(state,))) for state in states}
         shown = [f"{count} {state.name.lower()}" for state, count in counts.items() if count]
@@ -207,7 +208,8 @@ class Search:
         self._screen.log(f"trials: {', '.join(shown)}")
         if len(self._study.trials) >= self._sampler.num_combinations:
             self._screen.log(
-                f"that is each of the {self._sampler.num_combinations} combinations once: nothing is left"
+                f"that is each of the {self._sampler.num_combinations} combinations once: "
+                f"nothing is left"
             )
         if not counts[states.COMPLETE]:
             self._screen.log("no trial has finished: there is no best one")

@@ -1,4 +1,4 @@
-"""What is searched: the paper's ranges, of those settings that a policy reads; of mixers', as their families say."""
+"""What is searched: the paper's ranges of what a policy reads, and those of its mixers."""
 
 import json
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ RANGES: dict[str, tuple[Any, ...]] = {
 
 
 def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
-    """Values of each setting to search.
+    """Return the values of each setting to search.
 
     Args:
         config: its policy and layout decide what there is to search.
-        names: of the settings, `ppo.lr`, or with values of one's own, `ppo.lr=1e-4,1e-3`; all that the policy reads
-            if empty.
+        names: of the settings, `ppo.lr`, or with values of one's own, `ppo.lr=1e-4,1e-3`; all that
+            the policy reads if empty.
 
     Raises:
         UserError: for a setting without a range, or a value that it cannot have.
@@ -54,7 +54,7 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
 
 
 def _families(config: Config) -> list[MixerFamily]:
-    """The mixers of its layouts and, where encoder or decoder has none, of its policy."""
+    """Return the mixers of its layouts and, where encoder or decoder has none, of its policy."""
     layouts = config.network.layouts
     used = [family for name, layout in layouts.items() for family in families_of(layout, name)]
     if not {"network.encoder.layout", "network.decoder.layout"} <= layouts.keys():
@@ -63,7 +63,7 @@ def _families(config: Config) -> list[MixerFamily]:
 
 
 def _own_values(config: Config, name: str, text: str) -> tuple[Any, ...]:
-    """The values in `ppo.gamma=0.9,0.99`, each of which has to be one that the setting can have."""
+    """Read the values in `ppo.gamma=0.9,0.99`, each of which the setting must be able to have."""
     values = tuple(map(_value, text.split(",")))
     for value in values:
         changed(config, {name: value})
