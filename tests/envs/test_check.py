@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from planted_bugs import BUGS, GOOD, LIMIT, Bug, Walk
 
-from mam.envs import check, jumanji, probes
-from mam.envs.check import episode_rules, host_play, recording
+from mam.envs import jumanji, probes
+from mam.envs.check import check, episode_rules, host_play, recording
 from mam.envs.check.check import check_environment
 from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.registry import make
@@ -102,7 +102,7 @@ def test_types_are_checked_without_the_import_hook():
     names = ("IntReward", "OneMask", "HostDoubles")
     code = f"""
 import planted_bugs
-from mam.envs.check import check_environment
+from mam.envs.check.check import check_environment
 for name in {names}:
     print(name, {{finding.check for finding \
 in check_environment(planted_bugs.BUGS[name].make()).findings}})

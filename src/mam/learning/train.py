@@ -491,7 +491,7 @@ def _in_turn(step: Callable) -> Callable:
     return lambda *args: jax.lax.map(lambda arg: step(*arg), args)
 
 
-def _key(state: TrainState, stream: int) -> Key[Array, ""]:
+def _key(state: TrainState, stream: int | Int[Array, ""]) -> Key[Array, ""]:
     """Return the key for one use at this update.
 
     Evaluating draws nothing from training's stream, so how often a run is evaluated does not change
