@@ -486,7 +486,7 @@ class Mine(Lives):  # of the script itself
 
 if __name__ == "__main__":
     import numpy as np
-    from mam.envs.host.pool import HostPool
+    from mam.envs.external.pool import HostPool
 
     pool = HostPool("test", Mine, 2, 2)
     pool.reset(0)

@@ -14,7 +14,7 @@ from mam.runs.lock import acquire, holder_of, is_held
 HOLD = """
 import sys
 from pathlib import Path
-from mam.lock import acquire
+from mam.runs.lock import acquire
 acquire(Path(sys.argv[1]))
 print("held", flush=True)
 input()

@@ -166,7 +166,7 @@ import atexit, sys, time, types
 def main():
     assert not {"jax", "numpy", "tyro", "equinox"} & set(sys.modules)
     if %r == "at the end":
-        from mam.stop import stop_on_signals
+        from mam.runs.signals import stop_on_signals
         with stop_on_signals(print, lambda: "saved"):
             pass
         atexit.register(wait)

@@ -311,7 +311,7 @@ def test_a_folder_with_other_settings_fails_and_a_longer_budget_resumes(tmp_path
 
 FILE = """
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
-from mam.experiment import grid
+from mam import grid
 
 base = Config(
     env="probe/matrix",
