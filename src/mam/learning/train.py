@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import Config
 from mam.learning.advantages import Advantages
@@ -519,14 +519,20 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
 
 
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:
-    """Return how well the critic predicts, if it learns.
-
-    Explained variance is 1 − Var(target − value) / Var(target) over the living: 1 is a perfect
-    critic, 0 one that knows the mean only.
-    """
+    """Return how well the critic predicts, if it learns."""
     if estimates is None:
         return {}
-    seen = (transitions.observation.alive, transitions.value, estimates.target)
-    alive, value, target = shard.gather(seen, 1)
-    unexplained = jnp.var(target - value, where=alive) / (jnp.var(target, where=alive) + 1e-8)
-    return {"explained_variance": 1.0 - unexplained}
+    seen = (transitions.value, estimates.target, transitions.observation.alive)
+    return {"explained_variance": _explained_variance(*shard.gather(seen, 1))}
+
+
+def _explained_variance(
+    value: Float[Array, "*batch N"],
+    target: Float[Array, "*batch N"],
+    alive: Bool[Array, "*batch N"],
+) -> Float[Array, ""]:
+    """Return 1 − Var(target − value) / Var(target) over the living.
+
+    1 is a perfect critic, 0 one that knows the mean only.
+    """
+    return 1.0 - jnp.var(target - value, where=alive) / (jnp.var(target, where=alive) + 1e-8)
