@@ -180,7 +180,7 @@ def wait():
 
 sys.argv = ["mam", "train"]
 sys.modules["mam.cli"] = cli = types.ModuleType("mam.cli")
-cli.main = main
+cli.main = types.SimpleNamespace(main=main)
 from mam.__main__ import main
 sys.exit(main())
 """

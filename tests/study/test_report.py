@@ -102,11 +102,7 @@ def test_summary_of_several_seeds():
     ]
     assert rows[4][0] == "95 % interval"
     assert rows[4][1:] == ["[1.000, 3.000]", "[2.000, 5.000]", "[0.750, 0.750]"]
-    effort = (
-        "3,000 steps × 3 seeds · 2,000 steps/s · 0:00:07 wall-clock: training 43%, "
-        "evaluations 29%, start 29%"
-    )
-    assert effort in " ".join(text.split())
+    assert "3,000 steps × 3 seeds · 2,000 steps/s · 0:00:07 wall-clock" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
