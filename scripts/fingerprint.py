@@ -168,27 +168,28 @@ def write(file: Path, jobs: int, only: list[str]) -> None:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print the cells that differ, and how far their numbers are apart; return how many do."""
-    old, new = json.loads(before.read_text()), json.loads(after.read_text())
-    differing = 0
-    for cell in new:
-        same = all(old[cell][part] == new[cell][part] for part in ("parameters", "metrics"))
-        differing += not same
-        if not same:
-            shared = old[cell]["means"].keys() & new[cell]["means"].keys()
-            pairs = {name: (old[cell]["means"][name], new[cell]["means"][name]) for name in shared}
-            pairs["norm"] = (old[cell]["norm"], new[cell]["norm"])
-            far = {
-                name: abs(a - b) / max(1.0, abs(a))
-                for name, (a, b) in pairs.items()
-                if a == a or b == b
-            }
-            worst = max(far, key=far.__getitem__)
-            print(
-                f"{cell}: not the same; "
-                f"furthest apart, by {far[worst]:.1e}: {worst}, {pairs[worst]}"
-            )
-    print(f"{len(new) - differing} of {len(new)} the same to the bit")
+    """Print the cells that differ, and how far their numbers are apart; return how many do.
+
+    Metrics that only one of them has count for nothing, and are named.
+    """
+    old, new = (json.loads(file.read_text()) for file in (before, after))
+    cells, differing, only_one = sorted(old.keys() & new.keys()), 0, set()
+    for cell in cells:
+        first, second = (side[cell]["means"] | {"norm": side[cell]["norm"]} for side in (old, new))
+        only_one |= {name.split()[-1] for name in first.keys() ^ second.keys()}
+        far = {
+            name: abs(first[name] - second[name]) / max(1.0, abs(first[name]))
+            for name in first.keys() & second.keys()
+            if not np.isnan(first[name]) or not np.isnan(second[name])
+        }
+        worst = max(far, key=far.__getitem__)
+        if old[cell]["parameters"] != new[cell]["parameters"] or far[worst]:
+            differing += 1
+            apart = f"{first[worst]} and {second[worst]}"
+            print(f"{cell}: furthest apart, by {far[worst]:.1e}: {worst}, {apart}")
+    print(f"{len(cells) - differing} of {len(cells)} the same to the bit")
+    if only_one:
+        print(f"metrics of one of them only: {', '.join(sorted(only_one))}")
     return differing
 
 
