@@ -18,11 +18,8 @@ from mam.learning.experience import Recorded
 from mam.learning.objective import WeightedSum
 from mam.networks.policy import policies
 from mam.types import Transition
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NUM_UPDATES = 25
 CONFIG = Config(
     env="probe/identity",

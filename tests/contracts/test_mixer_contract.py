@@ -20,11 +20,8 @@ from mam.config import EncoderConfig, NetworkConfig
 from mam.kernels.ssd import CHUNK
 from mam.networks.mixers.base import AbstractCausalMixer, Roles
 from mam.networks.mixers.registry import MIXERS
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 ROLES = [role.name for role in dataclasses.fields(Roles)]
 PUBLISHED = [(f, "published encoder") for f in ("mamba", "mamba2")]  # whose passes are multiplied
 every_mixer = pytest.mark.parametrize(

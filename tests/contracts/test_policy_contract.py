@@ -27,11 +27,8 @@ from mam.networks.actions import LARGEST, agent_noise
 from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 OBS_DIM, NUM_ACTIONS, STATE_DIM = 6, 4, 3
 # With a state, which the critics of mappo read: without one they are made for a number of agents.

@@ -22,11 +22,8 @@ from mam.learning import experience, train
 from mam.learning.train import TrainState
 from mam.networks.policy import policies
 from mam.types import EnvSpec
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 5, 4
 NUM_UPDATES = 27
 PPO = PPOConfig(

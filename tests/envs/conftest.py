@@ -11,11 +11,12 @@ from mam.envs import jumanji, probes
 from mam.envs.jaxmarl import mpe, overcooked, smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
+from quick import QUICK
 
 # Less time compiling.
 quick_jit = functools.partial(
     jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
+    compiler_options=QUICK,
 )
 SHORT_LIMIT = 6  # environment steps; keeps episodes of the Jumanji tasks short
 

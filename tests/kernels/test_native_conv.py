@@ -10,15 +10,11 @@ import pytest
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import without_native
 from mam.networks.mixers.roles import CausalConv
+from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
 )
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 
 
 def make_problem(seed, m, n, features, taps, has_reset=False):

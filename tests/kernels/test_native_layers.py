@@ -14,15 +14,12 @@ from mam.kernels.native.dense import BLOCK, native_product, native_product_suppo
 from mam.kernels.native.library import without_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
+from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
 )
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 EPS = 1e-5
 
 

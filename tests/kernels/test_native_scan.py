@@ -16,15 +16,12 @@ from mam.errors import UserError
 from mam.kernels.native import library as native
 from mam.kernels.native import scan as native_scan
 from mam.kernels.selective_scan import gated_scan, selective_scan
+from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
 )
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NAMES = (
     "y",
     "final state",

@@ -18,11 +18,8 @@ from mam.kernels.selective_scan import (
 )
 from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.mixers.roles import CausalConv
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 D, S, R, HEADS, TAPS = 8, 4, 3, 2, 4
 ROWS, PIECES = 3, 3  # the first row is reset before its first agent, too
 A = -jnp.exp(jnp.linspace(-2.0, 1.0, D * S)).reshape(D, S)

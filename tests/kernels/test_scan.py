@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from mam.kernels.selective_scan import CHUNK, TILE, gated_scan, selective_scan, selective_step
 from mam.kernels.ssd import ssd
+from quick import QUICK
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
 

@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 
 from mam.kernels.native.library import is_installed, without_native
 from mam.kernels.ssd import CHUNK, ssd, ssd_step
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 needs_native = pytest.mark.skipif(
     not is_installed(), reason="the native kernels are not installed: make native"
 )

@@ -16,11 +16,8 @@ from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.learning import experience, train
 from mam.learning.external import host_evaluate, host_rollout, seed_of, start_episodes, take_infos
 from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
 
 

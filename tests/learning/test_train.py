@@ -19,11 +19,8 @@ from mam.learning.ppo import PPOLoss
 from mam.networks.layers import Dense
 from mam.runs.checkpoint import Writer, newest
 from mam.types import Evaluation, PolicyOutput
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 SEEDS = jnp.array([0, 1, 2])
 CONFIG = Config(
     env="probe/identity",  # episodes of 8 steps, cut by the time limit; at best 8, at worst 0

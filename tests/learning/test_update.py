@@ -16,12 +16,9 @@ from mam.learning.ppo import PPO, PPOTargets, ppo_loss
 from mam.learning.rollout import Rollout
 from mam.learning.update import make_optimiser, update
 from mam.types import Evaluation, Observation, Transition
+from quick import QUICK
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 
 
 @partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)

@@ -12,11 +12,7 @@ import numpy as np
 from jax import lax
 
 from mam.config import NetworkConfig
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
+from quick import QUICK
 
 
 @dataclass(frozen=True, eq=False)

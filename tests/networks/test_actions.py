@@ -22,11 +22,8 @@ from mam.networks.actions import (
     mask_noise,
 )
 from mam.types import EnvSpec
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 LOGITS = np.array(
     [[1.0, -2.0, 0.5, 3.0], [0.0, 40.0, -40.0, 1.0], [1e4, 0.0, -1e4, 0.0]], np.float32
 )

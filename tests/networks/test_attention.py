@@ -9,11 +9,8 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.mixers.attention import Attention, CausalAttention
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 N, E = 6, 8
 ALIVE = np.array([[True] * 6, [True] * 4 + [False] * 2])
 

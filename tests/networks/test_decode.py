@@ -17,11 +17,8 @@ from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2, head_dim=8)
 B, N, A, O = 3, 6, 4, 5  # noqa: E741
 SEQUENTIAL = Decoding()

@@ -14,11 +14,8 @@ from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.mixers.registry import families_of
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 IGNORE_DEPRECATION = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated"
 )  # JAX 0.11

@@ -11,11 +11,8 @@ from mam.config import NetworkConfig
 from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import ActionEmbedding, Decoder
 from mam.networks.mixers.registry import families_of
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 B, N, A, E = 2, 4, 3, 8
 DISTRIBUTIONS = {
     "categorical": Categorical(A),

@@ -11,11 +11,8 @@ import pytest
 from mam.config import NetworkConfig
 from mam.networks.embed import Conv, ObservationEmbedding, PictureNet
 from mam.types import EnvSpec, Observation
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 B, N, E, OBS_DIM = 2, 4, 8, 5
 ALIVE = np.array([[True, False, True, False], [False, True, True, True]])
 call = jax.jit(lambda layer, x: layer(x), compiler_options=QUICK)

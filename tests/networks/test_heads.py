@@ -2,11 +2,7 @@ import jax
 import numpy as np
 
 from mam.networks.heads import Head
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
+from quick import QUICK
 
 
 def test_head_starts_near_zero():

@@ -13,11 +13,8 @@ from mam.config import NetworkConfig
 from mam.networks.independent import IndependentPolicy
 from mam.networks.policy import has_memory, make_policy
 from mam.types import EnvSpec, Observation
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 N = 3
 OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
 SIZES = NetworkConfig(d_model=8)

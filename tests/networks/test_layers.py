@@ -12,11 +12,8 @@ from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm, lookup
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.roles import CausalConv
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)
 SCALE, OFFSET = (
     np.linspace(0.5, 2.0, 6, dtype=np.float32),

@@ -14,11 +14,8 @@ from hypothesis.extra import numpy as arrays
 from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.memory import MEMORIES, make_memory, unroll_successors
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)

@@ -23,15 +23,11 @@ from mam.networks.decoder import Context
 from mam.networks.decoding import native as native_module
 from mam.networks.decoding.decide import Ahead, Decoding, decide
 from mam.networks.decoding.native import native_decode, native_supports
+from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
 )
-
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)

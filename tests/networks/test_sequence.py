@@ -19,11 +19,8 @@ from mam.networks.mixers.registry import MIXERS
 from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
 N, A, O = 3, 3, 4  # noqa: E741
 SPEC = EnvSpec("suite/task", N, O, A, time_limit=None)

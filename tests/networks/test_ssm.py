@@ -10,11 +10,8 @@ import pytest
 
 from mam.config import EncoderConfig, NetworkConfig
 from mam.networks.mixers.registry import MIXERS
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 
 

@@ -11,11 +11,8 @@ import pytest
 from mam.config import NetworkConfig
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 NUM_ENVS, NUM_AGENTS = 256, 64
 SIZES = {"d_model": 16, "d_state": 64, "head_dim": 16}
 ALL_STATES = (

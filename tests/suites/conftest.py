@@ -19,11 +19,8 @@ from mam.learning import external as host
 from mam.learning.external import blank_state, host_rollout, start_episodes
 from mam.learning.ppo import PPO
 from mam.learning.train import Learner
+from quick import QUICK
 
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 CONFIG = Config(
     total_timesteps=16,
     network=NetworkConfig(d_model=8, d_state=2),

@@ -12,13 +12,10 @@ from mam.config import NetworkConfig
 from mam.study.bench.baselines import act_uncached, matched_sizes
 from mam.study.bench.inputs import count, policy_shapes
 from mam.types import EnvSpec, Observation
+from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 ALIVE = np.array([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], bool)
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_use_fusion_emitters": False,
-}  # less time compiling
 
 
 def make_spec(continuous=False):
