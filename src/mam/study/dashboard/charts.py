@@ -12,7 +12,7 @@ from mam.runs.sinks import RETURN
 from mam.study.dashboard.curves import Axis, Curve, Curves, Window, groups, labels_of, metrics_of
 from mam.study.dashboard.details import grid
 from mam.study.dashboard.runs import LiveRun
-from mam.study.dashboard.style import GREY, TOGGLE
+from mam.study.dashboard.style import GREY, LEGEND, TOGGLE
 from mam.study.report.figures import styles_of
 
 _MOST_CHARTS = 12  # tasks that are drawn at once
@@ -263,15 +263,7 @@ def _options(axis: Axis) -> dict[str, Any]:
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 8, "right": 14, "top": 32, "bottom": 36, "containLabel": True},
-        "legend": {
-            "type": "scroll",
-            "top": 0,
-            "left": 0,
-            "icon": "roundRect",
-            "itemWidth": 14,
-            "itemHeight": 4,
-        }
-        | {"textStyle": text | {"fontSize": 12}, ":formatter": "mam.name"},
+        "legend": LEGEND | {"textStyle": text | {"fontSize": 12}, ":formatter": "mam.name"},
         "tooltip": {"trigger": "axis", "confine": True, ":formatter": f"mam.tooltip('{form}')"}
         | {"axisPointer": {"lineStyle": {"color": GREY}}, "textStyle": {"fontSize": 12}},
         "xAxis": {

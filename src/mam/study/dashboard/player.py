@@ -12,7 +12,7 @@ from mam.errors import UserError
 from mam.study.dashboard.details import grid
 from mam.study.dashboard.replay import Players, Replay, replays_of
 from mam.study.dashboard.runs import LiveRun
-from mam.study.dashboard.style import GREY, TOGGLE
+from mam.study.dashboard.style import GREY, LEGEND, TOGGLE
 from mam.study.report.figures import COLOURS
 
 _MOST_AGENTS = 64  # rows of the table of decisions
@@ -277,15 +277,7 @@ def _course(replay: Replay) -> dict[str, Any]:
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 4, "right": 14, "top": 26, "bottom": 4, "containLabel": True},
-        "legend": {
-            "type": "scroll",
-            "top": 0,
-            "left": 0,
-            "icon": "roundRect",
-            "itemWidth": 14,
-            "itemHeight": 4,
-        }
-        | {"textStyle": text},
+        "legend": LEGEND | {"textStyle": text},
         "tooltip": {
             "trigger": "axis",
             "confine": True,

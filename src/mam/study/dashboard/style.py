@@ -2,6 +2,15 @@
 
 GREY = "#8a8f94"  # of axes and their labels, on either background
 TOGGLE = "no-caps unelevated size=sm padding='3px 10px'"  # Quasar's properties of a choice of two
+# How the legend of a chart looks, apart from its text.
+LEGEND = {
+    "type": "scroll",
+    "top": 0,
+    "left": 0,
+    "icon": "roundRect",
+    "itemWidth": 14,
+    "itemHeight": 4,
+}
 STATES = {"running": "#0072B2", "finished": "#009E73", "stopped": "#E69F00", "failed": "#D55E00"}
 
 _STYLE = """
