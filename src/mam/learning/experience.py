@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,7 @@ class Experience(Protocol):
     it is called for all seeds at once, with arrays [seeds, …].
     """
 
-    @property
-    def compiled(self) -> bool: ...
+    compiled: ClassVar[bool]
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> Any:
         """Return the carry before the first rollout.
@@ -80,9 +79,9 @@ class OnDevice:
     config: Config
     devices: Devices
     batched: AutoReset  # of all devices together
-    compiled: bool = True
     clock: Stopwatch = field(default_factory=Stopwatch)
-    step_part: Part = "train step"
+    compiled: ClassVar[bool] = True
+    step_part: ClassVar[Part] = "train step"
 
     @property
     def spec(self) -> EnvSpec:
@@ -156,10 +155,10 @@ class External:
     """
 
     config: Config
-    compiled: bool = False
     devices: Devices = field(default_factory=Devices)
     clock: Stopwatch = field(default_factory=Stopwatch)
-    step_part: Part = "update"  # besides what the clock tells apart
+    compiled: ClassVar[bool] = False
+    step_part: ClassVar[Part] = "update"  # besides what the clock tells apart
 
     @property
     def _per_round(self) -> int:
@@ -291,7 +290,7 @@ class Recorded:
     transitions: Transition  # [T, B, …]; log_prob, value and metrics are not read
     num_envs: int  # windows in a rollout
     length: int  # their steps
-    compiled: bool = True
+    compiled: ClassVar[bool] = True
 
     def __post_init__(self):
         num_steps = self.transitions.reset.shape[0]

@@ -191,7 +191,7 @@ def make_train(
             play = devices.share(_over_seeds(play), (P(), P()), P())
         return with_kinds(play(policy, key), played.spec, each_agent=True)
 
-    def program(step: Callable, out_specs: Any) -> Callable:
+    def share(step: Callable, out_specs: Any) -> Callable:
         return devices.share(_over_seeds(step), (specs,), out_specs)
 
     traced = _Steps(config, source, played, learn, remember, _key)
@@ -204,18 +204,20 @@ def make_train(
         jax.jit(jax.vmap(_key, in_axes=(0, None))),
     )
     init_seeds = jax.jit(devices.share(_in_turn(init), (P(),), specs))
+    train_step, evaluate_step, absolute_metric = called.train, called.evaluate, called.absolute
+    if source.compiled:
+        train_step = _guarded(share(traced.train, (specs, P())), config)
+        train_step = jax.jit(train_step, donate_argnums=0)
+    if played.compiled:
+        evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
+        absolute_metric = jax.jit(share(traced.absolute, P()))
+        evaluate = jax.jit(evaluate, static_argnums=(2, 3))
     return Trainer(
         init=init_seeds,
-        train_step=jax.jit(_guarded(program(traced.train, (specs, P())), config), donate_argnums=0)
-        if source.compiled
-        else called.train,
-        evaluate_step=jax.jit(program(traced.evaluate, (specs, P())))
-        if played.compiled
-        else called.evaluate,
-        absolute_metric=jax.jit(program(traced.absolute, P()))
-        if played.compiled
-        else called.absolute,
-        evaluate=jax.jit(evaluate, static_argnums=(2, 3)) if played.compiled else evaluate,
+        train_step=train_step,
+        evaluate_step=evaluate_step,
+        absolute_metric=absolute_metric,
+        evaluate=evaluate,
         shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
         devices=devices,
