@@ -56,8 +56,10 @@ MISSING = [
 @pytest.mark.parametrize(("task", "package"), MISSING)
 def test_a_missing_package_is_one_line_that_installs_it(task, package, monkeypatch):
     suite = tasks.SUITES[task.partition("/")[0]]
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, suite.module, raising=False)  # imported by another test
+    imported = [name for name in sys.modules if name.startswith(f"{package}.")]  # by another test
+    for name in (package, *imported):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, suite.module, raising=False)
     with pytest.raises(UserError) as error:
         registry.make(task)
     needs = " and ".join(suite.packages)
