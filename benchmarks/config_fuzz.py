@@ -28,7 +28,7 @@ from mam.config import Config, DecoderConfig, EncoderConfig, EvalConfig, Network
 from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
-from mam.networks.memory import MEMORIES
+from mam.networks.memory.registry import MEMORIES
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {
@@ -157,7 +157,7 @@ def problem_of(config: Config, *, evaluated: bool) -> str | None:
         state = trainer.init(np.arange(config.seed, config.seed + config.num_seeds))
         for _ in range(2):
             state, values = trainer.train_step(state)
-            if bad := trainer.first_bad(state, values):
+            if bad := trainer.first_nonfinite(state, values):
                 return f"not finite: {bad}"
             losses = ("loss", "grad_norm", "entropy", NON_FINITE)
             if not all(np.isfinite(values[name]).all() for name in losses):

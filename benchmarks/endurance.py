@@ -93,7 +93,7 @@ def guard_share(rounds: int) -> None:
     for name in ("with", "without"):
         if name == "without":
             never = lambda *_: jnp.zeros((), bool)  # noqa: E731
-            guard.is_bad = update.is_bad = never
+            guard.is_nonfinite = update.is_nonfinite = never
             train.kept = lambda bad, old, new: new
         trainer = train.make_train(config)
         state = trainer.init(np.arange(1))

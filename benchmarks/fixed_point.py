@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from mam.config import NetworkConfig
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.policy import make_policy
 from mam.runs.process import configure
 from mam.study.bench.inputs import random_observation, synthetic_task
@@ -44,7 +44,7 @@ def compare(policy, obs, args: Args) -> None:
         order = jnp.broadcast_to(jnp.arange(args.num_agents, dtype=jnp.int32), obs.alive.shape)
         encoded = policy.encode(policy.embed(obs), obs.alive, order)
         noise = jax.random.gumbel(key, obs.action_mask.shape)
-        return Ahead(
+        return DecodeInputs(
             context=policy.decoder.read(encoded.obs_rep), mask=obs.action_mask, noise=noise
         )
 

@@ -182,7 +182,7 @@ def check_decode(short: bool) -> list[Row]:
 
     from mam.config import NetworkConfig
     from mam.networks.decoding.cuda import decode_kernel, kernel_supports
-    from mam.networks.decoding.decide import Ahead, Decoding, decide
+    from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
     from mam.study.bench.inputs import random_policy, synthetic_task
 
     on_gpu = jax.default_backend() == "gpu"
@@ -200,7 +200,7 @@ def check_decode(short: bool) -> list[Row]:
 
         @partial(jax.jit, static_argnums=1)
         def run(policy, kernel, obs_rep, mask, noise):
-            ahead = Ahead(context=policy.decoder.read(obs_rep), mask=mask, noise=noise)
+            ahead = DecodeInputs(context=policy.decoder.read(obs_rep), mask=mask, noise=noise)
             if kernel:
                 return decode_kernel(
                     policy.decoder, ahead, operand_dtype=operand_dtype, interpret=not on_gpu
@@ -317,7 +317,7 @@ def bench(
         else ("--tokens", str(32 if short else tokens))
     )
     limits = ("--max-seconds", "10", "--max-memory", "40", "--rounds", "1" if part else "7")
-    candidates = ("--contenders", *((part,) if part else names))
+    candidates = ("--candidates", *((part,) if part else names))
     main(["bench", what, *size, *limits, *candidates, "--out", str(out), "--num-agents", *sizes])
     with (out / "results.csv").open(encoding="utf-8") as file:
         return [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]

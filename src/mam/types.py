@@ -172,7 +172,7 @@ class Environment(Protocol):
 
 
 @runtime_checkable
-class HostEnvironments(Protocol):
+class ExternalEnvironments(Protocol):
     """External (non-JAX) environments, stepped side by side.
 
     Time steps are as everywhere else, with NumPy arrays [B, …] that are not overwritten later. Each

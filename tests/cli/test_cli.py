@@ -405,10 +405,10 @@ def make_gone(task):
 
 def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch):
     """A PettingZoo environment from training to evaluation, with a worker killed on the way."""
-    from mam.envs.external.pool import HostPool
+    from mam.envs.external.pool import ExternalPool
 
     pytest.importorskip("mpe2")
-    step, steps = HostPool.step, []
+    step, steps = ExternalPool.step, []
 
     def killing(pool, action):
         steps.append(pool)
@@ -416,7 +416,7 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
             pool._workers[0].process.kill()
         return step(pool, action)
 
-    monkeypatch.setattr(HostPool, "step", killing)
+    monkeypatch.setattr(ExternalPool, "step", killing)
     env, path = "pettingzoo/mpe2:simple_spread_v3:max_cycles=5", str(tmp_path / "run")
     host = (
         "--env",
@@ -436,7 +436,7 @@ def test_a_killed_worker_does_not_end_a_run(tmp_path, capfd, caplog, monkeypatch
     assert cli.main(["evaluate", path, "--episodes", "4", "--trust"]) == 0
     assert re.search(r"episode_length.*5\.000", capfd.readouterr().out, re.DOTALL)
     monkeypatch.setattr(
-        HostPool, "__init__", None
+        ExternalPool, "__init__", None
     )  # no environment is made, and no process started
     policy = mam.load(path)
     assert policy.act(np.zeros((policy.spec.num_agents, policy.spec.obs_dim))).shape == (

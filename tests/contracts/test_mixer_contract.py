@@ -82,9 +82,14 @@ def run_in_pieces(mixer, x, context, cuts):
         piece, piece_context = jax.tree.map(
             lambda v, at=slice(start, stop): v[..., at, :], (x, context)
         )
-        state, y = mixer.extend(state, mixer.project(piece), mixer.project_context(piece_context))
+        state, y = mixer.unroll(state, mixer.project(piece), mixer.project_context(piece_context))
         outputs.append(y)
     return jnp.concatenate(outputs, axis=-2)
+
+
+def step(mixer, state, x, context=None):
+    """Read the next agent, by itself."""
+    return mixer.step(state, mixer.project(x), mixer.project_context(context))
 
 
 def run_recurrent(mixer, x, context, capacity=None):
@@ -92,7 +97,7 @@ def run_recurrent(mixer, x, context, capacity=None):
     *batch, num_agents, _ = x.shape
     agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, -2, 0), (x, context))
     state = mixer.init_state(capacity or num_agents, tuple(batch))
-    _, y = lax.scan(lambda state, inputs: mixer.step(state, *inputs), state, agents_first)
+    _, y = lax.scan(lambda state, inputs: step(mixer, state, *inputs), state, agents_first)
     return jnp.moveaxis(y, 0, -2)
 
 
@@ -159,7 +164,7 @@ def gathered_before_and_after(mixer, table, context, index):
         mixer.project(table[index]),
         mixer.project_context(None if context is None else context[index]),
     )
-    return mixer.extend(None, *rows)[1], mixer.extend(None, *own)[1]
+    return mixer.unroll(None, *rows)[1], mixer.unroll(None, *own)[1]
 
 
 @every_causal_mixer
@@ -301,4 +306,4 @@ def test_cross_mixers_ask_for_their_context(family):
     with pytest.raises(ValueError, match="pass context"):
         mixer(x)
     with pytest.raises(ValueError, match="pass context"):
-        mixer.step(mixer.init_state(3), x[0])
+        step(mixer, mixer.init_state(3), x[0])

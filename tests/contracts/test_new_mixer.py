@@ -42,13 +42,13 @@ class Average(eqx.Module):
         self.out_proj = Dense(config.d_model, config.d_model, key=out_key)
         self.norm = LayerNorm(config.d_model)
 
-    def advance(self, h, u):
+    def step(self, h, u):
         a = jax.nn.sigmoid(self.leak).astype(u.dtype)
         return a * h + (1 - a) * u
 
-    def extend(self, h, u, *, reverse=False):
+    def unroll(self, h, u, *, reverse=False):
         def agent(h, u):
-            h = self.advance(h, u)
+            h = self.step(h, u)
             return h, h
 
         h = jnp.zeros_like(u[..., 0, :]) if h is None else h
@@ -71,7 +71,7 @@ class LeakBothWays(AbstractMixer):
     def __call__(self, x, context=None, *, alive=None):
         u = self.average.in_proj(x)
         u = u if alive is None else jnp.where(alive[..., None], u, 0.0)
-        both = self.average.extend(None, u)[1] + self.average.extend(None, u, reverse=True)[1]
+        both = self.average.unroll(None, u)[1] + self.average.unroll(None, u, reverse=True)[1]
         return self.average.out(x, both)
 
     def metrics(self):
@@ -96,12 +96,12 @@ class Leak(AbstractCausalMixer):
     def init_state(self, num_agents, batch=(), dtype=None):
         return jnp.zeros((*batch, self.average.leak.shape[0]), dtype)
 
-    def advance(self, state, inputs, context):
-        state = self.average.advance(state, inputs[1])
+    def step(self, state, inputs, context):
+        state = self.average.step(state, inputs[1])
         return state, self._out(inputs[0], state, context)
 
-    def extend(self, state, inputs, context, alive=None):
-        state, average = self.average.extend(state, inputs[1])
+    def unroll(self, state, inputs, context, alive=None):
+        state, average = self.average.unroll(state, inputs[1])
         return state, self._out(inputs[0], average, context)
 
     def _out(self, x, average, context):

@@ -12,7 +12,7 @@ import pytest
 from planted_bugs import BUGS, GOOD, LIMIT, Bug, Walk
 
 from mam.envs import jumanji, probes
-from mam.envs.check import check, episode_rules, host_play, recording
+from mam.envs.check import check, episode_rules, external_play, recording
 from mam.envs.check.check import check_environment
 from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.registry import make
@@ -54,10 +54,10 @@ def test_planted_bug_is_found(name):
 
 
 def test_corpus_is_large_enough():
-    on_host = [name for name, bug in BUGS.items() if hasattr(bug.make, "num_envs")]
-    assert len(on_host) >= 6
-    assert len(BUGS) - len(on_host) >= 24
-    untried = {*check.CHECKS, *check.JAX_CHECKS, *check.HOST_CHECKS} - {
+    external = [name for name, bug in BUGS.items() if hasattr(bug.make, "num_envs")]
+    assert len(external) >= 6
+    assert len(BUGS) - len(external) >= 24
+    untried = {*check.CHECKS, *check.JAX_CHECKS, *check.EXTERNAL_CHECKS} - {
         bug.check for bug in BUGS.values()
     }
     assert untried == {"no_end"}  # would take long; see below
@@ -143,7 +143,7 @@ def test_a_run_for_which_there_was_no_time_shows_nothing():
     """As there is not, of many agents in a slow simulator, for each of them."""
     env = GOOD["HostWalk"]()
     play = recording.Recording(env.spec, True, recording.Influence.none(3))
-    player = host_play._Player(env, env.spec, play)
+    player = external_play._Player(env, env.spec, play)
     main, other = (
         player.run(0, 5, deadline, deviates=lambda alive: alive) for deadline in (np.inf, 0.0)
     )

@@ -19,9 +19,9 @@ from mam.envs.external import process as parent_end
 from mam.envs.external import worker as child
 from mam.envs.external.factories import find_factory
 from mam.envs.external.pettingzoo import PettingZooEnv
-from mam.envs.external.pool import HostPool
+from mam.envs.external.pool import ExternalPool
 from mam.errors import RunError, UserError
-from mam.types import Environment, HostEnvironments
+from mam.types import Environment, ExternalEnvironments
 
 NUM_ENVS = 4
 ACTIONS = np.random.default_rng(0).integers(0, 5, (20, NUM_ENVS, len(LIVES)))
@@ -30,7 +30,7 @@ ACTIONS = np.random.default_rng(0).integers(0, 5, (20, NUM_ENVS, len(LIVES)))
 @pytest.fixture(scope="module")
 def pool():
     """For tests that leave it usable. Its workers refuse to start beside JAX."""
-    with HostPool("test", hosts.jaxless, NUM_ENVS, num_workers=2) as pool:
+    with ExternalPool("test", hosts.jaxless, NUM_ENVS, num_workers=2) as pool:
         yield pool
 
 
@@ -40,7 +40,7 @@ def make_pool():
     pools = []
 
     def make(factory=Lives, num_envs=NUM_ENVS, num_workers=1, **kwargs):
-        pools.append(HostPool("test", factory, num_envs, num_workers, **kwargs))
+        pools.append(ExternalPool("test", factory, num_envs, num_workers, **kwargs))
         return pools[-1]
 
     yield make
@@ -115,7 +115,7 @@ def test_pool_equals_environments_stepped_one_after_the_other(pool, make_pool, n
         before = copy.deepcopy(timesteps)
         assert_equal([as_tuple(timestep, num_ids=3) for timestep in timesteps], expected)
     assert_equal(timesteps, before)  # nobody wrote over them
-    assert isinstance(pool, HostEnvironments)
+    assert isinstance(pool, ExternalEnvironments)
     assert not isinstance(pool, Environment)
     assert pool.num_envs == NUM_ENVS
     assert pool.notes == PettingZooEnv(Lives(), "test").notes
@@ -430,7 +430,7 @@ def test_numbers_that_will_not_do(pool, make_pool):
 
 def test_nothing_is_left_after_close():
     before, maps = children(), mapped()
-    with HostPool("test", Lives, 1, agent_id="none") as pool:
+    with ExternalPool("test", Lives, 1, agent_id="none") as pool:
         timestep = pool.reset(0)
         assert children() == before | set(pids(pool))
         assert mapped() > maps
@@ -448,7 +448,7 @@ def mapped():
 
 def test_pool_that_is_forgotten_is_closed():
     before = children()
-    pool = HostPool("test", Lives, 1)
+    pool = ExternalPool("test", Lives, 1)
     assert children() != before
     del pool
     assert children() == before
@@ -486,9 +486,9 @@ class Mine(Lives):  # of the script itself
 
 if __name__ == "__main__":
     import numpy as np
-    from mam.envs.external.pool import HostPool
+    from mam.envs.external.pool import ExternalPool
 
-    pool = HostPool("test", Mine, 2, 2)
+    pool = ExternalPool("test", Mine, 2, 2)
     pool.reset(0)
     if sys.argv[1] == "exit":
         sys.exit(3)

@@ -91,8 +91,8 @@ def test_make(name):
 
 def test_an_environment_that_was_only_looked_at_is_closed():
     before = len(host_environments.closed)
-    assert registry.lives_on_host("host_environments:Closing")
-    assert registry.lives_on_host("host_environments:Closing")
+    assert registry.is_external("host_environments:Closing")
+    assert registry.is_external("host_environments:Closing")
     assert len(host_environments.closed) == before + 1
 
 
@@ -100,7 +100,7 @@ def test_an_environment_that_was_only_looked_at_is_closed():
     ("factory", "found"),
     [("alone", "CartPoleEnv of Gymnasium, which has one agent"), ("nothing", "NoneType")],
 )
-@pytest.mark.parametrize("use", [registry.lives_on_host, registry.make, registry.make_plain])
+@pytest.mark.parametrize("use", [registry.is_external, registry.make, registry.make_plain])
 def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
     name = f"host_environments:{factory}"
     with pytest.raises(UserError) as error:
@@ -206,7 +206,7 @@ def test_a_suite_is_a_module_and_a_row(sized, capsys):
 def test_options_of_tasks_of_ones_own_making(sized, name, expected):
     env = registry.make(name)
     assert env.env == expected
-    assert not registry.lives_on_host(name)
+    assert not registry.is_external(name)
     assert type(env.env.density) is float
 
 

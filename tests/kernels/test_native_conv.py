@@ -86,7 +86,7 @@ def test_the_layer_takes_it(with_state, reverse):
     conv = CausalConv(24, 4, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 3, 7, 24))
     state = tuple(jax.random.normal(jax.random.key(2), (3, 2, 3, 24))) if with_state else None
-    run = jax.jit(lambda state, x: conv.extend(state, x, reverse=reverse)[1])
+    run = jax.jit(lambda state, x: conv.unroll(state, x, reverse=reverse)[1])
     assert "mam_native_conv" in run.lower(state, x).as_text()
     native = run(state, x)
     with without_native():

@@ -77,12 +77,12 @@ def dual_one(weights, x, state):
 
 
 def convolved(weights, xs, state, *, implementation, **how):
-    state, y = weights["conv"].extend(tuple(jnp.unstack(state, axis=1)), xs, **how)
+    state, y = weights["conv"].unroll(tuple(jnp.unstack(state, axis=1)), xs, **how)
     return y, jnp.stack(state, axis=1)
 
 
 def convolved_one(weights, x, state):
-    state, y = weights["conv"].advance(tuple(jnp.unstack(state, axis=1)), x)
+    state, y = weights["conv"].step(tuple(jnp.unstack(state, axis=1)), x)
     return jnp.stack(state, axis=1), y
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.learning.advantages import constant_value, generalised_advantages, with_the_dead
+from mam.learning.advantages import constant_value, generalised_advantages, impute_dead_values
 
 LENGTH = 20
 SHAPE = (LENGTH, 1000)
@@ -161,7 +161,9 @@ ALIVE = jnp.array(
     ],
 )
 def test_values_of_the_dead_are_replaced(team_reward, expected):
-    np.testing.assert_array_equal(with_the_dead(VALUE, ALIVE, team_reward=team_reward), expected)
+    np.testing.assert_array_equal(
+        impute_dead_values(VALUE, ALIVE, team_reward=team_reward), expected
+    )
 
 
 @pytest.mark.parametrize(("gamma", "offset"), [(0.99, 0.0), (0.9, -100.0), (1.0, 5.0), (0.0, 1.0)])

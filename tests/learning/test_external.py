@@ -14,8 +14,14 @@ import pytest
 
 from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.learning import experience, train
-from mam.learning.external import host_evaluate, host_rollout, seed_of, start_episodes, take_infos
-from mam.types import EnvSpec, HostEnvironments, Observation, PolicyOutput, TimeStep
+from mam.learning.external import (
+    external_evaluate,
+    external_rollout,
+    seed_of,
+    start_episodes,
+    take_infos,
+)
+from mam.types import EnvSpec, ExternalEnvironments, Observation, PolicyOutput, TimeStep
 from quick import QUICK
 
 NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
@@ -159,7 +165,9 @@ def roll_out(num_seeds=NUM_SEEDS, first_seed=0, sequence_length=None):
     states = [start_episodes(envs, blank_memory(num_seeds), num_seeds, SEED)[0]]
     rollouts = []
     for keys in KEYS:
-        after, found = host_rollout(envs, policy, states[-1], keys[seeds], LENGTH, sequence_length)
+        after, found = external_rollout(
+            envs, policy, states[-1], keys[seeds], LENGTH, sequence_length
+        )
         states.append(after)
         rollouts.append(found)
     np.testing.assert_array_equal(after.observation.alive, found.final_alive)
@@ -174,7 +182,7 @@ def rolled_out():
 
 
 def test_the_toy_is_what_the_protocol_says():
-    assert isinstance(Dice(1), HostEnvironments)
+    assert isinstance(Dice(1), ExternalEnvironments)
 
 
 def test_a_rollout_equals_a_plain_loop(rolled_out):
@@ -238,7 +246,7 @@ def test_every_episode_equals_one_played_by_hand():
     """In rounds of one episode per environment, each from a reset to its end and no further."""
     num_episodes = 2 * NUM_ENVS + 1
     envs = Dice(NUM_SEEDS * NUM_ENVS)
-    metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], num_episodes, greedy=True)
+    metrics = external_evaluate(envs, POLICY, blank_memory(), KEYS[0], num_episodes, greedy=True)
     own = metrics.pop("agent_return")
     assert {x.shape for x in metrics.values()} == {(NUM_SEEDS, num_episodes)}
     first = seed_of(KEYS[0])
@@ -260,15 +268,17 @@ def test_every_episode_equals_one_played_by_hand():
 
 def test_a_round_stops_when_its_last_episode_is_over():
     envs = Dice(NUM_SEEDS * NUM_ENVS)
-    metrics = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS, greedy=True)
+    metrics = external_evaluate(envs, POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS, greedy=True)
     rounds = metrics["episode_length"].reshape(NUM_SEEDS, 2, NUM_ENVS)
     assert len(envs.actions) == rounds.max(axis=(0, 2)).sum()
 
 
 def test_what_does_not_end_is_cut_off_and_counted():
     envs = Dice(NUM_SEEDS * NUM_ENVS)
-    whole = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True)
-    cut = host_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True, max_steps=2)
+    whole = external_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True)
+    cut = external_evaluate(
+        envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS, greedy=True, max_steps=2
+    )
     late = whole["episode_length"] > 2
     np.testing.assert_array_equal(cut["unfinished"], late)
     assert 0 < late.sum() < late.size
@@ -292,13 +302,13 @@ def test_metrics_that_come_up_late(monkeypatch):
     """They are NaN before, and means over the episodes that say them afterwards."""
     envs = Talkative(NUM_SEEDS * NUM_ENVS)
     state, _ = start_episodes(envs, blank_memory(), NUM_SEEDS, SEED)
-    whole = host_rollout(envs, POLICY, state, KEYS[0], LENGTH)[1].transitions
+    whole = external_rollout(envs, POLICY, state, KEYS[0], LENGTH)[1].transitions
     transitions, means = take_infos(whole)
     assert set(transitions.metrics) == {"episode_return", "episode_length"}
     won = whole.metrics["info_won"]
     assert np.isnan(won[:, :2]).all()
     np.testing.assert_allclose(means["info_won"], np.nanmean(won, axis=(1, 2)), rtol=1e-6)
-    metrics = host_evaluate(
+    metrics = external_evaluate(
         Talkative(NUM_SEEDS * NUM_ENVS), POLICY, blank_memory(), KEYS[0], 2 * NUM_ENVS
     )
     late = np.isfinite(metrics["info_won"])
@@ -311,7 +321,7 @@ def test_sampled_episodes_depend_on_the_key_and_on_the_round():
 
     def first_actions(key):
         envs = Dice(NUM_SEEDS * NUM_ENVS)
-        host_evaluate(envs, POLICY, blank_memory(), key, 2 * NUM_ENVS)
+        external_evaluate(envs, POLICY, blank_memory(), key, 2 * NUM_ENVS)
         lengths = np.cumsum([0, len(envs.actions) - 1])
         return np.stack([envs.actions[t] for t in lengths])
 
@@ -338,14 +348,14 @@ class Host:
     def __init__(self):
         self.made, self.states = [], []
 
-    def make_host(self, name, num_envs, agent_id, num_workers, limits, first):
+    def make_external(self, name, num_envs, agent_id, num_workers, limits, first):
         assert first in (0, NUM_SEEDS * 3)  # those that learn come after those that play
         self.made.append(Dice(num_envs))
         return self.made[-1]
 
-    def host_rollout(self, envs, policy, state, key, length, sequence_length):
+    def external_rollout(self, envs, policy, state, key, length, sequence_length):
         self.states.append(jax.device_get(state))
-        return host_rollout(envs, policy, state, key, length, sequence_length)
+        return external_rollout(envs, policy, state, key, length, sequence_length)
 
     def make_train(self, policy):
         with pytest.MonkeyPatch.context() as patch:
@@ -356,9 +366,9 @@ class Host:
 @pytest.fixture
 def host(monkeypatch):
     host = Host()
-    monkeypatch.setattr(experience, "lives_on_host", lambda name: True)
-    monkeypatch.setattr(experience, "make_host", host.make_host)
-    monkeypatch.setattr(experience, "host_rollout", host.host_rollout)
+    monkeypatch.setattr(experience, "is_external", lambda name: True)
+    monkeypatch.setattr(experience, "make_external", host.make_external)
+    monkeypatch.setattr(experience, "external_rollout", host.external_rollout)
     return host
 
 

@@ -14,7 +14,7 @@ from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs import probes, tasks
 from mam.envs.probes import Identity
 from mam.learning import train
-from mam.learning.nonfinite import FINE, first_bad, is_bad
+from mam.learning.nonfinite import NO_FAULT, first_nonfinite, is_nonfinite
 from mam.types import Evaluation, PolicyOutput
 
 NUM_AGENTS, NUM_ACTIONS = 3, 4
@@ -126,17 +126,17 @@ def plant(state, what, seed):
     return eqx.tree_at(where, state, leaf.at[(seed,) + (0,) * (leaf.ndim - 1)].set(number))
 
 
-def on_host(tree):
+def to_numpy(tree):
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda x: np.array(jax.random.key_data(x) if is_key(x) else x), tree)
 
 
 def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
+    jax.tree.map(np.testing.assert_array_equal, to_numpy(a), to_numpy(b))
 
 
 def seed_of(tree, k):
-    return jax.tree.map(lambda x: x[k], on_host(tree))
+    return jax.tree.map(lambda x: x[k], to_numpy(tree))
 
 
 @pytest.mark.parametrize("update", np.random.default_rng(0).integers(0, 6, 3).tolist())
@@ -145,12 +145,12 @@ def test_what_is_planted_is_found_in_that_update_and_nothing_is_lost(trainers, w
     trainer, state = trainers["stop"], trainers["stop"].init(SEEDS)
     for _ in range(update):
         state, values = trainer.train_step(state)
-        assert values["non_finite"].tolist() == [FINE, FINE]
-        assert trainer.first_bad(state, values) == {}
+        assert values["non_finite"].tolist() == [NO_FAULT, NO_FAULT]
+        assert trainer.first_nonfinite(state, values) == {}
     state = plant(state, what, seed=1)
-    before = on_host(state)
+    before = to_numpy(state)
     state, values = trainer.train_step(state)
-    assert trainer.first_bad(state, values) == {1: what}
+    assert trainer.first_nonfinite(state, values) == {1: what}
     assert_same(state, before)
 
 
@@ -161,9 +161,9 @@ def test_the_other_seeds_go_on(trainers, what, how):
     state = trainer.init(SEEDS)
     healthy, _ = trainer.train_step(jax.tree.map(jnp.copy, state))
     state = plant(state, what, seed=1)
-    before = on_host(state)
+    before = to_numpy(state)
     state, values = trainer.train_step(state)
-    assert trainer.first_bad(state, values) == {1: what}
+    assert trainer.first_nonfinite(state, values) == {1: what}
     assert_same(seed_of(state, 0), seed_of(healthy, 0))
     np.testing.assert_array_equal(
         state.num_updates, 1
@@ -192,22 +192,22 @@ def test_half_the_learning_rate_takes_half_the_step(trainers):
 
 def test_the_first_flag_counts():
     flags = [jnp.asarray(x) for x in (False, True, True)]
-    assert int(first_bad(flags)) == 1
-    assert int(first_bad(flags[:1])) == FINE
+    assert int(first_nonfinite(flags)) == 1
+    assert int(first_nonfinite(flags[:1])) == NO_FAULT
 
 
 def test_the_dead_may_see_anything():
     x = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])
     alive = jnp.array([[True, False], [False, True]])
-    assert bool(is_bad(x))
-    assert not bool(is_bad(x, alive))
-    assert not bool(is_bad(x[..., None], alive))
-    assert not bool(is_bad(jnp.arange(3)))
+    assert bool(is_nonfinite(x))
+    assert not bool(is_nonfinite(x, alive))
+    assert not bool(is_nonfinite(x[..., None], alive))
+    assert not bool(is_nonfinite(jnp.arange(3)))
 
 
 @pytest.mark.parametrize("number", [1e30, -1e38, np.float32(3.4e38)])
 def test_what_is_large_is_finite(number):
     x = jnp.full(1000, number, jnp.float32)
-    assert not bool(is_bad(x))
-    assert bool(is_bad(x.at[7].set(jnp.inf)))
-    assert bool(is_bad(x.at[7].set(jnp.nan)))
+    assert not bool(is_nonfinite(x))
+    assert bool(is_nonfinite(x.at[7].set(jnp.inf)))
+    assert bool(is_nonfinite(x.at[7].set(jnp.nan)))

@@ -153,7 +153,7 @@ def save(folder, state):
         writer.save(state, {})
 
 
-def on_host(tree):
+def to_numpy(tree):
     """NumPy arrays, with keys as their bits."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
@@ -161,7 +161,7 @@ def on_host(tree):
 
 def assert_same(actual, expected):
     """Bit for bit."""
-    jax.tree.map(np.testing.assert_array_equal, on_host(actual), on_host(expected))
+    jax.tree.map(np.testing.assert_array_equal, to_numpy(actual), to_numpy(expected))
 
 
 def scripted(state, signs, tag=0.0):
@@ -245,9 +245,11 @@ def test_a_seed_does_not_depend_on_its_neighbours(trainer):
     together = run(trainer, SEEDS, "tte")
     for k in (0, 2):
         alone = run(trainer, SEEDS[k : k + 1], "tte")
-        kth = jax.tree.map(lambda x, k=k: x[k : k + 1], on_host(together))
+        kth = jax.tree.map(lambda x, k=k: x[k : k + 1], to_numpy(together))
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), kth, on_host(alone)
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            kth,
+            to_numpy(alone),
         )
 
 
@@ -257,7 +259,7 @@ def test_a_seed_has_the_same_bits_beside_any_others(trainer):
     for k, place in ((0, 2), (2, 1)):
         assert_same(
             *(
-                jax.tree.map(lambda x, i=i: x[i], on_host(of))
+                jax.tree.map(lambda x, i=i: x[i], to_numpy(of))
                 for of, i in ((together, k), (others, place))
             )
         )
@@ -536,7 +538,7 @@ def test_statistics_are_of_rollouts_seen_and_stand_still_meanwhile(tmp_path):
     ).all()  # one of four cues, and no ids
     evaluated, _ = trainer.evaluate_step(state)
     assert_same((evaluated.policy, evaluated.best_policy), (state.policy, state.policy))
-    best = on_host(state.policy)
+    best = to_numpy(state.policy)
     later, _ = trainer.train_step(evaluated)
     assert_same(later.best_policy, best)
     save(tmp_path, later)

@@ -82,7 +82,7 @@ class Golden:
 @functools.partial(jax.jit, compiler_options=QUICK)
 def output_and_gradients(block, x, cotangent):
     def run(block, x):
-        return block.out_proj(block.extend(None, block.project(x), None, None)[1])
+        return block.out_proj(block.unroll(None, block.project(x), None, None)[1])
 
     output, pull_back = jax.vjp(run, block, x)
     return output, *pull_back(cotangent)
@@ -93,7 +93,7 @@ def decode(block, x):
     """One agent after another: the last state, and all outputs."""
 
     def step(state, x):
-        return block.advance(state, block.project(x), None)
+        return block.step(state, block.project(x), None)
 
     state, y = lax.scan(step, block.init_state(x.shape[:1], x.dtype), jnp.swapaxes(x, 0, 1))
     return state, block.out_proj(jnp.swapaxes(y, 0, 1))

@@ -13,7 +13,7 @@ import pytest
 from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.networks.actions import Categorical, make_distribution
 from mam.networks.decoder import ActionEmbedding, Context, Decoder
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
@@ -73,7 +73,7 @@ def make_inputs(decoder, kind, batch, seed=0):
 @functools.partial(jax.jit, static_argnames=("kind", "decodings"), compiler_options=QUICK)
 def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
     """One after another and in other ways, and the decoder's outputs for the former's actions."""
-    ahead = Ahead(context=decoder.read(obs_rep), mask=mask, noise=noise)
+    ahead = DecodeInputs(context=decoder.read(obs_rep), mask=mask, noise=noise)
     distribution = make_distribution(make_spec(kind))
     sequential, *others = (
         decide(decoder, distribution, ahead, decoding) for decoding in (SEQUENTIAL, *decodings)
@@ -148,10 +148,10 @@ class Alternating(Decoder):
     def embedder(self, dtype):
         return lambda token: 9.0 * jnp.asarray([[0, 1], [1, 0], [1, 0]], dtype)[token]
 
-    def extend(self, state, embedded, context):
+    def unroll(self, state, embedded, context):
         return (), embedded
 
-    advance = extend
+    step = unroll
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passe
     Past the limit all decide one after another, which is a pass.
     """
     decoder = Alternating()
-    ahead = Ahead(
+    ahead = DecodeInputs(
         context=Context(obs_rep=jnp.zeros((1, N, 1)), blocks=()),
         mask=jnp.ones((1, N, 2), bool),
         noise=jnp.broadcast_to(

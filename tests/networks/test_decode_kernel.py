@@ -12,7 +12,7 @@ from mam.config import NetworkConfig
 from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.mixers.registry import families_of
 from quick import QUICK
 
@@ -67,7 +67,7 @@ def make_inputs(sizes, num_agents, num_actions, batch, seed=0):
 
 
 def look_ahead(decoder, obs_rep, mask, noise):
-    return Ahead(context=decoder.read(obs_rep), mask=mask, noise=noise)
+    return DecodeInputs(context=decoder.read(obs_rep), mask=mask, noise=noise)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)

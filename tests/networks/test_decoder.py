@@ -51,14 +51,14 @@ def teacher_forced(decoder, tokens, obs_rep):
 def autoregressive(decoder, tokens, obs_rep):
     embed = decoder.embedder(obs_rep.dtype)
 
-    def advance(carry, inputs):
+    def step(carry, inputs):
         (state, read), (token, context) = carry, inputs
-        state, out = decoder.advance(state, embed(read), context)
+        state, out = decoder.step(state, embed(read), context)
         return (state, decoder.embed.pad(token)), out
 
     start = (decoder.init_state(N, (B,), obs_rep.dtype), decoder.embed.start((B,)))
     agents_first = jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), (tokens, decoder.read(obs_rep)))
-    _, out = jax.lax.scan(advance, start, agents_first)
+    _, out = jax.lax.scan(step, start, agents_first)
     return jnp.swapaxes(out, 0, 1)
 
 
@@ -69,7 +69,7 @@ def in_pieces(decoder, tokens, obs_rep):
     for piece in (slice(0, 1), slice(1, 3), slice(3, 4)):
         context = jax.tree.map(lambda v, piece=piece: v[:, piece], decoder.read(obs_rep))
         read = decoder.embed.shift_right(tokens[:, piece], first=token)
-        state, out = decoder.extend(state, embed(read), context)
+        state, out = decoder.unroll(state, embed(read), context)
         token = decoder.embed.pad(tokens[:, piece.stop - 1])
         outputs.append(out)
     return jnp.concatenate(outputs, axis=1)

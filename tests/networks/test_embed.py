@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
-from mam.networks.embed import Conv, ObservationEmbedding, PictureNet
+from mam.networks.embed import Conv, ImageEncoder, ObservationEmbedding
 from mam.types import EnvSpec, Observation
 from quick import QUICK
 
@@ -140,7 +140,7 @@ def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
     ],
 )
 def test_pictures_are_halved_until_they_are_small(shape, num_layers, features):
-    net = randomise(PictureNet, shape)
+    net = randomise(ImageEncoder, shape)
     assert len(net.layers) == num_layers
     grid = jax.ShapeDtypeStruct((2, 3, *shape), jnp.uint8)
     assert jax.eval_shape(net, grid).shape == (2, 3, features)
@@ -148,7 +148,7 @@ def test_pictures_are_halved_until_they_are_small(shape, num_layers, features):
 
 def test_pictures_of_any_type_and_scale_look_the_same():
     """Booleans, bytes, integers and floats; brighter and with more contrast."""
-    net = randomise(PictureNet, (6, 7, 2))
+    net = randomise(ImageEncoder, (6, 7, 2))
     picture = np.random.default_rng(3).integers(0, 2, (3, 6, 7, 2))
     expected = call(net, picture.astype(np.float32))
     assert np.std(expected) > 0.1
@@ -171,7 +171,7 @@ def test_pictures_of_bytes_and_booleans_are_embedded():
 
 @pytest.mark.parametrize("value", [0, 1, 255])
 def test_a_blank_picture_is_no_accident(value):
-    net = randomise(PictureNet, (4, 4, 1))
+    net = randomise(ImageEncoder, (4, 4, 1))
     grid = np.full((1, 4, 4, 1), value, np.float32)
     out, gradient = jax.jit(
         jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)), compiler_options=QUICK

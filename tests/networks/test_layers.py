@@ -161,7 +161,7 @@ def in_pieces(cuts, x, weight, bias):
     """Outputs and the last inputs of the convolution of x cut into pieces."""
     state, outputs, conv = None, [], make_conv(weight, bias)
     for piece in jnp.split(x, cuts, axis=1):
-        state, y = conv.extend(state, piece)
+        state, y = conv.unroll(state, piece)
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1), state
 
@@ -170,7 +170,7 @@ def from_the_end(cuts, x, weight, bias):
     """The same of x flipped, read in reverse."""
     state, outputs, conv = None, [], make_conv(weight, bias)
     for piece in jnp.split(x, cuts, axis=1):
-        state, y = conv.extend(state, jnp.flip(piece, axis=1), reverse=True)
+        state, y = conv.unroll(state, jnp.flip(piece, axis=1), reverse=True)
         outputs.append(jnp.flip(y, axis=1))
     return jnp.concatenate(outputs, axis=1), state
 
@@ -182,7 +182,7 @@ def agent_by_agent(x, weight, bias):
         make_conv(weight, bias),
     )
     for i in range(x.shape[1]):
-        state, y = conv.advance(state, x[:, i])
+        state, y = conv.step(state, x[:, i])
         outputs.append(y)
     return jnp.stack(outputs, axis=1), state
 

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as arrays
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
-from mam.networks.memory import MEMORIES, make_memory, unroll_successors
+from mam.networks.memory.base import unroll_successors
+from mam.networks.memory.registry import MEMORIES, make_memory
 from quick import QUICK
 
 T, B, N, E = 6, 2, 3, 4

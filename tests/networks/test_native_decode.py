@@ -21,7 +21,7 @@ from mam.kernels.native.library import without_native
 from mam.networks.actions import Categorical
 from mam.networks.decoder import Context
 from mam.networks.decoding import native as native_module
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.decoding.native import native_decode, native_supports
 from quick import QUICK
 
@@ -127,7 +127,7 @@ def test_not_a_number_is_chosen_as_the_loop_does():
 
 def ahead_of(sizes, num_actions=5, dtype=jnp.float32):
     obs_rep, noise = (jnp.zeros((2, 3, size), dtype) for size in (sizes.d_model, num_actions))
-    return Ahead(context=Context(obs_rep=obs_rep, blocks=()), mask=noise == 0, noise=noise)
+    return DecodeInputs(context=Context(obs_rep=obs_rep, blocks=()), mask=noise == 0, noise=noise)
 
 
 @DECLINED

@@ -313,7 +313,7 @@ def test_half_precision_is_that_of_activations_alone(layout):
         state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
         embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(read)
-        after, out = policy.decoder.extend(state, embedded, context)
+        after, out = policy.decoder.unroll(state, embedded, context)
         return (
             {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)},
             state,

@@ -23,7 +23,7 @@ def test_the_encoder_is_two_passes(family, combine):
     x = jax.random.normal(jax.random.key(1), (3, 7, 8))
 
     def one_pass(u):
-        return mixer.ssm.out_proj(mixer.ssm.extend(None, mixer.ssm.project(u), None, None)[1])
+        return mixer.ssm.out_proj(mixer.ssm.unroll(None, mixer.ssm.project(u), None, None)[1])
 
     u = mixer.pre_norm(x)
     forward = one_pass(u)
@@ -45,12 +45,12 @@ def values_and_gradients(read, ssm, x, state, reset):
 
 
 def at_once(ssm, state, inputs, reset):
-    return ssm.extend(state, inputs, None, None, reset=reset)
+    return ssm.unroll(state, inputs, None, None, reset=reset)
 
 
 def step_by_step(ssm, state, inputs, reset):
     def step(state, agent):
-        return ssm.advance(state, agent[0], None, reset=agent[1])
+        return ssm.step(state, agent[0], None, reset=agent[1])
 
     state, y = jax.lax.scan(
         step, state, (jax.tree.map(lambda v: jnp.swapaxes(v, 0, 1), inputs), reset.T)

@@ -107,7 +107,7 @@ def test_only_memory_errors_are_turned_into_advice():
 
 
 def test_environments_on_the_host_are_not_planned():
-    with pytest.raises(UserError, match="lives on the host"):
+    with pytest.raises(UserError, match="is an external environment"):
         next(plan(replace(CONFIG, env="pettingzoo/mpe2:simple_spread_v3", num_workers=1)))
 
 

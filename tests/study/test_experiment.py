@@ -214,7 +214,7 @@ class FakePool:
     def __exit__(self, *_):
         pass
 
-    def room(self):
+    def has_capacity(self):
         return len(self.running) < 2
 
     def start(self, job, command):
@@ -287,7 +287,7 @@ def test_a_signal_stops_all_runs_and_starts_none(tmp_path, capsys):
             super().start(job, command)
             signal.raise_signal(signal.SIGINT)
 
-        def room(self):
+        def has_capacity(self):
             return not self.running
 
     jobs = [Job(name, CONFIG, tmp_path / name) for name in ("one", "two")]
@@ -401,7 +401,7 @@ def test_a_run_that_lives_is_waited_for_and_told_to_stop(tmp_path):
         with LocalPool(1) as pool:
             pool.start(job, ["list"])
             assert job.running()
-            assert (pool.ended(), pool.room()) == ([], False)
+            assert (pool.ended(), pool.has_capacity()) == ([], False)
         assert process.poll() is None  # whoever leaves the pool ends only processes of the pool
         with LocalPool(1) as pool:
             pool.start(job, ["list"])

@@ -16,7 +16,7 @@ import pytest
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
 from mam.learning import external as host
-from mam.learning.external import blank_state, host_rollout, start_episodes
+from mam.learning.external import blank_state, external_rollout, start_episodes
 from mam.learning.ppo import PPO
 from mam.learning.train import Learner
 from quick import QUICK
@@ -31,7 +31,7 @@ quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 class OnHost:
-    """A batch of JAX environments as a `HostEnvironments`."""
+    """A batch of JAX environments as a `ExternalEnvironments`."""
 
     def __init__(self, task):
         envs = make_batched(task, CONFIG.ppo.num_envs)
@@ -88,7 +88,7 @@ def check_two_updates(monkeypatch):
         learn = quick_jit(jax.vmap(learner.learn))
         for update in range(2):
             keys = jax.random.split(jax.random.key(2 + update))
-            carry, found = host_rollout(
+            carry, found = external_rollout(
                 envs, state.policy, carry, keys[:1], CONFIG.ppo.rollout_length
             )
             state, values = learn(state, carry, found, keys[1:])

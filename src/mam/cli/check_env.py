@@ -22,11 +22,11 @@ def check_env(args: CheckEnv) -> int:
     from mam.envs.check.check import check_environment
     from mam.envs.check.parallel import check_parallel
     from mam.envs.external.factories import find_factory
-    from mam.envs.registry import lives_on_host, make_plain
+    from mam.envs.registry import is_external, make_plain
     from mam.runs import process as runtime
 
     runtime.configure()
-    if lives_on_host(args.env):
+    if is_external(args.env):
         report = check_parallel(
             args.env, find_factory(args.env), seed=args.seed, time_budget=args.seconds
         )

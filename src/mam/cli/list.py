@@ -21,7 +21,7 @@ def list_names(args: List) -> None:
     """Print the names that other commands take."""
     from mam.envs.registry import auto_options
     from mam.envs.tasks import SUITES
-    from mam.networks.memory import MEMORIES
+    from mam.networks.memory.registry import MEMORIES
     from mam.networks.policy import policies
 
     if args.envs:

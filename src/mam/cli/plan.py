@@ -30,7 +30,7 @@ def plan(args: Plan) -> None:
     from rich.table import Table
 
     from mam.runs import process as runtime
-    from mam.runs.footprint import ROOM, device_memory, gigabytes
+    from mam.runs.footprint import MEMORY_FRACTION, device_memory, gigabytes
     from mam.runs.footprint import plan as candidates
 
     runtime.configure(keep_programs=False)  # how long compiling takes is one of the results
@@ -41,12 +41,12 @@ def plan(args: Plan) -> None:
         need = found.footprint
         sizes = (gigabytes(size) for size in (need.state, need.temporary, need.total))
         table.add_row(found.changes, *sizes, f"{found.compile_seconds:.1f}")
-        if fitting is None and need.total <= ROOM * room:
+        if fitting is None and need.total <= MEMORY_FRACTION * room:
             fitting = found
     display(table)
     print(
         f"the device has {gigabytes(room)}, "
-        f"of which a train step should need no more than {ROOM:.0%}"
+        f"of which a train step should need no more than {MEMORY_FRACTION:.0%}"
     )
     if fitting is None:
         raise UserError(

@@ -38,7 +38,7 @@ def play(args: Play) -> None:
     from mam.runs import process
     from mam.runs.files import read_config
     from mam.runs.load import load_weights
-    from mam.types import HostEnvironments
+    from mam.types import ExternalEnvironments
 
     process.configure()
     path = args.out or args.run / "episode.gif"
@@ -56,9 +56,9 @@ def play(args: Play) -> None:
         print(f"playing seed {policy_seed} into {path}…")
         how: dict[str, Any] = {"greedy": args.greedy, "max_steps": saved.eval.max_episode_steps}
         how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
-        if isinstance(trainer.env, HostEnvironments):
+        if isinstance(trainer.env, ExternalEnvironments):
             trainer.close()
-            episode = episodes.play_on_host(env, saved.agent_id, policy, args.seed, path, **how)
+            episode = episodes.play_external(env, saved.agent_id, policy, args.seed, path, **how)
         else:
             episode = episodes.play(trainer.env, policy, args.seed, path, **how)
     finally:

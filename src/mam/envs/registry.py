@@ -19,7 +19,7 @@ from mam.envs.external.factories import PREFIX, EnvFactory, find_factory, names_
 from mam.envs.tasks import SUITES, check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, missing_extra, unknown_name
-from mam.types import Environment, EnvSpec, HostEnvironments
+from mam.types import Environment, EnvSpec, ExternalEnvironments
 
 
 def auto_options() -> dict[str, Mapping[str, Any]]:
@@ -62,8 +62,8 @@ def make_batched(name: str, num_envs: int, agent_id: IdEncoding = "one_hot") -> 
     return AutoReset(EpisodeStatistics(make(name, agent_id)), num_envs)
 
 
-def lives_on_host(name: str) -> bool:
-    """Say whether it is an external environment (`make_host`), not one in JAX (`make_batched`).
+def is_external(name: str) -> bool:
+    """Say whether it is an external environment (`make_external`), not one in JAX (`make_batched`).
 
     Raises:
         UserError: the name is that of one's own environment, and there is none.
@@ -71,14 +71,14 @@ def lives_on_host(name: str) -> bool:
     return names_code(name) and isinstance(_own(name), EnvFactory)
 
 
-def make_host(
+def make_external(
     name: str,
     num_envs: int,
     agent_id: IdEncoding = "one_hot",
     num_workers: int | None = None,
     limits: WorkerConfig = WorkerConfig(),  # noqa: B008 (frozen)
     first: int = 0,
-) -> HostEnvironments:
+) -> ExternalEnvironments:
     """Start worker processes and make environments in them.
 
     Args:
@@ -93,20 +93,20 @@ def make_host(
     Raises:
         UserError: there is no such environment, or one of its spaces is not supported.
     """
-    from mam.envs.external.pool import HostPool
+    from mam.envs.external.pool import ExternalPool
 
-    return HostPool(
+    return ExternalPool(
         name, replace(find_factory(name), first=first), num_envs, num_workers, agent_id, limits
     )
 
 
 def make_env(
     name: str, num_envs: int | None = None, *, agent_id: IdEncoding = "one_hot"
-) -> Environment | AutoReset | HostEnvironments:
+) -> Environment | AutoReset | ExternalEnvironments:
     """Make an environment with agent ids.
 
     Args:
-        name: as for `make` or `make_host`.
+        name: as for `make` or `make_external`.
         num_envs: environments side by side that reset themselves; if None a single one that does
             not or, of those that JAX does not step, a batch of one.
         agent_id: how agents are told apart; see `agent_ids`.
@@ -118,8 +118,8 @@ def make_env(
     Raises:
         UserError: the name is unknown, or the suite is not installed.
     """
-    if lives_on_host(name):
-        return make_host(name, num_envs or 1, agent_id)
+    if is_external(name):
+        return make_external(name, num_envs or 1, agent_id)
     return make(name, agent_id) if num_envs is None else make_batched(name, num_envs, agent_id)
 
 
@@ -172,7 +172,7 @@ def make_plain(name: str) -> Environment:
     if names_code(name):
         env = _own(name)
         if isinstance(env, EnvFactory):
-            raise UserError(f"{name} lives on the host: it has no JAX program")
+            raise UserError(f"{name} is an external environment: it has no JAX program")
         return env
     prefix, _, rest = name.partition("/")
     task, _, options = rest.partition(":")

@@ -146,14 +146,14 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     decay = jnp.exp(jnp.where(np.tri(size, dtype=bool), span, NEVER))
     # 3. The scores C Bᵀ and, per head, the mixing L ∘ C Bᵀ: what agent i takes of agent j's input.
     #    Step sizes and the skip connection go into these small matrices, not to the channels.
-    answers = jnp.einsum("bis,bjs->bij", C_, B_)
-    taken = answers[:, None] * decay * jnp.swapaxes(dt_, -1, -2)[..., None, :]
-    taken += D[:, None, None].astype(x_.dtype) * np.eye(size, dtype=x_.dtype)
+    scores = jnp.einsum("bis,bjs->bij", C_, B_)
+    mixing = scores[:, None] * decay * jnp.swapaxes(dt_, -1, -2)[..., None, :]
+    mixing += D[:, None, None].astype(x_.dtype) * np.eye(size, dtype=x_.dtype)
     # 4. Head by head, which spares transposing.
     outputs, states, num_sequences = [], [], int(np.prod(batch))
     for k in range(heads):
         own = slice(k * channels, (k + 1) * channels)
-        y = jnp.einsum("bij,bjp->bip", taken[:, k], x_[..., own])
+        y = jnp.einsum("bij,bjp->bip", mixing[:, k], x_[..., own])
         to_end = jnp.exp(span[:, k, -1]) * dt_[..., k]
         ends = jnp.einsum("bjs,bjp->bsp", B_ * to_end[..., None], x_[..., own])
         handed = None if state is None else state[..., own]

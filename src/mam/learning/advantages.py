@@ -15,7 +15,7 @@ class Advantages(eqx.Module):
     target: Float[Array, "T *batch"]  # of the value: advantage + value
 
 
-def with_the_dead(
+def impute_dead_values(
     value: Float[Array, "*batch N"], alive: Bool[Array, "*batch N"], *, team_reward: bool
 ) -> Float[Array, "*batch N"]:
     """Replace the values of dead agents, of which the critic knows nothing.

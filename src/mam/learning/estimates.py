@@ -11,7 +11,7 @@ from mam.learning.advantages import (
     Advantages,
     constant_value,
     generalised_advantages,
-    with_the_dead,
+    impute_dead_values,
 )
 from mam.learning.normalise import NormalisedPolicy
 from mam.learning.rollout import Rollout
@@ -46,8 +46,8 @@ def estimate(
     team_reward = spec.team_reward
     estimates = generalised_advantages(
         transitions.reward,
-        with_the_dead(value, seen, team_reward=team_reward),
-        with_the_dead(next_value, reached, team_reward=team_reward),
+        impute_dead_values(value, seen, team_reward=team_reward),
+        impute_dead_values(next_value, reached, team_reward=team_reward),
         _terminated(transitions, spec),
         transitions.truncated[..., None] | (reached & ~goes_on),
         gamma=config.gamma,

@@ -63,7 +63,7 @@ def evaluate(
     share = -(-num_episodes // shard.num_shards)
 
     def keys_of(key: Key[Array, ""]) -> Key[Array, "M"]:
-        return shard.part(jax.random.split(key, share * shard.num_shards))
+        return shard.local_slice(jax.random.split(key, share * shard.num_shards))
 
     reset_key, play_key = jax.random.split(key)
     env_state, timestep = jax.vmap(env.reset)(keys_of(reset_key))

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Key, Shaped
 
 from mam.config import Config
-from mam.envs.registry import lives_on_host, make_batched, make_host
+from mam.envs.registry import is_external, make_batched, make_external
 from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.learning.evaluate import evaluate, with_kinds
@@ -20,8 +20,8 @@ from mam.learning.external import (
     Timed,
     aligned,
     blank_state,
-    host_evaluate,
-    host_rollout,
+    external_evaluate,
+    external_rollout,
     seed_of,
     start_episodes,
     take_infos,
@@ -30,7 +30,7 @@ from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, roll
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.sequence import decision_order
-from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
+from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy, Transition
 
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
 
@@ -165,21 +165,21 @@ class External:
         return min(self.config.eval.num_episodes, self.config.ppo.num_envs)
 
     @cached_property
-    def env(self) -> HostEnvironments:
+    def env(self) -> ExternalEnvironments:
         """Environments in which policies are evaluated."""
         return self._start(self._per_round)
 
     @cached_property
-    def _learning(self) -> HostEnvironments:
+    def _learning(self) -> ExternalEnvironments:
         """Environments that rollouts come from."""
         first = self.config.num_seeds * self._per_round
         with self.clock.part("environment"):
             return Timed(self._start(self.config.ppo.num_envs, first=first), self.clock)
 
-    def _start(self, num_envs: int, first: int = 0) -> HostEnvironments:
+    def _start(self, num_envs: int, first: int = 0) -> ExternalEnvironments:
         config = self.config
         total = config.num_seeds * num_envs
-        return make_host(
+        return make_external(
             config.env, total, config.agent_id, config.num_workers, config.worker, first
         )
 
@@ -203,7 +203,7 @@ class External:
         if "_learning" not in self.__dict__:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
         with self.clock.part("acting"):
-            carry, found = host_rollout(
+            carry, found = external_rollout(
                 self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length
             )
         transitions, infos = take_infos(found.transitions)
@@ -212,10 +212,10 @@ class External:
     def play(
         self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
     ) -> Values:
-        """Play episodes to their ends; see `host_evaluate`."""
+        """Play episodes to their ends; see `external_evaluate`."""
         memory = jax.vmap(lambda policy: policy.init_memory((self._per_round,)))(policy)
         limit = self.config.eval.max_episode_steps
-        return host_evaluate(
+        return external_evaluate(
             self.env, policy, memory, key, num_episodes, greedy=greedy, max_steps=limit
         )
 
@@ -261,7 +261,7 @@ def environments(config: Config) -> Environments:
     Raises:
         UserError: for a task that does not exist, or devices that it cannot be dealt to.
     """
-    if lives_on_host(config.env):
+    if is_external(config.env):
         if jax.process_count() > 1:
             raise UserError(
                 f"{config.env} lives in processes of one host: "
@@ -308,8 +308,8 @@ class Recorded:
         num_steps, num_columns = self.transitions.reset.shape
         first_key, column_key = jax.random.split(key)
         last = num_steps - self.length + 1
-        first = shard.part(jax.random.randint(first_key, (self.num_envs,), 0, last))
-        column = shard.part(jax.random.randint(column_key, (self.num_envs,), 0, num_columns))
+        first = shard.local_slice(jax.random.randint(first_key, (self.num_envs,), 0, last))
+        column = shard.local_slice(jax.random.randint(column_key, (self.num_envs,), 0, num_columns))
         rows = first + jnp.arange(self.length)[:, None]  # [T, B]
         window = jax.tree.map(lambda x: jnp.asarray(x)[rows, column], self.transitions)
         alive = window.observation.alive

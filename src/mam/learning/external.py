@@ -1,7 +1,8 @@
 """Acting in external environments: they run in worker processes, the policy on the device.
 
 The counterparts of `rollout` and `evaluate`, as loops in Python. All seeds act in one call: arrays
-are [seeds, B, …], and the environments of all seeds stand side by side in one `HostEnvironments`.
+are [seeds, B, …], and the environments of all seeds stand side by side in one
+`ExternalEnvironments`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from mam.learning.rollout import Rollout, RolloutState, make_transition, next_st
 from mam.learning.stopwatch import Stopwatch
 from mam.types import (
     EnvSpec,
-    HostEnvironments,
+    ExternalEnvironments,
     Memory,
     Observation,
     Policy,
@@ -61,7 +62,7 @@ def act(
 class Timed:
     """Environments whose resets and steps a stopwatch counts."""
 
-    envs: HostEnvironments
+    envs: ExternalEnvironments
     clock: Stopwatch
 
     @property
@@ -107,7 +108,7 @@ def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
 
 
 def start_episodes(
-    envs: HostEnvironments, memory: Memory, num_seeds: int, seed: int
+    envs: ExternalEnvironments, memory: Memory, num_seeds: int, seed: int
 ) -> tuple[RolloutState, TimeStep]:
     """Start an episode in every environment.
 
@@ -127,8 +128,8 @@ def start_episodes(
     ), timestep
 
 
-def host_rollout(
-    envs: HostEnvironments,
+def external_rollout(
+    envs: ExternalEnvironments,
     policy: Policy,
     state: RolloutState,
     key: Key[Array, "seeds"],
@@ -196,8 +197,8 @@ def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarra
     return replace(transitions, metrics=rest), means
 
 
-def host_evaluate(
-    envs: HostEnvironments,
+def external_evaluate(
+    envs: ExternalEnvironments,
     policy: Policy,
     memory: Memory,
     key: Key[Array, "seeds"],
@@ -261,7 +262,7 @@ def seed_of(key: Key[Array, "..."]) -> int:
 
 
 def _step(
-    envs: HostEnvironments,
+    envs: ExternalEnvironments,
     policy: Policy,
     state: RolloutState,
     key: Key[Array, "seeds"],

@@ -13,21 +13,21 @@ from jaxtyping import Array, Bool, Int, PyTree
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Observation, Transition
 
-FINE = -1  # in place of the index of an array with a non-finite value
+NO_FAULT = -1  # in place of the index of an array with a non-finite value
 
 
-def first_bad(flags: Sequence[Bool[Array, ""]], shard: Shard = WHOLE) -> Int[Array, ""]:
-    """Return the index of the first flag that is set, on any device; FINE if none is.
+def first_nonfinite(flags: Sequence[Bool[Array, ""]], shard: Shard = WHOLE) -> Int[Array, ""]:
+    """Return the index of the first flag that is set, on any device; NO_FAULT if none is.
 
     Args:
         flags: scalars, each for one array.
         shard: where arrays lie on several devices, this one's share.
     """
     stacked = shard.max(jnp.stack(flags).astype(jnp.int32))
-    return jnp.where(stacked.any(), jnp.argmax(stacked), FINE).astype(jnp.int32)
+    return jnp.where(stacked.any(), jnp.argmax(stacked), NO_FAULT).astype(jnp.int32)
 
 
-def is_bad(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
+def is_nonfinite(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Bool[Array, ""]:
     """Say whether an array has a non-finite value.
 
     Args:
@@ -43,9 +43,9 @@ def is_bad(x: Array | None, alive: Bool[Array, "*batch N"] | None = None) -> Boo
     return ~jnp.isfinite(jnp.vdot(x, jnp.full_like(x, 1e-20)))
 
 
-def bad_leaves(tree: PyTree) -> list[Bool[Array, ""]]:
+def nonfinite_leaves(tree: PyTree) -> list[Bool[Array, ""]]:
     """Say of each leaf whether it has a non-finite value."""
-    return [is_bad(leaf) for leaf in jax.tree.leaves(tree)]
+    return [is_nonfinite(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def leaf_names(tree: PyTree, what: str) -> list[str]:
@@ -62,7 +62,7 @@ ROLLOUT_NAMES = (
 )
 
 
-def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
+def nonfinite_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
     """Say of each of ROLLOUT_NAMES whether it has a non-finite value."""
     seen, reached = transitions.observation, transitions.final_observation
     alive = seen.alive
@@ -70,18 +70,20 @@ def bad_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
     return [
         *(
             a | b
-            for a, b in zip(_bad_in_observation(seen), _bad_in_observation(reached), strict=True)
+            for a, b in zip(
+                _nonfinite_in_observation(seen), _nonfinite_in_observation(reached), strict=True
+            )
         ),
-        *(is_bad(x, alive) for x in own),
+        *(is_nonfinite(x, alive) for x in own),
     ]
 
 
-def _bad_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
+def _nonfinite_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
     views = (observation.agents_view, observation.grid)
-    return [*(is_bad(x, observation.alive) for x in views), is_bad(observation.state)]
+    return [*(is_nonfinite(x, observation.alive) for x in views), is_nonfinite(observation.state)]
 
 
-def kept(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:
+def select_per_seed(bad: Bool[Array, "seeds"], old: PyTree, new: PyTree) -> PyTree:
     """Select the old state for seeds with a non-finite value, the new one for others.
 
     Args:

@@ -258,7 +258,7 @@ def simplified(policy: NormalisedPolicy) -> Policy:
 
 
 def transfer_policy(
-    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
+    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, config: NetworkConfig
 ) -> Policy:
     """Return a policy for another task with the same weights, and the statistics that fit.
 
@@ -267,13 +267,13 @@ def transfer_policy(
         name: of the policy.
         old: the task that it was trained on.
         new: the other task.
-        sizes: of the network.
+        config: of the network.
 
     Raises:
         UserError: if the weights do not fit.
     """
     whole = as_normalised(policy)
-    network, statistics = transfer_weights(whole.network, name, old, new, sizes), whole.statistics
+    network, statistics = transfer_weights(whole.network, name, old, new, config), whole.statistics
     if new.state_dim != old.state_dim:  # and yet the weights fit: they do not read it
         statistics = replace(statistics, state=None)
     return simplified(NormalisedPolicy(network, statistics))

@@ -97,7 +97,7 @@ def rollout(
 
     def step(state: RolloutState, key: Key[Array, ""]) -> tuple[RolloutState, Transition]:
         act_key, env_key = jax.random.split(key)
-        act_keys = shard.part(jax.random.split(act_key, env.num_envs * shard.num_shards))
+        act_keys = shard.local_slice(jax.random.split(act_key, env.num_envs * shard.num_shards))
         memory, output = policy.act(state.memory, state.observation, state.reset, act_keys)
         env_state, timestep = env.step(state.env_state, output.action, env_key)
         transition = make_transition(state, output, timestep)

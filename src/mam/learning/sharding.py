@@ -26,7 +26,7 @@ class Shard:
         """The number of this share, from 0."""
         return lax.axis_index(AXIS) if self.num_shards > 1 else 0
 
-    def part(self, x: Array, axis: int = 0) -> Array:
+    def local_slice(self, x: Array, axis: int = 0) -> Array:
         """Return the local slice of an array that all devices have whole.
 
         Args:
@@ -96,7 +96,7 @@ class Devices:
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def place(self, shapes: PyTree, specs: PyTree) -> PyTree:
+    def with_shardings(self, shapes: PyTree, specs: PyTree) -> PyTree:
         """Give shapes the shardings of their arrays; with one device, return them as they are.
 
         Args:

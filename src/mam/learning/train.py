@@ -23,13 +23,13 @@ from mam.learning.estimates import estimate
 from mam.learning.evaluate import with_kinds
 from mam.learning.experience import Environments, Experience, Values, environments
 from mam.learning.nonfinite import (
-    FINE,
+    NO_FAULT,
     ROLLOUT_NAMES,
-    bad_in_rollout,
-    bad_leaves,
-    first_bad,
-    kept,
+    first_nonfinite,
     leaf_names,
+    nonfinite_in_rollout,
+    nonfinite_leaves,
+    select_per_seed,
 )
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
 from mam.learning.objective import Objective, make_batch
@@ -41,7 +41,7 @@ from mam.learning.update import make_optimiser, update, update_names
 from mam.networks.decoding.decide import Decoding
 from mam.networks.mixers.base import mixer_metrics
 from mam.networks.policy import make_policy
-from mam.types import Environment, EnvSpec, HostEnvironments, Policy, Transition
+from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy, Transition
 
 P = jax.P
 TRAINING, EVALUATION, ABSOLUTE = range(3)  # streams of random keys
@@ -105,7 +105,7 @@ class Trainer:
         return self.environments.spec
 
     @property
-    def env(self) -> Environment | HostEnvironments:
+    def env(self) -> Environment | ExternalEnvironments:
         """What is evaluated in: one environment, or external ones, which this starts."""
         return self.environments.env
 
@@ -123,7 +123,7 @@ class Trainer:
         """The part that the rest of a train step counts as."""
         return self.environments.step_part
 
-    def first_bad(self, state: TrainState, values: Values) -> dict[int, str]:
+    def first_nonfinite(self, state: TrainState, values: Values) -> dict[int, str]:
         """Name the first array with a non-finite value in a train step, by seed that had one.
 
         Args:
@@ -133,7 +133,7 @@ class Trainer:
         bad = {
             seed: int(index)
             for seed, index in enumerate(np.asarray(values[NON_FINITE]))
-            if index != FINE
+            if index != NO_FAULT
         }
         names = watched(state.policy) if bad else []
         return {seed: names[index] for seed, index in bad.items()}
@@ -218,7 +218,7 @@ def make_train(
         evaluate_step=evaluate_step,
         absolute_metric=absolute_metric,
         evaluate=evaluate,
-        shapes=lambda seeds: devices.place(jax.eval_shape(init_seeds, seeds), specs),
+        shapes=lambda seeds: devices.with_shardings(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
         devices=devices,
     )
@@ -371,15 +371,15 @@ class Learner:
         """
         ppo, shard = self.config.ppo, self.shard
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
-        flags = [*bad_leaves(policy.network), *bad_in_rollout(transitions)]
+        flags = [*nonfinite_leaves(policy.network), *nonfinite_in_rollout(transitions)]
         # 1. Estimate advantages, in units of reward.
         if self.objective.needs_values:
             transitions, estimates = estimate(policy, rollout, self.spec, ppo, shard)
             policy = policy.update_values(estimates.target, transitions.observation.alive, shard)
         # 2. Take into the statistics what was seen, from the next rollout on.
         statistics = policy.statistics.update(transitions.observation, shard)
-        flags += bad_leaves(statistics)
-        bad = first_bad(flags, shard)
+        flags += nonfinite_leaves(statistics)
+        bad = first_nonfinite(flags, shard)
         # 3. Learn, in the network's units.
         scaled = replace(
             transitions, observation=policy.statistics.normalise(transitions.observation)
@@ -399,7 +399,7 @@ class Learner:
             lr_scale,
         )
         # 4. Report.
-        in_update = jnp.where(metrics.bad == FINE, FINE, len(flags) + metrics.bad)
+        in_update = jnp.where(metrics.bad == NO_FAULT, NO_FAULT, len(flags) + metrics.bad)
         values = {
             **metrics.losses,
             "grad_norm": metrics.grad_norm,
@@ -408,7 +408,7 @@ class Learner:
             **{name: x.mean() for name, x in shard.gather(transitions.policy_metrics, 1).items()},
             **_value_metrics(transitions, estimates, shard),
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
-            NON_FINITE: jnp.where(bad == FINE, in_update, bad),
+            NON_FINITE: jnp.where(bad == NO_FAULT, in_update, bad),
             **mixer_metrics(network),
         }
         state = eqx.tree_at(
@@ -457,7 +457,7 @@ def _guarded(
 
     def guarded(state: TrainState, *args: Any) -> tuple[TrainState, Values]:
         new, values = step(state, *args)
-        bad, old = values[NON_FINITE] != FINE, state
+        bad, old = values[NON_FINITE] != NO_FAULT, state
         if config.on_non_finite == "stop":
             bad = jnp.broadcast_to(bad.any(), bad.shape)
         else:  # on with other random numbers
@@ -469,7 +469,7 @@ def _guarded(
             )
         if external:
             old = eqx.tree_at(lambda s: s.actors, old, new.actors)
-        return kept(bad, old, new), values
+        return select_per_seed(bad, old, new), values
 
     return guarded
 

@@ -12,7 +12,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from mam.config import PPOConfig
 from mam.errors import UserError
-from mam.learning.nonfinite import FINE, bad_leaves, first_bad, is_bad, leaf_names
+from mam.learning.nonfinite import (
+    NO_FAULT,
+    first_nonfinite,
+    is_nonfinite,
+    leaf_names,
+    nonfinite_leaves,
+)
 from mam.learning.objective import Batch, Losses, Objective
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Policy
@@ -36,7 +42,7 @@ class UpdateMetrics(eqx.Module):
     grad_norm: Float[Array, ""]  # before clipping
     # Maxima of the first minibatch: for PPO's ratios 0 up to rounding, else acting ≠ evaluating.
     first: dict[str, Float[Array, ""]]
-    bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or FINE
+    bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or NO_FAULT
 
 
 def update_names(policy: Policy) -> list[str]:
@@ -90,7 +96,7 @@ def update(
 
     def gradient_step(carry, index: Int[Array, "M"]):
         policy, opt_state, bad = carry
-        index = shard.part(index)
+        index = shard.local_slice(index)
         rows = jax.tree.map(lambda x: x[:, index], batch)
         grads, shares = jax.grad(loss_fn, has_aux=True)(policy, rows)
         grads, losses = shard.sum((grads, shares))
@@ -99,8 +105,10 @@ def update(
         policy = cast(
             Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates))
         )
-        found = first_bad([is_bad(losses.loss), *bad_leaves(grads), *bad_leaves(policy)])
-        return (policy, opt_state, jnp.where(bad == FINE, found, bad)), (
+        found = first_nonfinite(
+            [is_nonfinite(losses.loss), *nonfinite_leaves(grads), *nonfinite_leaves(policy)]
+        )
+        return (policy, opt_state, jnp.where(bad == NO_FAULT, found, bad)), (
             losses,
             optax.tree.norm(grads),
         )
@@ -108,7 +116,7 @@ def update(
     keys = jax.random.split(key, config.num_epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, batch.num_sequences))(keys)
     minibatches = order.reshape(config.num_epochs * config.num_minibatches, -1)
-    carry = (policy, opt_state, jnp.int32(FINE))
+    carry = (policy, opt_state, jnp.int32(NO_FAULT))
     (policy, opt_state, bad), (losses, grad_norm) = lax.scan(gradient_step, carry, minibatches)
     metrics = UpdateMetrics(
         losses=jax.tree.map(jnp.mean, {"loss": losses.loss, **losses.means, **losses.maxima}),

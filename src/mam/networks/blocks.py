@@ -21,12 +21,12 @@ class EncoderBlock(eqx.Module):
     mlp: MLP
     mlp_norm: LayerNorm
 
-    def __init__(self, mixers: MixerFamily, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, mixers: MixerFamily, config: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, mlp_key = jax.random.split(key)
-        self.mixer = mixers.roles.encoder(sizes, key=mixer_key)
-        self.mixer_norm = LayerNorm(sizes.d_model)
-        self.mlp = MLP(sizes.d_model, key=mlp_key)
-        self.mlp_norm = LayerNorm(sizes.d_model)
+        self.mixer = mixers.roles.encoder(config, key=mixer_key)
+        self.mixer_norm = LayerNorm(config.d_model)
+        self.mlp = MLP(config.d_model, key=mlp_key)
+        self.mlp_norm = LayerNorm(config.d_model)
 
     def __call__(
         self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"] | None = None
@@ -56,16 +56,16 @@ class DecoderBlock(eqx.Module):
         self,
         mixers: MixerFamily,
         cross_mixers: MixerFamily,
-        sizes: NetworkConfig,
+        config: NetworkConfig,
         *,
         key: Key[Array, ""],
     ):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.mixer = mixers.roles.decoder(sizes, key=mixer_key)
-        self.cross = cross_mixers.roles.cross(sizes, key=cross_key)
-        self.mlp = MLP(sizes.d_model, key=mlp_key)
+        self.mixer = mixers.roles.decoder(config, key=mixer_key)
+        self.cross = cross_mixers.roles.cross(config, key=cross_key)
+        self.mlp = MLP(config.d_model, key=mlp_key)
         self.mixer_norm, self.cross_norm, self.mlp_norm = (
-            LayerNorm(sizes.d_model) for _ in range(3)
+            LayerNorm(config.d_model) for _ in range(3)
         )
 
     def init_state(self, num_agents: int, batch: tuple[int, ...], dtype) -> DecoderState:
@@ -112,9 +112,9 @@ class DecoderBlock(eqx.Module):
             context: MixerInputs,
         ):
             return (
-                mixer.advance(state, inputs, context)
+                mixer.step(state, inputs, context)
                 if single
-                else mixer.extend(state, inputs, context)
+                else mixer.unroll(state, inputs, context)
             )
 
         mixer_state, cross_state = (None, None) if state is None else (state.mixer, state.cross)

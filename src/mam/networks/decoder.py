@@ -93,8 +93,8 @@ class Context(eqx.Module):
 class Decoder(eqx.Module):
     """The embedded action before, then the blocks; a head makes logits or means (MAT, §3).
 
-    Every layer has two equal forms, for one agent and for several at once: `advance` decides,
-    `extend` learns.
+    Every layer has two equal forms, for one agent and for several at once: `step` decides,
+    `unroll` learns.
     """
 
     embed: ActionEmbedding
@@ -107,18 +107,18 @@ class Decoder(eqx.Module):
         distribution: ActionDistribution,
         layout: Sequence[MixerFamily],
         cross_layout: Sequence[MixerFamily],
-        sizes: NetworkConfig,
+        config: NetworkConfig,
         *,
         key: Key[Array, ""],
     ):
         table_key, head_key, *block_keys = jax.random.split(key, 2 + len(layout))
-        self.embed = ActionEmbedding(distribution, sizes.d_model, key=table_key)
+        self.embed = ActionEmbedding(distribution, config.d_model, key=table_key)
         self.blocks = tuple(
-            DecoderBlock(mixers, cross_mixers, sizes, key=k)
+            DecoderBlock(mixers, cross_mixers, config, key=k)
             for mixers, cross_mixers, k in zip(layout, cross_layout, block_keys, strict=True)
         )
-        self.head = Head(sizes.d_model, distribution.num_outputs, key=head_key)
-        self.remat = sizes.remat
+        self.head = Head(config.d_model, distribution.num_outputs, key=head_key)
+        self.remat = config.remat
 
     def __call__(
         self, tokens: Token, obs_rep: Float[Array, "*batch N E"]
@@ -130,7 +130,7 @@ class Decoder(eqx.Module):
             obs_rep: the observation representation, in the same order.
         """
         embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
-        return self.extend(None, embedded, self.read(obs_rep))[1]
+        return self.unroll(None, embedded, self.read(obs_rep))[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
         """Compute everything that does not depend on actions."""
@@ -170,7 +170,7 @@ class Decoder(eqx.Module):
         """Return the state before the first agent; see `DecoderBlock.init_state`."""
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
-    def advance(
+    def step(
         self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch P"]]:
         """Return the outputs for the next agent (autoregressive), and the state after it.
@@ -182,7 +182,7 @@ class Decoder(eqx.Module):
         """
         return self._run(state, embedded, context, single=True)
 
-    def extend(
+    def unroll(
         self, state: tuple[DecoderState, ...] | None, embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch M P"]]:
         """Return the outputs for the next M agents (parallel), and the state after them.

@@ -11,7 +11,7 @@ from mam.config import NetworkConfig
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.types import EnvSpec, Observation
 
-SMALL_PICTURE = 8  # rows and columns an image is reduced to, at most
+SMALL_IMAGE = 8  # rows and columns an image is reduced to, at most
 # Of the embedding's bias at the start, uniform; inputs contribute numbers of order 1.
 BIAS_SCALE = 0.1
 
@@ -38,7 +38,7 @@ class Conv(eqx.Module):
         return y + self.bias
 
 
-class PictureNet(eqx.Module):
+class ImageEncoder(eqx.Module):
     """Convolutions until an image has at most 8 × 8 cells, each followed by a GELU; then flat.
 
     The image is normalised to zero mean and unit variance first, whatever its numbers mean.
@@ -49,7 +49,7 @@ class PictureNet(eqx.Module):
     def __init__(self, shape: tuple[int, int, int], *, key: Key[Array, ""]):
         rows, columns, channels = shape
         layers = [Conv(channels, 16, 1, key=key)]
-        while len(layers) == 1 or max(rows, columns) > SMALL_PICTURE:
+        while len(layers) == 1 or max(rows, columns) > SMALL_IMAGE:
             rows, columns = -(-rows // 2), -(-columns // 2)
             layers.append(
                 Conv(layers[-1].bias.shape[0], 32, 2, key=jax.random.fold_in(key, len(layers)))
@@ -79,16 +79,16 @@ class ObservationEmbedding(eqx.Module):
     """
 
     obs_norm: LayerNorm | None  # None where features come normalised, or there are none
-    picture: PictureNet | None
+    picture: ImageEncoder | None
     dense: Dense
     norm: LayerNorm
 
-    def __init__(self, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
         picture_key, dense_key, bias_key = jax.random.split(key, 3)
-        d_model, by_layer = sizes.d_model, spec.obs_dim > 0 and sizes.observation_norm == "layer"
+        d_model, by_layer = config.d_model, spec.obs_dim > 0 and config.observation_norm == "layer"
         self.obs_norm = LayerNorm(spec.obs_dim) if by_layer else None
         self.picture = (
-            None if spec.grid_shape is None else PictureNet(spec.grid_shape, key=picture_key)
+            None if spec.grid_shape is None else ImageEncoder(spec.grid_shape, key=picture_key)
         )
         num_features = spec.obs_dim
         if self.picture is not None:

@@ -19,13 +19,16 @@ class Encoder(eqx.Module):
     value_head: Head
     remat: bool = eqx.field(static=True)
 
-    def __init__(self, layout: Sequence[MixerFamily], sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(
+        self, layout: Sequence[MixerFamily], config: NetworkConfig, *, key: Key[Array, ""]
+    ):
         value_key, *block_keys = jax.random.split(key, 1 + len(layout))
         self.blocks = tuple(
-            EncoderBlock(mixers, sizes, key=k) for mixers, k in zip(layout, block_keys, strict=True)
+            EncoderBlock(mixers, config, key=k)
+            for mixers, k in zip(layout, block_keys, strict=True)
         )
-        self.value_head = Head(sizes.d_model, 1, key=value_key)
-        self.remat = sizes.remat
+        self.value_head = Head(config.d_model, 1, key=value_key)
+        self.remat = config.remat
 
     def __call__(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> "Encoded":
         """Encode agents given in the order of deciding, the dead last.

@@ -3,7 +3,7 @@
     ippo      the critic sees what the agent sees       (de Witt et al. 2020, arXiv 2011.09533)
     mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
 
-Both are a `Stream` for the actor and one for the critic: a view, hidden layers, a memory, a head.
+Both are a `Tower` for the actor and one for the critic: a view, hidden layers, a memory, a head.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,8 @@ from mam.networks.actions import ActionDistribution, agent_noise, make_distribut
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
-from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
+from mam.networks.memory.base import AbstractRecurrence, unroll_successors
+from mam.networks.memory.registry import make_memory
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
 
@@ -37,11 +38,11 @@ class GlobalView(eqx.Module):
     joint: Dense
     norm: LayerNorm
 
-    def __init__(self, spec: EnvSpec, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
         embed_key, joint_key = jax.random.split(key)
-        d_model = sizes.d_model
-        self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
-        by_layer = sizes.observation_norm == "layer"
+        d_model = config.d_model
+        self.embed = ObservationEmbedding(spec, config, key=embed_key)
+        by_layer = config.observation_norm == "layer"
         self.state_norm = (
             LayerNorm(spec.state_dim) if by_layer and spec.state_dim is not None else None
         )
@@ -58,7 +59,7 @@ class GlobalView(eqx.Module):
         return self.norm(jax.nn.gelu(own + self.joint(joint)[..., None, :]))
 
 
-class Stream(eqx.Module):
+class Tower(eqx.Module):
     """From observations to an output per agent: view, `num_blocks` hidden layers, memory, head."""
 
     view: ObservationEmbedding | GlobalView
@@ -67,13 +68,13 @@ class Stream(eqx.Module):
     memory: AbstractRecurrence
     head: Head
 
-    def __init__(self, view, out_dim: int, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        memory_key, head_key, *layer_keys = jax.random.split(key, 2 + sizes.num_blocks)
-        d_model = sizes.d_model
+    def __init__(self, view, out_dim: int, config: NetworkConfig, *, key: Key[Array, ""]):
+        memory_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_blocks)
+        d_model = config.d_model
         self.view = view
         self.layers = tuple(Dense(d_model, d_model, key=k, gain=HIDDEN_GAIN) for k in layer_keys)
         self.norms = tuple(LayerNorm(d_model) for _ in layer_keys)
-        self.memory = make_memory(sizes, key=memory_key)
+        self.memory = make_memory(config, key=memory_key)
         self.head = Head(d_model, out_dim, key=head_key)
 
     def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
@@ -123,25 +124,25 @@ class ActorCriticMemory(eqx.Module):
 class IndependentPolicy(eqx.Module):
     """Actor and critic shared by all agents: π(a | o) = Π_i π(a_i | o_i)."""
 
-    actor: Stream
-    critic: Stream
+    actor: Tower
+    critic: Tower
     distribution: ActionDistribution
     num_agents: int = eqx.field(static=True)
 
     def __init__(
         self,
         spec: EnvSpec,
-        sizes: NetworkConfig,
+        config: NetworkConfig,
         *,
         critic_view: Callable[..., ObservationEmbedding | GlobalView],
         key: Key[Array, ""],
     ):
         actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
-        actor_view = ObservationEmbedding(spec, sizes, key=actor_view_key)
+        actor_view = ObservationEmbedding(spec, config, key=actor_view_key)
         self.distribution = make_distribution(spec)
-        self.actor = Stream(actor_view, self.distribution.num_outputs, sizes, key=actor_key)
-        self.critic = Stream(
-            critic_view(spec, sizes, key=critic_view_key), 1, sizes, key=critic_key
+        self.actor = Tower(actor_view, self.distribution.num_outputs, config, key=actor_key)
+        self.critic = Tower(
+            critic_view(spec, config, key=critic_view_key), 1, config, key=critic_key
         )
         self.num_agents = spec.num_agents
 

@@ -22,7 +22,7 @@ from mam.types import EnvSpec, Policy
 
 @dataclass(frozen=True)
 class PolicyKind:
-    """A line of the list, and how the policy is built: `build(spec, sizes, decoding, key=key)`."""
+    """A line of the list, and how the policy is built: `build(spec, config, decoding, key=key)`."""
 
     description: str
     build: Callable[..., Policy]
@@ -30,20 +30,20 @@ class PolicyKind:
 
 
 def _sequence(
-    letter: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+    letter: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> SequencePolicy:
-    return SequencePolicy(spec, Layout.of(letter, sizes), sizes, decoding, key=key)
+    return SequencePolicy(spec, Layout.of(letter, config), config, decoding, key=key)
 
 
 def _independent(
     critic_view: Any,
     spec: EnvSpec,
-    sizes: NetworkConfig,
+    config: NetworkConfig,
     decoding: Decoding,
     *,
     key: Key[Array, ""],
 ) -> IndependentPolicy:
-    if sizes.layouts:
+    if config.layouts:
         raise UserError(
             "network.encoder.layout and network.decoder.layout are for sequence policies: "
             f"{sequence_policies()}"
@@ -53,7 +53,7 @@ def _independent(
             f"decode is for sequence policies ({sequence_policies()}): "
             "independent agents need no decoding"
         )
-    return IndependentPolicy(spec, sizes, critic_view=critic_view, key=key)
+    return IndependentPolicy(spec, config, critic_view=critic_view, key=key)
 
 
 _own, _global = partial(_independent, ObservationEmbedding), partial(_independent, GlobalView)
@@ -120,7 +120,7 @@ def register_mixer(
 def make_policy(
     name: str,
     spec: EnvSpec,
-    sizes: NetworkConfig,
+    config: NetworkConfig,
     decoding: Decoding = SEQUENTIAL,
     *,
     key: Key[Array, ""],
@@ -130,7 +130,7 @@ def make_policy(
     Args:
         name: a key of `policies()`.
         spec: of the task's observations and actions.
-        sizes: of the networks.
+        config: of the networks.
         decoding: how a sequence policy acts.
         key: of the weights.
 
@@ -140,7 +140,9 @@ def make_policy(
     known = policies()
     if name not in known:
         raise unknown_name("policy", name, known, see="mam list")
-    return known[name].build(spec, replace(sizes, memory=memory_of(name, sizes)), decoding, key=key)
+    return known[name].build(
+        spec, replace(config, memory=memory_of(name, config)), decoding, key=key
+    )
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:
@@ -154,7 +156,7 @@ def has_memory(name: str, config: NetworkConfig) -> bool:
 
 
 def transfer_weights(
-    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, sizes: NetworkConfig
+    policy: Policy, name: str, old: EnvSpec, new: EnvSpec, config: NetworkConfig
 ) -> Policy:
     """Return the policy with the same weights for another task, such as one with more agents.
 
@@ -163,7 +165,7 @@ def transfer_weights(
         name: of the policy.
         old: the task it was made for.
         new: the task it is to play.
-        sizes: of its networks.
+        config: of its networks.
 
     Raises:
         UserError: if the weights do not fit, naming the sizes that are to blame.
@@ -172,7 +174,7 @@ def transfer_weights(
 
     def shapes(spec: EnvSpec) -> Policy:
         return jax.eval_shape(
-            lambda key: make_policy(name, spec, sizes, decoding, key=key), jax.random.key(0)
+            lambda key: make_policy(name, spec, config, decoding, key=key), jax.random.key(0)
         )
 
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:

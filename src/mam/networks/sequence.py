@@ -14,11 +14,12 @@ from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.decoder import Decoder
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder
 from mam.networks.layers import Dense
-from mam.networks.memory import AbstractRecurrence, make_memory, unroll_successors
+from mam.networks.memory.base import AbstractRecurrence, unroll_successors
+from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
 from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
 
@@ -32,26 +33,26 @@ class Layout:
     cross: tuple[MixerFamily, ...]  # of the decoder's blocks
 
     @classmethod
-    def of(cls, letter: str, sizes: NetworkConfig) -> "Layout":
+    def of(cls, letter: str, config: NetworkConfig) -> "Layout":
         """Return the layouts of the configuration, or `num_blocks` times one letter.
 
         Args:
             letter: of the family of mixers that the policy is named after.
-            sizes: of the networks, with their layouts if any.
+            config: of the networks, with their layouts if any.
 
         Raises:
             UserError: for a letter of no mixer, or a decoder whose layouts differ in length.
         """
-        own = letter * sizes.num_blocks
-        decoder = sizes.decoder.layout or own
-        cross = sizes.decoder.cross or decoder
+        own = letter * config.num_blocks
+        decoder = config.decoder.layout or own
+        cross = config.decoder.cross or decoder
         if len(cross) != len(decoder):
             raise UserError(
                 f"network.decoder.cross must have a letter for each of the decoder's "
                 f"{len(decoder)} blocks, got {cross!r}"
             )
         return cls(
-            encoder=families_of(sizes.encoder.layout or own, "network.encoder.layout"),
+            encoder=families_of(config.encoder.layout or own, "network.encoder.layout"),
             decoder=families_of(decoder, "network.decoder.layout"),
             cross=families_of(cross, "network.decoder.cross"),
         )
@@ -80,22 +81,22 @@ class SequencePolicy(eqx.Module):
         self,
         spec: EnvSpec,
         layout: Layout,
-        sizes: NetworkConfig,
+        config: NetworkConfig,
         decoding: Decoding,
         *,
         key: Key[Array, ""],
     ):
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
-        self.embed = ObservationEmbedding(spec, sizes, key=embed_key)
-        self.memory = make_memory(sizes, key=memory_key)
-        self.encoder = Encoder(layout.encoder, sizes, key=encoder_key)
+        self.embed = ObservationEmbedding(spec, config, key=embed_key)
+        self.memory = make_memory(config, key=memory_key)
+        self.encoder = Encoder(layout.encoder, config, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.decoder = Decoder(
-            self.distribution, layout.decoder, layout.cross, sizes, key=decoder_key
+            self.distribution, layout.decoder, layout.cross, config, key=decoder_key
         )
         self.num_agents = spec.num_agents
         self.decoding = decoding
-        self.dtype = sizes.dtype
+        self.dtype = config.dtype
 
     @property
     def value_layer(self) -> Dense:
@@ -124,9 +125,9 @@ class SequencePolicy(eqx.Module):
         mask = _rows(obs.action_mask, order)
         noise = _rows(agent_noise(self.distribution, key, obs.alive.shape[-1]), order)
         noise = jnp.where(greedy, 0.0, noise)
-        ahead = Ahead(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
+        inputs = DecodeInputs(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
         # 2. The actions.
-        decision = decide(self.decoder, self.distribution, ahead, self.decoding)
+        decision = decide(self.decoder, self.distribution, inputs, self.decoding)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)

@@ -21,7 +21,7 @@ from mam.errors import RunError, UserError
 from mam.learning.train import Trainer, make_train
 from mam.networks.policy import has_memory
 
-ROOM = 0.9  # of a device's memory that may be planned for
+MEMORY_FRACTION = 0.9  # of a device's memory that may be planned for
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan(config: Config) -> Iterator[Plan]:
     Raises:
         UserError: for a run with external environments: its train step is no single program.
     """
-    room = ROOM * device_memory()
+    room = MEMORY_FRACTION * device_memory()
     first = _compiled(config, "as asked for")
     yield first
     if first.footprint.total <= room:
@@ -103,7 +103,7 @@ def _compiled(config: Config, changes: str) -> Plan:
     try:
         if not isinstance(trainer.train_step, jax.stages.Wrapped):
             raise UserError(
-                f"{config.env} lives on the host: "
+                f"{config.env} is an external environment: "
                 "its memory depends on the simulator, and is not planned"
             )
         seeds = np.arange(config.seed, config.seed + config.num_seeds)
@@ -122,7 +122,7 @@ def footprint(trainer: Trainer) -> str:
     line = f"a train step needs {gigabytes(need.total)} of {gigabytes(there)}"
     return (
         line
-        if need.total <= ROOM * there
+        if need.total <= MEMORY_FRACTION * there
         else f"{line}: it may not fit. `mam plan` looks for settings that do"
     )
 

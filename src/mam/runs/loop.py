@@ -591,7 +591,7 @@ class _Loop:
             state: after it.
             values: what it reported.
         """
-        bad = trainer.first_bad(state, values)
+        bad = trainer.first_nonfinite(state, values)
         self._skipped = self._skipped + 1 if bad else 0
         if not bad:
             return True

@@ -118,7 +118,7 @@ def play(
     return episode
 
 
-def play_on_host(
+def play_external(
     name: str,
     agent_id: IdEncoding,
     policy: Policy,
@@ -132,8 +132,8 @@ def play_on_host(
     """Play an episode of an external environment, in this process; see `play`.
 
     Args:
-        name: of the environment, as for `mam.envs.registry.make_host`.
-        agent_id: as for `make_host`.
+        name: of the environment, as for `mam.envs.registry.make_external`.
+        agent_id: as for `make_external`.
         policy: as for `play`.
         seed: as for `play`.
         path: as for `play`, of the T states that were acted on; without a GIF where the environment

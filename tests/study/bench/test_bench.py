@@ -16,7 +16,7 @@ from mam.study.bench.results import Row
 SIZES = NetworkConfig(d_model=8, d_state=2)
 CASES = cases()
 SMALL = ("--batch", "2", "--rounds", "2", "--network.d-model", "8", "--network.d-state", "2")
-NAMES = [(what, name, None) for what, case in CASES.items() for name in case.contenders]
+NAMES = [(what, name, None) for what, case in CASES.items() for name in case.candidates]
 REMEMBERING = [
     ("act", "mat"),
     ("act", "mat-uncached"),
@@ -34,20 +34,20 @@ def read_rows(folder):
 @pytest.mark.parametrize(("what", "name", "memory"), NAMES)
 def test_every_contender_is_a_program(what, name, memory):
     try:
-        contender = CASES[what].contenders[name](Cell(2, 2, replace(SIZES, memory=memory)))
+        candidate = CASES[what].candidates[name](Cell(2, 2, replace(SIZES, memory=memory)))
     except Skip as reason:
         pytest.skip(str(reason))
-    steps = () if contender.steps is None else (contender.steps,)
-    outputs = jax.eval_shape(contender.function, *contender.args, *steps)
-    assert contender.baseline in CASES[what].contenders
+    steps = () if candidate.steps is None else (candidate.steps,)
+    outputs = jax.eval_shape(candidate.function, *candidate.args, *steps)
+    assert candidate.baseline in CASES[what].candidates
     if what in ("scan", "block"):
         y, gradients = outputs
         shapes = jax.tree.map(lambda x: x.shape, (y, *gradients))
-        assert shapes == jax.tree.map(lambda x: x.shape, contender.args)
+        assert shapes == jax.tree.map(lambda x: x.shape, candidate.args)
 
 
 @pytest.mark.parametrize(
-    ("what", "contenders"),
+    ("what", "candidates"),
     [
         ("scan", ("sequential", "associative", "pairwise")),
         ("block", ("attention/encoder", "attention/cross")),
@@ -57,9 +57,9 @@ def test_every_contender_is_a_program(what, name, memory):
         ("train", ("mat/acting",)),
     ],
 )
-def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
+def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys):
     sizes = ("2", "4") if what == "scan" else ("2",)
-    args = ("--num-agents", *sizes, "--contenders", *contenders, "--out", str(tmp_path / "out"))
+    args = ("--num-agents", *sizes, "--candidates", *candidates, "--out", str(tmp_path / "out"))
     assert cli.main(["bench", what, *SMALL, *args]) == 0
     out = capsys.readouterr().out
     assert f"{what} · N = 2 · batch 2" in out
@@ -70,9 +70,9 @@ def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
     }
     rows = read_rows(tmp_path / "out")
     assert list(rows[0]) == [field.name for field in fields(Row)]
-    assert {row["contender"] for row in rows} == set(contenders)
+    assert {row["candidate"] for row in rows} == set(candidates)
     for row in rows:
-        if row["contender"] == "pairwise" and row["num_agents"] == "4":
+        if row["candidate"] == "pairwise" and row["num_agents"] == "4":
             assert row["note"].startswith("skipped")
             continue
         assert row["what"] == what
@@ -80,7 +80,7 @@ def test_every_bench_leaves_its_results(what, contenders, tmp_path, capsys):
         assert float(row["temp_mb"]) >= 0
         assert float(row["compile_s"]) > 0
         assert (row["rounds"], row["extrapolated"], row["jax"]) == ("2", "False", jax.__version__)
-        assert bool(row["ratio"]) == (row["baseline"] in contenders)
+        assert bool(row["ratio"]) == (row["baseline"] in candidates)
         assert bool(row["parameters"]) == (what != "scan")
         assert bool(row["per_agent_us"]) == (what in ("act", "decode"))
         assert bool(row["env_steps_per_s"]) == (what == "train")
@@ -95,7 +95,7 @@ def test_tokens_decide_the_batch(tmp_path, capsys):
         "2",
         "--tokens",
         "20",
-        "--contenders",
+        "--candidates",
         "ssd",
         "--rounds",
         "1",
@@ -114,10 +114,10 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return build(cell)
 
-    build = CASES["scan"].contenders["ssd"]
+    build = CASES["scan"].candidates["ssd"]
     monkeypatch.setattr("mam.study.bench.cases.cases", lambda: CASES)
-    monkeypatch.setitem(CASES["scan"].contenders, "ssd", interrupted)
-    args = ("--num-agents", "2", "4", "--contenders", "ssd", "--out", str(tmp_path))
+    monkeypatch.setitem(CASES["scan"].candidates, "ssd", interrupted)
+    args = ("--num-agents", "2", "4", "--candidates", "ssd", "--out", str(tmp_path))
     assert cli.main(["bench", "scan", *SMALL, *args]) == 0
     assert "interrupted" in capsys.readouterr().out
     assert len(read_rows(tmp_path)) == 1
@@ -130,8 +130,8 @@ def test_an_interrupted_bench_keeps_what_it_has(tmp_path, capsys, monkeypatch):
         ([], ["bench needs what to time", "WHAT"]),
         (["skan"], ["unknown bench 'skan'", "did you mean scan"]),
         (
-            ["act", "--contenders", "mat", "mma"],
-            ["unknown contender 'mma'", "act has mam,", "mat-uncached"],
+            ["act", "--candidates", "mat", "mma"],
+            ["unknown candidate 'mma'", "act has mam,", "mat-uncached"],
         ),
         (["act", "--num-agents", "4", "x"], ["--num-agents takes a whole number, got 'x'"]),
         (["act", "--num-agents=x"], ["--num-agents takes a whole number, got 'x'"]),

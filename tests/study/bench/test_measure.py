@@ -1,4 +1,4 @@
-"""The measuring loop, with contenders that return the seconds they are to have taken."""
+"""The measuring loop, with candidates that return the seconds they are to have taken."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.study.bench import measure as measuring
-from mam.study.bench.measure import Case, Cell, Contender, Limits, Skip, measure
+from mam.study.bench.measure import Candidate, Case, Cell, Limits, Skip, measure
 from mam.study.bench.timing import Timing
 
 LIMITS = Limits(
@@ -32,14 +32,14 @@ def seconds_as_returned(monkeypatch):
 
 
 def takes(seconds, cell, **options):
-    """A contender that takes so long, times N."""
+    """A candidate that takes so long, times N."""
     cost = jnp.float32(seconds * cell.num_agents)
-    return Contender(lambda cost: cost, (cost,), baseline="a", **options)
+    return Candidate(lambda cost: cost, (cost,), baseline="a", **options)
 
 
 def stepwise(seconds, cell):
     """A step takes that long; what comes before takes as long as one."""
-    return Contender(
+    return Candidate(
         lambda cost, n: cost * (1 + n), (jnp.float32(seconds),), baseline="a", steps=cell.num_agents
     )
 
@@ -48,14 +48,14 @@ def refuses(cell):
     raise Skip("made for others")
 
 
-def rows_of(contenders, sizes=(4,), limits=LIMITS, **options):
+def rows_of(candidates, sizes=(4,), limits=LIMITS, **options):
     case = Case(
-        {name: partial(build) for name, build in contenders.items()}, num_agents=sizes, **options
+        {name: partial(build) for name, build in candidates.items()}, num_agents=sizes, **options
     )
     cells = [Cell(n, 2, NetworkConfig()) for n in sizes]
     return {
-        (row.contender, row.num_agents): row
-        for row in measure("what", case, cells, list(contenders), limits)
+        (row.candidate, row.num_agents): row
+        for row in measure("what", case, cells, list(candidates), limits)
     }
 
 
@@ -76,13 +76,13 @@ def test_ratios_are_to_the_baseline():
 
 
 def test_derived_columns_and_shares_of_parts():
-    contenders = {
+    candidates = {
         "a": partial(takes, 1.0),
         "a/one": partial(takes, 0.5),
         "a/two": partial(takes, 0.2),
     }
     rows = rows_of(
-        contenders, derived={"per_agent_us": lambda cell, seconds: seconds / cell.num_agents}
+        candidates, derived={"per_agent_us": lambda cell, seconds: seconds / cell.num_agents}
     )
     assert rows["a", 4].note == "one 50%, two 20%, rest 30%"
     assert rows["a/two", 4].ratio == pytest.approx(0.2)
@@ -107,7 +107,7 @@ def test_a_contender_predicted_to_be_slow_is_not_even_compiled():
 
 def test_memory_has_a_limit():
     def hungry(cell):
-        return Contender(
+        return Candidate(
             lambda x: jnp.tanh(jnp.sort(x @ x)[0, 0]), (jnp.ones((64, 64)),), baseline="a"
         )
 

@@ -37,7 +37,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
     with CsvFile(tmp_path / "new" / "results.csv") as file:
         file.write(replace(ROWS[0], note="a, b"))
         (row,) = csv.DictReader((tmp_path / "new" / "results.csv").read_text().splitlines())
-    assert (row["contender"], row["num_agents"], row["median_ms"], row["note"]) == (
+    assert (row["candidate"], row["num_agents"], row["median_ms"], row["note"]) == (
         "mam",
         "4",
         "2",

@@ -4,7 +4,7 @@ report         what was found, and how it reads
 static         the specification, signatures, tracing
 shapes         shapes and types
 jax_play       plays an `Environment`, in the lanes of `lanes`
-host_play      plays `HostEnvironments`, in the runs of `host_run`
+external_play  plays `ExternalEnvironments`, in the runs of `external_run`
 parallel       the same for PettingZoo's, with what their workers noted
 recording      what was played
 rules          what must hold of it: what is seen and earned;
@@ -19,7 +19,7 @@ from typing import Any
 
 import jaxtyping
 
-from mam.envs.check import episode_rules, host_play, jax_play, rules, scale_rules
+from mam.envs.check import episode_rules, external_play, jax_play, rules, scale_rules
 from mam.envs.check.recording import STEP_LIMIT, Recording
 from mam.envs.check.report import Finding, Report, Severity, collapse
 from mam.envs.check.shapes import is_fatal
@@ -54,7 +54,7 @@ CHECKS = (
     *(rule.__name__ for rule in RULES),
 )
 JAX_CHECKS = ("jit", "vmap", "structure", "weak_type", "hidden_state")
-HOST_CHECKS = ("leak", "env_seeds", "env_independence", "overwritten")
+EXTERNAL_CHECKS = ("leak", "env_seeds", "env_independence", "overwritten")
 _METHODS = {
     False: {"reset": ("key",), "step": ("state", "action", "key"), "animate": ("states", "path")},
     True: {"reset": ("seed",), "step": ("action",), "close": ()},
@@ -71,8 +71,8 @@ def check_environment(
 
     Args:
         env: an `Environment`, an `AutoReset` (of which the inner environment is checked), or
-            `HostEnvironments`, which are left open. Annotated as anything, because whether it is
-            one of them is the question.
+            `ExternalEnvironments`, which are left open. Annotated as anything, because whether it
+            is one of them is the question.
         seed: decides keys and actions.
         num_episodes: how many to play at least.
         time_budget: seconds after which no further step is played. A single call that takes long
@@ -80,15 +80,15 @@ def check_environment(
     """
     start = time.perf_counter()
     env = env.env if isinstance(env, AutoReset) else env
-    on_host = hasattr(env, "num_envs") and not hasattr(env, "animate")
+    is_external = hasattr(env, "num_envs") and not hasattr(env, "animate")
     name, findings, recording = type(env).__name__, [], None
     with _unchecked_types():
         try:
             spec = read_spec(env)
             name = str(spec.name)
             _report(findings, check_spec(spec))
-            _report(findings, check_signatures(env, _METHODS[on_host]))
-            play = _play_host if on_host else _play_jax
+            _report(findings, check_signatures(env, _METHODS[is_external]))
+            play = _play_external if is_external else _play_jax
             recording = play(env, spec, findings, seed, num_episodes, start + time_budget)
         except Unplayable as error:
             findings.extend(error.findings)
@@ -99,7 +99,7 @@ def check_environment(
     return Report(
         name,
         collapse(findings),
-        checks=(*CHECKS, *(HOST_CHECKS if on_host else JAX_CHECKS)),
+        checks=(*CHECKS, *(EXTERNAL_CHECKS if is_external else JAX_CHECKS)),
         episodes=len(recording.episodes) if recording else 0,
         steps=sum(episode.length for episode in recording.episodes) if recording else 0,
         seconds=time.perf_counter() - start,
@@ -122,7 +122,7 @@ def _play_jax(
     return recording
 
 
-def _play_host(
+def _play_external(
     env: Any, spec: EnvSpec, findings: list[Finding], seed: int, num_episodes: int, deadline: float
 ) -> Recording:
     if not isinstance(env.num_envs, int) or env.num_envs < 1:
@@ -131,7 +131,7 @@ def _play_host(
                 "protocol", "error", "num_envs", "a whole number, at least 1", repr(env.num_envs)
             )
         )
-    recording = host_play.play(env, spec, seed, num_episodes, deadline)
+    recording = external_play.play(env, spec, seed, num_episodes, deadline)
     _judge(findings, recording)
     return recording
 

@@ -157,7 +157,7 @@ def final_is_previous(recording: Recording) -> Iterator[Finding]:
 
 
 def auto_reset(recording: Recording) -> Iterator[Finding]:
-    """Find an `Environment` that resets itself, and `HostEnvironments` that lose the last view."""
+    """Find an `Environment` that resets itself, and external ones that lose the last view."""
     yield from _lost_final(recording) if recording.resets_itself else _resets_itself(recording)
 
 

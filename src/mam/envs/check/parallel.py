@@ -10,7 +10,7 @@ from mam.envs.check.check import check_environment
 from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.check.rules import RARE, at_least
 from mam.envs.external.audit import END, Audited, read_notes
-from mam.envs.external.pool import HostPool
+from mam.envs.external.pool import ExternalPool
 
 NUM_ENVS = 4
 CHECKS = ("space", "mask_name", "limit_of_one")
@@ -21,14 +21,14 @@ def check_parallel(name: str, factory: Callable[..., Any], **kwargs: Any) -> Rep
 
     Args:
         name: of the task.
-        factory: as for `HostPool`.
+        factory: as for `ExternalPool`.
         kwargs: as for `check_environment`.
 
     Raises:
         UserError: it cannot be made, or has spaces that are not supported.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with HostPool(
+        with ExternalPool(
             name,
             Audited(name, factory, folder),
             NUM_ENVS,

@@ -61,7 +61,9 @@ class Recording:
     """Everything the rules need."""
 
     spec: EnvSpec
-    resets_itself: bool  # HostEnvironments: at an end, `observation` is the next episode's first
+    resets_itself: (
+        bool  # ExternalEnvironments: at an end, `observation` is the next episode's first
+    )
     influence: Influence
     episodes: list[Episode] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)  # from comparing one run with another

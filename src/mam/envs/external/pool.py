@@ -36,8 +36,8 @@ MAX_FAILURES = 3  # how often in a row a worker is started again
 _log = logging.getLogger("mam")
 
 
-class HostPool:
-    """Environments in worker processes: a `HostEnvironments`, and a context manager.
+class ExternalPool:
+    """Environments in worker processes: a `ExternalEnvironments`, and a context manager.
 
     What happens in an environment depends on the seed, its place and the actions, not on the number
     of workers.
@@ -174,7 +174,7 @@ class HostPool:
         self._end()
         vars(self).pop("_slab", None)  # the last that refers to the memory
 
-    def __enter__(self) -> "HostPool":
+    def __enter__(self) -> "ExternalPool":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -45,7 +45,7 @@ def forward_program(*refs, plan):
     inputs, (y, last, starts) = Inputs(*refs[: len(AXES)]), refs[len(AXES) :]
     A = inputs.A[...] * LOG2_E
 
-    def advance(row, h, first, count):
+    def forward_chunk(row, h, first, count):
         places = plan.places(first, count)
         # All are read before the first is used: then memory is waited for once per chunk.
         agents = [_read(inputs, row, place) for place in places]
@@ -58,9 +58,9 @@ def forward_program(*refs, plan):
         def chunk(k, h):
             if starts is not None:
                 starts[row, k] = h
-            return advance(row, h, plan.head + k * plan.chunk, plan.chunk)
+            return forward_chunk(row, h, plan.head + k * plan.chunk, plan.chunk)
 
-        h = advance(row, _state(inputs.h0, row, A), 0, plan.head)
+        h = forward_chunk(row, _state(inputs.h0, row, A), 0, plan.head)
         h = lax.fori_loop(0, plan.chunks, chunk, h) if plan.chunks else h
         if last is not None:
             last[row] = h
@@ -77,7 +77,7 @@ def backward_program(*refs, plan):
     starts, gy, g_last, gx, gdt, gB, gC, gA, gh0 = refs[len(AXES) :]
     A = inputs.A[...] * LOG2_E
 
-    def retreat(row, start, first, count, carry):
+    def backward_chunk(row, start, first, count, carry):
         later, sum_A = carry  # a_{i+1} G_{i+1}, and the gradient of A so far
         places = plan.places(first, count)
         # 1. The states before each agent; with the ones after them, gC.
@@ -107,11 +107,13 @@ def backward_program(*refs, plan):
     def sequence(row, sum_A):
         def chunk(k, carry):
             k = plan.chunks - 1 - k
-            return retreat(row, starts[row, k], plan.head + k * plan.chunk, plan.chunk, carry)
+            return backward_chunk(
+                row, starts[row, k], plan.head + k * plan.chunk, plan.chunk, carry
+            )
 
         carry = _state(g_last, row, A), sum_A
         carry = lax.fori_loop(0, plan.chunks, chunk, carry) if plan.chunks else carry
-        later, sum_A = retreat(row, _state(inputs.h0, row, A), 0, plan.head, carry)
+        later, sum_A = backward_chunk(row, _state(inputs.h0, row, A), 0, plan.head, carry)
         if gh0 is not None:
             gh0[row] = later
         return sum_A

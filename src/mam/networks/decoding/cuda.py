@@ -53,8 +53,8 @@ MAX_TOKENS = 256
 
 
 @runtime_checkable
-class AheadLike(Protocol):
-    """What fused decoders read of `mam.networks.decoding.decide.Ahead`."""
+class DecodeInputsLike(Protocol):
+    """What fused decoders read of `mam.networks.decoding.decide.DecodeInputs`."""
 
     @property
     def context(self) -> Context: ...
@@ -88,7 +88,7 @@ def kernel_supports(decoder: Decoder, operand_dtype: Any = jnp.float16) -> bool:
 
 def decode_kernel(
     decoder: Decoder,
-    ahead: AheadLike,
+    ahead: DecodeInputsLike,
     *,
     operand_dtype: Any = jnp.float16,
     interpret: bool = False,

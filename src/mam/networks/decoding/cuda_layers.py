@@ -225,7 +225,7 @@ class Network:
             (b.mixer.ssm.init_state(columns), b.cross.ssm.init_state(columns)) for b in self.blocks
         )
 
-    def advance(
+    def step(
         self,
         columns: Columns,
         states: tuple[tuple[State, State], ...],

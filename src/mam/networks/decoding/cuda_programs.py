@@ -223,7 +223,7 @@ def _decide(decoder, matrices, inputs, action, out, *, plan):
         score = inputs.score[envs, here].T
         own = (state_envs, jnp.full(states.shape, index, jnp.int32), states)
         C = [split_rows(block[own].astype(jnp.float32)) for block in inputs.C]
-        state, logits = network.advance(columns, state, token, obs_rep, C)
+        state, logits = network.step(columns, state, token, obs_rep, C)
         chosen = lax.argmax(add_logits(score, logits), 0, jnp.int32)
         # Columns of one environment write the same.
         action[envs, here] = chosen

@@ -34,7 +34,7 @@ class Decoding:
     max_passes: int | None = None
 
 
-class Ahead(eqx.Module):
+class DecodeInputs(eqx.Module):
     """The inputs of decoding besides earlier actions, for some agents: [*batch, M, …]."""
 
     context: Context
@@ -50,7 +50,7 @@ class Decision(eqx.Module):
     passes: Float[Array, "*batch"]  # over the agents; a step for one agent is 1 / M of a pass
 
 
-class Progress(eqx.Module):
+class DecodeCarry(eqx.Module):
     """The carry of decoding: the decoder's state after earlier agents, and the last one's token."""
 
     state: tuple[DecoderState, ...]
@@ -58,7 +58,7 @@ class Progress(eqx.Module):
 
 
 @dataclass(frozen=True)
-class _Chooser:
+class _DecodeContext:
     """What decoding reads and does not change: the decoder, the distribution, the embedding."""
 
     decoder: Decoder
@@ -71,46 +71,46 @@ class _Chooser:
 
 
 def decide(
-    decoder: Decoder, distribution: ActionDistribution, ahead: Ahead, decoding: Decoding
+    decoder: Decoder, distribution: ActionDistribution, inputs: DecodeInputs, decoding: Decoding
 ) -> Decision:
     """Choose one joint action per batch element.
 
     Args:
         decoder: gives each agent's outputs.
         distribution: over one agent's actions.
-        ahead: inputs of all agents, in the order of deciding.
+        inputs: inputs of all agents, in the order of deciding.
         decoding: the method, and its limits.
     """
-    *batch, num_agents, _ = ahead.mask.shape
-    dtype = ahead.context.obs_rep.dtype
-    chooser = _Chooser(decoder, distribution, decoder.embedder(dtype))
+    *batch, num_agents, _ = inputs.mask.shape
+    dtype = inputs.context.obs_rep.dtype
+    fixed = _DecodeContext(decoder, distribution, decoder.embedder(dtype))
     size = num_agents if decoding.window is None else min(decoding.window, num_agents)
-    start = Progress(
+    start = DecodeCarry(
         state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
         token=decoder.embed.start(tuple(batch)),
     )
     if decoding.method == "fixed_point":
-        return _in_windows(chooser, start, ahead, size, decoding.max_passes or size)
-    return _in_order(chooser, start, ahead, kernel=decoding.method == "kernel")
+        return _in_windows(fixed, start, inputs, size, decoding.max_passes or size)
+    return _in_order(fixed, start, inputs, kernel=decoding.method == "kernel")
 
 
 def _in_windows(
-    chooser: _Chooser, start: Progress, ahead: Ahead, size: int, max_passes: int
+    fixed: _DecodeContext, start: DecodeCarry, inputs: DecodeInputs, size: int, max_passes: int
 ) -> Decision:
     """Decide by fixed points of equal size; agents that fill up the last one are dropped."""
-    *batch, num_agents, _ = ahead.mask.shape
+    *batch, num_agents, _ = inputs.mask.shape
     axis = len(batch)
     windows = jax.tree.map(
         lambda v: jnp.moveaxis(
             _padded(v, axis, size).reshape(*batch, -1, size, *v.shape[axis + 1 :]), axis, 0
         ),
-        ahead,
+        inputs,
     )
     real = (jnp.arange(num_agents + -num_agents % size) < num_agents).reshape(-1, size)
 
-    def window(progress, inputs):
-        ahead, real = inputs
-        return _fixed_point(chooser, progress, ahead, real, max_passes)
+    def window(carry, inputs):
+        inputs, real = inputs
+        return _fixed_point(fixed, carry, inputs, real, max_passes)
 
     _, decisions = lax.scan(window, start, (windows, real))
     action, out = (
@@ -126,51 +126,53 @@ def _padded(v: Array, axis: int, size: int) -> Array:
     return jnp.pad(v, [(0, -v.shape[axis] % size if i == axis else 0) for i in range(v.ndim)])
 
 
-def _one_by_one(chooser: _Chooser, progress: Progress, ahead: Ahead) -> tuple[Progress, Decision]:
-    axis = ahead.mask.ndim - 2
+def _one_by_one(
+    fixed: _DecodeContext, carry: DecodeCarry, inputs: DecodeInputs
+) -> tuple[DecodeCarry, Decision]:
+    axis = inputs.mask.ndim - 2
 
-    def agent(progress: Progress, ahead: Ahead):
-        state, out = chooser.decoder.advance(
-            progress.state, chooser.embed(progress.token), ahead.context
-        )
-        action = chooser.distribution.sample_from_noise(out, ahead.mask, ahead.noise)
-        return Progress(state=state, token=chooser.token(action)), (action, out)
+    def agent(carry: DecodeCarry, inputs: DecodeInputs):
+        state, out = fixed.decoder.step(carry.state, fixed.embed(carry.token), inputs.context)
+        action = fixed.distribution.sample_from_noise(out, inputs.mask, inputs.noise)
+        return DecodeCarry(state=state, token=fixed.token(action)), (action, out)
 
-    agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), ahead)
-    progress, (action, out) = lax.scan(agent, progress, agents_first)
+    agents_first = jax.tree.map(lambda v: jnp.moveaxis(v, axis, 0), inputs)
+    carry, (action, out) = lax.scan(agent, carry, agents_first)
     decision = Decision(
         action=jnp.moveaxis(action, 0, axis),
         out=jnp.moveaxis(out, 0, axis),
-        passes=jnp.ones(ahead.mask.shape[:-2]),
+        passes=jnp.ones(inputs.mask.shape[:-2]),
     )
-    return progress, decision
+    return carry, decision
 
 
-def _in_order(chooser: _Chooser, start: Progress, ahead: Ahead, *, kernel: bool) -> Decision:
+def _in_order(
+    fixed: _DecodeContext, start: DecodeCarry, inputs: DecodeInputs, *, kernel: bool
+) -> Decision:
     """Decide for one agent after another: in a loop, or in one call of fused code.
 
     Fused code is used where it takes the decoder: on CPU native code, if installed; on CUDA a
     kernel, if asked for.
     """
 
-    def loop(ahead: Ahead) -> Decision:
-        return _one_by_one(chooser, start, ahead)[1]
+    def loop(inputs: DecodeInputs) -> Decision:
+        return _one_by_one(fixed, start, inputs)[1]
 
     def in_one_call(
-        decode: Callable[[Decoder, Ahead], tuple[Action, Array]],
-    ) -> Callable[[Ahead], Decision]:
-        def call(ahead: Ahead) -> Decision:
-            action, out = decode(chooser.decoder, ahead)
-            return Decision(action=action, out=out, passes=jnp.ones(ahead.mask.shape[:-2]))
+        decode: Callable[[Decoder, DecodeInputs], tuple[Action, Array]],
+    ) -> Callable[[DecodeInputs], Decision]:
+        def call(inputs: DecodeInputs) -> Decision:
+            action, out = decode(fixed.decoder, inputs)
+            return Decision(action=action, out=out, passes=jnp.ones(inputs.mask.shape[:-2]))
 
         return call
 
     calls = {}
-    if use_native() and native_supports(chooser.decoder, ahead):
+    if use_native() and native_supports(fixed.decoder, inputs):
         calls["cpu"] = in_one_call(native_decode)
-    if kernel and has_cuda() and kernel_supports(chooser.decoder):
+    if kernel and has_cuda() and kernel_supports(fixed.decoder):
         calls["cuda"] = in_one_call(decode_kernel)
-    return lax.platform_dependent(ahead, **calls, default=loop) if calls else loop(ahead)
+    return lax.platform_dependent(inputs, **calls, default=loop) if calls else loop(inputs)
 
 
 class _Attempt(eqx.Module):
@@ -184,21 +186,25 @@ class _Attempt(eqx.Module):
 
 
 def _fixed_point(
-    chooser: _Chooser, progress: Progress, ahead: Ahead, real: Bool[Array, "M"], max_passes: int
-) -> tuple[Progress, Decision]:
+    fixed: _DecodeContext,
+    carry: DecodeCarry,
+    inputs: DecodeInputs,
+    real: Bool[Array, "M"],
+    max_passes: int,
+) -> tuple[DecodeCarry, Decision]:
     """Pass over all agents of a window until what they read is what they do.
 
     Agent k reads agents before it only, so the first k agents are right after k passes, and M
     passes always suffice; coupling decides how many are needed. The whole batch waits for its
     slowest element.
     """
-    *batch, size, _ = ahead.mask.shape
-    distribution = chooser.distribution
+    *batch, size, _ = inputs.mask.shape
+    distribution = fixed.distribution
 
     def attempt(read: Action, passes: Float[Array, ""]) -> _Attempt:
-        tokens = chooser.decoder.embed.shift_right(distribution.token(read), first=progress.token)
-        state, out = chooser.decoder.extend(progress.state, chooser.embed(tokens), ahead.context)
-        action = distribution.sample_from_noise(out, ahead.mask, ahead.noise)
+        tokens = fixed.decoder.embed.shift_right(distribution.token(read), first=carry.token)
+        state, out = fixed.decoder.unroll(carry.state, fixed.embed(tokens), inputs.context)
+        action = distribution.sample_from_noise(out, inputs.mask, inputs.noise)
         return _Attempt(read, action, out, state, passes + 1)
 
     def settled(last: _Attempt) -> Bool[Array, ""]:
@@ -206,9 +212,9 @@ def _fixed_point(
         return ~jnp.any(moved[..., :-1])  # no agent of the window reads its last one
 
     # The first guess: what would be chosen without any preference.
-    indifferent = jnp.zeros((*batch, size, distribution.num_outputs), ahead.noise.dtype)
+    indifferent = jnp.zeros((*batch, size, distribution.num_outputs), inputs.noise.dtype)
     first = attempt(
-        distribution.sample_from_noise(indifferent, ahead.mask, ahead.noise), jnp.zeros(())
+        distribution.sample_from_noise(indifferent, inputs.mask, inputs.noise), jnp.zeros(())
     )
     last = lax.while_loop(
         lambda last: ~settled(last) & (last.passes < max_passes),
@@ -216,13 +222,13 @@ def _fixed_point(
         first,
     )
 
-    def found() -> tuple[Progress, Decision]:
-        token = chooser.token(jnp.take(last.action, size - 1, axis=len(batch)))
+    def found() -> tuple[DecodeCarry, Decision]:
+        token = fixed.token(jnp.take(last.action, size - 1, axis=len(batch)))
         passes = jnp.broadcast_to(last.passes, tuple(batch))
-        return Progress(state=last.state, token=token), Decision(last.action, last.out, passes)
+        return DecodeCarry(state=last.state, token=token), Decision(last.action, last.out, passes)
 
-    def given_up() -> tuple[Progress, Decision]:
-        after, decision = _one_by_one(chooser, progress, ahead)
+    def given_up() -> tuple[DecodeCarry, Decision]:
+        after, decision = _one_by_one(fixed, carry, inputs)
         return after, eqx.tree_at(lambda d: d.passes, decision, decision.passes + last.passes)
 
     if max_passes >= size:

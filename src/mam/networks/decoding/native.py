@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from mam.kernels.native.library import LANES, library
 from mam.networks.blocks import DecoderBlock
 from mam.networks.decoder import Decoder, Embedded
-from mam.networks.decoding.cuda import AheadLike
+from mam.networks.decoding.cuda import DecodeInputsLike
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import AbstractCausalMixer
 from mam.networks.mixers.mamba import SelectiveInputs, SelectiveSSM
@@ -31,7 +31,7 @@ ROWS_IN_WORK = 8  # Decode::kRowsInWork there
 LOG2_E = math.log2(math.e)
 
 
-def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
+def native_supports(decoder: Decoder, ahead: DecodeInputsLike) -> bool:
     """Say whether `native_decode` takes `decoder` and `ahead`.
 
     They must be all in float32, with one choice per agent and blocks of Mamba and Mamba-2 mixers
@@ -46,7 +46,7 @@ def native_supports(decoder: Decoder, ahead: AheadLike) -> bool:
 
 
 def native_decode(
-    decoder: Decoder, ahead: AheadLike
+    decoder: Decoder, ahead: DecodeInputsLike
 ) -> tuple[Int[Array, "*batch N"], Float[Array, "*batch N A"]]:
     """Choose all agents' actions, one after another: argmax(logits + noise), the lowest on ties.
 

@@ -28,16 +28,16 @@ class Projections(eqx.Module):
     out: Dense
     num_heads: int = eqx.field(static=True)
 
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(self, config: NetworkConfig, *, key: Key[Array, ""]):
         keys = jax.random.split(key, 4)
-        d_model = sizes.d_model
+        d_model = config.d_model
         self.query, self.value, self.out = (
             Dense(d_model, d_model, key=k, gain=SMALL_GAIN) for k in keys[:3]
         )
         # No bias: one added to every key moves all of a query's scores alike, and the softmax takes
         # it out again.
         self.key = Dense(d_model, d_model, key=keys[3], gain=SMALL_GAIN, bias=False)
-        self.num_heads = sizes.num_heads
+        self.num_heads = config.num_heads
 
     def split(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch H F"]:
         return x.reshape(*x.shape[:-1], self.num_heads, -1)
@@ -88,8 +88,8 @@ class Attention(AbstractMixer):
 
     projections: Projections
 
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        self.projections = Projections(sizes, key=key)
+    def __init__(self, config: NetworkConfig, *, key: Key[Array, ""]):
+        self.projections = Projections(config, key=key)
 
     def __call__(self, x, context=None, *, alive=None):
         p = self.projections
@@ -125,8 +125,8 @@ class CausalAttention(AbstractCausalMixer):
     projections: Projections
     cross: bool = eqx.field(static=True)
 
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
-        self.projections = Projections(sizes, key=key)
+    def __init__(self, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+        self.projections = Projections(config, key=key)
         self.cross = cross
 
     def project(self, x):
@@ -145,12 +145,12 @@ class CausalAttention(AbstractCausalMixer):
         )
         return KVCache(keys=empty, values=empty, length=jnp.zeros((), jnp.int32))
 
-    def advance(self, state, inputs, context):
+    def step(self, state, inputs, context):
         inputs, context = jax.tree.map(lambda v: v[..., None, :, :], (inputs, context))
-        state, y = self.extend(state, inputs, context)
+        state, y = self.unroll(state, inputs, context)
         return state, y[..., 0, :]
 
-    def extend(self, state, inputs, context, alive=None):
+    def unroll(self, state, inputs, context, alive=None):
         query = heads_first(context if self.cross else inputs.query)
         axis = query.ndim - 2  # of the agents
         num_new = query.shape[axis]

@@ -46,7 +46,7 @@ class AbstractCausalMixer(AbstractMixer):
 
     What an agent contributes by itself (`project`, `project_context`) is apart from the mixing, so
     that it can be computed once for everything an agent may be, or for all agents before the first
-    of them acts. The mixing has two equal forms: `advance` for one agent, `extend` for several.
+    of them acts. The mixing has two equal forms: `step` for one agent, `unroll` for several.
     """
 
     @abstractmethod
@@ -70,7 +70,7 @@ class AbstractCausalMixer(AbstractMixer):
         """
 
     @abstractmethod
-    def advance(
+    def step(
         self, state: MixerState, inputs: MixerInputs, context: MixerInputs
     ) -> tuple[MixerState, Float[Array, "*batch E"]]:
         """Return the state after the next agent, and its output.
@@ -82,7 +82,7 @@ class AbstractCausalMixer(AbstractMixer):
         """
 
     @abstractmethod
-    def extend(
+    def unroll(
         self,
         state: MixerState | None,
         inputs: MixerInputs,
@@ -105,23 +105,7 @@ class AbstractCausalMixer(AbstractMixer):
 
     @final
     def __call__(self, x, context=None, *, alive=None):
-        return self.extend(None, self.project(x), self.project_context(context), alive)[1]
-
-    @final
-    def step(
-        self,
-        state: MixerState,
-        x: Float[Array, "*batch E"],
-        context: Float[Array, "*batch E"] | None = None,
-    ) -> tuple[MixerState, Float[Array, "*batch E"]]:
-        """Return the state after the next agent, and its output.
-
-        Args:
-            state: after the agents before.
-            x: the agent.
-            context: the agent's entry of the second sequence, for mixers that read one.
-        """
-        return self.advance(state, self.project(x), self.project_context(context))
+        return self.unroll(None, self.project(x), self.project_context(context), alive)[1]
 
 
 @dataclass(frozen=True)

@@ -55,17 +55,17 @@ class SelectiveSSM(AbstractSSM):
     scan: str | None = eqx.field(static=True)
     has_fused_decoder: ClassVar[bool] = True
 
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
-        d_inner, d_state, dt_rank = sizes.d_inner, sizes.d_state, sizes.resolved_dt_rank
+    def __init__(self, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+        d_inner, d_state, dt_rank = config.d_inner, config.d_state, config.resolved_dt_rank
         in_key, gate_key, conv_key, x_key, context_key, dt_key, dt_bias_key, out_key = (
             jax.random.split(key, 8)
         )
-        self.in_proj = Dense(sizes.d_model, d_inner, key=in_key, bias=False)
-        self.gate_proj = Dense(sizes.d_model, d_inner, key=gate_key, bias=False)
-        self.conv = CausalConv(d_inner, sizes.d_conv, key=conv_key)
+        self.in_proj = Dense(config.d_model, d_inner, key=in_key, bias=False)
+        self.gate_proj = Dense(config.d_model, d_inner, key=gate_key, bias=False)
+        self.conv = CausalConv(d_inner, config.d_conv, key=conv_key)
         self.x_proj = Dense(d_inner, dt_rank + (1 if cross else 2) * d_state, key=x_key, bias=False)
         self.context_proj = (
-            Dense(sizes.d_model, d_state, key=context_key, bias=False) if cross else None
+            Dense(config.d_model, d_state, key=context_key, bias=False) if cross else None
         )
         bound = dt_rank**-0.5
         weight = jax.random.uniform(dt_key, (dt_rank, d_inner), minval=-bound, maxval=bound)
@@ -77,8 +77,8 @@ class SelectiveSSM(AbstractSSM):
         # S4D-Real.
         self.A_log = jnp.broadcast_to(jnp.log(jnp.arange(1.0, d_state + 1)), (d_inner, d_state))
         self.skip = jnp.ones(d_inner)
-        self.out_proj = Dense(d_inner, sizes.d_model, key=out_key, bias=False)
-        self.scan = None if sizes.scan == "auto" else sizes.scan
+        self.out_proj = Dense(d_inner, config.d_model, key=out_key, bias=False)
+        self.scan = None if config.scan == "auto" else config.scan
 
     def metrics(self):
         return largest_step_size(self.dt_proj)
@@ -92,17 +92,17 @@ class SelectiveSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.A_log.shape[1], (self.conv,), dtype)
 
-    def advance(self, state, inputs, C, *, reset=None):
+    def step(self, state, inputs, C, *, reset=None):
         state = state.restarted(reset)
-        conv_state, x = self.conv.advance(state.conv_state[0], inputs.x)
+        conv_state, x = self.conv.step(state.conv_state[0], inputs.x)
         features, B, C = self._select(x, C)
         dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * jax.nn.silu(inputs.gate)
 
-    def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
+    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
-        conv_state, x = self.conv.extend(
+        conv_state, x = self.conv.unroll(
             before, living(inputs.x, alive), reset=reset, reverse=reverse
         )
         features, B, C = self._select(x, C)

@@ -65,12 +65,12 @@ class DualSSM(AbstractSSM):
     d_state: int = eqx.field(static=True)
     has_fused_decoder: ClassVar[bool] = True
 
-    def __init__(self, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
+    def __init__(self, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
         d_model, d_inner, d_state, heads = (
-            sizes.d_model,
-            sizes.d_inner,
-            sizes.d_state,
-            sizes.num_ssm_heads,
+            config.d_model,
+            config.d_inner,
+            config.d_state,
+            config.num_ssm_heads,
         )
         keys = iter(jax.random.split(key, 10))
         states = (1 if cross else 2) * d_state
@@ -81,8 +81,8 @@ class DualSSM(AbstractSSM):
         self.dt_proj = eqx.tree_at(
             lambda proj: proj.bias, dt_proj, initial_dt_bias(heads, key=next(keys))
         )
-        self.conv = CausalConv(d_inner, sizes.d_conv, key=next(keys))
-        self.state_conv = CausalConv(states, sizes.d_conv, key=next(keys))
+        self.conv = CausalConv(d_inner, config.d_conv, key=next(keys))
+        self.state_conv = CausalConv(states, config.d_conv, key=next(keys))
         self.context_proj = Dense(d_model, d_state, key=next(keys), bias=False) if cross else None
         self.A_log = jnp.log(jax.random.uniform(next(keys), (heads,), minval=1.0, maxval=16.0))
         self.skip = jnp.ones(heads)
@@ -104,11 +104,11 @@ class DualSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.d_state, (self.conv, self.state_conv), dtype)
 
-    def advance(self, state, inputs, C, *, reset=None):
+    def step(self, state, inputs, C, *, reset=None):
         state = state.restarted(reset)
         conv_x, conv_BC = state.conv_state
-        conv_x, x = self.conv.advance(conv_x, inputs.x)
-        conv_BC, BC = self.state_conv.advance(conv_BC, inputs.BC)
+        conv_x, x = self.conv.step(conv_x, inputs.x)
+        conv_BC, BC = self.state_conv.step(conv_BC, inputs.BC)
         B, C = self._split(BC, C)
         dt = step_size(inputs.dt)
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
@@ -116,12 +116,12 @@ class DualSSM(AbstractSSM):
             y * jax.nn.silu(inputs.gate)
         )
 
-    def extend(self, state, inputs, C, alive, *, reset=None, reverse=False):
+    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (conv_x, conv_BC) = (
             (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
         )
-        conv_x, x = self.conv.extend(conv_x, living(inputs.x, alive), reset=reset, reverse=reverse)
-        conv_BC, BC = self.state_conv.extend(
+        conv_x, x = self.conv.unroll(conv_x, living(inputs.x, alive), reset=reset, reverse=reverse)
+        conv_BC, BC = self.state_conv.unroll(
             conv_BC, living(inputs.BC, alive), reset=reset, reverse=reverse
         )
         B, C = self._split(BC, C)

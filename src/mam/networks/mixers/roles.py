@@ -56,7 +56,7 @@ class CausalConv(eqx.Module):
         self.weight = jax.random.uniform(key, (d_conv, channels), minval=-bound, maxval=bound)
         self.bias = jnp.zeros(channels)
 
-    def extend(
+    def unroll(
         self,
         state: Before | None,
         x: Float[Array, "*batch M F"],
@@ -103,7 +103,7 @@ class CausalConv(eqx.Module):
         zeros = (jnp.zeros_like(x[..., 0, :]),) * (before - there)
         return zeros + tuple(last(k) for k in range(there, 0, -1)), y
 
-    def advance(
+    def step(
         self, state: Before, x: Float[Array, "*batch F"]
     ) -> tuple[Before, Float[Array, "*batch F"]]:
         """Return the state after the next input `x`, and its output; `state` is that before it."""
@@ -197,7 +197,7 @@ class AbstractSSM(eqx.Module):
         """Return zeros, for leading axes `batch` and inputs of type `dtype`."""
 
     @abstractmethod
-    def advance(
+    def step(
         self,
         state: SSMState,
         inputs: MixerInputs,
@@ -218,7 +218,7 @@ class AbstractSSM(eqx.Module):
         """
 
     @abstractmethod
-    def extend(
+    def unroll(
         self,
         state: SSMState | None,
         inputs: MixerInputs,
@@ -248,7 +248,7 @@ class AbstractSSM(eqx.Module):
         return {}
 
 
-MakeSSM = Callable[..., AbstractSSM]  # make(sizes, key=key, cross=cross)
+MakeSSM = Callable[..., AbstractSSM]  # make(config, key=key, cross=cross)
 
 
 class BidirectionalSSM(AbstractMixer):
@@ -268,11 +268,11 @@ class BidirectionalSSM(AbstractMixer):
     post_norm: LayerNorm
     cascade: bool = eqx.field(static=True)
 
-    def __init__(self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""]):
-        self.pre_norm = RMSNorm(sizes.d_model)
-        self.ssm = make(sizes, key=key, cross=False)
-        self.post_norm = LayerNorm(sizes.d_model)
-        self.cascade = sizes.encoder.combine == "product"
+    def __init__(self, make: MakeSSM, config: NetworkConfig, *, key: Key[Array, ""]):
+        self.pre_norm = RMSNorm(config.d_model)
+        self.ssm = make(config, key=key, cross=False)
+        self.post_norm = LayerNorm(config.d_model)
+        self.cascade = config.encoder.combine == "product"
 
     def __call__(self, x, context=None, *, alive=None):
         inputs = self.ssm.project(self.pre_norm(x))
@@ -288,7 +288,7 @@ class BidirectionalSSM(AbstractMixer):
         return self.ssm.metrics()
 
     def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
-        return self.ssm.extend(None, inputs, None, alive, reverse=reverse)[1]
+        return self.ssm.unroll(None, inputs, None, alive, reverse=reverse)[1]
 
 
 class NormedInputs(eqx.Module):
@@ -311,12 +311,12 @@ class CausalSSM(AbstractCausalMixer):
     post_norm: LayerNorm
 
     def __init__(
-        self, make: MakeSSM, sizes: NetworkConfig, *, key: Key[Array, ""], cross: bool = False
+        self, make: MakeSSM, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False
     ):
-        self.pre_norm = RMSNorm(sizes.d_model)
-        self.context_norm = RMSNorm(sizes.d_model) if cross else None
-        self.ssm = make(sizes, key=key, cross=cross)
-        self.post_norm = LayerNorm(sizes.d_model)
+        self.pre_norm = RMSNorm(config.d_model)
+        self.context_norm = RMSNorm(config.d_model) if cross else None
+        self.ssm = make(config, key=key, cross=cross)
+        self.post_norm = LayerNorm(config.d_model)
 
     def metrics(self):
         return self.ssm.metrics()
@@ -338,12 +338,12 @@ class CausalSSM(AbstractCausalMixer):
     def init_state(self, num_agents, batch=(), dtype=None):
         return self.ssm.init_state(batch, dtype)
 
-    def advance(self, state, inputs, context):
-        state, y = self.ssm.advance(state, inputs.ssm, context)
+    def step(self, state, inputs, context):
+        state, y = self.ssm.step(state, inputs.ssm, context)
         return state, self._out(inputs.x, y)
 
-    def extend(self, state, inputs, context, alive=None):
-        state, y = self.ssm.extend(state, inputs.ssm, context, alive)
+    def unroll(self, state, inputs, context, alive=None):
+        state, y = self.ssm.unroll(state, inputs.ssm, context, alive)
         return state, self._out(inputs.x, y)
 
     def _out(

@@ -71,14 +71,16 @@ def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
     )
 
 
-def matched_sizes(name: str, spec: EnvSpec, sizes: NetworkConfig, parameters: int) -> NetworkConfig:
+def matched_sizes(
+    name: str, spec: EnvSpec, config: NetworkConfig, parameters: int
+) -> NetworkConfig:
     """Return sizes whose d_model brings the named policy nearest to a number of parameters."""
-    grain = math.lcm(8, sizes.num_heads)  # heads share d_model evenly
-    smaller = larger = replace(sizes, d_model=grain)
+    grain = math.lcm(8, config.num_heads)  # heads share d_model evenly
+    smaller = larger = replace(config, d_model=grain)
 
-    def size(sizes: NetworkConfig) -> int:
-        return count(policy_shapes(name, spec, sizes))
+    def size(config: NetworkConfig) -> int:
+        return count(policy_shapes(name, spec, config))
 
     while size(larger) < parameters:
         smaller, larger = larger, replace(larger, d_model=larger.d_model + grain)
-    return min(smaller, larger, key=lambda sizes: abs(size(sizes) - parameters))
+    return min(smaller, larger, key=lambda config: abs(size(config) - parameters))

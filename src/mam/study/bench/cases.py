@@ -1,4 +1,4 @@
-"""What can be compared: the contenders of each bench, and the sizes at which they meet."""
+"""What can be compared: the candidates of each bench, and the sizes at which they meet."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +22,7 @@ from mam.learning.rollout import init_rollout_state, rollout
 from mam.learning.train import Learner, TrainState, with_statistics
 from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
-from mam.networks.decoding.decide import Ahead, Decoding, decide
+from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.mixers.registry import MIXERS
 from mam.study.bench.baselines import act_uncached, matched_sizes
 from mam.study.bench.inputs import (
@@ -36,7 +36,7 @@ from mam.study.bench.inputs import (
     random_policy,
     synthetic_task,
 )
-from mam.study.bench.measure import Case, Cell, Contender, Skip
+from mam.study.bench.measure import Candidate, Case, Cell, Skip
 from mam.types import EnvSpec, Policy
 
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
@@ -56,7 +56,7 @@ def _both_ways(function: Callable[..., Array]) -> Callable[..., tuple[Array, PyT
     return run
 
 
-def _scan(implementation: str, cell: Cell) -> Contender:
+def _scan(implementation: str, cell: Cell) -> Candidate:
     """Build Mamba's scan, forward and backward."""
     if implementation == "pairwise" and cell.num_agents > PAIRWISE_AGENTS:
         raise Skip(f"made for N ≤ {PAIRWISE_AGENTS}")
@@ -72,10 +72,10 @@ def _scan(implementation: str, cell: Cell) -> Contender:
     def scan(*args: Array) -> Array:
         return selective_scan(*args, implementation=implementation)[0]
 
-    return _scan_contender(scan, cell, A, heads=d_inner)
+    return _scan_candidate(scan, cell, A, heads=d_inner)
 
 
-def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Contender:
+def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Candidate:
     """Build Mamba-2's scan, forward and backward."""
     if implementation == "native" and not use_native():
         raise Skip("no native kernels, or not only CPUs")
@@ -84,20 +84,20 @@ def _ssd(implementation: Literal["products", "native"], cell: Cell) -> Contender
     def scan(*args: Array) -> Array:
         return ssd(*args, implementation=implementation)[0]
 
-    return _scan_contender(scan, cell, -jnp.arange(1.0, heads + 1), heads=heads)
+    return _scan_candidate(scan, cell, -jnp.arange(1.0, heads + 1), heads=heads)
 
 
-def _scan_contender(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: int) -> Contender:
+def _scan_candidate(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: int) -> Candidate:
     shape, dtype = (cell.batch, cell.num_agents), cell.network.dtype
     x, gradient = normal(2, *shape, cell.network.d_inner).astype(dtype)
     dt = 0.1 * jax.nn.sigmoid(normal(*shape, heads, seed=1))
     B, C = normal(2, *shape, cell.network.d_state, seed=2).astype(dtype)
-    return Contender(
+    return Candidate(
         _both_ways(scan), (gradient, x, dt, A, B, C, jnp.ones(heads)), baseline="associative"
     )
 
 
-def _block(family: str, role: str, cell: Cell) -> Contender:
+def _block(family: str, role: str, cell: Cell) -> Candidate:
     """Build one mixer, forward and backward."""
     build = getattr(MIXERS[family].roles, role)
     mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
@@ -109,12 +109,12 @@ def _block(family: str, role: str, cell: Cell) -> Contender:
         return mixer(x, context)
 
     args = (gradient, mixer, x, context)
-    return Contender(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
+    return Candidate(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
 
 
 def _act(
     name: str, cell: Cell, *, cached: bool = True, decode: DecodeMethod = "sequential"
-) -> Contender:
+) -> Candidate:
     """Build one joint action per environment, encoder included."""
     spec = synthetic_task(cell.num_agents)
     policy = random_policy(name, spec, cell.network, _decoding(name, spec, cell, decode))
@@ -123,13 +123,13 @@ def _act(
     shared = {"args": (policy, obs, keys), "baseline": "mat", "parameters": count(policy)}
     if cached:
         memory = policy.init_memory((cell.batch,))
-        return Contender(
+        return Candidate(
             lambda policy, obs, keys: policy.act(memory, obs, reset, keys)[1], **shared
         )
-    return Contender(act_uncached, steps=cell.num_agents, **shared)
+    return Candidate(act_uncached, steps=cell.num_agents, **shared)
 
 
-def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Contender:
+def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Candidate:
     """Build one joint action per environment, given the encoder's output and the noise."""
     spec = synthetic_task(cell.num_agents)
     policy: Any = random_policy(name, spec, cell.network)
@@ -138,12 +138,12 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Co
     noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
-        ahead = Ahead(
+        ahead = DecodeInputs(
             context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise
         )
         return decide(policy.decoder, policy.distribution, ahead, decoding)
 
-    return Contender(
+    return Candidate(
         choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder)
     )
 
@@ -159,25 +159,27 @@ def _decoding(name: str, spec: EnvSpec, cell: Cell, decode: DecodeMethod) -> Dec
     return Decoding(decode)
 
 
-def _update(name: str, cell: Cell, **changes: Any) -> Contender:
+def _update(name: str, cell: Cell, **changes: Any) -> Candidate:
     """Build one gradient step of PPO on random data."""
-    spec, sizes = synthetic_task(cell.num_agents), replace(cell.network, **changes)
+    spec, config = synthetic_task(cell.num_agents), replace(cell.network, **changes)
     ppo = PPOConfig(num_epochs=1, num_minibatches=1)
-    return _update_contender(
-        random_policy(name, spec, sizes), spec, cell.batch, ppo, baseline="mat"
+    return _update_candidate(
+        random_policy(name, spec, config), spec, cell.batch, ppo, baseline="mat"
     )
 
 
-def _update_matched(name: str, rival: str, cell: Cell) -> Contender:
-    """Build one gradient step of a policy with as many parameters as the rival has."""
+def _update_matched(name: str, baseline_policy: str, cell: Cell) -> Candidate:
+    """Build one gradient step of a policy with as many parameters as the baseline_policy has."""
     spec = synthetic_task(cell.num_agents)
-    sizes = matched_sizes(name, spec, cell.network, count(policy_shapes(rival, spec, cell.network)))
-    return replace(_update(name, replace(cell, network=sizes)), note=f"d_model {sizes.d_model}")
+    config = matched_sizes(
+        name, spec, cell.network, count(policy_shapes(baseline_policy, spec, cell.network))
+    )
+    return replace(_update(name, replace(cell, network=config)), note=f"d_model {config.d_model}")
 
 
-def _update_contender(
+def _update_candidate(
     policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str
-) -> Contender:
+) -> Candidate:
     """Build a whole update on that many environment steps."""
     optimiser = make_optimiser(ppo)
 
@@ -190,25 +192,25 @@ def _update_contender(
         random_batch(policy, spec, steps, ROLLOUT_LENGTH),
         jax.random.key(2),
     )
-    return Contender(learn, args, baseline=baseline, parameters=count(policy))
+    return Candidate(learn, args, baseline=baseline, parameters=count(policy))
 
 
-def _through_xla(build: Callable[[Cell], Contender], cell: Cell) -> Contender:
-    """Build a contender without the kernels made for the device: native ones, or CUDA's scan."""
+def _through_xla(build: Callable[[Cell], Candidate], cell: Cell) -> Candidate:
+    """Build a candidate without the kernels made for the device: native ones, or CUDA's scan."""
     if has_cuda():
         return build(replace(cell, network=replace(cell.network, scan="sequential")))
     if not use_native():
         raise Skip("there are no native kernels to do without")
-    contender = build(cell)
+    candidate = build(cell)
 
     def run(*args: Any) -> Any:
         with without_native():
-            return contender.function(*args)
+            return candidate.function(*args)
 
-    return replace(contender, function=run)
+    return replace(candidate, function=run)
 
 
-def _train(name: str, part: str | None, cell: Cell) -> Contender:
+def _train(name: str, part: str | None, cell: Cell) -> Candidate:
     """Build a whole train step, or the part of it that acts, or the part that updates."""
     config = Config(
         name,
@@ -222,7 +224,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
         random_policy(name, envs.spec, cell.network),
     )
     if part == "update":
-        return _update_contender(
+        return _update_candidate(
             policy, envs.spec, config.steps_per_update, config.ppo, baseline=name
         )
     key, normalised = jax.random.key(0), with_statistics(policy, config, envs.spec)
@@ -245,7 +247,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
         carry, found = act(state, act_key)
         return learner.learn(state, carry, found, update_key)
 
-    return Contender(
+    return Candidate(
         act if part else step,
         (state, key),
         baseline=name if part else "mat",
@@ -253,9 +255,9 @@ def _train(name: str, part: str | None, cell: Cell) -> Contender:
     )
 
 
-def _ways_to_act(act: Callable[..., Contender]) -> dict[str, Callable[[Cell], Contender]]:
+def _ways_to_act(act: Callable[..., Candidate]) -> dict[str, Callable[[Cell], Candidate]]:
     """List every policy; fused decoders also through XLA, in one kernel, and as a fixed point."""
-    found: dict[str, Callable[[Cell], Contender]] = {
+    found: dict[str, Callable[[Cell], Candidate]] = {
         name: partial(act, name) for name in _policies()
     }
     for family in MIXERS.values():

@@ -39,14 +39,14 @@ class Bench:
     tokens: int | None = None
     """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block
     and update."""
-    contenders: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     """Who takes part; all unless given."""
     rounds: int | None = None
-    """Samples of each contender; as many as take a few seconds if None."""
+    """Samples of each candidate; as many as take a few seconds if None."""
     max_seconds: float = 60.0
-    """Contenders that would take longer than this at one N, compiling apart, are left out there."""
+    """Candidates that would take longer than this at one N, compiling apart, are left out there."""
     max_memory: float = 8.0
-    """Contenders that need more temporary memory than this, in GB, are left out there."""
+    """Candidates that need more temporary memory than this, in GB, are left out there."""
     out: Path | None = None
     """Folder of the results, which are written over; bench/<what> if None."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -67,10 +67,10 @@ class Bench:
 
 
 def run_bench(options: Bench) -> None:
-    """Time the contenders, printing as it goes; leave results.csv, plot.png and options.json.
+    """Time the candidates, printing as it goes; leave results.csv, plot.png and options.json.
 
     Raises:
-        UserError: for a bench or a contender that does not exist.
+        UserError: for a bench or a candidate that does not exist.
     """
     from rich.console import Console
 
@@ -84,7 +84,7 @@ def run_bench(options: Bench) -> None:
     if options.what not in benches:
         raise unknown_name("bench", options.what, benches, see="mam bench --help")
     case = benches[options.what]
-    names, cells = _contenders(options, case), list(_cells(options, case))
+    names, cells = _candidates(options, case), list(_cells(options, case))
     limits = Limits(options.rounds, options.max_seconds, options.max_memory)
     out, rows = options.out or Path("bench") / options.what, list[Row]()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -121,15 +121,15 @@ def run_bench(options: Bench) -> None:
     )
 
 
-def _contenders(options: Bench, case: "Case") -> list[str]:
-    """List the contenders asked for, in the bench's own order."""
-    for name in options.contenders:
-        if name not in case.contenders:
+def _candidates(options: Bench, case: "Case") -> list[str]:
+    """List the candidates asked for, in the bench's own order."""
+    for name in options.candidates:
+        if name not in case.candidates:
             raise UserError(
-                f"unknown contender '{name}': {options.what} has {', '.join(case.contenders)}"
+                f"unknown candidate '{name}': {options.what} has {', '.join(case.candidates)}"
             )
     return [
-        name for name in case.contenders if name in options.contenders or not options.contenders
+        name for name in case.candidates if name in options.candidates or not options.candidates
     ]
 
 

@@ -1,4 +1,4 @@
-"""What contenders are run on: random numbers, a synthetic task, and policies without training."""
+"""What candidates are run on: random numbers, a synthetic task, and policies without training."""
 
 import math
 from functools import partial
@@ -28,7 +28,7 @@ def random_like(shapes: PyTree) -> PyTree:
     """Draw arrays with a standard deviation of 0.1, for a tree of shapes.
 
     They stand for weights: no time depends on them, and initialising properly takes longer to
-    compile than most contenders.
+    compile than most candidates.
     """
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -42,18 +42,18 @@ def count(tree: PyTree) -> int:
 
 
 def policy_shapes(
-    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
+    name: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding = SEQUENTIAL
 ) -> PyTree:
     """Make a policy with shapes in place of arrays; nothing is computed."""
-    build = partial(make_policy, name, spec, sizes, decoding)
+    build = partial(make_policy, name, spec, config, decoding)
     return jax.eval_shape(lambda key: build(key=key), jax.random.key(0))
 
 
 def random_policy(
-    name: str, spec: EnvSpec, sizes: NetworkConfig, decoding: Decoding = SEQUENTIAL
+    name: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding = SEQUENTIAL
 ) -> Policy:
     """Make a named policy with random weights."""
-    return random_like(policy_shapes(name, spec, sizes, decoding))
+    return random_like(policy_shapes(name, spec, config, decoding))
 
 
 def synthetic_task(num_agents: int) -> EnvSpec:

@@ -1,4 +1,4 @@
-"""The measuring loop of every bench: compiles a cell's contenders and times them in turn."""
+"""The measuring loop of every bench: compiles a cell's candidates and times them in turn."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ from mam.config import NetworkConfig
 from mam.study.bench.results import Row
 from mam.study.bench.timing import FEWEST_ROUNDS, Run, interleave, predict, rounds_for, warm_up
 
-PREFIX = 16  # steps after which a contender that goes step by step is judged
+PREFIX = 16  # steps after which a candidate that goes step by step is judged
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One size at which contenders meet."""
+    """One size at which candidates meet."""
 
     num_agents: int
     batch: int
@@ -26,16 +26,16 @@ class Cell:
 
 
 class Skip(Exception):
-    """Why a contender takes no part in a cell."""
+    """Why a candidate takes no part in a cell."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A program to be timed at one size."""
 
     function: Callable[..., Any]  # compiled
     args: tuple[Any, ...]  # what it is called with
-    baseline: str  # the contender whose time is 1
+    baseline: str  # the candidate whose time is 1
     parameters: int | None = None
     # Of one length, if it takes steps; how many is then its last argument, not in `args`.
     steps: int | None = None
@@ -44,12 +44,12 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: contenders by name, and the sizes at which they meet.
+    """What is compared: candidates by name, and the sizes at which they meet.
 
-    A contender called `whole/part` is a part of `whole`, where that is measured too.
+    A candidate called `whole/part` is a part of `whole`, where that is measured too.
     """
 
-    contenders: Mapping[str, Callable[[Cell], Contender]]  # builds it for a cell, or raises Skip
+    candidates: Mapping[str, Callable[[Cell], Candidate]]  # builds it for a cell, or raises Skip
     num_agents: tuple[int, ...]
     tokens: int | None = None  # agents in all environments together; decides the batch
     batch: int | None = None  # environments
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be spent on one contender in one cell."""
+    """How much may be spent on one candidate in one cell."""
 
     rounds: int | None  # as many as take a few seconds if None
     max_seconds: float
@@ -81,9 +81,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Program:
-    """A contender compiled and warmed up."""
+    """A candidate compiled and warmed up."""
 
-    contender: Contender
+    candidate: Candidate
     run: Run
     estimate: float  # seconds `run` takes
     scale: float  # from `run` to a whole call; 1 if it is one
@@ -94,7 +94,7 @@ class _Program:
     def note(self) -> str:
         """What a time was made of."""
         return (
-            f"extrapolated from {PREFIX} of {self.contender.steps} steps"
+            f"extrapolated from {PREFIX} of {self.candidate.steps} steps"
             if self.scale != 1.0
             else ""
         )
@@ -109,13 +109,13 @@ def measure(
     *,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Row]:
-    """Time the named contenders in every cell.
+    """Time the named candidates in every cell.
 
     Args:
         what: name of the bench.
         case: what is compared.
         cells: the sizes, fewest agents first.
-        names: of the contenders.
+        names: of the candidates.
         limits: what to leave out.
         tell: called with what is being compiled, and with "" before anything is timed.
 
@@ -129,9 +129,9 @@ def measure(
         for name in names:
             tell(f"N = {cell.num_agents}: compiling {name}")
             try:
-                contender = case.contenders[name](cell)
+                candidate = case.candidates[name](cell)
                 programs[name] = _prepare(
-                    contender, limits, predict(history[name], cell.num_agents)
+                    candidate, limits, predict(history[name], cell.num_agents)
                 )
             except Skip as reason:
                 skipped[name] = f"skipped: {reason}"
@@ -171,17 +171,17 @@ def _time(
         name: {
             "median_ms": 1e3 * medians[name],
             "min_ms": 1e3 * timings[name].minimum * program.scale,
-            "baseline": program.contender.baseline,
+            "baseline": program.candidate.baseline,
             "ratio": medians[name] / medians[base]
-            if (base := program.contender.baseline) in medians
+            if (base := program.candidate.baseline) in medians
             else None,
             "temp_mb": program.temp_mb,
-            "parameters": program.contender.parameters,
+            "parameters": program.candidate.parameters,
             "compile_s": program.compile_s,
             "rounds": rounds,
             "extrapolated": program.scale != 1.0,
             "note": " · ".join(
-                filter(None, (program.contender.note, program.note, _shares(name, medians)))
+                filter(None, (program.candidate.note, program.note, _shares(name, medians)))
             ),
         }
         | {column: derive(cell, medians[name]) for column, derive in case.derived.items()}
@@ -190,7 +190,7 @@ def _time(
 
 
 def _shares(whole: str, medians: Mapping[str, float]) -> str:
-    """Say what the parts of a contender take of its time, each measured on its own."""
+    """Say what the parts of a candidate take of its time, each measured on its own."""
     parts = {name: seconds for name, seconds in medians.items() if name.startswith(f"{whole}/")}
     shares = {name.partition("/")[2]: seconds / medians[whole] for name, seconds in parts.items()}
     if shares:
@@ -198,16 +198,16 @@ def _shares(whole: str, medians: Mapping[str, float]) -> str:
     return ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
 
 
-def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _Program:
-    """Compile a contender and call it once or twice; raise Skip where it exceeds a limit."""
-    if predicted is not None and contender.steps is None:
+def _prepare(candidate: Candidate, limits: Limits, predicted: float | None) -> _Program:
+    """Compile a candidate and call it once or twice; raise Skip where it exceeds a limit."""
+    if predicted is not None and candidate.steps is None:
         limits.check_time(predicted, "predicted")
-    args = contender.args if contender.steps is None else (*contender.args, jnp.int32(0))
+    args = candidate.args if candidate.steps is None else (*candidate.args, jnp.int32(0))
     # Flat lists go in and come out: it takes a tenth of a millisecond to take a policy apart.
     leaves, structure = jax.tree.flatten(args)
 
     def flat(leaves: list[Array]) -> list[Array]:
-        return jax.tree.leaves(contender.function(*jax.tree.unflatten(structure, leaves)))
+        return jax.tree.leaves(candidate.function(*jax.tree.unflatten(structure, leaves)))
 
     try:
         start = time.perf_counter()
@@ -225,7 +225,7 @@ def _prepare(contender: Contender, limits: Limits, predicted: float | None) -> _
             inputs = leaves if steps is None else [*leaves[:-1], jnp.int32(steps)]
             return lambda: jax.block_until_ready(compiled(inputs))
 
-        return _Program(contender, *_warm_up(call, contender.steps, limits), compile_s, temp_mb)
+        return _Program(candidate, *_warm_up(call, candidate.steps, limits), compile_s, temp_mb)
     except jax.errors.JaxRuntimeError as error:  # out of memory, above all
         raise Skip(str(error).partition("\n")[0]) from error
 

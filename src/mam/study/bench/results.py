@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one size: a line of the CSV file. None is an empty field."""
+    """One candidate at one size: a line of the CSV file. None is an empty field."""
 
     what: str
-    contender: str
+    candidate: str
     num_agents: int
     batch: int
     median_ms: float | None = None  # of one call, over the rounds
@@ -83,7 +83,7 @@ _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def cell_report(rows: Sequence[Row]) -> Group:
-    """Tabulate the measured contenders of one cell, without empty columns, and add the notes."""
+    """Tabulate the measured candidates of one cell, without empty columns, and add the notes."""
     title = f"{rows[0].what} · N = {rows[0].num_agents} · batch {rows[0].batch}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     shown = {
@@ -91,25 +91,25 @@ def cell_report(rows: Sequence[Row]) -> Group:
         for name, form in _COLUMNS.items()
         if any(getattr(row, name) is not None for row in rows)
     }
-    table.add_column("contender", no_wrap=True)
+    table.add_column("candidate", no_wrap=True)
     for header, _ in shown.values():
         table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         if row.median_ms is not None:
             values = [(getattr(row, name), form) for name, (_, form) in shown.items()]
             table.add_row(
-                row.contender, *("–" if value is None else form(value) for value, form in values)
+                row.candidate, *("–" if value is None else form(value) for value, form in values)
             )
-    return Group(table, *(f"  {row.contender}: {row.note}" for row in rows if row.note), "")
+    return Group(table, *(f"  {row.candidate}: {row.note}" for row in rows if row.note), "")
 
 
 def curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group the measured rows by contender, fewest agents first."""
-    names = dict.fromkeys(row.contender for row in rows)
+    """Group the measured rows by candidate, fewest agents first."""
+    names = dict.fromkeys(row.candidate for row in rows)
     measured = sorted(
         (row for row in rows if row.median_ms is not None), key=lambda row: row.num_agents
     )
-    found = {name: [row for row in measured if row.contender == name] for name in names}
+    found = {name: [row for row in measured if row.candidate == name] for name in names}
     return {name: curve for name, curve in found.items() if curve}
 
 
@@ -123,8 +123,8 @@ def slope(curve: Sequence[Row]) -> float | None:
 def slope_table(rows: Sequence[Row]) -> Table | None:
     """Tabulate how time grows with N, over all sizes and at the end; None for a single size."""
     table = Table(title=f"time ∝ N^slope, {_fixed(rows)}", title_justify="left", box=SIMPLE_HEAD)
-    for header in ("contender", "slope", "between the two largest N"):
-        table.add_column(header, justify="left" if header == "contender" else "right", no_wrap=True)
+    for header in ("candidate", "slope", "between the two largest N"):
+        table.add_column(header, justify="left" if header == "candidate" else "right", no_wrap=True)
     for name, curve in curves(rows).items():
         slopes = (slope(curve), slope(curve[-2:]))
         if None not in slopes:
@@ -146,7 +146,7 @@ _LINES = ("-", "--", ":")
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw time and temporary memory against N, a line per contender.
+    """Draw time and temporary memory against N, a line per candidate.
 
     Hollow marks are extrapolated. `kind/part` has the colour of its kind, and the dashes of its
     part.

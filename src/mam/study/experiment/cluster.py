@@ -58,7 +58,7 @@ class RayPool:
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def room(self) -> bool:
+    def has_capacity(self) -> bool:
         at_once = min(
             int(self._has(name) / amount + 1e-9) for name, amount in self._needs.items() if amount
         )

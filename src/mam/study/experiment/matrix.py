@@ -64,7 +64,7 @@ def run_matrix(jobs: Sequence[Job], pool: Pool, screen: Screen, *, retries: int)
                     elif row.status == "waiting":
                         row.status = "stopped"
             for row in rows.values():
-                if row.status == "waiting" and pool.room():
+                if row.status == "waiting" and pool.has_capacity():
                     _start(row, pool, screen)
             for end in pool.ended():
                 _settle(rows[end.job], end, screen, retries=retries, stopping=told)

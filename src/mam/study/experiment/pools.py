@@ -38,7 +38,7 @@ class End:
 class Pool(Protocol):
     """A place for runs, entered and left as a context."""
 
-    def room(self) -> bool:
+    def has_capacity(self) -> bool:
         """Say whether another run can start now."""
         ...
 
@@ -133,7 +133,7 @@ class LocalPool:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def room(self) -> bool:
+    def has_capacity(self) -> bool:
         return len(self._running) < self._size
 
     def start(self, job: Job, command: Sequence[str]) -> None:

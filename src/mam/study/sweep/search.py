@@ -118,7 +118,7 @@ class Search:
                     )
                     for row in self._running():
                         self._pool.stop(row.job)
-                while not told and self._pool.room() and (waiting or not self._enough()):
+                while not told and self._pool.has_capacity() and (waiting or not self._enough()):
                     row = waiting.pop(0) if waiting else self._row(self._study.ask(self._space))
                     self._start(row)
                 for row in self._running():

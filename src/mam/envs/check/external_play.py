@@ -1,4 +1,4 @@
-"""Playing `HostEnvironments`: the same seed again and again, with some agents acting otherwise.
+"""Playing `ExternalEnvironments`: the same seed again and again, with some agents acting otherwise.
 
 The noise that random legal actions are made of does not depend on the environments' seed, so two
 runs of one seed differ by the actions of those agents only that deviate, and runs of two seeds by
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mam.envs.check.host_run import Run, cut, deviation, stack
+from mam.envs.check.external_run import Run, cut, deviation, stack
 from mam.envs.check.recording import (
     STEP_LIMIT,
     Influence,

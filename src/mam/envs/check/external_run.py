@@ -1,4 +1,4 @@
-"""A run of `HostEnvironments` from a reset on, cut into episodes and compared with another."""
+"""A run of `ExternalEnvironments` from a reset on, cut into episodes and compared with another."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
