@@ -42,6 +42,27 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class RecurrenceConfig:
+    """Memory over environment steps, where `network.memory` names one."""
+
+    d_state: int = 16
+    """State size per inner channel of a state-space memory."""
+    d_conv: int = 4
+    """Width of its convolution along time."""
+    expand: int = 1
+    """Inner width of a state-space memory, as a multiple of d_model."""
+    dt_min: float = 1e-3
+    """Step sizes at initialisation are log-uniform from here …"""
+    dt_max: float = 1.0
+    """… to here; 1 / step size is about how many environment steps a channel sums up."""
+    rotary: bool = True
+    """Turn the states of a state-space memory, each pair at its own speed: what is alike at every
+    step then cancels, and what happened once stays."""
+    last_action: bool = False
+    """Let agents read what they did at the step before, beside what they see."""
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """Sizes of the encoder–decoder policy."""
 
@@ -68,6 +89,7 @@ class NetworkConfig:
     memory: str | None = None
     """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's
     own if None: gru for rec_mappo and rec_ippo, none for the others."""
+    recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
     always."""

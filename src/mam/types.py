@@ -284,7 +284,12 @@ class Policy(Protocol):
         ...
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the state values of what followed every step of a rollout, from one memory.
 
@@ -293,7 +298,8 @@ class Policy(Protocol):
         Args:
             memory: what it was before the first step, without the time axis.
             obs: what was seen at step t.
-            reset: whether that was the first step of its episode.
+            action: the joint action at t.
+            reset: whether t was the first step of its episode.
             successor: what the action at t led to, before any auto-reset: `final_observation`.
 
         Returns:

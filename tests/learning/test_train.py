@@ -64,7 +64,7 @@ class Linear(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         return self.value(memory, successor)
 
 
@@ -100,7 +100,7 @@ class Counting(Linear):
     def value(self, memory, obs):
         return super().value(memory, obs) + memory[..., None]
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         return self.value(1 + self._counts(memory, reset), successor)
 
 

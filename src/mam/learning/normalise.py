@@ -194,11 +194,18 @@ class NormalisedPolicy(eqx.Module):
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the values of every step's successor; see `mam.types.Policy`."""
         obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
-        return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
+        return self.restore_value(
+            self.network.successor_values(memory, obs, action, reset, successor)
+        )
 
     def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
         """Return values in the network's units."""

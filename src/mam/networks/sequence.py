@@ -88,9 +88,9 @@ class SequencePolicy(eqx.Module):
     ):
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.memory = make_memory(config, key=memory_key)
         self.encoder = Encoder(layout.encoder, config, key=encoder_key)
         self.distribution = make_distribution(spec)
+        self.memory = make_memory(config, self.distribution, key=memory_key)
         self.decoder = Decoder(
             self.distribution, layout.decoder, layout.cross, config, key=decoder_key
         )
@@ -131,8 +131,9 @@ class SequencePolicy(eqx.Module):
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
-        return memory, PolicyOutput(
-            action=_rows(decision.action, by_agent),
+        action = _rows(decision.action, by_agent)
+        return self.memory.note(memory, action), PolicyOutput(
+            action=action,
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
@@ -150,7 +151,7 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Evaluate stored joint actions in a teacher-forced pass; see `mam.types.Policy`."""
-        _, x = self.memory.unroll(memory, self.embed(obs), reset)
+        _, x = self.memory.unroll(memory, self.embed(obs), reset, action)
         encoded = self.encode(x, obs.alive, order)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep)
@@ -168,10 +169,16 @@ class SequencePolicy(eqx.Module):
         return self._value(x, obs.alive)
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
-        x = unroll_successors(self.memory, memory, self.embed(obs), reset, self.embed(successor))
+        x, successor_x = self.embed(obs), self.embed(successor)
+        x = unroll_successors(self.memory, memory, x, reset, action, successor_x)
         return self._value(x, successor.alive)
 
     def encode(
