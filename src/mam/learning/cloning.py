@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
-from mam.learning.objective import Batch, Losses
+from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import Shard
 from mam.types import Evaluation
@@ -46,12 +46,10 @@ class BehaviourCloning:
         shard: Shard,
     ) -> Losses:
         """Return the loss of a minibatch; see `Objective`."""
-        alive = batch.observation.alive
-        count = jnp.maximum(shard.sum(alive.sum()), 1)
-        loss = -jnp.sum(jnp.where(alive, evaluation.log_prob, 0.0)) / count
+        mean = living_mean(batch.observation.alive, shard)
+        loss = -mean(evaluation.log_prob)
         means = {"cloning_loss": loss}
         if self.needs_values and targets is not None:
-            error = jnp.where(alive, jnp.square(evaluation.value - targets), 0.0)
-            means["cloning_value_loss"] = 0.5 * jnp.sum(error) / count
+            means["cloning_value_loss"] = 0.5 * mean(jnp.square(evaluation.value - targets))
             loss = loss + self.value_coef * means["cloning_value_loss"]
         return Losses(loss, means, {})

@@ -1,13 +1,13 @@
 """What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
@@ -110,6 +110,20 @@ class WeightedSum:
         return Losses(
             total, means, {name: x for _, losses in found for name, x in losses.maxima.items()}
         )
+
+
+def living_mean(
+    alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
+) -> Callable[[Shaped[Array, "*batch N"]], Float[Array, ""]]:
+    """Return the mean over the living agents of a minibatch, as a function.
+
+    Args:
+        alive: which agents count; what is in the others' rows, NaN included, is not read.
+        shard: where the minibatch lies on several devices, this one's share. A mean is then this
+            device's share of it.
+    """
+    count = jnp.maximum(shard.sum(alive.sum()), 1)
+    return lambda x: jnp.sum(jnp.where(alive, x, 0.0)) / count
 
 
 def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:

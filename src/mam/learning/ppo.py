@@ -11,7 +11,7 @@ from mam.config import PPOConfig
 from mam.errors import UserError
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
-from mam.learning.objective import Batch, Losses
+from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Evaluation
@@ -65,11 +65,7 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT
     (arXiv 2205.14953), eq. 5.
     """
-    count = jnp.maximum(shard.sum(alive.sum()), 1)
-
-    def mean(x):
-        return jnp.sum(jnp.where(alive, x, 0.0)) / count
-
+    mean = living_mean(alive, shard)
     # 1. Normalised advantages.
     centred = advantage - shard.sum(mean(advantage))
     advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
@@ -81,9 +77,8 @@ def ppo_loss(
     policy_loss = -mean(jnp.minimum(ratio * advantage, clipped * advantage))
     # 3. The value.
     value_clipped = old_value + jnp.clip(new.value - old_value, -clip_eps, clip_eps)
-    value_loss = 0.5 * mean(
-        jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
-    )
+    error = jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
+    value_loss = 0.5 * mean(error)
     # 4. Their sum, and diagnostics.
     entropy = mean(new.entropy)
     return PPOLoss(
