@@ -293,7 +293,7 @@ class Config:
 
     @property
     def mode_beside(self) -> str:
-        """What the mode that does not count is called in metrics."""
+        """The name in metrics of the mode that does not count."""
         return "sampled" if self.eval.greedy else "greedy"
 
     @property

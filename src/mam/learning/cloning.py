@@ -35,7 +35,13 @@ class BehaviourCloning:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> Float[Array, "T B N"] | None:
-        """Return R, if it is to be predicted; see `Objective`."""
+        """Return R, the value targets, if the critic is to predict them.
+
+        Args:
+            policy: its normalisation puts R into the network's units.
+            rollout: not read: actions are cloned as they were recorded.
+            estimates: R in units of reward, [T, B, N]; None if `value_coef` is 0.
+        """
         return None if estimates is None else policy.normalise_value(estimates.target)
 
     def loss(
@@ -45,7 +51,17 @@ class BehaviourCloning:
         targets: Float[Array, "L M N"] | None,
         shard: Shard,
     ) -> Losses:
-        """Return the loss of a minibatch; see `Objective`."""
+        """Return −log π of the recorded actions, and the value loss if there is one.
+
+        Args:
+            evaluation: log π and v of M sequences of L steps, [L, M, N].
+            batch: says which agents were alive; nothing is learned from the dead.
+            targets: R for the same rows, as `prepare` returned it.
+            shard: this device's share of the minibatch.
+
+        Returns:
+            The loss, and `cloning_loss` and `cloning_value_loss` as means.
+        """
         mean = living_mean(batch.observation.alive, shard)
         loss = -mean(evaluation.log_prob)
         means = {"cloning_loss": loss}

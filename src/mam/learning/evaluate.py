@@ -36,7 +36,14 @@ class Episodes(eqx.Module):
     def start(
         cls, env: Environment, policy: Policy, reset_keys: Key[Array, "M"], key: Key[Array, ""]
     ) -> "Episodes":
-        """Reset an environment for each episode."""
+        """Reset an environment for each episode.
+
+        Args:
+            env: one environment.
+            policy: says what memory is before the first step.
+            reset_keys: decide how the M episodes start.
+            key: of all later steps.
+        """
         env_state, timestep = jax.vmap(env.reset)(reset_keys)
         size = reset_keys.shape
         return cls(
@@ -52,7 +59,14 @@ class Episodes(eqx.Module):
     def after(
         self, env_state: EnvState, timestep: TimeStep, memory: Memory, key: Key[Array, ""]
     ) -> "Episodes":
-        """Take in a step of all; what is known of an episode that is over stays as it is."""
+        """Return the episodes one step later; those that were over keep metrics and returns.
+
+        Args:
+            env_state: after the step, [M, …].
+            timestep: what the step led to, [M, …]; that of an episode that is over means nothing.
+            memory: after it.
+            key: of all later steps.
+        """
         metrics = {
             name: jnp.where(self.over, self.metrics[name], timestep.metrics[name])
             for name in timestep.metrics

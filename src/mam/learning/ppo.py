@@ -93,7 +93,7 @@ def ppo_loss(
 
 
 class PPOTargets(eqx.Module):
-    """What the loss compares the current parameters with, in the network's units, [T, B, N]."""
+    """Values as of acting, and targets, in the network's units, [T, B, N]."""
 
     log_prob: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
@@ -111,7 +111,14 @@ class PPO:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> PPOTargets:
-        """Return the targets; see `Objective`.
+        """Return what the current parameters are compared with.
+
+        Args:
+            policy: as it acted; evaluates its own actions anew with `recompute_log_prob`, and puts
+                values into the network's units.
+            rollout: [T, B, …], with the log-probabilities and values of acting.
+            estimates: advantages, which stay in units of reward until the loss normalises them, and
+                value targets.
 
         Raises:
             UserError: for recorded actions, of whose probability nothing is known.
@@ -136,7 +143,17 @@ class PPO:
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
     ) -> Losses:
-        """Return `ppo_loss` of a minibatch; see `Objective`."""
+        """Return `ppo_loss` of a minibatch.
+
+        Args:
+            evaluation: log π, entropy and v of the stored actions, [L, M, N].
+            batch: says which agents were alive.
+            targets: as of acting, for the same rows.
+            shard: this device's share of the minibatch.
+
+        Returns:
+            The loss; its parts as means, and `ratio_deviation` as a maximum.
+        """
         losses = ppo_loss(
             evaluation,
             targets.log_prob,

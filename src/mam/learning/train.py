@@ -106,7 +106,7 @@ class Trainer:
 
     @property
     def env(self) -> Environment | ExternalEnvironments:
-        """What is evaluated in: one environment, or external ones, which this starts."""
+        """The environments of evaluation: one in JAX, or external ones, which this starts."""
         return self.environments.env
 
     def close(self) -> None:
@@ -212,7 +212,7 @@ def make_train(
 
 @dataclass(frozen=True)
 class _Steps:
-    """What the functions of a run do, traced for one seed or called for all of them."""
+    """The bodies of a run's functions, traced for one seed or called for all of them."""
 
     config: Config
     source: Experience
@@ -321,7 +321,7 @@ def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:
 
 @dataclass(frozen=True)
 class Learner:
-    """What training does besides acting, for one seed, with environments of any kind."""
+    """The part of training that is not acting, for one seed, with environments of any kind."""
 
     config: Config
     spec: EnvSpec

@@ -21,7 +21,7 @@ FRAME_MILLISECONDS = 100
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened in an episode, step by step: decisions at t, and the rewards they led to."""
+    """The course of an episode, step by step: decisions at t, and the rewards they led to."""
 
     reward: Float[np.ndarray, "T N"]  # a team's is repeated
     value: Float[np.ndarray, "T N"]

@@ -26,7 +26,7 @@ class MixerFamily:
 
     @property
     def roles(self) -> Any:
-        """How a mixer of this family is built in each role."""
+        """The constructors of a mixer of this family, by role."""
         return self.load()
 
 
