@@ -315,7 +315,7 @@ class Config:
 
     @property
     def mode_beside(self) -> str:
-        """What the mode that does not count is called in metrics."""
+        """The name in metrics of the mode that does not count."""
         return "sampled" if self.eval.greedy else "greedy"
 
     @property
@@ -356,10 +356,10 @@ def _validate(config: Config) -> None:
         for name in names:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
-    ppo, network = config.ppo, config.network
     _check_choices(config)
-    names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
+    memory = config.network.memory or ""
     # They stand in messages, pages and file names.
+    names = {"policy": config.policy, "env": config.env, "network.memory": memory}
     for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
@@ -370,10 +370,6 @@ def _validate(config: Config) -> None:
         raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
     if not config.log:
         raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
-    for name, layout in network.layouts.items():
-        # The mixers are known to networks alone; the layout stands in file names.
-        if not re.fullmatch("[A-Za-z0-9]+", layout):
-            raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
         ("worker.max_restarts", config.worker.max_restarts),
@@ -385,24 +381,38 @@ def _validate(config: Config) -> None:
         raise UserError(
             f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}"
         )
+    _check_ppo(config.ppo)
+    _check_network(config.network)
+    _check_finite(config)
+
+
+def _check_ppo(ppo: PPOConfig) -> None:
+    """Refuse coefficients out of range, and sequences or minibatches that a rollout cannot give."""
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise UserError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
     for name in ("ent_coef", "vf_coef"):
         if not getattr(ppo, name) >= 0:
             raise UserError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
-    if ppo.sequence_length is not None and (
-        ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length
-    ):
+    length, num_steps = ppo.sequence_length, ppo.num_envs * ppo.rollout_length
+    if length is not None and (length < 1 or ppo.rollout_length % length):
         raise UserError(
             f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, "
-            f"got {ppo.sequence_length}"
+            f"got {length}"
         )
-    if config.steps_per_update % ppo.num_minibatches:
+    if num_steps % ppo.num_minibatches:
         raise UserError(
             f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "
-            f"= {config.steps_per_update}, got {ppo.num_minibatches}"
+            f"= {num_steps}, got {ppo.num_minibatches}"
         )
+
+
+def _check_network(network: NetworkConfig) -> None:
+    """Refuse layouts that no file name takes, and widths that cannot be cut into heads."""
+    for name, layout in network.layouts.items():
+        # The mixers are known to networks alone; the layout stands in file names.
+        if not re.fullmatch("[A-Za-z0-9]+", layout):
+            raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     if network.d_model % network.num_heads:
         raise UserError(
             f"network.num_heads must divide network.d_model = {network.d_model}, "
@@ -417,7 +427,6 @@ def _validate(config: Config) -> None:
         )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
-    _check_finite(config)
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:

@@ -59,7 +59,7 @@ AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
 
 
 class Observation(eqx.Module):
-    """What the agents see before they act, and what a critic may know besides."""
+    """The agents' views before they act, and the state that a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
     # True = legal, or in use; every agent has one, in every component
@@ -73,7 +73,7 @@ class Observation(eqx.Module):
 
 
 class TimeStep(eqx.Module):
-    """What an environment returns from `reset` and `step`.
+    """The result of an environment's `reset` and `step`.
 
     `terminated` and `truncated` are never merged: a terminated episode is worth nothing more, a
     truncated one (time limit) would have gone on and is bootstrapped from `final_observation`.
@@ -280,7 +280,12 @@ class Policy(Protocol):
         ...
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent of `obs`, which continues the episode of `memory`."""
+        """Return the state value per agent.
+
+        Args:
+            memory: after step t − 1.
+            obs: what is seen at step t, of the same episode: it is not its first step.
+        """
         ...
 
     def successor_values(

@@ -13,7 +13,7 @@ from mam.config import NetworkConfig
 from mam.envs.probes import Memory
 from mam.envs.wrappers import AgentId, EpisodeStatistics
 from mam.networks.policy import make_policy
-from mam.runs.play import Episode, Trace, play, play_external, write_trace
+from mam.runs.play import Episode, ExternalTask, Trace, play, write_trace
 from mam.study.dashboard.replay import load
 from mam.types import EnvSpec
 
@@ -74,7 +74,7 @@ def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
     )
     policy = make_policy("ippo", spec, NetworkConfig(d_model=8), key=jax.random.key(0))
     path = tmp_path / "episode.gif"
-    episode = play_external("host_environments:Lives", "one_hot", policy, 5, path)
+    episode = play(ExternalTask("host_environments:Lives", "one_hot"), policy, 5, path)
     assert not episode.terminated  # cleo would have gone on
     replay = load(tmp_path / "episode.json")
     assert replay.length == 7

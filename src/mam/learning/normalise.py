@@ -169,7 +169,18 @@ class NormalisedPolicy(eqx.Module):
         *,
         greedy: bool | Bool[Array, ""] = False,
     ) -> tuple[Memory, PolicyOutput]:
-        """Choose one joint action per batch element; see `mam.types.Policy`."""
+        """Choose one joint action per batch element.
+
+        Args:
+            memory: the network's, after step t − 1.
+            obs: in the environment's units, at step t.
+            reset: whether t is the first step of an episode.
+            key: decides what is sampled.
+            greedy: take the most likely action instead of a sample.
+
+        Returns:
+            The network's memory after step t, and its output with values in units of reward.
+        """
         memory, output = self.network.act(
             memory, self.statistics.normalise(obs), reset, key, greedy=greedy
         )
@@ -183,14 +194,30 @@ class NormalisedPolicy(eqx.Module):
         order: Int[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
-        """Evaluate stored joint actions; see `mam.types.Policy`."""
+        """Evaluate stored joint actions.
+
+        Args:
+            memory: the network's, before the first step.
+            obs: in the environment's units, time first.
+            action: as `act` returned it: actions have no other units.
+            order: in which the agents decided.
+            reset: whether a step was the first of its episode.
+
+        Returns:
+            Log-probability and entropy in nats, values in units of reward, [*batch, N].
+        """
         evaluation = self.network.evaluate(
             memory, self.statistics.normalise(obs), action, order, reset
         )
         return replace(evaluation, value=self.restore_value(evaluation.value))
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent; see `mam.types.Policy`."""
+        """Return the state value per agent, in units of reward.
+
+        Args:
+            memory: the network's, after the step before.
+            obs: in the environment's units; goes on with the episode of `memory`.
+        """
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
     def successor_values(
@@ -201,7 +228,14 @@ class NormalisedPolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
         successor: Observation,
     ) -> Float[Array, "*batch N"]:
-        """Return the values of every step's successor; see `mam.types.Policy`."""
+        """Return the values of every step's successor, in units of reward.
+
+        Args:
+            memory: the network's, before the first step.
+            obs: in the environment's units, time first.
+            reset: whether a step was the first of its episode.
+            successor: what each action led to, in the environment's units.
+        """
         obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
         return self.restore_value(
             self.network.successor_values(memory, obs, action, reset, successor)

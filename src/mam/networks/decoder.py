@@ -22,7 +22,7 @@ Embedded = tuple[Float[Array, "..."], MixerInputs]
 
 
 class Context(eqx.Module):
-    """What the decoder reads of the observations, computed before the first agent acts."""
+    """The decoder's reading of the observations, computed before the first agent acts."""
 
     obs_rep: Float[Array, "*batch E"]
     blocks: tuple[MixerInputs, ...]
@@ -97,7 +97,7 @@ class Decoder(eqx.Module):
 
     @property
     def fused(self) -> list[Any] | None:
-        """What fused decoders run in place of the mixers, in order; None if one is unknown."""
+        """The blocks that fused decoders run in place of the mixers; None if one is unknown."""
         mixers = [mixer for block in self.blocks for mixer in (block.mixer, block.cross)]
         known = [mixer.fused for mixer in mixers if mixer.fused is not None]
         return known if len(known) == len(mixers) else None
@@ -105,7 +105,13 @@ class Decoder(eqx.Module):
     def init_state(
         self, num_agents: int, batch: tuple[int, ...], dtype
     ) -> tuple[DecoderState, ...]:
-        """Return the state before the first agent; see `DecoderBlock.init_state`."""
+        """Return the state of every block before the first agent decides.
+
+        Args:
+            num_agents: N, the most agents that the states will take.
+            batch: leading axes.
+            dtype: of what the blocks read.
+        """
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
     def step(

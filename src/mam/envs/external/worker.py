@@ -50,7 +50,7 @@ _OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which ca
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker is to do."""
+    """The environments that a worker runs, and its options."""
 
     name: str  # of the task
     factory: bytes  # pickled; makes one environment

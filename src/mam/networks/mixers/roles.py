@@ -106,7 +106,12 @@ class CausalConv(eqx.Module):
     def step(
         self, state: Before, x: Float[Array, "*batch F"]
     ) -> tuple[Before, Float[Array, "*batch F"]]:
-        """Return the state after the next input `x`, and its output; `state` is that before it."""
+        """Return the state after the next input, and its output.
+
+        Args:
+            state: the last d_conv − 1 inputs before it, the oldest first.
+            x: the next input.
+        """
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
         return window[1:], jax.nn.silu(y)
@@ -196,7 +201,12 @@ class AbstractSSM(eqx.Module):
 
     @abstractmethod
     def init_state(self, batch: tuple[int, ...], dtype: jnp.dtype | None) -> SSMState:
-        """Return zeros, for leading axes `batch` and inputs of type `dtype`."""
+        """Return the state before anything was read: zeros.
+
+        Args:
+            batch: leading axes.
+            dtype: of the inputs; states of the recurrence are in float32 or wider.
+        """
 
     @abstractmethod
     def step(
@@ -298,7 +308,7 @@ class BidirectionalSSM(AbstractMixer):
 
 
 class NormedInputs(eqx.Module):
-    """What the block reads of an agent, and the agent itself for the residual."""
+    """The block's inputs of an agent, and the agent itself for the residual."""
 
     x: Float[Array, "*batch E"]
     ssm: MixerInputs
