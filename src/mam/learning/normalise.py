@@ -233,6 +233,7 @@ class NormalisedPolicy(eqx.Module):
         Args:
             memory: the network's, before the first step.
             obs: in the environment's units, time first.
+            action: the joint action at each step.
             reset: whether a step was the first of its episode.
             successor: what each action led to, in the environment's units.
         """

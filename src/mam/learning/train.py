@@ -498,7 +498,7 @@ def _key(state: TrainState, stream: int | Int[Array, ""]) -> Key[Array, ""]:
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
     """Return means of metrics over the episodes that ended in a rollout; infinite if none did.
 
-    No NaN: JAX_DEBUG_NANS would take it for a mistake.
+    No NaN, which JAX_DEBUG_NANS would take for a mistake: see `on_host`.
     """
     ended, metrics = shard.gather(
         (transitions.terminated | transitions.truncated, transitions.metrics), 1
@@ -511,6 +511,18 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
         for name, x in metrics.items()
     }
     return values | {"num_episodes": count}
+
+
+def on_host(values: Values) -> dict[str, np.ndarray]:
+    """Return the metrics of a step as NumPy arrays: NaN, of a rollout in which no episode ended."""
+    metrics = {name: np.asarray(x) for name, x in jax.device_get(values).items()}
+    metrics.pop(NON_FINITE, None)
+    if "num_episodes" in metrics:
+        none = metrics["num_episodes"] == 0
+        for name, x in metrics.items():
+            if x.dtype.kind == "f":
+                metrics[name] = np.where(none & np.isposinf(x), x.dtype.type(np.nan), x)
+    return metrics
 
 
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:

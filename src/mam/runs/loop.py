@@ -34,7 +34,7 @@ from mam.envs.external.factories import names_code
 from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
-from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
+from mam.learning.train import Trainer, TrainState, Values, make_train, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves, newest
 from mam.runs.files import read_config
@@ -563,11 +563,7 @@ class _Loop:
         self.take(tell, state)
 
     def write(self, kind: Any, values: Values) -> Record:
-        numbers = {
-            name: np.asarray(value)
-            for name, value in jax.device_get(values).items()
-            if name != NON_FINITE
-        }
+        numbers = on_host(values)
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
         with _writing(self._folder.path), self._clock.part("logging"):
             for sink in self._sinks:

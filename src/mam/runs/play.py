@@ -1,6 +1,7 @@
 """One episode step by step, for looking at it: an image, and a trace of what was decided."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from mam.config import EvalConfig
+from mam.envs.external.worker import describe
 from mam.envs.wrappers import IdEncoding, agent_ids
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.runs.files import writing
 from mam.runs.sinks import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
@@ -120,8 +122,10 @@ def _play_on_device(
     try:
         with writing(path):
             env.animate(states, path)
-    except NotImplementedError as error:
-        undrawn = str(error)
+    except RunError:  # no space for it, nor for the trace
+        raise
+    except Exception as error:
+        undrawn = _why_undrawn(env.spec.name, error)
     return Episode(
         episode_return=float(timestep.metrics["episode_return"]),
         terminated=bool(timestep.terminated),
@@ -154,15 +158,16 @@ def _play_external(
         try:
             if not undrawn and (frame := env.frame()) is not None:
                 frames.append(Image.fromarray(frame))
-        except UserError as error:
-            frames, undrawn = [], str(error)
+        except Exception as error:
+            frames, undrawn = [], _why_undrawn(task.name, error)
         output = jax.device_get(output)
         outcome = env.step(np.asarray(output.action))
         notes.append(_note(observation, output, outcome.reward))
         arrays, key = outcome.observation, jax.random.fold_in(key, len(notes))
         terminated = outcome.terminated
         over = terminated or outcome.truncated
-    env.close()
+    with suppress(Exception):
+        env.close()
     if frames:
         with writing(path):
             frames[0].save(
@@ -175,6 +180,12 @@ def _play_external(
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     agents = env.layout.agents
     return Episode(episode_return, terminated, trace, len(frames), undrawn, agents)
+
+
+def _why_undrawn(name: str, error: Exception) -> str:
+    """Return in a line why there is no picture; drawing is code of the environment's."""
+    told = isinstance(error, UserError | NotImplementedError) and str(error)
+    return str(error) if told else f"{name} cannot be drawn: {describe(error)}"
 
 
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
