@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mam.envs.memory_probes import MemoryProbe, TMaze
 from mam.envs.probes import PROBES, Components, Copy, Identity, Matrix, Memory, Target
 
 SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
@@ -16,49 +17,69 @@ SIZES = [  # not the defaults, so that the formulas are tested and not the numbe
     Copy(num_agents=2, num_actions=5, time_limit=9),
     Matrix(num_agents=3, num_actions=4),
     Memory(num_agents=1, num_actions=6, length=7),
+    TMaze(num_agents=3, num_actions=2, length=5),
 ]
+MEMORY = [env for env in SIZES if isinstance(env, MemoryProbe)]
 
 
 def play(env, policy, num_episodes=2000):
-    """Plays `policy(first view, view, key)`, all episodes at once; returns [num_episodes]."""
+    """Returns the returns of `play_steps`, [num_episodes]."""
+    return play_steps(env, policy, num_episodes)[1].sum(axis=1)
+
+
+def play_steps(env, policy, num_episodes):
+    """Plays `policy(views so far, view, key)`, all episodes at once.
+
+    Views of steps to come are zeros. Returns views [num_episodes, T, N, O] and rewards
+    [num_episodes, T].
+    """
+    num_steps = env.spec.time_limit
 
     def episode(key):
         reset_key, steps_key = jax.random.split(key)
         state, first = env.reset(reset_key)
 
-        def step(carry, key):
-            state, observation = carry
+        def step(carry, now):
+            (state, view, seen), (index, key) = carry, now
             action_key, step_key = jax.random.split(key)
-            action = policy(first.observation.agents_view, observation.agents_view, action_key)
-            state, timestep = env.step(state, action, step_key)
-            return (state, timestep.observation), timestep
+            seen = seen.at[index].set(view)
+            state, timestep = env.step(state, policy(seen, view, action_key), step_key)
+            return (state, timestep.observation.agents_view, seen), timestep
 
-        keys = jax.random.split(steps_key, env.spec.time_limit)
-        _, timesteps = jax.lax.scan(step, (state, first.observation), keys)
-        return timesteps.reward[:, 0].sum(), timesteps.ended
+        view = first.observation.agents_view
+        seen = jnp.zeros((num_steps, *view.shape))
+        steps = jnp.arange(num_steps), jax.random.split(steps_key, num_steps)
+        (_, _, seen), timesteps = jax.lax.scan(step, (state, view, seen), steps)
+        return seen, timesteps.reward[:, 0], timesteps.ended
 
-    returns, ended = jax.jit(jax.vmap(episode))(jax.random.split(jax.random.key(0), num_episodes))
+    keys = jax.random.split(jax.random.key(0), num_episodes)
+    seen, rewards, ended = jax.jit(jax.vmap(episode))(keys)
     assert ended[:, -1].all()
     assert not ended[:, :-1].any()
-    return np.asarray(returns)
+    return np.asarray(seen), np.asarray(rewards)
 
 
 def optimal(env):
     """The policy that earns `env.optimal_return`."""
 
-    def copy(first, view, key):
+    def copy(seen, view, key):
         return jnp.full(env.num_agents, jax.random.randint(key, (), 0, env.num_actions))
 
-    def components(first, view, key):
+    def components(seen, view, key):
         parts = jnp.split(view, np.cumsum(env.sizes)[:-1], axis=-1)
         return jnp.stack([part.argmax(axis=-1) for part in parts], axis=-1)
 
+    def tmaze(seen, view, key):
+        cue = seen[0, :, : env.num_actions].sum(axis=0).argmax()
+        return jnp.full(env.num_agents, cue)
+
     return {
-        Identity: lambda first, view, key: view.argmax(axis=-1),
+        Identity: lambda seen, view, key: view.argmax(axis=-1),
         Copy: copy,
-        Matrix: lambda first, view, key: jnp.zeros(env.num_agents, jnp.int32),
-        Memory: lambda first, view, key: first.argmax(axis=-1),
-        Target: lambda first, view, key: view,
+        Matrix: lambda seen, view, key: jnp.zeros(env.num_agents, jnp.int32),
+        Memory: lambda seen, view, key: seen[0].argmax(axis=-1),
+        TMaze: tmaze,
+        Target: lambda seen, view, key: view,
         Components: components,
     }[type(env)]
 
@@ -66,13 +87,13 @@ def optimal(env):
 def uniform(env):
     if isinstance(env, Target):
         shape = (env.num_agents, env.num_actions)
-        return lambda first, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+        return lambda seen, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
     choices = (
         env.num_actions
         if env.spec.action_components is None
         else jnp.array(env.spec.action_components)
     )
-    return lambda first, view, key: jax.random.randint(key, env.spec.joint_action.shape, 0, choices)
+    return lambda seen, view, key: jax.random.randint(key, env.spec.joint_action.shape, 0, choices)
 
 
 def assert_mean(returns, expected):
@@ -94,11 +115,24 @@ def test_random_return(env):
     assert env.random_return < env.optimal_return
 
 
+@pytest.mark.parametrize("env", MEMORY, ids=repr)
+def test_memoryless_return(env):
+    """Where there is something to earn, all episodes look the same; a constant earns the most."""
+    seen, rewards = play_steps(env, uniform(env), num_episodes=500)
+    pays = rewards.any(axis=0)
+    views = seen[:, pays].reshape(-1, *seen.shape[2:])
+    np.testing.assert_array_equal(views, np.broadcast_to(views[0], views.shape))
+
+    constant = jnp.ones(env.num_agents, jnp.int32)
+    assert_mean(play(env, lambda seen, view, key: constant), env.memoryless_return)
+    assert env.random_return <= env.memoryless_return < env.optimal_return
+
+
 def test_copy_without_seeing_earlier_agents():
     """The best independent agents: agent 0 alternates at random, the others wait for it."""
     env = Copy()
 
-    def independent(first, view, key):
+    def independent(seen, view, key):
         return (
             jnp.zeros(env.num_agents, jnp.int32)
             .at[0]
@@ -112,7 +146,7 @@ def test_copy_without_seeing_earlier_agents():
 def test_copy_pays_nothing_for_a_constant():
     env = Copy()
     assert not play(
-        env, lambda first, view, key: jnp.ones(env.num_agents, jnp.int32), num_episodes=2
+        env, lambda seen, view, key: jnp.ones(env.num_agents, jnp.int32), num_episodes=2
     ).any()
 
 
@@ -151,6 +185,20 @@ def test_memory_hides_the_cue_after_the_first_step():
     np.testing.assert_array_equal(views[0][1], views[1][1])
 
 
+def test_only_one_agent_of_a_tmaze_sees_the_cue():
+    """And after the first step they see how far they have come, and nothing else."""
+    env = TMaze(num_agents=3, num_actions=4, length=2)
+    seen, _ = play_steps(env, uniform(env), num_episodes=100)
+    symbols = seen.argmax(axis=-1)
+    np.testing.assert_array_equal(seen.sum(axis=-1), 1)
+    informed = symbols[:, 0] < env.num_actions
+    np.testing.assert_array_equal(informed.sum(axis=1), 1)
+    assert (symbols[:, 0][~informed] == 4).all()
+    assert {*symbols[:, 0][informed]} == {0, 1, 2, 3}
+    assert informed.any(axis=0).all()
+    np.testing.assert_array_equal(symbols[:, 1:], np.broadcast_to([[5], [5], [6]], (100, 3, 3)))
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_ends_are_of_the_documented_kind(name):
     env = PROBES[name]()
@@ -159,7 +207,13 @@ def test_ends_are_of_the_documented_kind(name):
         state, timestep = env.step(
             state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0)
         )
-    assert bool(timestep.truncated) == (name in ("identity", "copy", "target", "components"))
+    assert bool(timestep.terminated) == isinstance(env, Matrix | MemoryProbe)
+    assert bool(timestep.truncated) != bool(timestep.terminated)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_is_called_what_it_is_made_by(name):
+    assert PROBES[name]().spec.name == f"probe/{name}"
 
 
 def test_probes_cannot_be_drawn():

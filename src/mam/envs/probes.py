@@ -4,18 +4,19 @@
     identity    acting on one's own observation           T               T / A          truncation
     copy        knowing what earlier agents just chose    (T−1)(1 − 1/A)  optimal / A    truncation
     matrix      coordinating on the better of two optima  1               see the class  termination
-    memory      carrying a cue across environment steps   1               1 / A          termination
     target      a continuous action per agent             T               T / 3          truncation
     components  several choices per agent at once         T               T / Π sizes    truncation
+
+Those that take memory across environment steps are in `memory_probes`.
 
 T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on
 average. All actions are legal and all agents alive.
 """
 
-import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -23,41 +24,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mam.envs.base import restart, transition
-from mam.types import Environment, EnvSpec, EnvState, Observation, TimeStep
-
-
-class CueState(eqx.Module):
-    """What each agent is to answer, and how far the episode has come."""
-
-    cue: Int[Array, "N"] | Int[Array, "N K"]
-    step_count: Int[Array, ""]
-
-
-@dataclass(frozen=True)
-class Probe(Environment, abc.ABC):
-    """What the probes share."""
-
-    num_agents: int
-
-    @property
-    @abc.abstractmethod
-    def optimal_return(self) -> float:
-        """Expected return of the best policy without memory (`memory`: with)."""
-
-    @property
-    @abc.abstractmethod
-    def random_return(self) -> float:
-        """Expected return of uniformly random actions."""
-
-    def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
-        return jax.random.randint(key, (self.num_agents,), 0, self.spec.num_actions)
-
-    def _observe(self, view: Float[Array, "N O"]) -> Observation:
-        action_mask = jnp.ones((self.num_agents, self.spec.num_actions), bool)
-        return Observation(view, action_mask, alive=jnp.ones(self.num_agents, bool))
-
-    def _blank(self) -> Observation:
-        return self._observe(jnp.ones((self.num_agents, 1)))
+from mam.envs.memory_probes import Memory, TMaze
+from mam.envs.probe_base import CueState, Probe
+from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
 
 @dataclass(frozen=True)
@@ -210,52 +179,6 @@ class Matrix(Probe):
         return state, transition(self._blank(), reward, terminated=True)
 
 
-@dataclass(frozen=True)
-class Memory(Probe):
-    """Every agent sees a cue at the first step and must answer it at the last of `length` steps.
-
-    The reward, at the last step only, is the fraction that answer their own cue. The view is the
-    one-hot cue (zeros after the first step), then 1 at the last step. Probes memory across
-    environment steps: a policy without it earns 1/A whatever it does.
-    """
-
-    num_agents: int = 2
-    num_actions: int = 4
-    length: int = 4
-
-    @property
-    def spec(self) -> EnvSpec:
-        return EnvSpec(
-            "probe/memory", self.num_agents, self.num_actions + 1, self.num_actions, self.length
-        )
-
-    @property
-    def optimal_return(self) -> float:
-        return 1.0
-
-    @property
-    def random_return(self) -> float:
-        return 1 / self.num_actions
-
-    def reset(self, key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
-        state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
-        return state, restart(self._view(state))
-
-    def step(
-        self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]
-    ) -> tuple[CueState, TimeStep]:
-        del key
-        state = CueState(state.cue, state.step_count + 1)
-        terminated = state.step_count >= self.length
-        reward = terminated * (action == state.cue).mean()
-        return state, transition(self._view(state), reward, terminated=terminated)
-
-    def _view(self, state: CueState) -> Observation:
-        cue = jax.nn.one_hot(state.cue, self.num_actions) * (state.step_count == 0)
-        now = jnp.full((self.num_agents, 1), state.step_count == self.length - 1, jnp.float32)
-        return self._observe(jnp.concatenate([cue, now], axis=1))
-
-
 class TargetState(eqx.Module):
     """The point each agent is to name, and how far the episode has come."""
 
@@ -358,6 +281,9 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "memory": Memory,
     "target": Target,
     "components": Components,
+    "tmaze-10": TMaze,
+    "tmaze-50": partial(TMaze, length=50),
+    "tmaze-100": partial(TMaze, length=100),
 }
 
 
