@@ -1,5 +1,6 @@
 """The best and the random return of every probe are what they say, with hand-written policies."""
 
+import re
 from pathlib import Path
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.envs.memory_probes import MemoryProbe, TMaze
-from mam.envs.probes import PROBES, Components, Copy, Identity, Matrix, Memory, Target
+from mam.envs.memory_probes import Convention, Memory, MemoryProbe, TMaze
+from mam.envs.probes import PROBES, Components, Copy, Identity, Matrix, Recall, Target
 
 SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
     Target(num_agents=2, num_actions=3, time_limit=5),
@@ -18,6 +19,8 @@ SIZES = [  # not the defaults, so that the formulas are tested and not the numbe
     Matrix(num_agents=3, num_actions=4),
     Memory(num_agents=1, num_actions=6, length=7),
     TMaze(num_agents=3, num_actions=2, length=5),
+    Convention(num_agents=3, num_actions=5, num_rounds=7),
+    Recall(num_agents=5, num_actions=3, time_limit=3),
 ]
 MEMORY = [env for env in SIZES if isinstance(env, MemoryProbe)]
 
@@ -73,12 +76,22 @@ def optimal(env):
         cue = seen[0, :, : env.num_actions].sum(axis=0).argmax()
         return jnp.full(env.num_agents, cue)
 
+    def try_in_turn(seen, view, key):
+        wrong = seen[:, :, 1].sum(axis=0).astype(jnp.int32)
+        return wrong % env.num_actions
+
+    def recall(seen, view, key):
+        own, asked, value = jnp.split(view, [env.num_agents, 2 * env.num_agents], axis=1)
+        return (asked @ own.T @ value).argmax(axis=1)
+
     return {
         Identity: lambda seen, view, key: view.argmax(axis=-1),
         Copy: copy,
         Matrix: lambda seen, view, key: jnp.zeros(env.num_agents, jnp.int32),
         Memory: lambda seen, view, key: seen[0].argmax(axis=-1),
         TMaze: tmaze,
+        Convention: try_in_turn,
+        Recall: recall,
         Target: lambda seen, view, key: view,
         Components: components,
     }[type(env)]
@@ -105,7 +118,7 @@ def assert_mean(returns, expected):
 def test_optimal_return(env):
     returns = play(env, optimal(env))
     assert_mean(returns, env.optimal_return)
-    if not isinstance(env, Copy):  # there, luck may help
+    if not isinstance(env, Copy | Convention):  # there, luck may help
         assert returns.max() <= env.optimal_return + 1e-5
 
 
@@ -199,6 +212,39 @@ def test_only_one_agent_of_a_tmaze_sees_the_cue():
     np.testing.assert_array_equal(symbols[:, 1:], np.broadcast_to([[5], [5], [6]], (100, 3, 3)))
 
 
+def test_every_round_of_a_convention_is_played_against_the_oracle():
+    env = Convention(num_agents=2, num_actions=3, num_rounds=5)
+    _, rewards = play_steps(env, optimal(env), num_episodes=2000)
+    for index, earned in enumerate(rewards[:, ::2].T, start=1):
+        assert_mean(earned, env.oracle_round_return(index))
+    assert not rewards[:, 1::2].any()
+
+
+def test_a_convention_reports_its_rounds():
+    """Each as it was earned, complete at the end, whatever is done while answers are told."""
+    env = Convention(num_agents=2, num_rounds=3)
+    state, timestep = env.reset(jax.random.key(0))
+    half, right, wrong = state.code.at[0].add(1) % 4, state.code, (state.code + 1) % 4
+    rewards, views = [], [timestep.observation.agents_view.argmax(axis=1)]
+    for action in (half, right, wrong, right, right):
+        state, timestep = env.step(state, action, jax.random.key(1))
+        rewards.append(float(timestep.reward[0]))
+        views.append(timestep.observation.agents_view.argmax(axis=1))
+    assert rewards == [0.5, 0, 0, 0, 1]
+    assert timestep.metrics == {"round_1": 0.5, "round_2": 0.0, "round_3": 1.0}
+    np.testing.assert_array_equal(views[:5], [[0, 0], [1, 2], [0, 0], [1, 1], [0, 0]])
+
+
+def test_recall_asks_for_every_other_agent():
+    env = Recall(num_agents=3, num_actions=2, time_limit=4)
+    seen, _ = play_steps(env, uniform(env), num_episodes=100)
+    own, asked, value = (part.argmax(axis=-1) for part in np.split(seen, [3, 6], axis=-1))
+    np.testing.assert_array_equal(np.sort(own), np.broadcast_to([0, 1, 2], own.shape))
+    assert {*(asked - own).ravel() % 3} == {1, 2}
+    assert {*value.ravel()} == {0, 1}
+    assert (own[:, 1:] != own[:, :-1]).any()  # new at every step
+
+
 @pytest.mark.parametrize("name", PROBES)
 def test_ends_are_of_the_documented_kind(name):
     env = PROBES[name]()
@@ -214,6 +260,16 @@ def test_ends_are_of_the_documented_kind(name):
 @pytest.mark.parametrize("name", PROBES)
 def test_a_probe_is_called_what_it_is_made_by(name):
     assert PROBES[name]().spec.name == f"probe/{name}"
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_documented_returns_are_those_of_the_task(name):
+    env = PROBES[name]()
+    memoryless = getattr(env, "memoryless_return", env.optimal_return)
+    cells = " | ".join(f"{x:.3g}" for x in (env.optimal_return, memoryless, env.random_return))
+    row = rf"^\| `{name.partition('-')[0]}\b.* \| {re.escape(cells)} \|$"
+    text = (Path(__file__).parents[2] / "docs/environments.md").read_text()
+    assert re.search(row, text, re.MULTILINE)
 
 
 def test_probes_cannot_be_drawn():

@@ -3,9 +3,10 @@
     task        what it takes                       optimal_return  memoryless  random_return
     memory      carrying one's own cue to the end   1               1 / A       1 / A
     tmaze       the cue of one agent, for all       1               1 / A       1 / A^N
+    convention  what was tried, and what of it hit  see the class   k / A       k / A
 
-A actions, N agents. Without memory a policy plays one joint distribution wherever it sees the same,
-and where these tasks pay, all episodes look the same. They end by termination.
+A actions, N agents, k rounds. Without memory a policy plays one joint distribution wherever it sees
+the same, and where these tasks pay, all episodes look the same. They end by termination.
 """
 
 import abc
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from mam.envs.base import restart, transition
+from mam.envs.base import Metrics, restart, transition
 from mam.envs.probe_base import CueState, Probe
 from mam.types import EnvSpec, Observation, TimeStep
 
@@ -151,3 +152,90 @@ class TMaze(MemoryProbe):
             jnp.where(state.step_count <= self.length, corridor, act),
         )
         return self._observe(jax.nn.one_hot(symbol, self.num_actions + 3))
+
+
+class ConventionState(eqx.Module):
+    """The secret, what each round has earned, and how far the episode has come."""
+
+    code: Int[Array, "N"]
+    earned: Float[Array, "k"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Convention(MemoryProbe):
+    """A secret joint code, an action per agent, to be found and kept in `num_rounds` rounds.
+
+    A round is a step at which agents act, and one at which each is told whether its own action was
+    right, where actions do not matter. Its reward is the fraction of agents that chose their part
+    of the code; metrics have it as `round_1`, …, 0 for those to come. An agent's view is one of 3
+    symbols, one-hot: "act", "wrong", "right". What it chose it is not shown.
+
+    * An agent's part is uniformly random, and only answers to its own actions tell anything of it.
+      By round r it has had r tries at most, so it is right with probability min(r / A, 1) at most,
+      and an agent that tries one action after another and keeps the right one is, in every round
+      (`oracle_round_return`). Remembering answers is enough where the order of tries is fixed;
+      where it is not, one's own actions are to be remembered, too.
+    * Without memory one joint distribution answers every "act", and each agent is right with
+      probability 1/A, however it is mixed with others.
+    """
+
+    num_agents: int = 2
+    num_actions: int = 4
+    num_rounds: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        sizes = (self.num_agents, 3, self.num_actions, 2 * self.num_rounds - 1)
+        return EnvSpec("probe/convention", *sizes)
+
+    def oracle_round_return(self, round_number: int) -> float:
+        """Return the most that can be expected of a round; the first is 1."""
+        return min(round_number / self.num_actions, 1.0)
+
+    @property
+    def optimal_return(self) -> float:
+        return sum(self.oracle_round_return(r) for r in range(1, self.num_rounds + 1))
+
+    @property
+    def memoryless_return(self) -> float:
+        return self.num_rounds / self.num_actions
+
+    @property
+    def random_return(self) -> float:
+        return self.num_rounds / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[ConventionState, TimeStep]:
+        state = ConventionState(
+            code=self._draw_cue(key),
+            earned=jnp.zeros(self.num_rounds),
+            step_count=jnp.zeros((), jnp.int32),
+        )
+        told = self._view(state, right=jnp.zeros(self.num_agents, bool))
+        return state, restart(told, self._metrics(state))
+
+    def step(
+        self, state: ConventionState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[ConventionState, TimeStep]:
+        del key
+        right = action == state.code
+        reward = (state.step_count % 2 == 0) * right.mean()
+        state = ConventionState(
+            code=state.code,
+            earned=state.earned.at[state.step_count // 2].add(reward),
+            step_count=state.step_count + 1,
+        )
+        return state, transition(
+            self._view(state, right),
+            reward,
+            terminated=state.step_count >= 2 * self.num_rounds - 1,
+            metrics=self._metrics(state),
+        )
+
+    def _view(self, state: ConventionState, right: Bool[Array, "N"]) -> Observation:
+        act, wrong = 0, 1
+        symbol = jnp.where(state.step_count % 2 == 0, act, wrong + right)
+        return self._observe(jax.nn.one_hot(symbol, 3))
+
+    def _metrics(self, state: ConventionState) -> Metrics:
+        return {f"round_{r + 1}": state.earned[r] for r in range(self.num_rounds)}

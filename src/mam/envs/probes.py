@@ -6,6 +6,7 @@
     matrix      coordinating on the better of two optima  1               see the class  termination
     target      a continuous action per agent             T               T / 3          truncation
     components  several choices per agent at once         T               T / Π sizes    truncation
+    recall      asking the one agent that knows           T               T / A          truncation
 
 Those that take memory across environment steps are in `memory_probes`.
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mam.envs.base import restart, transition
-from mam.envs.memory_probes import Memory, TMaze
+from mam.envs.memory_probes import Convention, Memory, TMaze
 from mam.envs.probe_base import CueState, Probe
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
@@ -274,6 +275,71 @@ class Components(Probe):
         return self._observe(jnp.concatenate(cues, axis=1))
 
 
+class RecallState(eqx.Module):
+    """Who is asked for what, and how far the episode has come."""
+
+    own_key: Int[Array, "N"]
+    asked_key: Int[Array, "N"]
+    value: Int[Array, "N"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Recall(Probe):
+    """Every agent has a key and a value, and must name the value of the agent with another key.
+
+    Keys are a permutation of N, values are independent, one of A, and an agent is asked for a key
+    that is not its own; all three it sees, one-hot, and all are new at every step. The reward is
+    the fraction of agents that answer rightly. Probes mixing: what an agent needs is in the view of
+    one other, which is known by its content and not by its place. Agents that see nothing of each
+    other's views earn as much as random actions, `random_return`: others' values are independent of
+    what they see.
+    """
+
+    num_agents: int = 4
+    num_actions: int = 4
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        name, obs_dim = f"probe/recall-{self.num_agents}", 2 * self.num_agents + self.num_actions
+        return EnvSpec(name, self.num_agents, obs_dim, self.num_actions, self.time_limit)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        return self.time_limit / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[RecallState, TimeStep]:
+        state = self._draw(key, step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._view(state))
+
+    def step(
+        self, state: RecallState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[RecallState, TimeStep]:
+        holder = jnp.argsort(state.own_key)[state.asked_key]
+        reward = (action == state.value[holder]).mean()
+        state = self._draw(key, state.step_count + 1)
+        return state, transition(
+            self._view(state), reward, truncated=state.step_count >= self.time_limit
+        )
+
+    def _draw(self, key: Key[Array, ""], step_count: Int[Array, ""]) -> RecallState:
+        own_key, asked_key, value_key = jax.random.split(key, 3)
+        own = jax.random.permutation(own_key, self.num_agents)
+        further = jax.random.randint(asked_key, (self.num_agents,), 1, self.num_agents)
+        asked = (own + further) % self.num_agents
+        return RecallState(own, asked, self._draw_cue(value_key), step_count)
+
+    def _view(self, state: RecallState) -> Observation:
+        keys = [jax.nn.one_hot(key, self.num_agents) for key in (state.own_key, state.asked_key)]
+        value = jax.nn.one_hot(state.value, self.num_actions)
+        return self._observe(jnp.concatenate([*keys, value], axis=1))
+
+
 PROBES: dict[str, Callable[[], Probe]] = {
     "identity": Identity,
     "copy": Copy,
@@ -284,6 +350,10 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "tmaze-10": TMaze,
     "tmaze-50": partial(TMaze, length=50),
     "tmaze-100": partial(TMaze, length=100),
+    "convention": Convention,
+    "recall-4": Recall,
+    "recall-8": partial(Recall, num_agents=8),
+    "recall-16": partial(Recall, num_agents=16),
 }
 
 

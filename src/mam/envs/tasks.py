@@ -74,7 +74,7 @@ OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
 PROBE_TASKS = (
     *("identity", "copy", "matrix", "memory", "target", "components"),
-    *("tmaze-10", "tmaze-50", "tmaze-100"),
+    *("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-4", "recall-8", "recall-16"),
 )
 
 
