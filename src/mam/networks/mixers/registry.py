@@ -58,6 +58,13 @@ MIXERS = {
         load=_in("attention"),
         options={"num_heads": (1, 2, 4)},
     ),
+    "retention": MixerFamily(
+        letter="R",
+        policy="ff_sable",
+        description="Sable without memory: retention along the agents",
+        load=_in("retention"),
+        options={"num_heads": (1, 2, 4)},
+    ),
 }
 
 
