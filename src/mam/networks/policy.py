@@ -27,6 +27,8 @@ class PolicyKind:
     description: str
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
+    # Whether its mixers remember, for a configuration
+    remembers: Callable[[NetworkConfig], bool] = lambda config: False
 
 
 def _sequence(
@@ -74,7 +76,9 @@ def policies() -> dict[str, PolicyKind]:
     families = MIXERS.values()
     sequence = {
         f.policy: PolicyKind(
-            f"{f.description} ({f.letter} in layouts)", partial(_sequence, f.letter)
+            f"{f.description} ({f.letter} in layouts)",
+            partial(_sequence, f.letter),
+            remembers=lambda config, letter=f.letter: Layout.of(letter, config).remembers,
         )
         for f in families
     }
@@ -89,6 +93,7 @@ def register_mixer(
     description: str,
     roles: Roles,
     options: Mapping[str, tuple[Any, ...]] | None = None,
+    remembers: bool = False,
 ) -> None:
     """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
 
@@ -101,6 +106,7 @@ def register_mixer(
         description: of that policy, in a line.
         roles: how it is built as encoder, decoder and cross mixer.
         options: settings of `NetworkConfig` that it reads, and the values that a sweep tries.
+        remembers: whether it has a memory of earlier environment steps.
 
     Raises:
         UserError: the letter is no letter or digit, or it or the policy's name is taken.
@@ -113,7 +119,7 @@ def register_mixer(
     if policy in (*INDEPENDENT, *(family.policy for family in others)):
         raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
     MIXERS[name] = MixerFamily(
-        letter, policy, description, load=lambda: roles, options=options or {}
+        letter, policy, description, load=lambda: roles, options=options or {}, remembers=remembers
     )
 
 
@@ -152,7 +158,7 @@ def memory_of(name: str, config: NetworkConfig) -> str:
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
     """Say whether the policy `name` has memory, given the network's `config`."""
-    return memory_of(name, config) != "none"
+    return memory_of(name, config) != "none" or policies()[name].remembers(config)
 
 
 def transfer_weights(

@@ -44,7 +44,9 @@ class GroupNorm(eqx.Module):
 
 
 class Retention(eqx.Module):
-    """Multi-head retention: y = W_o (swish(W_g x) ⊙ GroupNorm(retention(W_q x, W_k x / √F, W_v x))).
+    """Multi-head retention, y = W_o (swish(W_g x) ⊙ GroupNorm(retention(q, k, v))).
+
+        q = W_q x;  k = W_k x / √F;  v = W_v x
 
     No layer has a bias; all weights start as normal with deviation 1 / d_model.
     """
@@ -152,10 +154,8 @@ class Retention(eqx.Module):
 
     def _heads(self, inputs: RetentionInputs, alive: Array | None) -> tuple[Array, Array, Array]:
         """Return query, key and value by head, [*batch, H, F]; the dead have no key and value."""
-        q, k, v = (
-            x.reshape(*x.shape[:-1], self.num_heads, -1)
-            for x in (required(inputs.query), living(inputs.key, alive), living(inputs.value, alive))
-        )
+        rows = required(inputs.query), living(inputs.key, alive), living(inputs.value, alive)
+        q, k, v = (x.reshape(*x.shape[:-1], self.num_heads, -1) for x in rows)
         return q, k * k.shape[-1] ** -0.5, v
 
     def _out(self, y: Float[Array, "*batch H F"], inputs: RetentionInputs) -> Array:
