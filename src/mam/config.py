@@ -72,7 +72,10 @@ class NetworkConfig:
     """Blocks in the encoder, and as many in the decoder; hidden layers of the independent
     policies."""
     num_heads: int = 1
-    """Attention heads."""
+    """Heads of attention and of retention."""
+    retention_decay: float = 0.8
+    """What retention over time (sable) keeps from one environment step to the next, as a share of
+    the published 0.97 to 0.998, by head."""
     d_state: int = 16
     """State size per inner channel."""
     d_conv: int = 4
@@ -424,6 +427,10 @@ def _check_network(network: NetworkConfig) -> None:
         raise UserError(
             f"network.head_dim must divide the inner width {network.d_inner}, "
             f"got {network.head_dim}"
+        )
+    if not 0 <= network.retention_decay <= 1:
+        raise UserError(
+            f"network.retention_decay must lie in [0, 1], got {network.retention_decay}"
         )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")

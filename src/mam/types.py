@@ -228,7 +228,7 @@ class Policy(Protocol):
     """
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Return the memory before an episode, for leading axes `batch`; () if there is none."""
+        """Return the memory before an episode, for leading axes `batch`; no leaves if none."""
         ...
 
     def act(

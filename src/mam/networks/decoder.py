@@ -6,11 +6,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
-from mam.networks.blocks import DecoderBlock, DecoderState
+from mam.networks.blocks import DecoderBlock, DecoderState, Run
 from mam.networks.embed import ActionEmbedding
 from mam.networks.heads import Head
 from mam.networks.layers import lookup
@@ -26,6 +26,14 @@ class Context(eqx.Module):
 
     obs_rep: Float[Array, "*batch E"]
     blocks: tuple[MixerInputs, ...]
+
+
+class Past(eqx.Module):
+    """What a decoder knows at the beginning of environment steps."""
+
+    memory: tuple[DecoderState, ...]  # of every block, after the step before
+    alive: Bool[Array, "*batch N"]  # the agents of the steps, the dead last
+    reset: Bool[Array, "*batch"]  # whether a step is the first of its episode
 
 
 class Decoder(eqx.Module):
@@ -59,16 +67,25 @@ class Decoder(eqx.Module):
         self.remat = config.remat
 
     def __call__(
-        self, tokens: Token, obs_rep: Float[Array, "*batch N E"]
+        self, tokens: Token, obs_rep: Float[Array, "*batch N E"], past: Past | None = None
     ) -> Float[Array, "*batch N P"]:
         """Return the outputs for every agent given the tokens before it (teacher-forced).
 
         Args:
             tokens: of the stored actions, in the order of deciding.
             obs_rep: the observation representation, in the same order.
+            past: where there is memory, that before the first step; axes are time first. None: all
+                steps are first ones.
         """
         embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
-        return self.unroll(None, embedded, self.read(obs_rep))[1]
+        context = self.read(obs_rep)
+        if past is None:
+            return self.unroll(None, embedded, context)[1]
+
+        def steps(mixer, memory, inputs, context):
+            return mixer.unroll_steps(memory, inputs, context, past.alive, past.reset)
+
+        return self._run(past.memory, embedded, context, steps, remat=self.remat)[1]
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
         """Compute everything that does not depend on actions."""
@@ -114,6 +131,21 @@ class Decoder(eqx.Module):
         """
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
+    def init_memory(self, batch: tuple[int, ...]) -> tuple[DecoderState, ...]:
+        """Return the memory before an episode, for leading axes `batch`."""
+        return tuple(block.init_memory(batch) for block in self.blocks)
+
+    def start_step(self, past: Past, num_agents: int, dtype) -> tuple[DecoderState, ...]:
+        """Return the state before the first agent; see `AbstractCausalMixer.start_step`."""
+        return tuple(
+            block.start_step(memory, num_agents, past.alive, past.reset, dtype)
+            for block, memory in zip(self.blocks, past.memory, strict=True)
+        )
+
+    def end_step(self, state: tuple[DecoderState, ...]) -> tuple[DecoderState, ...]:
+        """Return the memory after a step, given the state after its agents."""
+        return tuple(block.end_step(own) for block, own in zip(self.blocks, state, strict=True))
+
     def step(
         self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch P"]]:
@@ -124,7 +156,11 @@ class Decoder(eqx.Module):
             embedded: by `embedder`, the action of the last of them or the start token.
             context: what `read` gave, of the next agent alone.
         """
-        return self._run(state, embedded, context, single=True)
+
+        def step(mixer, state, inputs, context):
+            return mixer.step(state, inputs, context)
+
+        return self._run(state, embedded, context, step, remat=False)
 
     def unroll(
         self, state: tuple[DecoderState, ...] | None, embedded: Embedded, context: Context
@@ -136,15 +172,19 @@ class Decoder(eqx.Module):
             embedded: by `embedder`, the action before each of them.
             context: what `read` gave, of the M agents.
         """
-        return self._run(state, embedded, context, single=False)
 
-    def _run(self, state, embedded, context, *, single):
+        def unroll(mixer, state, inputs, context):
+            return mixer.unroll(state, inputs, context)
+
+        return self._run(state, embedded, context, unroll, remat=self.remat)
+
+    def _run(self, state, embedded, context: Context, run: Run, *, remat: bool):
         (x, inputs), states = embedded, []
         for index, block in enumerate(self.blocks):
-            run = partial(DecoderBlock.__call__, single=single)
-            run = jax.checkpoint(run) if self.remat and not single else run
+            call = partial(DecoderBlock.__call__, run=run)
+            call = jax.checkpoint(call) if remat else call
             inputs = block.mixer.project(x) if index else inputs
-            new, x = run(
+            new, x = call(
                 block, state and state[index], x, inputs, context.obs_rep, context.blocks[index]
             )
             states.append(new)

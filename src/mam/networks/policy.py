@@ -31,6 +31,8 @@ class PolicyKind:
     description: str
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
+    # Whether its mixers remember, for a configuration
+    remembers: Callable[[NetworkConfig], bool] = lambda config: False
 
 
 def _sequence(
@@ -78,8 +80,11 @@ def policies() -> dict[str, PolicyKind]:
     sequence = {}
     for name, f in mixer_families().items():
         _refuse_independent(name, f.policy)
-        build = partial(_sequence, f.letter)
-        sequence[f.policy] = PolicyKind(f"{f.description} ({f.letter} in layouts)", build)
+        sequence[f.policy] = PolicyKind(
+            f"{f.description} ({f.letter} in layouts)",
+            partial(_sequence, f.letter),
+            remembers=lambda config, letter=f.letter: Layout.of(letter, config).remembers,
+        )
     return sequence | INDEPENDENT
 
 
@@ -97,6 +102,7 @@ def register_mixer(
     description: str,
     roles: Roles,
     options: Mapping[str, tuple[Any, ...]] | None = None,
+    remembers: bool = False,
 ) -> None:
     """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
 
@@ -111,15 +117,17 @@ def register_mixer(
         description: of that policy, in a line.
         roles: how it is built as encoder, decoder and cross mixer.
         options: settings of `NetworkConfig` that it reads, and the values that a sweep tries.
+        remembers: whether it has a memory of earlier environment steps.
 
     Raises:
         UserError: the letter is no letter or digit, or it or the policy's name is taken.
     """
     mixer_families()  # those of installed packages come first
     _refuse_independent(name, policy)
-    add_family(
-        name, MixerFamily(letter, policy, description, load=lambda: roles, options=options or {})
+    family = MixerFamily(
+        letter, policy, description, load=lambda: roles, options=options or {}, remembers=remembers
     )
+    add_family(name, family)
 
 
 def make_policy(
@@ -157,7 +165,7 @@ def memory_of(name: str, config: NetworkConfig) -> str:
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
     """Say whether the policy `name` has memory, given the network's `config`."""
-    return memory_of(name, config) != "none"
+    return memory_of(name, config) != "none" or policies()[name].remembers(config)
 
 
 def transfer_weights(

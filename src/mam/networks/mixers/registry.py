@@ -28,6 +28,7 @@ class MixerFamily:
     # Settings of the network that it reads, and the values that a sweep tries; none for those it
     # leaves alone.
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    remembers: bool = False  # earlier environment steps
 
     @property
     def roles(self) -> Any:
@@ -62,6 +63,21 @@ MIXERS = {
         description="Multi-Agent Transformer: attention along the agents",
         load=_in("attention"),
         options={"num_heads": (1, 2, 4)},
+    ),
+    "retention": MixerFamily(
+        letter="R",
+        policy="ff_sable",
+        description="Sable without memory: retention along the agents",
+        load=_in("retention"),
+        options={"num_heads": (1, 2, 4)},
+    ),
+    "sable": MixerFamily(
+        letter="S",
+        policy="sable",
+        description="Sable: retention along agents and time, remembers",
+        load=_in("sable"),
+        options={"num_heads": (1, 2, 4), "retention_decay": (0.3, 0.5, 0.8, 1.0)},
+        remembers=True,
     ),
 }
 
