@@ -56,6 +56,10 @@ Memory = PyTree  # what a policy carries across environment steps; () if nothing
 Action = Int[Array, "..."] | Float[Array, "*batch N A"]
 # Of one agent, or of any number along *batch: the same without N.
 AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
+Order = Int[Array, "*batch N"]  # order[k] = the agent that decides k-th
+Reset = Bool[Array, "*batch"]  # True at the first step of an episode
+Keys = Key[Array, "*batch"]  # one for each element of the batch
+Greedy = bool | Bool[Array, ""]  # the most likely actions instead of samples
 
 
 class Observation(eqx.Module):
@@ -232,13 +236,7 @@ class Policy(Protocol):
         ...
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
         """Choose one joint action per batch element.
 
@@ -255,12 +253,7 @@ class Policy(Protocol):
         ...
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
         """Evaluate stored joint actions, differentiably in the policy.
 
@@ -289,12 +282,7 @@ class Policy(Protocol):
         ...
 
     def successor_values(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        reset: Bool[Array, "*batch"],
-        successor: Observation,
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the state values of what followed every step of a rollout, from one memory.
 

@@ -11,12 +11,25 @@ from typing import Any, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from mam.config import NetworkConfig
 from mam.learning.sharding import WHOLE, Shard
 from mam.networks.policy import transfer_weights
-from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput
+from mam.types import (
+    Action,
+    Array,
+    EnvSpec,
+    Evaluation,
+    Greedy,
+    Keys,
+    Memory,
+    Observation,
+    Order,
+    Policy,
+    PolicyOutput,
+    Reset,
+)
 
 MAX_DEVIATIONS = 10.0  # where normalised features are clipped
 OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
@@ -161,13 +174,7 @@ class NormalisedPolicy(eqx.Module):
         return self.network.init_memory(batch)
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
         """Choose one joint action per batch element.
 
@@ -187,12 +194,7 @@ class NormalisedPolicy(eqx.Module):
         return memory, replace(output, value=self.restore_value(output.value))
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
         """Evaluate stored joint actions.
 
@@ -221,12 +223,7 @@ class NormalisedPolicy(eqx.Module):
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
     def successor_values(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        reset: Bool[Array, "*batch"],
-        successor: Observation,
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the values of every step's successor, in units of reward.
 
