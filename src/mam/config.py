@@ -90,8 +90,8 @@ class NetworkConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's
-    own if None: gru for rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps with, such as mamba (see `mam list`); the
+    policy's own if None: none, but of those called rec_…."""
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
@@ -277,11 +277,12 @@ class Config:
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 
-        These are layouts, memory and the published encoder.
+        These are layouts, memory and what it reads, and the published encoder.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
+        memory += ["action"] * self.network.recurrence.last_action
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -431,6 +432,17 @@ def _check_network(network: NetworkConfig) -> None:
     if not 0 <= network.retention_decay <= 1:
         raise UserError(
             f"network.retention_decay must lie in [0, 1], got {network.retention_decay}"
+        )
+    recurrence = network.recurrence
+    for name in ("d_state", "d_conv", "expand"):
+        if getattr(recurrence, name) < 1:
+            raise UserError(
+                f"network.recurrence.{name} must be positive, got {getattr(recurrence, name)}"
+            )
+    if not 0 < recurrence.dt_min <= recurrence.dt_max:
+        raise UserError(
+            "network.recurrence.dt_min must be positive and at most dt_max "
+            f"= {recurrence.dt_max}, got {recurrence.dt_min}"
         )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")

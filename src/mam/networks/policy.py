@@ -67,16 +67,19 @@ _own, _global = partial(_independent, ObservationEmbedding), partial(_independen
 INDEPENDENT = {
     "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
     "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
-    "rec_mappo": PolicyKind("mappo with memory gru, in actor and critic", _global, memory="gru"),
-    "rec_ippo": PolicyKind("ippo with memory gru, in actor and critic", _own, memory="gru"),
 }
+# Policies that have a memory unless told otherwise: rec_… of these.
+RECURRENT = {"mam": "mamba", "mam2": "mamba2", "mat": "gru", "mappo": "gru", "ippo": "gru"}
 
 
 SEQUENTIAL = Decoding()
 
 
 def policies() -> dict[str, PolicyKind]:
-    """Return all policies by name: one per family of mixers, and those of independent agents."""
+    """Return all policies by name.
+
+    One per family of mixers, those of independent agents, and some of them with memory.
+    """
     sequence = {}
     for name, f in mixer_families().items():
         _refuse_independent(name, f.policy)
@@ -85,7 +88,14 @@ def policies() -> dict[str, PolicyKind]:
             partial(_sequence, f.letter),
             remembers=lambda config, letter=f.letter: Layout.of(letter, config).remembers,
         )
-    return sequence | INDEPENDENT
+    plain = sequence | INDEPENDENT
+    recurrent = {
+        f"rec_{name}": replace(
+            plain[name], description=f"{name} with memory {memory}", memory=memory
+        )
+        for name, memory in RECURRENT.items()
+    }
+    return plain | recurrent
 
 
 def _refuse_independent(name: str, policy: str) -> None:
@@ -165,7 +175,11 @@ def memory_of(name: str, config: NetworkConfig) -> str:
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
     """Say whether the policy `name` has memory, given the network's `config`."""
-    return memory_of(name, config) != "none" or policies()[name].remembers(config)
+    return (
+        memory_of(name, config) != "none"
+        or config.recurrence.last_action
+        or policies()[name].remembers(config)
+    )
 
 
 def transfer_weights(

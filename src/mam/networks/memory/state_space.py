@@ -54,7 +54,9 @@ class StateSpaceMemory(AbstractRecurrence):
         """
         own = config.recurrence
         ssm_key, dt_key, out_key = jax.random.split(key, 3)
-        sizes = replace(config, d_state=own.d_state, d_conv=own.d_conv, expand=own.expand)
+        sizes = replace(
+            config, d_state=own.d_state, d_conv=own.d_conv, expand=own.expand, head_dim=None
+        )
         ssm = make(sizes, key=ssm_key)
         dt_bias = initial_dt_bias(
             ssm.dt_proj.weight.shape[1], key=dt_key, least=own.dt_min, most=own.dt_max
