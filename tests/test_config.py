@@ -221,7 +221,7 @@ def nested(key, value):
             for key in (
                 *("num_workers", "decode_window", "decode_max_passes"),
                 *("network.d_state", "network.d_conv", "network.expand", "network.dt_rank"),
-                *("network.recurrence.d_state", "network.recurrence.dt_min"),
+                "network.recurrence.d_state",
                 *("ppo.num_envs", "ppo.rollout_length", "ppo.num_epochs", "ppo.num_minibatches"),
                 *("eval.num_evaluations", "eval.num_episodes", "eval.num_absolute_episodes"),
             )
@@ -248,7 +248,10 @@ def nested(key, value):
             ("network.head_dim", value, "must divide the inner width 128")
             for value in (0, -1, 3, 256)
         ),
-        ("network.recurrence.dt_min", 2.0, "must be positive and at most dt_max = 1.0"),
+        *(
+            ("network.recurrence.dt_min", value, "must be positive and at most dt_max = 1.0")
+            for value in (0.0, 2.0)
+        ),
     ],
 )
 def test_impossible_values_are_refused(key, value, rule):
