@@ -163,11 +163,11 @@ def test_it_is_searched_where_it_is_used():
 
 
 def test_it_is_in_benches():
-    names = {what: set(case.contenders) for what, case in cases().items()}
+    names = {what: set(case.candidates) for what, case in cases().items()}
     assert {f"leaky/{role}" for role in ROLES} <= names["block"]
     assert all("leak" in names[what] for what in ("act", "decode", "update", "train"))
     assert "leak-kernel" not in names["act"]  # no decoder of one call knows it
-    contender = cases()["act"].contenders["leak"](Cell(2, 2, NetworkConfig(d_model=8)))
+    contender = cases()["act"].candidates["leak"](Cell(2, 2, NetworkConfig(d_model=8)))
     jax.eval_shape(contender.function, *contender.args)
 
 

@@ -171,7 +171,10 @@ def test_every_parameter_has_a_part(layout):
         assert max(changes) > 1e-6, name
 
 
-@pytest.mark.parametrize(("letter", "name"), [("A", "mat"), ("M", "mam"), ("2", "mam2"), ("R", "ff_sable"), ("S", "sable")])
+@pytest.mark.parametrize(
+    ("letter", "name"),
+    [("A", "mat"), ("M", "mam"), ("2", "mam2"), ("R", "ff_sable"), ("S", "sable")],
+)
 def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
     """The same structure and, from the same key, the same parameters: so the same in everything."""
 
