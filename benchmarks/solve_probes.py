@@ -55,7 +55,7 @@ class Args:
     """What to try."""
 
     policies: tuple[str, ...] = tuple(policies())
-    probes: tuple[str, ...] = (*PROBES, "shuffled")
+    probes: tuple[str, ...] = (*STEPS, "shuffled")
     num_seeds: int = 20
     memory: str | None = None
 

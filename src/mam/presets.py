@@ -274,6 +274,34 @@ def probe() -> Config:
     )
 
 
+def probe_tmaze_50() -> Config:
+    """Remember a cue for 50 steps, in rollouts, and so sequences, that hold whole episodes."""
+    short = probe()
+    return replace(
+        short,
+        env="probe/tmaze-50",
+        total_timesteps=500_000,
+        network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
+        ppo=replace(short.ppo, lr=1e-3, rollout_length=128, num_minibatches=8),
+        eval=EvalConfig(num_evaluations=20),
+    )
+
+
+def probe_tmaze_10() -> Config:
+    """Remember a cue for 10 steps."""
+    return replace(probe_tmaze_50(), env="probe/tmaze-10")
+
+
+def probe_tmaze_100() -> Config:
+    """Remember a cue for 100 steps."""
+    return replace(probe_tmaze_50(), env="probe/tmaze-100")
+
+
+def probe_convention() -> Config:
+    """Find a secret joint code, and keep to it."""
+    return replace(probe_tmaze_50(), env="probe/convention")
+
+
 PRESETS: dict[str, Callable[[], Config]] = {
     "lbf": lbf,
     "lbf/2s-8x8-2p-2f-coop": lbf_smallest,
@@ -296,6 +324,10 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "overcooked": overcooked,
     "hanabi": hanabi,
     "probe": probe,
+    "probe/tmaze-10": probe_tmaze_10,
+    "probe/tmaze-50": probe_tmaze_50,
+    "probe/tmaze-100": probe_tmaze_100,
+    "probe/convention": probe_convention,
 }
 
 

@@ -322,7 +322,11 @@ def act_and_evaluate(policy, obs, reset, keys, successor):
 
     _, steps = jax.lax.scan(step, start, (obs, reset, keys, successor))
     evaluated = policy.evaluate(start, obs, steps["act"].action, steps["act"].order, reset)
-    return steps, evaluated, policy.successor_values(start, obs, reset, successor)
+    return (
+        steps,
+        evaluated,
+        policy.successor_values(start, obs, steps["act"].action, reset, successor),
+    )
 
 
 @functools.cache

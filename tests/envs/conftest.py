@@ -42,7 +42,10 @@ RAW: dict[str, Callable[[], Environment]] = {
     "mpe": lambda: mpe.make_mpe_auto(agents=2, limit=SHORT_LIMIT),
     "mpe-continuous": lambda: mpe.make_mpe_auto(agents=2, continuous=True, limit=SHORT_LIMIT),
     "overcooked": lambda: make_short(overcooked.make_overcooked, "cramped_room"),
-} | dict(probes.PROBES)
+}
+# One size of each probe.
+KINDS = {type(make()): name for name, make in reversed(probes.PROBES.items())}
+RAW |= {name: probes.PROBES[name] for name in KINDS.values()}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from mam.envs import jumanji, probes
 from mam.envs.check import check, episode_rules, external_play, recording
 from mam.envs.check.check import check_environment
 from mam.envs.check.report import Finding, Report, collapse
+from mam.envs.memory_probes import MemoryProbe
 from mam.envs.registry import make
 from mam.envs.wrappers import AutoReset
 from mam.types import Observation, TimeStep
@@ -25,7 +26,11 @@ STRANGE = {
     "copy": {"keys_ignored", "constant_view"},
     "matrix": {"keys_ignored", "constant_view"},
 }
-STRANGE |= {"memory": {"limit_as_termination"}}
+STRANGE |= {
+    name: {"limit_as_termination"}
+    for name, make_probe in probes.PROBES.items()
+    if isinstance(make_probe(), MemoryProbe)
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -200,17 +205,19 @@ def test_an_episode_without_limit_must_end_in_the_end(num_steps, severity):
 
 @pytest.mark.usefixtures("_numpy_time_steps")
 @pytest.mark.parametrize(
-    ("decisions", "severity"),
+    ("decisions", "team_effects", "severity"),
     [
-        (episode_rules.FEW_DECISIONS - 1, []),
-        (episode_rules.FEW_DECISIONS, ["warning"]),
-        (episode_rules.MANY_DECISIONS, ["error"]),
+        (episode_rules.FEW_DECISIONS - 1, 100, []),
+        (episode_rules.FEW_DECISIONS, 100, ["warning"]),
+        (episode_rules.MANY_DECISIONS, 100, ["error"]),
+        (episode_rules.MANY_DECISIONS, 50, ["warning"]),
+        (episode_rules.MANY_DECISIONS, 10, []),
     ],
 )
-def test_an_agent_is_called_ignored_on_evidence_only(decisions, severity):
+def test_an_agent_is_called_ignored_on_evidence_only(decisions, team_effects, severity):
     play = make_recording(5)
     play.influence.decisions[:] = [decisions, 0, 100, 100]
-    play.influence.effects[:] = [0, 0, 1, 1]
+    play.influence.effects[:] = [0, 0, 1, team_effects]
     assert [finding.severity for finding in episode_rules.actions_ignored(play)] == severity
 
 

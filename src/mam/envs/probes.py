@@ -4,18 +4,20 @@
     identity    acting on one's own observation           T               T / A          truncation
     copy        knowing what earlier agents just chose    (T−1)(1 − 1/A)  optimal / A    truncation
     matrix      coordinating on the better of two optima  1               see the class  termination
-    memory      carrying a cue across environment steps   1               1 / A          termination
     target      a continuous action per agent             T               T / 3          truncation
     components  several choices per agent at once         T               T / Π sizes    truncation
+    recall      asking the one agent that knows           T               T / A          truncation
+
+Those that take memory across environment steps are in `memory_probes`.
 
 T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on
 average. All actions are legal and all agents alive.
 """
 
-import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -23,41 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from mam.envs.base import restart, transition
-from mam.types import Environment, EnvSpec, EnvState, Observation, TimeStep
-
-
-class CueState(eqx.Module):
-    """What each agent is to answer, and how far the episode has come."""
-
-    cue: Int[Array, "N"] | Int[Array, "N K"]
-    step_count: Int[Array, ""]
-
-
-@dataclass(frozen=True)
-class Probe(Environment, abc.ABC):
-    """What the probes share."""
-
-    num_agents: int
-
-    @property
-    @abc.abstractmethod
-    def optimal_return(self) -> float:
-        """Expected return of the best policy without memory (`memory`: with)."""
-
-    @property
-    @abc.abstractmethod
-    def random_return(self) -> float:
-        """Expected return of uniformly random actions."""
-
-    def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
-        return jax.random.randint(key, (self.num_agents,), 0, self.spec.num_actions)
-
-    def _observe(self, view: Float[Array, "N O"]) -> Observation:
-        action_mask = jnp.ones((self.num_agents, self.spec.num_actions), bool)
-        return Observation(view, action_mask, alive=jnp.ones(self.num_agents, bool))
-
-    def _blank(self) -> Observation:
-        return self._observe(jnp.ones((self.num_agents, 1)))
+from mam.envs.memory_probes import Convention, Memory, TMaze
+from mam.envs.probe_base import CueState, Probe
+from mam.types import EnvSpec, EnvState, Observation, TimeStep
 
 
 @dataclass(frozen=True)
@@ -210,52 +180,6 @@ class Matrix(Probe):
         return state, transition(self._blank(), reward, terminated=True)
 
 
-@dataclass(frozen=True)
-class Memory(Probe):
-    """Every agent sees a cue at the first step and must answer it at the last of `length` steps.
-
-    The reward, at the last step only, is the fraction that answer their own cue. The view is the
-    one-hot cue (zeros after the first step), then 1 at the last step. Probes memory across
-    environment steps: a policy without it earns 1/A whatever it does.
-    """
-
-    num_agents: int = 2
-    num_actions: int = 4
-    length: int = 4
-
-    @property
-    def spec(self) -> EnvSpec:
-        return EnvSpec(
-            "probe/memory", self.num_agents, self.num_actions + 1, self.num_actions, self.length
-        )
-
-    @property
-    def optimal_return(self) -> float:
-        return 1.0
-
-    @property
-    def random_return(self) -> float:
-        return 1 / self.num_actions
-
-    def reset(self, key: Key[Array, ""]) -> tuple[CueState, TimeStep]:
-        state = CueState(self._draw_cue(key), step_count=jnp.zeros((), jnp.int32))
-        return state, restart(self._view(state))
-
-    def step(
-        self, state: CueState, action: Int[Array, "N"], key: Key[Array, ""]
-    ) -> tuple[CueState, TimeStep]:
-        del key
-        state = CueState(state.cue, state.step_count + 1)
-        terminated = state.step_count >= self.length
-        reward = terminated * (action == state.cue).mean()
-        return state, transition(self._view(state), reward, terminated=terminated)
-
-    def _view(self, state: CueState) -> Observation:
-        cue = jax.nn.one_hot(state.cue, self.num_actions) * (state.step_count == 0)
-        now = jnp.full((self.num_agents, 1), state.step_count == self.length - 1, jnp.float32)
-        return self._observe(jnp.concatenate([cue, now], axis=1))
-
-
 class TargetState(eqx.Module):
     """The point each agent is to name, and how far the episode has come."""
 
@@ -351,6 +275,71 @@ class Components(Probe):
         return self._observe(jnp.concatenate(cues, axis=1))
 
 
+class RecallState(eqx.Module):
+    """Who is asked for what, and how far the episode has come."""
+
+    own_key: Int[Array, "N"]
+    asked_key: Int[Array, "N"]
+    value: Int[Array, "N"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Recall(Probe):
+    """Every agent has a key and a value, and must name the value of the agent with another key.
+
+    Keys are a permutation of N, values are independent, one of A, and an agent is asked for a key
+    that is not its own; all three it sees, one-hot, and all are new at every step. The reward is
+    the fraction of agents that answer rightly. Probes mixing: what an agent needs is in the view of
+    one other, which is known by its content and not by its place. Agents that see nothing of each
+    other's views earn as much as random actions, `random_return`: others' values are independent of
+    what they see.
+    """
+
+    num_agents: int = 4
+    num_actions: int = 4
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        name, obs_dim = f"probe/recall-{self.num_agents}", 2 * self.num_agents + self.num_actions
+        return EnvSpec(name, self.num_agents, obs_dim, self.num_actions, self.time_limit)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        return self.time_limit / self.num_actions
+
+    def reset(self, key: Key[Array, ""]) -> tuple[RecallState, TimeStep]:
+        state = self._draw(key, step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._view(state))
+
+    def step(
+        self, state: RecallState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[RecallState, TimeStep]:
+        holder = jnp.argsort(state.own_key)[state.asked_key]
+        reward = (action == state.value[holder]).mean()
+        state = self._draw(key, state.step_count + 1)
+        return state, transition(
+            self._view(state), reward, truncated=state.step_count >= self.time_limit
+        )
+
+    def _draw(self, key: Key[Array, ""], step_count: Int[Array, ""]) -> RecallState:
+        own_key, asked_key, value_key = jax.random.split(key, 3)
+        own = jax.random.permutation(own_key, self.num_agents)
+        further = jax.random.randint(asked_key, (self.num_agents,), 1, self.num_agents)
+        asked = (own + further) % self.num_agents
+        return RecallState(own, asked, self._draw_cue(value_key), step_count)
+
+    def _view(self, state: RecallState) -> Observation:
+        keys = [jax.nn.one_hot(key, self.num_agents) for key in (state.own_key, state.asked_key)]
+        value = jax.nn.one_hot(state.value, self.num_actions)
+        return self._observe(jnp.concatenate([*keys, value], axis=1))
+
+
 PROBES: dict[str, Callable[[], Probe]] = {
     "identity": Identity,
     "copy": Copy,
@@ -358,6 +347,13 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "memory": Memory,
     "target": Target,
     "components": Components,
+    "tmaze-10": TMaze,
+    "tmaze-50": partial(TMaze, length=50),
+    "tmaze-100": partial(TMaze, length=100),
+    "convention": Convention,
+    "recall-4": Recall,
+    "recall-8": partial(Recall, num_agents=8),
+    "recall-16": partial(Recall, num_agents=16),
 }
 
 

@@ -72,7 +72,10 @@ OVERCOOKED_LAYOUTS = (
 )
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
-PROBE_TASKS = ("identity", "copy", "matrix", "memory", "target", "components")
+PROBE_TASKS = (
+    *("identity", "copy", "matrix", "memory", "target", "components"),
+    *("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-4", "recall-8", "recall-16"),
+)
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
 from mam.networks.blocks import DecoderBlock, DecoderState, Run
+from mam.networks.embed import ActionEmbedding
 from mam.networks.heads import Head
-from mam.networks.layers import HIDDEN_GAIN, LayerNorm, lookup
+from mam.networks.layers import lookup
 from mam.networks.mixers.base import MixerInputs
 from mam.networks.mixers.registry import MixerFamily
 
@@ -22,69 +21,8 @@ from mam.networks.mixers.registry import MixerFamily
 Embedded = tuple[Float[Array, "..."], MixerInputs]
 
 
-class ActionEmbedding(eqx.Module):
-    """LN(GELU(token W)), W a table of V = token_dim + 1 rows: a bias-free dense layer (MAT, §3).
-
-    Its tokens are the distribution's with a feature more, the last, which only the start token has:
-    that is what the first agent reads. Where tokens are one-hot, indices of rows stand for them.
-    """
-
-    table: Float[Array, "V E"]
-    norm: LayerNorm
-    indexed: bool = eqx.field(static=True)
-
-    def __init__(self, distribution: ActionDistribution, d_model: int, *, key: Key[Array, ""]):
-        self.table = initializers.orthogonal(HIDDEN_GAIN)(
-            key, (distribution.token_dim + 1, d_model)
-        )
-        self.norm = LayerNorm(d_model)
-        self.indexed = distribution.indexed
-
-    def start(self, batch: tuple[int, ...]) -> Token:
-        """Return the start token, for leading axes `batch`."""
-        last = self.table.shape[0] - 1
-        if self.indexed:
-            return jnp.full(batch, last, jnp.int32)
-        return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
-
-    def pad(self, token: Token) -> Token:
-        """Return the distribution's token with what tells it from the start token."""
-        return (
-            token
-            if self.indexed
-            else jnp.concatenate([token, jnp.zeros_like(token[..., :1])], axis=-1)
-        )
-
-    def shift_right(self, tokens: Token, first: Token | None = None) -> Token:
-        """Return what each agent reads, the token of the agent before it (teacher forcing).
-
-        Args:
-            tokens: the distribution's, of all agents in the order of deciding.
-            first: what the first of them reads; the start token if None.
-        """
-        axis = -1 if self.indexed else -2
-        tokens = self.pad(tokens)
-        first = self.start(tokens.shape[: tokens.ndim + axis]) if first is None else first
-        return jnp.concatenate(
-            [
-                jnp.expand_dims(first, axis),
-                jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis),
-            ],
-            axis=axis,
-        )
-
-    def __call__(self, token: Token) -> Float[Array, "... E"]:
-        if self.indexed:
-            return lookup(self.rows(), token)
-        return self.norm(jax.nn.gelu(token @ self.table))
-
-    def rows(self) -> Float[Array, "V E"]:
-        """Return the embeddings of all tokens that are indices."""
-        return self.norm(jax.nn.gelu(self.table))
-
-
 class Context(eqx.Module):
-    """What the decoder reads of the observations, computed before the first agent acts."""
+    """The decoder's reading of the observations, computed before the first agent acts."""
 
     obs_rep: Float[Array, "*batch E"]
     blocks: tuple[MixerInputs, ...]
@@ -176,7 +114,7 @@ class Decoder(eqx.Module):
 
     @property
     def fused(self) -> list[Any] | None:
-        """What fused decoders run in place of the mixers, in order; None if one is unknown."""
+        """The blocks that fused decoders run in place of the mixers; None if one is unknown."""
         mixers = [mixer for block in self.blocks for mixer in (block.mixer, block.cross)]
         known = [mixer.fused for mixer in mixers if mixer.fused is not None]
         return known if len(known) == len(mixers) else None
@@ -184,7 +122,13 @@ class Decoder(eqx.Module):
     def init_state(
         self, num_agents: int, batch: tuple[int, ...], dtype
     ) -> tuple[DecoderState, ...]:
-        """Return the state before the first agent; see `DecoderBlock.init_state`."""
+        """Return the state of every block before the first agent decides.
+
+        Args:
+            num_agents: N, the most agents that the states will take.
+            batch: leading axes.
+            dtype: of what the blocks read.
+        """
         return tuple(block.init_state(num_agents, batch, dtype) for block in self.blocks)
 
     def init_memory(self, batch: tuple[int, ...]) -> tuple[DecoderState, ...]:

@@ -77,7 +77,7 @@ class Encoder(eqx.Module):
 
 
 class Encoded(eqx.Module):
-    """What the encoder makes of the observations."""
+    """The encoder's outputs."""
 
     obs_rep: Float[Array, "*batch N E"]
     value: Float[Array, "*batch N"]

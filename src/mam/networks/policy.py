@@ -1,6 +1,5 @@
 """Policies by name."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,12 @@ from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
 from mam.networks.mixers.base import Roles
-from mam.networks.mixers.registry import MIXERS, MixerFamily, sequence_policies
+from mam.networks.mixers.registry import (
+    MixerFamily,
+    add_family,
+    mixer_families,
+    sequence_policies,
+)
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
@@ -73,16 +77,21 @@ SEQUENTIAL = Decoding()
 
 def policies() -> dict[str, PolicyKind]:
     """Return all policies by name: one per family of mixers, and those of independent agents."""
-    families = MIXERS.values()
-    sequence = {
-        f.policy: PolicyKind(
+    sequence = {}
+    for name, f in mixer_families().items():
+        _refuse_independent(name, f.policy)
+        sequence[f.policy] = PolicyKind(
             f"{f.description} ({f.letter} in layouts)",
             partial(_sequence, f.letter),
             remembers=lambda config, letter=f.letter: Layout.of(letter, config).remembers,
         )
-        for f in families
-    }
     return sequence | INDEPENDENT
+
+
+def _refuse_independent(name: str, policy: str) -> None:
+    """Refuse the name of a policy without mixers for that of a family's."""
+    if policy in INDEPENDENT:
+        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
 
 
 def register_mixer(
@@ -97,7 +106,9 @@ def register_mixer(
 ) -> None:
     """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
 
-    One of the same name is replaced.
+    It is known to this process alone: a package makes one known to all of them, trials of sweeps
+    and runs of experiments among them, by an entry point (see ARCHITECTURE.md). One of the same
+    name is replaced.
 
     Args:
         name: of the kind, as in `mamba`.
@@ -111,16 +122,12 @@ def register_mixer(
     Raises:
         UserError: the letter is no letter or digit, or it or the policy's name is taken.
     """
-    if not re.fullmatch("[A-Za-z0-9]", letter):
-        raise UserError(f"the letter of {name} must be one of A-Z, a-z, 0-9, got {shown(letter)}")
-    others = [family for other, family in MIXERS.items() if other != name]
-    if letter in (family.letter for family in others):
-        raise UserError(f"the letter {letter} of {name} is taken: choose another")
-    if policy in (*INDEPENDENT, *(family.policy for family in others)):
-        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
-    MIXERS[name] = MixerFamily(
+    mixer_families()  # those of installed packages come first
+    _refuse_independent(name, policy)
+    family = MixerFamily(
         letter, policy, description, load=lambda: roles, options=options or {}, remembers=remembers
     )
+    add_family(name, family)
 
 
 def make_policy(

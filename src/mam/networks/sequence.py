@@ -103,9 +103,9 @@ class SequencePolicy(eqx.Module):
     ):
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.memory = make_memory(config, key=memory_key)
         self.encoder = Encoder(layout.encoder, config, key=encoder_key)
         self.distribution = make_distribution(spec)
+        self.memory = make_memory(config, self.distribution, key=memory_key)
         self.decoder = Decoder(
             self.distribution, layout.decoder, layout.cross, config, key=decoder_key
         )
@@ -151,9 +151,10 @@ class SequencePolicy(eqx.Module):
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
-        memory = SequenceMemory(agents, encoder, decision.memory)
+        action = _rows(decision.action, by_agent)
+        memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
         return memory, PolicyOutput(
-            action=_rows(decision.action, by_agent),
+            action=action,
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
@@ -171,7 +172,7 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Evaluate stored joint actions in a teacher-forced pass; see `mam.types.Policy`."""
-        _, x = self.memory.unroll(memory.agents, self.embed(obs), reset)
+        _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
         alive = _rows(obs.alive, order)
         _, encoded = self.encoder.unroll(memory.encoder, self._ordered(x, order), alive, reset)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
@@ -191,24 +192,30 @@ class SequencePolicy(eqx.Module):
         return self._value(memory.encoder, x, obs.alive, going_on)[1]
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
         x, next_x = self.embed(obs), self.embed(successor)
         if not jax.tree.leaves(memory.encoder):
-            x = unroll_successors(self.memory, memory.agents, x, reset, next_x)
+            x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
             return self._value(memory.encoder, x, successor.alive, reset)[1]
         goes_on = jnp.zeros(reset.shape[1:], bool)
 
         def step(memory, inputs):
             agents, encoder = memory
-            x, alive, reset, next_x, next_alive = inputs
+            x, alive, action, reset, next_x, next_alive = inputs
             agents, x = self.memory.step(agents, x, reset)
+            agents = self.memory.note(agents, action)
             encoder, _ = self._value(encoder, x, alive, reset)
             next_x = self.memory.step(agents, next_x, goes_on)[1]
             return (agents, encoder), self._value(encoder, next_x, next_alive, goes_on)[1]
 
-        inputs = (x, obs.alive, reset, next_x, successor.alive)
+        inputs = (x, obs.alive, action, reset, next_x, successor.alive)
         return lax.scan(step, (memory.agents, memory.encoder), inputs)[1]
 
     def encode(

@@ -277,8 +277,11 @@ def actions_ignored(recording: Recording) -> Iterator[Finding]:
         )
         yield Finding("actions_ignored", "error", "action", expected, got)
         return
-    for agent in np.flatnonzero((decisions[:-1] >= FEW_DECISIONS) & (effects[:-1] == 0)):
-        severity = "error" if decisions[agent] >= MANY_DECISIONS else "warning"
+    # Where the team's actions rarely have an effect (a reward at the end, say), it takes more.
+    rate = effects[-1] / decisions[-1] if decisions[-1] else 1.0
+    telling = decisions[:-1] * rate
+    for agent in np.flatnonzero((telling >= FEW_DECISIONS) & (effects[:-1] == 0)):
+        severity = "error" if telling[agent] >= MANY_DECISIONS else "warning"
         got = (
             f"no effect in {decisions[agent]:,} actions of this agent "
             "that differed from those of an equal episode"

@@ -26,7 +26,7 @@ from mam.types import Action, AgentAction
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a sequence policy acts; all ways yield the same actions, the kernel up to precision."""
+    """The way in which a policy decodes; all yield the same actions, the kernel up to precision."""
 
     method: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     window: int | None = None  # agents in one fixed point; all of them if None
@@ -60,7 +60,7 @@ class DecodeCarry(eqx.Module):
 
 @dataclass(frozen=True)
 class _DecodeContext:
-    """What decoding reads and does not change: the decoder, the distribution, the embedding."""
+    """The constants of decoding: the decoder, the distribution, the embedding."""
 
     decoder: Decoder
     distribution: ActionDistribution
