@@ -21,10 +21,10 @@ from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
 from mam.envs.probes import PROBES
 from mam.envs.wrappers import AutoReset
 from mam.learning import experience, train
-from mam.networks.policy import has_memory, policies
+from mam.networks.policy import INDEPENDENT, has_memory, policies
 from mam.runs.process import configure
 
-SEQUENCE = ("mam", "mat")
+SEQUENCE = tuple(name for name in policies() if name not in INDEPENDENT)
 # Probes that a policy can only solve if it has what they probe for.
 NEEDS = {
     "copy": lambda config: config.policy in SEQUENCE,

@@ -29,21 +29,21 @@ SEARCH = ("ppo.lr", "network.d_model")
 @pytest.mark.parametrize(
     ("policy", "absent"),
     [
-        ("mam", {"network.num_heads"}),
-        ("mam2", {"network.num_heads", "network.dt_rank"}),
-        ("mat", {"network.d_state", "network.dt_rank"}),
-        ("ippo", {"network.num_heads", "network.d_state", "network.dt_rank"}),
+        ("mam", {"num_heads", "retention_decay"}),
+        ("mam2", {"num_heads", "retention_decay", "dt_rank"}),
+        ("mat", {"retention_decay", "d_state", "dt_rank"}),
+        ("ff_sable", {"retention_decay", "d_state", "dt_rank"}),
+        ("sable", {"d_state", "dt_rank"}),
+        ("ippo", {"num_heads", "retention_decay", "d_state", "dt_rank"}),
     ],
 )
 def test_only_what_the_policy_reads_is_searched(policy, absent):
     options = {
-        f"network.{name}"
-        for family in MIXERS.values()
-        for name, values in family.options.items()
-        if values
+        name for family in MIXERS.values() for name, values in family.options.items() if values
     }
-    assert options == {"network.num_heads", "network.d_state", "network.dt_rank"}
-    assert space_of(replace(CONFIG, policy=policy)).keys() == RANGES.keys() | options - absent
+    assert options == {"num_heads", "retention_decay", "d_state", "dt_rank"}
+    read = {f"network.{name}" for name in options - absent}
+    assert space_of(replace(CONFIG, policy=policy)).keys() == RANGES.keys() | read
 
 
 def test_a_layout_decides_what_is_read():

@@ -47,11 +47,11 @@ def acted(request):
         keys = jax.random.split(jax.random.key(1), len(ALIVE))
         compiled = functools.partial(jax.jit, compiler_options=QUICK)
         reset = jnp.zeros(len(ALIVE), bool)
-        act = compiled(
-            lambda policy, obs, keys: policy.act(policy.init_memory(reset.shape), obs, reset, keys)[
-                1
-            ]
-        )
+
+        @compiled
+        def act(policy, obs, keys):
+            return policy.act(policy.init_memory(reset.shape), obs, reset, keys)[1]
+
         expected, uncached = act(policy, obs, keys), compiled(act_uncached)
         outputs = [
             uncached(policy, obs, keys, jnp.int32(steps)) for steps in range(ALIVE.shape[1] + 1)

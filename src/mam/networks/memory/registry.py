@@ -13,6 +13,7 @@ from mam.networks.actions import ActionDistribution
 from mam.networks.memory.base import AbstractRecurrence, NoMemory
 from mam.networks.memory.gru import GRU
 from mam.networks.memory.last_action import LastAction
+from mam.networks.memory.retention import RetentionMemory
 from mam.networks.memory.state_space import StateSpaceMemory
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
@@ -35,6 +36,7 @@ MEMORIES = {
         "Mamba's state-space block along time", partial(StateSpaceMemory, SelectiveSSM)
     ),
     "mamba2": MemoryKind("Mamba-2's block along time", partial(StateSpaceMemory, DualSSM)),
+    "retention": MemoryKind("retention along time", RetentionMemory),
 }
 
 

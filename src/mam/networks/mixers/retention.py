@@ -117,16 +117,15 @@ class Retention(eqx.Module):
             causal: agents see those before them and themselves; if not, all M.
         """
         batch, dtype = inputs.key.shape[:-2], inputs.key.dtype
-        state = self.init_state(batch, dtype) if state is None else state
-        state, y = self.unroll_steps(
-            state,
+        after, y = self.unroll_steps(
+            self.init_state(batch, dtype) if state is None else state,
             jax.tree.map(lambda v: v[None], inputs),
             None if alive is None else alive[None],
             jnp.zeros((1, *batch), bool),
             decay=(1.0,) * self.num_heads,
             causal=causal,
         )
-        return state, y[0]
+        return after, y[0]
 
     def unroll_steps(
         self,

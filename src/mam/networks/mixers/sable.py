@@ -26,7 +26,7 @@ from mam.networks.mixers.retention import (
 )
 
 
-class RetentionMemory(eqx.Module):
+class StepMemory(eqx.Module):
     """What goes from one environment step to the next."""
 
     state: Float[Array, "*batch H F F"]
@@ -58,13 +58,13 @@ class FullRetentionOverTime(AbstractMixer):
         state, y = retention.unroll_steps(
             memory.state, inputs, alive, reset, decay=self.decay, causal=False
         )
-        return RetentionMemory(state, steps[-1] + 1), y
+        return StepMemory(state, steps[-1] + 1), y
 
 
 class StepState(eqx.Module):
     """What the agents of one environment step read, and leave to the next step."""
 
-    memory: RetentionMemory  # with the agents so far, and with this step in its number of steps
+    memory: StepMemory  # with the agents so far, and with this step in its number of steps
     position: RetentionInputs  # the step's, projected
     num_living: Int[Array, "*batch"]  # agents to come; those after them are dead
 
@@ -102,7 +102,7 @@ class CausalRetentionOverTime(AbstractCausalMixer):
         state = jnp.where(reset[..., None, None, None], 0, memory.state * decay)
         like = jnp.zeros(self.mixer.retention.norm.scale.shape, dtype)
         return StepState(
-            memory=RetentionMemory(state, steps + 1),
+            memory=StepMemory(state, steps + 1),
             position=self.mixer.retention.project(_positions(steps, like)),
             num_living=alive.sum(axis=-1),
         )
@@ -136,7 +136,7 @@ class CausalRetentionOverTime(AbstractCausalMixer):
             decay=self.decay,
             causal=True,
         )
-        return RetentionMemory(state, steps[-1] + 1), y
+        return StepMemory(state, steps[-1] + 1), y
 
 
 def decay_of(config: NetworkConfig) -> tuple[float, ...]:
@@ -145,9 +145,9 @@ def decay_of(config: NetworkConfig) -> tuple[float, ...]:
     return tuple((config.retention_decay * rates).tolist())
 
 
-def _no_memory(mixer: FullRetention | CausalRetention, batch: tuple[int, ...]) -> RetentionMemory:
+def _no_memory(mixer: FullRetention | CausalRetention, batch: tuple[int, ...]) -> StepMemory:
     state = mixer.retention.init_state(batch)
-    return RetentionMemory(state, jnp.zeros(batch, state.dtype))
+    return StepMemory(state, jnp.zeros(batch, state.dtype))
 
 
 def _after(state: StepState, memory: Array, num_new: int) -> StepState:
