@@ -275,7 +275,7 @@ def probe() -> Config:
 
 
 def probe_tmaze_50() -> Config:
-    """A T-maze for a team: rollouts, and so sequences, that hold a whole episode."""
+    """T-maze for a team: rollouts, and so sequences, that hold a whole episode."""
     short = probe()
     return replace(
         short,
@@ -288,17 +288,17 @@ def probe_tmaze_50() -> Config:
 
 
 def probe_tmaze_10() -> Config:
-    """The shortest T-maze."""
+    """T-maze with 10 blank steps."""
     return replace(probe_tmaze_50(), env="probe/tmaze-10")
 
 
 def probe_tmaze_100() -> Config:
-    """The longest T-maze."""
+    """T-maze with 100 blank steps."""
     return replace(probe_tmaze_50(), env="probe/tmaze-100")
 
 
 def probe_convention() -> Config:
-    """A secret joint code, to be found and kept."""
+    """Hidden convention: a secret joint code, to be found and kept."""
     return replace(probe_tmaze_50(), env="probe/convention")
 
 
