@@ -29,6 +29,7 @@ from mam.envs.probes import PROBES
 from mam.errors import UserError
 from mam.learning.train import NON_FINITE, make_train
 from mam.networks.memory.registry import MEMORIES
+from mam.networks.policy import policies
 
 INDEPENDENT = ("mappo", "ippo", "rec_mappo", "rec_ippo")
 WRONG = {

@@ -10,41 +10,12 @@ their suite's.
 from dataclasses import replace
 
 from mam.config import EvalConfig
+from mam.envs.tasks import LBF_TASKS, RWARE_TASKS, SMAX_TASKS
 from mam.study.experiment.grid import grid
 
-RWARE = (
-    *("tiny-2ag", "tiny-2ag-hard", "tiny-4ag", "tiny-4ag-hard", "small-4ag", "small-4ag-hard"),
-    *(
-        "medium-4ag",
-        "medium-4ag-hard",
-        "medium-6ag",
-        "large-4ag",
-        "large-4ag-hard",
-        "large-8ag",
-        "large-8ag-hard",
-    ),
-    *("xlarge-4ag", "xlarge-4ag-hard"),
-)
-LBF = (
-    *("2s-8x8-2p-2f-coop", "8x8-2p-2f-coop", "2s-10x10-3p-3f", "10x10-3p-3f"),
-    *("15x15-3p-5f", "15x15-4p-3f", "15x15-4p-5f"),
-)
-SMAX = (
-    *(
-        "2s3z",
-        "3s5z",
-        "5m_vs_6m",
-        "10m_vs_11m",
-        "27m_vs_30m",
-        "3s5z_vs_3s6z",
-        "3s_vs_5z",
-        "6h_vs_8z",
-    ),
-    *("smacv2_5_units", "smacv2_10_units", "smacv2_20_units"),
-)
 TASKS = [
     f"{suite}/{task}"
-    for suite, tasks in (("rware", RWARE), ("lbf", LBF), ("smax", SMAX))
+    for suite, tasks in (("rware", RWARE_TASKS), ("lbf", LBF_TASKS), ("smax", SMAX_TASKS))
     for task in tasks
 ]
 

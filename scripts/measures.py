@@ -56,9 +56,15 @@ def copied_lines(texts: list[str]) -> tuple[int, int]:
     """Count lines in runs of six that stand elsewhere, and all, without blank ones and imports."""
     files = []
     for text in texts:
-        lines = [line.strip() for line in text.splitlines()]
+        imports = {
+            number
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for number in range(node.lineno, (node.end_lineno or 0) + 1)
+        }
+        lines = enumerate(map(str.strip, text.splitlines()), start=1)
         files.append(
-            [line for line in lines if line and not line.startswith(("from ", "import ", "#"))]
+            [line for i, line in lines if line and i not in imports and not line.startswith("#")]
         )
     places: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for file, lines in enumerate(files):

@@ -17,6 +17,7 @@ from mam.config import (
     EvalConfig,
     NetworkConfig,
     PPOConfig,
+    RecurrenceConfig,
     from_json,
     to_json,
 )
@@ -80,6 +81,9 @@ def network_configs(draw):
         remat=draw(st.booleans()),
         observation_norm=draw(st.sampled_from(["running", "layer"])),
         scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),
+        recurrence=RecurrenceConfig(
+            d_state=draw(sizes), last_action=draw(st.booleans()), dt_min=0.1, dt_max=0.2
+        ),
     )
 
 
@@ -139,6 +143,8 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     published = NetworkConfig(encoder=EncoderConfig(combine="product"))
     assert Config(policy="mam", network=published).algorithm == "mam-product"
     assert Config(policy="mat", network=NetworkConfig(memory="gru")).algorithm == "mat-gru"
+    last = NetworkConfig(recurrence=RecurrenceConfig(last_action=True))
+    assert Config(policy="rec_mam", network=last).algorithm == "rec_mam-action"
 
 
 def test_derived_sizes():
@@ -215,6 +221,7 @@ def nested(key, value):
             for key in (
                 *("num_workers", "decode_window", "decode_max_passes"),
                 *("network.d_state", "network.d_conv", "network.expand", "network.dt_rank"),
+                *("network.recurrence.d_state", "network.recurrence.dt_min"),
                 *("ppo.num_envs", "ppo.rollout_length", "ppo.num_epochs", "ppo.num_minibatches"),
                 *("eval.num_evaluations", "eval.num_episodes", "eval.num_absolute_episodes"),
             )
@@ -241,6 +248,7 @@ def nested(key, value):
             ("network.head_dim", value, "must divide the inner width 128")
             for value in (0, -1, 3, 256)
         ),
+        ("network.recurrence.dt_min", 2.0, "must be positive and at most dt_max = 1.0"),
     ],
 )
 def test_impossible_values_are_refused(key, value, rule):

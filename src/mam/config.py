@@ -42,6 +42,27 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class RecurrenceConfig:
+    """Memory over environment steps, where `network.memory` names one."""
+
+    d_state: int = 16
+    """State size per inner channel of a state-space memory."""
+    d_conv: int = 4
+    """Width of its convolution along time."""
+    expand: int = 1
+    """Inner width of a state-space memory, as a multiple of d_model."""
+    dt_min: float = 1e-3
+    """Step sizes at initialisation are log-uniform from here …"""
+    dt_max: float = 1.0
+    """… to here; 1 / step size is about how many environment steps a channel sums up."""
+    rotary: bool = True
+    """Turn the states of a state-space memory, each pair at its own speed: what is alike at every
+    step then cancels, and what happened once stays."""
+    last_action: bool = False
+    """Let agents read what they did at the step before, beside what they see."""
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """Sizes of the encoder–decoder policy."""
 
@@ -51,7 +72,10 @@ class NetworkConfig:
     """Blocks in the encoder, and as many in the decoder; hidden layers of the independent
     policies."""
     num_heads: int = 1
-    """Attention heads."""
+    """Heads of attention and of retention."""
+    retention_decay: float = 0.8
+    """What retention over time (sable) keeps from one environment step to the next, as a share of
+    the published 0.97 to 0.998, by head."""
     d_state: int = 16
     """State size per inner channel."""
     d_conv: int = 4
@@ -66,8 +90,9 @@ class NetworkConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
-    """What agents remember of earlier environment steps, such as gru (see `mam list`); the policy's
-    own if None: gru for rec_mappo and rec_ippo, none for the others."""
+    """What agents remember of earlier environment steps with, such as mamba (see `mam list`); the
+    policy's own if None: none, but of those called rec_…."""
+    recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
     always."""
@@ -252,11 +277,12 @@ class Config:
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 
-        These are layouts, memory and the published encoder.
+        These are layouts, memory and what it reads, and the published encoder.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
+        memory += ["action"] * self.network.recurrence.last_action
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -293,7 +319,7 @@ class Config:
 
     @property
     def mode_beside(self) -> str:
-        """What the mode that does not count is called in metrics."""
+        """The name in metrics of the mode that does not count."""
         return "sampled" if self.eval.greedy else "greedy"
 
     @property
@@ -334,10 +360,10 @@ def _validate(config: Config) -> None:
         for name in names:
             if not getattr(group, name) > 0:
                 raise UserError(f"{prefix}{name} must be positive, got {getattr(group, name)}")
-    ppo, network = config.ppo, config.network
     _check_choices(config)
-    names = {"policy": config.policy, "env": config.env, "network.memory": network.memory or ""}
+    memory = config.network.memory or ""
     # They stand in messages, pages and file names.
+    names = {"policy": config.policy, "env": config.env, "network.memory": memory}
     for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
@@ -348,10 +374,6 @@ def _validate(config: Config) -> None:
         raise UserError("decode_window and decode_max_passes belong to --decode fixed_point")
     if not config.log:
         raise UserError(f"log must name where numbers go, such as jsonl, got {config.log}")
-    for name, layout in network.layouts.items():
-        # The mixers are known to networks alone; the layout stands in file names.
-        if not re.fullmatch("[A-Za-z0-9]+", layout):
-            raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     for name, value in (
         ("checkpoint.seconds", config.checkpoint.seconds),
         ("worker.max_restarts", config.worker.max_restarts),
@@ -363,24 +385,38 @@ def _validate(config: Config) -> None:
         raise UserError(
             f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}"
         )
+    _check_ppo(config.ppo)
+    _check_network(config.network)
+    _check_finite(config)
+
+
+def _check_ppo(ppo: PPOConfig) -> None:
+    """Refuse coefficients out of range, and sequences or minibatches that a rollout cannot give."""
     for name in ("gamma", "gae_lambda"):
         if not 0 <= getattr(ppo, name) <= 1:
             raise UserError(f"ppo.{name} must lie in [0, 1], got {getattr(ppo, name)}")
     for name in ("ent_coef", "vf_coef"):
         if not getattr(ppo, name) >= 0:
             raise UserError(f"ppo.{name} must not be negative, got {getattr(ppo, name)}")
-    if ppo.sequence_length is not None and (
-        ppo.sequence_length < 1 or ppo.rollout_length % ppo.sequence_length
-    ):
+    length, num_steps = ppo.sequence_length, ppo.num_envs * ppo.rollout_length
+    if length is not None and (length < 1 or ppo.rollout_length % length):
         raise UserError(
             f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, "
-            f"got {ppo.sequence_length}"
+            f"got {length}"
         )
-    if config.steps_per_update % ppo.num_minibatches:
+    if num_steps % ppo.num_minibatches:
         raise UserError(
             f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "
-            f"= {config.steps_per_update}, got {ppo.num_minibatches}"
+            f"= {num_steps}, got {ppo.num_minibatches}"
         )
+
+
+def _check_network(network: NetworkConfig) -> None:
+    """Refuse layouts that no file name takes, and widths that cannot be cut into heads."""
+    for name, layout in network.layouts.items():
+        # The mixers are known to networks alone; the layout stands in file names.
+        if not re.fullmatch("[A-Za-z0-9]+", layout):
+            raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
     if network.d_model % network.num_heads:
         raise UserError(
             f"network.num_heads must divide network.d_model = {network.d_model}, "
@@ -393,9 +429,23 @@ def _validate(config: Config) -> None:
             f"network.head_dim must divide the inner width {network.d_inner}, "
             f"got {network.head_dim}"
         )
+    if not 0 <= network.retention_decay <= 1:
+        raise UserError(
+            f"network.retention_decay must lie in [0, 1], got {network.retention_decay}"
+        )
+    recurrence = network.recurrence
+    for name in ("d_state", "d_conv", "expand"):
+        if getattr(recurrence, name) < 1:
+            raise UserError(
+                f"network.recurrence.{name} must be positive, got {getattr(recurrence, name)}"
+            )
+    if not 0 < recurrence.dt_min <= recurrence.dt_max:
+        raise UserError(
+            "network.recurrence.dt_min must be positive and at most dt_max "
+            f"= {recurrence.dt_max}, got {recurrence.dt_min}"
+        )
     if network.dt_rank is not None and network.dt_rank < 1:
         raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
-    _check_finite(config)
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:

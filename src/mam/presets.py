@@ -275,7 +275,7 @@ def probe() -> Config:
 
 
 def probe_tmaze_50() -> Config:
-    """T-maze for a team: rollouts, and so sequences, that hold a whole episode."""
+    """Remember a cue for 50 steps, in rollouts, and so sequences, that hold whole episodes."""
     short = probe()
     return replace(
         short,
@@ -288,17 +288,17 @@ def probe_tmaze_50() -> Config:
 
 
 def probe_tmaze_10() -> Config:
-    """T-maze with 10 blank steps."""
+    """Remember a cue for 10 steps."""
     return replace(probe_tmaze_50(), env="probe/tmaze-10")
 
 
 def probe_tmaze_100() -> Config:
-    """T-maze with 100 blank steps."""
+    """Remember a cue for 100 steps."""
     return replace(probe_tmaze_50(), env="probe/tmaze-100")
 
 
 def probe_convention() -> Config:
-    """Hidden convention: a secret joint code, to be found and kept."""
+    """Find a secret joint code, and keep to it."""
     return replace(probe_tmaze_50(), env="probe/convention")
 
 

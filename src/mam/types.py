@@ -56,10 +56,14 @@ Memory = PyTree  # what a policy carries across environment steps; () if nothing
 Action = Int[Array, "..."] | Float[Array, "*batch N A"]
 # Of one agent, or of any number along *batch: the same without N.
 AgentAction = Int[Array, "..."] | Float[Array, "*batch A"]
+Order = Int[Array, "*batch N"]  # order[k] = the agent that decides k-th
+Reset = Bool[Array, "*batch"]  # True at the first step of an episode
+Keys = Key[Array, "*batch"]  # one for each element of the batch
+Greedy = bool | Bool[Array, ""]  # the most likely actions instead of samples
 
 
 class Observation(eqx.Module):
-    """What the agents see before they act, and what a critic may know besides."""
+    """The agents' views before they act, and the state that a critic may know besides."""
 
     agents_view: Float[Array, "*batch N O"]  # features, float32
     # True = legal, or in use; every agent has one, in every component
@@ -73,7 +77,7 @@ class Observation(eqx.Module):
 
 
 class TimeStep(eqx.Module):
-    """What an environment returns from `reset` and `step`.
+    """The result of an environment's `reset` and `step`.
 
     `terminated` and `truncated` are never merged: a terminated episode is worth nothing more, a
     truncated one (time limit) would have gone on and is bootstrapped from `final_observation`.
@@ -228,17 +232,11 @@ class Policy(Protocol):
     """
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
-        """Return the memory before an episode, for leading axes `batch`; () if there is none."""
+        """Return the memory before an episode, for leading axes `batch`; no leaves if none."""
         ...
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
         """Choose one joint action per batch element.
 
@@ -255,12 +253,7 @@ class Policy(Protocol):
         ...
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
         """Evaluate stored joint actions, differentiably in the policy.
 
@@ -280,11 +273,16 @@ class Policy(Protocol):
         ...
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent of `obs`, which continues the episode of `memory`."""
+        """Return the state value per agent.
+
+        Args:
+            memory: after step t − 1.
+            obs: what is seen at step t, of the same episode: it is not its first step.
+        """
         ...
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the state values of what followed every step of a rollout, from one memory.
 
@@ -293,7 +291,8 @@ class Policy(Protocol):
         Args:
             memory: what it was before the first step, without the time axis.
             obs: what was seen at step t.
-            reset: whether that was the first step of its episode.
+            action: the joint action at t.
+            reset: whether t was the first step of its episode.
             successor: what the action at t led to, before any auto-reset: `final_observation`.
 
         Returns:

@@ -1,8 +1,12 @@
 """A mixer of one's own, from its registration to its first updates; nothing else has to know it."""
 
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import fields, replace
 from functools import partial
+from importlib.metadata import EntryPoint, EntryPoints
 
 import equinox as eqx
 import jax
@@ -17,8 +21,9 @@ from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.networks.layers import Dense, LayerNorm
+from mam.networks.mixers import registry
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
-from mam.networks.mixers.registry import MIXERS
+from mam.networks.mixers.registry import MIXERS, MixerFamily
 from mam.networks.policy import make_policy, policies, register_mixer
 from mam.study.bench.cases import cases
 from mam.study.bench.measure import Cell
@@ -163,12 +168,12 @@ def test_it_is_searched_where_it_is_used():
 
 
 def test_it_is_in_benches():
-    names = {what: set(case.contenders) for what, case in cases().items()}
+    names = {what: set(case.candidates) for what, case in cases().items()}
     assert {f"leaky/{role}" for role in ROLES} <= names["block"]
     assert all("leak" in names[what] for what in ("act", "decode", "update", "train"))
     assert "leak-kernel" not in names["act"]  # no decoder of one call knows it
-    contender = cases()["act"].contenders["leak"](Cell(2, 2, NetworkConfig(d_model=8)))
-    jax.eval_shape(contender.function, *contender.args)
+    candidate = cases()["act"].candidates["leak"](Cell(2, 2, NetworkConfig(d_model=8)))
+    jax.eval_shape(candidate.function, *candidate.args)
 
 
 def test_it_mixes_with_others_in_layouts():
@@ -217,6 +222,65 @@ def test_what_is_taken_is_refused(changes, said):
     with pytest.raises(UserError) as refused:
         register_mixer("leakier", **FACTS | changes)
     assert str(refused.value) == said
+
+
+FAMILY = MixerFamily("K", "leakiest", "of a package", load=lambda: FACTS["roles"])
+CLASHING = replace(FAMILY, letter="M")
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Adds the mixer of a package, once the families are asked for."""
+
+    def install(value):
+        points = EntryPoints([EntryPoint("packed", f"{__name__}:{value}", registry.GROUP)])
+        monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
+        monkeypatch.setattr(registry, "MIXERS", dict(MIXERS))
+        registry._add_installed.cache_clear()
+
+    yield install
+    registry._add_installed.cache_clear()
+
+
+def test_one_of_an_installed_package_is_a_policy(install):
+    install("FAMILY")
+    assert policies()["leakiest"].description == "of a package (K in layouts)"
+    with pytest.raises(UserError, match="the letter K of leakier is taken"):
+        register_mixer("leakier", **FACTS | {"letter": "K"})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("Nothing", "the mixer packed cannot be imported: module .* has no attribute 'Nothing'"),
+        ("CHECKS", "the mixer packed must be a MixerFamily, got .*"),
+        ("CLASHING", "the letter M of packed is taken: choose another"),
+    ],
+)
+def test_one_of_an_installed_package_may_be_refused(install, value, said):
+    install(value)
+    with pytest.raises(UserError, match=f"^{said}$"):
+        policies()
+
+
+def test_child_processes_know_those_of_installed_packages(tmp_path):
+    packaged = tmp_path / "packed-1.0.dist-info"
+    packaged.mkdir()
+    (packaged / "METADATA").write_text("Metadata-Version: 2.1\nName: packed\nVersion: 1.0\n")
+    (packaged / "entry_points.txt").write_text("[mam.mixers]\npacked = packed_mixers:FAMILY\n")
+    (tmp_path / "packed_mixers.py").write_text(
+        "from mam.networks.mixers.registry import MixerFamily\n"
+        'FAMILY = MixerFamily("P", "pack", "of a package", load=lambda: None)\n'
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "mam", "train", "--help"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "pack (P in layouts)" in " ".join(done.stdout.split())
 
 
 def test_one_of_the_same_name_is_replaced():

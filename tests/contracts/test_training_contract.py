@@ -20,7 +20,7 @@ from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.learning import experience, train
 from mam.learning.train import TrainState
-from mam.networks.policy import policies
+from mam.networks.policy import has_memory, policies
 from mam.types import EnvSpec
 from quick import QUICK
 
@@ -71,9 +71,9 @@ TASKS = {
     "unscaled": Unscaled(NUM_AGENTS, NUM_ACTIONS),
 }
 INDEPENDENT = ["mappo", "ippo", "rec_mappo", "rec_ippo"]
-SEQUENCE = [name for name in policies() if name not in INDEPENDENT]
-NAMES = [*policies(), "mam-gru"]  # which is `mam` with that memory
-WITH_MEMORY = ["rec_mappo", "rec_ippo", "mam-gru"]
+NAMES = list(policies())
+SEQUENCE = [name for name in NAMES if name not in INDEPENDENT]
+WITH_MEMORY = [name for name in NAMES if has_memory(name, NetworkConfig())]
 
 
 def runs_of(name):
@@ -147,9 +147,7 @@ class Shuffled(AutoReset):
 
 
 def make_trainer(name, task, shuffle):
-    policy, _, memory = name.partition("-")
-    network = replace(NETWORK, memory=memory or None)
-    config = Config(policy=policy, total_timesteps=NUM_UPDATES * 256, network=network, ppo=PPO)
+    config = Config(policy=name, total_timesteps=NUM_UPDATES * 256, network=NETWORK, ppo=PPO)
     with pytest.MonkeyPatch.context() as patch:
         statistics = EpisodeStatistics(AgentId(AnyTask(task)))
         patch.setattr(

@@ -77,6 +77,22 @@ class Lives:
         pass
 
 
+class Unfinished(Lives):
+    """As PettingZoo's base class: nothing is drawn, and closing raises."""
+
+    def render(self):
+        raise NotImplementedError
+
+    def close(self):
+        raise NotImplementedError
+
+
+class Blind(Lives):
+    """Has nothing but what an episode needs."""
+
+    render = close = property()  # without a getter: as if they were not there
+
+
 class Informed(Lives):
     """Says more about its agents than others do, to those who still act."""
 

@@ -74,7 +74,7 @@ class Scripted(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 
 

@@ -61,7 +61,7 @@ class Fragile(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         return self.value(memory, successor)
 
     def _log_prob(self, obs, action):

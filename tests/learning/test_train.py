@@ -64,7 +64,7 @@ class Linear(eqx.Module):
     def value(self, memory, obs):
         return obs.agents_view @ self.critic
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         return self.value(memory, successor)
 
 
@@ -100,7 +100,7 @@ class Counting(Linear):
     def value(self, memory, obs):
         return super().value(memory, obs) + memory[..., None]
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         return self.value(1 + self._counts(memory, reset), successor)
 
 
@@ -223,14 +223,36 @@ def test_values_are_one_per_seed_and_finite(trainer):
     assert first["num_episodes"].tolist() == [0, 0, 0]
     assert second["num_episodes"].tolist() == [4, 4, 4]
     assert second["episode_length"].tolist() == [8, 8, 8]
-    assert all(
-        np.isinf(first[name]).all() for name in ("episode_return", "episode_length")
-    )  # no NaN: JAX_DEBUG_NANS
+    for name in ("episode_return", "episode_length"):
+        assert np.isinf(first[name]).all()  # no NaN: JAX_DEBUG_NANS
+        assert np.isnan(train.on_host(first)[name]).all()
     finite = set(first) - {"episode_return", "episode_length"}
     assert all(np.isfinite(values[name]).all() for values in (first, second) for name in finite)
     assert np.isfinite(second["episode_return"]).all()
     assert {np.shape(value) for value in evaluation.values()} == {(3, 3)}
     np.testing.assert_array_equal(state.num_updates, 2)
+
+
+def test_on_the_host_only_what_no_episode_gave_is_nan():
+    of_seeds = np.float32([np.inf, np.inf, 0.5])
+    found = train.on_host(
+        {
+            "num_episodes": np.int32([0, 2, 1]),
+            "episode_return": of_seeds,
+            "loss": -of_seeds,
+            train.NON_FINITE: np.int32([0, 0, 0]),
+        }
+    )
+    assert {name: x.dtype for name, x in found.items()} == {
+        "num_episodes": np.int32,
+        "episode_return": np.float32,
+        "loss": np.float32,
+    }
+    np.testing.assert_array_equal(found["episode_return"], [np.nan, np.inf, 0.5])
+    np.testing.assert_array_equal(found["loss"], -of_seeds)
+    episodes = np.float32([[np.inf, 1.0]])  # of an evaluation
+    of_episodes = train.on_host({"episode_return": episodes})["episode_return"]
+    np.testing.assert_array_equal(of_episodes, episodes)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(trainer):

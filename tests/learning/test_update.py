@@ -38,7 +38,7 @@ class Learner(eqx.Module):
     def value(self, memory, obs):
         raise NotImplementedError
 
-    def successor_values(self, memory, obs, reset, successor):
+    def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 
 
@@ -91,10 +91,11 @@ def batch(policy):
     action = jax.random.randint(keys[1], shape, 0, NUM_ACTIONS)
     order = jnp.broadcast_to(jnp.arange(NUM_AGENTS), shape)
     reset = jnp.zeros((1, 32), bool)
-    old = policy.evaluate((), obs, action, order, reset)
+    memory = policy.init_memory((32,))
+    old = policy.evaluate(memory, obs, action, order, reset)
     advantage, target = (jax.random.normal(key, shape) for key in keys[2:])
     return Batch(
-        obs, reset, (), action, order, PPOTargets(old.log_prob, old.value, advantage, target)
+        obs, reset, memory, action, order, PPOTargets(old.log_prob, old.value, advantage, target)
     )
 
 
@@ -268,7 +269,9 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
     optimiser = make_optimiser(ppo)
 
     def loss(policy):
-        new = policy.evaluate((), batch.observation, batch.action, batch.order, batch.reset)
+        new = policy.evaluate(
+            batch.memory, batch.observation, batch.action, batch.order, batch.reset
+        )
         targets = batch.targets
         old = (targets.log_prob, targets.value, targets.advantage, targets.target)
         losses = ppo_loss(

@@ -12,8 +12,9 @@ import pytest
 
 from mam.config import DecoderConfig, EncoderConfig, NetworkConfig
 from mam.networks.actions import Categorical, make_distribution
-from mam.networks.decoder import ActionEmbedding, Context, Decoder
+from mam.networks.decoder import Context, Decoder
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
+from mam.networks.embed import ActionEmbedding
 from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation

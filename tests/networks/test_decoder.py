@@ -9,7 +9,8 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
-from mam.networks.decoder import ActionEmbedding, Decoder
+from mam.networks.decoder import Decoder
+from mam.networks.embed import ActionEmbedding
 from mam.networks.mixers.registry import families_of
 from quick import QUICK
 

@@ -1,4 +1,4 @@
-"""Recurrences along time: what every one must keep, and the GRU against another's."""
+"""Memories: what every one must keep, each alone and with the last action; the GRU's parity."""
 
 import functools
 
@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mam.config import NetworkConfig
+from mam.config import NetworkConfig, RecurrenceConfig
 from mam.errors import UserError
+from mam.networks.actions import Categorical
 from mam.networks.memory.base import unroll_successors
 from mam.networks.memory.registry import MEMORIES, make_memory
 from quick import QUICK
@@ -20,23 +21,39 @@ from quick import QUICK
 T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-every_memory = pytest.mark.parametrize("name", [name for name in MEMORIES if name != "none"])
+RECURRENT = [name for name in MEMORIES if name != "none"]
+every_memory = pytest.mark.parametrize(
+    "name", [*RECURRENT, "gru+action", "mamba+action", "mamba-real"]
+)
+DISTRIBUTION = Categorical(3)
 
 
 def config_of(name):
-    return NetworkConfig(d_model=E, memory=name)
+    memory, _, setting = (name or "").replace("-", "+").partition("+")
+    own = RecurrenceConfig(d_state=4, last_action=setting == "action", rotary=setting != "real")
+    return NetworkConfig(d_model=E, memory=memory or None, recurrence=own)
+
+
+def build(name, *, key):
+    return make_memory(config_of(name), DISTRIBUTION, key=key)
 
 
 def random_like(shapes, spread, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: rng.normal(0.0, spread, leaf.shape).astype(leaf.dtype), shapes)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):  # actions, and steps
+            return rng.integers(0, 3, leaf.shape).astype(leaf.dtype)
+        return rng.normal(0.0, spread, leaf.shape).astype(leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 @functools.cache
 def make(name):
     """With large random parameters."""
-    build = functools.partial(make_memory, config_of(name))
-    return random_like(jax.eval_shape(lambda key: build(key=key), jax.random.key(0)), 0.7, seed=0)
+    shapes = jax.eval_shape(functools.partial(build, name), key=jax.random.key(0))
+    return random_like(shapes, 0.7, seed=0)
 
 
 @functools.cache
@@ -48,22 +65,33 @@ def state_of(name):
 X, SUCCESSOR = (
     np.random.default_rng(seed).normal(size=(T, B, N, E)).astype(np.float32) for seed in (2, 3)
 )
+ACTION = jnp.asarray(np.random.default_rng(4).integers(0, 3, (T, B, N)), jnp.int32)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def unroll(recurrence, state, x, reset):
-    return recurrence.unroll(state, x, reset)
+    return recurrence.unroll(state, x, reset, ACTION)
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def step_by_step(recurrence, state, x, reset):
-    return jax.lax.scan(lambda state, inputs: recurrence.step(state, *inputs), state, (x, reset))
+    def step(state, inputs):
+        x, reset, action = inputs
+        state, y = recurrence.step(state, x, reset)
+        return recurrence.note(state, action), y
+
+    return jax.lax.scan(step, state, (x, reset, ACTION))
 
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def influence(recurrence, state, x, reset):
     """Which output depends on the first state (first column) and on which input: [T, 1 + T, B]."""
-    y, pull_back = jax.vjp(lambda state, x: recurrence.unroll(state, x, reset)[1], state, x)
+    numbers, counts = eqx.partition(state, eqx.is_inexact_array)
+
+    def read(numbers, x):
+        return recurrence.unroll(eqx.combine(numbers, counts), x, reset, ACTION)[1]
+
+    y, pull_back = jax.vjp(read, numbers, x)
     state_gradient, x_gradient = jax.vmap(pull_back)(jnp.eye(T)[:, :, None, None, None] * y)
     of_state = [
         jnp.any(leaf.reshape(T, B, -1) != 0.0, axis=-1) for leaf in jax.tree.leaves(state_gradient)
@@ -77,10 +105,11 @@ def successors_by_hand(recurrence, state, x, reset, successor):
     """From the states after every step, all of them kept."""
 
     def step(state, inputs):
-        state = recurrence.step(state, *inputs)[0]
+        x, reset, action = inputs
+        state = recurrence.note(recurrence.step(state, x, reset)[0], action)
         return state, state
 
-    _, states = jax.lax.scan(step, state, (x, reset))
+    _, states = jax.lax.scan(step, state, (x, reset, ACTION))
     return recurrence.step(states, successor, jnp.zeros_like(reset))[1]
 
 
@@ -89,19 +118,19 @@ in_one_pass = jax.jit(unroll_successors, compiler_options=QUICK)
 
 def test_unknown_name():
     with pytest.raises(UserError, match=r"unknown network.memory 'gro': did you mean gru\?"):
-        make_memory(config_of("gro"), key=jax.random.key(0))
+        build("gro", key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", [None, "none"])
 def test_without_memory_all_axes_are_alike_and_everything_passes(name):
-    nothing = make_memory(config_of(name), key=jax.random.key(0))
+    nothing = build(name, key=jax.random.key(0))
     assert not jax.tree.leaves(nothing)
     x, successor, reset = jnp.asarray(X), jnp.asarray(SUCCESSOR), jnp.ones((T, B), bool)
     state = nothing.init((B, N))
     assert not jax.tree.leaves(state)
     assert nothing.step(state, x, reset)[1] is x
-    assert nothing.unroll(state, x, reset)[1] is x
-    assert unroll_successors(nothing, state, x, reset, successor) is successor
+    assert nothing.unroll(state, x, reset, ACTION)[1] is x
+    assert unroll_successors(nothing, state, x, reset, ACTION, successor) is successor
 
 
 @every_memory
@@ -134,7 +163,11 @@ def test_an_episode_starts_from_the_first_state(name):
     blank = jax.tree.map(jnp.zeros_like, make(name)).init((B, N))
     expected = unroll(make(name), blank, X, reset)
     reset[0] = True
-    spoilt = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), state_of(name))
+
+    def spoil(leaf):
+        return np.full_like(leaf, np.nan if jnp.issubdtype(leaf.dtype, jnp.inexact) else 2)
+
+    spoilt = jax.tree.map(spoil, state_of(name))
     jax.tree.map(np.testing.assert_array_equal, unroll(make(name), spoilt, X, reset), expected)
 
 
@@ -143,8 +176,9 @@ def test_an_episode_starts_from_the_first_state(name):
 @given(reset=RESETS)
 def test_successors_are_read_from_the_state_after_their_step(name, reset):
     """And leave no trace in it."""
-    args = make(name), state_of(name), X, reset, SUCCESSOR
-    np.testing.assert_allclose(in_one_pass(*args), successors_by_hand(*args), rtol=1e-5, atol=1e-6)
+    args = make(name), state_of(name), X, reset
+    found, expected = in_one_pass(*args, ACTION, SUCCESSOR), successors_by_hand(*args, SUCCESSOR)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gru_is_that_of_equinox():

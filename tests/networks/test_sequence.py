@@ -34,7 +34,8 @@ RESET = jnp.zeros(B, bool)
 
 LETTERS = "".join(family.letter for family in MIXERS.values())
 # Of both encoder and decoder; and where the decoder reads the observations by another mixer.
-LAYOUTS = ["".join(letters) for length in (1, 2, 3) for letters in product(LETTERS, repeat=length)]
+LAYOUTS = ["".join(letters) for length in (1, 2) for letters in product(LETTERS, repeat=length)]
+LAYOUTS += [(LETTERS + LETTERS[:2])[k : k + 3] for k in range(len(LETTERS))]
 CROSSED = [f"{own}/{cross}" for own, cross in product(LETTERS, repeat=2) if own != cross]
 every_layout = pytest.mark.parametrize("layout", LAYOUTS + CROSSED)
 
@@ -71,11 +72,14 @@ def make_observation(dtype=jnp.float32):
 
 @functools.partial(jax.jit, compiler_options=QUICK)
 def act(policy, obs):
-    return policy.act((), obs, RESET, jax.random.split(jax.random.key(0), B))[1]
+    memory, keys = policy.init_memory((B,)), jax.random.split(jax.random.key(0), B)
+    return policy.act(memory, obs, RESET, keys)[1]
 
 
 def evaluate(policy, obs, action, order):
-    return policy.evaluate((), obs, action, order, RESET)
+    step = jax.tree.map(lambda v: v[None], (obs, action, order, RESET))
+    evaluation = policy.evaluate(policy.init_memory((B,)), *step)
+    return jax.tree.map(lambda v: v[0], evaluation)
 
 
 evaluate_one = jax.jit(evaluate, compiler_options=QUICK)
@@ -167,7 +171,10 @@ def test_every_parameter_has_a_part(layout):
         assert max(changes) > 1e-6, name
 
 
-@pytest.mark.parametrize(("letter", "name"), [("A", "mat"), ("M", "mam"), ("2", "mam2")])
+@pytest.mark.parametrize(
+    ("letter", "name"),
+    [("A", "mat"), ("M", "mam"), ("2", "mam2"), ("R", "ff_sable"), ("S", "sable")],
+)
 def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
     """The same structure and, from the same key, the same parameters: so the same in everything."""
 
@@ -228,7 +235,7 @@ def test_layouts_are_of_letters_that_mixers_have(setting, layout):
         make_policy("mam", SPEC, sizes, key=jax.random.key(0))
     assert str(refused.value) == (
         f"network.{setting} must be letters of M (mamba), 2 (mamba2), A (attention), "
-        f"one per block, got {layout!r}"
+        f"R (retention), S (sable), one per block, got {layout!r}"
     )
 
 
@@ -275,13 +282,13 @@ def loss_and_gradient(policy, obs):
     weights = np.random.default_rng(3).normal(size=(3, B, N)).astype(np.float32)
 
     def loss(policy):
-        result = policy.evaluate((), obs, make_action(obs), jnp.asarray(ORDER), RESET)
+        result = evaluate(policy, obs, make_action(obs), jnp.asarray(ORDER))
         return sum(jnp.sum(w * v) for w, v in zip(weights, jax.tree.leaves(result), strict=True))
 
     return jax.value_and_grad(loss)(policy)
 
 
-@pytest.mark.parametrize("layout", ["2", "MA/A2"])
+@pytest.mark.parametrize("layout", ["2", "MA/A2", "RS"])
 def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(layout):
     with jax.enable_x64(True):
         policies = (make(layout, jnp.float64, remat=remat) for remat in (False, True))
@@ -308,7 +315,9 @@ def test_half_precision_is_that_of_activations_alone(layout):
     policy, obs = make(layout, **HALF), make_observation()
 
     def run(policy, obs):
-        encoded = policy.encode(policy.embed(obs), obs.alive, jnp.asarray(ORDER))
+        memory = policy.init_memory((B,)).encoder
+        order, first = jnp.asarray(ORDER), jnp.ones(B, bool)
+        _, encoded = policy.encode(memory, policy.embed(obs), obs.alive, order, first)
         context = policy.decoder.read(encoded.obs_rep)
         state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
@@ -326,9 +335,9 @@ def test_half_precision_is_that_of_activations_alone(layout):
     assert after == state
     for path, dtype in jax.tree_util.tree_leaves_with_path(after):
         field = getattr(path[-1], "name", "conv_state")
-        assert dtype == {"ssm_state": jnp.float32, "length": jnp.int32}.get(field, jnp.bfloat16), (
-            field
-        )
+        own = {"length": jnp.int32, "num_living": jnp.int32}
+        own |= dict.fromkeys(("ssm_state", "state", "num_steps"), jnp.float32)
+        assert dtype == own.get(field, jnp.bfloat16), field
 
 
 @halved

@@ -36,7 +36,8 @@ def make_loss(name, **sizes):
     )
 
     def loss(policy, obs, action, order):
-        result = policy.evaluate((), obs, action, order, jnp.zeros(NUM_ENVS, bool))
+        memory, reset = policy.init_memory((NUM_ENVS,)), jnp.zeros(NUM_ENVS, bool)
+        result = policy.evaluate(memory, obs, action, order, reset)
         return sum(jnp.sum(v) for v in (result.log_prob, result.entropy, result.value))
 
     return policy, loss, (obs, jnp.zeros(shape, jnp.int32), order)

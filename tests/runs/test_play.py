@@ -13,7 +13,7 @@ from mam.config import NetworkConfig
 from mam.envs.probes import Memory
 from mam.envs.wrappers import AgentId, EpisodeStatistics
 from mam.networks.policy import make_policy
-from mam.runs.play import Episode, Trace, play, play_external, write_trace
+from mam.runs.play import Episode, ExternalTask, Trace, play, write_trace
 from mam.study.dashboard.replay import load
 from mam.types import EnvSpec
 
@@ -27,6 +27,13 @@ class Drawn(EpisodeStatistics):
 
     def animate(self, states, path: Path) -> None:
         path.write_text(str(len(states)))
+
+
+class Unlucky(EpisodeStatistics):
+    """Cannot be drawn, for a reason of its own."""
+
+    def animate(self, states, path: Path) -> None:
+        raise KeyError("viewer")
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +64,36 @@ def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, 
     assert all(sorted(order) == [0, 1] for order in row["order"])
 
 
-def test_a_trace_needs_no_picture(player, tmp_path):
-    episode = player(EpisodeStatistics, 0, tmp_path / "episode.gif")
-    assert "cannot be drawn" in episode.undrawn
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(EpisodeStatistics, "cannot be drawn"), (Unlucky, "cannot be drawn: KeyError: 'viewer' (")],
+)
+def test_a_trace_needs_no_picture(player, kind, why, tmp_path):
+    episode = player(kind, 0, tmp_path / "episode.gif")
+    assert why in episode.undrawn
     assert [path.name for path in tmp_path.iterdir()] == ["episode.json"]
     row = json.loads((tmp_path / "episode.json").read_text())
     assert (row["picture"], row["num_frames"], len(row["reward"])) == (None, 0, LENGTH)
     assert load(tmp_path / "episode.json").last == LENGTH
 
 
-def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
+@pytest.fixture
+def lives(monkeypatch):
+    """Plays an episode of a PettingZoo environment, made by the class of that name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "envs"))
     size = 3 + 4  # a one-hot id, and what cleo sees
     spec = EnvSpec(
         name="lives", num_agents=3, obs_dim=size, num_actions=5, time_limit=None, state_dim=2
     )
     policy = make_policy("ippo", spec, NetworkConfig(d_model=8), key=jax.random.key(0))
+    return lambda kind, path: play(
+        ExternalTask(f"host_environments:{kind}", "one_hot"), policy, 5, path
+    )
+
+
+def test_an_episode_on_the_host_leaves_the_same_files(lives, tmp_path):
     path = tmp_path / "episode.gif"
-    episode = play_external("host_environments:Lives", "one_hot", policy, 5, path)
+    episode = lives("Lives", path)
     assert not episode.terminated  # cleo would have gone on
     replay = load(tmp_path / "episode.json")
     assert replay.length == 7
@@ -86,6 +105,21 @@ def test_an_episode_on_the_host_leaves_the_same_files(tmp_path, monkeypatch):
     assert [replay.frame(state) for state in range(7)] == sorted(
         replay.frame(state) for state in range(7)
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("Blind", "cannot be drawn: AttributeError"),
+        ("Unfinished", "cannot be drawn: NotImplementedError"),
+    ],
+)
+def test_what_cannot_be_drawn_or_closed_is_traced(lives, kind, why, tmp_path):
+    episode = lives(kind, tmp_path / "episode.gif")
+    assert why in episode.undrawn
+    assert "\n" not in episode.undrawn
+    assert [path.name for path in tmp_path.iterdir()] == ["episode.json"]
+    assert load(tmp_path / "episode.json").length == 7
 
 
 def test_numbers_that_are_none_are_null(tmp_path):

@@ -16,7 +16,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from mam.errors import UserError
-from mam.learning.stopwatch import Stopwatch
+from mam.learning.train import make_train
 from mam.runs import loop
 from mam.runs.sinks import (
     SINKS,
@@ -241,7 +241,7 @@ def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(
     folder.config.write_text("{}")
     progress = Progress(96, num_seeds=2, console=Console(file=io.StringIO()))
     with ExitStack() as stack:
-        running = loop._Loop(config, folder, None, SPEC, Stopwatch(), ())
+        running = loop._Loop(config, folder, None, make_train(config), ())
         running.open(stack, progress)
         running.write("train", {"loss": np.array([0.5, 0.25])})
     assert {path.name for path in tmp_path.iterdir()} - {"config.json", "checkpoint"} == files

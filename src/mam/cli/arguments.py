@@ -15,7 +15,7 @@ import tyro
 
 from mam.config import MAX_INT, MAX_SEED, Config
 from mam.errors import UserError, unknown_name
-from mam.networks.mixers.registry import MIXERS
+from mam.networks.mixers.registry import mixer_families
 
 
 def value_of(args: Sequence[str], flag: str) -> str | None:
@@ -62,7 +62,7 @@ def _description(kind: type) -> str:
         return text
     mixers = (
         f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}"
-        for family in MIXERS.values()
+        for family in mixer_families().values()
     )
     return f"{text}\n\nPolicies of one mixer, and what it reads of --network: {'; '.join(mixers)}."
 

@@ -58,9 +58,10 @@ def play(args: Play) -> None:
         how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
         if isinstance(trainer.env, ExternalEnvironments):
             trainer.close()
-            episode = episodes.play_external(env, saved.agent_id, policy, args.seed, path, **how)
+            played = episodes.ExternalTask(env, saved.agent_id)
         else:
-            episode = episodes.play(trainer.env, policy, args.seed, path, **how)
+            played = trainer.env
+        episode = episodes.play(played, policy, args.seed, path, **how)
     finally:
         trainer.close()
     if episode.undrawn:

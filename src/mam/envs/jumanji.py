@@ -87,21 +87,8 @@ def make_lbf_auto(
     require("levels", levels, at_least=2)
     require("limit", limit, at_least=1)
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
-    from jumanji.environments.routing.lbf.generator import RandomGenerator
 
-    class Generator(RandomGenerator):
-        def __call__(self, key: Key[Array, ""]) -> Any:
-            position_key, key = jax.random.split(key)
-            state: Any = super().__call__(key)
-            food_position, position = grids.draw_positions(
-                position_key, self.grid_size, self.num_food, self.num_agents
-            )
-            return state.replace(
-                agents=state.agents.replace(position=position),
-                food_items=state.food_items.replace(position=food_position),
-            )
-
-    generator = Generator(grid, agents, food, sight, levels, coop)
+    generator = _anywhere(grid, agents, food, sight, levels, coop)
     env = LevelBasedForaging(generator, time_limit=limit + 1)
     name = _auto_name(
         "lbf",
@@ -269,6 +256,25 @@ class JumanjiEnv:
         frames = [state.replace(key=None) for state in states]
         with plt.rc_context({"animation.writer": "pillow"}):  # the default needs ffmpeg
             self.env.animate(jax.device_get(frames), interval=150, save_path=str(path))
+
+
+def _anywhere(*sizes: Any) -> Any:
+    """Make LBF's generator, except that agents start on any cells that hold nothing else."""
+    from jumanji.environments.routing.lbf.generator import RandomGenerator
+
+    class Generator(RandomGenerator):
+        def __call__(self, key: Key[Array, ""]) -> Any:
+            position_key, key = jax.random.split(key)
+            state: Any = super().__call__(key)
+            food_position, position = grids.draw_positions(
+                position_key, self.grid_size, self.num_food, self.num_agents
+            )
+            return state.replace(
+                agents=state.agents.replace(position=position),
+                food_items=state.food_items.replace(position=food_position),
+            )
+
+    return Generator(*sizes)
 
 
 def _warehouse(

@@ -9,7 +9,13 @@ from mam.kernels.native.library import use_native
 def dense(
     x: Float[Array, "*batch I"], weight: Float[Array, "I O"], bias: Float[Array, "O"] | None = None
 ) -> Float[Array, "*batch O"]:
-    """Return x W + b, in the type of x, where W is the weight and b the bias (None: zeros)."""
+    """Return x W + b.
+
+    Args:
+        x: rows of I features; their type is that of the product and of what returns.
+        weight: W, cast to it; its gradient comes from the native kernel where that is faster.
+        bias: b, cast to it; zeros if None.
+    """
     # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
     rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
     y = (

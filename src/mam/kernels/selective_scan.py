@@ -132,11 +132,11 @@ def gated_scan(
         implementation: of the scan.
 
     Returns:
-        The outputs, and the state after the last agent read (the first one if `reverse`).
+        The outputs times the gate, and the state after the last agent read.
 
     Raises:
-        ValueError: for an unknown implementation, or sizes or types that the kernels do not take.
-        UserError: for kernels that are not installed.
+        ValueError: as in `selective_scan`.
+        UserError: as in `selective_scan`.
     """
 
     def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset):

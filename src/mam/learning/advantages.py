@@ -9,7 +9,7 @@ from mam.learning.sharding import WHOLE, Shard
 
 
 class Advantages(eqx.Module):
-    """What PPO learns from."""
+    """Advantages and value targets, in units of reward."""
 
     advantage: Float[Array, "T *batch"]
     target: Float[Array, "T *batch"]  # of the value: advantage + value

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
-from mam.learning.objective import Batch, Losses
+from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import Shard
 from mam.types import Evaluation
@@ -35,7 +35,13 @@ class BehaviourCloning:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> Float[Array, "T B N"] | None:
-        """Return R, if it is to be predicted; see `Objective`."""
+        """Return R, the value targets, if the critic is to predict them.
+
+        Args:
+            policy: its normalisation puts R into the network's units.
+            rollout: not read: actions are cloned as they were recorded.
+            estimates: R in units of reward, [T, B, N]; None if `value_coef` is 0.
+        """
         return None if estimates is None else policy.normalise_value(estimates.target)
 
     def loss(
@@ -45,13 +51,21 @@ class BehaviourCloning:
         targets: Float[Array, "L M N"] | None,
         shard: Shard,
     ) -> Losses:
-        """Return the loss of a minibatch; see `Objective`."""
-        alive = batch.observation.alive
-        count = jnp.maximum(shard.sum(alive.sum()), 1)
-        loss = -jnp.sum(jnp.where(alive, evaluation.log_prob, 0.0)) / count
+        """Return −log π of the recorded actions, and the value loss if there is one.
+
+        Args:
+            evaluation: log π and v of M sequences of L steps, [L, M, N].
+            batch: says which agents were alive; nothing is learned from the dead.
+            targets: R for the same rows, as `prepare` returned it.
+            shard: this device's share of the minibatch.
+
+        Returns:
+            The loss, and `cloning_loss` and `cloning_value_loss` as means.
+        """
+        mean = living_mean(batch.observation.alive, shard)
+        loss = -mean(evaluation.log_prob)
         means = {"cloning_loss": loss}
         if self.needs_values and targets is not None:
-            error = jnp.where(alive, jnp.square(evaluation.value - targets), 0.0)
-            means["cloning_value_loss"] = 0.5 * jnp.sum(error) / count
+            means["cloning_value_loss"] = 0.5 * mean(jnp.square(evaluation.value - targets))
             loss = loss + self.value_coef * means["cloning_value_loss"]
         return Losses(loss, means, {})

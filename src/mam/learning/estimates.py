@@ -67,7 +67,9 @@ def _values(
     value, seen = steps.value, steps.observation
     if value is None:
         value = policy.evaluate(memory, seen, steps.action, steps.order, steps.reset).value
-    next_value = policy.successor_values(memory, seen, steps.reset, steps.final_observation)
+    next_value = policy.successor_values(
+        memory, seen, steps.action, steps.reset, steps.final_observation
+    )
     if policy.statistics.values is None:
         return value, next_value
     terminated = _terminated(steps, spec)

@@ -32,6 +32,51 @@ class Episodes(eqx.Module):
     agent_return: Float[Array, "M N"] | None  # so far; None of a team
     key: Key[Array, ""]
 
+    @classmethod
+    def start(
+        cls, env: Environment, policy: Policy, reset_keys: Key[Array, "M"], key: Key[Array, ""]
+    ) -> "Episodes":
+        """Reset an environment for each episode.
+
+        Args:
+            env: one environment.
+            policy: says what memory is before the first step.
+            reset_keys: decide how the M episodes start.
+            key: of all later steps.
+        """
+        env_state, timestep = jax.vmap(env.reset)(reset_keys)
+        size = reset_keys.shape
+        return cls(
+            env_state=env_state,
+            timestep=timestep,
+            memory=policy.init_memory(size),
+            over=jnp.zeros(size, bool),
+            metrics=timestep.metrics,
+            agent_return=None if env.spec.team_reward else jnp.zeros_like(timestep.reward),
+            key=key,
+        )
+
+    def after(
+        self, env_state: EnvState, timestep: TimeStep, memory: Memory, key: Key[Array, ""]
+    ) -> "Episodes":
+        """Return the episodes one step later; those that were over keep metrics and returns.
+
+        Args:
+            env_state: after the step, [M, …].
+            timestep: what the step led to, [M, …]; that of an episode that is over means nothing.
+            memory: after it.
+            key: of all later steps.
+        """
+        metrics = {
+            name: jnp.where(self.over, self.metrics[name], timestep.metrics[name])
+            for name in timestep.metrics
+        }
+        agent_return = self.agent_return
+        if agent_return is not None:
+            agent_return += jnp.where(self.over[:, None], 0.0, timestep.reward)
+        over = self.over | timestep.ended
+        return Episodes(env_state, timestep, memory, over, metrics, agent_return, key)
+
 
 def evaluate(
     env: Environment,
@@ -66,16 +111,7 @@ def evaluate(
         return shard.local_slice(jax.random.split(key, share * shard.num_shards))
 
     reset_key, play_key = jax.random.split(key)
-    env_state, timestep = jax.vmap(env.reset)(keys_of(reset_key))
-    episodes = Episodes(
-        env_state=env_state,
-        timestep=timestep,
-        memory=policy.init_memory((share,)),
-        over=jnp.zeros(share, bool),
-        metrics=timestep.metrics,
-        agent_return=None if env.spec.team_reward else jnp.zeros_like(timestep.reward),
-        key=play_key,
-    )
+    episodes = Episodes.start(env, policy, keys_of(reset_key), play_key)
 
     def step(episodes: Episodes) -> Episodes:
         act_key, env_key, next_key = jax.random.split(episodes.key, 3)
@@ -87,15 +123,7 @@ def evaluate(
         env_state, timestep = jax.vmap(env.step)(
             episodes.env_state, output.action, keys_of(env_key)
         )
-        metrics = {
-            name: jnp.where(episodes.over, episodes.metrics[name], timestep.metrics[name])
-            for name in timestep.metrics
-        }
-        agent_return = episodes.agent_return
-        if agent_return is not None:
-            agent_return += jnp.where(episodes.over[:, None], 0.0, timestep.reward)
-        over = episodes.over | timestep.ended
-        return Episodes(env_state, timestep, memory, over, metrics, agent_return, next_key)
+        return episodes.after(env_state, timestep, memory, next_key)
 
     def goes_on(episodes: Episodes) -> Bool[Array, ""]:
         return jnp.any(~episodes.over & (episodes.metrics["episode_length"] < max_steps))

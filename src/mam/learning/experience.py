@@ -98,13 +98,32 @@ class OnDevice:
         return replace(self.batched, num_envs=share, first=shard.index * share)
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
-        """Start an episode in every environment; see `Experience`."""
+        """Start an episode in every environment of this device.
+
+        Args:
+            policy: of one seed; says what memory is before the first step.
+            key: decides how episodes start; each environment draws its own from it.
+            shard: this device's share of the environments.
+
+        Returns:
+            The carry, [B, …], of B = num_envs / number of devices.
+        """
         return init_rollout_state(self._share(shard), policy, key)
 
     def collect(
         self, policy: Policy, carry: RolloutState, key: Key[Array, ""], shard: Shard
     ) -> tuple[RolloutState, Rollout, Values]:
-        """Act for one rollout; see `Experience`."""
+        """Act for `rollout_length` steps, as part of a compiled program; see `rollout`.
+
+        Args:
+            policy: acts with the same weights in all steps.
+            carry: of this device's environments, [B, …].
+            key: the same on every device, which takes the keys of its environments.
+            shard: this device's share of the environments.
+
+        Returns:
+            The carry after the last step, the rollout [T, B, …], and no metrics beside it.
+        """
         length, sequence = self.config.ppo.rollout_length, self.config.ppo.sequence_length
         return *rollout(self._share(shard), policy, carry, key, length, shard, sequence), {}
 
@@ -115,7 +134,18 @@ class OnDevice:
         num_episodes: int,
         greedy: bool | Bool[Array, ""],
     ) -> Values:
-        """Play episodes to their ends; see `evaluate`."""
+        """Play episodes to their ends, each device its share of them; see `evaluate`.
+
+        Args:
+            policy: of one seed.
+            key: decides everything random.
+            num_episodes: M, on all devices together.
+            greedy: take the most likely actions; may be traced, so that one program plays both
+                modes.
+
+        Returns:
+            Metrics, [M], and AGENT_RETURN [M, N] where rewards are not a team's.
+        """
         limit, shard = self.config.eval.max_episode_steps, self.devices.shard
         return evaluate(
             self.env, policy, key, num_episodes, greedy=greedy, max_steps=limit, shard=shard
@@ -191,14 +221,30 @@ class External:
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> RolloutState:
         """Return a state of the right shapes: episodes start with the first rollout.
 
-        See `Experience` for the arguments.
+        Args:
+            policy: of one seed; says what memory is before the first step.
+            key: not read, for nothing is drawn yet.
+            shard: not read: external environments are those of one device.
         """
         return blank_state(policy, self.spec, self.config.ppo.num_envs)
 
     def collect(
         self, policy: Policy, carry: RolloutState, key: Key[Array, "seeds"], shard: Shard
     ) -> tuple[RolloutState, Rollout, Values]:
-        """Act for one rollout; see `Experience`."""
+        """Act for `rollout_length` steps, for all seeds at once; see `external_rollout`.
+
+        The first call starts an episode everywhere, after a resumption as well.
+
+        Args:
+            policy: [seeds].
+            carry: where the last rollout ended, [seeds, B, …].
+            key: decides what is sampled, [seeds].
+            shard: not read: external environments are those of one device.
+
+        Returns:
+            The carry after the last step, the rollout [seeds, T, B, …] in NumPy, and means of the
+            environments' own infos, [seeds].
+        """
         ppo, num_seeds = self.config.ppo, self.config.num_seeds
         if "_learning" not in self.__dict__:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
@@ -212,7 +258,17 @@ class External:
     def play(
         self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
     ) -> Values:
-        """Play episodes to their ends; see `external_evaluate`."""
+        """Play episodes to their ends, for all seeds at once; see `external_evaluate`.
+
+        Args:
+            policy: [seeds].
+            key: decides everything random, [seeds].
+            num_episodes: M, per seed.
+            greedy: take the most likely actions instead of sampling.
+
+        Returns:
+            Metrics, [seeds, M], and AGENT_RETURN [seeds, M, N] where rewards are not a team's.
+        """
         memory = jax.vmap(lambda policy: policy.init_memory((self._per_round,)))(policy)
         limit = self.config.eval.max_episode_steps
         return external_evaluate(
@@ -298,13 +354,30 @@ class Recorded:
             raise UserError(f"windows of {self.length} steps do not fit in {num_steps} recorded")
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
-        """Return nothing: there is nothing to carry over; see `Experience`."""
+        """Return nothing: a rollout is drawn anew from the whole recording.
+
+        Args:
+            policy: not read.
+            key: not read.
+            shard: not read.
+        """
         return ()
 
     def collect(
         self, policy: Policy, carry: tuple[()], key: Key[Array, ""], shard: Shard
     ) -> tuple[tuple[()], Rollout, Values]:
-        """Draw the windows; see `Experience`."""
+        """Draw the windows, with replacement, each anywhere in the recording.
+
+        Args:
+            policy: says what memory is before a window's first step, and no more.
+            carry: empty.
+            key: decides where windows start; the same on every device.
+            shard: this device's share of the windows.
+
+        Returns:
+            The empty carry; windows [T, B, …] of `length` steps, without log-probabilities, values
+            and metrics, in the order in which this library's policies decide; and no metrics.
+        """
         num_steps, num_columns = self.transitions.reset.shape
         first_key, column_key = jax.random.split(key)
         last = num_steps - self.length + 1

@@ -11,12 +11,25 @@ from typing import Any, cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Key, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from mam.config import NetworkConfig
 from mam.learning.sharding import WHOLE, Shard
 from mam.networks.policy import transfer_weights
-from mam.types import Action, Array, EnvSpec, Evaluation, Memory, Observation, Policy, PolicyOutput
+from mam.types import (
+    Action,
+    Array,
+    EnvSpec,
+    Evaluation,
+    Greedy,
+    Keys,
+    Memory,
+    Observation,
+    Order,
+    Policy,
+    PolicyOutput,
+    Reset,
+)
 
 MAX_DEVIATIONS = 10.0  # where normalised features are clipped
 OBSERVATION_HORIZON = 1000  # rollouts, after which older observations begin to fade
@@ -161,44 +174,70 @@ class NormalisedPolicy(eqx.Module):
         return self.network.init_memory(batch)
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
-        """Choose one joint action per batch element; see `mam.types.Policy`."""
+        """Choose one joint action per batch element.
+
+        Args:
+            memory: the network's, after step t − 1.
+            obs: in the environment's units, at step t.
+            reset: whether t is the first step of an episode.
+            key: decides what is sampled.
+            greedy: take the most likely action instead of a sample.
+
+        Returns:
+            The network's memory after step t, and its output with values in units of reward.
+        """
         memory, output = self.network.act(
             memory, self.statistics.normalise(obs), reset, key, greedy=greedy
         )
         return memory, replace(output, value=self.restore_value(output.value))
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
-        """Evaluate stored joint actions; see `mam.types.Policy`."""
+        """Evaluate stored joint actions.
+
+        Args:
+            memory: the network's, before the first step.
+            obs: in the environment's units, time first.
+            action: as `act` returned it: actions have no other units.
+            order: in which the agents decided.
+            reset: whether a step was the first of its episode.
+
+        Returns:
+            Log-probability and entropy in nats, values in units of reward, [*batch, N].
+        """
         evaluation = self.network.evaluate(
             memory, self.statistics.normalise(obs), action, order, reset
         )
         return replace(evaluation, value=self.restore_value(evaluation.value))
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent; see `mam.types.Policy`."""
+        """Return the state value per agent, in units of reward.
+
+        Args:
+            memory: the network's, after the step before.
+            obs: in the environment's units; goes on with the episode of `memory`.
+        """
         return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
-        """Return the values of every step's successor; see `mam.types.Policy`."""
+        """Return the values of every step's successor, in units of reward.
+
+        Args:
+            memory: the network's, before the first step.
+            obs: in the environment's units, time first.
+            action: the joint action at each step.
+            reset: whether a step was the first of its episode.
+            successor: what each action led to, in the environment's units.
+        """
         obs, successor = self.statistics.normalise(obs), self.statistics.normalise(successor)
-        return self.restore_value(self.network.successor_values(memory, obs, reset, successor))
+        return self.restore_value(
+            self.network.successor_values(memory, obs, action, reset, successor)
+        )
 
     def normalise_value(self, value: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
         """Return values in the network's units."""

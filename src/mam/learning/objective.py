@@ -1,13 +1,13 @@
 """What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
@@ -17,7 +17,7 @@ from mam.types import Action, Evaluation, Memory, Observation
 
 
 class Batch(eqx.Module):
-    """What gradient steps read of a rollout, in the network's units.
+    """The part of a rollout that gradient steps read, in the network's units.
 
     Arrays are [L, M, …]: M sequences of L steps, of which a minibatch draws some. Memory is that
     before the first step of each, [1, M, …].
@@ -94,13 +94,29 @@ class WeightedSum:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> list[PyTree]:
-        """Return what each term reads; see `Objective`."""
+        """Return what each term reads, in the order of the terms.
+
+        Args:
+            policy: as it acted.
+            rollout: [T, B, …], the same for all terms.
+            estimates: in units of reward; there, for all terms, as soon as one needs them.
+
+        Raises:
+            UserError: as the terms do.
+        """
         return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
 
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard
     ) -> Losses:
-        """Return Σ weight · loss, and what each term reports; see `Objective`."""
+        """Return Σ weight · loss, and what each term reports under its own names.
+
+        Args:
+            evaluation: computed once for all terms.
+            batch: the minibatch.
+            targets: one entry per term, as `prepare` returned them.
+            shard: this device's share of the minibatch.
+        """
         found = [
             (weight, objective.loss(evaluation, batch, own, shard))
             for (weight, objective), own in zip(self.terms, targets, strict=True)
@@ -110,6 +126,20 @@ class WeightedSum:
         return Losses(
             total, means, {name: x for _, losses in found for name, x in losses.maxima.items()}
         )
+
+
+def living_mean(
+    alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
+) -> Callable[[Shaped[Array, "*batch N"]], Float[Array, ""]]:
+    """Return the mean over the living agents of a minibatch, as a function.
+
+    Args:
+        alive: which agents count; what is in the others' rows, NaN included, is not read.
+        shard: where the minibatch lies on several devices, this one's share. A mean is then this
+            device's share of it.
+    """
+    count = jnp.maximum(shard.sum(alive.sum()), 1)
+    return lambda x: jnp.sum(jnp.where(alive, x, 0.0)) / count
 
 
 def make_batch(rollout: Rollout, targets: PyTree, shard: Shard = WHOLE) -> Batch:

@@ -11,7 +11,7 @@ from mam.config import PPOConfig
 from mam.errors import UserError
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
-from mam.learning.objective import Batch, Losses
+from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
 from mam.types import Evaluation
@@ -65,11 +65,7 @@ def ppo_loss(
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7 and 9; per-agent ratios after MAT
     (arXiv 2205.14953), eq. 5.
     """
-    count = jnp.maximum(shard.sum(alive.sum()), 1)
-
-    def mean(x):
-        return jnp.sum(jnp.where(alive, x, 0.0)) / count
-
+    mean = living_mean(alive, shard)
     # 1. Normalised advantages.
     centred = advantage - shard.sum(mean(advantage))
     advantage = centred / (jnp.sqrt(shard.sum(mean(jnp.square(centred)))) + 1e-8)
@@ -81,9 +77,8 @@ def ppo_loss(
     policy_loss = -mean(jnp.minimum(ratio * advantage, clipped * advantage))
     # 3. The value.
     value_clipped = old_value + jnp.clip(new.value - old_value, -clip_eps, clip_eps)
-    value_loss = 0.5 * mean(
-        jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
-    )
+    error = jnp.maximum(jnp.square(new.value - target), jnp.square(value_clipped - target))
+    value_loss = 0.5 * mean(error)
     # 4. Their sum, and diagnostics.
     entropy = mean(new.entropy)
     return PPOLoss(
@@ -98,7 +93,7 @@ def ppo_loss(
 
 
 class PPOTargets(eqx.Module):
-    """What the loss compares the current parameters with, in the network's units, [T, B, N]."""
+    """Values as of acting, and targets, in the network's units, [T, B, N]."""
 
     log_prob: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
@@ -116,7 +111,14 @@ class PPO:
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
     ) -> PPOTargets:
-        """Return the targets; see `Objective`.
+        """Return what the current parameters are compared with.
+
+        Args:
+            policy: as it acted; evaluates its own actions anew with `recompute_log_prob`, and puts
+                values into the network's units.
+            rollout: [T, B, …], with the log-probabilities and values of acting.
+            estimates: advantages, which stay in units of reward until the loss normalises them, and
+                value targets.
 
         Raises:
             UserError: for recorded actions, of whose probability nothing is known.
@@ -141,7 +143,17 @@ class PPO:
     def loss(
         self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
     ) -> Losses:
-        """Return `ppo_loss` of a minibatch; see `Objective`."""
+        """Return `ppo_loss` of a minibatch.
+
+        Args:
+            evaluation: log π, entropy and v of the stored actions, [L, M, N].
+            batch: says which agents were alive.
+            targets: as of acting, for the same rows.
+            shard: this device's share of the minibatch.
+
+        Returns:
+            The loss; its parts as means, and `ratio_deviation` as a maximum.
+        """
         losses = ppo_loss(
             evaluation,
             targets.log_prob,

@@ -28,10 +28,25 @@ class BatchedEnvironment(Protocol):
     @property
     def num_envs(self) -> int: ...
 
-    def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]: ...
+    def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
+        """Start an episode in every environment, each with a key drawn from this one."""
+        ...
+
     def step(
         self, state: EnvState, action: Action, key: Key[Array, ""]
-    ) -> tuple[EnvState, TimeStep]: ...
+    ) -> tuple[EnvState, TimeStep]:
+        """Apply joint actions, and begin new episodes where the old ones ended.
+
+        Args:
+            state: of all environments, as `reset` or the last step returned it.
+            action: of every environment, [B, N], [B, N, K] or, if continuous, [B, N, A].
+            key: decides everything random, new episodes among it.
+
+        Returns:
+            The state after it and what it led to, [B, …]: `observation` is what to act on next, of
+            the new episode where one began, and `final_observation` the old one's last.
+        """
+        ...
 
 
 class RolloutState(eqx.Module):

@@ -106,7 +106,7 @@ class Trainer:
 
     @property
     def env(self) -> Environment | ExternalEnvironments:
-        """What is evaluated in: one environment, or external ones, which this starts."""
+        """The environments of evaluation: one in JAX, or external ones, which this starts."""
         return self.environments.env
 
     def close(self) -> None:
@@ -166,13 +166,8 @@ def make_train(
     source, objective, devices = experience or played, objective or PPO(config.ppo), played.devices
 
     # External environments are started when their sizes are first read.
-    @cache
-    def learner() -> Learner:
-        return Learner(config, played.spec, objective, devices.shard)
-
-    specs = (
-        _device_specs(replace(learner(), shard=WHOLE), source) if devices.num_devices > 1 else None
-    )
+    learner = cache(lambda: Learner(config, played.spec, objective, devices.shard))
+    specs = _device_specs(learner(), source) if devices.num_devices > 1 else None
 
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner().init(seed, lambda policy, key: source.init(policy, key, devices.shard))
@@ -182,14 +177,6 @@ def make_train(
 
     def remember(*args: Any) -> TrainState:
         return learner().remember(*args)
-
-    def evaluate(
-        policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
-    ) -> Values:
-        play = partial(played.play, num_episodes=num_episodes, greedy=greedy)
-        if played.compiled:
-            play = devices.share(_over_seeds(play), (P(), P()), P())
-        return with_kinds(play(policy, key), played.spec, each_agent=True)
 
     def share(step: Callable, out_specs: Any) -> Callable:
         return devices.share(_over_seeds(step), (specs,), out_specs)
@@ -211,13 +198,12 @@ def make_train(
     if played.compiled:
         evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
         absolute_metric = jax.jit(share(traced.absolute, P()))
-        evaluate = jax.jit(evaluate, static_argnums=(2, 3))
     return Trainer(
         init=init_seeds,
         train_step=train_step,
         evaluate_step=evaluate_step,
         absolute_metric=absolute_metric,
-        evaluate=evaluate,
+        evaluate=_evaluation(played),
         shapes=lambda seeds: devices.with_shardings(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
         devices=devices,
@@ -226,7 +212,7 @@ def make_train(
 
 @dataclass(frozen=True)
 class _Steps:
-    """What the functions of a run do, traced for one seed or called for all of them."""
+    """The bodies of a run's functions, traced for one seed or called for all of them."""
 
     config: Config
     source: Experience
@@ -273,9 +259,23 @@ class _Steps:
         return {name: x[0] for name, x in values.items()} | beside
 
 
+def _evaluation(played: Environments) -> Callable[..., Values]:
+    """Return the playing of any weights, jitted where it can be; see `Trainer.evaluate`."""
+
+    def evaluate(
+        policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
+    ) -> Values:
+        play = partial(played.play, num_episodes=num_episodes, greedy=greedy)
+        if played.compiled:
+            play = played.devices.share(_over_seeds(play), (P(), P()), P())
+        return with_kinds(play(policy, key), played.spec, each_agent=True)
+
+    return jax.jit(evaluate, static_argnums=(2, 3)) if played.compiled else evaluate
+
+
 def _device_specs(learner: "Learner", source: Experience) -> TrainState:
     """Say which axes of the state are dealt out to the devices."""
-    seed = jnp.zeros((), int)
+    seed, learner = jnp.zeros((), int), replace(learner, shard=WHOLE)
     shape = jax.eval_shape(
         lambda: learner.init(seed, lambda policy, key: source.init(policy, key, WHOLE))
     )
@@ -321,7 +321,7 @@ def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:
 
 @dataclass(frozen=True)
 class Learner:
-    """What training does besides acting, for one seed, with environments of any kind."""
+    """The part of training that is not acting, for one seed, with environments of any kind."""
 
     config: Config
     spec: EnvSpec
@@ -381,10 +381,8 @@ class Learner:
         flags += nonfinite_leaves(statistics)
         bad = first_nonfinite(flags, shard)
         # 3. Learn, in the network's units.
-        scaled = replace(
-            transitions, observation=policy.statistics.normalise(transitions.observation)
-        )
-        scaled = replace(rollout, transitions=scaled)
+        observation = policy.statistics.normalise(transitions.observation)
+        scaled = replace(rollout, transitions=replace(transitions, observation=observation))
         batch = make_batch(scaled, self.objective.prepare(policy, scaled, estimates), shard)
         lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else 1.0
         network, opt_state, metrics = update(
@@ -401,9 +399,7 @@ class Learner:
         # 4. Report.
         in_update = jnp.where(metrics.bad == NO_FAULT, NO_FAULT, len(flags) + metrics.bad)
         values = {
-            **metrics.losses,
-            "grad_norm": metrics.grad_norm,
-            **{f"first_{name}": x for name, x in metrics.first.items()},
+            **metrics.values,
             **_episode_values(transitions, shard),
             **{name: x.mean() for name, x in shard.gather(transitions.policy_metrics, 1).items()},
             **_value_metrics(transitions, estimates, shard),
@@ -411,15 +407,12 @@ class Learner:
             NON_FINITE: jnp.where(bad == NO_FAULT, in_update, bad),
             **mixer_metrics(network),
         }
-        state = eqx.tree_at(
-            lambda s: (s.policy, s.opt_state, s.actors, s.num_updates),
+        state = replace(
             state,
-            (
-                simplified(NormalisedPolicy(network, statistics)),
-                opt_state,
-                carry,
-                state.num_updates + 1,
-            ),
+            policy=simplified(NormalisedPolicy(network, statistics)),
+            opt_state=opt_state,
+            actors=carry,
+            num_updates=state.num_updates + 1,
         )
         return state, values
 
@@ -505,7 +498,7 @@ def _key(state: TrainState, stream: int | Int[Array, ""]) -> Key[Array, ""]:
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
     """Return means of metrics over the episodes that ended in a rollout; infinite if none did.
 
-    No NaN: JAX_DEBUG_NANS would take it for a mistake.
+    No NaN, which JAX_DEBUG_NANS would take for a mistake: see `on_host`.
     """
     ended, metrics = shard.gather(
         (transitions.terminated | transitions.truncated, transitions.metrics), 1
@@ -518,6 +511,18 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
         for name, x in metrics.items()
     }
     return values | {"num_episodes": count}
+
+
+def on_host(values: Values) -> dict[str, np.ndarray]:
+    """Return the metrics of a step as NumPy arrays: NaN, of a rollout in which no episode ended."""
+    metrics = {name: np.asarray(x) for name, x in jax.device_get(values).items()}
+    metrics.pop(NON_FINITE, None)
+    if "num_episodes" in metrics:
+        none = metrics["num_episodes"] == 0
+        for name, x in metrics.items():
+            if x.dtype.kind == "f":
+                metrics[name] = np.where(none & np.isposinf(x), x.dtype.type(np.nan), x)
+    return metrics
 
 
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:

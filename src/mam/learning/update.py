@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from mam.config import PPOConfig
 from mam.errors import UserError
@@ -43,6 +43,12 @@ class UpdateMetrics(eqx.Module):
     # Maxima of the first minibatch: for PPO's ratios 0 up to rounding, else acting ≠ evaluating.
     first: dict[str, Float[Array, ""]]
     bad: Int[Array, ""]  # which of `update_names` was the first that was not finite, or NO_FAULT
+
+    @property
+    def values(self) -> dict[str, Float[Array, ""]]:
+        """The numbers by the names under which they are reported."""
+        first = {f"first_{name}": x for name, x in self.first.items()}
+        return {**self.losses, "grad_norm": self.grad_norm, **first}
 
 
 def update_names(policy: Policy) -> list[str]:
@@ -86,36 +92,20 @@ def update(
         UserError: if the sequences cannot be dealt evenly to the minibatches, or a minibatch to the
             devices.
     """
-    _check_minibatches(batch, config, shard)
-
-    def loss_fn(policy: Policy, rows: Batch) -> tuple[Float[Array, ""], Losses]:
-        memory = jax.tree.map(lambda x: x[0], rows.memory)
-        new = policy.evaluate(memory, rows.observation, rows.action, rows.order, rows.reset)
-        losses = objective.loss(new, rows, rows.targets, shard)
-        return losses.loss, losses
 
     def gradient_step(carry, index: Int[Array, "M"]):
         policy, opt_state, bad = carry
         index = shard.local_slice(index)
         rows = jax.tree.map(lambda x: x[:, index], batch)
-        grads, shares = jax.grad(loss_fn, has_aux=True)(policy, rows)
-        grads, losses = shard.sum((grads, shares))
-        losses = replace(losses, maxima=shard.max(shares.maxima))
+        grads, losses = _gradient(policy, rows, objective, shard)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
-        policy = cast(
-            Policy, optax.apply_updates(cast(Any, policy), optax.tree.scale(lr_scale, updates))
-        )
-        found = first_nonfinite(
-            [is_nonfinite(losses.loss), *nonfinite_leaves(grads), *nonfinite_leaves(policy)]
-        )
-        return (policy, opt_state, jnp.where(bad == NO_FAULT, found, bad)), (
-            losses,
-            optax.tree.norm(grads),
-        )
+        updates = optax.tree.scale(lr_scale, updates)
+        policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
+        flags = [is_nonfinite(losses.loss), *nonfinite_leaves(grads), *nonfinite_leaves(policy)]
+        bad = jnp.where(bad == NO_FAULT, first_nonfinite(flags), bad)
+        return (policy, opt_state, bad), (losses, optax.tree.norm(grads))
 
-    keys = jax.random.split(key, config.num_epochs)
-    order = jax.vmap(lambda k: jax.random.permutation(k, batch.num_sequences))(keys)
-    minibatches = order.reshape(config.num_epochs * config.num_minibatches, -1)
+    minibatches = _deal(batch, key, config, shard)
     carry = (policy, opt_state, jnp.int32(NO_FAULT))
     (policy, opt_state, bad), (losses, grad_norm) = lax.scan(gradient_step, carry, minibatches)
     metrics = UpdateMetrics(
@@ -127,7 +117,24 @@ def update(
     return policy, opt_state, metrics
 
 
-def _check_minibatches(batch: Batch, config: PPOConfig, shard: Shard) -> None:
+def _gradient(
+    policy: Policy, rows: Batch, objective: Objective, shard: Shard
+) -> tuple[PyTree, Losses]:
+    """Return the gradient of the loss of a minibatch, and the losses, over all devices."""
+
+    def loss_fn(policy: Policy) -> tuple[Float[Array, ""], Losses]:
+        memory = jax.tree.map(lambda x: x[0], rows.memory)
+        new = policy.evaluate(memory, rows.observation, rows.action, rows.order, rows.reset)
+        losses = objective.loss(new, rows, rows.targets, shard)
+        return losses.loss, losses
+
+    grads, shares = jax.grad(loss_fn, has_aux=True)(policy)
+    grads, losses = shard.sum((grads, shares))
+    return grads, replace(losses, maxima=shard.max(shares.maxima))
+
+
+def _deal(batch: Batch, key: Key[Array, ""], config: PPOConfig, shard: Shard) -> Int[Array, "K M"]:
+    """Deal the sequences, in an order drawn for each epoch, to the minibatches of all epochs."""
     size = batch.num_sequences
     if size % (config.num_minibatches * shard.num_shards):
         length = batch.reset.shape[0]
@@ -139,3 +146,6 @@ def _check_minibatches(batch: Batch, config: PPOConfig, shard: Shard) -> None:
             f"{why}ppo.num_minibatches{devices} must divide {what}, "
             f"got {config.num_minibatches}{devices}"
         )
+    keys = jax.random.split(key, config.num_epochs)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys)
+    return order.reshape(config.num_epochs * config.num_minibatches, -1)

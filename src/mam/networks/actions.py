@@ -68,7 +68,12 @@ class ActionDistribution(Protocol):
         ...
 
     def equal(self, one: AgentAction, other: AgentAction) -> Bool[Array, "*batch"]:
-        """Say whether `one` and `other` are the same action, up to rounding."""
+        """Say whether two actions are the same, in all components and up to rounding.
+
+        Args:
+            one: by one way of computing it.
+            other: by another, such as a pass over all agents at once in place of a loop.
+        """
         ...
 
     def log_prob(
@@ -86,7 +91,12 @@ class ActionDistribution(Protocol):
     def entropy(
         self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]
     ) -> Float[Array, "*batch"]:
-        """Return the entropy, in nats, given the network's `outputs` and the `mask`."""
+        """Return the entropy, in nats, of all components together.
+
+        Args:
+            outputs: of the network.
+            mask: legal choices, or components in use: the others add nothing, and no gradient.
+        """
         ...
 
 

@@ -3,14 +3,25 @@
 Source: MAT (arXiv 2205.14953), §3; MAM keeps them.
 """
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import MLP, LayerNorm
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, MixerInputs, MixerState
+from mam.networks.mixers.base import (
+    AbstractCausalMixer,
+    AbstractMixer,
+    MixerInputs,
+    MixerMemory,
+    MixerState,
+)
 from mam.networks.mixers.registry import MixerFamily
+
+# run(mixer, state, inputs, context): a causal mixer's form for one agent, several, or many steps'.
+Run = Callable[[AbstractCausalMixer, MixerState, MixerInputs, MixerInputs], tuple]
 
 
 class EncoderBlock(eqx.Module):
@@ -29,14 +40,20 @@ class EncoderBlock(eqx.Module):
         self.mlp_norm = LayerNorm(config.d_model)
 
     def __call__(
-        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"] | None = None
-    ) -> Float[Array, "*batch N E"]:
-        x = self.mixer_norm(x, self.mixer(x, alive=alive))
-        return self.mlp_norm(x, self.mlp(x))
+        self,
+        memory: MixerMemory,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> tuple[MixerMemory, Float[Array, "*batch N E"]]:
+        """Run T environment steps; see `AbstractMixer.mix_steps`."""
+        memory, mixed = self.mixer.mix_steps(memory, x, alive, reset)
+        x = self.mixer_norm(x, mixed)
+        return memory, self.mlp_norm(x, self.mlp(x))
 
 
 class DecoderState(eqx.Module):
-    """States of the two mixers of one decoder block."""
+    """States of the two mixers of one decoder block, or what they remember."""
 
     mixer: MixerState
     cross: MixerState
@@ -81,6 +98,25 @@ class DecoderBlock(eqx.Module):
             cross=self.cross.init_state(num_agents, batch, dtype),
         )
 
+    def init_memory(self, batch: tuple[int, ...]) -> DecoderState:
+        """Return the memory before an episode, for leading axes `batch`."""
+        return DecoderState(
+            mixer=self.mixer.init_memory(batch), cross=self.cross.init_memory(batch)
+        )
+
+    def start_step(self, memory: DecoderState, *args, **kwargs) -> DecoderState:
+        """Return the state before a step's first agent; see `AbstractCausalMixer.start_step`."""
+        return DecoderState(
+            mixer=self.mixer.start_step(memory.mixer, *args, **kwargs),
+            cross=self.cross.start_step(memory.cross, *args, **kwargs),
+        )
+
+    def end_step(self, state: DecoderState) -> DecoderState:
+        """Return the memory after a step."""
+        return DecoderState(
+            mixer=self.mixer.end_step(state.mixer), cross=self.cross.end_step(state.cross)
+        )
+
     def __call__(
         self,
         state: DecoderState | None,
@@ -89,34 +125,21 @@ class DecoderBlock(eqx.Module):
         obs_rep: Float[Array, "*batch E"],
         context: MixerInputs,
         *,
-        single: bool,
+        run: Run,
     ) -> tuple[DecoderState, Float[Array, "*batch E"]]:
-        """Run one agent (`single`) or several, after those in `state`.
+        """Run what comes after `state`.
 
         Args:
-            state: what is known of the agents so far; None before the first of several.
+            state: what is known of what comes before; None: there is nothing.
             x: the action stream.
             inputs: `mixer.project(x)`.
             obs_rep: the observation representation.
             context: `cross.project_context(obs_rep)`.
-            single: arguments are those of one agent; if not, *batch ends with the agents.
+            run: the form of the mixers: what is read at once, and what `state` is.
 
         Returns:
-            The state after them, and the activations for the next block.
+            The state after it, and the activations for the next block.
         """
-
-        def run(
-            mixer: AbstractCausalMixer,
-            state: MixerState | None,
-            inputs: MixerInputs,
-            context: MixerInputs,
-        ):
-            return (
-                mixer.step(state, inputs, context)
-                if single
-                else mixer.unroll(state, inputs, context)
-            )
-
         mixer_state, cross_state = (None, None) if state is None else (state.mixer, state.cross)
         mixer_state, mixed = run(self.mixer, mixer_state, inputs, None)
         x = self.mixer_norm(x, mixed)

@@ -1,4 +1,4 @@
-"""From what an agent sees, features and an image if there is one, to d_model numbers."""
+"""What an agent sees, features and an image if there is one, and does, as d_model numbers."""
 
 import equinox as eqx
 import jax
@@ -8,7 +8,8 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Key, Shaped
 
 from mam.config import NetworkConfig
-from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
+from mam.networks.actions import ActionDistribution, Token
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, lookup
 from mam.types import EnvSpec, Observation
 
 SMALL_IMAGE = 8  # rows and columns an image is reduced to, at most
@@ -107,3 +108,64 @@ class ObservationEmbedding(eqx.Module):
         if self.picture is not None and obs.grid is not None:
             features.append(self.picture(jnp.where(alive[..., None, None], obs.grid, 0)))
         return self.norm(jax.nn.gelu(self.dense(jnp.concatenate(features, axis=-1))))
+
+
+class ActionEmbedding(eqx.Module):
+    """LN(GELU(token W)), W a table of V = token_dim + 1 rows: a bias-free dense layer (MAT, §3).
+
+    Its tokens are the distribution's with a feature more, the last, which only the start token has:
+    that is what the first agent reads. Where tokens are one-hot, indices of rows stand for them.
+    """
+
+    table: Float[Array, "V E"]
+    norm: LayerNorm
+    indexed: bool = eqx.field(static=True)
+
+    def __init__(self, distribution: ActionDistribution, d_model: int, *, key: Key[Array, ""]):
+        self.table = initializers.orthogonal(HIDDEN_GAIN)(
+            key, (distribution.token_dim + 1, d_model)
+        )
+        self.norm = LayerNorm(d_model)
+        self.indexed = distribution.indexed
+
+    def start(self, batch: tuple[int, ...]) -> Token:
+        """Return the start token, for leading axes `batch`."""
+        last = self.table.shape[0] - 1
+        if self.indexed:
+            return jnp.full(batch, last, jnp.int32)
+        return jnp.broadcast_to(jnp.zeros(last + 1).at[last].set(1.0), (*batch, last + 1))
+
+    def pad(self, token: Token) -> Token:
+        """Return the distribution's token with what tells it from the start token."""
+        return (
+            token
+            if self.indexed
+            else jnp.concatenate([token, jnp.zeros_like(token[..., :1])], axis=-1)
+        )
+
+    def shift_right(self, tokens: Token, first: Token | None = None) -> Token:
+        """Return what each agent reads, the token of the agent before it (teacher forcing).
+
+        Args:
+            tokens: the distribution's, of all agents in the order of deciding.
+            first: what the first of them reads; the start token if None.
+        """
+        axis = -1 if self.indexed else -2
+        tokens = self.pad(tokens)
+        first = self.start(tokens.shape[: tokens.ndim + axis]) if first is None else first
+        return jnp.concatenate(
+            [
+                jnp.expand_dims(first, axis),
+                jnp.take(tokens, jnp.arange(tokens.shape[axis] - 1), axis=axis),
+            ],
+            axis=axis,
+        )
+
+    def __call__(self, token: Token) -> Float[Array, "... E"]:
+        if self.indexed:
+            return lookup(self.rows(), token)
+        return self.norm(jax.nn.gelu(token @ self.table))
+
+    def rows(self) -> Float[Array, "V E"]:
+        """Return the embeddings of all tokens that are indices."""
+        return self.norm(jax.nn.gelu(self.table))

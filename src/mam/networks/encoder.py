@@ -9,7 +9,10 @@ from jaxtyping import Array, Bool, Float, Key
 from mam.config import NetworkConfig
 from mam.networks.blocks import EncoderBlock
 from mam.networks.heads import Head
+from mam.networks.mixers.base import MixerMemory
 from mam.networks.mixers.registry import MixerFamily
+
+EncoderMemory = tuple[MixerMemory, ...]  # of every block
 
 
 class Encoder(eqx.Module):
@@ -30,24 +33,51 @@ class Encoder(eqx.Module):
         self.value_head = Head(config.d_model, 1, key=value_key)
         self.remat = config.remat
 
-    def __call__(self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]) -> "Encoded":
+    def init_memory(self, batch: tuple[int, ...]) -> EncoderMemory:
+        """Return the memory before an episode, for leading axes `batch`."""
+        return tuple(block.mixer.init_memory(batch) for block in self.blocks)
+
+    def step(
+        self,
+        memory: EncoderMemory,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> "tuple[EncoderMemory, Encoded]":
+        """Encode agents of one environment step; see `unroll`."""
+        if not jax.tree.leaves(memory):
+            return self.unroll(memory, x, alive, reset)
+        x, alive, reset = (v[None] for v in (x, alive, reset))
+        memory, encoded = self.unroll(memory, x, alive, reset)
+        return memory, jax.tree.map(lambda v: v[0], encoded)
+
+    def unroll(
+        self,
+        memory: EncoderMemory,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> "tuple[EncoderMemory, Encoded]":
         """Encode agents given in the order of deciding, the dead last.
 
+        Without memory all leading axes are alike; with it the first is time.
+
         Args:
+            memory: before the first step.
             x: the embedded observations.
             alive: False for the dead, which change nothing for the others.
+            reset: whether a step is the first of its episode.
         """
-        for block in self.blocks:
-            x = (
-                jax.checkpoint(EncoderBlock.__call__)(block, x, alive)
-                if self.remat
-                else block(x, alive)
-            )
-        return Encoded(obs_rep=x, value=self.value_head(x)[..., 0])
+        after = []
+        for block, before in zip(self.blocks, memory, strict=True):
+            run = jax.checkpoint(EncoderBlock.__call__) if self.remat else EncoderBlock.__call__
+            own, x = run(block, before, x, alive, reset)
+            after.append(own)
+        return tuple(after), Encoded(obs_rep=x, value=self.value_head(x)[..., 0])
 
 
 class Encoded(eqx.Module):
-    """What the encoder makes of the observations."""
+    """The encoder's outputs."""
 
     obs_rep: Float[Array, "*batch N E"]
     value: Float[Array, "*batch N"]

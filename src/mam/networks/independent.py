@@ -68,13 +68,30 @@ class Tower(eqx.Module):
     memory: AbstractRecurrence
     head: Head
 
-    def __init__(self, view, out_dim: int, config: NetworkConfig, *, key: Key[Array, ""]):
+    def __init__(
+        self,
+        view: ObservationEmbedding | GlobalView,
+        out_dim: int,
+        distribution: ActionDistribution,
+        config: NetworkConfig,
+        *,
+        key: Key[Array, ""],
+    ):
+        """Build the layers.
+
+        Args:
+            view: what it reads.
+            out_dim: A, numbers put out for an agent.
+            distribution: of an agent's actions.
+            config: of the network.
+            key: of the weights.
+        """
         memory_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_blocks)
         d_model = config.d_model
         self.view = view
         self.layers = tuple(Dense(d_model, d_model, key=k, gain=HIDDEN_GAIN) for k in layer_keys)
         self.norms = tuple(LayerNorm(d_model) for _ in layer_keys)
-        self.memory = make_memory(config, key=memory_key)
+        self.memory = make_memory(config, distribution, key=memory_key)
         self.head = Head(d_model, out_dim, key=head_key)
 
     def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
@@ -95,7 +112,7 @@ class Tower(eqx.Module):
         return memory, self.head(x)
 
     def unroll(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]
+        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], action: Action
     ) -> Float[Array, "*batch N A"]:
         """Return the outputs of T steps, of which `memory` is what it was before the first.
 
@@ -103,15 +120,21 @@ class Tower(eqx.Module):
             memory: without the time axis.
             obs: what the agents see at step t, time first.
             reset: whether step t is the first of its episode.
+            action: what the agents did at step t.
         """
-        return self.head(self.memory.unroll(memory, self._features(obs), reset)[1])
+        return self.head(self.memory.unroll(memory, self._features(obs), reset, action)[1])
 
     def successors(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N A"]:
         """Return outputs for each step's successor; see `mam.types.Policy.successor_values`."""
         x, successor_x = self._features(obs), self._features(successor)
-        return self.head(unroll_successors(self.memory, memory, x, reset, successor_x))
+        return self.head(unroll_successors(self.memory, memory, x, reset, action, successor_x))
 
 
 class ActorCriticMemory(eqx.Module):
@@ -140,9 +163,15 @@ class IndependentPolicy(eqx.Module):
         actor_view_key, critic_view_key, actor_key, critic_key = jax.random.split(key, 4)
         actor_view = ObservationEmbedding(spec, config, key=actor_view_key)
         self.distribution = make_distribution(spec)
-        self.actor = Tower(actor_view, self.distribution.num_outputs, config, key=actor_key)
+        self.actor = Tower(
+            actor_view, self.distribution.num_outputs, self.distribution, config, key=actor_key
+        )
         self.critic = Tower(
-            critic_view(spec, config, key=critic_view_key), 1, config, key=critic_key
+            critic_view(spec, config, key=critic_view_key),
+            1,
+            self.distribution,
+            config,
+            key=critic_key,
         )
         self.num_agents = spec.num_agents
 
@@ -169,11 +198,15 @@ class IndependentPolicy(eqx.Module):
     ) -> tuple[Memory, PolicyOutput]:
         """Choose all agents' actions at once; see `mam.types.Policy`."""
         num_agents = obs.alive.shape[-1]
-        actor_memory, out = self.actor.step(memory.actor, obs, reset)
-        critic_memory, value = self.critic.step(memory.critic, obs, reset)
+        actor, out = self.actor.step(memory.actor, obs, reset)
+        critic, value = self.critic.step(memory.critic, obs, reset)
         noise = jnp.where(greedy, 0.0, agent_noise(self.distribution, key, num_agents))
         action = self.distribution.sample_from_noise(out, obs.action_mask, noise)
-        return ActorCriticMemory(actor=actor_memory, critic=critic_memory), PolicyOutput(
+        memory = ActorCriticMemory(
+            actor=self.actor.memory.note(actor, action),
+            critic=self.critic.memory.note(critic, action),
+        )
+        return memory, PolicyOutput(
             action=action,
             log_prob=self.distribution.log_prob(out, obs.action_mask, action),
             value=value[..., 0],
@@ -189,11 +222,11 @@ class IndependentPolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Evaluate stored joint actions, all steps in one pass; see `mam.types.Policy`."""
-        out = self.actor.unroll(memory.actor, obs, reset)
+        out = self.actor.unroll(memory.actor, obs, reset, action)
         return Evaluation(
             log_prob=self.distribution.log_prob(out, obs.action_mask, action),
             entropy=self.distribution.entropy(out, obs.action_mask),
-            value=self.critic.unroll(memory.critic, obs, reset)[..., 0],
+            value=self.critic.unroll(memory.critic, obs, reset, action)[..., 0],
         )
 
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
@@ -202,7 +235,12 @@ class IndependentPolicy(eqx.Module):
         return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
-        return self.critic.successors(memory.critic, obs, reset, successor)[..., 0]
+        return self.critic.successors(memory.critic, obs, action, reset, successor)[..., 0]

@@ -1,6 +1,5 @@
 """Policies by name."""
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,12 @@ from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
 from mam.networks.mixers.base import Roles
-from mam.networks.mixers.registry import MIXERS, MixerFamily, sequence_policies
+from mam.networks.mixers.registry import (
+    MixerFamily,
+    add_family,
+    mixer_families,
+    sequence_policies,
+)
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Policy
 
@@ -27,6 +31,8 @@ class PolicyKind:
     description: str
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
+    # Whether its mixers remember, for a configuration
+    remembers: Callable[[NetworkConfig], bool] = lambda config: False
 
 
 def _sequence(
@@ -61,24 +67,41 @@ _own, _global = partial(_independent, ObservationEmbedding), partial(_independen
 INDEPENDENT = {
     "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
     "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
-    "rec_mappo": PolicyKind("mappo with memory gru, in actor and critic", _global, memory="gru"),
-    "rec_ippo": PolicyKind("ippo with memory gru, in actor and critic", _own, memory="gru"),
 }
+# Policies that have a memory unless told otherwise: rec_… of these.
+RECURRENT = {"mam": "mamba", "mam2": "mamba2", "mat": "gru", "mappo": "gru", "ippo": "gru"}
 
 
 SEQUENTIAL = Decoding()
 
 
 def policies() -> dict[str, PolicyKind]:
-    """Return all policies by name: one per family of mixers, and those of independent agents."""
-    families = MIXERS.values()
-    sequence = {
-        f.policy: PolicyKind(
-            f"{f.description} ({f.letter} in layouts)", partial(_sequence, f.letter)
+    """Return all policies by name.
+
+    One per family of mixers, those of independent agents, and some of them with memory.
+    """
+    sequence = {}
+    for name, f in mixer_families().items():
+        _refuse_independent(name, f.policy)
+        sequence[f.policy] = PolicyKind(
+            f"{f.description} ({f.letter} in layouts)",
+            partial(_sequence, f.letter),
+            remembers=lambda config, letter=f.letter: Layout.of(letter, config).remembers,
         )
-        for f in families
+    plain = sequence | INDEPENDENT
+    recurrent = {
+        f"rec_{name}": replace(
+            plain[name], description=f"{name} with memory {memory}", memory=memory
+        )
+        for name, memory in RECURRENT.items()
     }
-    return sequence | INDEPENDENT
+    return plain | recurrent
+
+
+def _refuse_independent(name: str, policy: str) -> None:
+    """Refuse the name of a policy without mixers for that of a family's."""
+    if policy in INDEPENDENT:
+        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
 
 
 def register_mixer(
@@ -89,10 +112,13 @@ def register_mixer(
     description: str,
     roles: Roles,
     options: Mapping[str, tuple[Any, ...]] | None = None,
+    remembers: bool = False,
 ) -> None:
     """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
 
-    One of the same name is replaced.
+    It is known to this process alone: a package makes one known to all of them, trials of sweeps
+    and runs of experiments among them, by an entry point (see ARCHITECTURE.md). One of the same
+    name is replaced.
 
     Args:
         name: of the kind, as in `mamba`.
@@ -101,20 +127,17 @@ def register_mixer(
         description: of that policy, in a line.
         roles: how it is built as encoder, decoder and cross mixer.
         options: settings of `NetworkConfig` that it reads, and the values that a sweep tries.
+        remembers: whether it has a memory of earlier environment steps.
 
     Raises:
         UserError: the letter is no letter or digit, or it or the policy's name is taken.
     """
-    if not re.fullmatch("[A-Za-z0-9]", letter):
-        raise UserError(f"the letter of {name} must be one of A-Z, a-z, 0-9, got {shown(letter)}")
-    others = [family for other, family in MIXERS.items() if other != name]
-    if letter in (family.letter for family in others):
-        raise UserError(f"the letter {letter} of {name} is taken: choose another")
-    if policy in (*INDEPENDENT, *(family.policy for family in others)):
-        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
-    MIXERS[name] = MixerFamily(
-        letter, policy, description, load=lambda: roles, options=options or {}
+    mixer_families()  # those of installed packages come first
+    _refuse_independent(name, policy)
+    family = MixerFamily(
+        letter, policy, description, load=lambda: roles, options=options or {}, remembers=remembers
     )
+    add_family(name, family)
 
 
 def make_policy(
@@ -152,7 +175,11 @@ def memory_of(name: str, config: NetworkConfig) -> str:
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
     """Say whether the policy `name` has memory, given the network's `config`."""
-    return memory_of(name, config) != "none"
+    return (
+        memory_of(name, config) != "none"
+        or config.recurrence.last_action
+        or policies()[name].remembers(config)
+    )
 
 
 def transfer_weights(

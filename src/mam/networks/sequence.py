@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
-from mam.networks.decoder import Decoder
+from mam.networks.blocks import DecoderState
+from mam.networks.decoder import Decoder, Past
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
-from mam.networks.encoder import Encoded, Encoder
+from mam.networks.encoder import Encoded, Encoder, EncoderMemory
 from mam.networks.layers import Dense
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
@@ -57,6 +59,19 @@ class Layout:
             cross=families_of(cross, "network.decoder.cross"),
         )
 
+    @property
+    def remembers(self) -> bool:
+        """Whether a mixer remembers earlier environment steps."""
+        return any(family.remembers for family in self.encoder + self.decoder + self.cross)
+
+
+class SequenceMemory(eqx.Module):
+    """What is remembered: by every agent itself, and by the mixers of all agents."""
+
+    agents: PyTree
+    encoder: EncoderMemory
+    decoder: tuple[DecoderState, ...]
+
 
 class SequencePolicy(eqx.Module):
     """An encoder over all agents' observations, and a decoder that chooses actions one by one.
@@ -88,9 +103,9 @@ class SequencePolicy(eqx.Module):
     ):
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.memory = make_memory(config, key=memory_key)
         self.encoder = Encoder(layout.encoder, config, key=encoder_key)
         self.distribution = make_distribution(spec)
+        self.memory = make_memory(config, self.distribution, key=memory_key)
         self.decoder = Decoder(
             self.distribution, layout.decoder, layout.cross, config, key=decoder_key
         )
@@ -105,7 +120,11 @@ class SequencePolicy(eqx.Module):
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Return the memory before an episode; see `mam.types.Policy`."""
-        return self.memory.init((*batch, self.num_agents))
+        return SequenceMemory(
+            agents=self.memory.init((*batch, self.num_agents)),
+            encoder=self.encoder.init_memory(batch),
+            decoder=self.decoder.init_memory(batch),
+        )
 
     def act(
         self,
@@ -120,19 +139,22 @@ class SequencePolicy(eqx.Module):
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
         order = decision_order(obs.alive)
-        memory, x = self.memory.step(memory, self.embed(obs), reset)
-        encoded = self.encode(x, obs.alive, order)
+        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
+        encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
+        past = Past(memory.decoder, _rows(obs.alive, order), reset)
         mask = _rows(obs.action_mask, order)
         noise = _rows(agent_noise(self.distribution, key, obs.alive.shape[-1]), order)
         noise = jnp.where(greedy, 0.0, noise)
         inputs = DecodeInputs(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
         # 2. The actions.
-        decision = decide(self.decoder, self.distribution, inputs, self.decoding)
+        decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
+        action = _rows(decision.action, by_agent)
+        memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
         return memory, PolicyOutput(
-            action=_rows(decision.action, by_agent),
+            action=action,
             log_prob=_rows(log_prob, by_agent),
             value=_rows(encoded.value, by_agent),
             order=order,
@@ -150,10 +172,12 @@ class SequencePolicy(eqx.Module):
         reset: Bool[Array, "*batch"],
     ) -> Evaluation:
         """Evaluate stored joint actions in a teacher-forced pass; see `mam.types.Policy`."""
-        _, x = self.memory.unroll(memory, self.embed(obs), reset)
-        encoded = self.encode(x, obs.alive, order)
+        _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
+        alive = _rows(obs.alive, order)
+        _, encoded = self.encoder.unroll(memory.encoder, self._ordered(x, order), alive, reset)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
-        out = self.decoder(self.distribution.token(action), encoded.obs_rep)
+        past = Past(memory.decoder, alive, reset)
+        out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
             log_prob=_rows(self.distribution.log_prob(out, mask, action), by_agent),
@@ -164,38 +188,71 @@ class SequencePolicy(eqx.Module):
     def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
         """Return the state value per agent, from the encoder alone; see `mam.types.Policy`."""
         going_on = jnp.zeros(obs.alive.shape[:-1], bool)
-        _, x = self.memory.step(memory, self.embed(obs), going_on)
-        return self._value(x, obs.alive)
+        _, x = self.memory.step(memory.agents, self.embed(obs), going_on)
+        return self._value(memory.encoder, x, obs.alive, going_on)[1]
 
     def successor_values(
-        self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], successor: Observation
+        self,
+        memory: Memory,
+        obs: Observation,
+        action: Action,
+        reset: Bool[Array, "*batch"],
+        successor: Observation,
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
-        x = unroll_successors(self.memory, memory, self.embed(obs), reset, self.embed(successor))
-        return self._value(x, successor.alive)
+        x, next_x = self.embed(obs), self.embed(successor)
+        if not jax.tree.leaves(memory.encoder):
+            x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
+            return self._value(memory.encoder, x, successor.alive, reset)[1]
+        goes_on = jnp.zeros(reset.shape[1:], bool)
+
+        def step(memory, inputs):
+            agents, encoder = memory
+            x, alive, action, reset, next_x, next_alive = inputs
+            agents, x = self.memory.step(agents, x, reset)
+            agents = self.memory.note(agents, action)
+            encoder, _ = self._value(encoder, x, alive, reset)
+            next_x = self.memory.step(agents, next_x, goes_on)[1]
+            return (agents, encoder), self._value(encoder, next_x, next_alive, goes_on)[1]
+
+        inputs = (x, obs.alive, action, reset, next_x, successor.alive)
+        return lax.scan(step, (memory.agents, memory.encoder), inputs)[1]
 
     def encode(
         self,
+        memory: EncoderMemory,
         x: Float[Array, "*batch N E"],
         alive: Bool[Array, "*batch N"],
         order: Int[Array, "*batch N"],
-    ) -> Encoded:
-        """Return representations and values in the order of deciding.
+        reset: Bool[Array, "*batch"],
+    ) -> tuple[EncoderMemory, Encoded]:
+        """Return representations and values of one step in the order of deciding.
 
         Args:
+            memory: the encoder's before the step.
             x: the memory's outputs, by agent.
             alive: False for the dead, by agent.
             order: order[k] decides k-th.
+            reset: whether the step is the first of its episode.
+
+        Returns:
+            The encoder's memory after the step, and what it makes of it.
         """
-        if self.dtype != "float32":
-            x = x.astype(self.dtype)
-        return self.encoder(_rows(x, order), _rows(alive, order))
+        return self.encoder.step(memory, self._ordered(x, order), _rows(alive, order), reset)
+
+    def _ordered(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
+        return _rows(x if self.dtype == "float32" else x.astype(self.dtype), order)
 
     def _value(
-        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]
-    ) -> Float[Array, "*batch N"]:
+        self,
+        memory: EncoderMemory,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
         order = decision_order(alive)
-        return _rows(self.encode(x, alive, order).value, jnp.argsort(order, axis=-1))
+        memory, encoded = self.encode(memory, x, alive, order, reset)
+        return memory, _rows(encoded.value, jnp.argsort(order, axis=-1))
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:

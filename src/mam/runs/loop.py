@@ -34,8 +34,7 @@ from mam.envs.external.factories import names_code
 from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
-from mam.learning.stopwatch import Stopwatch
-from mam.learning.train import NON_FINITE, Trainer, TrainState, Values, make_train
+from mam.learning.train import Trainer, TrainState, Values, make_train, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves, newest
 from mam.runs.files import read_config
@@ -53,7 +52,6 @@ from mam.runs.sinks import (
 )
 from mam.runs.summary import plot_learning_curve, write_marl_eval
 from mam.runs.times import are_times, write_times
-from mam.types import EnvSpec
 
 Outcome = Literal["finished", "stopped", "preempted"]
 LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
@@ -363,53 +361,29 @@ def run(
         RunError: if the run cannot go on: its files cannot be written, a value is not finite,
             memory is out.
     """
-    seeds = np.asarray(seeds_of(config))
     with ExitStack() as stack:
         stack.callback(folder.release)
         stack.callback(trainer.close)
         save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
-        clock = trainer.clock
-        loop = _Loop(config, folder, save, trainer.spec, clock, callbacks)
+        loop = _Loop(config, folder, save, trainer, callbacks)
         total = config.num_updates * config.steps_per_update
         progress = stack.enter_context(
             Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count)
         )
-        listening = (
+        stop = stack.enter_context(
             stop_on_signals(progress.log, loop.last_words) if signals else nullcontext(Stop())
         )
-        stop = stack.enter_context(listening)
         stack.enter_context(out_of_memory(config))
-        stack.enter_context(clock.compiling_apart())
-        with progress.compiling("the update and the evaluation"), clock.part("compile"):
-            state = restore(save, trainer.shapes(seeds)) if save else trainer.init(seeds)
-            trainer = trainer.compile(state)
-        if line := footprint(trainer):
-            progress.log(line)
-        if save:
-            progress.log(
-                f"going on after update {loop.update} of {config.num_updates} "
-                f"({loop.step_count:,} steps)"
-            )
+        stack.enter_context(trainer.clock.compiling_apart())
+        state = loop.compile(progress)
         loop.open(stack, progress)
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
-                # However long the first evaluation takes, what was learned before it is safe.
-                if loop.update and not loop.has_saved:
-                    loop.save(state)
                 progress.evaluating(config.eval.num_episodes)
-                with clock.part("evaluation"):
-                    state, values = loop.take(trainer.evaluate_step, state)
-                    loop.evaluated = loop.update
-                    loop.report("evaluation", values, state, stop)
+                state = loop.evaluate(state, stop)
             elif loop.update < config.num_updates:
-                with clock.part(trainer.step_part):
-                    state, values = loop.take(trainer.train_step, state)
-                    if not loop.healthy(trainer, state, values):
-                        loop.save(state)
-                        raise RunError(loop.diagnosis)
-                    loop.update += 1
-                    loop.report("train", values, state, stop)
+                state = loop.train(state, stop)
             else:
                 break
             if loop.agreed_to_save(time.monotonic() - begun):
@@ -417,37 +391,32 @@ def run(
         finished = loop.update >= config.num_updates and loop.evaluated >= loop.update
         loop.save(state)
         if finished:
-            progress.log(
-                f"playing {config.eval.num_absolute_episodes} fresh episodes with the best weights…"
-            )
-            with clock.part("evaluation"):
-                loop.write("absolute", loop.take(trainer.absolute_metric, state))
+            loop.play_best(state)
         loop.finish()
     if jax.process_index() == 0:
-        with _writing(folder.path):
-            _write_results(config, folder)
+        _write_results(config, folder)
     return "finished" if finished else "preempted" if stop.preempted else "stopped"
 
 
 class _Loop:
-    """Where the loop stands, and where its numbers go."""
+    """The place that a run has reached, and the files that its numbers go to."""
 
     def __init__(
         self,
         config: Config,
         folder: RunFolder,
         save: Save | None,
-        spec: EnvSpec,
-        clock: Stopwatch,
+        trainer: Trainer,
         callbacks: Sequence[Callback],
     ):
         meta = save.meta if save else {"update": 0, "evaluated": -1, "elapsed": 0.0}
         self.update, self.evaluated = meta["update"], meta["evaluated"]
         self.diagnosis = ""  # of what was not finite
         self._config, self._folder, self._resumed = config, folder, save
-        self._spec, self._callbacks = spec, callbacks
+        self._trainer, self._spec, self._callbacks = trainer, trainer.spec, callbacks
         self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
-        self._clock, clock.seconds = clock, dict(meta.get("times", {}))
+        self._clock = trainer.clock
+        self._clock.seconds = dict(meta.get("times", {}))
         self._saved, self._saved_at = (
             (self.update, self.evaluated) if save else None,
             time.monotonic(),
@@ -463,13 +432,28 @@ class _Loop:
     def step_count(self) -> int:
         return self.update * self._config.steps_per_update
 
-    @property
-    def has_saved(self) -> bool:
-        return self._saved is not None
+    def compile(self, progress: Progress) -> TrainState:
+        """Compile the steps, say what they need, and return the state they start from."""
+        seeds = np.asarray(seeds_of(self._config))
+        with progress.compiling("the update and the evaluation"), self._clock.part("compile"):
+            state = (
+                restore(self._resumed, self._trainer.shapes(seeds))
+                if self._resumed
+                else self._trainer.init(seeds)
+            )
+            self._trainer = self._trainer.compile(state)
+        if line := footprint(self._trainer):
+            progress.log(line)
+        return state
 
     def open(self, stack: ExitStack, progress: Progress) -> None:
         """Open the files, which `stack` closes."""
         self._log, meta = progress.log, self._resumed.meta if self._resumed else None
+        if self._resumed:
+            self._log(
+                f"going on after update {self.update} of {self._config.num_updates} "
+                f"({self.step_count:,} steps)"
+            )
         with _writing(self._folder.path):
             # What was removed while the program was compiled is not made anew without it.
             self._folder.config.stat()
@@ -493,6 +477,48 @@ class _Loop:
     def _add(self, stack: ExitStack, sink: Sink) -> None:
         self._sinks.append(sink)
         stack.callback(_try, sink.close)
+
+    def train(self, state: TrainState, stop: Stop) -> TrainState:
+        """Take a train step and report it.
+
+        Args:
+            state: before it.
+            stop: how callbacks ask for an end.
+
+        Raises:
+            RunError: it came to a non-finite value, and the run is not to go on with these.
+        """
+        with self._clock.part(self._trainer.step_part):
+            state, values = self.take(self._trainer.train_step, state)
+            if not self.healthy(state, values):
+                self.save(state)
+                raise RunError(self.diagnosis)
+            self.update += 1
+            self.report("train", values, state, stop)
+        return state
+
+    def evaluate(self, state: TrainState, stop: Stop) -> TrainState:
+        """Evaluate the current weights and report it.
+
+        Args:
+            state: with these weights.
+            stop: how callbacks ask for an end.
+        """
+        # However long the first evaluation takes, what was learned before it is safe.
+        if self.update and self._saved is None:
+            self.save(state)
+        with self._clock.part("evaluation"):
+            state, values = self.take(self._trainer.evaluate_step, state)
+            self.evaluated = self.update
+            self.report("evaluation", values, state, stop)
+        return state
+
+    def play_best(self, state: TrainState) -> None:
+        """Play fresh episodes with the best weights and report them."""
+        episodes = self._config.eval.num_absolute_episodes
+        self._log(f"playing {episodes} fresh episodes with the best weights…")
+        with self._clock.part("evaluation"):
+            self.write("absolute", self.take(self._trainer.absolute_metric, state))
 
     def take(self, step: Callable[[TrainState], Any], state: TrainState) -> Any:
         """Take a step; if it fails, the state before it is saved.
@@ -537,11 +563,7 @@ class _Loop:
         self.take(tell, state)
 
     def write(self, kind: Any, values: Values) -> Record:
-        numbers = {
-            name: np.asarray(value)
-            for name, value in jax.device_get(values).items()
-            if name != NON_FINITE
-        }
+        numbers = on_host(values)
         record = Record(kind, self.update, self.step_count, time.monotonic() - self._begun, numbers)
         with _writing(self._folder.path), self._clock.part("logging"):
             for sink in self._sinks:
@@ -583,15 +605,14 @@ class _Loop:
             cast(Writer, self._writer).save(state, meta)
         self._saved = stands
 
-    def healthy(self, trainer: Trainer, state: TrainState, values: Values) -> bool:
+    def healthy(self, state: TrainState, values: Values) -> bool:
         """Say whether to go on after a train step, and set what was not finite in it.
 
         Args:
-            trainer: took the step.
             state: after it.
             values: what it reported.
         """
-        bad = trainer.first_nonfinite(state, values)
+        bad = self._trainer.first_nonfinite(state, values)
         self._skipped = self._skipped + 1 if bad else 0
         if not bad:
             return True
@@ -689,17 +710,17 @@ def _try(close: Callable[[], None]) -> None:
 
 def _write_results(config: Config, folder: RunFolder) -> None:
     """Write all that is derived from the metrics, anew from the whole file."""
-    records, seeds = folder.records(), seeds_of(config)
     suite, slash, task = config.env.partition("/")
     if not slash:  # package.module:factory
         suite, task = "own", config.env
-    write_marl_eval(
-        folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds
-    )
-    if any(record.kind == "evaluation" for record in records):
-        plot_learning_curve(
-            folder.learning_curve, records, title=f"{config.algorithm} on {config.env}", seeds=seeds
+    title = f"{config.algorithm} on {config.env}"
+    with _writing(folder.path):
+        records, seeds = folder.records(), seeds_of(config)
+        write_marl_eval(
+            folder.path, records, env=suite, task=task, algorithm=config.algorithm, seeds=seeds
         )
+        if any(record.kind == "evaluation" for record in records):
+            plot_learning_curve(folder.learning_curve, records, title=title, seeds=seeds)
 
 
 def versions() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One episode step by step, for looking at it: an image, and a trace of what was decided."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from mam.config import EvalConfig
+from mam.envs.external.worker import describe
 from mam.envs.wrappers import IdEncoding, agent_ids
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.runs.files import writing
 from mam.runs.sinks import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
@@ -21,7 +23,7 @@ FRAME_MILLISECONDS = 100
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened in an episode, step by step: decisions at t, and the rewards they led to."""
+    """The course of an episode, step by step: decisions at t, and the rewards they led to."""
 
     reward: Float[np.ndarray, "T N"]  # a team's is repeated
     value: Float[np.ndarray, "T N"]
@@ -40,13 +42,22 @@ class Trace:
 
 @dataclass(frozen=True)
 class Episode:
-    """An episode that was played and written down."""
+    """An episode that was played."""
 
     episode_return: float  # the team's, averaged over agents
     terminated: bool  # not merely cut off by the time limit
     trace: Trace
     num_frames: int  # of the GIF
     undrawn: str = ""  # why there is none; empty if there is one
+    agents: tuple[str, ...] | None = None  # their names, if they have any
+
+
+@dataclass(frozen=True)
+class ExternalTask:
+    """An external environment, made to be played in this process; see `make_external`."""
+
+    name: str
+    agent_id: IdEncoding
 
 
 def trace_path(picture: Path) -> Path:
@@ -55,7 +66,7 @@ def trace_path(picture: Path) -> Path:
 
 
 def play(
-    env: Environment,
+    env: Environment | ExternalTask,
     policy: Policy,
     seed: int,
     path: Path,
@@ -67,15 +78,28 @@ def play(
     """Play an episode and write it as a GIF and a trace.
 
     Args:
-        env: one environment that reports `episode_return`.
+        env: one environment that reports `episode_return`, or an external one.
         policy: the weights to play with.
         seed: decides everything random.
-        path: GIF to write, of the T + 1 states, and beside it, as .json, the trace; see
-            `write_trace`. Of an environment that cannot be drawn there is the trace alone.
+        path: GIF to write, of the T + 1 states, or in an external environment the T that were acted
+            on, and beside it, as .json, the trace; see `write_trace`. Of an environment that cannot
+            be drawn there is the trace alone.
         greedy: take the most likely actions instead of sampling.
         max_steps: steps after which an episode that has not ended is cut off.
         about: what else the trace should say, such as the run's own seed.
     """
+    if isinstance(env, ExternalTask):
+        name, played = env.name, _play_external(env, policy, seed, path, greedy, max_steps)
+    else:
+        name, played = env.spec.name, _play_on_device(env, policy, seed, path, greedy, max_steps)
+    write_trace(path, played, env=name, seed=seed, greedy=greedy, **about)
+    return played
+
+
+def _play_on_device(
+    env: Environment, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
+) -> Episode:
+    """Play an episode of an environment in JAX, and draw it; see `play`."""
     reset_key, key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
@@ -83,14 +107,8 @@ def play(
         act_key, env_key, key = jax.random.split(key, 3)
         memory, output = policy.act(memory, timestep.observation, first, act_key, greedy=greedy)
         state, following = env.step(state, output.action, env_key)
-        return (
-            state,
-            following,
-            memory,
-            following.ended,
-            key,
-            _note(timestep.observation, output, following.reward),
-        )
+        note = _note(timestep.observation, output, following.reward)
+        return state, following, memory, following.ended, key, note
 
     state, timestep = jax.jit(env.reset)(reset_key)
     memory, first, states, notes = policy.init_memory(), np.True_, [state], []
@@ -104,51 +122,31 @@ def play(
     try:
         with writing(path):
             env.animate(states, path)
-    except NotImplementedError as error:
-        undrawn = str(error)
-    episode = Episode(
+    except RunError:  # no space for it, nor for the trace
+        raise
+    except Exception as error:
+        undrawn = _why_undrawn(env.spec.name, error)
+    return Episode(
         episode_return=float(timestep.metrics["episode_return"]),
         terminated=bool(timestep.terminated),
         trace=Trace.of(jax.device_get(notes)),
         num_frames=0 if undrawn else len(states),
         undrawn=undrawn,
+        agents=env.spec.agent_names,
     )
-    about |= {"agents": env.spec.agent_names}
-    write_trace(path, episode, env=env.spec.name, seed=seed, greedy=greedy, **about)
-    return episode
 
 
-def play_external(
-    name: str,
-    agent_id: IdEncoding,
-    policy: Policy,
-    seed: int,
-    path: Path,
-    *,
-    greedy: bool = False,
-    max_steps: int = EvalConfig.max_episode_steps,
-    **about: Any,
+def _play_external(
+    task: ExternalTask, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
 ) -> Episode:
-    """Play an episode of an external environment, in this process; see `play`.
-
-    Args:
-        name: of the environment, as for `mam.envs.registry.make_external`.
-        agent_id: as for `make_external`.
-        policy: as for `play`.
-        seed: as for `play`.
-        path: as for `play`, of the T states that were acted on; without a GIF where the environment
-            draws nothing.
-        greedy: as for `play`.
-        max_steps: as for `play`.
-        about: as for `play`.
-    """
+    """Play an episode of an external environment, and draw it; see `play`."""
     from PIL import Image
 
     from mam.envs.external.factories import find_factory
     from mam.envs.external.pettingzoo import PettingZooEnv
 
-    env = PettingZooEnv(find_factory(name)(render_mode="rgb_array", index=0), name)
-    ids = agent_ids(env.layout.num_agents, agent_id)
+    env = PettingZooEnv(find_factory(task.name)(render_mode="rgb_array", index=0), task.name)
+    ids = agent_ids(env.layout.num_agents, task.agent_id)
     act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
     key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
     arrays, terminated, undrawn = env.reset(seed), False, ""
@@ -160,30 +158,34 @@ def play_external(
         try:
             if not undrawn and (frame := env.frame()) is not None:
                 frames.append(Image.fromarray(frame))
-        except UserError as error:
-            frames, undrawn = [], str(error)
+        except Exception as error:
+            frames, undrawn = [], _why_undrawn(task.name, error)
         output = jax.device_get(output)
         outcome = env.step(np.asarray(output.action))
         notes.append(_note(observation, output, outcome.reward))
         arrays, key = outcome.observation, jax.random.fold_in(key, len(notes))
         terminated = outcome.terminated
         over = terminated or outcome.truncated
-    env.close()
-    if not frames and not undrawn:
-        undrawn = (
-            f'{name} cannot be drawn: with render_mode="rgb_array" its render() returns nothing'
-        )
+    with suppress(Exception):
+        env.close()
     if frames:
         with writing(path):
             frames[0].save(
                 path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0
             )
+    elif not undrawn:
+        how = 'with render_mode="rgb_array" its render() returns nothing'
+        undrawn = f"{task.name} cannot be drawn: {how}"
     trace = Trace.of(notes)
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
-    episode = Episode(episode_return, terminated, trace, len(frames), undrawn)
-    about |= {"agents": env.layout.agents}
-    write_trace(path, episode, env=name, seed=seed, greedy=greedy, **about)
-    return episode
+    agents = env.layout.agents
+    return Episode(episode_return, terminated, trace, len(frames), undrawn, agents)
+
+
+def _why_undrawn(name: str, error: Exception) -> str:
+    """Return in a line why there is no picture; drawing is code of the environment's."""
+    told = isinstance(error, UserError | NotImplementedError) and str(error)
+    return str(error) if told else f"{name} cannot be drawn: {describe(error)}"
 
 
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
@@ -195,9 +197,9 @@ def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
 def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     """Write what happened in an episode as one JSON object.
 
-    `env`, `seed`, `greedy`, `agents` (their names, null if they have none) and whatever else is
-    said about it; `episode_return`, `terminated`, `picture` (name of the GIF, null if there is
-    none), `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
+    `env`, `seed`, `greedy` and whatever else is said about it; `agents` (their names, null if they
+    have none), `episode_return`, `terminated`, `picture` (name of the GIF, null if there is none),
+    `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
     then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`,
     `order`, `alive`. Non-finite values are null.
 
@@ -208,6 +210,7 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     """
     (episode_return,) = to_json(np.array([episode.episode_return]))
     outcome = {"episode_return": episode_return, "terminated": episode.terminated}
+    outcome |= {"agents": episode.agents}
     picture = None if episode.undrawn else path.name
     drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
     arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}

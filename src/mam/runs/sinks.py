@@ -31,7 +31,7 @@ RETURN = "episode_return"  # the metric every environment reports
 
 @dataclass(frozen=True)
 class Record:
-    """What a run has to say at one moment, for all of its seeds at once."""
+    """The metrics that a run reports at one moment, for all of its seeds at once."""
 
     kind: Literal["train", "evaluation", "absolute"]
     update: int  # updates done
@@ -43,7 +43,7 @@ class Record:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where records go."""
+    """A destination of records."""
 
     def write(self, record: Record) -> None: ...
 

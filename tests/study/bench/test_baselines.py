@@ -46,8 +46,11 @@ def acted(request):
         )
         keys = jax.random.split(jax.random.key(1), len(ALIVE))
         compiled = functools.partial(jax.jit, compiler_options=QUICK)
+        reset = jnp.zeros(len(ALIVE), bool)
         act = compiled(
-            lambda policy, obs, keys: policy.act((), obs, jnp.zeros(len(ALIVE), bool), keys)[1]
+            lambda policy, obs, keys: policy.act(policy.init_memory(reset.shape), obs, reset, keys)[
+                1
+            ]
         )
         expected, uncached = act(policy, obs, keys), compiled(act_uncached)
         outputs = [

@@ -32,7 +32,7 @@ def read_rows(folder):
 
 
 @pytest.mark.parametrize(("what", "name", "memory"), NAMES)
-def test_every_contender_is_a_program(what, name, memory):
+def test_every_candidate_is_a_program(what, name, memory):
     try:
         candidate = CASES[what].candidates[name](Cell(2, 2, replace(SIZES, memory=memory)))
     except Skip as reason:

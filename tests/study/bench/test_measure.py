@@ -98,7 +98,7 @@ def test_what_is_left_out_says_why():
     assert rows["c", 4].ratio is None, "the baseline was left out"
 
 
-def test_a_contender_predicted_to_be_slow_is_not_even_compiled():
+def test_a_candidate_predicted_to_be_slow_is_not_even_compiled():
     rows = rows_of({"a": partial(takes, 1.0)}, sizes=(2, 4, 16))
     assert rows["a", 4].median_ms == 4e3
     assert rows["a", 16].note == "skipped: predicted 16 s a call: 5 calls exceed --max-seconds 50"
@@ -117,7 +117,7 @@ def test_memory_has_a_limit():
     assert note.endswith("over --max-memory 1e-09")
 
 
-def test_a_contender_that_fails_on_the_device_is_left_out(monkeypatch):
+def test_a_candidate_that_fails_on_the_device_is_left_out(monkeypatch):
     def fails(run):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocator statistics")
 

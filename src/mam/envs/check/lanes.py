@@ -33,7 +33,7 @@ class Carry(eqx.Module):
 
 
 class Record(eqx.Module):
-    """What is kept of one step: lane 0 of every group, and how the V other lanes differ from it."""
+    """A step as it is kept: lane 0 of every group, and how the V other lanes differ from it."""
 
     timestep: TimeStep  # [G, …]
     action: Action  # [G, …]

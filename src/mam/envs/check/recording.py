@@ -40,7 +40,7 @@ class Episode:
 
 @dataclass
 class Influence:
-    """How often agents acted otherwise, all else being equal, and what came of it.
+    """Counts of agents acting otherwise, all else being equal, and of the differences that made.
 
     Index N stands for all agents.
     """

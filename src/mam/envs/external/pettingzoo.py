@@ -35,7 +35,7 @@ _STEP = ("observations", "rewards", "terminations", "truncations", "infos")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a joint action led to."""
+    """The consequences of a joint action."""
 
     observation: Arrays  # to act on next, or the last one
     reward: np.ndarray  # [N]
@@ -87,7 +87,7 @@ class PettingZooEnv:
 
     @property
     def notes(self) -> list[str]:
-        """What was padded, flattened or left out to make agents' arrays alike; one line each."""
+        """Lines on all that was padded, flattened or left out to make agents' arrays alike."""
         return list(self.layout.notes)
 
     def reset(self, seed: int, into: Arrays | None = None) -> Arrays:

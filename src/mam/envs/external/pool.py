@@ -122,7 +122,7 @@ class ExternalPool:
 
     @property
     def notes(self) -> list[str]:
-        """What was done to make all agents' arrays alike, one line each; to be shown once."""
+        """Lines on all that was done to make agents' arrays alike; to be shown once."""
         return [] if self._layout is None else list(self._layout.notes)
 
     def reset(self, seed: int) -> TimeStep:

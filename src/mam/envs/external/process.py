@@ -109,7 +109,7 @@ class WorkerProcess:
 
 @dataclass(frozen=True)
 class Deadline:
-    """How long a worker may be busy with what it does now, and what that is.
+    """The time that a worker's present task may take, and that task.
 
     Time starts anew when it changes.
     """

@@ -128,7 +128,7 @@ def _parts(space: spaces.Space) -> list[tuple[Any, spaces.Space]]:
 
 @dataclass(frozen=True)
 class View:
-    """How one agent's observation is read."""
+    """The reading of one agent's observation."""
 
     space: spaces.Space  # of the observation proper
     inside: str | None  # the observation proper is this entry of a dictionary

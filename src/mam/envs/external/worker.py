@@ -45,12 +45,13 @@ PARENTS_SIGNALS = tuple(
     if hasattr(signal, name)
 )
 _QUOTED_FRAMES = 3  # of the traceback of an environment
-_OURS = {Path(__file__).parent, Path(__file__).parents[1] / "check"}  # which call it
+_ENVS, _MAM = Path(__file__).parents[1:3]
+_OURS = {_ENVS / "external", _ENVS / "check", _MAM / "runs"}  # which call it
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker is to do."""
+    """The environments that a worker runs, and its options."""
 
     name: str  # of the task
     factory: bytes  # pickled; makes one environment

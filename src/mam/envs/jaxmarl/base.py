@@ -29,7 +29,7 @@ from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
 
 @dataclass(frozen=True)
 class JaxMarlEnv(abc.ABC):
-    """What the suites share: stepping, and telling a task's own end from its time limit."""
+    """A JaxMARL task: stepping, and telling the task's own end from its time limit."""
 
     spec: EnvSpec
     env: Any  # jaxmarl.environments.MultiAgentEnv

@@ -72,7 +72,12 @@ def multiply_add(a, b, c, *, interpret):
     """Return a b + c, rounded once.
 
     In Triton as XLA runs it, a product is rounded before it is added: two instructions, not one.
-    `interpret` computes it by ordinary JAX operations.
+
+    Args:
+        a: blocks of float32, like b and c of shapes that broadcast.
+        b: the other factors.
+        c: what is added to the products.
+        interpret: compute it by ordinary JAX operations.
     """
     return a * b + c if interpret else _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 

@@ -41,11 +41,15 @@ MIN_PROGRAMS = 2048  # fewer leave an H100 (132 multiprocessors) partly idle
 
 
 def kernel_supports(n: int, d: int, s: int) -> bool:
-    """Say whether `scan_kernel` takes N agents, D channels and S states.
+    """Say whether `scan_kernel` takes arrays of these sizes.
 
-    Any N; S a power of two from 4 to 64; D a multiple of 8, better one of 512 / S. What a Triton
-    program holds must have sizes that are powers of two: here a tile of channels, S, and their
-    product.
+    What a Triton program holds must have sizes that are powers of two: here a tile of channels, S,
+    and their product.
+
+    Args:
+        n: N agents, any number from 1 on.
+        d: D channels, a multiple of 8, better one of 512 / S.
+        s: S states per channel, a power of two from 4 to 64.
     """
     return (
         n >= 1
@@ -105,7 +109,7 @@ def scan_kernel(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static: how a call is cut into programs, and each sequence into chunks.
+    """The static plan of a call: its cut into programs, and that of each sequence into chunks.
 
     The agents are read as a head of at most one chunk, which starts from h0, and then whole chunks,
     whose first states are kept. So N may be any number, nothing is padded, and no state is kept

@@ -16,7 +16,7 @@ LN_2 = 0.6931471805599453
 
 
 class Inputs(NamedTuple):
-    """What the recurrence reads: arrays, or in a kernel references to blocks of them."""
+    """The inputs of the recurrence: arrays, or in a kernel references to blocks of them."""
 
     x: Any  # [M, N, D]
     dt: Any  # [M, N, D]

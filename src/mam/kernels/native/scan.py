@@ -23,7 +23,7 @@ MAX_RANK = 16  # features of which step sizes are made: more are better multipli
 
 
 class ScanInputs(NamedTuple):
-    """What the recurrence reads; real arrays are in float32."""
+    """The inputs of the recurrence; real arrays are in float32."""
 
     x: Float[Array, "M N D"]
     dt: Float[Array, "M N D"] | Float[Array, "M N R"]  # step sizes, or what they are made of
@@ -130,7 +130,7 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 class _Cut(NamedTuple):
-    """How the work is cut into tasks: blocks of sequences times tiles of channels."""
+    """The cut of the work into tasks: blocks of sequences times tiles of channels."""
 
     blocks: int
     tiles: int

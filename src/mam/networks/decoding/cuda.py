@@ -54,7 +54,7 @@ MAX_TOKENS = 256
 
 @runtime_checkable
 class DecodeInputsLike(Protocol):
-    """What fused decoders read of `mam.networks.decoding.decide.DecodeInputs`."""
+    """The part of `mam.networks.decoding.decide.DecodeInputs` that fused decoders read."""
 
     @property
     def context(self) -> Context: ...

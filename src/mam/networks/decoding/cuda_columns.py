@@ -22,7 +22,7 @@ LOG1P_TERMS = 7  # of 2 artanh(s) = 2 Σ s^(2k+1) / (2k+1) with s ≤ 1/3: a rel
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are: column c belongs to copy c // num_envs of environment c % num_envs.
+    """The columns: column c belongs to copy c // num_envs of environment c % num_envs.
 
     Fewer environments than columns stand there several times. The copies of an environment hold the
     same numbers but for the scan's states, which they share out: copy r has states r·J to

@@ -76,7 +76,7 @@ class Conv:
 
 
 class State(NamedTuple):
-    """What a mixer knows of earlier agents."""
+    """A mixer's memory of earlier agents."""
 
     conv: dict[str, tuple[Float[Array, "F C"], ...]]  # the last inputs of each convolution
     # J arrays: each column has an environment's J states, or its share of them.

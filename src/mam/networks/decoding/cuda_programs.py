@@ -21,7 +21,7 @@ PACKING_WARPS = 4
 
 
 class Inputs(NamedTuple):
-    """What a program reads of its environments: arrays, or references to blocks of them."""
+    """The inputs of a program's environments: arrays, or references to blocks of them."""
 
     obs_rep: Any  # [batch, N, E]
     C: tuple[Any, ...]  # of each block's cross mixer, [batch, N, S]
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How the work of decoding is cut into programs."""
+    """The cut of the work of decoding into programs."""
 
     num_envs: int  # per program: 1, 2, 4 or 8
     num_warps: int
@@ -39,7 +39,7 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is static in a call of the kernels."""
+    """The static part of a call of the kernels."""
 
     columns: Columns
     num_warps: int

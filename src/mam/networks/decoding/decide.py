@@ -6,7 +6,7 @@ before it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import equinox as eqx
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import has_cuda
 from mam.networks.actions import ActionDistribution, Token
-from mam.networks.decoder import Context, Decoder, DecoderState, Embedded
+from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Past
 from mam.networks.decoding.cuda import decode_kernel, kernel_supports
 from mam.networks.decoding.native import native_decode, native_supports
 from mam.types import Action, AgentAction
@@ -26,7 +26,7 @@ from mam.types import Action, AgentAction
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a sequence policy acts; all ways yield the same actions, the kernel up to precision."""
+    """The way in which a policy decodes; all yield the same actions, the kernel up to precision."""
 
     method: Literal["sequential", "fixed_point", "kernel"] = "sequential"
     window: int | None = None  # agents in one fixed point; all of them if None
@@ -48,6 +48,7 @@ class Decision(eqx.Module):
     action: Action
     out: Float[Array, "*batch M P"]
     passes: Float[Array, "*batch"]  # over the agents; a step for one agent is 1 / M of a pass
+    memory: tuple[DecoderState, ...] = ()  # the decoder's after the step
 
 
 class DecodeCarry(eqx.Module):
@@ -59,7 +60,7 @@ class DecodeCarry(eqx.Module):
 
 @dataclass(frozen=True)
 class _DecodeContext:
-    """What decoding reads and does not change: the decoder, the distribution, the embedding."""
+    """The constants of decoding: the decoder, the distribution, the embedding."""
 
     decoder: Decoder
     distribution: ActionDistribution
@@ -71,7 +72,11 @@ class _DecodeContext:
 
 
 def decide(
-    decoder: Decoder, distribution: ActionDistribution, inputs: DecodeInputs, decoding: Decoding
+    decoder: Decoder,
+    distribution: ActionDistribution,
+    inputs: DecodeInputs,
+    decoding: Decoding,
+    past: Past | None = None,
 ) -> Decision:
     """Choose one joint action per batch element.
 
@@ -80,13 +85,17 @@ def decide(
         distribution: over one agent's actions.
         inputs: inputs of all agents, in the order of deciding.
         decoding: the method, and its limits.
+        past: what the decoder remembers; None: the step is the first of its episode.
     """
     *batch, num_agents, _ = inputs.mask.shape
     dtype = inputs.context.obs_rep.dtype
     fixed = _DecodeContext(decoder, distribution, decoder.embedder(dtype))
     size = num_agents if decoding.window is None else min(decoding.window, num_agents)
+    capacity = num_agents + -num_agents % size
     start = DecodeCarry(
-        state=decoder.init_state(num_agents + -num_agents % size, tuple(batch), dtype),
+        state=decoder.init_state(capacity, tuple(batch), dtype)
+        if past is None
+        else decoder.start_step(past, capacity, dtype),
         token=decoder.embed.start(tuple(batch)),
     )
     if decoding.method == "fixed_point":
@@ -112,14 +121,19 @@ def _in_windows(
         inputs, real = inputs
         return _fixed_point(fixed, carry, inputs, real, max_passes)
 
-    _, decisions = lax.scan(window, start, (windows, real))
+    last, decisions = lax.scan(window, start, (windows, real))
     action, out = (
         jnp.moveaxis(v, 0, axis).reshape(*batch, -1, *v.shape[axis + 2 :])[
             (slice(None),) * axis + (slice(num_agents),)
         ]
         for v in (decisions.action, decisions.out)
     )
-    return Decision(action=action, out=out, passes=jnp.mean(decisions.passes, axis=0))
+    return Decision(
+        action=action,
+        out=out,
+        passes=jnp.mean(decisions.passes, axis=0),
+        memory=fixed.decoder.end_step(last.state),
+    )
 
 
 def _padded(v: Array, axis: int, size: int) -> Array:
@@ -156,14 +170,20 @@ def _in_order(
     """
 
     def loop(inputs: DecodeInputs) -> Decision:
-        return _one_by_one(fixed, start, inputs)[1]
+        last, decision = _one_by_one(fixed, start, inputs)
+        return replace(decision, memory=fixed.decoder.end_step(last.state))
 
     def in_one_call(
         decode: Callable[[Decoder, DecodeInputs], tuple[Action, Array]],
     ) -> Callable[[DecodeInputs], Decision]:
         def call(inputs: DecodeInputs) -> Decision:
             action, out = decode(fixed.decoder, inputs)
-            return Decision(action=action, out=out, passes=jnp.ones(inputs.mask.shape[:-2]))
+            return Decision(
+                action=action,
+                out=out,
+                passes=jnp.ones(inputs.mask.shape[:-2]),
+                memory=fixed.decoder.end_step(start.state),  # no mixer that is fused has any
+            )
 
         return call
 

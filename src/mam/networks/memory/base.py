@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from mam.config import NetworkConfig
+from mam.types import Action
 
 
 class AbstractRecurrence(eqx.Module):
@@ -42,9 +43,18 @@ class AbstractRecurrence(eqx.Module):
             reset: whether the step is the first of its episode.
         """
 
+    def note(self, state: PyTree, action: Action) -> PyTree:
+        """Return the state after a step, once it is known what the agents did at it."""
+        del action
+        return state
+
     @abstractmethod
     def unroll(
-        self, state: PyTree, x: Float[Array, "T *batch N E"], reset: Bool[Array, "T *batch"]
+        self,
+        state: PyTree,
+        x: Float[Array, "T *batch N E"],
+        reset: Bool[Array, "T *batch"],
+        action: Action,
     ) -> tuple[PyTree, Float[Array, "T *batch N E"]]:
         """Return the state after T steps, and the outputs of all of them.
 
@@ -52,6 +62,7 @@ class AbstractRecurrence(eqx.Module):
             state: before the first step, without the time axis.
             x: the agents' rows at step t.
             reset: whether step t is the first of its episode.
+            action: what the agents did at step t, for memories that read it later.
         """
 
 
@@ -70,7 +81,11 @@ class NoMemory(AbstractRecurrence):
         return state, x
 
     def unroll(
-        self, state: PyTree, x: Float[Array, "*batch N E"], reset: Bool[Array, "*batch"]
+        self,
+        state: PyTree,
+        x: Float[Array, "*batch N E"],
+        reset: Bool[Array, "*batch"],
+        action: Action,
     ) -> tuple[PyTree, Float[Array, "*batch N E"]]:
         return state, x
 
@@ -80,6 +95,7 @@ def unroll_successors(
     state: PyTree,
     x: Float[Array, "T *batch N E"],
     reset: Bool[Array, "T *batch"],
+    action: Action,
     successor: Float[Array, "T *batch N E"],
 ) -> Float[Array, "T *batch N E"]:
     """Read what followed every step, each from the state after it.
@@ -91,6 +107,7 @@ def unroll_successors(
         state: before the first step.
         x: what was read at step t.
         reset: whether an episode began at t.
+        action: what the agents did at t.
         successor: what would be read next if the episode of t went on, whether it did or not.
 
     Returns:
@@ -101,8 +118,8 @@ def unroll_successors(
     goes_on = jnp.zeros(reset.shape[1:], bool)
 
     def step(state, inputs):
-        x, reset, successor = inputs
-        state, _ = recurrence.step(state, x, reset)
+        x, reset, action, successor = inputs
+        state = recurrence.note(recurrence.step(state, x, reset)[0], action)
         return state, recurrence.step(state, successor, goes_on)[1]
 
-    return lax.scan(step, state, (x, reset, successor))[1]
+    return lax.scan(step, state, (x, reset, action, successor))[1]

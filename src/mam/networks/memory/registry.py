@@ -2,13 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
 from mam.errors import unknown_name
+from mam.networks.actions import ActionDistribution
 from mam.networks.memory.base import AbstractRecurrence, NoMemory
 from mam.networks.memory.gru import GRU
+from mam.networks.memory.last_action import LastAction
+from mam.networks.memory.state_space import StateSpaceMemory
+from mam.networks.mixers.mamba import SelectiveSSM
+from mam.networks.mixers.mamba2 import DualSSM
+
+LAST_ACTION = 1  # its weights' key is the memory's own, folded with this
 
 
 @dataclass(frozen=True)
@@ -22,14 +31,21 @@ class MemoryKind:
 MEMORIES = {
     "none": MemoryKind("an environment step knows nothing of those before it", NoMemory),
     "gru": MemoryKind("a gated recurrent unit", GRU),
+    "mamba": MemoryKind(
+        "Mamba's state-space block along time", partial(StateSpaceMemory, SelectiveSSM)
+    ),
+    "mamba2": MemoryKind("Mamba-2's block along time", partial(StateSpaceMemory, DualSSM)),
 }
 
 
-def make_memory(config: NetworkConfig, *, key: Key[Array, ""]) -> AbstractRecurrence:
+def make_memory(
+    config: NetworkConfig, distribution: ActionDistribution, *, key: Key[Array, ""]
+) -> AbstractRecurrence:
     """Build the recurrence that `config.memory` names; `NoMemory` if it names none.
 
     Args:
         config: of the network.
+        distribution: of an agent's actions, where the last one is read as well.
         key: of the weights.
 
     Raises:
@@ -38,4 +54,9 @@ def make_memory(config: NetworkConfig, *, key: Key[Array, ""]) -> AbstractRecurr
     name = config.memory or "none"
     if name not in MEMORIES:
         raise unknown_name("network.memory", name, MEMORIES, see="mam list")
-    return MEMORIES[name].build(config, key=key)
+    recurrence = MEMORIES[name].build(config, key=key)
+    if not config.recurrence.last_action:
+        return recurrence
+    return LastAction(
+        recurrence, distribution, config.d_model, key=jax.random.fold_in(key, LAST_ACTION)
+    )

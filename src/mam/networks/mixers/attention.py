@@ -109,7 +109,7 @@ class KVCache(eqx.Module):
 
 
 class AttentionInputs(eqx.Module):
-    """What is read of an agent: key, value, and query unless the second sequence gives it."""
+    """An agent's key and value, and its query unless the second sequence gives it."""
 
     key: Float[Array, "*batch H F"]
     value: Float[Array, "*batch H F"]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 T = TypeVar("T")
 
 MixerState = PyTree  # what a causal mixer knows of the agents so far
+MixerMemory = PyTree  # what a mixer knows of earlier environment steps; () if nothing
 MixerInputs = PyTree  # what it reads of one agent; every leaf has the agents' axes first
 
 
@@ -35,6 +36,32 @@ class AbstractMixer(eqx.Module):
             alive: agents that exist; the dead must come last. They change nothing for the others,
                 and their own outputs mean nothing. None: all are alive.
         """
+
+    def init_memory(self, batch: tuple[int, ...]) -> MixerMemory:
+        """Return the memory before an episode, for leading axes `batch`; () if there is none."""
+        return ()
+
+    def mix_steps(
+        self,
+        memory: MixerMemory,
+        x: Float[Array, "*batch N E"],
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> tuple[MixerMemory, Float[Array, "*batch N E"]]:
+        """Mix all agents of each of T environment steps.
+
+        With memory the first axis is time, without all leading axes are alike.
+
+        Args:
+            memory: before the first step.
+            x: the agents of step t, in the order in which they decide.
+            alive: as in `__call__`.
+            reset: whether step t is the first of its episode.
+
+        Returns:
+            The memory after the last step, and the outputs.
+        """
+        return memory, self(x, alive=alive)
 
     def metrics(self) -> dict[str, Float[Array, ""]]:
         """Return numbers to watch in training; the largest of a policy's mixers is reported."""
@@ -97,6 +124,50 @@ class AbstractCausalMixer(AbstractMixer):
             context: what `project_context` gave for them.
             alive: as in `__call__`.
         """
+
+    def start_step(
+        self,
+        memory: MixerMemory,
+        num_agents: int,
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+        dtype: jnp.dtype | None = None,
+    ) -> MixerState:
+        """Return the state before the first agent of an environment step.
+
+        Args:
+            memory: after the step before.
+            num_agents: the most agents that the state will take, at least N.
+            alive: the agents of the step, the dead last.
+            reset: whether the step is the first of its episode.
+            dtype: of the inputs.
+        """
+        return self.init_state(num_agents, reset.shape, dtype)
+
+    def end_step(self, state: MixerState) -> MixerMemory:
+        """Return the memory after a step, given the state after all of its agents."""
+        return ()
+
+    def unroll_steps(
+        self,
+        memory: MixerMemory,
+        inputs: MixerInputs,
+        context: MixerInputs,
+        alive: Bool[Array, "*batch N"],
+        reset: Bool[Array, "*batch"],
+    ) -> tuple[MixerMemory, Float[Array, "*batch N E"]]:
+        """Return the memory after T environment steps, and the outputs of all agents.
+
+        With memory the first axis is time, without all leading axes are alike.
+
+        Args:
+            memory: before the first step.
+            inputs: what `project` gave for the agents of step t.
+            context: what `project_context` gave for them.
+            alive: the dead, who come last, leave nothing to later steps.
+            reset: whether step t is the first of its episode.
+        """
+        return memory, self.unroll(None, inputs, context)[1]
 
     @property
     def fused(self) -> Any:

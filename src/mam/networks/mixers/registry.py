@@ -1,12 +1,17 @@
 """Mixers by family: all that the library says of each.
 
-A new mixer is a new module here and a row of `MIXERS`. Nothing here imports JAX, so that help and
-sweeps read it too; what computes is loaded where it is built.
+A new mixer is a new module here and a row of `MIXERS`. Another package adds one by an entry point
+of the group `mam.mixers` that names a `MixerFamily`, so that every process knows it: trials of
+sweeps and runs of experiments are processes of their own. Nothing here imports JAX, so that help
+and sweeps read it too; what computes is loaded where it is built.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 from mam.errors import UserError, shown
@@ -23,10 +28,11 @@ class MixerFamily:
     # Settings of the network that it reads, and the values that a sweep tries; none for those it
     # leaves alone.
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    remembers: bool = False  # earlier environment steps
 
     @property
     def roles(self) -> Any:
-        """How a mixer of this family is built in each role."""
+        """The constructors of a mixer of this family, by role."""
         return self.load()
 
 
@@ -58,12 +64,73 @@ MIXERS = {
         load=_in("attention"),
         options={"num_heads": (1, 2, 4)},
     ),
+    "retention": MixerFamily(
+        letter="R",
+        policy="ff_sable",
+        description="Sable without memory: retention along the agents",
+        load=_in("retention"),
+        options={"num_heads": (1, 2, 4)},
+    ),
+    "sable": MixerFamily(
+        letter="S",
+        policy="sable",
+        description="Sable: retention along agents and time, remembers",
+        load=_in("sable"),
+        options={"num_heads": (1, 2, 4), "retention_decay": (0.3, 0.5, 0.8, 1.0)},
+        remembers=True,
+    ),
 }
+
+
+GROUP = "mam.mixers"  # of entry points, by which other packages add theirs
+
+
+def mixer_families() -> Mapping[str, MixerFamily]:
+    """Return all families by name: the library's, those of installed packages, and registered ones.
+
+    Raises:
+        UserError: if one of an installed package cannot be imported or added.
+    """
+    _add_installed()
+    return MIXERS
+
+
+@cache
+def _add_installed() -> None:
+    for point in entry_points(group=GROUP):
+        try:
+            family = point.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"the mixer {point.name} cannot be imported: {error}") from error
+        if not isinstance(family, MixerFamily):
+            raise UserError(f"the mixer {point.name} must be a MixerFamily, got {shown(family)}")
+        add_family(point.name, family)
+
+
+def add_family(name: str, family: MixerFamily) -> None:
+    """Add a family, or replace the one of the same name.
+
+    Args:
+        name: such as mamba.
+        family: with a letter and a policy's name of its own.
+
+    Raises:
+        UserError: the letter is no letter or digit, or it or the policy's name is taken.
+    """
+    letter, policy = family.letter, family.policy
+    if not re.fullmatch("[A-Za-z0-9]", letter):
+        raise UserError(f"the letter of {name} must be one of A-Z, a-z, 0-9, got {shown(letter)}")
+    others = [family for other, family in MIXERS.items() if other != name]
+    if letter in (other.letter for other in others):
+        raise UserError(f"the letter {letter} of {name} is taken: choose another")
+    if policy in (other.policy for other in others):
+        raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
+    MIXERS[name] = family
 
 
 def sequence_policies() -> str:
     """Return the names of the policies whose blocks are of one family, as a list in a line."""
-    return ", ".join(family.policy for family in MIXERS.values())
+    return ", ".join(family.policy for family in mixer_families().values())
 
 
 def families_of(layout: str, setting: str) -> tuple[MixerFamily, ...]:
@@ -76,8 +143,9 @@ def families_of(layout: str, setting: str) -> tuple[MixerFamily, ...]:
     Raises:
         UserError: for a letter that no family has.
     """
-    by_letter = {family.letter: family for family in MIXERS.values()}
+    families = mixer_families()
+    by_letter = {family.letter: family for family in families.values()}
     if not layout or set(layout) - by_letter.keys():
-        known = ", ".join(f"{family.letter} ({name})" for name, family in MIXERS.items())
+        known = ", ".join(f"{family.letter} ({name})" for name, family in families.items())
         raise UserError(f"{setting} must be letters of {known}, one per block, got {shown(layout)}")
     return tuple(by_letter[letter] for letter in layout)

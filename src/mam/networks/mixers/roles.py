@@ -106,7 +106,12 @@ class CausalConv(eqx.Module):
     def step(
         self, state: Before, x: Float[Array, "*batch F"]
     ) -> tuple[Before, Float[Array, "*batch F"]]:
-        """Return the state after the next input `x`, and its output; `state` is that before it."""
+        """Return the state after the next input, and its output.
+
+        Args:
+            state: the last d_conv − 1 inputs before it, the oldest first.
+            x: the next input.
+        """
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
         return window[1:], jax.nn.silu(y)
@@ -181,6 +186,8 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 class AbstractSSM(eqx.Module):
     """A state-space block without norms and residual; mixers apply its out-projection."""
 
+    dt_proj: eqx.AbstractVar[Dense]
+    skip: eqx.AbstractVar[Float[Array, "..."]]
     out_proj: eqx.AbstractVar[Dense]
     has_fused_decoder: ClassVar[bool] = False  # whether decoders of one call (native, CUDA) know it
 
@@ -194,7 +201,12 @@ class AbstractSSM(eqx.Module):
 
     @abstractmethod
     def init_state(self, batch: tuple[int, ...], dtype: jnp.dtype | None) -> SSMState:
-        """Return zeros, for leading axes `batch` and inputs of type `dtype`."""
+        """Return the state before anything was read: zeros.
+
+        Args:
+            batch: leading axes.
+            dtype: of the inputs; states of the recurrence are in float32 or wider.
+        """
 
     @abstractmethod
     def step(
@@ -204,6 +216,7 @@ class AbstractSSM(eqx.Module):
         C: Float[Array, "*batch S"] | None,
         *,
         reset: Bool[Array, "*batch"] | None = None,
+        angle: Float[Array, "*batch P"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch D"]]:
         """Read the next agent.
 
@@ -212,6 +225,7 @@ class AbstractSSM(eqx.Module):
             inputs: what `project` gave for the agent.
             C: read from the agent itself if None.
             reset: True where the state counts as zero.
+            angle: turns B and C; see `rotate`.
 
         Returns:
             The state after the agent, and the output before the out-projection.
@@ -227,6 +241,7 @@ class AbstractSSM(eqx.Module):
         *,
         reset: Bool[Array, "*batch M"] | None = None,
         reverse: bool = False,
+        angle: Float[Array, "*batch M P"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
         """Read the next M agents, or M steps of one agent's time.
 
@@ -238,6 +253,7 @@ class AbstractSSM(eqx.Module):
             reset: True where a new sequence starts, such as an episode: nothing before reaches it.
             reverse: read from the last to the first; a reset separates an agent from those after
                 it.
+            angle: turns B and C; see `rotate`.
 
         Returns:
             The state after the last one read, and the outputs before the out-projection.
@@ -292,7 +308,7 @@ class BidirectionalSSM(AbstractMixer):
 
 
 class NormedInputs(eqx.Module):
-    """What the block reads of an agent, and the agent itself for the residual."""
+    """The block's inputs of an agent, and the agent itself for the residual."""
 
     x: Float[Array, "*batch E"]
     ssm: MixerInputs
@@ -374,6 +390,28 @@ def init_ssm_state(
     return SSMState(ssm_state=scanned, conv_state=before)
 
 
+def rotate(
+    x: Float[Array, "*batch S"], angle: Float[Array, "*batch P"] | None
+) -> Float[Array, "*batch S"]:
+    """Turn the first P entries of x, each together with one of the next P, by an angle.
+
+    Where B_j and C_i are turned by angles of their places j and i, the state's share in C_i · h is
+    that of complex states: it depends on the difference of the angles alone.
+
+    Args:
+        x: B or C.
+        angle: in radians; None: x is as it was.
+
+    Source: RoFormer (arXiv 2104.09864), §3; for state-space models Mamba-3.
+    """
+    if angle is None:
+        return x
+    pairs = angle.shape[-1]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
+
+
 def living(
     x: Float[Array, "*batch F"], alive: Bool[Array, "*batch"] | None
 ) -> Float[Array, "*batch F"]:
@@ -381,9 +419,11 @@ def living(
     return x if alive is None else jnp.where(alive[..., None], x, 0.0)
 
 
-def initial_dt_bias(size: int, *, key: Key[Array, ""]) -> Float[Array, "D"]:
-    """Draw softplus⁻¹(Δ) with Δ log-uniform between DT_MIN and DT_MAX."""
-    dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(DT_MIN), maxval=jnp.log(DT_MAX)))
+def initial_dt_bias(
+    size: int, *, key: Key[Array, ""], least: float = DT_MIN, most: float = DT_MAX
+) -> Float[Array, "D"]:
+    """Draw softplus⁻¹(Δ) with Δ log-uniform between `least` and `most`."""
+    dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(least), maxval=jnp.log(most)))
     return dt + jnp.log(-jnp.expm1(-dt))
 
 

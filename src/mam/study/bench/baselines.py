@@ -32,9 +32,8 @@ def act_uncached(
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = decision_order(obs.alive)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
-    encoded = policy.encode(
-        policy.memory.step(memory, policy.embed(obs), first)[1], obs.alive, order
-    )
+    x = policy.memory.step(memory.agents, policy.embed(obs), first)[1]
+    _, encoded = policy.encode(memory.encoder, x, obs.alive, order, first)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 

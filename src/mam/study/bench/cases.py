@@ -23,7 +23,7 @@ from mam.learning.train import Learner, TrainState, with_statistics
 from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
-from mam.networks.mixers.registry import MIXERS
+from mam.networks.mixers.registry import mixer_families
 from mam.study.bench.baselines import act_uncached, matched_sizes
 from mam.study.bench.inputs import (
     NUM_ACTIONS,
@@ -99,7 +99,7 @@ def _scan_candidate(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: 
 
 def _block(family: str, role: str, cell: Cell) -> Candidate:
     """Build one mixer, forward and backward."""
-    build = getattr(MIXERS[family].roles, role)
+    build = getattr(mixer_families()[family].roles, role)
     mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
     x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(
         cell.network.dtype
@@ -260,7 +260,7 @@ def _ways_to_act(act: Callable[..., Candidate]) -> dict[str, Callable[[Cell], Ca
     found: dict[str, Callable[[Cell], Candidate]] = {
         name: partial(act, name) for name in _policies()
     }
-    for family in MIXERS.values():
+    for family in mixer_families().values():
         decoder = jax.eval_shape(
             lambda key, role=family.roles.decoder: role(NetworkConfig(), key=key), jax.random.key(0)
         )
@@ -275,7 +275,7 @@ def _ways_to_act(act: Callable[..., Candidate]) -> dict[str, Callable[[Cell], Ca
 
 def _policies() -> list[str]:
     """List the policies that see agents as a sequence."""
-    return [family.policy for family in MIXERS.values()]
+    return [family.policy for family in mixer_families().values()]
 
 
 def cases() -> dict[str, Case]:
@@ -291,7 +291,7 @@ def cases() -> dict[str, Case]:
             {
                 f"{family}/{role}": partial(_block, family, role)
                 for role in ("encoder", "decoder", "cross")
-                for family in MIXERS
+                for family in mixer_families()
             },
             num_agents=(4, 16, 64, 256),
             tokens=8192,

@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared: candidates by name, and the sizes at which they meet.
+    """A comparison: candidates by name, and the sizes at which they meet.
 
     A candidate called `whole/part` is a part of `whole`, where that is measured too.
     """
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be spent on one candidate in one cell."""
+    """Limits on what may be spent on one candidate in one cell."""
 
     rounds: int | None  # as many as take a few seconds if None
     max_seconds: float
@@ -92,7 +92,7 @@ class _Program:
 
     @property
     def note(self) -> str:
-        """What a time was made of."""
+        """The parts that a time was made of."""
         return (
             f"extrapolated from {PREFIX} of {self.candidate.steps} steps"
             if self.scale != 1.0

@@ -18,7 +18,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 5, 30
 
 @dataclass(frozen=True)
 class Timing:
-    """What one program took, in seconds per call."""
+    """The times that one program took, in seconds per call."""
 
     samples: tuple[float, ...]  # one per round
 

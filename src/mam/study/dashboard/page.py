@@ -23,7 +23,7 @@ _ORDER = ("running", "failed", "stopped", "finished")
 
 @dataclass
 class Shared:
-    """What all open pages have in common."""
+    """The state that all open pages share."""
 
     watcher: Watcher
     players: Players

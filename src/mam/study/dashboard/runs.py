@@ -78,7 +78,7 @@ class LiveRun:
 
     @property
     def last_sign(self) -> float:
-        """When it last wrote a row, or began; seconds since 1970."""
+        """The time at which it last wrote a row, or began; seconds since 1970."""
         return max(changed(self.path / "metrics.jsonl"), self._config_time)
 
     def poll(self) -> bool:

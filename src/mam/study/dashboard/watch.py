@@ -21,7 +21,7 @@ _PATIENCE = 30.0  # seconds that one run's files may take before the page says s
 
 @dataclass(frozen=True)
 class Progress:
-    """How far reading has got."""
+    """The progress of reading."""
 
     runs: int
     unread: int  # of them
@@ -62,7 +62,7 @@ class Watcher:
 
     @property
     def progress(self) -> Progress:
-        """How far reading has got."""
+        """The progress of reading."""
         runs = self.runs.values()
         return Progress(len(runs), self._unread, sum(run.metrics.nbytes for run in runs))
 

@@ -10,7 +10,7 @@ from mam.runs.sinks import RETURN, median_speed
 
 
 class Follower:
-    """How far a run has got, from its metrics.jsonl.
+    """A run's progress, read from its metrics.jsonl.
 
     Attributes:
         step_count: environment steps done, per seed.

@@ -39,7 +39,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the process prints."""
+        """The file of all that the process prints."""
         return self.path / _LOG
 
     def follow(self) -> Follower:

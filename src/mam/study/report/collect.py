@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed of a run gave."""
+    """The results of one seed of a run."""
 
     task: str
     algorithm: str

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # its black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 # Policies that have a colour for good.
-_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_ippo", "rec_mappo")
+_POLICIES = ("mam", "mat", "mam2", "ippo", "mappo", "rec_mappo", "rec_mam", "sable")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _WIDTH, _HEIGHT = 4.2, 2.9  # inches

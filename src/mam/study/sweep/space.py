@@ -6,7 +6,7 @@ from typing import Any
 
 from mam.config import Config
 from mam.errors import unknown_name
-from mam.networks.mixers.registry import MIXERS, MixerFamily, families_of
+from mam.networks.mixers.registry import MixerFamily, families_of, mixer_families
 from mam.study.experiment.grid import changed
 
 RANGES: dict[str, tuple[Any, ...]] = {
@@ -58,8 +58,8 @@ def _families(config: Config) -> list[MixerFamily]:
     layouts = config.network.layouts
     used = [family for name, layout in layouts.items() for family in families_of(layout, name)]
     if not {"network.encoder.layout", "network.decoder.layout"} <= layouts.keys():
-        used += [family for family in MIXERS.values() if family.policy == config.policy]
-    return [family for family in MIXERS.values() if family in used]
+        used += [family for family in mixer_families().values() if family.policy == config.policy]
+    return [family for family in mixer_families().values() if family in used]
 
 
 def _own_values(config: Config, name: str, text: str) -> tuple[Any, ...]:
