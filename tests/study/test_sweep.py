@@ -1,7 +1,9 @@
 """Searching for settings: what is searched, what trials do, and what an interruption leaves."""
 
+import errno
 import importlib.util
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -10,8 +12,8 @@ import pytest
 from test_experiment import FakePool, row
 
 from mam.cli import main as cli
-from mam.config import Config, from_json
-from mam.errors import UserError
+from mam.config import Config, from_json, to_json
+from mam.errors import RunError, UserError
 from mam.networks.mixers.registry import MIXERS
 from mam.study.experiment.pools import End
 from mam.study.experiment.screen import Screen
@@ -93,8 +95,9 @@ def test_values_that_a_setting_cannot_have_are_refused(asked, words):
 class TrialPool(FakePool):
     """Trials whose return is their learning rate, reported per evaluation; two at a time."""
 
-    def __init__(self, *, interrupt_after=None, killed=()):
+    def __init__(self, *, interrupt_after=None, killed=(), lacking=None):
         super().__init__({})
+        self.lacking = lacking  # the trial for which there is no space
         self.interrupt_after, self.killed, self.told = interrupt_after, set(killed), []
 
     def start(self, job, command):
@@ -114,6 +117,9 @@ class TrialPool(FakePool):
             elif job.name in self.killed:
                 self.killed.remove(job.name)
                 ends.append(End(job, -9))
+            elif job.name == self.lacking:
+                job.log.write_text(f"mam: cannot write it: {os.strerror(errno.ENOSPC)}\n")
+                ends.append(End(job, 1))
             elif job.config.ppo.lr == 2.5e-4:
                 ends.append(End(job, 1))
             else:
@@ -211,6 +217,77 @@ def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
     assert nothing.commands == []
     with pytest.raises(UserError, match="holds a sweep of something else"):
         sweep(nothing, config=replace(CONFIG, policy="mat"))
+
+
+@needs_optuna
+def test_a_sweep_that_lacks_space_ends_and_goes_on(sweep):
+    with pytest.raises(RunError, match=r"trial_0002: cannot write it: No space .* goes on"):
+        sweep(TrialPool(lacking="trial_0002"))
+    again = TrialPool()
+    _, after = sweep(again)
+    assert len(after) == 12
+    assert all(t.state.is_finished() for t in after.values())
+    assert ["train", "--resume"] in [c[:2] for name, c in again.commands if name == "trial_0002"]
+
+
+@needs_optuna
+@pytest.mark.parametrize("left", [0, 1, 40])
+def test_what_a_killed_sweep_wrote_last_may_be_torn(sweep, tmp_path, monkeypatch, left):
+    """It may have died at any byte, with Optuna's own lock, named by a relative path."""
+    sweep(TrialPool(), trials=3)
+    journal = tmp_path / "study.log"
+    whole = journal.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    journal.write_bytes(whole[: last + left])
+    (tmp_path / "study.log.lock").symlink_to("sweeps/study.log")
+    _, after = sweep(TrialPool(), trials=6)
+    assert len(after) == 6
+    assert all(t.state.is_finished() for t in after.values())
+    assert len({tuple(t.params.items()) for t in after.values()}) == 6
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+
+
+@needs_optuna
+def test_a_damaged_journal_is_one_line(sweep, tmp_path):
+    sweep(TrialPool(), trials=2)
+    journal = tmp_path / "study.log"
+    journal.write_bytes(journal.read_bytes().replace(b"}\n", b"\n", 1))
+    with pytest.raises(UserError, match=r"study\.log is damaged: .*; choose another --out"):
+        sweep(TrialPool())
+
+
+@needs_optuna
+@pytest.mark.parametrize("writes", [0, 1, 2, 4, 7])
+def test_the_disk_may_be_full_at_any_write_of_the_journal(
+    sweep, writes, tmp_path, monkeypatch, capsys
+):
+    """Half of what is written then fits. One line, exit code 1, and with space it goes on."""
+    from optuna.storages.journal import JournalFileBackend
+
+    from mam.study.experiment import pools
+
+    left = [writes]
+
+    def append(self, logs):
+        left[0] -= 1
+        data = "".join(f"{json.dumps(log)}\n" for log in logs).encode()
+        with open(self._file_path, "ab") as file:
+            file.write(data if left[0] >= 0 else data[: len(data) // 2])
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out, start = tmp_path / "sweep", tmp_path / "config.json"
+    start.write_text(json.dumps(to_json(CONFIG)))
+    searched = ["--search", "ppo.lr=0.001,0.002", "network.d_model=8,16", "--trials", "3"]
+    command = ["sweep", "--config", str(start), "--out", str(out), *searched]
+    monkeypatch.setattr(pools, "LocalPool", lambda jobs: TrialPool())
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", append)
+        assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert said == f"mam: cannot write {out}: {os.strerror(errno.ENOSPC)}\n"
+    assert cli.main(command) == 0
+    assert "trials: 3 complete" in capsys.readouterr().out
 
 
 @needs_optuna

@@ -1,6 +1,8 @@
 """The runs of an experiment, each with its folder and the command that brings it to its end."""
 
+import errno
 import hashlib
+import os
 import runpy
 import shlex
 import shutil
@@ -21,6 +23,8 @@ from mam.study.experiment.follow import Follower
 from mam.study.experiment.grid import flags
 
 _LOG = "output.log"
+_FULL = "the disk is full"
+_NO_SPACE = (_FULL, *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)))
 _LONGEST = 200  # bytes in the name of a folder
 
 
@@ -88,7 +92,12 @@ class Job:
             full = shutil.disk_usage(self.path).free == 0
         except OSError:
             lines, full = [], False
-        return (lines[-1].strip() if lines else "it printed nothing") + " (the disk is full)" * full
+        return (lines[-1].strip() if lines else "it printed nothing") + f" ({_FULL})" * full
+
+
+def lacks_space(words: str) -> bool:
+    """Say whether a run ended, by its last words, because there was no space for it."""
+    return any(reason in words for reason in _NO_SPACE)
 
 
 def is_running(folder: Path) -> bool:

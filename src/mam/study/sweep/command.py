@@ -54,7 +54,9 @@ def run_sweep(options: Sweep) -> int:
     Raises:
         UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep
             of something else.
+        RunError: if there is no space left.
     """
+    from mam.runs.files import writing
     from mam.runs.signals import INTERRUPTED
     from mam.study.experiment.pools import LocalPool
     from mam.study.experiment.screen import Screen
@@ -65,7 +67,7 @@ def run_sweep(options: Sweep) -> int:
         or Path("sweeps") / options.config.env.replace(":", "_") / options.config.algorithm
     )
     try:
-        with LocalPool(options.jobs) as pool, Screen() as screen:
+        with LocalPool(options.jobs) as pool, Screen() as screen, writing(out):
             search = Search(options, out, pool, screen)
             search.run()
             return search.conclude()

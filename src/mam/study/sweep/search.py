@@ -1,6 +1,7 @@
 """Trials of a sweep: asked for, run, ended early, recorded, and resumed after an interruption."""
 
 import json
+import os
 import time
 from collections.abc import Iterable
 from contextlib import closing
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from mam.config import to_json
-from mam.errors import UserError, missing_extra, shown
+from mam.errors import RunError, UserError, missing_extra, shown
 from mam.presets import preset_for
 from mam.runs.lock import acquire
 from mam.runs.sinks import write_atomically
 from mam.statistics import iqm
 from mam.study.experiment.follow import seed_returns
 from mam.study.experiment.grid import changed, flags
-from mam.study.experiment.jobs import Job
+from mam.study.experiment.jobs import Job, lacks_space
 from mam.study.experiment.matrix import POLL_SECONDS, Row, stop_on_signals
 from mam.study.experiment.pools import End, Pool
 from mam.study.experiment.screen import Screen
@@ -47,9 +48,11 @@ class Search:
         screen: where they are shown.
 
     Raises:
-        UserError: if Optuna is missing, a setting cannot be searched, or the folder holds a sweep
-            of something else.
+        UserError: if Optuna is missing, a setting cannot be searched, or the folder cannot be made.
     """
+
+    _study: Any  # optuna.study.Study
+    _sampler: Any  # mam.study.sweep.sampler.Untried
 
     def __init__(self, options: Sweep, out: Path, pool: Pool, screen: Screen):
         try:
@@ -58,31 +61,33 @@ class Search:
             raise missing_extra("mam sweep", "Optuna", "sweep") from error
         self._options, self._out, self._pool, self._screen = options, out, pool, screen
         self._values = space_of(options.config, options.search)
-        self._space = {
-            name: self._optuna.distributions.CategoricalDistribution(values)
-            for name, values in self._values.items()
-        }
         self._rows: dict[Job, TrialRow] = {}
+        self._lacking = ""  # what there was no space for
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot make the folder {shown(str(out))}: {error.strerror}"
             ) from error
-        self._study = self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> None:
+        """Open the study, or begin it; no other process does as long as this one has the lock."""
         optuna, options = self._optuna, self._options
         backend = import_module("optuna.storages.journal").JournalFileBackend
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=options.startup_trials)
-        study = optuna.create_study(
-            study_name="sweep",
-            storage=optuna.storages.JournalStorage(backend(str(self._out / "study.log"))),
-            direction="maximize",
-            pruner=pruner if options.prune else optuna.pruners.NopPruner(),
-            load_if_exists=True,
-        )
+        journal = self._out / "study.log"
+        _mend(journal)
+        try:
+            self._study = study = optuna.create_study(
+                study_name="sweep",
+                storage=optuna.storages.JournalStorage(backend(str(journal))),
+                direction="maximize",
+                pruner=pruner if options.prune else optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+        except ValueError as error:
+            raise UserError(f"{journal} is damaged: {error}; choose another --out") from error
         # A sampler that began anew with the same seed would ask for the same trials again.
         seed, startup = options.config.seed + len(study.trials), options.startup_trials
         self._sampler = import_module("mam.study.sweep.sampler").Untried(
@@ -98,12 +103,17 @@ class Search:
         if study.user_attrs.get("what", what) != what:
             raise UserError(f"{self._out} holds a sweep of something else: choose another --out")
         study.set_user_attr("what", what)
-        return study
 
     def run(self) -> None:
-        """Run trials until there are enough, or a signal comes."""
+        """Run trials until there are enough, or a signal comes.
+
+        Raises:
+            UserError: if the folder holds a sweep of something else, or is in use.
+            RunError: if there was no space for a trial, which is saved as by a signal.
+        """
         # Two at once would tell the outcome of each other's trials.
         with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
+            self._open()
             unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
             waiting = [
                 self._row(self._optuna.trial.Trial(self._study, trial._trial_id))
@@ -111,7 +121,7 @@ class Search:
             ]
             told = False
             while True:
-                if stopping() and not told:
+                if (stopping() or self._lacking) and not told:
                     told = True
                     self._screen.log(
                         "stopping: every trial is told to save itself; Ctrl-C again kills them"
@@ -119,7 +129,7 @@ class Search:
                     for row in self._running():
                         self._pool.stop(row.job)
                 while not told and self._pool.has_capacity() and (waiting or not self._enough()):
-                    row = waiting.pop(0) if waiting else self._row(self._study.ask(self._space))
+                    row = waiting.pop(0) if waiting else self._row(self._study.ask())
                     self._start(row)
                 for row in self._running():
                     self._judge(row)
@@ -130,8 +140,10 @@ class Search:
                         waiting.append(row)
                 self._screen.show(list(self._rows.values()))
                 if not list(self._running()) and (told or not waiting) and (told or self._enough()):
-                    return
+                    break
                 time.sleep(POLL_SECONDS)
+        if self._lacking:
+            raise RunError(f"{self._lacking}: the same command goes on once there is space")
 
     def _enough(self) -> bool:
         return len(self._study.trials) >= min(self._options.trials, self._sampler.num_combinations)
@@ -141,8 +153,10 @@ class Search:
 
     def _row(self, trial: Any) -> TrialRow:
         name = f"trial_{trial.number:04d}"
+        # Those that it has are returned; some are missing if asking was interrupted.
+        settings = {key: trial.suggest_categorical(key, of) for key, of in self._values.items()}
         return TrialRow(
-            Job(name, changed(self._options.config, trial.params), self._out / name), trial=trial
+            Job(name, changed(self._options.config, settings), self._out / name), trial=trial
         )
 
     def _start(self, row: TrialRow) -> None:
@@ -150,7 +164,7 @@ class Search:
         try:
             self._pool.start(row.job, row.job.command())
         except UserError as error:
-            self._tell(row, "failed", str(error))
+            self._fail(row, str(error))
             return
         row.status, row.starts = "running", row.starts + 1
 
@@ -178,8 +192,16 @@ class Search:
             row.status = "waiting"
             return True
         else:
-            self._tell(row, "failed", end.why or row.job.last_words())
+            self._fail(row, end.why or row.job.last_words())
         return False
+
+    def _fail(self, row: TrialRow, why: str) -> None:
+        """Put a failure on record, unless all that the trial needs is space: then end the sweep."""
+        if lacks_space(why):
+            row.status, row.note = "stopped", why
+            self._lacking = f"{row.job.name}: {why.removeprefix('mam: ')}"
+        else:
+            self._tell(row, "failed", why)
 
     def _tell(self, row: TrialRow, status: Any, why: str = "") -> None:
         """Put the outcome of a trial on record."""
@@ -226,3 +248,14 @@ class Search:
             f"in {self._out}: best.json, study.log (Optuna's journal), a run per trial"
         )
         return 0
+
+
+def _mend(journal: Path) -> None:
+    """Remove what a killed process, or one without space, left of what it wrote last.
+
+    Optuna would write on behind half a line, and read nothing after it; and wait for its own lock.
+    """
+    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    if journal.exists():
+        data = journal.read_bytes()
+        os.truncate(journal, data.rfind(b"\n") + 1)
