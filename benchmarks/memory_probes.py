@@ -1,8 +1,8 @@
 """Learning curves on the probes that take memory or mixing, beside what can be earned without.
 
-    python benchmarks/memory_probes.py --tasks tmaze-10 tmaze-50 --policies mam mam+gru mat+gru
+    python benchmarks/memory_probes.py --tasks tmaze-10 tmaze-50 --policies mam rec_mam sable
     python benchmarks/memory_probes.py --tasks recall-8 recall-16 --policies mam mat mam:MA mam2:2A
-    python benchmarks/memory_probes.py --tasks convention --policies mam+gru --set ppo.lr=0.001
+    python benchmarks/memory_probes.py --tasks convention --policies mam+gru rec_mam --set ppo.lr=0.001
 
 A policy is `name[:encoder layout][+memory]`. A cell is a policy on a task, all seeds side by side,
 and a run in OUT/probe/<task>/<algorithm>: the same command goes on after a kill, skips what is
@@ -43,7 +43,7 @@ class Args:
     """What to try."""
 
     tasks: tuple[str, ...] = ("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-8")
-    policies: tuple[str, ...] = ("mam", "mam+gru", "mat", "mat+gru", "mappo+gru")
+    policies: tuple[str, ...] = ("mam", "rec_mam", "rec_mat", "sable", "rec_mappo")
     seeds: int = 5
     first_seed: int = 0
     steps: int = 500_000
