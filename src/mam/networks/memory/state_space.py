@@ -17,8 +17,10 @@ from mam.networks.mixers.roles import AbstractSSM, initial_dt_bias
 class StateSpaceMemory(AbstractRecurrence):
     """out = LN(x + W RMSNorm(SSM(RMSNorm(x)))), the block's skip weights D starting at zero.
 
-    The state is O(1) in the length of the episode. With the two inner norms and the residual, what
-    happened once is heard beside what is seen at every step; in the decoder's wrapper it drowns.
+    The state is O(1) in the length of the episode. What is alike at every step would sum up in it
+    and drown what happened once, so the block starts with convolutions whose weights add up to
+    zero: it takes in what changes. (On a cue to be told after 50 steps, supervised, that halves the
+    gradient steps; norms and residual make it learnable at all.)
     """
 
     pre_norm: RMSNorm
@@ -45,11 +47,12 @@ class StateSpaceMemory(AbstractRecurrence):
         dt_bias = initial_dt_bias(
             ssm.dt_proj.weight.shape[1], key=dt_key, least=own.dt_min, most=own.dt_max
         )
+        conv = ssm.conv.weight - ssm.conv.weight.mean(axis=0)
         out_proj = Dense(sizes.d_inner, sizes.d_model, key=out_key, gain=OUTPUT_GAIN, bias=False)
         self.ssm = eqx.tree_at(
-            lambda ssm: (ssm.skip, ssm.dt_proj.bias, ssm.out_proj),
+            lambda ssm: (ssm.conv.weight, ssm.skip, ssm.dt_proj.bias, ssm.out_proj),
             ssm,
-            (jnp.zeros_like(ssm.skip), dt_bias, out_proj),
+            (conv, jnp.zeros_like(ssm.skip), dt_bias, out_proj),
         )
         self.pre_norm, self.ssm_norm = RMSNorm(config.d_model), RMSNorm(sizes.d_inner)
         self.post_norm = LayerNorm(config.d_model)

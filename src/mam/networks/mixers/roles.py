@@ -186,6 +186,7 @@ _conv_silu.defvjp(_conv_silu_fwd, _conv_silu_bwd)
 class AbstractSSM(eqx.Module):
     """A state-space block without norms and residual; mixers apply its out-projection."""
 
+    conv: eqx.AbstractVar[CausalConv]  # of what the state takes in
     dt_proj: eqx.AbstractVar[Dense]
     skip: eqx.AbstractVar[Float[Array, "..."]]
     out_proj: eqx.AbstractVar[Dense]
