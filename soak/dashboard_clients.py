@@ -31,7 +31,7 @@ from typing import Any
 
 from mam.config import Config, to_json
 
-PATIENCE = 60.0  # seconds a page may take
+PATIENCE = 60  # seconds a page may take
 ACKNOWLEDGE = 3.0  # seconds between two acknowledgements of NiceGUI's script
 CONFIG = Config(total_timesteps=10**9)
 
