@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from mam.networks.sequence import SequenceMemory
 from mam.runs.checkpoint import CheckpointError, Writer, newest
 
 
@@ -88,6 +89,16 @@ def test_saves_from_before_a_part_was_renamed_are_read(tmp_path):
         save(tmp_path, {"policy": Before(layer)}).restore({"policy": Now(layer)}),
         {"policy": Now(layer)},
     )
+
+
+class Acting(eqx.Module):
+    memory: jax.Array | SequenceMemory
+
+
+def test_saves_from_before_mixers_remembered_are_read(tmp_path):
+    state = jnp.arange(3.0)
+    now = {"actors": Acting(SequenceMemory(agents=state, encoder=((),), decoder=()))}
+    assert_same(save(tmp_path, {"actors": Acting(state)}).restore(now), now)
 
 
 def test_restores_into_shapes_alone(tmp_path):
