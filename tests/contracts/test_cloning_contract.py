@@ -1,7 +1,7 @@
 """What every policy must keep: it learns a scripted expert from recorded joint actions alone."""
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from mam.learning.experience import Recorded
 from mam.learning.objective import WeightedSum
 from mam.networks.policy import policies
 from mam.types import Transition
-from quick import QUICK
 
 NUM_UPDATES = 25
 CONFIG = Config(
@@ -59,8 +58,7 @@ def recording():
     return jax.tree.map(lambda *x: np.stack(x), *steps)
 
 
-def clone(policy, objective, monkeypatch, num_updates=NUM_UPDATES):
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
+def clone(policy, objective, num_updates=NUM_UPDATES):
     config = replace(CONFIG, policy=policy)
     ppo = config.ppo
     source = Recorded(recording(), ppo.num_envs, ppo.rollout_length)
@@ -73,30 +71,30 @@ def clone(policy, objective, monkeypatch, num_updates=NUM_UPDATES):
 
 
 @pytest.mark.parametrize("policy", policies())
-def test_it_does_what_the_expert_did(policy, monkeypatch):
-    trainer, state, values = clone(policy, BehaviourCloning(), monkeypatch)
+def test_it_does_what_the_expert_did(policy):
+    trainer, state, values = clone(policy, BehaviourCloning())
     assert all(np.isfinite(value["loss"]).all() for value in values)
     assert "explained_variance" not in values[0]  # there is no critic to learn
     played = trainer.evaluate(state.policy, jax.random.split(jax.random.key(5), 1), 16, True)
     assert played["episode_return"].mean() >= 0.95 * Identity().optimal_return
 
 
-def test_returns_are_learned_beside_and_objectives_add_up(monkeypatch):
+def test_returns_are_learned_beside_and_objectives_add_up():
     """A sum of two halves is the whole, and a critic, if asked for, predicts what experts earn."""
     whole = BehaviourCloning(value_coef=0.5)
-    _, _, together = clone("ippo", whole, monkeypatch, 10)
-    _, _, in_parts = clone("ippo", WeightedSum(((0.25, whole), (0.75, whole))), monkeypatch, 10)
+    _, _, together = clone("ippo", whole, 10)
+    _, _, in_parts = clone("ippo", WeightedSum(((0.25, whole), (0.75, whole))), 10)
     for one, other in zip(together, in_parts, strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
     losses = [value["cloning_value_loss"].item() for value in together]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_ppo_refuses_actions_that_are_not_its_own(monkeypatch):
+def test_ppo_refuses_actions_that_are_not_its_own():
     with pytest.raises(
         UserError, match="PPO learns from its own actions: recorded ones have no log-probability"
     ):
-        clone("ippo", None, monkeypatch, 1)
+        clone("ippo", None, 1)
 
 
 def test_windows_must_fit_in_the_recording():

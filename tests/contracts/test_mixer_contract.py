@@ -20,7 +20,6 @@ from mam.config import EncoderConfig, NetworkConfig
 from mam.kernels.ssd import CHUNK
 from mam.networks.mixers.base import AbstractCausalMixer, Roles
 from mam.networks.mixers.registry import MIXERS
-from quick import QUICK
 
 ROLES = [role.name for role in dataclasses.fields(Roles)]
 PUBLISHED = [(f, "published encoder") for f in ("mamba", "mamba2")]  # whose passes are multiplied
@@ -101,12 +100,12 @@ def run_recurrent(mixer, x, context, capacity=None):
     return jnp.moveaxis(y, 0, -2)
 
 
-parallel = jax.jit(run_parallel, compiler_options=QUICK)
-in_pieces = jax.jit(run_in_pieces, static_argnames="cuts", compiler_options=QUICK)
-recurrent = jax.jit(run_recurrent, static_argnames="capacity", compiler_options=QUICK)
+parallel = jax.jit(run_parallel)
+in_pieces = jax.jit(run_in_pieces, static_argnames="cuts")
+recurrent = jax.jit(run_recurrent, static_argnames="capacity")
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def influence(mixer, x, context, alive):
     """Outputs, and gradients of a random projection of each agent's, agents first: [N, …]."""
     y, pull_back = jax.vjp(
@@ -156,7 +155,7 @@ def test_a_sequence_may_be_cut_anywhere(family, role, length, cuts):
     close(in_pieces(mixer, *inputs, cuts), parallel(mixer, *inputs))
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def gathered_before_and_after(mixer, table, context, index):
     """Agents that are rows of a table: projected once for every row, and once for every agent."""
     rows = jax.tree.map(lambda v: v[index], (mixer.project(table), mixer.project_context(context)))
@@ -284,9 +283,7 @@ def test_nobody_alive_is_no_accident(family, role):
 def test_leading_axes_are_vmap(family, role):
     mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
     alive = jnp.asarray(np.arange(7) < np.array([[7, 3, 1], [4, 5, 6]])[..., None])
-    mapped = jax.jit(
-        jax.vmap(jax.vmap(run_parallel, (None, 0, 0, 0)), (None, 0, 0, 0)), compiler_options=QUICK
-    )
+    mapped = jax.jit(jax.vmap(jax.vmap(run_parallel, (None, 0, 0, 0)), (None, 0, 0, 0)))
     actual = parallel(mixer, *inputs, alive)
     close(actual[alive], mapped(mixer, *inputs, alive)[alive])
 
@@ -294,9 +291,7 @@ def test_leading_axes_are_vmap(family, role):
 @every_causal_mixer
 def test_leading_axes_are_vmap_step_by_step(family, role):
     mixer, inputs = make_mixer(family, role), make_inputs(role, (2, 3, 7))
-    mapped = jax.jit(
-        jax.vmap(jax.vmap(run_recurrent, (None, 0, 0)), (None, 0, 0)), compiler_options=QUICK
-    )
+    mapped = jax.jit(jax.vmap(jax.vmap(run_recurrent, (None, 0, 0)), (None, 0, 0)))
     close(recurrent(mixer, *inputs), mapped(mixer, *inputs))
 
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
-from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 
 import equinox as eqx
@@ -189,8 +188,7 @@ def test_it_mixes_with_others_in_layouts():
         make_policy("mat", spec, replace(sizes, encoder=EncoderConfig("X")), key=jax.random.key(0))
 
 
-def test_it_learns(monkeypatch):
-    monkeypatch.setattr(jax, "jit", partial(jax.jit, compiler_options=contract.QUICK))
+def test_it_learns():
     trainer = make_train(replace(CONFIG, policy="leak", num_seeds=1))
     state = trainer.init(np.zeros(1, np.int32))
     for _ in range(3):

@@ -26,7 +26,6 @@ from mam.networks.actions import LARGEST, agent_noise
 from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy, decision_order
 from mam.types import EnvSpec, Observation, Policy
-from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 OBS_DIM, NUM_ACTIONS, STATE_DIM = 6, 4, 3
@@ -204,17 +203,17 @@ def run_all(policy, obs, key):
     }
 
 
-all_methods = jax.jit(run_all, compiler_options=QUICK)
-two_methods = jax.jit(act_then_evaluate, compiler_options=QUICK)
-draw_noise = jax.jit(agent_noise, static_argnums=2, compiler_options=QUICK)
+all_methods = jax.jit(run_all)
+two_methods = jax.jit(act_then_evaluate)
+draw_noise = jax.jit(agent_noise, static_argnums=2)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def evaluate(policy, obs, action, order):
     return evaluate_step(policy, remember(policy, obs), obs, action, order)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def evaluate_first_step(policy, obs, action, order):
     return evaluate_step(policy, policy.init_memory(order.shape[:-1]), obs, action, order)
 
@@ -284,7 +283,7 @@ def test_the_value_is_one_whoever_asks(name, kind):
         np.testing.assert_allclose(value, result["sampled"].value, rtol=1e-5, atol=1e-5)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def in_new_units(policy, obs, target):
     """Values before and after two changes of their units; only the second has values to keep."""
     memory = remember(policy, obs)
@@ -307,7 +306,7 @@ def test_new_units_of_value_change_no_value(name):
     assert np.abs(before - in_units)[ALIVE].max() > 1
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def act_and_evaluate(policy, obs, reset, keys, successor):
     """Acting step by step, from a memory that is not blank; all steps at once; and `value`."""
     start = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory(reset.shape[1:]))
@@ -388,7 +387,7 @@ def test_successors_are_valued_without_a_stored_memory(name):
     )  # sums in another order
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def gradient_norm(policy, obs):
     """Of all that is learned from one step."""
     order = decision_order(obs.alive)
@@ -692,7 +691,7 @@ def test_dead_agents_are_finite(name, kind):
         assert np.all(np.isfinite(result))
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 @jax.grad
 def gradient(policy, obs, action, weights):
     """Of a weighted sum of all that `evaluate` says of two steps, in the policy."""

@@ -7,7 +7,6 @@ policy of each kind only.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from mam.learning import experience, train
 from mam.learning.train import TrainState
 from mam.networks.policy import has_memory, policies
 from mam.types import EnvSpec
-from quick import QUICK
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 5, 4
 NUM_UPDATES = 27
@@ -178,11 +176,11 @@ def learned(request):
     name = request.param
     rows = rows_of(name)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def init(rows):
         return jax.lax.map(lambda row: make_trainer(name, *row).init(jnp.zeros(1, jnp.int32)), rows)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def train_step(rows, states):
         return jax.lax.map(lambda x: make_trainer(name, *x[0]).train_step(x[1]), (rows, states))
 
@@ -275,9 +273,7 @@ def test_a_seed_does_not_depend_on_its_neighbours(learned):
 
     Not to the bit: with a seed axis XLA sums in another order.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        trainer = make_trainer(learned.name, jnp.array(0), jnp.array(False))
+    trainer = make_trainer(learned.name, jnp.array(0), jnp.array(False))
     both = jax.tree.map(lambda x: jnp.concatenate([x[0], x[0]]), learned.init)
     for alone in learned.states:
         both, _ = trainer.train_step(both)
@@ -296,9 +292,7 @@ def test_several_choices_at_once_are_learned(name):
     config = Config(
         policy=name, env="probe/components", total_timesteps=10**6, network=NETWORK, ppo=PPO
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        trainer = train.make_train(config)
+    trainer = train.make_train(config)
     state, returns = trainer.init(jnp.zeros(1, jnp.int32)), []
     for _ in range(NUM_UPDATES):
         state, values = trainer.train_step(state)

@@ -11,13 +11,7 @@ from mam.envs import jumanji, probes
 from mam.envs.jaxmarl import mpe, overcooked, smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
-from quick import QUICK
 
-# Less time compiling.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options=QUICK,
-)
 SHORT_LIMIT = 6  # environment steps; keeps episodes of the Jumanji tasks short
 
 
@@ -57,8 +51,6 @@ class Task:
     reset: Callable
     step: Callable
 
-    jit = staticmethod(quick_jit)
-
     def batched(self, num_envs: int) -> AutoReset:
         return AutoReset(self.env, num_envs)
 
@@ -67,7 +59,7 @@ class Task:
 def make_task(family: str) -> Task:
     raw = RAW[family]()
     env = EpisodeStatistics(AgentId(raw))
-    return Task(raw, env, reset=quick_jit(env.reset), step=quick_jit(env.step))
+    return Task(raw, env, reset=jax.jit(env.reset), step=jax.jit(env.step))
 
 
 @pytest.fixture(params=RAW)

@@ -124,9 +124,9 @@ def test_batch_equals_single_environments(task):
     """AutoReset is exact: environment i equals a hand-written loop with the same keys."""
     num_envs, num_steps = 2, task.env.spec.time_limit + 2
     batch = task.batched(num_envs)
-    batch_step = task.jit(batch.step)
+    batch_step = jax.jit(batch.step)
     fold_in = jax.jit(jax.random.fold_in)
-    state, timestep = task.jit(batch.reset)(jax.random.key(0))
+    state, timestep = jax.jit(batch.reset)(jax.random.key(0))
     single = [task.reset(fold_in(jax.random.key(0), i)) for i in range(num_envs)]
     num_resets = 0
     for t in range(num_steps):

@@ -10,7 +10,6 @@ import pytest
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import without_native
 from mam.networks.mixers.roles import CausalConv
-from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
@@ -47,7 +46,7 @@ def reference(x, weight, bias, reset, gy, reverse):
     return y, gx, g_weight, np.sum(g, axis=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnames="reverse", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="reverse")
 def run(x, weight, bias, reset, gy, reverse=False):
     y, pull_back = jax.vjp(lambda *a: native_conv_silu(*a, reset, reverse=reverse), x, weight, bias)
     return y, *pull_back(gy)

@@ -14,7 +14,6 @@ from mam.kernels.native.dense import BLOCK, native_product, native_product_suppo
 from mam.kernels.native.library import without_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
-from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
@@ -32,7 +31,7 @@ def isa(request):
     mam_native.choose(in_use)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def both_ways(f, gradient, *arguments):
     """The output, and the gradients of all arguments."""
     y, pull_back = jax.vjp(f, *arguments)

@@ -16,7 +16,6 @@ from mam.errors import UserError
 from mam.kernels.native import library as native
 from mam.kernels.native import scan as native_scan
 from mam.kernels.selective_scan import gated_scan, selective_scan
-from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
@@ -65,7 +64,7 @@ def make_problem(seed, m, n, d, s, has_reset=True):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "reverse"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("implementation", "reverse"))
 def run(arguments, reset, gradients, *, reverse=False, implementation="native"):
     """Outputs in the order of NAMES."""
 
@@ -181,7 +180,7 @@ def test_leading_axes():
     np.testing.assert_array_equal(run_outputs(one), run_outputs(arguments)[0])
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "reverse"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("implementation", "reverse"))
 def run_gated(arguments, masks, gradients, *, reverse=False, implementation="native"):
     """Both outputs, and the gradients of all arguments."""
 

@@ -18,7 +18,6 @@ from mam.kernels.selective_scan import (
 )
 from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.mixers.roles import CausalConv
-from quick import QUICK
 
 D, S, R, HEADS, TAPS = 8, 4, 3, 2, 4
 ROWS, PIECES = 3, 3  # the first row is reset before its first agent, too
@@ -147,7 +146,7 @@ def both_ways(implementation, function, weights, xs, state, gradients):
         return outputs, pull_back(jax.tree.map(lambda g, v: g.astype(v.dtype), gradients, outputs))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run(name, implementation, reverse, weights, xs, state, reset, gradients):
     """Output, last state, and the gradients of weights, xs and state."""
 
@@ -158,7 +157,7 @@ def run(name, implementation, reverse, weights, xs, state, reset, gradients):
     return both_ways(implementation, whole, weights, xs, state, gradients)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run_pieces(name, implementation, weights, xs, state, gradients):
     """The same, each piece as a sequence of its own, from zeros where there is a reset."""
 
@@ -171,7 +170,7 @@ def run_pieces(name, implementation, weights, xs, state, gradients):
     return both_ways(implementation, pieces, weights, xs, state, gradients)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def run_steps(name, reverse, weights, xs, state, reset, gradients):
     """The same, agent after agent."""
     step = RECURRENCES[name][1]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mam.kernels.retention import retention, retention_step
-from quick import QUICK
 
 B, H, F = 2, 2, 3
 DECAY = (0.9, 0.5)
@@ -47,7 +46,7 @@ def make_arguments(steps, agents, seed=0):
     return [*rows, rng.normal(size=(B, H, F, F))], rng.random((steps, B)) < 0.3
 
 
-@functools.partial(jax.jit, static_argnames=("causal", "chunk"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("causal", "chunk"))
 def value_and_gradients(arguments, reset, cotangents, causal, chunk):
     def run(*arguments):
         return retention(*arguments, reset, decay=DECAY, causal=causal, chunk=chunk)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from mam.kernels.selective_scan import CHUNK, TILE, gated_scan, selective_scan, selective_step
 from mam.kernels.ssd import ssd
-from quick import QUICK
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
 MAX_PAIRWISE_LENGTH = 3  # unrolled over pairs: longer ones only cost compilation
@@ -57,7 +56,7 @@ def run(implementation, reverse, arguments, reset=None):
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def value_and_gradients(implementations, reverse, arguments, reset, cotangents):
     """Per implementation: y, the final state, and the gradients of all arguments through both."""
     results = {}
@@ -166,7 +165,7 @@ def test_a_scan_over_seeds_is_a_loop_over_seeds():
     seeds = [[a.astype(np.float32) for a in make_arguments(rng, 3, batch=(2,))] for _ in range(2)]
     stacked = [np.stack(a) for a in zip(*seeds, strict=True)]
     one = functools.partial(value_and_gradients.__wrapped__, ("sequential", "pairwise"), False)
-    together = jax.jit(jax.vmap(lambda a: one(a, None, None)), compiler_options=QUICK)(stacked)
+    together = jax.jit(jax.vmap(lambda a: one(a, None, None)))(stacked)
     for i, seed in enumerate(seeds):
         alone = value_and_gradients(("sequential", "pairwise"), False, seed, None, None)
         for actual, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
@@ -191,7 +190,7 @@ def lengths(implementation):
     return (MAX_PAIRWISE_LENGTH, 1) if implementation == "pairwise" else (CHUNK + 7, 10)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def cut_in_two(implementation, cut, arguments):
     """The whole at once, in two parts with the state carried over, and reset at the cut."""
     x, dt, A, B, C, D, state = arguments
@@ -242,9 +241,7 @@ def test_without_a_step_size_the_state_stays(implementation):
     x, dt, A, B, C, D, state = arguments
     compact = (x[:, there], dt[:, there], A, B[:, there], C[:, there], D, state)
     with jax.enable_x64(True):
-        y, h = jax.jit(functools.partial(run, implementation, False), compiler_options=QUICK)(
-            arguments
-        )
+        y, h = jax.jit(functools.partial(run, implementation, False))(arguments)
     y_compact, h_compact = reference(*compact, np.zeros((2, there.sum()), bool), False)
     assert_close(y[:, there], y_compact, 1e-12)
     assert_close(h, h_compact, 1e-12)

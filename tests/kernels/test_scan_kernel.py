@@ -11,7 +11,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from mam.kernels.cuda import scan as kernel_module
 from mam.kernels.cuda.scan import CHUNK, kernel_supports, scan_kernel
 
-QUICK = {"xla_backend_optimization_level": 0}  # less time compiling
 IGNORE_DEPRECATION = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated"
 )  # JAX 0.11
@@ -68,9 +67,7 @@ def value_and_gradients(scan, reverse, arguments, reset):
 
 
 def compiled(scan, reverse, *arguments):
-    return jax.jit(functools.partial(value_and_gradients, scan, reverse), compiler_options=QUICK)(
-        *arguments
-    )
+    return jax.jit(functools.partial(value_and_gradients, scan, reverse))(*arguments)
 
 
 def assert_close(actual, expected, tolerance):
@@ -128,7 +125,7 @@ def test_gradient_through_the_final_state_only():
         return jnp.sum(jnp.sin(scan(*xs, None, h0, reverse=True)[1]))
 
     def gradients(scan):
-        return jax.jit(jax.grad(functools.partial(loss, scan)), compiler_options=QUICK)(arguments)
+        return jax.jit(jax.grad(functools.partial(loss, scan)))(arguments)
 
     assert_close(gradients(kernel), gradients(loop), 1e-5)
 
@@ -142,7 +139,7 @@ def test_the_final_state_may_be_left_out():
 
     def run(scan, **options):
         function = functools.partial(loss, scan, **options)
-        return jax.jit(jax.value_and_grad(function, has_aux=True), compiler_options=QUICK)(xs)
+        return jax.jit(jax.value_and_grad(function, has_aux=True))(xs)
 
     (value, h), gradients = run(kernel, final_state=False)
     (expected_value, _), expected_gradients = run(loop)
@@ -167,9 +164,7 @@ def test_mapped_over_seeds_inside_a_loop():
         return jnp.sum(y**2) + jnp.sum(h)
 
     def gradients(scan):
-        return jax.jit(
-            jax.vmap(jax.value_and_grad(functools.partial(loss, scan))), compiler_options=QUICK
-        )
+        return jax.jit(jax.vmap(jax.value_and_grad(functools.partial(loss, scan))))
 
     assert_close(gradients(kernel)(stacked, reset), gradients(loop)(stacked, reset), 1e-5)
 

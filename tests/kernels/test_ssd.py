@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from mam.kernels.native.library import is_installed, without_native
 from mam.kernels.ssd import CHUNK, ssd, ssd_step
-from quick import QUICK
 
 needs_native = pytest.mark.skipif(
     not is_installed(), reason="the native kernels are not installed: make native"
@@ -50,9 +49,7 @@ def make_arguments(rng, n, batch=(), heads=2, channels=3, s=4):
     return arguments
 
 
-@functools.partial(
-    jax.jit, static_argnames=("chunk", "reverse", "implementation"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=("chunk", "reverse", "implementation"))
 def value_and_gradients(
     arguments, cotangents=None, chunk=CHUNK, reverse=False, implementation="products"
 ):
@@ -206,7 +203,7 @@ def test_over_seeds_it_is_a_loop_over_seeds():
     rng = np.random.default_rng(0)
     seeds = [[a.astype(np.float32) for a in make_arguments(rng, 3, batch=(2,))] for _ in range(2)]
     stacked = [np.stack(a) for a in zip(*seeds, strict=True)]
-    together = jax.jit(jax.vmap(value_and_gradients.__wrapped__), compiler_options=QUICK)(stacked)
+    together = jax.jit(jax.vmap(value_and_gradients.__wrapped__))(stacked)
     for i, seed in enumerate(seeds):
         for actual, expected in zip(
             jax.tree.leaves(together), jax.tree.leaves(value_and_gradients(seed)), strict=True

@@ -22,7 +22,6 @@ from mam.learning.external import (
     take_infos,
 )
 from mam.types import EnvSpec, ExternalEnvironments, Observation, PolicyOutput, TimeStep
-from quick import QUICK
 
 NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
 
@@ -358,9 +357,7 @@ class Host:
         return external_rollout(envs, policy, state, key, length, sequence_length)
 
     def make_train(self, policy):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-            return train.make_train(replace(CONFIG, policy=policy))
+        return train.make_train(replace(CONFIG, policy=policy))
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from mam.errors import UserError
 from mam.learning import experience, train
 from mam.learning.estimates import estimate
 from mam.learning.ppo import PPOLoss
+from mam.learning.train import make_train
 from mam.networks.layers import Dense
 from mam.runs.checkpoint import Writer, newest
 from mam.types import Evaluation, PolicyOutput
-from quick import QUICK
 
 SEEDS = jnp.array([0, 1, 2])
 CONFIG = Config(
@@ -126,12 +126,6 @@ def _linear_policy():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_policy", make_linear)
         yield
-
-
-def make_train(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", partial(jax.jit, compiler_options=QUICK))
-        return train.make_train(config)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,11 @@ from mam.learning.ppo import PPO, PPOTargets, ppo_loss
 from mam.learning.rollout import Rollout
 from mam.learning.update import make_optimiser, update
 from mam.types import Evaluation, Observation, Transition
-from quick import QUICK
 
 NUM_AGENTS, OBS_DIM, NUM_ACTIONS = 2, 3, 4
 
 
-@partial(jax.jit, static_argnames=("optimiser", "ppo"), compiler_options=QUICK)
+@partial(jax.jit, static_argnames=("optimiser", "ppo"))
 def update_ppo(policy, opt_state, batch, key, *, optimiser, ppo, lr_scale=1.0):
     return update(policy, opt_state, batch, key, optimiser, PPO(ppo), ppo, lr_scale=lr_scale)
 
@@ -279,7 +278,7 @@ def test_equals_gradient_steps_by_hand(policy, batch, lr_scale):
         )
         return losses.loss, losses
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(policy, state):
         gradients, losses = jax.grad(loss, has_aux=True)(policy)
         updates, state = optimiser.update(gradients, state)

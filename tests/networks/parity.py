@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 
 from mam.config import NetworkConfig
-from quick import QUICK
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ class Golden:
         return state.ssm_state, arrays["decode/ssm_state"]
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def output_and_gradients(block, x, cotangent):
     def run(block, x):
         return block.out_proj(block.unroll(None, block.project(x), None, None)[1])
@@ -88,7 +87,7 @@ def output_and_gradients(block, x, cotangent):
     return output, *pull_back(cotangent)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def decode(block, x):
     """One agent after another: the last state, and all outputs."""
 

@@ -22,7 +22,6 @@ from mam.networks.actions import (
     mask_noise,
 )
 from mam.types import EnvSpec
-from quick import QUICK
 
 LOGITS = np.array(
     [[1.0, -2.0, 0.5, 3.0], [0.0, 40.0, -40.0, 1.0], [1e4, 0.0, -1e4, 0.0]], np.float32
@@ -41,15 +40,13 @@ def compiled(name):
     def total(*args):
         return call(*args).sum()
 
-    return jax.jit(call, compiler_options=QUICK), jax.jit(
-        jax.grad(total, argnums=(0, 1)), compiler_options=QUICK
-    )
+    return jax.jit(call), jax.jit(jax.grad(total, argnums=(0, 1)))
 
 
 log_prob, log_prob_gradient = compiled("log_prob")
 entropy, entropy_gradient = compiled("entropy")
 sample, _ = compiled("sample_from_noise")
-draw_noise = functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)(agent_noise)
+draw_noise = functools.partial(jax.jit, static_argnums=2)(agent_noise)
 DISTRIBUTIONS = {
     "categorical": (Categorical(4), {}),
     "components": (MultiCategorical((3, 1)), {"action_components": (3, 1)}),

@@ -9,13 +9,12 @@ import pytest
 
 from mam.config import NetworkConfig
 from mam.networks.mixers.attention import Attention, CausalAttention
-from quick import QUICK
 
 N, E = 6, 8
 ALIVE = np.array([[True] * 6, [True] * 4 + [False] * 2])
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def both(mixer, x, context, alive):
     """The mixer's output and the reference's."""
     p = mixer.projections

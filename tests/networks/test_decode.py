@@ -18,7 +18,6 @@ from mam.networks.embed import ActionEmbedding
 from mam.networks.mixers.registry import families_of
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
-from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2, head_dim=8)
 B, N, A, O = 3, 6, 4, 5  # noqa: E741
@@ -71,7 +70,7 @@ def make_inputs(decoder, kind, batch, seed=0):
     return obs_rep, jnp.asarray(mask), jnp.asarray(noise, obs_rep.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "decodings"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("kind", "decodings"))
 def all_ways(decoder, obs_rep, mask, noise, *, kind, decodings):
     """One after another and in other ways, and the decoder's outputs for the former's actions."""
     ahead = DecodeInputs(context=decoder.read(obs_rep), mask=mask, noise=noise)
@@ -182,9 +181,7 @@ def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passe
         ),  # so the first guess is action 1
     )
     decoding = Decoding("fixed_point", window, max_passes)
-    decision = jax.jit(
-        lambda ahead: decide(decoder, Categorical(2), ahead, decoding), compiler_options=QUICK
-    )(ahead)
+    decision = jax.jit(lambda ahead: decide(decoder, Categorical(2), ahead, decoding))(ahead)
     np.testing.assert_array_equal(decision.action[0], np.arange(N) % 2)
     np.testing.assert_array_equal(decision.passes, passes)
 
@@ -227,7 +224,7 @@ def act(policy, key, greedy):
     )[1]
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def act_and_evaluate(policies, key):
     """Per policy: sampled and greedy actions; of the last one also `evaluate` of the former."""
     outputs = [
@@ -276,13 +273,8 @@ def test_seeds_side_by_side_act_as_they_do_alone(decoding):
     with jax.enable_x64(True):
         seeds = [make("mam", "discrete", decoding, seed) for seed in range(3)]
         one = functools.partial(act, greedy=False)
-        together = jax.jit(jax.vmap(one), compiler_options=QUICK)(
-            jax.tree.map(lambda *v: jnp.stack(v), *seeds), keys
-        )
-        alone = [
-            jax.jit(one, compiler_options=QUICK)(seed, key)
-            for seed, key in zip(seeds, keys, strict=True)
-        ]
+        together = jax.jit(jax.vmap(one))(jax.tree.map(lambda *v: jnp.stack(v), *seeds), keys)
+        alone = [jax.jit(one)(seed, key) for seed, key in zip(seeds, keys, strict=True)]
     stacked = jax.tree.map(lambda *v: np.stack(v), *alone)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), together, stacked

@@ -14,7 +14,6 @@ from mam.networks.decoder import Decoder
 from mam.networks.decoding.cuda import Tiling, decode_kernel, kernel_supports
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.mixers.registry import families_of
-from quick import QUICK
 
 IGNORE_DEPRECATION = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated"
@@ -70,7 +69,7 @@ def look_ahead(decoder, obs_rep, mask, noise):
     return DecodeInputs(context=decoder.read(obs_rep), mask=mask, noise=noise)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def loop(decoder, obs_rep, mask, noise):
     decision = decide(
         decoder, Categorical(noise.shape[-1]), look_ahead(decoder, obs_rep, mask, noise), Decoding()
@@ -78,7 +77,7 @@ def loop(decoder, obs_rep, mask, noise):
     return decision.action, decision.out
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "tiling"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("dtype", "tiling"))
 def kernel(decoder, obs_rep, mask, noise, *, dtype=jnp.float32, tiling=None):
     ahead = look_ahead(decoder, obs_rep, mask, noise)
     return decode_kernel(decoder, ahead, operand_dtype=dtype, interpret=True, tiling=tiling)
@@ -129,9 +128,7 @@ def test_seeds_side_by_side():
     inputs = [make_inputs(SIZES, 3, 5, (5,), seed=k) for k in (0, 1)]
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *zip(decoders, inputs, strict=True))
     one = kernel.__wrapped__
-    together = jax.jit(
-        jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK
-    )(*stacked)
+    together = jax.jit(jax.vmap(lambda decoder, inputs: one(decoder, *inputs)))(*stacked)
     for k, (decoder, args) in enumerate(zip(decoders, inputs, strict=True)):
         for actual, expected in zip(together, loop(decoder, *args), strict=True):
             np.testing.assert_allclose(actual[k], expected, rtol=1e-4, atol=1e-4)

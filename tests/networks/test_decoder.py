@@ -1,7 +1,5 @@
 """The decoder agent by agent, in pieces and teacher-forced, and what it reads of actions."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ from mam.networks.actions import Categorical, MultiCategorical, TanhNormal
 from mam.networks.decoder import Decoder
 from mam.networks.embed import ActionEmbedding
 from mam.networks.mixers.registry import families_of
-from quick import QUICK
 
 B, N, A, E = 2, 4, 3, 8
 DISTRIBUTIONS = {
@@ -85,7 +82,7 @@ def test_blocks_of_several_kinds_decode_as_they_were_taught(name):
     tokens = make_tokens(name)
     obs_rep = jnp.asarray(np.random.default_rng(2).normal(size=(B, N, E)), jnp.float32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def all_ways(decoder):
         return [
             run(decoder, tokens, obs_rep) for run in (teacher_forced, autoregressive, in_pieces)
@@ -97,7 +94,7 @@ def test_blocks_of_several_kinds_decode_as_they_were_taught(name):
     assert np.std(expected) > 0.1
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def read(embed, tokens):
     return embed(embed.shift_right(tokens))
 

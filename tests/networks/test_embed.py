@@ -11,11 +11,10 @@ import pytest
 from mam.config import NetworkConfig
 from mam.networks.embed import Conv, ImageEncoder, ObservationEmbedding
 from mam.types import EnvSpec, Observation
-from quick import QUICK
 
 B, N, E, OBS_DIM = 2, 4, 8, 5
 ALIVE = np.array([[True, False, True, False], [False, True, True, True]])
-call = jax.jit(lambda layer, x: layer(x), compiler_options=QUICK)
+call = jax.jit(lambda layer, x: layer(x))
 kinds_of_view = pytest.mark.parametrize(
     ("obs_dim", "grid_shape"),
     [(OBS_DIM, None), (OBS_DIM, (5, 6, 2)), (0, (5, 6, 2))],
@@ -98,7 +97,7 @@ def test_what_dead_agents_see_goes_nowhere(obs_dim, grid_shape, garbage):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def value_and_gradient(embed, obs):
     """The embedding, and the gradient of a random projection of it, dead agents' rows included."""
     projection = np.random.default_rng(2).normal(size=(B, N, E))
@@ -173,9 +172,7 @@ def test_pictures_of_bytes_and_booleans_are_embedded():
 def test_a_blank_picture_is_no_accident(value):
     net = randomise(ImageEncoder, (4, 4, 1))
     grid = np.full((1, 4, 4, 1), value, np.float32)
-    out, gradient = jax.jit(
-        jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)), compiler_options=QUICK
-    )(net, grid)
+    out, gradient = jax.jit(jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)))(net, grid)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((out, gradient)))
 
 

@@ -13,7 +13,6 @@ from mam.config import NetworkConfig
 from mam.networks.independent import IndependentPolicy
 from mam.networks.policy import has_memory, make_policy
 from mam.types import EnvSpec, Observation
-from quick import QUICK
 
 N = 3
 OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
@@ -60,10 +59,10 @@ def run(policy, obs):
     return evaluation.log_prob, evaluation.value
 
 
-results = jax.jit(run, compiler_options=QUICK)
+results = jax.jit(run)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def dependence(policy, obs):
     """Which output depends on whose view, and on the state: [steps, B, N, steps, B(, N)]."""
 

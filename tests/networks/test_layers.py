@@ -12,7 +12,6 @@ from mam.networks.layers import MLP, Dense, LayerNorm, RMSNorm, lookup
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 from mam.networks.mixers.roles import CausalConv
-from quick import QUICK
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (2, 3, 6)).astype(np.float32)
 SCALE, OFFSET = (
@@ -64,7 +63,7 @@ def run_rms_norm(x, scale, offset):
 def test_norms_are_their_formulas_and_their_gradients_too(norm, formula):
     """The gradients are written by hand."""
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(f, *arguments):
         y, pull_back = jax.vjp(f, *arguments)
         return y, pull_back(jnp.cos(y))
@@ -101,11 +100,11 @@ def test_norms_of_zero_are_finite(norm):
 
 
 def test_mlp_starts_near_zero():
-    y = jax.jit(lambda key, x: MLP(6, key=key)(x), compiler_options=QUICK)(jax.random.key(0), X)
+    y = jax.jit(lambda key, x: MLP(6, key=key)(x))(jax.random.key(0), X)
     assert 0.0 < np.max(np.abs(y)) < 0.2
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def looked_up(table, index, weights):
     """Rows by `lookup` and by plain indexing, and the gradient of a weighted sum of them."""
 
@@ -194,7 +193,7 @@ def test_the_convolution_is_its_sum_and_its_gradient_too(d_conv):
     x, weight, bias = (rng.normal(size=shape) for shape in ((2, 7, 3), (d_conv, 3), (3,)))
     last = np.concatenate([np.zeros((2, d_conv - 1, 3)), x], axis=1)[:, 7:]
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnums=0)
     def output_state_and_gradients(f, *arguments):
         y, pull_back, state = jax.vjp(f, *arguments, has_aux=True)
         return y, pull_back(jnp.cos(y)), state
@@ -236,9 +235,7 @@ SIZES = NetworkConfig(d_model=6, d_state=5, expand=2, dt_rank=3, head_dim=1)
 @pytest.fixture(scope="module")
 def fresh():
     """A block of each kind, as it starts."""
-    build = jax.jit(
-        lambda key: (SelectiveSSM(SIZES, key=key), DualSSM(SIZES, key=key)), compiler_options=QUICK
-    )
+    build = jax.jit(lambda key: (SelectiveSSM(SIZES, key=key), DualSSM(SIZES, key=key)))
     return build(jax.random.key(0))
 
 

@@ -16,7 +16,6 @@ from mam.errors import UserError
 from mam.networks.actions import Categorical
 from mam.networks.memory.base import unroll_successors
 from mam.networks.memory.registry import MEMORIES, make_memory
-from quick import QUICK
 
 T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
@@ -66,12 +65,12 @@ X, SUCCESSOR = (
 ACTION = jnp.asarray(np.random.default_rng(4).integers(0, 3, (T, B, N)), jnp.int32)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def unroll(recurrence, state, x, reset):
     return recurrence.unroll(state, x, reset, ACTION)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def step_by_step(recurrence, state, x, reset):
     def step(state, inputs):
         x, reset, action = inputs
@@ -81,7 +80,7 @@ def step_by_step(recurrence, state, x, reset):
     return jax.lax.scan(step, state, (x, reset, ACTION))
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def influence(recurrence, state, x, reset):
     """Which output depends on the first state (first column) and on which input: [T, 1 + T, B]."""
     numbers, counts = eqx.partition(state, eqx.is_inexact_array)
@@ -98,7 +97,7 @@ def influence(recurrence, state, x, reset):
     return jnp.concatenate([functools.reduce(jnp.logical_or, of_state)[:, None], of_x], axis=1)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def successors_by_hand(recurrence, state, x, reset, successor):
     """From the states after every step, all of them kept."""
 
@@ -111,7 +110,7 @@ def successors_by_hand(recurrence, state, x, reset, successor):
     return recurrence.step(states, successor, jnp.zeros_like(reset))[1]
 
 
-in_one_pass = jax.jit(unroll_successors, compiler_options=QUICK)
+in_one_pass = jax.jit(unroll_successors)
 
 
 def test_unknown_name():
@@ -185,7 +184,7 @@ def test_the_gru_is_that_of_equinox():
     weights = (gru.inputs.weight.T, gru.hidden.weight.T, gru.inputs.bias, gru.new_bias)
     cell = eqx.tree_at(lambda c: (c.weight_ih, c.weight_hh, c.bias, c.bias_n), cell, weights)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def reference(cell, hidden, x):
         each = jax.vmap(jax.vmap(cell))
         return jax.lax.scan(lambda h, x: (each(x, h),) * 2, hidden, x)

@@ -23,19 +23,18 @@ from mam.networks.decoder import Context
 from mam.networks.decoding import native as native_module
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.decoding.native import native_decode, native_supports
-from quick import QUICK
 
 mam_native = pytest.importorskip(
     "mam_native", reason="the native kernels are not installed: make native"
 )
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def native(decoder, obs_rep, mask, noise):
     return native_decode(decoder, look_ahead(decoder, obs_rep, mask, noise))
 
 
-@functools.partial(jax.jit, static_argnames=("method",), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("method",))
 def decided(decoder, obs_rep, mask, noise, *, method="sequential"):
     decision = decide(
         decoder,
@@ -102,9 +101,7 @@ def test_seeds_side_by_side():
     inputs = [make_inputs(SIZES, 3, 5, (5,), seed=k) for k in (0, 1)]
     stacked = jax.tree.map(lambda *v: jnp.stack(v), *zip(decoders, inputs, strict=True))
     one = native.__wrapped__
-    together = jax.jit(
-        jax.vmap(lambda decoder, inputs: one(decoder, *inputs)), compiler_options=QUICK
-    )(*stacked)
+    together = jax.jit(jax.vmap(lambda decoder, inputs: one(decoder, *inputs)))(*stacked)
     for k, (decoder, args) in enumerate(zip(decoders, inputs, strict=True)):
         assert_same([v[k] for v in together], loop(decoder, *args))
 

@@ -17,7 +17,6 @@ from mam.networks.mixers.sable import decay_of
 from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import decision_order
 from mam.types import EnvSpec, Observation
-from quick import QUICK
 
 T, B, N, E, H = 9, 3, 5, 8, 2
 SIZES = NetworkConfig(d_model=E, num_heads=H, retention_decay=0.9)
@@ -121,7 +120,7 @@ def numpy_reference(mixer, role, memory, x, context, alive, reset):
     return (states, counts), out
 
 
-@functools.partial(jax.jit, static_argnames=("role", "run"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("role", "run"))
 def value_and_gradients(mixer, role, run, memory, x, context, alive, reset):
     """Memory and outputs, those of the living alone, and gradients of a projection of both."""
 
@@ -171,7 +170,7 @@ def test_decays_are_the_published_ones():
 SPEC = EnvSpec("suite/task", N, 4, 3, time_limit=None)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def act_and_evaluate(policy, obs, reset, keys):
     start = policy.init_memory((B,))
     memory, output = jax.lax.scan(

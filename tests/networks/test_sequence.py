@@ -19,7 +19,6 @@ from mam.networks.mixers.registry import MIXERS
 from mam.networks.policy import make_policy, policies
 from mam.networks.sequence import Layout, SequencePolicy
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
-from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
 N, A, O = 3, 3, 4  # noqa: E741
@@ -70,7 +69,7 @@ def make_observation(dtype=jnp.float32):
     )
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def act(policy, obs):
     memory, keys = policy.init_memory((B,)), jax.random.split(jax.random.key(0), B)
     return policy.act(memory, obs, RESET, keys)[1]
@@ -82,8 +81,8 @@ def evaluate(policy, obs, action, order):
     return jax.tree.map(lambda v: v[0], evaluation)
 
 
-evaluate_one = jax.jit(evaluate, compiler_options=QUICK)
-evaluate_many = jax.jit(jax.vmap(evaluate, (0, None, 0, None)), compiler_options=QUICK)
+evaluate_one = jax.jit(evaluate)
+evaluate_many = jax.jit(jax.vmap(evaluate, (0, None, 0, None)))
 
 
 @dataclass
@@ -180,7 +179,7 @@ def test_a_layout_of_one_kind_is_the_policy_of_that_name(letter, name):
 
     def build(name, sizes):
         make = functools.partial(make_policy, name, SPEC, sizes)
-        return jax.jit(lambda key: make(key=key), compiler_options=QUICK)(jax.random.key(0))
+        return jax.jit(lambda key: make(key=key))(jax.random.key(0))
 
     named = build(name, replace(SIZES, num_blocks=2))
     laid_out = build("mat" if name == "mam" else "mam", sizes_of(2 * letter))
@@ -276,7 +275,7 @@ def make_action(obs):
     return jnp.argmax(obs.action_mask, axis=-1).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def loss_and_gradient(policy, obs):
     """Of a weighted sum of all that `evaluate` says."""
     weights = np.random.default_rng(3).normal(size=(3, B, N)).astype(np.float32)

@@ -10,7 +10,6 @@ import pytest
 
 from mam.config import EncoderConfig, NetworkConfig
 from mam.networks.mixers.registry import MIXERS
-from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 
@@ -33,7 +32,7 @@ def test_the_encoder_is_two_passes(family, combine):
     np.testing.assert_allclose(mixer(x), mixer.post_norm(x + both), rtol=1e-4, atol=1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def values_and_gradients(read, ssm, x, state, reset):
     """What `read` gives, outputs and last state, and the gradients of their sum of cosines."""
 

@@ -18,7 +18,7 @@ from mam.learning.train import init_policy
 from mam.runs import load as loading
 from mam.runs import loop
 from mam.runs.load import load_weights
-from small_run import CONFIG
+from small_run import INDEPENDENT as CONFIG
 
 
 class Listener(mam.Callback):

@@ -12,7 +12,7 @@ from mam.errors import UserError
 from mam.runs import loop as runs
 from mam.runs.checkpoint import newest
 from mam.runs.times import read_times
-from small_run import CONFIG
+from small_run import INDEPENDENT as CONFIG
 
 
 def _state(folder):

@@ -5,7 +5,7 @@ all policies, as if they were external ones.
 """
 
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import equinox as eqx
 import jax
@@ -15,19 +15,15 @@ import pytest
 
 from mam.config import Config, NetworkConfig, PPOConfig
 from mam.envs.registry import make_batched
-from mam.learning import external as host
 from mam.learning.external import blank_state, external_rollout, start_episodes
 from mam.learning.ppo import PPO
 from mam.learning.train import Learner
-from quick import QUICK
 
 CONFIG = Config(
     total_timesteps=16,
     network=NetworkConfig(d_model=8, d_state=2),
     ppo=PPOConfig(num_envs=2, rollout_length=4, num_epochs=1, num_minibatches=1),
 )
-
-quick_jit = partial(jax.jit, compiler_options=QUICK)
 
 
 class OnHost:
@@ -36,7 +32,7 @@ class OnHost:
     def __init__(self, task):
         envs = make_batched(task, CONFIG.ppo.num_envs)
         self.spec, self.num_envs = envs.spec, envs.num_envs
-        self._reset, self._step = quick_jit(envs.reset), quick_jit(envs.step)
+        self._reset, self._step = jax.jit(envs.reset), jax.jit(envs.step)
 
     def reset(self, seed):
         self._key = jax.random.key(seed)
@@ -67,9 +63,7 @@ def draw(path, leaf):
 
 
 @pytest.fixture
-def check_two_updates(monkeypatch):
-    monkeypatch.setattr(host, "act", quick_jit(host.act.__wrapped__))
-
+def check_two_updates():
     def check(task, name):
         """Nothing compiles twice, all numbers are finite, ratios begin at 1, parameters move."""
         envs = environments(task)
@@ -85,7 +79,7 @@ def check_two_updates(monkeypatch):
         first = state = replace(state, key=jax.random.split(jax.random.key(1), 1))
         carry, timestep = start_episodes(envs, state.actors.memory, num_seeds=1, seed=0)
 
-        learn = quick_jit(jax.vmap(learner.learn))
+        learn = jax.jit(jax.vmap(learner.learn))
         for update in range(2):
             keys = jax.random.split(jax.random.key(2 + update))
             carry, found = external_rollout(

@@ -11,6 +11,8 @@ Source: Sun et al. 2023 (arXiv 2307.08621), §2; its decay along time only is th
 2410.01706), §3.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,12 +54,7 @@ def retention(
     size = min(chunk, length * agents) if causal else min(max(1, chunk // agents), length) * agents
     padding = -(length * agents) % size
 
-    def tokens(v: Array) -> Array:
-        v = v.astype(wide).reshape(length, -1, agents, heads, width).transpose(1, 3, 0, 2, 4)
-        v = jnp.pad(v.reshape(*v.shape[:2], -1, width), [(0, 0), (0, 0), (0, padding), (0, 0)])
-        return v.reshape(*v.shape[:2], -1, size, width)
-
-    q, k, v = tokens(query), tokens(key), tokens(value)
+    q, k, v = (_chunked(x.astype(wide), size, padding) for x in (query, key, value))
     reset = reset.reshape(length, -1)
     state = jnp.where(reset[0][:, None, None, None], 0, state.reshape(-1, heads, width, width))
     # 2. Step and episode of every token, of the last before its chunk, and of its chunk's last.
@@ -67,11 +64,7 @@ def retention(
     episode = begun[:, time]
     episode_before = jnp.concatenate([jnp.zeros_like(begun[:, :1]), episode[:, :-1, -1]], axis=1)
 
-    def weights(steps: np.ndarray, same: Array) -> Array:
-        """Return κ^steps per head, [batch, H, …], zeros across episodes."""
-        rates = jnp.asarray(decay, wide).reshape(-1, *[1] * steps.ndim)
-        return jnp.where(same[:, None], rates ** jnp.asarray(steps, wide), 0)
-
+    weights = partial(_weights, jnp.asarray(decay, wide))
     from_before = weights(time - before[:, None], episode == episode_before[..., None])
     to_end = weights(time[:, -1:] - time, episode == episode[..., -1:])
     over = weights(time[:, -1] - before, episode[..., -1] == episode_before)
@@ -88,9 +81,34 @@ def retention(
         scores = jnp.einsum("bhcif,bhcjf->bhcij", q, k) * weights(np.maximum(ago, 0), same)
         y = jnp.einsum("bhcij,bhcjg->bhcig", scores, v)
         y += jnp.einsum("bhcif,bhcfg->bhcig", q * from_before[..., None], starts)
+    return ends[:, :, -1].reshape(*batch, heads, width, width), _unchunked(y, query.shape)
+
+
+def _chunked(x: Float[Array, "T *batch N H F"], size: int, padding: int) -> Array:
+    """Return the tokens (t, i) in chunks of a size, [batch, H, chunks, size, F].
+
+    Args:
+        x: what is read of every agent at every step.
+        size: of a chunk.
+        padding: tokens of zeros that fill up the last chunk.
+    """
+    length, *_, agents, heads, width = x.shape
+    x = x.reshape(length, -1, agents, heads, width).transpose(1, 3, 0, 2, 4)
+    x = jnp.pad(x.reshape(*x.shape[:2], -1, width), [(0, 0), (0, 0), (0, padding), (0, 0)])
+    return x.reshape(*x.shape[:2], -1, size, width)
+
+
+def _unchunked(y: Float[Array, "batch H chunks size F"], shape: tuple[int, ...]) -> Array:
+    """Return the agents' rows in the shape [T, *batch, N, H, F], without what filled up a chunk."""
+    length, *_, agents, heads, width = shape
     y = y.reshape(*y.shape[:2], -1, width)[:, :, : length * agents]
-    y = y.reshape(-1, heads, length, agents, width).transpose(2, 0, 3, 1, 4).reshape(query.shape)
-    return ends[:, :, -1].reshape(*batch, heads, width, width), y
+    return y.reshape(-1, heads, length, agents, width).transpose(2, 0, 3, 1, 4).reshape(shape)
+
+
+def _weights(decay: Float[Array, "H"], steps: np.ndarray, same: Bool[Array, "batch ..."]) -> Array:
+    """Return κ^steps per head, [batch, H, …], zeros where it is not the same episode."""
+    rates = decay.reshape(-1, *[1] * steps.ndim)
+    return jnp.where(same[:, None], rates ** jnp.asarray(steps, decay.dtype), 0)
 
 
 def _hand_on(

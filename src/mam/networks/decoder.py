@@ -136,7 +136,13 @@ class Decoder(eqx.Module):
         return tuple(block.init_memory(batch) for block in self.blocks)
 
     def start_step(self, past: Past, num_agents: int, dtype) -> tuple[DecoderState, ...]:
-        """Return the state before the first agent; see `AbstractCausalMixer.start_step`."""
+        """Return the state of every block before the first agent decides, in its episode.
+
+        Args:
+            past: memories after the step before, and who is alive at this one.
+            num_agents: N, the most agents that the states will take.
+            dtype: of what the blocks read.
+        """
         return tuple(
             block.start_step(memory, num_agents, past.alive, past.reset, dtype)
             for block, memory in zip(self.blocks, past.memory, strict=True)

@@ -44,7 +44,14 @@ class Encoder(eqx.Module):
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
     ) -> "tuple[EncoderMemory, Encoded]":
-        """Encode agents of one environment step; see `unroll`."""
+        """Encode the agents of one environment step, in the order of deciding.
+
+        Args:
+            memory: after the step before.
+            x: the embedded observations; there is no time axis.
+            alive: False for the dead.
+            reset: whether the step is the first of its episode.
+        """
         if not jax.tree.leaves(memory):
             return self.unroll(memory, x, alive, reset)
         x, alive, reset = (v[None] for v in (x, alive, reset))

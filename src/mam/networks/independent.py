@@ -11,7 +11,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
@@ -20,7 +20,18 @@ from mam.networks.heads import Head
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
-from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
+from mam.types import (
+    Action,
+    EnvSpec,
+    Evaluation,
+    Greedy,
+    Keys,
+    Memory,
+    Observation,
+    Order,
+    PolicyOutput,
+    Reset,
+)
 
 
 class GlobalView(eqx.Module):
@@ -125,14 +136,17 @@ class Tower(eqx.Module):
         return self.head(self.memory.unroll(memory, self._features(obs), reset, action)[1])
 
     def successors(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        reset: Bool[Array, "*batch"],
-        successor: Observation,
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N A"]:
-        """Return outputs for each step's successor; see `mam.types.Policy.successor_values`."""
+        """Return the outputs for what followed each step, from one memory.
+
+        Args:
+            memory: before the first step, without the time axis.
+            obs: what the agents saw at step t, time first.
+            action: the joint action at t, which the memory may read.
+            reset: whether step t was the first of its episode.
+            successor: what the action at t led to, before any auto-reset.
+        """
         x, successor_x = self._features(obs), self._features(successor)
         return self.head(unroll_successors(self.memory, memory, x, reset, action, successor_x))
 
@@ -188,15 +202,20 @@ class IndependentPolicy(eqx.Module):
         )
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
-        """Choose all agents' actions at once; see `mam.types.Policy`."""
+        """Choose all agents' actions at once.
+
+        Args:
+            memory: of actor and critic, after step t − 1.
+            obs: at step t; the actor reads an agent's own view, the critic its view of the whole.
+            reset: whether t is the first step of an episode.
+            key: gives every agent noise of its own.
+            greedy: take every agent's most likely action.
+
+        Returns:
+            The memories after step t, and the joint action; the order is that of the agents.
+        """
         num_agents = obs.alive.shape[-1]
         actor, out = self.actor.step(memory.actor, obs, reset)
         critic, value = self.critic.step(memory.critic, obs, reset)
@@ -214,14 +233,17 @@ class IndependentPolicy(eqx.Module):
         )
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
-        """Evaluate stored joint actions, all steps in one pass; see `mam.types.Policy`."""
+        """Evaluate stored joint actions, all steps in one pass.
+
+        Args:
+            memory: of actor and critic, before the first step.
+            obs: time first where there is memory.
+            action: of each agent, evaluated by itself.
+            order: not read, for nobody reads others' actions.
+            reset: whether a step was the first of its episode.
+        """
         out = self.actor.unroll(memory.actor, obs, reset, action)
         return Evaluation(
             log_prob=self.distribution.log_prob(out, obs.action_mask, action),
@@ -235,12 +257,7 @@ class IndependentPolicy(eqx.Module):
         return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
 
     def successor_values(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        reset: Bool[Array, "*batch"],
-        successor: Observation,
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
         return self.critic.successors(memory.critic, obs, action, reset, successor)[..., 0]

@@ -23,7 +23,18 @@ from mam.networks.layers import Dense
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
-from mam.types import Action, EnvSpec, Evaluation, Memory, Observation, PolicyOutput
+from mam.types import (
+    Action,
+    EnvSpec,
+    Evaluation,
+    Greedy,
+    Keys,
+    Memory,
+    Observation,
+    Order,
+    PolicyOutput,
+    Reset,
+)
 
 
 @dataclass(frozen=True)
@@ -127,15 +138,20 @@ class SequencePolicy(eqx.Module):
         )
 
     def act(
-        self,
-        memory: Memory,
-        obs: Observation,
-        reset: Bool[Array, "*batch"],
-        key: Key[Array, "*batch"],
-        *,
-        greedy: bool | Bool[Array, ""] = False,
+        self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
-        """Choose one joint action per batch element; see `mam.types.Policy`."""
+        """Choose one joint action per batch element, agent after agent in `decision_order`.
+
+        Args:
+            memory: of every agent and of the mixers that have one, after step t − 1.
+            obs: what is seen at step t; the dead decide last, and nobody reads their rows.
+            reset: whether t is the first step of an episode.
+            key: gives every agent noise of its own, whenever it decides.
+            greedy: leave out the noise.
+
+        Returns:
+            The memory after step t, and the joint action, by agent.
+        """
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
         order = decision_order(obs.alive)
@@ -164,14 +180,17 @@ class SequencePolicy(eqx.Module):
         )
 
     def evaluate(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
-        """Evaluate stored joint actions in a teacher-forced pass; see `mam.types.Policy`."""
+        """Evaluate stored joint actions in one teacher-forced pass.
+
+        Args:
+            memory: before the first step; if there is none, all leading axes are alike.
+            obs: time first where there is memory.
+            action: each agent reads those of the agents before it in `order`.
+            order: as of acting, or any other.
+            reset: whether a step was the first of its episode.
+        """
         _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
         alive = _rows(obs.alive, order)
         _, encoded = self.encoder.unroll(memory.encoder, self._ordered(x, order), alive, reset)
@@ -192,12 +211,7 @@ class SequencePolicy(eqx.Module):
         return self._value(memory.encoder, x, obs.alive, going_on)[1]
 
     def successor_values(
-        self,
-        memory: Memory,
-        obs: Observation,
-        action: Action,
-        reset: Bool[Array, "*batch"],
-        successor: Observation,
+        self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
         x, next_x = self.embed(obs), self.embed(successor)

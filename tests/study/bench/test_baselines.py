@@ -1,6 +1,5 @@
 """Rivals do what the policies do."""
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -12,7 +11,6 @@ from mam.config import NetworkConfig
 from mam.study.bench.baselines import act_uncached, matched_sizes
 from mam.study.bench.inputs import count, policy_shapes
 from mam.types import EnvSpec, Observation
-from quick import QUICK
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)
 ALIVE = np.array([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], bool)
@@ -45,14 +43,13 @@ def acted(request):
             jnp.asarray(rng.normal(size=(*ALIVE.shape, spec.obs_dim))), mask, jnp.asarray(ALIVE)
         )
         keys = jax.random.split(jax.random.key(1), len(ALIVE))
-        compiled = functools.partial(jax.jit, compiler_options=QUICK)
         reset = jnp.zeros(len(ALIVE), bool)
 
-        @compiled
+        @jax.jit
         def act(policy, obs, keys):
             return policy.act(policy.init_memory(reset.shape), obs, reset, keys)[1]
 
-        expected, uncached = act(policy, obs, keys), compiled(act_uncached)
+        expected, uncached = act(policy, obs, keys), jax.jit(act_uncached)
         outputs = [
             uncached(policy, obs, keys, jnp.int32(steps)) for steps in range(ALIVE.shape[1] + 1)
         ]

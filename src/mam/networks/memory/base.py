@@ -47,7 +47,12 @@ class AbstractRecurrence(eqx.Module):
         """
 
     def note(self, state: PyTree, action: Action) -> PyTree:
-        """Return the state after a step, once it is known what the agents did at it."""
+        """Return the state after a step, once it is known what the agents did at it.
+
+        Args:
+            state: after the step, as `step` returned it.
+            action: the joint action at it; a memory that reads no actions stays as it is.
+        """
         del action
         return state
 

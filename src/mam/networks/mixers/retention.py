@@ -78,7 +78,12 @@ class Retention(eqx.Module):
     def init_state(
         self, batch: tuple[int, ...], dtype: jnp.dtype | None = None
     ) -> Float[Array, "*batch H F F"]:
-        """Return zeros, for leading axes `batch` and inputs of type `dtype`."""
+        """Return S before anything was read: zeros.
+
+        Args:
+            batch: leading axes.
+            dtype: of the inputs; S is in float32 or wider.
+        """
         dtype = dtype or jnp.zeros(()).dtype
         width = self.norm.scale.shape[0] // self.num_heads
         shape = (*batch, self.num_heads, width, width)

@@ -397,7 +397,14 @@ def living(
 def initial_dt_bias(
     size: int, *, key: Key[Array, ""], least: float = DT_MIN, most: float = DT_MAX
 ) -> Float[Array, "D"]:
-    """Draw softplus⁻¹(Δ) with Δ log-uniform between `least` and `most`."""
+    """Draw softplus⁻¹(Δ), with Δ log-uniform.
+
+    Args:
+        size: D, the number of step sizes.
+        key: decides them.
+        least: the smallest Δ.
+        most: the largest Δ.
+    """
     dt = jnp.exp(jax.random.uniform(key, (size,), minval=jnp.log(least), maxval=jnp.log(most)))
     return dt + jnp.log(-jnp.expm1(-dt))
 
