@@ -1,10 +1,20 @@
-"""Every test runs with shapes and types checked at run time, and with the compilation cache on."""
+"""Every test runs with shapes and types checked at run time, and with the compilation cache on.
 
+Programs are compiled with few optimisations, in the processes that tests start, too.
+"""
+
+import os
 import signal
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+from quick import QUICK
+
+# Read when the first program is compiled; what the environment says comes last, and wins.
+_FLAGS = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
 install_import_hook("mam", "beartype.beartype")
 

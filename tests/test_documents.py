@@ -194,7 +194,7 @@ def test_estimates_of_the_readme_were_measured():
 
 SCRIPTS = [
     path
-    for room in ("benchmarks", "scripts")
+    for room in ("benchmarks", "soak", "scripts")
     for path in sorted((ROOT / room).glob("*.py"))
     if not path.stem.startswith("make_golden")  # in an environment of their own, with PyTorch
 ]

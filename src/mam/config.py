@@ -53,11 +53,8 @@ class RecurrenceConfig:
     """Inner width of a state-space memory, as a multiple of d_model."""
     dt_min: float = 1e-3
     """Step sizes at initialisation are log-uniform from here …"""
-    dt_max: float = 1.0
+    dt_max: float = 0.1
     """… to here; 1 / step size is about how many environment steps a channel sums up."""
-    rotary: bool = True
-    """Turn the states of a state-space memory, each pair at its own speed: what is alike at every
-    step then cancels, and what happened once stays."""
     last_action: bool = False
     """Let agents read what they did at the step before, beside what they see."""
 

@@ -19,8 +19,9 @@ PROGRAM = Path(__file__).parents[1] / "device_program.py"
 
 
 def environment(devices=1):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
     }
 

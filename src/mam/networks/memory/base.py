@@ -15,6 +15,9 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from mam.config import NetworkConfig
 from mam.types import Action
 
+# Of the layer that adds a memory to what is seen: early learning is that of a policy without.
+OUTPUT_GAIN = 0.1
+
 
 class AbstractRecurrence(eqx.Module):
     """Reads one row per agent and environment step; what it keeps between two steps is its state.

@@ -10,8 +10,7 @@ from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
-from mam.networks.memory.base import AbstractRecurrence
-from mam.networks.memory.state_space import OUTPUT_GAIN
+from mam.networks.memory.base import OUTPUT_GAIN, AbstractRecurrence
 from mam.networks.mixers.retention import Retention
 
 HEAD_WIDTH = 16  # features of a head, at least: an agent keeps a square of them for every head

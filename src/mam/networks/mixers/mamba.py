@@ -22,7 +22,6 @@ from mam.networks.mixers.roles import (
     initial_dt_bias,
     largest_step_size,
     living,
-    rotate,
     state_space_roles,
 )
 
@@ -93,20 +92,20 @@ class SelectiveSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.A_log.shape[1], (self.conv,), dtype)
 
-    def step(self, state, inputs, C, *, reset=None, angle=None):
+    def step(self, state, inputs, C, *, reset=None):
         state = state.restarted(reset)
         conv_state, x = self.conv.step(state.conv_state[0], inputs.x)
-        features, B, C = self._select(x, C, angle)
+        features, B, C = self._select(x, C)
         dt = step_size(self.dt_proj(features))
         ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * jax.nn.silu(inputs.gate)
 
-    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False, angle=None):
+    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)
         conv_state, x = self.conv.unroll(
             before, living(inputs.x, alive), reset=reset, reverse=reverse
         )
-        features, B, C = self._select(x, C, angle)
+        features, B, C = self._select(x, C)
         y, ssm_state = gated_scan(
             x,
             features,
@@ -125,17 +124,11 @@ class SelectiveSSM(AbstractSSM):
         )
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
-    def _select(
-        self,
-        x: Float[Array, "*batch D"],
-        C: Float[Array, "*batch S"] | None,
-        angle: Float[Array, "*batch P"] | None,
-    ):
+    def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
         """Return δ, B and C, the latter the given one unless it is None."""
         dt_rank, d_state = self.dt_proj.weight.shape[0], self.A_log.shape[1]
         features, B, *own = jnp.split(self.x_proj(x), [dt_rank, dt_rank + d_state], axis=-1)
-        C = own[0] if C is None else C
-        return features, rotate(B, angle), rotate(C, angle)
+        return features, B, own[0] if C is None else C
 
 
 ROLES = state_space_roles(SelectiveSSM)

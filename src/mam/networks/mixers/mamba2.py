@@ -23,7 +23,6 @@ from mam.networks.mixers.roles import (
     initial_dt_bias,
     largest_step_size,
     living,
-    rotate,
     state_space_roles,
 )
 
@@ -105,19 +104,19 @@ class DualSSM(AbstractSSM):
     def init_state(self, batch, dtype):
         return init_ssm_state(batch, self.d_state, (self.conv, self.state_conv), dtype)
 
-    def step(self, state, inputs, C, *, reset=None, angle=None):
+    def step(self, state, inputs, C, *, reset=None):
         state = state.restarted(reset)
         conv_x, conv_BC = state.conv_state
         conv_x, x = self.conv.step(conv_x, inputs.x)
         conv_BC, BC = self.state_conv.step(conv_BC, inputs.BC)
-        B, C = self._split(BC, C, angle)
+        B, C = self._split(BC, C)
         dt = step_size(inputs.dt)
         ssm_state, y = ssd_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(
             y * jax.nn.silu(inputs.gate)
         )
 
-    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False, angle=None):
+    def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (conv_x, conv_BC) = (
             (None, (None, None)) if state is None else (state.ssm_state, state.conv_state)
         )
@@ -125,7 +124,7 @@ class DualSSM(AbstractSSM):
         conv_BC, BC = self.state_conv.unroll(
             conv_BC, living(inputs.BC, alive), reset=reset, reverse=reverse
         )
-        B, C = self._split(BC, C, angle)
+        B, C = self._split(BC, C)
         dt = step_size(inputs.dt, alive)
         rates = -jnp.exp(self.A_log)
         y, ssm_state = ssd(
@@ -135,15 +134,9 @@ class DualSSM(AbstractSSM):
             y * jax.nn.silu(inputs.gate)
         )
 
-    def _split(
-        self,
-        BC: Float[Array, "*batch F"],
-        C: Float[Array, "*batch S"] | None,
-        angle: Float[Array, "*batch P"] | None,
-    ):
+    def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):
         """Return B and C, the latter the given one unless it is None."""
-        B, C = (BC[..., : self.d_state], BC[..., self.d_state :]) if C is None else (BC, C)
-        return rotate(B, angle), rotate(C, angle)
+        return (BC[..., : self.d_state], BC[..., self.d_state :]) if C is None else (BC, C)
 
 
 ROLES = state_space_roles(DualSSM)

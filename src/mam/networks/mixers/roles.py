@@ -216,7 +216,6 @@ class AbstractSSM(eqx.Module):
         C: Float[Array, "*batch S"] | None,
         *,
         reset: Bool[Array, "*batch"] | None = None,
-        angle: Float[Array, "*batch P"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch D"]]:
         """Read the next agent.
 
@@ -225,7 +224,6 @@ class AbstractSSM(eqx.Module):
             inputs: what `project` gave for the agent.
             C: read from the agent itself if None.
             reset: True where the state counts as zero.
-            angle: turns B and C; see `rotate`.
 
         Returns:
             The state after the agent, and the output before the out-projection.
@@ -241,7 +239,6 @@ class AbstractSSM(eqx.Module):
         *,
         reset: Bool[Array, "*batch M"] | None = None,
         reverse: bool = False,
-        angle: Float[Array, "*batch M P"] | None = None,
     ) -> tuple[SSMState, Float[Array, "*batch M D"]]:
         """Read the next M agents, or M steps of one agent's time.
 
@@ -253,7 +250,6 @@ class AbstractSSM(eqx.Module):
             reset: True where a new sequence starts, such as an episode: nothing before reaches it.
             reverse: read from the last to the first; a reset separates an agent from those after
                 it.
-            angle: turns B and C; see `rotate`.
 
         Returns:
             The state after the last one read, and the outputs before the out-projection.
@@ -388,28 +384,6 @@ def init_ssm_state(
         for conv in convs
     )
     return SSMState(ssm_state=scanned, conv_state=before)
-
-
-def rotate(
-    x: Float[Array, "*batch S"], angle: Float[Array, "*batch P"] | None
-) -> Float[Array, "*batch S"]:
-    """Turn the first P entries of x, each together with one of the next P, by an angle.
-
-    Where B_j and C_i are turned by angles of their places j and i, the state's share in C_i · h is
-    that of complex states: it depends on the difference of the angles alone.
-
-    Args:
-        x: B or C.
-        angle: in radians; None: x is as it was.
-
-    Source: RoFormer (arXiv 2104.09864), §3; for state-space models Mamba-3.
-    """
-    if angle is None:
-        return x
-    pairs = angle.shape[-1]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    first, second, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
 
 
 def living(

@@ -1,6 +1,6 @@
 """A long run: does its memory grow, does anything compile again, what does the guard cost?
 
-    python benchmarks/endurance.py     # 2,000 updates with saves and logs, then the guard's share
+    python soak/endurance.py     # 2,000 updates with saves and logs, then the guard's share
 
 Memory is the resident set of the whole process, after a warm-up and at the end. Compilations are
 counted by JAX. The guard's share is measured on `mam` with the sizes of the LBF preset: train steps

@@ -1,7 +1,7 @@
 """How `mam dashboard` bears many browsers, each with a socket of its own.
 
-    python benchmarks/dashboard_clients.py [--pages 10] [--rows 10] [--browser /usr/bin/chromium]
-    python benchmarks/dashboard_clients.py --sockets 50
+    python soak/dashboard_clients.py [--pages 10] [--rows 10] [--browser /usr/bin/chromium]
+    python soak/dashboard_clients.py --sockets 50
 
 Opens pages in Chromium, appends a row to a run so many times, and waits until every page shows it;
 then cuts the pages off the network for a while and waits until they have caught up. Prints how long

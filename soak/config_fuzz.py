@@ -1,7 +1,7 @@
 """Random configurations: every valid one trains and stays finite, every invalid one is refused.
 
-    python benchmarks/config_fuzz.py              # 300 valid and 300 invalid ones, half an hour
-    python benchmarks/config_fuzz.py --valid 5 --invalid 50 --policies mam2
+    python soak/config_fuzz.py              # 300 valid and 300 invalid ones, half an hour
+    python soak/config_fuzz.py --valid 5 --invalid 50 --policies mam2
 
 A valid one takes two updates, every fifth an evaluation too, on a probe environment, compiled with
 few optimisations. An invalid one has a single setting that is wrong; `mam train` must answer with

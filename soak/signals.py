@@ -4,8 +4,8 @@ Starts a small run over and over, sends it a signal after so many seconds, and l
 ended. What cannot be caught is the time before Python runs the first line of ours, long on a busy
 machine: seconds count from there.
 
-    python benchmarks/signals.py OUT                   # 20 moments from 0 to 6 s, every signal
-    python benchmarks/signals.py OUT --moments 5 --until 3
+    python soak/signals.py OUT                   # 20 moments from 0 to 6 s, every signal
+    python soak/signals.py OUT --moments 5 --until 3
 """
 
 import argparse

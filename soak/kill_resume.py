@@ -1,8 +1,8 @@
 """Kills runs at random moments, resumes them, and compares every byte with undisturbed runs.
 
-    python benchmarks/kill_resume.py          # 120 kills over mam, mat and mappo, half an hour
-    python benchmarks/kill_resume.py --policies mappo --kills 3
-    python benchmarks/kill_resume.py --policies rec_ippo --env kill_resume:Parallel    # in workers
+    python soak/kill_resume.py          # 120 kills over mam, mat and mappo, half an hour
+    python soak/kill_resume.py --policies mappo --kills 3
+    python soak/kill_resume.py --policies rec_ippo --env kill_resume:Parallel    # in workers
 
 Every third kill waits until a save is being written; the others strike anywhere, also while the
 program starts. Each run is `mam train` as a user starts it, killed by SIGKILL, and resumed until it
