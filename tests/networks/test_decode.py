@@ -218,10 +218,9 @@ def make_observation():
 
 
 def act(policy, key, greedy):
-    reset = jnp.zeros(len(ALIVE), bool)
-    return policy.act(
-        (), make_observation(), reset, jax.random.split(key, len(ALIVE)), greedy=greedy
-    )[1]
+    memory, reset = policy.init_memory((len(ALIVE),)), jnp.zeros(len(ALIVE), bool)
+    keys = jax.random.split(key, len(ALIVE))
+    return policy.act(memory, make_observation(), reset, keys, greedy=greedy)[1]
 
 
 @jax.jit
@@ -232,9 +231,9 @@ def act_and_evaluate(policies, key):
         for policy in policies
     ]
     sampled = outputs[-1]["sampled"]
-    reset = jnp.zeros(len(ALIVE), bool)
+    memory, reset = policies[-1].init_memory((len(ALIVE),)), jnp.zeros(len(ALIVE), bool)
     return outputs, policies[-1].evaluate(
-        (), make_observation(), sampled.action, sampled.order, reset
+        memory, make_observation(), sampled.action, sampled.order, reset
     )
 
 
