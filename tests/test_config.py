@@ -249,7 +249,7 @@ def nested(key, value):
             for value in (0, -1, 3, 256)
         ),
         *(
-            ("network.recurrence.dt_min", value, "must be positive and at most dt_max = 1.0")
+            ("network.recurrence.dt_min", value, "must be positive and at most dt_max = 0.1")
             for value in (0.0, 2.0)
         ),
     ],

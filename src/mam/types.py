@@ -272,21 +272,13 @@ class Policy(Protocol):
         """
         ...
 
-    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent.
-
-        Args:
-            memory: after step t − 1.
-            obs: what is seen at step t, of the same episode: it is not its first step.
-        """
-        ...
-
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the state values of what followed every step of a rollout, from one memory.
 
-        Equals `value(memory after step t, successor at t)`; axes are those of `evaluate`.
+        Equals what `act` says of the successor at t with the memory after step t; axes are those of
+        `evaluate`.
 
         Args:
             memory: what it was before the first step, without the time axis.

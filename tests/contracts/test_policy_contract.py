@@ -41,7 +41,9 @@ NAMES = list(policies())
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one."""
     policy, _, last_action = name.partition("-")
-    return policy, replace(config, recurrence=RecurrenceConfig(last_action=bool(last_action)))
+    # A convolution of two steps: that is how many the memory has seen where it is asked.
+    recurrence = RecurrenceConfig(d_conv=2, last_action=bool(last_action))
+    return policy, replace(config, recurrence=recurrence)
 
 
 WITH_MEMORY = [
@@ -199,7 +201,6 @@ def run_all(policy, obs, key):
     _, greedy = policy.act(memory, obs, jnp.zeros(key.shape, bool), key, greedy=True)
     return act_then_evaluate(policy, obs, key) | {
         "greedy": greedy,
-        "value": policy.value(memory, obs),
     }
 
 
@@ -279,7 +280,7 @@ def assert_repeated(result):
 @every_case
 def test_the_value_is_one_whoever_asks(name, kind):
     result = results(name, "team", kind)
-    for value in (result["value"], result["greedy"].value):
+    for value in (result["evaluated"].value, result["greedy"].value):
         np.testing.assert_allclose(value, result["sampled"].value, rtol=1e-5, atol=1e-5)
 
 
@@ -292,7 +293,12 @@ def in_new_units(policy, obs, target):
     )
     first = policy.update_values(target, obs.alive)
     second = first.update_values(100 * target - 1000, obs.alive)
-    return first.value(memory, obs), second.value(memory, obs), second.network.value(memory, obs)
+    keys = jax.random.split(jax.random.key(0), NUM_ENVS)
+
+    def value(policy):
+        return policy.act(memory, obs, jnp.zeros(NUM_ENVS, bool), keys)[1].value
+
+    return value(first), value(second), value(second.network)
 
 
 @every_policy
@@ -309,15 +315,18 @@ def test_new_units_of_value_change_no_value(name):
 @jax.jit
 def act_and_evaluate(policy, obs, reset, keys, successor):
     """Acting step by step, from a memory that is not blank; all steps at once; and `value`."""
-    start = jax.tree.map(lambda leaf: leaf + 0.5, policy.init_memory(reset.shape[1:]))
+    start = jax.tree.map(
+        lambda leaf: leaf + 0.5 if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf,
+        policy.init_memory(reset.shape[1:]),
+    )
 
     def step(memory, inputs):
         obs, reset, key, successor = inputs
         after, output = policy.act(memory, obs, reset, key)
         return after, {
             "act": output,
-            "value": policy.value(memory, obs),
-            "next_value": policy.value(after, successor),
+            "value": policy.act(memory, obs, jnp.zeros_like(reset), key)[1].value,
+            "next_value": policy.act(after, successor, jnp.zeros_like(reset), key)[1].value,
         }
 
     _, steps = jax.lax.scan(step, start, (obs, reset, keys, successor))
@@ -380,7 +389,7 @@ def test_a_value_continues_the_episode(name):
 
 @over_time
 def test_successors_are_valued_without_a_stored_memory(name):
-    """`value` with the memory after every step, whether the episode goes on or not."""
+    """By the memory after every step, whether the episode goes on or not."""
     _, _, steps, _, next_value = play(name)
     np.testing.assert_allclose(
         next_value, steps["next_value"], rtol=1e-5, atol=5e-5

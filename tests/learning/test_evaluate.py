@@ -71,9 +71,6 @@ class Scripted(eqx.Module):
     def evaluate(self, memory, obs, action, order, reset):
         raise NotImplementedError
 
-    def value(self, memory, obs):
-        raise NotImplementedError
-
     def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 

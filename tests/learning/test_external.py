@@ -110,9 +110,6 @@ class Counter(eqx.Module):
     def evaluate(self, memory, obs, action, order, reset):
         raise NotImplementedError
 
-    def value(self, memory, obs):
-        raise NotImplementedError
-
     def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 

@@ -176,9 +176,11 @@ def test_statistics_go_with_the_weights_to_another_number_of_agents(name, state_
 def successor_values_and_values(policy, obs, successor):
     """What follows one step, and the value of it with the memory after the step."""
     memory, reset = policy.init_memory((B,)), jnp.ones(B, bool)
-    after, output = policy.act(memory, obs, reset, jax.random.split(jax.random.key(1), B))
+    keys = jax.random.split(jax.random.key(1), B)
+    after, output = policy.act(memory, obs, reset, keys)
     steps = jax.tree.map(lambda x: x[None], (obs, output.action, reset, successor))
-    return policy.successor_values(memory, *steps)[0], policy.value(after, successor)
+    later = policy.act(after, successor, jnp.zeros(B, bool), keys)[1].value
+    return policy.successor_values(memory, *steps)[0], later
 
 
 def test_successors_are_valued_in_the_same_units_as_everything_else():

@@ -90,9 +90,6 @@ class Counter(eqx.Module):
         value = jnp.broadcast_to(count[..., None], action.shape).astype(float)
         return Evaluation(log_prob, jnp.zeros_like(log_prob), value)
 
-    def value(self, memory, obs):
-        raise NotImplementedError
-
     def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 

@@ -34,9 +34,6 @@ class Learner(eqx.Module):
     def act(self, memory, obs, reset, key, *, greedy=False):
         raise NotImplementedError
 
-    def value(self, memory, obs):
-        raise NotImplementedError
-
     def successor_values(self, memory, obs, action, reset, successor):
         raise NotImplementedError
 

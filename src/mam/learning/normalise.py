@@ -213,15 +213,6 @@ class NormalisedPolicy(eqx.Module):
         )
         return replace(evaluation, value=self.restore_value(evaluation.value))
 
-    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent, in units of reward.
-
-        Args:
-            memory: the network's, after the step before.
-            obs: in the environment's units; goes on with the episode of `memory`.
-        """
-        return self.restore_value(self.network.value(memory, self.statistics.normalise(obs)))
-
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:

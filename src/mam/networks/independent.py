@@ -92,7 +92,7 @@ class Tower(eqx.Module):
 
         Args:
             view: what it reads.
-            out_dim: A, numbers put out for an agent.
+            out_dim: O, numbers put out for an agent.
             distribution: of an agent's actions.
             config: of the network.
             key: of the weights.
@@ -124,7 +124,7 @@ class Tower(eqx.Module):
 
     def unroll(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], action: Action
-    ) -> Float[Array, "*batch N A"]:
+    ) -> Float[Array, "*batch N O"]:
         """Return the outputs of T steps, of which `memory` is what it was before the first.
 
         Args:
@@ -137,7 +137,7 @@ class Tower(eqx.Module):
 
     def successors(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
-    ) -> Float[Array, "*batch N A"]:
+    ) -> Float[Array, "*batch N O"]:
         """Return the outputs for what followed each step, from one memory.
 
         Args:
@@ -250,11 +250,6 @@ class IndependentPolicy(eqx.Module):
             entropy=self.distribution.entropy(out, obs.action_mask),
             value=self.critic.unroll(memory.critic, obs, reset, action)[..., 0],
         )
-
-    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent; see `mam.types.Policy`."""
-        going_on = jnp.zeros(obs.alive.shape[:-1], bool)
-        return self.critic.step(memory.critic, obs, going_on)[1][..., 0]
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation

@@ -204,12 +204,6 @@ class SequencePolicy(eqx.Module):
             value=_rows(encoded.value, by_agent),
         )
 
-    def value(self, memory: Memory, obs: Observation) -> Float[Array, "*batch N"]:
-        """Return the state value per agent, from the encoder alone; see `mam.types.Policy`."""
-        going_on = jnp.zeros(obs.alive.shape[:-1], bool)
-        _, x = self.memory.step(memory.agents, self.embed(obs), going_on)
-        return self._value(memory.encoder, x, obs.alive, going_on)[1]
-
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:

@@ -10,10 +10,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.types import Action
+
+Actions = Int[Array, "..."] | Float[Array, "T *batch N A"]  # of T steps
 
 # Of the layer that adds a memory to what is seen: early learning is that of a policy without.
 OUTPUT_GAIN = 0.1
@@ -62,7 +64,7 @@ class AbstractRecurrence(eqx.Module):
         state: PyTree,
         x: Float[Array, "T *batch N E"],
         reset: Bool[Array, "T *batch"],
-        action: Action,
+        action: Actions,
     ) -> tuple[PyTree, Float[Array, "T *batch N E"]]:
         """Return the state after T steps, and the outputs of all of them.
 
@@ -103,7 +105,7 @@ def unroll_successors(
     state: PyTree,
     x: Float[Array, "T *batch N E"],
     reset: Bool[Array, "T *batch"],
-    action: Action,
+    action: Actions,
     successor: Float[Array, "T *batch N E"],
 ) -> Float[Array, "T *batch N E"]:
     """Read what followed every step, each from the state after it.

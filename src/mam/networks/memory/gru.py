@@ -7,8 +7,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import Dense
-from mam.networks.memory.base import AbstractRecurrence
-from mam.types import Action
+from mam.networks.memory.base import AbstractRecurrence, Actions
 
 
 class GRU(AbstractRecurrence):
@@ -47,7 +46,7 @@ class GRU(AbstractRecurrence):
         state: Float[Array, "*batch N E"],
         x: Float[Array, "T *batch N E"],
         reset: Bool[Array, "T *batch"],
-        action: Action,
+        action: Actions,
     ) -> tuple[Float[Array, "*batch N E"], Float[Array, "T *batch N E"]]:
         """Return the last state and all outputs; the inputs' share of the gates is one product."""
 
