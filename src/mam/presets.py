@@ -282,7 +282,7 @@ def probe_tmaze_50() -> Config:
         env="probe/tmaze-50",
         total_timesteps=500_000,
         network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
-        ppo=replace(short.ppo, lr=1e-3, rollout_length=128, num_minibatches=8),
+        ppo=replace(short.ppo, lr=2e-3, rollout_length=128, num_minibatches=8, ent_coef=0.003),
         eval=EvalConfig(num_evaluations=20, num_episodes=128),
     )
 
