@@ -43,7 +43,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
-    """Memory over environment steps, where `network.memory` names one."""
+    """Memory over environment steps, where `network.memory` or the policy names one."""
 
     d_state: int = 16
     """State size per inner channel of a state-space memory."""
