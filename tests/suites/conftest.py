@@ -56,7 +56,7 @@ def draw(path, leaf):
     names = [getattr(key, "name", "") for key in path]
     if "statistics" in names:
         return jnp.full(leaf.shape, 1.0 if names[-1] == "var" else 0.0, leaf.dtype)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating) or {"mu", "nu", "memory"} & {*names}:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or {"mu", "nu", "actors"} & {*names}:
         return jnp.zeros(leaf.shape, leaf.dtype)
     centre = 1.0 if names[-1] == "scale" else 0.0
     return jnp.asarray(np.random.default_rng(leaf.size).normal(centre, 0.3, leaf.shape), leaf.dtype)
