@@ -70,6 +70,22 @@ def installed_version(name: str) -> str | None:
     return None
 
 
+def load_entry_point(kind: str, point: metadata.EntryPoint) -> Any:
+    """Return what an installed package adds under an entry point.
+
+    Args:
+        kind: of thing it is to be.
+        point: the entry point.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the {kind} {point.name} cannot be imported: {error}") from error
+
+
 def missing_extra(who: str, needs: str, extra: str) -> UserError:
     """Return the error that `who` needs a package `needs`, which the `extra` installs."""
     return UserError(f'{who} needs {needs}: pip install "{DISTRIBUTION}[{extra}]"')

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from mam.config import Config
-from mam.errors import UserError, unknown_name
+from mam.errors import load_entry_point, unknown_name
 from mam.runs.files import open_regular
 
 RETURN = "episode_return"  # the metric every environment reports
@@ -446,7 +446,4 @@ def find_sink(name: str) -> OpenSink:
     installed = entry_points(group=GROUP)
     if name not in installed.names:
         raise unknown_name("sink", name, [*SINKS, *sorted(installed.names)], see="mam train --help")
-    try:
-        return installed[name].load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"the sink {name} cannot be imported: {error}") from error
+    return load_entry_point("sink", installed[name])

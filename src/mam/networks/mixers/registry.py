@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from mam.errors import UserError, shown
+from mam.errors import UserError, load_entry_point, shown
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ def mixer_families() -> Mapping[str, MixerFamily]:
 @cache
 def _add_installed() -> None:
     for point in entry_points(group=GROUP):
-        try:
-            family = point.load()
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"the mixer {point.name} cannot be imported: {error}") from error
+        family = load_entry_point("mixer", point)
         if not isinstance(family, MixerFamily):
             raise UserError(f"the mixer {point.name} must be a MixerFamily, got {shown(family)}")
         add_family(point.name, family)
