@@ -1,4 +1,4 @@
-"""What all probes share."""
+"""The base of all probes."""
 
 import abc
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mam.types import Environment, Observation
 
 
 class CueState(eqx.Module):
-    """What each agent is to answer, and how far the episode has come."""
+    """The answer that is asked of each agent, and how far the episode has come."""
 
     cue: Int[Array, "N"] | Int[Array, "N K"]
     step_count: Int[Array, ""]
@@ -20,7 +20,7 @@ class CueState(eqx.Module):
 
 @dataclass(frozen=True)
 class Probe(Environment, abc.ABC):
-    """What the probes share."""
+    """A tiny task with known best and random returns; all actions are legal, all agents alive."""
 
     num_agents: int
 

@@ -276,7 +276,7 @@ class Components(Probe):
 
 
 class RecallState(eqx.Module):
-    """Who is asked for what, and how far the episode has come."""
+    """The keys that agents hold and are asked for, and how far the episode has come."""
 
     own_key: Int[Array, "N"]
     asked_key: Int[Array, "N"]

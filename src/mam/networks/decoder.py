@@ -29,7 +29,7 @@ class Context(eqx.Module):
 
 
 class Past(eqx.Module):
-    """What a decoder knows at the beginning of environment steps."""
+    """The knowledge of a decoder at the beginning of environment steps."""
 
     memory: tuple[DecoderState, ...]  # of every block, after the step before
     alive: Bool[Array, "*batch N"]  # the agents of the steps, the dead last

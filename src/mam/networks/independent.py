@@ -35,7 +35,7 @@ from mam.types import (
 
 
 class GlobalView(eqx.Module):
-    """What an agent sees and what there is to know: x_i = LN(GELU(embed(o_i) + W s)).
+    """The view of an agent beside the global state: x_i = LN(GELU(embed(o_i) + W s)).
 
     s is the environment's global state; where it gives none, the embedded observations of all
     agents side by side, zeros for the dead.
@@ -152,7 +152,7 @@ class Tower(eqx.Module):
 
 
 class ActorCriticMemory(eqx.Module):
-    """What actor and critic remember; nothing if they have no memory."""
+    """The memories of actor and critic, empty if they have none."""
 
     actor: PyTree
     critic: PyTree

@@ -77,7 +77,7 @@ class Layout:
 
 
 class SequenceMemory(eqx.Module):
-    """What is remembered: by every agent itself, and by the mixers of all agents."""
+    """The memories of a sequence policy: every agent's own, and those of the mixers."""
 
     agents: PyTree
     encoder: EncoderMemory

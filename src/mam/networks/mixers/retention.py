@@ -3,6 +3,7 @@
 Source: Sable (arXiv 2410.01706), §3 and its published code.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import equinox as eqx
@@ -212,9 +213,7 @@ class CausalRetention(AbstractCausalMixer):
 
 def with_query(inputs: RetentionInputs, query: Array | None) -> RetentionInputs:
     """Return `inputs` with the query of the second sequence, if it gives one."""
-    if query is None:
-        return inputs
-    return RetentionInputs(query, inputs.key, inputs.value, inputs.gate)
+    return inputs if query is None else replace(inputs, query=query)
 
 
 ROLES = Roles(

@@ -27,7 +27,7 @@ from mam.networks.mixers.retention import (
 
 
 class StepMemory(eqx.Module):
-    """What goes from one environment step to the next."""
+    """The memory of a mixer: the state after an environment step, and the count of steps."""
 
     state: Float[Array, "*batch H F F"]
     num_steps: Float[Array, "*batch"]  # of the episode so far
@@ -62,7 +62,7 @@ class FullRetentionOverTime(AbstractMixer):
 
 
 class StepState(eqx.Module):
-    """What the agents of one environment step read, and leave to the next step."""
+    """The state of a mixer among the agents of one environment step."""
 
     memory: StepMemory  # with the agents so far, and with this step in its number of steps
     position: RetentionInputs  # the step's, projected

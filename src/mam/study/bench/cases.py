@@ -138,10 +138,10 @@ def _decode(name: str, cell: Cell, *, decode: DecodeMethod = "sequential") -> Ca
     noise = normal(cell.batch, cell.num_agents, NUM_ACTIONS, seed=1)
 
     def choose(policy: Any, obs_rep: Array, noise: Array) -> Any:
-        ahead = DecodeInputs(
+        inputs = DecodeInputs(
             context=policy.decoder.read(obs_rep), mask=jnp.ones(noise.shape, bool), noise=noise
         )
-        return decide(policy.decoder, policy.distribution, ahead, decoding)
+        return decide(policy.decoder, policy.distribution, inputs, decoding)
 
     return Candidate(
         choose, (policy, obs_rep, noise), baseline="mat", parameters=count(policy.decoder)
@@ -168,11 +168,11 @@ def _update(name: str, cell: Cell, **changes: Any) -> Candidate:
     )
 
 
-def _update_matched(name: str, baseline_policy: str, cell: Cell) -> Candidate:
-    """Build one gradient step of a policy with as many parameters as the baseline_policy has."""
+def _update_matched(name: str, other: str, cell: Cell) -> Candidate:
+    """Build one gradient step of a policy with as many parameters as another policy has."""
     spec = synthetic_task(cell.num_agents)
     config = matched_sizes(
-        name, spec, cell.network, count(policy_shapes(baseline_policy, spec, cell.network))
+        name, spec, cell.network, count(policy_shapes(other, spec, cell.network))
     )
     return replace(_update(name, replace(cell, network=config)), note=f"d_model {config.d_model}")
 
