@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ class Step:
     parts: tuple[
         str, ...
     ] = ()  # what is compiled apart, before it is timed; none if it is not timed
+    flags: str = ""  # XLA's
 
 
 # --- Kernels against float64 ----------------------------------------------------------------------
@@ -248,8 +249,8 @@ def check_decode(short: bool) -> list[Row]:
     return rows
 
 
-def check_policy(short: bool) -> list[Row]:
-    """Whole policies: acting's log-probabilities against the learner's, both against float64."""
+def check_policy(name: str, short: bool) -> list[Row]:
+    """A whole policy: acting's log-probabilities against the learner's, both against float64."""
     import jax
 
     from mam.config import NetworkConfig
@@ -257,7 +258,7 @@ def check_policy(short: bool) -> list[Row]:
 
     sizes = NetworkConfig(d_model=64, d_state=16)
 
-    def measure(name, num_agents, precision):
+    def measure(num_agents, precision):
         spec = synthetic_task(num_agents)
         policy: Any = random_policy(name, spec, sizes)
         batch = 4 if short else 256
@@ -265,7 +266,7 @@ def check_policy(short: bool) -> list[Row]:
         memory = policy.init_memory((batch,))
         keys = jax.random.split(jax.random.key(0), batch)
 
-        def learner(policy, obs, action, order):
+        def learner(policy, memory, obs, action, order):
             evaluation = policy.evaluate(
                 memory, *jax.tree.map(lambda x: x[None], (obs, action, order)), reset[None]
             )
@@ -275,24 +276,17 @@ def check_policy(short: bool) -> list[Row]:
             _, output = jax.jit(lambda policy, *args: policy.act(*args))(
                 policy, memory, obs, reset, keys
             )
-            learned = jax.jit(learner)(policy, obs, output.action, output.order)
-        exact = in_float64(learner, policy, obs, output.action, output.order)
+            learned = jax.jit(learner)(policy, memory, obs, output.action, output.order)
+        exact = in_float64(learner, policy, memory, obs, output.action, output.order)
         ratio = np.max(np.abs(np.asarray(output.log_prob - learned["log_prob"])))
         far = {f"{key} against float64": value for key, value in errors(learned, exact).items()}
         return {"act − evaluate": float(ratio), **far}
 
     rows = []
-    for name in ("mam", "mam2", "mat", "mappo"):
-        for n in (3,) if short else (4, 32):
-            for precision in ("default", "highest"):
-                tolerance = 1e-4 if precision == "highest" else 1e-2
-                rows.append(
-                    judged(
-                        f"policy {name} N {n} {precision}",
-                        tolerance,
-                        partial(measure, name, n, precision),
-                    )
-                )
+    for n in (3,) if short else (4, 32):
+        for precision, tolerance in (("highest", 1e-4), ("default", 1e-2)):
+            label = f"policy {name} N {n} {precision}"
+            rows.append(judged(label, tolerance, partial(measure, n, precision)))
     return rows
 
 
@@ -386,8 +380,104 @@ def train_step(task: str, short: bool, part: str | None) -> list[Row]:
     return rows
 
 
-def profile(config: Any, calls: int) -> Row:
-    """Seconds of one train step and of its parts."""
+def compile_time(name: str, task: str, short: bool) -> list[Row]:
+    """One train step: how long it compiles, under this step's flags, and how long it runs."""
+    from mam.config import Config, NetworkConfig, PPOConfig
+
+    network = NetworkConfig(d_model=64, num_blocks=1, d_state=16)
+    ppo = PPOConfig(num_envs=1024, rollout_length=128, num_epochs=4, num_minibatches=4)
+    if short:
+        network = NetworkConfig(d_model=16, d_state=4)
+        ppo = PPOConfig(num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=1)
+    config = Config(policy=name, env=task, network=network, ppo=ppo)
+    return [{"policy": name, "task": task, **profile(config, 3, parts=False)}]
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Nobody else of this run measures meanwhile, though others may compile."""
+    import fcntl
+
+    with Path(OUT, "alone").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def scan_chunks(short: bool) -> list[Row]:
+    """Agents in one unrolled chunk of the scan: seconds to compile, and to run both ways."""
+    import jax
+    import jax.numpy as jnp
+
+    from mam.kernels.cuda import scan
+
+    def both_ways(arguments, reset, gradients):
+        def run(x, dt, B, C, A, h0):
+            return scan.scan_kernel(
+                x, dt, B, C, A, reset, h0, reverse=False, interpret=jax.default_backend() == "cpu"
+            )
+
+        return jax.vjp(run, *arguments)[1](gradients)
+
+    rows = []
+    for n in (9,) if short else (4, 32, 1024):
+        inputs = scan_inputs(4 if short else 131_072 // n, n, 128, 16, jnp.float32)
+        for chunk in (8, 4, 2):
+            scan.CHUNK = chunk
+            jax.clear_caches()
+            start = time.perf_counter()
+            compiled = jax.jit(both_ways).lower(*inputs).compile()
+            row = {"N": n, "chunk": chunk, "compile_s": time.perf_counter() - start}
+            with alone():
+                row["ms"] = 1e3 * seconds_of(lambda: compiled(*inputs), 20)  # noqa: B023
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def where_time_goes(what: str, name: str, short: bool) -> list[Row]:
+    """The GPU's kernels of an update of 131,072 agents, or of a rollout: the longest, added up."""
+    import jax
+
+    from mam.config import NetworkConfig
+    from mam.study.bench.cases import cases
+    from mam.study.bench.measure import Cell
+
+    network = NetworkConfig(d_model=64, d_state=16)
+    batch = 8 if short else 32_768 if what == "update" else 256
+    candidate = cases()[what].candidates[name](Cell(4, batch, network))
+    compiled = jax.jit(candidate.function).lower(*candidate.args).compile()
+    jax.block_until_ready(compiled(*candidate.args))
+    folder = Path(OUT, f"profile-{what}-{name}")
+    calls = 3
+    with alone():
+        seconds = seconds_of(lambda: compiled(*candidate.args))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(calls):
+                jax.block_until_ready(compiled(*candidate.args))
+    total: dict[str, list[float]] = {}
+    for file in folder.rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            if not plane.name.startswith("/device:" if not short else "/host:CPU"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream") or short:
+                    for event in line.events:
+                        total.setdefault(event.name, []).append(event.duration_ns)
+    longest = sorted(total.items(), key=lambda item: -sum(item[1]))
+    rows: list[Row] = [
+        {"total_ms": 1e3 * seconds, "kernels": sum(map(len, total.values())) / calls}
+    ]
+    rows[0]["kernels_ms"] = 1e-6 * sum(map(sum, total.values())) / calls
+    return rows + [
+        {"ms": 1e-6 * sum(times) / calls, "times": len(times) / calls, "kernel": kernel[:90]}
+        for kernel, times in longest[:40]
+    ]
+
+
+def profile(config: Any, calls: int, *, parts: bool = True) -> Row:
+    """Seconds of one train step and, where asked, of its parts."""
     import jax
     import jax.numpy as jnp
 
@@ -417,10 +507,12 @@ def profile(config: Any, calls: int) -> Row:
 
         return jax.lax.scan(step, (env_state, mask), jax.random.split(key, ppo.rollout_length))[1]
 
-    environment = seconds_of(
-        lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls
-    )
-    acting = seconds_of(lambda: act(policy, actors, key), calls)
+    environment = acting = float("nan")
+    if parts:
+        environment = seconds_of(
+            lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls
+        )
+        acting = seconds_of(lambda: act(policy, actors, key), calls)
     start = time.perf_counter()
     step = trainer.train_step.lower(state).compile()
     compile_s = time.perf_counter() - start
@@ -430,7 +522,8 @@ def profile(config: Any, calls: int) -> Row:
         holder[0], values = step(holder[0])
         return values
 
-    total = seconds_of(whole, calls)
+    with alone():
+        total = seconds_of(whole, calls)
     return {
         "steps_per_s": round(config.steps_per_update / total),
         "total_ms": 1e3 * total,
@@ -443,8 +536,17 @@ def profile(config: Any, calls: int) -> Row:
 
 TASKS = ("rware/tiny-4ag", "smax/2s3z", "lbf/2s-8x8-2p-2f-coop")
 POLICIES = ("mam", "mam2", "mat", "mappo")
+CHECKED = (*POLICIES, "ff_sable", "sable", "rec_mam", "rec_mam2", "rec_mat")
 ACTING = ("mam", "mam2", "mat", "mam-kernel", "mam2-kernel", "mam-fixed-point")
 OUT = "gpu"
+FAST_COMPILE = "--xla_gpu_autotune_level=0"
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true"
+VARIANTS = {
+    "default": "",
+    "autotune-0": FAST_COMPILE,
+    "no-triton-gemm": "--xla_gpu_enable_triton_gemm=false",
+    "graphs": GRAPHS,
+}
 PREPARING = 0.55  # the share of the time that compiling may take
 MIN_SECONDS = 10.0  # a step is not begun with less
 
@@ -458,7 +560,7 @@ def steps() -> dict[str, Step]:
     return {
         "check-scan": Step(check_scan, 200),
         "check-decode": Step(check_decode, 200),
-        "check-policy": Step(check_policy, 200),
+        **{f"check-{name}": Step(partial(check_policy, name), 200) for name in CHECKED},
         "ceilings": Step(ceilings, 30, ("",)),
         "bench-act": measured("act", ACTING, 60),
         "bench-update": measured("update", ("mam", "mam-xla", "mam2", "mat"), 60),
@@ -468,6 +570,18 @@ def steps() -> dict[str, Step]:
             for task in TASKS
         },
         "bench-decode": measured("decode", ACTING, 60),
+        **{
+            f"compile-{variant}": Step(
+                partial(compile_time, "mam", "rware/tiny-4ag"), 240, flags=flags
+            )
+            for variant, flags in VARIANTS.items()
+        },
+        "compile-rec-mam": Step(
+            partial(compile_time, "rec_mam", "rware/tiny-4ag"), 240, flags=FAST_COMPILE
+        ),
+        "chunks": Step(scan_chunks, 240),
+        "profile-update": Step(partial(where_time_goes, "update", "mam"), 240, flags=FAST_COMPILE),
+        "profile-train": Step(partial(where_time_goes, "train", "mam"), 240, flags=FAST_COMPILE),
     }
 
 
@@ -478,7 +592,9 @@ def run_step(
     result, log = (out / f"{name}{f'-{part}' * bool(part)}{end}" for end in (".json", ".log"))
     command = [sys.executable, __file__, "--out", str(out), "--step", name, *["--short"] * short]
     command += ["--part", part] if part else []
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {steps()[name].flags}".strip()
     environment = os.environ | {
+        "XLA_FLAGS": flags,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(out / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

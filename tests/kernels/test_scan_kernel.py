@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from mam.kernels.cuda import scan as kernel_module
-from mam.kernels.cuda.scan import CHUNK, kernel_supports, scan_kernel
+from mam.kernels.cuda.scan import CHUNK, SHORT, kernel_supports, scan_kernel
 
 IGNORE_DEPRECATION = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated"
@@ -86,11 +86,11 @@ def assert_close(actual, expected, tolerance):
         (1, 16, 4, False, True, True),
         (2, 16, 4, True, False, False),
         (3, 8, 16, False, True, False),
-        (CHUNK, 16, 4, True, True, True),
-        (CHUNK + 1, 16, 4, False, False, True),
-        (2 * CHUNK + 3, 16, 4, False, True, True),
-        (2 * CHUNK + 3, 16, 4, True, True, True),
-        (CHUNK // 2 + 1, 24, 64, True, True, False),  # three tiles, and chunks of half the length
+        (SHORT, 16, 4, True, True, True),
+        (SHORT + 1, 16, 4, False, False, True),
+        (2 * SHORT + 3, 16, 4, False, True, True),
+        (2 * SHORT + 3, 16, 4, True, True, True),
+        (CHUNK + 1, 24, 64, True, True, False),  # three tiles, and more than one chunk
     ],
 )
 def test_values_and_gradients_equal_the_loop(n, d, s, reverse, has_state, has_reset):
@@ -110,7 +110,7 @@ def test_several_sequences_per_program(monkeypatch):
 
 def test_bfloat16():
     """Arithmetic and states are in float32: only what is read and written is rounded."""
-    arguments, reset = make_arguments(0, 2, CHUNK + 2, 16, 4, jnp.bfloat16)
+    arguments, reset = make_arguments(0, 2, SHORT + 2, 16, 4, jnp.bfloat16)
     actual, expected = (compiled(scan, False, arguments, reset) for scan in (kernel, loop))
     assert [g.dtype for g in actual[1][:4]] == [jnp.bfloat16] * 4
     assert_close(actual[0][1], expected[0][1], 1e-5)
@@ -118,7 +118,7 @@ def test_bfloat16():
 
 
 def test_gradient_through_the_final_state_only():
-    arguments, _ = make_arguments(0, 2, CHUNK + 1, 16, 4)
+    arguments, _ = make_arguments(0, 2, SHORT + 1, 16, 4)
 
     def loss(scan, arguments):
         *xs, h0 = arguments
@@ -169,9 +169,9 @@ def test_mapped_over_seeds_inside_a_loop():
     assert_close(gradients(kernel)(stacked, reset), gradients(loop)(stacked, reset), 1e-5)
 
 
-@pytest.mark.parametrize("n", [CHUNK, CHUNK + 1, 3 * CHUNK])
-def test_one_state_is_kept_per_chunk(n):
-    """The first chunk starts from h0, so one of N = CHUNK keeps none."""
+@pytest.mark.parametrize(("n", "chunks"), [(SHORT, 0), (SHORT + 1, 2), (3 * CHUNK, 2)])
+def test_one_state_is_kept_per_chunk(n, chunks):
+    """The first chunk starts from h0, and a short sequence is no more than it."""
     arguments, reset = make_arguments(0, 2, n, 16, 4)
 
     def residuals(*arguments):
@@ -181,7 +181,7 @@ def test_one_state_is_kept_per_chunk(n):
 
     kept = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, *arguments)))
     states = kept - reset.size - sum(v.size for v in arguments)
-    assert states == (n - 1) // CHUNK * arguments[-1].size
+    assert states == chunks * arguments[-1].size
 
 
 def lower_for_cuda(m, n, d, s, dtype=jnp.float32, seeds=None, has_reset=False, **options):

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from mam.config import EvalConfig
 from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.runs import loop
@@ -328,6 +329,21 @@ def test_progress_gives_the_terminal_back(fail):
     assert 0 <= hidden < shown
     assert "compiled the update in" in text
     assert "return 0.750 ± 0.354" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "played"),
+    [
+        (EvalConfig(), "32 episodes, sampled and greedy"),
+        (EvalConfig(greedy=True), "32 episodes, greedy and sampled"),
+        (EvalConfig(num_episodes=8, both_modes=False), "8 episodes, sampled…"),
+    ],
+)
+def test_an_evaluation_says_how_it_plays(settings, played):
+    out = io.StringIO()
+    with Progress(1000, num_seeds=1, console=Console(file=out)) as progress:
+        progress.evaluating(settings)
+    assert played in out.getvalue()
 
 
 def test_seconds_of_compilation_do_not_slow_the_speed_shown(monkeypatch):

@@ -380,7 +380,7 @@ def run(
         while not loop.agreed(stop):
             begun = time.monotonic()
             if config.evaluate_after(loop.update) and loop.evaluated < loop.update:
-                progress.evaluating(config.eval.num_episodes)
+                progress.evaluating(config.eval)
                 state = loop.evaluate(state, stop)
             elif loop.update < config.num_updates:
                 state = loop.train(state, stop)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from mam.config import Config
+from mam.config import Config, EvalConfig
 from mam.errors import load_entry_point, unknown_name
 from mam.runs.files import open_regular
 
@@ -340,9 +340,11 @@ class Progress:
         self._compile_seconds += seconds
         self.log(f"compiled {what} in {seconds:.1f} s")
 
-    def evaluating(self, num_episodes: int) -> None:
+    def evaluating(self, settings: EvalConfig) -> None:
         """Say that an evaluation runs; where nothing is live, the first time."""
-        what = f"evaluating: {num_episodes} episodes, sampled and greedy…"
+        modes = ("greedy", "sampled") if settings.greedy else ("sampled", "greedy")
+        played = " and ".join(modes if settings.both_modes else modes[:1])
+        what = f"evaluating: {settings.num_episodes} episodes, {played}…"
         if self._live:
             self._bar.update(self._task, description=what)
         elif not self._evaluated:

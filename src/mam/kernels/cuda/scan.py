@@ -6,9 +6,8 @@ ones) and tile. With S minor, Triton gives each thread 4 channels × 4 states, s
 either need few shuffles and no warp waits for another.
 
 For the backward pass the inputs are kept and one state per chunk of agents; the states inside a
-chunk are computed again. At S = 16 compilers take 160 to 210 registers per thread forward and 255
-backward (8 warps per multiprocessor). Memory traffic in float32 at D = 128, N large: 21 bytes per
-agent and channel forward and 38 backward, 32 of them for x, Δ, y and their gradients. A sequence
+chunk are computed again. Memory traffic in float32 at D = 128, S = 16, N large: 29 bytes per
+agent and channel forward and 46 backward, 32 of them for x, Δ, y and their gradients. A sequence
 of one chunk or less keeps no state.
 
 The gradients of B and C are sums over all channels: each tile writes its part, and XLA adds the
@@ -30,8 +29,12 @@ from jaxtyping import Array, Bool, Float
 from mam.kernels.cuda.launch import launch
 from mam.kernels.cuda.scan_programs import AXES, Inputs, backward_program, forward_program
 
-CHUNK = 8  # agents whose states the backward pass holds in registers; above WIDE_STATE half as many
-WIDE_STATE = 16
+# Agents whose states the backward pass holds in registers; they are unrolled. With chunks of 8,
+# N = 32 takes four times as long to compile (47 s, not 11) and runs no faster. A sequence that is
+# SHORT is one chunk, which keeps no state: with two chunks of 2, N = 4 takes twice the time.
+CHUNK = 4
+SHORT = 8
+WIDE_STATE = 16  # above it B and C take the registers of a longer chunk
 TILE = 512  # states per program: 32 threads × 16
 MIN_BLOCK = 8  # channels per tile: fewer waste most of each read
 MIN_STATE, MAX_STATE = 4, 64
@@ -137,7 +140,7 @@ class _Plan:
 
     @property
     def chunk(self):
-        return CHUNK if self.s <= WIDE_STATE else CHUNK // 2
+        return SHORT if self.n <= SHORT and self.s <= WIDE_STATE else CHUNK
 
     @property
     def chunks(self):
