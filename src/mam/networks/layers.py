@@ -16,6 +16,8 @@ from mam.kernels.norm import normalise
 
 HIDDEN_GAIN = 2**0.5  # orthogonal gain before a GELU
 SMALL_GAIN = 0.01  # of layers whose output should start near zero
+# Of what mixers and memories add: early learning is that of agents by themselves.
+MIXED_GAIN = 0.1
 
 
 class Dense(eqx.Module):
@@ -57,8 +59,8 @@ class LayerNorm(eqx.Module):
     offset: Float[Array, "E"]
     eps: float = eqx.field(static=True)
 
-    def __init__(self, dim: int, eps: float = 1e-6):
-        self.scale, self.offset, self.eps = jnp.ones(dim), jnp.zeros(dim), eps
+    def __init__(self, dim: int, *, scale: float = 1.0, eps: float = 1e-6):
+        self.scale, self.offset, self.eps = jnp.full(dim, scale), jnp.zeros(dim), eps
 
     def __call__(
         self, x: Float[Array, "*batch E"], residual: Float[Array, "*batch E"] | None = None

@@ -17,9 +17,6 @@ from mam.types import Action
 
 Actions = Int[Array, "..."] | Float[Array, "T *batch N A"]  # of T steps
 
-# Of the layer that adds a memory to what is seen: early learning is that of a policy without.
-OUTPUT_GAIN = 0.1
-
 
 class AbstractRecurrence(eqx.Module):
     """Reads one row per agent and environment step; what it keeps between two steps is its state.

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
-from mam.networks.layers import Dense, LayerNorm, RMSNorm
-from mam.networks.memory.base import OUTPUT_GAIN, AbstractRecurrence
+from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
+from mam.networks.memory.base import AbstractRecurrence
 from mam.networks.mixers.retention import Retention
 
 HEAD_WIDTH = 16  # features of a head, at least: an agent keeps a square of them for every head
@@ -34,7 +34,7 @@ class RetentionMemory(AbstractRecurrence):
         heads = max(h for h in range(1, d_model + 1) if h == 1 or _fits(d_model, h))
         *keys, out_key = jax.random.split(key, 5)
         layers = [Dense(d_model, d_model, key=k, bias=False) for k in keys]
-        layers.append(Dense(d_model, d_model, key=out_key, gain=OUTPUT_GAIN, bias=False))
+        layers.append(Dense(d_model, d_model, key=out_key, gain=MIXED_GAIN, bias=False))
         self.retention = eqx.tree_at(
             lambda r: [r.query, r.key, r.value, r.gate, r.out],
             Retention(replace(config, num_heads=heads), key=key),

@@ -19,7 +19,7 @@ from mam.config import NetworkConfig
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size, zero_where
-from mam.networks.layers import Dense, LayerNorm, RMSNorm
+from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import (
     AbstractCausalMixer,
     AbstractMixer,
@@ -264,6 +264,12 @@ class AbstractSSM(eqx.Module):
 MakeSSM = Callable[..., AbstractSSM]  # make(config, key=key, cross=cross)
 
 
+def with_small_output(ssm: AbstractSSM) -> AbstractSSM:
+    """Return a new block whose out-projection starts small."""
+    weight = MIXED_GAIN * ssm.out_proj.weight
+    return eqx.tree_at(lambda ssm: ssm.out_proj.weight, ssm, weight)
+
+
 class BidirectionalSSM(AbstractMixer):
     """One set of weights, a pass in each direction: the encoder's mixer.
 
@@ -283,9 +289,10 @@ class BidirectionalSSM(AbstractMixer):
 
     def __init__(self, make: MakeSSM, config: NetworkConfig, *, key: Key[Array, ""]):
         self.pre_norm = RMSNorm(config.d_model)
-        self.ssm = make(config, key=key, cross=False)
-        self.post_norm = LayerNorm(config.d_model)
         self.cascade = config.encoder.combine == "product"
+        ssm = make(config, key=key, cross=False)
+        self.ssm = ssm if self.cascade else with_small_output(ssm)
+        self.post_norm = LayerNorm(config.d_model)
 
     def __call__(self, x, context=None, *, alive=None):
         inputs = self.ssm.project(self.pre_norm(x))
@@ -315,7 +322,9 @@ class CausalSSM(AbstractCausalMixer):
     """LayerNorm(x + SSM(RMSNorm(x))): the decoder's mixers.
 
     As `cross`, C = W_C RMSNorm(context): as in cross-attention the context gives the query (which C
-    is in a state-space model). Everything else comes from x, the action stream.
+    is in a state-space model). Everything else comes from x, the action stream, which starts small
+    beside the observations, as in MAT: at full size earlier agents' actions are noise at first
+    (RWARE: half of MAT's return after 500,000 steps).
     """
 
     pre_norm: RMSNorm
@@ -328,8 +337,8 @@ class CausalSSM(AbstractCausalMixer):
     ):
         self.pre_norm = RMSNorm(config.d_model)
         self.context_norm = RMSNorm(config.d_model) if cross else None
-        self.ssm = make(config, key=key, cross=cross)
-        self.post_norm = LayerNorm(config.d_model)
+        self.ssm = with_small_output(make(config, key=key, cross=cross))
+        self.post_norm = LayerNorm(config.d_model, scale=MIXED_GAIN if cross else 1.0)
 
     def metrics(self):
         return self.ssm.metrics()
