@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.scan import kernel_supports, scan_kernel
 from mam.kernels.dense import dense
-from mam.kernels.native.library import on_cpu, use_native
+from mam.kernels.native.library import by_platform, is_portable, on_cpu, use_native
 from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
@@ -247,9 +247,7 @@ def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
         return on_cpu(partial(_native, reverse=reverse), xla, *args)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
-    return lax.platform_dependent(
-        *args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla
-    )
+    return by_platform(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)
 
 
 def has_cuda() -> bool:
@@ -345,7 +343,7 @@ def _sequential(x, dt, B, C, A, reset, h0, reverse):
         return jnp.swapaxes(y, 0, 1), h
 
     rows = x.shape[0]
-    if rows <= TILE:
+    if is_portable() or rows <= TILE:  # a portable program's batch may have any size
         return tile(batched)
     tiles = jax.tree.map(
         lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(
