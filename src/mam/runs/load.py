@@ -24,6 +24,8 @@ from mam.runs.summary import absolute_returns, evaluation_returns
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
 
 Which = Literal["best", "latest"]
+METADATA = ("task", "algorithm", "policy_seed", "scores", "versions")
+CARD, WEIGHTS = "card.json", "weights.safetensors"  # of an exported policy
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,9 @@ class LoadedPolicy:
         Scores are the absolute metric and the best mean return of an evaluation of its seed, as far
         as the run has them; versions are what it was trained with.
         """
+        if self.run is not None and (self.run / CARD).is_file():
+            card = read_object(self.run / CARD)
+            return {name: card.get(name) for name in METADATA}
         index, scores, versions = seeds_of(self.config).index(self.policy_seed), {}, {}
         if self.run is not None:
             records = read_records(self.run / "metrics.jsonl")
@@ -374,7 +379,7 @@ def load(
     is code that the folder names, that needs `trust`.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or one that `mam export` made, which holds one policy.
         which: the weights of the best evaluation, or the latest ones.
         greedy: take the most likely actions instead of sampling them, and the weights that were
             best so; as the run's evaluations did if None.
@@ -387,8 +392,45 @@ def load(
             imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
+    if (Path(run) / CARD).is_file():
+        return _load_exported(Path(run), greedy, seed)
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)
     greedy = weights.config.eval.greedy if greedy is None else greedy
     how = {"policy_seed": policy_seed, "greedy": greedy, "seed": seed}
     return LoadedPolicy(weights.config, weights.spec, policy, **how, run=Path(run))
+
+
+def write_weights(policy: Policy, folder: Path) -> None:
+    """Write a policy's weights, each under its path in the policy, such as `encoder.blocks[0]…`."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.array(x) for name, x in _named(policy).items()}, folder / WEIGHTS)
+
+
+def _named(policy: Policy) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(policy)
+    return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}
+
+
+def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy:
+    """Load the policy that `mam export` wrote to a folder; see `load`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    card = read_object(folder / CARD)
+    try:
+        config, spec = from_json(Config, card["config"]), from_json(EnvSpec, card["spec"])
+        like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
+        saved, named = load_file(folder / WEIGHTS), _named(like)
+        leaves = [jnp.asarray(saved[name]) for name in named]
+    except (KeyError, TypeError, OSError, SafetensorError, UserError) as error:
+        raise UserError(
+            f"the export {folder} is damaged, or of a later version: {error}"
+        ) from error
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in named.values()]:
+        raise UserError(f"the weights in {folder} are not of the sizes that its {CARD} says")
+    policy = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    greedy = config.eval.greedy if greedy is None else greedy
+    how = {"policy_seed": config.seed, "greedy": greedy, "seed": seed}
+    return LoadedPolicy(config, spec, policy, **how, run=folder)
