@@ -1,6 +1,7 @@
 """The selective scan against a plain NumPy loop: every implementation, values and gradients."""
 
 import functools
+from functools import partial
 
 import jax
 import jax.extend
@@ -315,3 +316,25 @@ def test_unknown_implementation():
     arguments = make_arguments(np.random.default_rng(0), 2)
     with pytest.raises(ValueError, match=r"'parallel'.*sequential, associative, pairwise"):
         run("parallel", False, [jnp.asarray(a) for a in arguments])
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 17])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_equal_the_loop(n, reverse):
+    """Blocks of equal and of unequal size, from a state and from none."""
+    keys = iter(jax.random.split(jax.random.key(n), 6))
+    x, dt = (jax.random.normal(next(keys), (2, n, 4)) for _ in range(2))
+    B, C = (jax.random.normal(next(keys), (2, n, 3)) for _ in range(2))
+    A, h0 = (
+        -jnp.exp(jax.random.normal(next(keys), (4, 3))),
+        jax.random.normal(next(keys), (2, 3, 4)),
+    )
+    args = x, jax.nn.softplus(dt), A, B, C, jnp.ones(4)
+    for state in (None, h0):
+        loop, blocks = (
+            selective_scan(
+                *args, initial_state=state, reverse=reverse, implementation=implementation
+            )
+            for implementation in ("sequential", "blocked")
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), blocks, loop)

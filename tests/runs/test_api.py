@@ -208,13 +208,72 @@ def test_memory_and_ids_are_kept_by_the_policy():
         memory, output = act(memory, obs, reset, jax.random.split(jax.random.key(0), 2))
         np.testing.assert_array_equal(policy.act(view, reset=reset), output.action)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), policy._memory, memory)
-    with pytest.raises(UserError, match=r"the batch was \(2,\) and is \(1,\)"):
+    with pytest.raises(UserError, match=r"batch and agents were \[2, 3\] and are \[1, 3\]"):
         policy.act(views[0, :1])
     policy.act(views[0, :1], reset=True)
     with pytest.raises(
         UserError, match=r"agents' views are \[…, 3, 5\] or \[…, 3, 2\] in suite/task, got \[3, 4\]"
     ):
         policy.act(np.zeros((3, 4)))
+
+
+def test_a_policy_says_where_it_comes_from(finished):
+    result = finished[0]
+    metadata = mam.load(result.folder, policy_seed=1).metadata
+    assert (metadata["task"], metadata["algorithm"]) == ("probe/matrix", CONFIG.algorithm)
+    assert metadata["scores"] == {
+        "best_return": result.returns[:, 1].max(),
+        "absolute_metric": result.absolute_metric[1],
+    }
+    assert "jax" in metadata["versions"]["packages"]
+
+
+def loaded(policy="mam", **fields):
+    """A policy of random weights for three agents that take one of four actions."""
+    spec = mam.EnvSpec("suite/task", num_agents=3, obs_dim=16 + 5, num_actions=4, time_limit=None)
+    spec = replace(spec, id_dim=16, **fields)
+    config = replace(CONFIG, policy=policy, agent_id="sinusoid", decode="sequential")
+    pure = init_policy(config, spec, key=jax.random.key(1))
+    return mam.LoadedPolicy(config, spec, pure, policy_seed=0, greedy=False)
+
+
+def test_masks_the_dead_and_greedy_are_arguments():
+    policy, views = loaded(), np.random.default_rng(0).normal(size=(2, 3, 5))
+    mask = np.zeros((2, 3, 4), bool)
+    mask[..., 2] = True
+    assert (policy.act(views, mask=mask) == 2).all()
+    greedy = {policy.act(views, greedy=True).tobytes() for _ in range(4)}
+    assert len(greedy) == 1
+    alive = np.array([[True, True, False]] * 2)
+    other = np.where(alive[..., None], views, np.nan)
+    np.testing.assert_array_equal(
+        policy.act(other, alive=alive, greedy=True)[alive],
+        policy.act(views, alive=alive, greedy=True)[alive],
+    )
+
+
+def test_it_plays_with_any_number_of_agents_that_its_weights_fit():
+    policy = loaded("rec_mam")
+    assert policy.act(np.zeros((2, 3, 5))).shape == (2, 3)
+    with pytest.raises(UserError, match=r"were \[2, 3\] and are \[2, 7\]: begin all"):
+        policy.act(np.zeros((2, 7, 5)))
+    policy.reset()
+    assert policy.act(np.zeros((2, 7, 5))).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mask": np.ones((3, 5), bool)},
+            r"^action_mask is \[3, 4\] beside these views: got \[3, 5\]",
+        ),
+        ({"alive": np.ones(2, bool)}, r"^alive is \[3\] beside these views: got \[2\]"),
+    ],
+)
+def test_arrays_of_other_sizes_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        loaded().act(np.zeros((3, 5)), **fields)
 
 
 def test_evaluating_a_run_and_a_policy(finished):

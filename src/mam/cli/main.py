@@ -10,6 +10,7 @@ from typing import Any
 from mam.cli.arguments import parse, value_of
 from mam.cli.check_env import CheckEnv, check_env
 from mam.cli.evaluate import Evaluate, evaluate
+from mam.cli.export import Export, export
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "evaluate": (Evaluate, evaluate),
     "show": (Show, show),
     "play": (Play, play),
+    "export": (Export, export),
     "list": (List, list_names),
     "experiment": (Experiment, run_experiment),
     "sweep": (Sweep, run_sweep),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mam.kernels.native.library import use_native
+from mam.kernels.native.library import by_platform, use_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 
 
@@ -38,7 +38,7 @@ def normalise(
     args = (x, residual, scale, offset)
     if not use_native() or not native_norm_supports(*args):
         return plain(*args)
-    return lax.platform_dependent(*args, cpu=partial(native_norm, eps=eps), default=plain)
+    return by_platform(*args, cpu=partial(native_norm, eps=eps), default=plain)
 
 
 @jax.custom_vjp
@@ -83,6 +83,4 @@ def _row_means(x: Float[Array, "M E"]) -> Float[Array, "M 1"]:
             x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), precision=lax.Precision.HIGHEST
         )
 
-    return lax.platform_dependent(
-        x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True)
-    )
+    return by_platform(x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True))

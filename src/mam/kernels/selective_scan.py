@@ -8,6 +8,7 @@ Difference: no implementation for training keeps all states; `"sequential"` save
 chunk of agents and recomputes the rest in its backward pass.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.scan import kernel_supports, scan_kernel
 from mam.kernels.dense import dense
-from mam.kernels.native.library import on_cpu, use_native
+from mam.kernels.native.library import by_platform, is_portable, on_cpu, use_native
 from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
@@ -239,17 +240,14 @@ def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
     """Run the device's kernels where they take sizes and types, else what is fastest on CPU."""
-    xla = partial(
-        _with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else _sequential), reverse=reverse
-    )
+    plain = _blocked if is_portable() and reset is None else _sequential
+    xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else plain), reverse=reverse)
     args = (x, dt, B, C, A, D, reset, h0)
     if x.dtype == jnp.float32 and use_native():
         return on_cpu(partial(_native, reverse=reverse), xla, *args)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
-    return lax.platform_dependent(
-        *args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla
-    )
+    return by_platform(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)
 
 
 def has_cuda() -> bool:
@@ -332,6 +330,42 @@ def _associative(x, dt, B, C, A, reset, h0, reverse):
     return jnp.einsum("bnds,bns->bnd", h, C), jnp.swapaxes(h[:, 0 if reverse else -1], 1, 2)
 
 
+def _blocked(x, dt, B, C, A, reset, h0, reverse):
+    """Run about √N blocks of about √N agents side by side, then from block to block.
+
+    There is no loop: every step is written out, for programs whose runtime is slow at loops. Blocks
+    are filled up with Δ = 0, which changes nothing. Neither resets nor gradients are meant.
+    """
+    if reverse:
+        x, dt, B, C = (jnp.flip(v, 1) for v in (x, dt, B, C))
+        y, h = _blocked(x, dt, B, C, A, reset, h0, False)
+        return jnp.flip(y, 1), h
+    n = x.shape[1]
+    size = math.isqrt(n - 1) + 1
+    count = -(-n // size)
+    x, dt, B, C = (
+        jnp.pad(v, [(0, 0), (0, count * size - n), (0, 0)]).reshape(-1, count, size, v.shape[-1])
+        for v in (x, dt, B, C)
+    )
+    # 1. In every block from zero: states, and the decay from the block's start.
+    inputs = (dt * x)[..., None, :] * B[..., None]  # [batch, blocks, size, S, D]
+    decays = jnp.exp(dt[..., None, :] * A)
+    states, passed = [inputs[:, :, 0]], [decays[:, :, 0]]
+    for k in range(1, size):
+        states.append(decays[:, :, k] * states[-1] + inputs[:, :, k])
+        passed.append(decays[:, :, k] * passed[-1])
+    # 2. The states at the starts of the blocks.
+    h = jnp.zeros_like(states[0][:, 0]) if h0 is None else h0
+    starts = []
+    for k in range(count):
+        starts.append(h)
+        h = passed[-1][:, k] * h + states[-1][:, k]
+    # 3. Both together, and the outputs.
+    before = jnp.stack(starts, axis=1)[:, :, None]
+    y = jnp.einsum("bkis,bkisd->bkid", C, jnp.stack(states, 2) + jnp.stack(passed, 2) * before)
+    return y.reshape(y.shape[0], count * size, -1)[:, :n], h
+
+
 def _sequential(x, dt, B, C, A, reset, h0, reverse):
     """Run tiles of the batch one after another: a tile's states stay in the processor's cache."""
     if h0 is None:
@@ -345,7 +379,7 @@ def _sequential(x, dt, B, C, A, reset, h0, reverse):
         return jnp.swapaxes(y, 0, 1), h
 
     rows = x.shape[0]
-    if rows <= TILE:
+    if is_portable() or rows <= TILE:  # a portable program's batch may have any size
         return tile(batched)
     tiles = jax.tree.map(
         lambda v: jnp.pad(v, [(0, -rows % TILE)] + [(0, 0)] * (v.ndim - 1)).reshape(
@@ -501,6 +535,7 @@ _decayed_product.defvjp(_decayed_product_fwd, _decayed_product_bwd)
 
 _SCANS: dict[str, Callable[..., Any]] = {
     "sequential": _with_skip(_sequential),
+    "blocked": _with_skip(_blocked),
     "associative": _with_skip(_associative),
     "pairwise": _with_skip(_pairwise),
     "native": _native,

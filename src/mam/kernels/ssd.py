@@ -10,6 +10,7 @@ product; a long one is cut into chunks that hand a state on.
 Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
 """
 
+import math
 from functools import partial
 from typing import Literal
 
@@ -150,14 +151,14 @@ def _products(x, dt, A, B, C, D, initial_state, *, reverse, chunk):
     mixing = scores[:, None] * decay * jnp.swapaxes(dt_, -1, -2)[..., None, :]
     mixing += D[:, None, None].astype(x_.dtype) * np.eye(size, dtype=x_.dtype)
     # 4. Head by head, which spares transposing.
-    outputs, states, num_sequences = [], [], int(np.prod(batch))
+    outputs, states, num_sequences = [], [], math.prod(batch)
     for k in range(heads):
         own = slice(k * channels, (k + 1) * channels)
         y = jnp.einsum("bij,bjp->bip", mixing[:, k], x_[..., own])
         to_end = jnp.exp(span[:, k, -1]) * dt_[..., k]
         ends = jnp.einsum("bjs,bjp->bsp", B_ * to_end[..., None], x_[..., own])
         handed = None if state is None else state[..., own]
-        if ends.shape[0] > num_sequences or state is not None:
+        if n > size or state is not None:
             starts, ends = _hand_on(ends, jnp.exp(total[:, k, -1]), handed, num_sequences)
             y += jnp.einsum("bis,bsp->bip", C_ * jnp.exp(total[:, k])[..., None], starts)
         outputs.append(y)

@@ -193,6 +193,22 @@ class NormalisedPolicy(eqx.Module):
         )
         return memory, replace(output, value=self.restore_value(output.value))
 
+    def act_on_noise(
+        self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
+    ) -> tuple[Memory, PolicyOutput]:
+        """Choose the joint action that noise leads to; see `act`.
+
+        Args:
+            memory: the network's, after step t − 1.
+            obs: in the environment's units, at step t.
+            reset: whether t is the first step of an episode.
+            noise: of every agent; zeros lead to the most likely action.
+        """
+        memory, output = self.network.act_on_noise(
+            memory, self.statistics.normalise(obs), reset, noise
+        )
+        return memory, replace(output, value=self.restore_value(output.value))
+
     def evaluate(
         self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:

@@ -216,10 +216,23 @@ class IndependentPolicy(eqx.Module):
         Returns:
             The memories after step t, and the joint action; the order is that of the agents.
         """
+        noise = agent_noise(self.distribution, key, obs.alive.shape[-1])
+        return self.act_on_noise(memory, obs, reset, jnp.where(greedy, 0.0, noise))
+
+    def act_on_noise(
+        self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
+    ) -> tuple[Memory, PolicyOutput]:
+        """Choose the actions that noise leads to, the most likely ones where it is zero.
+
+        Args:
+            memory: of actor and critic, after step t − 1.
+            obs: at step t.
+            reset: whether t is the first step of an episode.
+            noise: of every agent, as `draw_noise` of the distribution draws it.
+        """
         num_agents = obs.alive.shape[-1]
         actor, out = self.actor.step(memory.actor, obs, reset)
         critic, value = self.critic.step(memory.critic, obs, reset)
-        noise = jnp.where(greedy, 0.0, agent_noise(self.distribution, key, num_agents))
         action = self.distribution.sample_from_noise(out, obs.action_mask, noise)
         memory = ActorCriticMemory(
             actor=self.actor.memory.note(actor, action),

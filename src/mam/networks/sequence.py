@@ -152,6 +152,20 @@ class SequencePolicy(eqx.Module):
         Returns:
             The memory after step t, and the joint action, by agent.
         """
+        noise = agent_noise(self.distribution, key, obs.alive.shape[-1])
+        return self.act_on_noise(memory, obs, reset, jnp.where(greedy, 0.0, noise))
+
+    def act_on_noise(
+        self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
+    ) -> tuple[Memory, PolicyOutput]:
+        """Choose the joint action that noise leads to, the most likely one if it is zero.
+
+        Args:
+            memory: after step t − 1.
+            obs: what is seen at step t.
+            reset: whether t is the first step of an episode.
+            noise: of every agent, as `draw_noise` of the distribution draws it.
+        """
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
         order = decision_order(obs.alive)
@@ -159,9 +173,7 @@ class SequencePolicy(eqx.Module):
         encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
         past = Past(memory.decoder, _rows(obs.alive, order), reset)
         mask = _rows(obs.action_mask, order)
-        noise = _rows(agent_noise(self.distribution, key, obs.alive.shape[-1]), order)
-        noise = jnp.where(greedy, 0.0, noise)
-        inputs = DecodeInputs(context=self.decoder.read(encoded.obs_rep), mask=mask, noise=noise)
+        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, _rows(noise, order))
         # 2. The actions.
         decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.

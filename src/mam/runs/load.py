@@ -1,6 +1,6 @@
 """What a run has learned, read from its folder: no environment is made, and no process started."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,15 @@ from mam.errors import UserError
 from mam.learning.normalise import transfer_policy
 from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
+from mam.runs.files import read_object
 from mam.runs.loop import RunFolder, restore, seeds_of
+from mam.runs.sinks import read_records
+from mam.runs.summary import absolute_returns, evaluation_returns
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
 
 Which = Literal["best", "latest"]
+METADATA = ("task", "algorithm", "policy_seed", "scores", "versions")
+CARD, WEIGHTS = "card.json", "weights.safetensors"  # of an exported policy
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ class LoadedPolicy:
         policy: the weights as pure functions, for `jax.jit` and `jax.vmap`; see `mam.types.Policy`.
         policy_seed: which of the run's seeds they are of.
         greedy: whether it takes the most likely actions instead of sampling them.
+        run: its folder, or None.
     """
 
     def __init__(
@@ -147,20 +153,33 @@ class LoadedPolicy:
         policy_seed: int,
         greedy: bool,
         seed: int = 0,
+        run: Path | None = None,
     ):
         self.config, self.spec, self.policy = config, spec, policy
-        self.policy_seed, self.greedy = policy_seed, greedy
+        self.policy_seed, self.greedy, self.run = policy_seed, greedy, run
         self._key, self._num_steps = jax.random.key(seed), 0
+        self._fitted = {spec.num_agents: (spec, policy)}
         self._memory: Memory | None = None  # None before the first step
-        self._batch: tuple[int, ...] = ()
+        self._shape: tuple[int, ...] = ()  # [*batch, N]
 
-    def act(self, observation: Observation | Any, *, reset: Any = False) -> Array | np.ndarray:
+    def act(
+        self,
+        observation: Observation | Any,
+        *,
+        mask: Any = None,
+        alive: Any = None,
+        reset: Any = False,
+        greedy: bool | None = None,
+    ) -> Array | np.ndarray:
         """Choose a joint action per environment, and remember the step.
 
         Args:
             observation: NumPy or JAX arrays with any leading axes [*batch], see `complete`.
+            mask: legal actions [*batch, N, A], beside views alone; all if None.
+            alive: agents that are alive [*batch, N], beside views alone; all if None.
             reset: which observations [*batch] are the first of their episodes; one bool stands for
-                all of them. At the very first step all are.
+                all of them. At the very first step, and after `reset()`, all are.
+            greedy: take the most likely actions, or sample; as the policy was loaded if None.
 
         Returns:
             Actions [*batch, N], or [*batch, N, A] where they are continuous: a NumPy array for
@@ -170,21 +189,54 @@ class LoadedPolicy:
             UserError: if the observation has other sizes than those that the policy reads, or
                 another batch than at the step before while episodes go on.
         """
-        obs = self.complete(observation)
-        batch = obs.alive.shape[:-1]
+        obs = self.complete(observation, mask=mask, alive=alive)
+        *batch, num_agents = shape = obs.alive.shape
         reset = np.broadcast_to(np.asarray(reset, bool) | (self._memory is None), batch)
-        if batch != self._batch or self._memory is None:
+        if shape != self._shape or self._memory is None:
             if not reset.all():
                 raise UserError(
-                    f"the batch was {self._batch} and is {batch}: "
-                    "begin all its episodes with reset=True"
+                    f"batch and agents were {list(self._shape)} and are {list(shape)}: "
+                    "begin all episodes with reset=True"
                 )
-            self._memory, self._batch = self.policy.init_memory(batch), batch
+            policy = self.fitted(num_agents)[1]
+            self._memory, self._shape = policy.init_memory(tuple(batch)), shape
         key = jax.random.fold_in(self._key, self._num_steps)
-        self._memory, output = self.apply(self._memory, obs, reset, key)
+        self._memory, output = self.apply(self._memory, obs, reset, key, greedy=greedy)
         self._num_steps += 1
         view = observation.agents_view if isinstance(observation, Observation) else observation
         return output.action if isinstance(view, jax.Array) else np.asarray(output.action)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What is known of the policy: `task`, `algorithm`, `policy_seed`, `scores`, `versions`.
+
+        Scores are the absolute metric and the best mean return of an evaluation of its seed, as far
+        as the run has them; versions are what it was trained with.
+        """
+        if self.run is not None and (self.run / CARD).is_file():
+            card = read_object(self.run / CARD)
+            return {name: card.get(name) for name in METADATA}
+        index, scores, versions = seeds_of(self.config).index(self.policy_seed), {}, {}
+        if self.run is not None:
+            records = read_records(self.run / "metrics.jsonl")
+            returns, absolute = evaluation_returns(records)[1], absolute_returns(records)
+            if len(returns):
+                scores["best_return"] = float(returns[:, index].max())
+            if absolute is not None:
+                scores["absolute_metric"] = float(absolute[index])
+            if (path := self.run / "versions.json").is_file():  # the first runs have none
+                versions = read_object(path)
+        return {
+            "task": self.config.env,
+            "algorithm": self.config.algorithm,
+            "policy_seed": self.policy_seed,
+            "scores": scores,
+            "versions": versions,
+        }
+
+    def reset(self) -> None:
+        """Forget everything: the next observations are the first of their episodes."""
+        self._memory, self._shape = None, ()
 
     def apply(
         self,
@@ -192,6 +244,8 @@ class LoadedPolicy:
         observation: Observation | Any,
         reset: Bool[Array | np.ndarray, "*batch"],
         key: Key[Array, ""],
+        *,
+        greedy: bool | None = None,
     ) -> tuple[Memory, PolicyOutput]:
         """Choose joint actions as a pure function, which remembers nothing; compiled.
 
@@ -201,48 +255,95 @@ class LoadedPolicy:
             reset: which observations are the first of their episodes, in which `memory` is not
                 read.
             key: decides what is sampled.
+            greedy: take the most likely actions, or sample; as the policy was loaded if None.
 
         Returns:
             The memory after the step; the actions and their values, log-probabilities and order.
         """
-        return _apply(
-            self.policy, memory, self.complete(observation), reset, key, greedy=self.greedy
-        )
+        obs = self.complete(observation)
+        policy = self.fitted(obs.alive.shape[-1])[1]
+        greedy = self.greedy if greedy is None else greedy
+        return _apply(policy, memory, obs, reset, key, greedy=greedy)
 
-    def complete(self, observation: Observation | Any) -> Observation:
+    def fitted(self, num_agents: int) -> tuple[EnvSpec, Policy]:
+        """Return sizes and policy for a number of agents, with the same weights.
+
+        Raises:
+            UserError: if the weights do not fit it.
+        """
+        if num_agents not in self._fitted:
+            spec, ids = self.spec, agent_ids(num_agents, self.config.agent_id).shape[1]
+            ids = ids if spec.id_dim else 0
+            spec = replace(
+                spec,
+                name=f"{spec.name} with {num_agents} agents",
+                num_agents=num_agents,
+                obs_dim=spec.obs_dim - spec.id_dim + ids,
+                id_dim=ids,
+                agent_names=None,
+            )
+            fitted = transfer_policy(
+                self.policy, self.config.policy, self.spec, spec, self.config.network
+            )
+            self._fitted[num_agents] = spec, fitted
+        return self._fitted[num_agents]
+
+    def complete(
+        self, observation: Observation | Any, *, mask: Any = None, alive: Any = None
+    ) -> Observation:
         """Return what the policy reads: agents' ids in front of their views, where these lack them.
 
         Args:
-            observation: an `Observation`, or the agents' views [*batch, N, O] alone where every
-                action is legal and every agent alive. Views are those of the run's environment,
-                with or without its ids.
+            observation: an `Observation`, or the agents' views [*batch, N, O] alone, those of the
+                run's environment with or without its ids. Any N that the weights fit.
+            mask: legal actions [*batch, N, A], beside views alone; all if None.
+            alive: agents that are alive [*batch, N], beside views alone; all if None.
 
         Raises:
-            UserError: if the views have other sizes.
+            UserError: if an array has other sizes.
         """
-        spec = self.spec
-        if not isinstance(observation, Observation):
+        if isinstance(observation, Observation):
+            if mask is not None or alive is not None:
+                raise UserError("an Observation has its own action_mask and alive: drop the others")
+            arrays = {f.name: getattr(observation, f.name) for f in fields(observation)}
+        else:
             view = jnp.asarray(observation, jnp.float32)
-            legal = jnp.ones((*view.shape[:-1], spec.num_actions), bool)
-            observation = Observation(view, legal, jnp.ones(view.shape[:-1], bool))
-        view = observation.agents_view
-        if (
-            view.ndim < 2
-            or view.shape[-2] != spec.num_agents
-            or view.shape[-1] not in self._view_sizes
-        ):
-            sizes = " or ".join(f"[…, {spec.num_agents}, {size}]" for size in self._view_sizes)
-            raise UserError(f"agents' views are {sizes} in {spec.name}, got {list(view.shape)}")
-        if view.shape[-1] == spec.obs_dim:
-            return observation
-        ids = agent_ids(spec.num_agents, self.config.agent_id)
-        ids = jnp.broadcast_to(ids, (*view.shape[:-1], spec.id_dim))
-        return replace(observation, agents_view=jnp.concatenate([ids, view], axis=-1))
+            shape = view.shape[:-1]
+            legal = jnp.ones((*shape, self.spec.num_actions), bool)
+            arrays = {
+                "agents_view": view,
+                "action_mask": legal if mask is None else jnp.asarray(mask, bool),
+                "alive": jnp.ones(shape, bool) if alive is None else jnp.asarray(alive, bool),
+            }
+        view = arrays["agents_view"]
+        if view.ndim < 2 or not view.shape[-2]:
+            raise UserError(f"agents' views are [*batch, N, features], got {list(view.shape)}")
+        spec, _ = self.fitted(view.shape[-2])
+        _check_shapes(spec, arrays)
+        if view.shape[-1] != spec.obs_dim:
+            ids = agent_ids(spec.num_agents, self.config.agent_id)
+            ids = jnp.broadcast_to(ids, (*view.shape[:-1], spec.id_dim))
+            arrays["agents_view"] = jnp.concatenate([ids, view], axis=-1)
+        return Observation(**arrays)
 
-    @property
-    def _view_sizes(self) -> list[int]:
-        """Return the features of one agent, with ids and without."""
-        return sorted({self.spec.obs_dim, self.spec.obs_dim - self.spec.id_dim}, reverse=True)
+
+def _check_shapes(spec: EnvSpec, arrays: dict[str, Any]) -> None:
+    """Refuse an observation's arrays of other shapes than a policy for `spec` reads."""
+    *batch, n, size = arrays["agents_view"].shape
+    sizes = sorted({spec.obs_dim, spec.obs_dim - spec.id_dim}, reverse=True)
+    if size not in sizes:
+        known = " or ".join(f"[…, {n}, {size}]" for size in sizes)
+        raise UserError(
+            f"agents' views are {known} in {spec.name}, got {list(arrays['agents_view'].shape)}"
+        )
+    expected = {"action_mask": (*batch, n, spec.num_actions), "alive": (*batch, n)}
+    if spec.grid_shape is not None:
+        expected["grid"] = (*batch, n, *spec.grid_shape)
+    for name, shape in expected.items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape:
+            found = "there is none" if array is None else f"got {list(array.shape)}"
+            raise UserError(f"{name} is {list(shape)} beside these views: {found}")
 
 
 @partial(jax.jit, static_argnames="greedy")
@@ -272,11 +373,13 @@ def load(
 ) -> LoadedPolicy:
     """Load the policy of a run without its environment, whose sizes are saved with the weights.
 
+    No process is started, and nothing is compiled before the first action.
+
     Runs of versions that did not save this make the environment, once, to see its sizes; where it
     is code that the folder names, that needs `trust`.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or one that `mam export` made, which holds one policy.
         which: the weights of the best evaluation, or the latest ones.
         greedy: take the most likely actions instead of sampling them, and the weights that were
             best so; as the run's evaluations did if None.
@@ -289,8 +392,45 @@ def load(
             imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
+    if (Path(run) / CARD).is_file():
+        return _load_exported(Path(run), greedy, seed)
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)
     greedy = weights.config.eval.greedy if greedy is None else greedy
     how = {"policy_seed": policy_seed, "greedy": greedy, "seed": seed}
-    return LoadedPolicy(weights.config, weights.spec, policy, **how)
+    return LoadedPolicy(weights.config, weights.spec, policy, **how, run=Path(run))
+
+
+def write_weights(policy: Policy, folder: Path) -> None:
+    """Write a policy's weights, each under its path in the policy, such as `encoder.blocks[0]…`."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.array(x) for name, x in _named(policy).items()}, folder / WEIGHTS)
+
+
+def _named(policy: Policy) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(policy)
+    return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}
+
+
+def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy:
+    """Load the policy that `mam export` wrote to a folder; see `load`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    card = read_object(folder / CARD)
+    try:
+        config, spec = from_json(Config, card["config"]), from_json(EnvSpec, card["spec"])
+        like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
+        saved, named = load_file(folder / WEIGHTS), _named(like)
+        leaves = [jnp.asarray(saved[name]) for name in named]
+    except (KeyError, TypeError, OSError, SafetensorError, UserError) as error:
+        raise UserError(
+            f"the export {folder} is damaged, or of a later version: {error}"
+        ) from error
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in named.values()]:
+        raise UserError(f"the weights in {folder} are not of the sizes that its {CARD} says")
+    policy = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    greedy = config.eval.greedy if greedy is None else greedy
+    how = {"policy_seed": config.seed, "greedy": greedy, "seed": seed}
+    return LoadedPolicy(config, spec, policy, **how, run=folder)

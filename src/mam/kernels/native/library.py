@@ -1,7 +1,7 @@
 """Kernels for CPUs, from the optional package `mam_native`: where it is and whether to use it.
 
-Its source is the folder native/. What a kernel may not be part of, such as a program that is
-exported, is traced within `without_native()`.
+Its source is the folder native/. What a kernel may not be part of is traced within
+`without_native()`; what is to be one program for all platforms, within `portable()`.
 """
 
 import functools
@@ -22,21 +22,46 @@ from mam.errors import UserError
 VERSION = "0.5"  # of the package; with others kernels take other arguments
 LANES = 16  # floats in the widest vector: kMaxLanes in native/src/cpp/kernels.h
 MAX_BLOCKS = 32  # of sequences or rows: each has its own sums for the gradients of weights
-_allowed = jax.make_user_context(True)  # a part of every jitted function's key
+# A part of every jitted function's key: "kernels", "plain" or "portable"
+_tracing = jax.make_user_context("kernels")
 
 
 def without_native() -> Any:
-    """Return a context in which everything is traced as plain JAX.
+    """Return a context in which everything is traced without this package's kernels."""
+    return _tracing("plain")
 
-    Exported programs are traced so: they must not call this machine's library.
+
+def portable() -> Any:
+    """Return a context in which everything is traced as one program, the same for all platforms.
+
+    Exported programs are traced so: they may call no library of this machine, and not every format
+    knows a choice by platform.
     """
-    return _allowed(False)
+    return _tracing("portable")
+
+
+def is_portable() -> bool:
+    """Say whether what is traced is to be one program for all platforms."""
+    return _tracing.value == "portable"
+
+
+def by_platform(*args: Any, default: Callable[..., Any], **kernels: Callable[..., Any]) -> Any:
+    """Return the result of one of several functions of `args`, by the platform it runs on.
+
+    Args:
+        *args: arrays, or None.
+        default: the function in plain JAX, the only one within `portable()`.
+        **kernels: those that replace it on a platform.
+    """
+    if is_portable():
+        return default(*args)
+    return lax.platform_dependent(*args, default=default, **kernels)
 
 
 def use_native() -> bool:
     """Say whether to choose kernels for the CPU: the package is there, and no other device is."""
     return (
-        bool(_allowed.value)
+        _tracing.value == "kernels"
         and is_installed()
         and all(device.platform == "cpu" for device in jax.devices())
     )
@@ -53,9 +78,7 @@ def on_cpu(native: Callable[..., Sequence], other: Callable[..., Sequence], *arg
         *args: arrays, or None.
     """
     return tuple(
-        lax.platform_dependent(
-            *args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i]
-        )
+        by_platform(*args, cpu=lambda *a, i=i: native(*a)[i], default=lambda *a, i=i: other(*a)[i])
         for i in range(2)
     )
 

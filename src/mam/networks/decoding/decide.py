@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mam.kernels.native.library import use_native
+from mam.kernels.native.library import by_platform, use_native
 from mam.kernels.selective_scan import has_cuda
 from mam.networks.actions import ActionDistribution, Token
 from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Past
@@ -192,7 +192,7 @@ def _in_order(
         calls["cpu"] = in_one_call(native_decode)
     if kernel and has_cuda() and kernel_supports(fixed.decoder):
         calls["cuda"] = in_one_call(decode_kernel)
-    return lax.platform_dependent(inputs, **calls, default=loop) if calls else loop(inputs)
+    return by_platform(inputs, **calls, default=loop) if calls else loop(inputs)
 
 
 class _Attempt(eqx.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
-from mam.kernels.native.library import use_native
+from mam.kernels.native.library import by_platform, use_native
 from mam.kernels.selective_scan import step_size, zero_where
 from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import (
@@ -123,7 +123,7 @@ def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reve
     if not use_native() or not native_conv_supports(x, weight):
         return plain(x, weight, bias, reset)
     native = partial(native_conv_silu, reverse=reverse)
-    return lax.platform_dependent(x, weight, bias, reset, cpu=native, default=plain)
+    return by_platform(x, weight, bias, reset, cpu=native, default=plain)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
