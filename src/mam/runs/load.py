@@ -17,7 +17,7 @@ from mam.errors import UserError
 from mam.learning.normalise import transfer_policy
 from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
-from mam.runs.loop import RunFolder, restore, seeds_of
+from mam.runs.folder import RunFolder, restore, seeds_of
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
 
 Which = Literal["best", "latest"]
