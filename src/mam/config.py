@@ -176,7 +176,7 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class CloningConfig:
-    """Imitation of a dataset (--objective bc), in minibatches as PPO's."""
+    """Imitation of a dataset (--learn bc), in minibatches as PPO's."""
 
     top_fraction: float = 1.0
     """Share of the episodes that are imitated: those of the highest returns."""
@@ -263,7 +263,7 @@ class Config:
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
-    objective: Literal["ppo", "bc"] = "ppo"
+    learn: Literal["ppo", "bc"] = "ppo"
     """What is learned: ppo, the task's reward; bc, the actions of the dataset --data."""
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
@@ -317,7 +317,7 @@ class Config:
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
-        objective = [self.objective] * (self.objective != "ppo")
+        learn = [self.learn] * (self.learn != "ppo")
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -325,7 +325,7 @@ class Config:
                 *(f"{name}{layout}" for name, layout in parts if layout),
                 *memory,
                 *published,
-                *objective,
+                *learn,
             ]
         )
 
@@ -450,11 +450,11 @@ def _check_ppo(ppo: PPOConfig) -> None:
 
 def _check_learning(config: Config) -> None:
     """Refuse imitation without a dataset or on several devices, and shares that are none."""
-    if (config.objective == "bc") != (config.data is not None):
+    if (config.learn == "bc") != (config.data is not None):
         raise UserError(
-            "--objective bc imitates a dataset: give --data, its folder"
-            if config.objective == "bc"
-            else f"--objective {config.objective} learns from the task alone: drop --data"
+            "--learn bc imitates a dataset: give --data, its folder"
+            if config.learn == "bc"
+            else f"--learn {config.learn} learns from the task alone: drop --data"
         )
     if config.data is not None and config.num_devices not in (None, 1):
         raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")

@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 def recordings(folder, policy="ippo", cloning=CloningConfig(), **changes):  # noqa: B008
     ppo = PPOConfig(num_envs=4, rollout_length=8, sequence_length=4, num_minibatches=1)
     config = Config(
-        policy=policy, network=NETWORK, ppo=ppo, objective="bc", data=str(folder), cloning=cloning
+        policy=policy, network=NETWORK, ppo=ppo, learn="bc", data=str(folder), cloning=cloning
     )
     config = replace(config, agent_id="none")
     return Recordings(replace(config, **changes), lambda: changes.get("spec", SPEC))
@@ -151,7 +151,7 @@ def test_every_kind_of_action_is_imitated(env, tmp_path):
         policy="ippo",
         env=env,
         agent_id="none",
-        objective="bc",
+        learn="bc",
         data=str(tmp_path / "d"),
         total_timesteps=20 * 128,
         network=NETWORK,

@@ -123,7 +123,7 @@ def dataset(tmp_path):
 
 def test_an_imitating_run_is_a_run(dataset, tmp_path):
     """Stopped and resumed it equals one that was not; on another dataset it does not go on."""
-    config = replace(CONFIG, objective="bc", data=str(dataset))
+    config = replace(CONFIG, learn="bc", data=str(dataset))
     folder, trainer = loop.start(config, tmp_path / "whole")
     assert loop.run(config, folder, trainer) == "finished"
     whole = folder.load_state(config, make_train(config))
@@ -150,7 +150,7 @@ def test_an_imitating_run_is_a_run(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "bc"}, "--objective bc imitates a dataset: give --data"),
+        ({"learn": "bc"}, "--learn bc imitates a dataset: give --data"),
         ({"data": "somewhere"}, "learns from the task alone: drop --data"),
         ({"init_partial": True}, "need --init"),
         ({"finetune": FinetuneConfig(kl_until=0.0)}, r"finetune.kl_until must lie in \(0, 1\]"),
