@@ -456,6 +456,8 @@ def _check_learning(config: Config) -> None:
             if config.learn == "bc"
             else f"--learn {config.learn} learns from the task alone: drop --data"
         )
+    if config.env == "dataset" and config.data is None:
+        raise UserError("--env dataset is the task of a dataset: give --data, its folder")
     if config.data is not None and config.num_devices not in (None, 1):
         raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")
     cloning, finetune = config.cloning, config.finetune

@@ -147,11 +147,24 @@ def test_an_imitating_run_is_a_run(dataset, tmp_path):
         loop.resume(tmp_path / "parts", replace(config, total_timesteps=200))
 
 
+def test_logs_of_what_cannot_be_played_are_imitated(dataset, tmp_path):
+    """The best weights are those that predict best what is held out."""
+    config = replace(CONFIG, env="dataset", learn="bc", data=str(dataset))
+    folder, trainer = loop.start(config, tmp_path / "run")
+    assert loop.run(config, folder, trainer) == "finished"
+    records = [record.values for record in folder.records() if record.kind == "evaluation"]
+    for values in records:
+        np.testing.assert_allclose(values["episode_return"][:, 0], -values["held_out_nll"])
+    best = load_weights(folder.path).best_return
+    np.testing.assert_allclose(best, np.max([v["episode_return"][:, 0] for v in records], axis=0))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"learn": "bc"}, "--learn bc imitates a dataset: give --data"),
         ({"data": "somewhere"}, "learns from the task alone: drop --data"),
+        ({"env": "dataset"}, "is the task of a dataset: give --data"),
         ({"init_partial": True}, "need --init"),
         ({"finetune": FinetuneConfig(kl_until=0.0)}, r"finetune.kl_until must lie in \(0, 1\]"),
         ({"finetune": FinetuneConfig(lr_warmup=-1)}, "finetune.lr_warmup must not be negative"),

@@ -1,8 +1,8 @@
 """Episodes of a dataset as experience, and how well a policy predicts those held out."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mam.config import Config
-from mam.data.steps import with_ids
+from mam.data.steps import spec_with_ids, with_ids
 from mam.data.summary import Trajectories, open_dataset
 from mam.errors import UserError, shown
 from mam.learning.normalise import as_normalised
 from mam.learning.objective import living_mean
 from mam.learning.rollout import Rollout
-from mam.learning.sharding import Shard
+from mam.learning.sharding import Devices, Shard
+from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.actions import LARGEST
 from mam.types import EnvSpec, Observation, Policy, Transition
 
@@ -178,6 +179,75 @@ class Recordings:
         found = _predict(policy, jax.tree.map(lambda x: x[:, None], self._held_out))
         error = "held_out_error" if self._data.spec.continuous else "held_out_accuracy"
         return dict(zip(("held_out_nll", error), np.asarray(found), strict=True))
+
+
+@dataclass(frozen=True)
+class Unplayed:
+    """The task of a dataset, where nothing can be played: what is held out judges a policy.
+
+    In the place of returns stands log π of the actions held out.
+    """
+
+    config: Config
+    devices: Devices = field(default_factory=Devices)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    compiled: ClassVar[bool] = False
+    step_part: ClassVar[Part] = "update"
+
+    @cached_property
+    def recordings(self) -> Recordings:
+        """The dataset."""
+        data = open_dataset(Path(cast(str, self.config.data)))
+        return Recordings(self.config, lambda: spec_with_ids(data.spec, self.config.agent_id))
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Sizes of the recorded task."""
+        return self.recordings.spec()
+
+    @property
+    def env(self) -> Any:
+        """Return None: there is none."""
+        return None
+
+    def play_modes(
+        self, policies: Sequence[Policy], key: Key[Array, "seeds"], num_episodes: int, modes: Any
+    ) -> Values:
+        """Judge a policy by the episodes held out, whose actions are as likely in every mode.
+
+        Args:
+            policies: one per mode, each [seeds].
+            key: not read.
+            num_episodes: not read.
+            modes: how many results there are to be.
+
+        Returns:
+            `episode_return`, [modes, seeds, 1].
+        """
+        found = [self.play(policy, key, num_episodes, False) for policy in policies]
+        return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+    def play(
+        self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
+    ) -> Values:
+        """Judge a policy by the episodes held out.
+
+        Args:
+            policy: [seeds].
+            key: not read.
+            num_episodes: not read.
+            greedy: not read.
+
+        Raises:
+            UserError: if none are held out.
+        """
+        values = self.recordings.held_out(policy)
+        if not values:
+            raise UserError("--env dataset plays nothing: --cloning.held-out must not be 0")
+        return {"episode_return": -values["held_out_nll"][:, None]}
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
 
 
 @jax.jit

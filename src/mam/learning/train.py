@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import Config
+from mam.envs.tasks import DATASET
 from mam.learning.advantages import Advantages
 from mam.learning.anchor import StayClose
 from mam.learning.cloning import BehaviourCloning
@@ -36,7 +37,7 @@ from mam.learning.nonfinite import (
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
 from mam.learning.objective import Objective, WeightedSum, make_batch
 from mam.learning.ppo import PPO
-from mam.learning.recordings import Recordings
+from mam.learning.recordings import Recordings, Unplayed
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import AXIS, WHOLE, Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
@@ -100,7 +101,7 @@ class Trainer:
     evaluate: Callable[..., Values]
     # Of what `init` returns, and where its arrays lie
     shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
-    environments: Environments
+    environments: Environments | Unplayed
     devices: Devices
     source: Experience  # what is learned from
 
@@ -169,12 +170,11 @@ def make_train(
     """
     if config.data is not None:  # read by one device
         config = replace(config, num_devices=1)
-    played = environments(config)
-    source, objective = experience or played, objective or PPO(config.ppo)
-    if experience is None and config.data is not None:
-        source = Recordings(config, lambda: played.spec)
-        objective = BehaviourCloning(config.cloning.value_coef)
-    devices = played.devices
+    played = Unplayed(config) if config.env == DATASET else environments(config)
+    source, devices = experience or _experience(config, played), played.devices
+    if objective is None:
+        cloning = BehaviourCloning(config.cloning.value_coef)
+        objective = cloning if config.learn == "bc" else PPO(config.ppo)
 
     # External environments are started when their sizes are first read.
     learner = cache(lambda: Learner(config, played.spec, objective, devices.shard))
@@ -224,6 +224,13 @@ def make_train(
     )
 
 
+def _experience(config: Config, played: Environments | Unplayed) -> Experience:
+    """Return what a configuration learns from: its dataset, or the task itself."""
+    if isinstance(played, Unplayed):
+        return played.recordings
+    return played if config.data is None else Recordings(config, lambda: played.spec)
+
+
 def _predicting(
     evaluate_step: Callable[[TrainState], tuple[TrainState, Values]], source: Recordings
 ) -> Callable[[TrainState], tuple[TrainState, Values]]:
@@ -242,7 +249,7 @@ class _Steps:
 
     config: Config
     source: Experience
-    played: Environments
+    played: Environments | Unplayed
     learn: Callable[..., tuple[TrainState, Values]]
     remember: Callable[[TrainState, Values], TrainState]
     key: Callable[[TrainState, int], Key[Array, "*seeds"]]
@@ -285,7 +292,7 @@ class _Steps:
         return {name: x[0] for name, x in values.items()} | beside
 
 
-def _evaluation(played: Environments) -> Callable[..., Values]:
+def _evaluation(played: Environments | Unplayed) -> Callable[..., Values]:
     """Return the playing of any weights, jitted where it can be; see `Trainer.evaluate`."""
 
     def evaluate(
