@@ -97,3 +97,17 @@ def test_what_cannot_be_recorded_is_one_line(tmp_path, capsys, monkeypatch):
         find_controller("nowhere:act")
     assert main(["record"]) == 2
     assert "record needs what plays: mam record RUN" in capsys.readouterr().err
+
+
+def test_the_command_records_and_appends(tmp_path, capsys):
+    out, line = tmp_path / "d", "record --controller test_record:expert --env probe/identity"
+    for seed in (0, 1):
+        words = [*line.split(), "--out", str(out), "--episodes", "3", "--seed", str(seed)]
+        assert main(words) == 0
+    assert f"in {out}: 6 episodes, 48 steps" in capsys.readouterr().out
+    assert main(["data", "info", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("probe/identity: 6 episodes, 48 steps, 3 agents, 4 features, 4 choices")
+    assert "controller: test_record:expert" in told
+    assert main([*line.split(), "--out", str(out), "--episodes", "0"]) == 2
+    assert "--episodes must be positive, got 0" in capsys.readouterr().err
