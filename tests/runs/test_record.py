@@ -79,9 +79,12 @@ def test_external_environments_are_recorded_alike(tmp_path, monkeypatch):
         action = envs.spec.joint_action
         controller = Controller(lambda observation: np.zeros(action.shape, int), envs.spec)
         data = play(tmp_path / "d", controller, envs, 3)
+        weights = init_policy(replace(CONFIG, policy="ippo"), envs.spec, key=jax.random.key(0))
+        played = play(tmp_path / "policy", weights, envs, 3)
     steps = data.read()
-    assert len(data.lengths) == 3
+    assert len(data.lengths) == len(played.lengths) == 3
     assert (steps.action == 0).all()
+    assert np.isfinite(played.read().log_prob).all()
     assert np.flatnonzero(steps.reset).tolist() == (np.cumsum(data.lengths) - data.lengths).tolist()
 
 
