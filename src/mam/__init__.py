@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PPOConfig,
         WorkerConfig,
     )
+    from mam.data.recorder import Recorder
     from mam.envs.registry import make_env
     from mam.networks.policy import register_mixer
     from mam.presets import preset
@@ -43,6 +44,7 @@ __all__ = [
     "Observation",
     "PPOConfig",
     "Policy",
+    "Recorder",
     "Result",
     "TimeStep",
     "WorkerConfig",
@@ -58,6 +60,7 @@ __all__ = [
 
 _HOMES = {
     "mam.config": tuple(name for name in __all__ if name.endswith("Config")),
+    "mam.data.recorder": ("Recorder",),
     "mam.envs.registry": ("make_env",),
     "mam.networks.policy": ("register_mixer",),
     "mam.presets": ("preset",),

@@ -175,6 +175,33 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
+class CloningConfig:
+    """Imitation of a dataset (--learn bc), in minibatches as PPO's."""
+
+    top_fraction: float = 1.0
+    """Share of the episodes that are imitated: those of the highest returns."""
+    held_out: float = 0.1
+    """Share of these that are not learned from: the likelihood of their actions, and how often
+    they are the policy's most likely ones, are reported with every evaluation."""
+    value_coef: float = 0.0
+    """Weight of the value loss, for a critic that knows the recorded returns."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What eases in a run that starts from another's weights (--init)."""
+
+    critic_warmup: int = 0
+    """Updates at first in which only what values alone depend on learns."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy at the start, which falls to 0 linearly."""
+    kl_until: float = 0.5
+    """Share of the run after which that weight is 0."""
+    lr_warmup: int = 0
+    """Updates over which the learning rate rises, linearly."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
@@ -236,6 +263,14 @@ class Config:
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
+    learn: Literal["ppo", "bc"] = "ppo"
+    """What is learned: ppo, the task's reward; bc, the actions of the dataset --data."""
+    data: str | None = None
+    """Folder of the dataset to imitate (see `mam record`)."""
+    init: str | None = None
+    """Folder of a run whose best weights are the start; drawn at random if None."""
+    init_partial: bool = False
+    """Take those weights of --init that fit, and draw the others."""
     num_workers: int | None = None
     """Processes that step environments which are not JAX programs; one per CPU core if None."""
     seed: int = 0
@@ -263,6 +298,8 @@ class Config:
     package adds under its own name; see docs/runs.md. Changes no numbers."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    cloning: CloningConfig = field(default_factory=CloningConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
@@ -280,6 +317,7 @@ class Config:
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
+        learn = [self.learn] * (self.learn != "ppo")
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -287,6 +325,7 @@ class Config:
                 *(f"{name}{layout}" for name, layout in parts if layout),
                 *memory,
                 *published,
+                *learn,
             ]
         )
 
@@ -383,6 +422,7 @@ def _validate(config: Config) -> None:
             f"seed must lie in 0 … {last:,} with {config.num_seeds} seeds, got {config.seed}"
         )
     _check_ppo(config.ppo)
+    _check_learning(config)
     _check_network(config.network)
     _check_finite(config)
 
@@ -406,6 +446,39 @@ def _check_ppo(ppo: PPOConfig) -> None:
             f"ppo.num_minibatches must divide ppo.num_envs × ppo.rollout_length "
             f"= {num_steps}, got {ppo.num_minibatches}"
         )
+
+
+def _check_learning(config: Config) -> None:
+    """Refuse imitation without a dataset or on several devices, and shares that are none."""
+    if (config.learn == "bc") != (config.data is not None):
+        raise UserError(
+            "--learn bc imitates a dataset: give --data, its folder"
+            if config.learn == "bc"
+            else f"--learn {config.learn} learns from the task alone: drop --data"
+        )
+    if config.env == "dataset" and config.data is None:
+        raise UserError("--env dataset is the task of a dataset: give --data, its folder")
+    if config.data is not None and config.num_devices not in (None, 1):
+        raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")
+    cloning, finetune = config.cloning, config.finetune
+    for name, value in (
+        ("cloning.top_fraction", cloning.top_fraction),
+        ("finetune.kl_until", finetune.kl_until),
+    ):
+        if not 0 < value <= 1:
+            raise UserError(f"{name} must lie in (0, 1], got {value}")
+    if not 0 <= cloning.held_out < 1:
+        raise UserError(f"cloning.held_out must lie in [0, 1), got {cloning.held_out}")
+    for name, value in (
+        ("cloning.value_coef", cloning.value_coef),
+        ("finetune.critic_warmup", finetune.critic_warmup),
+        ("finetune.kl_coef", finetune.kl_coef),
+        ("finetune.lr_warmup", finetune.lr_warmup),
+    ):
+        if not value >= 0:
+            raise UserError(f"{name} must not be negative, got {value}")
+    if config.init is None and (config.init_partial or finetune.kl_coef):
+        raise UserError("--init-partial and --finetune.kl-coef need --init, the run to start from")
 
 
 def _check_network(network: NetworkConfig) -> None:

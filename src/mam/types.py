@@ -221,6 +221,8 @@ class Evaluation(eqx.Module):
     log_prob: Float[Array, "*batch N"]
     entropy: Float[Array, "*batch N"]
     value: Float[Array, "*batch N"]
+    # The numbers that decide the distribution of each agent's action given those before it
+    distribution: Float[Array, "*batch N _"] | None = None
 
 
 @runtime_checkable

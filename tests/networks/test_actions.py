@@ -395,3 +395,25 @@ def test_an_action_close_to_one_still_says_where_it_came_from():
     kind, (out, mask) = tanh_normal(np.ones(4)), rows(np.zeros(4), 1)
     _, slope = log_prob_gradient(kind, out, mask, sample(kind, out, mask, x[None]))
     np.testing.assert_allclose(slope[0], x, rtol=0.05)
+
+
+KINDS = {"choice": Categorical(8), "components": MultiCategorical(SIZES), "real": TanhNormal(8)}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_divergence_is_the_mean_log_ratio_and_the_mode_what_greedy_actions_are(kind):
+    """The mean is over samples of the first; masked parts count for nothing."""
+    key, mask = jax.random.key(0), jnp.asarray(MASKS[1])
+    one, other = jax.random.normal(key, (2, 8))
+    first, second = kind.parameters(one, mask), kind.parameters(other, mask)
+    noise = jax.vmap(kind.draw_noise)(jax.random.split(key, 20_000))
+    actions = jax.vmap(lambda z: kind.sample_from_noise(one, mask, z))(noise)
+    logs = [jax.vmap(lambda a, x=x: kind.log_prob(x, mask, a))(actions) for x in (one, other)]
+    ratios = logs[0] - logs[1]
+    divergence = kind.divergence(first, second, mask)
+    np.testing.assert_allclose(divergence, ratios.mean(), atol=4 * ratios.std() / 20_000**0.5)
+    np.testing.assert_allclose(kind.divergence(first, first, mask), 0, atol=1e-6)
+    changed = kind.parameters(jnp.where(mask, other, 9.0), mask)
+    np.testing.assert_allclose(kind.divergence(first, changed, mask), divergence, rtol=1e-5)
+    greedy = kind.sample_from_noise(one, mask, jnp.zeros_like(noise[0]))
+    np.testing.assert_allclose(kind.mode(first, mask), greedy, rtol=1e-6)

@@ -48,7 +48,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             what = {
                 "run": "the folder of a run",
                 "env": "the name of an environment",
-                "what": "what to time",
+                "what": "what to time" if command == "bench" else "what to do, and a folder",
             }
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"

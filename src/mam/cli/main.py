@@ -9,12 +9,14 @@ from typing import Any
 
 from mam.cli.arguments import parse, value_of
 from mam.cli.check_env import CheckEnv, check_env
+from mam.cli.data import Data, data
 from mam.cli.evaluate import Evaluate, evaluate
 from mam.cli.export import Export, export
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
 from mam.cli.play import Play, play
+from mam.cli.record import Record, record
 from mam.cli.report import Report, report
 from mam.cli.show import Show, show
 from mam.cli.start import starting_options
@@ -33,6 +35,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "evaluate": (Evaluate, evaluate),
     "show": (Show, show),
     "play": (Play, play),
+    "record": (Record, record),
+    "data": (Data, data),
     "export": (Export, export),
     "list": (List, list_names),
     "experiment": (Experiment, run_experiment),
@@ -43,7 +47,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "bench": (Bench, run_bench),
 }
 # Commands that go on when their output is no longer read.
-_LASTING = ("train", "experiment", "sweep", "dashboard")
+_LASTING = ("train", "experiment", "sweep", "dashboard", "record")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

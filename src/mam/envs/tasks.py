@@ -137,12 +137,17 @@ def task_names() -> tuple[str, ...]:
     return tuple(f"{name}/{task}" for name, suite in SUITES.items() for task in suite.tasks)
 
 
+DATASET = "dataset"  # the task of a dataset, where there is nothing to play
+
+
 def check_task(name: str) -> None:
     """Refuse a task that no suite has; options, and names of one's own environment, come later.
 
     Raises:
         UserError: there is none, with the nearest ones.
     """
+    if name == DATASET:
+        return
     prefix, _, rest = name.partition("/")
     suite = SUITES.get(prefix)
     if ":" in name and suite is None:

@@ -28,7 +28,7 @@ class Batch(eqx.Module):
     memory: Memory
     action: Action
     order: Int[Array, "L M N"]
-    targets: PyTree[Float[Array, "L M N"]]  # what the objective made of the rest
+    targets: PyTree[Float[Array, "L M N ..."]]  # what the objective made of the rest
 
     @property
     def num_sequences(self) -> int:
@@ -55,7 +55,7 @@ class Objective(Protocol):
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
-    ) -> PyTree[Float[Array, "T B N"]]:
+    ) -> PyTree[Float[Array, "T B N ..."]]:
         """Return what the loss reads besides the policy's view of the actions.
 
         It is in the network's units.
@@ -84,7 +84,7 @@ class Objective(Protocol):
 class WeightedSum:
     """Several objectives at once, on the same rollouts."""
 
-    terms: tuple[tuple[float, Objective], ...]
+    terms: tuple[tuple[float | Float[Array, ""], Objective], ...]
 
     @property
     def needs_values(self) -> bool:

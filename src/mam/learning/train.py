@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import Config
+from mam.envs.tasks import DATASET
 from mam.learning.advantages import Advantages
+from mam.learning.anchor import StayClose
+from mam.learning.cloning import BehaviourCloning
 from mam.learning.estimates import estimate
 from mam.learning.evaluate import with_kinds
 from mam.learning.experience import Environments, Experience, Values, environments
@@ -32,8 +35,9 @@ from mam.learning.nonfinite import (
     select_per_seed,
 )
 from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
-from mam.learning.objective import Objective, make_batch
+from mam.learning.objective import Objective, WeightedSum, make_batch
 from mam.learning.ppo import PPO
+from mam.learning.recordings import Recordings, Unplayed
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import AXIS, WHOLE, Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
@@ -65,6 +69,7 @@ class TrainState(eqx.Module):
     best_beside: Best | None  # in the mode that is played beside the one that counts, if it is
     key: Key[Array, "*seeds"]
     num_updates: Int[Array, "*seeds"]
+    start: Policy | None = None  # that the policy is to stay close to at first, if it is
 
     def best(self, *, beside: bool) -> Best:
         """Return the best weights in the mode that counts, or in the one beside it if played."""
@@ -96,8 +101,9 @@ class Trainer:
     evaluate: Callable[..., Values]
     # Of what `init` returns, and where its arrays lie
     shapes: Callable[[Int[Array | np.ndarray, "seeds"]], TrainState]
-    environments: Environments
+    environments: Environments | Unplayed
     devices: Devices
+    source: Experience  # what is learned from
 
     @property
     def spec(self) -> EnvSpec:
@@ -162,8 +168,13 @@ def make_train(
     Raises:
         UserError: for a task or a policy that does not exist.
     """
-    played = environments(config)
-    source, objective, devices = experience or played, objective or PPO(config.ppo), played.devices
+    if config.data is not None:  # read by one device
+        config = replace(config, num_devices=1)
+    played = Unplayed(config) if config.env == DATASET else environments(config)
+    source, devices = experience or _experience(config, played), played.devices
+    if objective is None:
+        cloning = BehaviourCloning(config.cloning.value_coef)
+        objective = cloning if config.learn == "bc" else PPO(config.ppo)
 
     # External environments are started when their sizes are first read.
     learner = cache(lambda: Learner(config, played.spec, objective, devices.shard))
@@ -198,6 +209,8 @@ def make_train(
     if played.compiled:
         evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
         absolute_metric = jax.jit(share(traced.absolute, P()))
+    if isinstance(source, Recordings):
+        evaluate_step = _predicting(evaluate_step, source)
     return Trainer(
         init=init_seeds,
         train_step=train_step,
@@ -207,7 +220,27 @@ def make_train(
         shapes=lambda seeds: devices.with_shardings(jax.eval_shape(init_seeds, seeds), specs),
         environments=played,
         devices=devices,
+        source=source,
     )
+
+
+def _experience(config: Config, played: Environments | Unplayed) -> Experience:
+    """Return what a configuration learns from: its dataset, or the task itself."""
+    if isinstance(played, Unplayed):
+        return played.recordings
+    return played if config.data is None else Recordings(config, lambda: played.spec)
+
+
+def _predicting(
+    evaluate_step: Callable[[TrainState], tuple[TrainState, Values]], source: Recordings
+) -> Callable[[TrainState], tuple[TrainState, Values]]:
+    """Report with an evaluation how well the weights predict what is held out of a dataset."""
+
+    def evaluate(state: TrainState) -> tuple[TrainState, Values]:
+        after, values = evaluate_step(state)
+        return after, {**values, **source.held_out(state.policy)}
+
+    return evaluate
 
 
 @dataclass(frozen=True)
@@ -216,7 +249,7 @@ class _Steps:
 
     config: Config
     source: Experience
-    played: Environments
+    played: Environments | Unplayed
     learn: Callable[..., tuple[TrainState, Values]]
     remember: Callable[[TrainState, Values], TrainState]
     key: Callable[[TrainState, int], Key[Array, "*seeds"]]
@@ -259,7 +292,7 @@ class _Steps:
         return {name: x[0] for name, x in values.items()} | beside
 
 
-def _evaluation(played: Environments) -> Callable[..., Values]:
+def _evaluation(played: Environments | Unplayed) -> Callable[..., Values]:
     """Return the playing of any weights, jitted where it can be; see `Trainer.evaluate`."""
 
     def evaluate(
@@ -353,7 +386,19 @@ class Learner:
             best_beside=Best(policy, never) if config.eval.both_modes else None,
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
+            start=policy if config.finetune.kl_coef else None,
         )
+
+    def _at(self, state: TrainState, rollout: Rollout) -> Objective:
+        """Return what is learned from a rollout: at first also to stay close to the start."""
+        finetune = self.config.finetune
+        if state.start is None:
+            return self.objective
+        share = state.num_updates / (finetune.kl_until * self.config.num_updates)
+        start = as_normalised(state.start)
+        close = StayClose(start, cast(Any, start.network).distribution, rollout)
+        weight = finetune.kl_coef * jnp.maximum(1 - share, 0.0)
+        return WeightedSum(((1.0, self.objective), (weight, close)))
 
     def learn(
         self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
@@ -369,11 +414,11 @@ class Learner:
         Returns:
             The state after it, and what is reported, one number each.
         """
-        ppo, shard = self.config.ppo, self.shard
+        ppo, shard, objective = self.config.ppo, self.shard, self._at(state, rollout)
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
         flags = [*nonfinite_leaves(policy.network), *nonfinite_in_rollout(transitions)]
         # 1. Estimate advantages, in units of reward.
-        if self.objective.needs_values:
+        if objective.needs_values:
             transitions, estimates = estimate(policy, rollout, self.spec, ppo, shard)
             policy = policy.update_values(estimates.target, transitions.observation.alive, shard)
         # 2. Take into the statistics what was seen, from the next rollout on.
@@ -383,18 +428,18 @@ class Learner:
         # 3. Learn, in the network's units.
         observation = policy.statistics.normalise(transitions.observation)
         scaled = replace(rollout, transitions=replace(transitions, observation=observation))
-        batch = make_batch(scaled, self.objective.prepare(policy, scaled, estimates), shard)
-        lr_scale = 1 - state.num_updates / self.config.num_updates if ppo.anneal_lr else 1.0
+        batch = make_batch(scaled, objective.prepare(policy, scaled, estimates), shard)
         network, opt_state, metrics = update(
             policy.network,
             state.opt_state,
             batch,
             key,
             self.optimiser,
-            self.objective,
+            objective,
             ppo,
             shard,
-            lr_scale,
+            lr_scale := self._lr_scale(state.num_updates),
+            self._frozen(state),
         )
         # 4. Report.
         in_update = jnp.where(metrics.bad == NO_FAULT, NO_FAULT, len(flags) + metrics.bad)
@@ -415,6 +460,24 @@ class Learner:
             num_updates=state.num_updates + 1,
         )
         return state, values
+
+    def _lr_scale(self, num_updates: Int[Array, ""]) -> Float[Array, ""] | float:
+        """Return what the learning rate is multiplied by after so many updates."""
+        scale, warmup = 1.0, self.config.finetune.lr_warmup
+        if self.config.ppo.anneal_lr:
+            scale = 1 - num_updates / self.config.num_updates
+        return scale * jnp.minimum((num_updates + 1) / warmup, 1.0) if warmup else scale
+
+    def _frozen(self, state: TrainState) -> PyTree[Bool[Array, ""]] | None:
+        """Say which parameters do not learn yet: at first all but the critic's."""
+        warmup = self.config.finetune.critic_warmup
+        if not warmup:
+            return None
+        early, network = state.num_updates < warmup, as_normalised(state.policy).network
+        frozen = jax.tree.map(lambda _: early, network)
+        critic = cast(Any, network).critic
+        learns = jax.tree.map(lambda _: jnp.zeros((), bool), critic)
+        return eqx.tree_at(lambda network: cast(Any, network).critic, frozen, learns)
 
     def remember(self, state: TrainState, values: Values) -> TrainState:
         """Keep the evaluated weights, for each mode in which none were better before.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import PPOConfig
 from mam.errors import UserError
@@ -66,6 +66,7 @@ def update(
     config: PPOConfig,
     shard: Shard = WHOLE,
     lr_scale: Float[Array, ""] | float = 1.0,
+    frozen: PyTree[Bool[Array, ""]] | None = None,
 ) -> tuple[Policy, optax.OptState, UpdateMetrics]:
     """Take num_epochs × num_minibatches gradient steps.
 
@@ -84,6 +85,7 @@ def update(
         config: numbers of epochs and minibatches.
         shard: this device's share of every minibatch.
         lr_scale: multiplies the learning rate in the optimiser's state.
+        frozen: which parameters get no gradient; all do if None.
 
     Returns:
         The network and the optimiser's state after the steps, and means over these.
@@ -98,6 +100,8 @@ def update(
         index = shard.local_slice(index)
         rows = jax.tree.map(lambda x: x[:, index], batch)
         grads, losses = _gradient(policy, rows, objective, shard)
+        if frozen is not None:
+            grads = jax.tree.map(lambda still, x: jnp.where(still, 0.0, x), frozen, grads)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         updates = optax.tree.scale(lr_scale, updates)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))

@@ -99,6 +99,43 @@ class ActionDistribution(Protocol):
         """
         ...
 
+    def parameters(
+        self, outputs: Float[Array, "*batch P"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch Q"]:
+        """Return the numbers that decide the distribution, by themselves.
+
+        Args:
+            outputs: of the network.
+            mask: legal choices, or components in use.
+        """
+        ...
+
+    def mode(
+        self, parameters: Float[Array, "*batch Q"], mask: Bool[Array, "*batch A"]
+    ) -> AgentAction:
+        """Return the most likely action; of several choices, of each.
+
+        Args:
+            parameters: as `parameters` returned them.
+            mask: legal choices, or components in use.
+        """
+        ...
+
+    def divergence(
+        self,
+        one: Float[Array, "*batch Q"],
+        other: Float[Array, "*batch Q"],
+        mask: Bool[Array, "*batch A"],
+    ) -> Float[Array, "*batch"]:
+        """Return KL(one ‖ other), in nats, of all components together.
+
+        Args:
+            one: parameters of the distribution that the expectation is over.
+            other: those of the other.
+            mask: legal choices, or components in use, of both.
+        """
+        ...
+
 
 def mask_logits(
     logits: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
@@ -122,6 +159,13 @@ def mask_noise(
 def add_logits(scores: Float[Array, "..."], logits: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return mask_logits(logits, mask) + noise, given `scores` = mask_noise(noise, mask)."""
     return jnp.where(scores > ILLEGAL / 2, logits + scores, scores)
+
+
+def _choice_divergence(
+    one: Float[Array, "*batch A"], other: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+) -> Float[Array, "*batch"]:
+    """Return Σ p (log p − log q) over legal choices, of log-probabilities."""
+    return jnp.sum(jnp.where(mask, jnp.exp(one) * (one - other), 0.0), axis=-1)
 
 
 class Categorical(eqx.Module):
@@ -170,6 +214,25 @@ class Categorical(eqx.Module):
         """Return the entropy; an illegal action contributes nothing, in value and in gradient."""
         log_probs = jax.nn.log_softmax(mask_logits(outputs, mask))
         return -jnp.sum(jnp.where(mask, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
+
+    def parameters(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch A"]:
+        """Return log-probabilities."""
+        return jax.nn.log_softmax(mask_logits(outputs, mask))
+
+    def mode(
+        self, parameters: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Int[Array, "*batch"]:
+        return jnp.argmax(mask_logits(parameters, mask), axis=-1).astype(jnp.int32)
+
+    def divergence(
+        self,
+        one: Float[Array, "*batch A"],
+        other: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+    ) -> Float[Array, "*batch"]:
+        return _choice_divergence(one, other, mask)
 
 
 class MultiCategorical(eqx.Module):
@@ -231,6 +294,27 @@ class MultiCategorical(eqx.Module):
     ) -> Float[Array, "*batch"]:
         entropies = [one.entropy(*parts) for one, *parts in self._components(outputs, mask)]
         return jnp.sum(jnp.stack(entropies, axis=-1), axis=-1)
+
+    def parameters(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch A"]:
+        """Return each component's log-probabilities, side by side."""
+        parts = [one.parameters(*arrays) for one, *arrays in self._components(outputs, mask)]
+        return jnp.concatenate(parts, axis=-1)
+
+    def mode(
+        self, parameters: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Int[Array, "*batch K"]:
+        parts = [one.mode(*arrays) for one, *arrays in self._components(parameters, mask)]
+        return jnp.stack(parts, axis=-1)
+
+    def divergence(
+        self,
+        one: Float[Array, "*batch A"],
+        other: Float[Array, "*batch A"],
+        mask: Bool[Array, "*batch A"],
+    ) -> Float[Array, "*batch"]:
+        return _choice_divergence(one, other, mask)
 
     def _components(self, *arrays: Array) -> Iterator[tuple]:
         """Yield each component's distribution and its slice of every array."""
@@ -310,6 +394,31 @@ class TanhNormal(eqx.Module):
         log_slope = _log_slope(outputs[..., None] + std[:, None] * _NODES) @ _WEIGHTS
         entropy = 0.5 * jnp.log(2 * jnp.pi * jnp.e * jnp.square(std)) + log_slope
         return jnp.sum(jnp.where(mask, entropy, 0.0), axis=-1)
+
+    def parameters(
+        self, outputs: Float[Array, "*batch A"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch Q"]:
+        """Return the means of the normal variables and, behind them, their log_std."""
+        return jnp.concatenate([outputs, jnp.broadcast_to(self.log_std, outputs.shape)], axis=-1)
+
+    def mode(
+        self, parameters: Float[Array, "*batch Q"], mask: Bool[Array, "*batch A"]
+    ) -> Float[Array, "*batch A"]:
+        """Return tanh of the mean, the median, which is what acting greedily takes."""
+        return jnp.where(mask, jnp.tanh(parameters[..., : self.num_outputs]), 0.0)
+
+    def divergence(
+        self,
+        one: Float[Array, "*batch Q"],
+        other: Float[Array, "*batch Q"],
+        mask: Bool[Array, "*batch A"],
+    ) -> Float[Array, "*batch"]:
+        """Return that of the normal variables, which tanh does not change."""
+        (mean, std), (mean_q, std_q) = (jnp.split(x, 2, axis=-1) for x in (one, other))
+        std, std_q = jax.nn.softplus(std), jax.nn.softplus(std_q)
+        squares = (jnp.square(std) + jnp.square(mean - mean_q)) / jnp.square(std_q)
+        each = jnp.log(std_q / std) + 0.5 * (squares - 1)
+        return jnp.sum(jnp.where(mask, each, 0.0), axis=-1)
 
 
 def _log_slope(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -262,6 +262,7 @@ class IndependentPolicy(eqx.Module):
             log_prob=self.distribution.log_prob(out, obs.action_mask, action),
             entropy=self.distribution.entropy(out, obs.action_mask),
             value=self.critic.unroll(memory.critic, obs, reset, action)[..., 0],
+            distribution=self.distribution.parameters(out, obs.action_mask),
         )
 
     def successor_values(

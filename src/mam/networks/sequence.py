@@ -19,6 +19,7 @@ from mam.networks.decoder import Decoder, Past
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoded, Encoder, EncoderMemory
+from mam.networks.heads import Head
 from mam.networks.layers import Dense
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
@@ -129,6 +130,11 @@ class SequencePolicy(eqx.Module):
         """The value head's last layer."""
         return self.encoder.value_head.out
 
+    @property
+    def critic(self) -> Head:
+        """The part that values alone depend on."""
+        return self.encoder.value_head
+
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Return the memory before an episode; see `mam.types.Policy`."""
         return SequenceMemory(
@@ -214,6 +220,7 @@ class SequencePolicy(eqx.Module):
             log_prob=_rows(self.distribution.log_prob(out, mask, action), by_agent),
             entropy=_rows(self.distribution.entropy(out, mask), by_agent),
             value=_rows(encoded.value, by_agent),
+            distribution=_rows(self.distribution.parameters(out, mask), by_agent),
         )
 
     def successor_values(

@@ -18,7 +18,7 @@ from mam.learning.normalise import transfer_policy
 from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
 from mam.runs.files import read_object
-from mam.runs.loop import RunFolder, restore, seeds_of
+from mam.runs.folder import RunFolder, restore, seeds_of
 from mam.runs.sinks import read_records
 from mam.runs.summary import absolute_returns, evaluation_returns
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput

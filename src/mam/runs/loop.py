@@ -18,28 +18,29 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mam.config import Config, from_json, to_json
+from mam.config import Config, to_json
 from mam.envs.external.factories import names_code
 from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
+from mam.learning.recordings import Recordings
 from mam.learning.train import Trainer, TrainState, Values, make_train, on_host
 from mam.runs.callbacks import Callback, Event
-from mam.runs.checkpoint import Save, Writer, has_saves, newest
-from mam.runs.files import read_config
+from mam.runs.checkpoint import Save, Writer, has_saves
+from mam.runs.files import read_object
+from mam.runs.folder import FREE, RunFolder, differences, restore, seeds_of
 from mam.runs.footprint import footprint, out_of_memory
-from mam.runs.lock import Lock, acquire
+from mam.runs.initial import started_from
+from mam.runs.lock import acquire
 from mam.runs.signals import GRACE, Stop, stop_on_signals
 from mam.runs.sinks import (
     JsonLines,
@@ -47,131 +48,13 @@ from mam.runs.sinks import (
     Record,
     Sink,
     find_sink,
-    read_records,
     write_atomically,
 )
 from mam.runs.summary import plot_learning_curve, write_marl_eval
-from mam.runs.times import are_times, write_times
+from mam.runs.times import write_times
 
 Outcome = Literal["finished", "stopped", "preempted"]
-LOCK_FILE = "run.lock"  # held while a run is trained; see mam.runs.lock
-# Settings that a resumed run may change.
-FREE = (
-    "total_timesteps",
-    "num_devices",
-    "num_workers",
-    "worker",
-    "checkpoint",
-    "log",
-)
 MOST_SKIPPED = 10  # updates in a row with non-finite values, before a run gives up
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """Names of what a run leaves behind."""
-
-    path: Path
-    held: Lock | None = field(default=None, compare=False)  # while training; readers need none
-
-    @property
-    def lock(self) -> Path:
-        return self.path / LOCK_FILE
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def times(self) -> Path:
-        return self.path / "times.json"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint"
-
-    @property
-    def learning_curve(self) -> Path:
-        return self.path / "learning_curve.png"
-
-    def load_config(self) -> Config:
-        """Read the configuration of the run.
-
-        Raises:
-            UserError: if the folder holds no run, or one of an incompatible version.
-        """
-        return read_config(self.config)
-
-    def load_state(self, config: Config, trainer: Trainer) -> TrainState:
-        """Read the newest train state that is intact, one leading axis of seeds.
-
-        Args:
-            config: of the run.
-            trainer: of the run; says the shapes.
-        """
-        return restore(self.newest_save(config), trainer.shapes(np.asarray(seeds_of(config))))
-
-    def newest_save(self, config: Config) -> Save:
-        """Open the newest save that is intact.
-
-        Raises:
-            UserError: if it is of a run with another configuration: config.json was edited, or the
-                save is another's.
-            CheckpointError: if there is none.
-        """
-        save = newest(self.checkpoint, valid=_is_position, warn=print)
-        if "config" not in save.meta:  # of the first versions
-            return save
-        try:
-            saved = from_json(Config, save.meta["config"])
-        except UserError as error:
-            raise UserError(
-                f"the configuration in {save.path} is of another version: {error}"
-            ) from error
-        if unlike := differences(
-            replace(saved, **{name: getattr(config, name) for name in FREE}), config
-        ):
-            raise UserError(
-                f"{self.config} is not what {save.path} was trained with: {'; '.join(unlike)}; "
-                "undo the change, or begin another run"
-            )
-        return save
-
-    def records(self) -> list[Record]:
-        """Read all that the run has reported."""
-        return read_records(self.metrics)
-
-    def release(self) -> None:
-        """Let other processes train here; happens by itself when this one ends."""
-        if self.held:
-            self.held.close()
-
-
-def restore(save: Save, shapes: TrainState) -> TrainState:
-    """Read a train state.
-
-    Earlier versions kept the best weights of one mode only, which then stand for both.
-
-    Args:
-        save: the save.
-        shapes: of the state, and where its arrays lie.
-    """
-    if shapes.best_beside is None or any(
-        name.startswith("state.best_beside") for name in save.leaves
-    ):
-        return save.restore(shapes)
-    state = save.restore(eqx.tree_at(lambda s: s.best_beside, shapes, None))
-    best = jax.tree.map(jnp.copy, state.best(beside=False))
-    return eqx.tree_at(lambda s: s.best_beside, state, best, is_leaf=lambda x: x is None)
-
-
-def seeds_of(config: Config) -> list[int]:
-    """Return the seeds of a run, in the order of every leading axis."""
-    return list(range(config.seed, config.seed + config.num_seeds))
 
 
 def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]:
@@ -197,9 +80,10 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
     trainer = make_train(config)
     try:
         trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
+        trainer = started_from(config, trainer)
         if jax.process_index() > 0:
             return RunFolder(cast(Path, path)), trainer
-        return _make_folder(config, path), trainer
+        return _make_folder(config, path, trainer), trainer
     except BaseException:
         trainer.close()
         raise
@@ -219,7 +103,7 @@ def _check_unused(config: Config, path: Path) -> None:
     raise UserError(f"{path} already holds a run: go on with `{command}`, or choose another --out")
 
 
-def _make_folder(config: Config, path: Path | None) -> RunFolder:
+def _make_folder(config: Config, path: Path | None, trainer: Trainer) -> RunFolder:
     """Make the folder of a new run, which no other run has."""
     try:
         if path is None:
@@ -235,7 +119,8 @@ def _make_folder(config: Config, path: Path | None) -> RunFolder:
     try:
         _check_unused(config, path)
         _write_json(folder.config, to_json(config))
-        _write_json(path / "versions.json", versions())
+        data = {"data": fingerprint} if (fingerprint := _fingerprint(trainer)) else {}
+        _write_json(path / "versions.json", versions() | data)
     except BaseException:
         folder.release()
         raise
@@ -307,6 +192,9 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         folder = replace(folder, held=acquire(folder.lock))
     try:
         trainer = make_train(config)
+        _check_data(folder, config, trainer)
+        if not has_saves(folder.checkpoint):
+            trainer = started_from(config, trainer)
         if jax.process_index() == 0:
             if not has_saves(folder.checkpoint):
                 lost = ", and metrics.jsonl is written anew" if folder.metrics.exists() else ""
@@ -318,22 +206,21 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     return folder, trainer
 
 
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """List the fields in which two configurations differ, as `ppo.lr was 0.0005, is 0.001`.
+def _fingerprint(trainer: Trainer) -> str | None:
+    """Return what tells the dataset that is learned from from others."""
+    return trainer.source.fingerprint if isinstance(trainer.source, Recordings) else None
 
-    Args:
-        old: a configuration, or a group of one.
-        new: the other one.
-        prefix: of the names of its fields.
-    """
-    found = []
-    for setting in fields(old):
-        before, now = getattr(old, setting.name), getattr(new, setting.name)
-        if is_dataclass(before):
-            found += differences(before, now, f"{prefix}{setting.name}.")
-        elif before != now:
-            found.append(f"{prefix}{setting.name} was {before}, is {now}")
-    return found
+
+def _check_data(folder: RunFolder, config: Config, trainer: Trainer) -> None:
+    """Refuse to go on with another dataset than that of the first update."""
+    path = folder.path / "versions.json"
+    if config.data is None or not path.exists():
+        return
+    if read_object(path).get("data") not in (None, _fingerprint(trainer)):
+        raise UserError(
+            f"the dataset {config.data} is not what it was when {folder.path} began: "
+            "put it back, or begin another run"
+        )
 
 
 def run(
@@ -675,19 +562,6 @@ class _Loop:
             if self._saved
             else "nothing is saved yet"
         )
-
-
-def _is_position(meta: dict[str, Any]) -> bool:
-    """Say whether metadata is what `_Loop.save` writes."""
-    least = {"update": 0, "evaluated": -1, "step_count": 0, "metrics_bytes": 0}
-    return (
-        all(
-            isinstance(count := meta.get(name), int) and count >= low for name, low in least.items()
-        )
-        and isinstance(meta.get("elapsed"), float)
-        and all(isinstance(meta.get(name, {}), dict) for name in ("config", "spec"))
-        and are_times(meta.get("times", {}))
-    )
 
 
 @contextmanager

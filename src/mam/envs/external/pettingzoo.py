@@ -143,6 +143,30 @@ class PettingZooEnv:
             final_observation=final,
         )
 
+    def write_actions(self, actions: Mapping[Hashable, Any]) -> np.ndarray:
+        """Return the joint action that `step` reads as these actions; zeros for other agents.
+
+        Args:
+            actions: of agents, as the environment itself takes them.
+
+        Raises:
+            UserError: an action is none of its agent's.
+        """
+        shape: tuple[int, ...] = (len(self._index),)
+        if self.layout.continuous:
+            shape += (self.layout.num_actions,)
+        elif self.layout.action_components is not None:
+            shape += (len(self.layout.action_components),)
+        rows = np.zeros(shape, np.float32 if self.layout.continuous else np.int32)
+        for agent, action in actions.items():
+            n = self._index[agent]
+            try:
+                written = self._actions[n].write(action)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{self.name}: the action of agent '{agent}': {error}") from error
+            np.atleast_1d(rows[n : n + 1].reshape(-1))[: len(written)] = written
+        return rows
+
     def frame(self) -> np.ndarray | None:
         """Draw an image [Y, X, RGB] of the current state; return None where nothing is drawn.
 

@@ -274,6 +274,17 @@ class DiscreteAction:
             return int(choices[0]) + int(self.space.start)
         return (choices.reshape(self.space.shape) + self.space.start).astype(self.space.dtype)
 
+    def write(self, action: Any) -> np.ndarray:
+        """Return the choices that `read` makes this action of.
+
+        Raises:
+            ValueError: the action is not of its space.
+        """
+        choices = np.ravel(action) - np.ravel(self.space.start)
+        if len(choices) != len(self.sizes) or ((choices < 0) | (choices >= self.sizes)).any():
+            raise ValueError(f"{action} is none of {self.space}")
+        return choices
+
 
 @dataclass(frozen=True)
 class BoxAction:
@@ -310,6 +321,15 @@ class BoxAction:
         value = self.centre + self.half * action[: len(self.centre)]
         # Rounding must not carry an action over the edge: some environments check.
         return np.clip(value.astype(self.space.dtype), self.space.low, self.space.high)
+
+    def write(self, action: Any) -> np.ndarray:
+        """Return the components that `read` stretches to this action.
+
+        Raises:
+            ValueError: the action is not of its space.
+        """
+        value = shaped(self.space, action).astype(np.float64)
+        return np.clip((value - self.centre) / np.where(self.half > 0, self.half, 1), -1, 1)
 
 
 def action_readers(

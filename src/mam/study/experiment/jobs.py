@@ -17,8 +17,9 @@ from mam.config import Config
 from mam.envs.tasks import check_task
 from mam.errors import UserError, shown
 from mam.presets import preset_for
+from mam.runs.folder import FREE, LOCK_FILE, RunFolder, differences
 from mam.runs.lock import is_held
-from mam.runs.loop import FREE, LOCK_FILE, RunFolder, differences, resume_options
+from mam.runs.loop import resume_options
 from mam.study.experiment.follow import Follower
 from mam.study.experiment.grid import flags
 

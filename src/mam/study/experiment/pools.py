@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from mam.errors import UserError
+from mam.runs.folder import LOCK_FILE
 from mam.runs.lock import holder_of, is_held, try_lock
-from mam.runs.loop import LOCK_FILE
 from mam.runs.signals import PREEMPTED
 from mam.study.experiment.jobs import Job, is_running, python_command
 

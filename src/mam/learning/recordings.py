@@ -1,0 +1,281 @@
+"""Episodes of a dataset as experience, and how well a policy predicts those held out."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from mam.config import Config
+from mam.data.steps import spec_with_ids, with_ids
+from mam.data.summary import Trajectories, open_dataset
+from mam.errors import UserError, shown
+from mam.learning.normalise import as_normalised
+from mam.learning.objective import living_mean
+from mam.learning.rollout import Rollout
+from mam.learning.sharding import Devices, Shard
+from mam.learning.stopwatch import Part, Stopwatch
+from mam.networks.actions import LARGEST
+from mam.types import EnvSpec, Observation, Policy, Transition
+
+Values = dict[str, Any]
+_SPLIT_SEED = 0  # of what is held out: the same in every run on the same dataset
+_MOST_HELD_OUT = 8192  # steps
+_SIZES = (
+    "num_agents",
+    "obs_dim",
+    "num_actions",
+    "continuous",
+    "action_components",
+    "grid_shape",
+    "state_dim",
+)
+
+
+@dataclass(frozen=True)
+class Recordings:
+    """Episodes of a dataset, of which a rollout is windows drawn at random, with replacement.
+
+    Each window is a sequence of its own, at whose start memory is empty. With memory it starts
+    where an episode does, or where a window before it ended in the same episode; without,
+    anywhere. Behind the last episode comes the first.
+    """
+
+    config: Config
+    spec: Callable[[], EnvSpec]  # of the task that is learned, whose sizes the dataset has to have
+    # Changes windows [seeds, L, B, …] before they are learned from, by a generator
+    augment: Callable[[Transition, np.random.Generator], Transition] | None = None
+    compiled: ClassVar[bool] = False
+
+    @cached_property
+    def _data(self) -> Trajectories:
+        data = open_dataset(Path(cast(str, self.config.data)))
+        seen, task = _plain(self.spec()), data.spec
+        if unlike := [
+            f"{name} is {shown(getattr(task, name))} instead of {shown(getattr(seen, name))}"
+            for name in _SIZES
+            if getattr(task, name) != getattr(seen, name)
+        ]:
+            raise UserError(
+                f"the dataset {data.path} is of {task.name}, "
+                f"not of {seen.name}: {', '.join(unlike)}"
+            )
+        return data
+
+    @cached_property
+    def _split(self) -> tuple[np.ndarray, np.ndarray]:
+        """Episodes to learn from, and those held out: of the highest returns, as many as asked."""
+        returns, cloning = self._data.returns, self.config.cloning
+        most = math.ceil(cloning.top_fraction * len(returns))
+        best = np.argsort(-returns, kind="stable")[:most]
+        drawn = np.random.default_rng(_SPLIT_SEED).permutation(np.sort(best))
+        size = round(cloning.held_out * len(drawn))
+        if cloning.held_out and len(drawn) > 1:
+            size = min(max(size, 1), len(drawn) - 1)
+        return np.sort(drawn[size:]), np.sort(drawn[:size])
+
+    def _read(self, episodes: np.ndarray) -> Transition:
+        """Read episodes as a policy sees them."""
+        steps, _ = with_ids(self._data.read(episodes), self._data.spec, self.config.agent_id)
+        seen = steps.observation
+        if self._data.spec.continuous:
+            action = np.clip(steps.action, -LARGEST, LARGEST)
+            steps = replace(steps, action=np.where(seen.action_mask, action, np.float32(0)))
+        elif (illegal := _illegal(steps, self._data.spec).sum()) > 0:
+            raise UserError(
+                f"the dataset {self._data.path} has {illegal:,} actions "
+                "that its masks do not allow: no policy can imitate them"
+            )
+        order = np.argsort(~np.asarray(seen.alive), axis=-1, kind="stable").astype(np.int32)
+        return replace(steps, order=order, log_prob=None, value=None)
+
+    @cached_property
+    def _learned(self) -> tuple[Transition, np.ndarray]:
+        """Steps to learn from, one episode after another, and where windows with memory start."""
+        episodes, _ = self._split
+        steps, lengths = self._read(episodes), self._data.lengths[episodes]
+        firsts = np.cumsum(lengths) - lengths
+        starts = [np.arange(a, a + n, self._length) for a, n in zip(firsts, lengths, strict=True)]
+        return steps, np.concatenate(starts)
+
+    @cached_property
+    def _held_out(self) -> Transition | None:
+        _, episodes = self._split
+        few = episodes[np.cumsum(self._data.lengths[episodes]) <= _MOST_HELD_OUT]
+        return self._read(few if len(few) else episodes[:1]) if len(episodes) else None
+
+    @property
+    def _length(self) -> int:
+        """Steps of a window, L."""
+        return self.config.ppo.sequence_length or self.config.ppo.rollout_length
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells the dataset from one of other contents."""
+        return self._data.fingerprint
+
+    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
+        """Return nothing: a rollout is drawn anew from all episodes.
+
+        Args:
+            policy: not read.
+            key: not read.
+            shard: not read.
+
+        Raises:
+            UserError: if there is no such dataset, or it is of another task.
+        """
+        _ = self._data
+        return ()
+
+    def collect(
+        self, policy: Policy, carry: tuple[()], key: Key[Array, "seeds"], shard: Shard
+    ) -> tuple[tuple[()], Rollout, Values]:
+        """Draw as many steps as a rollout has, for all seeds at once.
+
+        Args:
+            policy: [seeds]; says what memory is before a window's first step, and no more.
+            carry: empty.
+            key: decides where windows start, [seeds].
+            shard: not read: a dataset is read by one device.
+
+        Returns:
+            The empty carry; windows [seeds, L, M, …] without log-probabilities, values and metrics;
+            and no metrics.
+        """
+        ppo, (steps, starts) = self.config.ppo, self._learned
+        num_steps, num_windows = len(steps.reset), ppo.num_envs * ppo.rollout_length // self._length
+        memory = jax.vmap(lambda policy: policy.init_memory((1, num_windows)))(policy)
+        remembers = bool(jax.tree.leaves(memory))
+        firsts, augmenting = [], None
+        for data in np.asarray(jax.random.key_data(key)):
+            augmenting = np.random.default_rng(data)
+            drawn = augmenting.integers(len(starts) if remembers else num_steps, size=num_windows)
+            firsts.append(starts[drawn] if remembers else drawn)
+        rows = (np.stack(firsts)[:, None] + np.arange(self._length)[:, None]) % num_steps
+        window = jax.tree.map(lambda x: x[rows], steps)
+        if self.augment is not None and augmenting is not None:
+            window = self.augment(window, augmenting)
+        return carry, Rollout(window, memory, window.final_observation.alive[:, -1]), {}
+
+    def held_out(self, policy: Policy) -> Values:
+        """Return how well policies predict what is held out, [seeds]; nothing if nothing is.
+
+        `held_out_nll` is −log π of an agent's action, given those of the agents before it;
+        `held_out_accuracy` how often that is the most likely one; of real components,
+        `held_out_error` is how far they are from the policy's.
+
+        Args:
+            policy: [seeds].
+        """
+        if self._held_out is None:
+            return {}
+        found = _predict(policy, jax.tree.map(lambda x: x[:, None], self._held_out))
+        error = "held_out_error" if self._data.spec.continuous else "held_out_accuracy"
+        return dict(zip(("held_out_nll", error), np.asarray(found), strict=True))
+
+
+@dataclass(frozen=True)
+class Unplayed:
+    """The task of a dataset, where nothing can be played: what is held out judges a policy.
+
+    In the place of returns stands log π of the actions held out.
+    """
+
+    config: Config
+    devices: Devices = field(default_factory=Devices)
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    compiled: ClassVar[bool] = False
+    step_part: ClassVar[Part] = "update"
+
+    @cached_property
+    def recordings(self) -> Recordings:
+        """The dataset."""
+        data = open_dataset(Path(cast(str, self.config.data)))
+        return Recordings(self.config, lambda: spec_with_ids(data.spec, self.config.agent_id))
+
+    @property
+    def spec(self) -> EnvSpec:
+        """Sizes of the recorded task."""
+        return self.recordings.spec()
+
+    @property
+    def env(self) -> Any:
+        """Return None: there is none."""
+        return None
+
+    def play_modes(
+        self, policies: Sequence[Policy], key: Key[Array, "seeds"], num_episodes: int, modes: Any
+    ) -> Values:
+        """Judge a policy by the episodes held out, whose actions are as likely in every mode.
+
+        Args:
+            policies: one per mode, each [seeds].
+            key: not read.
+            num_episodes: not read.
+            modes: how many results there are to be.
+
+        Returns:
+            `episode_return`, [modes, seeds, 1].
+        """
+        found = [self.play(policy, key, num_episodes, False) for policy in policies]
+        return {name: np.stack([one[name] for one in found]) for name in found[0]}
+
+    def play(
+        self, policy: Policy, key: Key[Array, "seeds"], num_episodes: int, greedy: bool
+    ) -> Values:
+        """Judge a policy by the episodes held out.
+
+        Args:
+            policy: [seeds].
+            key: not read.
+            num_episodes: not read.
+            greedy: not read.
+
+        Raises:
+            UserError: if none are held out.
+        """
+        values = self.recordings.held_out(policy)
+        if not values:
+            raise UserError("--env dataset plays nothing: --cloning.held-out must not be 0")
+        return {"episode_return": -values["held_out_nll"][:, None]}
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, None))
+def _predict(policy: Policy, steps: Transition) -> tuple[Array, Array]:
+    """Return −log π of the actions, and their accuracy or, if continuous, their distance."""
+    seen, whole = steps.observation, as_normalised(policy)
+    memory = policy.init_memory((1,))
+    found = policy.evaluate(memory, seen, steps.action, steps.order, steps.reset)
+    mean, distribution = living_mean(seen.alive), cast(Any, whole.network).distribution
+    mode = distribution.mode(found.distribution, seen.action_mask)
+    if jnp.issubdtype(mode.dtype, jnp.floating):
+        used = jnp.maximum(seen.action_mask.sum(axis=-1), 1)
+        hit = jnp.abs(mode - steps.action).sum(axis=-1) / used
+    else:
+        hit = distribution.equal(mode, steps.action)
+    return -mean(found.log_prob), mean(hit)
+
+
+def _plain(spec: EnvSpec) -> EnvSpec:
+    """Return a task without agents' ids."""
+    return replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)
+
+
+def _illegal(steps: Transition, spec: EnvSpec) -> np.ndarray:
+    """Say which actions of the living the masks do not allow, [T, N]."""
+    seen: Observation = steps.observation
+    sizes = spec.action_components or (spec.num_actions,)
+    action, mask = np.asarray(steps.action), np.asarray(seen.action_mask)
+    columns = action.reshape(*mask.shape[:2], len(sizes)) + np.cumsum((0, *sizes[:-1]))
+    return ~np.take_along_axis(mask, columns, axis=-1).all(axis=-1) & np.asarray(seen.alive)

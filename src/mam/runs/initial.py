@@ -1,0 +1,92 @@
+"""The weights that a run starts from, where they are those of an earlier run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mam.config import Config
+from mam.errors import UserError
+from mam.learning.nonfinite import leaf_names
+from mam.learning.normalise import as_normalised, simplified
+from mam.learning.train import Trainer, TrainState
+from mam.runs.load import load_weights
+from mam.types import Policy
+
+_SHOWN = 4  # names in a message
+
+
+def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] = print) -> Trainer:
+    """Return a trainer whose `init` takes the weights of the run that the configuration names.
+
+    Each seed starts from the same seed of a run with as many, else from the best one. A run that is
+    resumed has its weights, and does not read the other again.
+
+    Args:
+        config: of the new run.
+        trainer: of the new run.
+        tell: called with a line about what is drawn anew, with `init_partial`.
+
+    Raises:
+        UserError: if there is no such run, or weights do not fit.
+    """
+    if config.init is None:
+        return trainer
+    weights = load_weights(Path(config.init))
+    seeds = np.arange(config.num_seeds)
+    if len(weights.best_return) != config.num_seeds:
+        seeds = np.full(config.num_seeds, np.argmax(weights.best_return))
+    policies = jax.tree.map(lambda x: jnp.asarray(x)[seeds], weights.policies)
+    shapes = trainer.shapes(np.zeros(config.num_seeds, np.int64)).policy
+    _, left = _fitted(shapes, policies)
+    if left:
+        names = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
+        if not config.init_partial:
+            raise UserError(
+                f"the weights of {config.init} do not fit: {names}; --init-partial takes the others"
+            )
+        tell(f"not taken from {config.init}, but drawn: {names}")
+
+    def init(seeds: np.ndarray) -> TrainState:
+        state = trainer.init(seeds)
+        policy, _ = _fitted(state.policy, policies)
+        state = replace(state, policy=policy, best_policy=_copied(policy))
+        if state.best_beside is not None:
+            beside = _copied(policy)
+            state = eqx.tree_at(lambda s: s.best_beside.policy, state, beside)
+        return state if state.start is None else replace(state, start=_copied(policy))
+
+    return replace(trainer, init=init)
+
+
+def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
+    """Return `new` with the arrays of `old` that fit, by place and shape, and the others' names.
+
+    Args:
+        new: arrays or shapes.
+        old: of another task, of other sizes, or another policy.
+    """
+    new_whole, old_whole = as_normalised(new), as_normalised(old)
+    found = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(old_whole)}
+    leaves, structure = jax.tree.flatten(new_whole)
+    places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(new_whole)]
+    fits = [
+        place in found and found[place].shape == leaf.shape
+        for place, leaf in zip(places, leaves, strict=True)
+    ]
+    taken = [
+        jnp.asarray(found[place], leaf.dtype) if fit else leaf
+        for place, leaf, fit in zip(places, leaves, fits, strict=True)
+    ]
+    names = leaf_names(new_whole, "")
+    left = [name.strip() for name, fit in zip(names, fits, strict=True) if not fit]
+    return simplified(jax.tree.unflatten(structure, taken)), left
+
+
+def _copied(policy: Policy) -> Policy:
+    """Return arrays of its own: a train step may be given all of the state."""
+    return jax.tree.map(jnp.copy, policy)

@@ -1,0 +1,306 @@
+"""Recording episodes: a policy or a controller plays, and a dataset keeps what happened."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Key
+
+from mam.data.steps import concatenate, without_ids
+from mam.data.store import Writer, cut
+from mam.envs.wrappers import AutoReset
+from mam.errors import RunError, UserError
+from mam.learning.external import seed_of
+from mam.learning.rollout import RolloutState, make_transition, next_state
+from mam.networks.sequence import decision_order
+from mam.types import (
+    EnvSpec,
+    ExternalEnvironments,
+    Memory,
+    Policy,
+    PolicyOutput,
+    TimeStep,
+    Transition,
+)
+
+# The joint action of every environment, of where it stands and a key
+Actor = Callable[[RolloutState, Key[Array, ""]], tuple[Memory, PolicyOutput]]
+CHUNK = 64  # steps between two looks at which episodes have ended
+
+
+def policy_actor(policy: Policy, *, greedy: bool) -> Actor:
+    """Return a policy as what acts, compiled.
+
+    Args:
+        policy: the weights.
+        greedy: take the most likely actions instead of sampling them.
+    """
+
+    @jax.jit
+    def act(state: RolloutState, key: Key[Array, ""]) -> tuple[Memory, PolicyOutput]:
+        keys = jax.random.split(key, state.reset.shape[0])
+        return policy.act(state.memory, state.observation, state.reset, keys, greedy=greedy)
+
+    return act
+
+
+def find_controller(name: str) -> Callable[..., Any]:
+    """Import a controller, written package.module:function.
+
+    Raises:
+        UserError: if there is no such function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"no controller {name}, expected package.module:function: {error}"
+        ) from error
+    if not callable(found):
+        raise UserError(f"{name} is a {type(found).__name__}: expected a function")
+    return found
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A function of one environment's observation that returns its joint action.
+
+    It is called with those of these that it names: `observation` (without agents' ids), `state`
+    (the environment's own, of one in JAX), `key` (of JAX), `reset` (the episode's first step).
+    """
+
+    function: Callable[..., Any]
+    spec: EnvSpec
+
+    def _call(self, state: RolloutState, key: Key[Array, ""]) -> Any:
+        env_state = getattr(state.env_state, "env_state", state.env_state)
+        given = {"observation": state.observation, "state": env_state}
+        given |= {"key": key, "reset": state.reset}
+        names = inspect.signature(self.function).parameters
+        if unknown := names.keys() - given.keys():
+            raise UserError(
+                f"a controller takes {', '.join(given)}, not {', '.join(sorted(unknown))}"
+            )
+        return self.function(**{name: given[name] for name in names})
+
+    def traced(self, state: RolloutState, key: Key[Array, ""]) -> tuple[Memory, PolicyOutput]:
+        """Act in every environment, as part of a JAX program."""
+        keys = jax.random.split(key, state.reset.shape[0])
+        return (), self._output(state, jax.vmap(self._call)(replace(state, memory=()), keys))
+
+    def called(self, state: RolloutState, key: Key[Array, ""]) -> tuple[Memory, PolicyOutput]:
+        """Act in one environment after another, with NumPy arrays."""
+        state = replace(jax.device_get(state), memory=())
+        keys = jax.random.split(key, state.reset.shape[0])
+        actions = [
+            self._call(jax.tree.map(lambda x, b=b: x[b], state), keys[b])
+            for b in range(state.reset.shape[0])
+        ]
+        return (), self._output(state, np.stack([np.asarray(action) for action in actions]))
+
+    def _output(self, state: RolloutState, action: Any) -> PolicyOutput:
+        expected, numpy = self.spec.joint_action, isinstance(action, np.ndarray)
+        if action.shape[1:] != expected.shape:
+            raise UserError(
+                f"the controller returns actions {[*action.shape[1:]]}, "
+                f"{self.spec.name} takes {[*expected.shape]}"
+            )
+        alive = state.observation.alive
+        zeros: Any = np.zeros(alive.shape, np.float32) if numpy else jnp.zeros(alive.shape)
+        return PolicyOutput(
+            action=action.astype(expected.dtype),
+            log_prob=zeros,
+            value=zeros,
+            order=decision_order(jnp.asarray(alive)),
+        )
+
+    def actor(self, state: RolloutState) -> tuple[Actor, bool]:
+        """Return what acts, and whether it is a JAX program; those that cannot be are called.
+
+        Args:
+            state: where acting starts; says the shapes.
+        """
+        with suppress(Exception):  # any: what is wrong with it shows again when it is called
+            jax.eval_shape(self.traced, state, jax.random.key(0))
+            return self.traced, True
+        return self.called, False
+
+
+@dataclass
+class HostedEnvironments:
+    """Environments in JAX that are stepped from outside: an `ExternalEnvironments`."""
+
+    batched: AutoReset
+    state: Any = None
+
+    def __post_init__(self):
+        self._step, self._reset = jax.jit(self.batched.step), jax.jit(self.batched.reset)
+
+    @property
+    def spec(self) -> EnvSpec:
+        return self.batched.spec
+
+    @property
+    def num_envs(self) -> int:
+        return self.batched.num_envs
+
+    def reset(self, seed: int) -> TimeStep:
+        """Start an episode everywhere."""
+        self._key, key = jax.random.split(jax.random.key(seed))
+        self.state, timestep = self._reset(key)
+        return timestep
+
+    def step(self, action: np.ndarray) -> TimeStep:
+        """Apply joint actions, [B, …]."""
+        self._key, key = jax.random.split(self._key)
+        self.state, timestep = self._step(self.state, jnp.asarray(action), key)
+        return timestep
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to end."""
+
+
+def record(
+    envs: AutoReset | ExternalEnvironments,
+    actor: Policy | Controller,
+    writer: Writer,
+    num_episodes: int,
+    *,
+    greedy: bool = False,
+    seed: int = 0,
+    max_steps: int = 10_000,
+    tell: Callable[[int, int], None] = lambda episodes, steps: None,
+) -> None:
+    """Play whole episodes side by side and append them to a dataset.
+
+    Each environment plays as many as the others, or one more: short episodes are not preferred.
+
+    Args:
+        envs: B of them.
+        actor: a policy, or a controller.
+        writer: of the dataset.
+        num_episodes: how many.
+        greedy: take a policy's most likely actions instead of sampling them.
+        seed: decides everything random.
+        max_steps: of an episode.
+        tell: called with the numbers of episodes and steps so far.
+
+    Raises:
+        RunError: an episode does not end.
+    """
+    num_envs = envs.num_envs
+    quota = [num_episodes // num_envs + (b < num_episodes % num_envs) for b in range(num_envs)]
+    spec, pending = envs.spec, [list[Transition]() for _ in range(num_envs)]
+    episodes = steps = 0
+    for chunk in _chunks(envs, actor, greedy, jax.random.key(seed)):
+        chunk, _ = without_ids(chunk, spec)
+        for b in range(num_envs):
+            for piece in _episodes(jax.tree.map(lambda x, b=b: x[:, b], chunk), pending[b]):
+                if quota[b]:
+                    quota[b] -= 1
+                    writer.append(piece)
+                    episodes, steps = episodes + 1, steps + len(piece.reset)
+            if quota[b] and sum(len(x.reset) for x in pending[b]) > max_steps:
+                raise RunError(
+                    f"an episode of {spec.name} has not ended after {max_steps:,} steps: "
+                    "only whole episodes are recorded"
+                )
+        tell(episodes, steps)
+        if not any(quota):
+            return
+
+
+def _episodes(column: Transition, pending: list[Transition]) -> list[Transition]:
+    """Cut the steps of one environment into episodes; `pending` keeps the start of the next."""
+    found, start = [], 0
+    for stop in np.flatnonzero(column.terminated | column.truncated) + 1:
+        found.append(concatenate([*pending, cut(column, start, int(stop))]))
+        pending.clear()
+        start = int(stop)
+    if start < len(column.reset):
+        pending.append(cut(column, start, len(column.reset)))
+    return found
+
+
+def _chunks(
+    envs: AutoReset | ExternalEnvironments,
+    actor: Policy | Controller,
+    greedy: bool,
+    key: Key[Array, ""],
+) -> Any:
+    """Yield what happens, CHUNK steps at a time, [T, B, …], as NumPy arrays."""
+    start_key, key = jax.random.split(key)
+    memory: Memory = () if isinstance(actor, Controller) else actor.init_memory((envs.num_envs,))
+    if isinstance(envs, AutoReset):
+        env_state, timestep = jax.jit(envs.reset)(start_key)
+        state = RolloutState(env_state, timestep.observation, ~timestep.ended, memory)
+        act, traced = (
+            actor.actor(state)
+            if isinstance(actor, Controller)
+            else (policy_actor(actor, greedy=greedy), True)
+        )
+        if traced:
+            yield from _traced_chunks(envs, act, state, key)
+            return
+        envs = HostedEnvironments(envs)
+    act = actor.called if isinstance(actor, Controller) else policy_actor(actor, greedy=greedy)
+    yield from _called_chunks(envs, act, memory, start_key, key)
+
+
+def _traced_chunks(env: AutoReset, act: Actor, state: RolloutState, key: Key[Array, ""]) -> Any:
+    def step(state: RolloutState, key: Key[Array, ""]) -> tuple[RolloutState, Transition]:
+        act_key, env_key = jax.random.split(key)
+        memory, output = act(state, act_key)
+        env_state, timestep = env.step(state.env_state, output.action, env_key)
+        return next_state(timestep, memory, env_state), make_transition(state, output, timestep)
+
+    @partial(jax.jit, donate_argnums=0)
+    def steps(state: RolloutState, key: Key[Array, ""]) -> tuple[RolloutState, Transition]:
+        return lax.scan(step, state, jax.random.split(key, CHUNK))
+
+    for number in range(2**31):
+        state, transitions = steps(state, jax.random.fold_in(key, number))
+        yield _plain(jax.device_get(transitions))
+
+
+def _called_chunks(
+    envs: ExternalEnvironments,
+    act: Actor,
+    memory: Memory,
+    start_key: Key[Array, ""],
+    key: Key[Array, ""],
+) -> Any:
+    timestep = envs.reset(seed_of(start_key[None]))
+    reset: Any = np.ones(envs.num_envs, bool)
+    state = RolloutState(getattr(envs, "state", ()), timestep.observation, reset, memory)
+    number, found = 0, []
+    while True:
+        memory, output = act(state, jax.random.fold_in(key, number))
+        output = jax.device_get(output)
+        timestep = jax.device_get(envs.step(output.action))
+        seen = jax.device_get(replace(state, env_state=(), memory=()))
+        found.append(_plain(make_transition(seen, output, timestep)))
+        state = next_state(timestep, memory, getattr(envs, "state", ()))
+        number += 1
+        if len(found) == CHUNK:
+            yield jax.tree.map(lambda *x: np.stack(x), *found)
+            found = []
+
+
+def _plain(steps: Transition) -> Transition:
+    """Return steps without metrics, whose names come up one by one."""
+    return replace(steps, metrics={}, policy_metrics={})
+
+
+def recorded_spec(spec: EnvSpec) -> EnvSpec:
+    """Return a task as datasets keep it, without agents' ids."""
+    return replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)

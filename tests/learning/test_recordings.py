@@ -1,0 +1,172 @@
+"""A dataset as experience: which episodes, which windows, what is held out, and what is refused."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mam.config import CloningConfig, Config, EvalConfig, NetworkConfig, PPOConfig
+from mam.data.store import Writer
+from mam.envs.registry import make_batched
+from mam.errors import UserError
+from mam.learning.recordings import Recordings
+from mam.learning.sharding import WHOLE
+from mam.learning.train import init_policy, make_train
+from mam.runs.record import Controller, record, recorded_spec
+from mam.types import EnvSpec, Observation, Transition
+
+SPEC = EnvSpec("own/count", num_agents=2, obs_dim=1, num_actions=3, time_limit=None)
+NETWORK = NetworkConfig(d_model=8, d_state=2)
+
+
+def episode(length, quality, spec=SPEC):
+    """An episode whose views count steps from quality · 100, and whose return is the quality."""
+    n = spec.num_agents
+    count = np.arange(length + 1, dtype=np.float32) + 100 * quality
+    view = np.repeat(count[:, None, None], n, axis=1)
+    seen = Observation(view, np.ones((length + 1, n, 3), bool), np.ones((length + 1, n), bool))
+    last = np.arange(length) == length - 1
+    return Transition(
+        observation=jax.tree.map(lambda x: x[:-1], seen),
+        reset=np.arange(length) == 0,
+        action=np.full((length, n), quality % 3, np.int32),
+        log_prob=None,
+        value=None,
+        order=np.zeros((length, n), np.int32),
+        reward=np.repeat(last[:, None] * np.float32(quality), n, axis=1),
+        terminated=last,
+        truncated=~last & last,
+        final_observation=jax.tree.map(lambda x: x[1:], seen),
+        metrics={},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten episodes of 3 to 12 steps, of rising quality."""
+    path = tmp_path_factory.mktemp("data") / "d"
+    with Writer(path, SPEC) as writer:
+        for quality in range(10):
+            writer.append(episode(3 + quality, quality))
+    return path
+
+
+def recordings(folder, policy="ippo", cloning=CloningConfig(), **changes):  # noqa: B008
+    ppo = PPOConfig(num_envs=4, rollout_length=8, sequence_length=4, num_minibatches=1)
+    config = Config(
+        policy=policy, network=NETWORK, ppo=ppo, learn="bc", data=str(folder), cloning=cloning
+    )
+    config = replace(config, agent_id="none")
+    return Recordings(replace(config, **changes), lambda: changes.get("spec", SPEC))
+
+
+def policies(config, num_seeds=2):
+    keys = jax.random.split(jax.random.key(0), num_seeds)
+    return jax.vmap(lambda key: init_policy(config, SPEC, key=key))(keys)
+
+
+def qualities(steps):
+    return sorted({int(x) // 100 for x in np.ravel(steps.observation.agents_view)})
+
+
+def test_the_best_episodes_are_taken_and_some_of_them_held_out(folder):
+    source = recordings(folder, cloning=CloningConfig(top_fraction=0.5, held_out=0.4))
+    learned, held_out = (qualities(x) for x in (source._learned[0], source._held_out))
+    assert sorted(learned + held_out) == [5, 6, 7, 8, 9]
+    assert len(held_out) == 2
+    nothing = recordings(folder, cloning=CloningConfig(held_out=0.0))
+    assert qualities(nothing._learned[0]) == [*range(10)]
+    assert nothing.held_out(policies(nothing.config)) == {}
+
+
+@pytest.mark.parametrize("policy", ["ippo", "rec_ippo"])
+def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(policy, folder):
+    source = recordings(folder, policy, CloningConfig(held_out=0.0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    carry, rollout, _ = source.collect(policies(source.config), (), keys, WHOLE)
+    steps, count = rollout.transitions, rollout.transitions.observation.agents_view[..., 0, 0]
+    assert carry == ()
+    assert steps.reset.shape == (2, 4, 8)  # seeds, steps, windows: 4 · 8 steps in all
+    goes_on = ~steps.reset[:, 1:]
+    np.testing.assert_array_equal(np.diff(count, axis=1)[goes_on], 1)
+    np.testing.assert_array_equal(steps.action[..., 0], count // 100 % 3)
+    first = count[:, 0] % 100
+    assert (first % 4 == 0).all() == (policy == "rec_ippo")
+    assert len({*np.ravel(first)}) > 1
+    assert not np.array_equal(count[0], count[1])  # every seed draws its own
+    again = source.collect(policies(source.config), (), keys, WHOLE)[1]
+    np.testing.assert_array_equal(again.transitions.action, steps.action)
+
+
+def test_windows_may_be_augmented(folder):
+    def mirrored(window, generator):
+        assert isinstance(generator, np.random.Generator)
+        return replace(window, action=2 - window.action)
+
+    source = recordings(folder)
+    keys = jax.random.split(jax.random.key(1), 1)
+    plain, changed = (
+        one.collect(policies(one.config, 1), (), keys, WHOLE)[1].transitions.action
+        for one in (source, replace(source, augment=mirrored))
+    )
+    np.testing.assert_array_equal(changed, 2 - plain)
+
+
+def test_another_task_is_refused_with_what_differs(folder):
+    other = replace(SPEC, obs_dim=4, num_actions=5)
+    source = recordings(folder)
+    source = replace(source, spec=lambda: other)
+    message = "is of own/count, not of own/count: obs_dim is 1 instead of 4, num_actions"
+    with pytest.raises(UserError, match=message):
+        source.init(policies(source.config), jax.random.key(0), WHOLE)
+
+
+def test_illegal_actions_are_refused(tmp_path):
+    one = episode(3, 1)
+    one.observation.action_mask[1, 0, 1] = False
+    with Writer(tmp_path / "d", SPEC) as writer:
+        writer.append(one)
+    source = recordings(tmp_path / "d")
+    with pytest.raises(UserError, match="has 1 actions that its masks do not allow"):
+        _ = source._learned
+
+
+EXPERTS = {
+    "probe/identity": lambda observation: jnp.argmax(observation.agents_view, axis=-1),
+    "probe/target": lambda observation: observation.agents_view,
+    "probe/components": lambda observation: jnp.stack(
+        [jnp.argmax(x, axis=-1) for x in jnp.split(observation.agents_view, [3], axis=-1)], axis=-1
+    ),
+}
+
+
+@pytest.mark.parametrize("env", EXPERTS)
+def test_every_kind_of_action_is_imitated(env, tmp_path):
+    envs = make_batched(env, 8, "none")
+    with Writer(tmp_path / "d", recorded_spec(envs.spec)) as writer:
+        record(envs, Controller(EXPERTS[env], envs.spec), writer, 32)
+    config = Config(
+        policy="ippo",
+        env=env,
+        agent_id="none",
+        learn="bc",
+        data=str(tmp_path / "d"),
+        total_timesteps=20 * 128,
+        network=NETWORK,
+        ppo=PPOConfig(num_envs=16, rollout_length=8, num_epochs=4, num_minibatches=2, lr=0.02),
+        eval=EvalConfig(num_episodes=8, both_modes=False),
+    )
+    trainer = make_train(config)
+    state, before = trainer.evaluate_step(trainer.init(np.arange(1)))
+    for _ in range(20):
+        state, values = trainer.train_step(state)
+        assert np.isfinite(values["loss"]).all()
+    _, after = trainer.evaluate_step(state)
+    assert after["held_out_nll"] < before["held_out_nll"]
+    if "held_out_error" in after:
+        assert after["held_out_error"] < 0.5 * before["held_out_error"]
+    else:
+        assert after["held_out_accuracy"] > 0.95
+    assert after["episode_return"].mean() > before["episode_return"].mean()
