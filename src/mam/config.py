@@ -55,6 +55,10 @@ class RecurrenceConfig:
     """Step sizes at initialisation are log-uniform from here …"""
     dt_max: float = 0.1
     """… to here; 1 / step size is about how many environment steps a channel sums up."""
+    normalise: bool = field(default=False, metadata={"before": True})
+    """Normalise a state-space memory's output before it is added to what is seen: finds a faint,
+    old cue sooner (probe/tmaze-50), and makes small states count as much as large ones, with which
+    other tasks learn badly (RWARE)."""
     last_action: bool = False
     """Let agents read what they did at the step before, beside what they see."""
 

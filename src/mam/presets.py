@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
+from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig, RecurrenceConfig
 from mam.errors import unknown_name
 
 
@@ -281,7 +281,9 @@ def probe_tmaze_50() -> Config:
         short,
         env="probe/tmaze-50",
         total_timesteps=500_000,
-        network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
+        network=NetworkConfig(
+            d_model=32, num_blocks=1, d_state=8, recurrence=RecurrenceConfig(normalise=True)
+        ),
         ppo=replace(short.ppo, lr=2e-3, rollout_length=128, num_minibatches=8, ent_coef=0.003),
         eval=EvalConfig(num_evaluations=20, num_episodes=128),
     )
