@@ -123,7 +123,9 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize("groups", [{}, {"network": {}}, {"ppo": {"lr": 5e-4}}])
 def test_missing_keys_mean_what_runs_did_before_there_were_any(groups):
     """Their defaults, except where these have changed what a run does."""
-    network, ppo = NetworkConfig(observation_norm="layer"), PPOConfig(normalise_value=False)
+    memory = RecurrenceConfig(normalise=True)
+    network = NetworkConfig(observation_norm="layer", recurrence=memory)
+    ppo = PPOConfig(normalise_value=False)
     assert from_json(Config, groups) == Config(network=network, ppo=ppo)
 
 

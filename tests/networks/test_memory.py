@@ -21,13 +21,15 @@ T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 RECURRENT = [name for name in MEMORIES if name != "none"]
-every_memory = pytest.mark.parametrize("name", [*RECURRENT, "gru+action", "mamba+action"])
+every_memory = pytest.mark.parametrize(
+    "name", [*RECURRENT, "gru+action", "mamba+action", "mamba+norm"]
+)
 DISTRIBUTION = Categorical(3)
 
 
 def config_of(name):
-    memory, _, last_action = (name or "").partition("+")
-    own = RecurrenceConfig(d_state=4, last_action=bool(last_action))
+    memory, _, option = (name or "").partition("+")
+    own = RecurrenceConfig(d_state=4, last_action=option == "action", normalise=option == "norm")
     return NetworkConfig(d_model=E, memory=memory or None, recurrence=own)
 
 

@@ -159,6 +159,29 @@ def test_later_agents_heed_earlier_ones_and_no_others(layout):
         np.testing.assert_allclose(after.value, before.value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", LETTERS)
+def test_agents_start_nearly_by_themselves(layout):
+    """At first what others see and do counts for little beside what an agent sees itself."""
+    sizes = replace(sizes_of(layout), d_model=32, d_state=8, head_dim=32)
+    policy = make_policy("mam", SPEC, sizes, key=jax.random.key(0))
+    obs, order = make_observation(), jnp.broadcast_to(jnp.arange(N), (B, N))
+    obs = replace(obs, alive=jnp.ones((B, N), bool))
+    action = jnp.asarray(np.random.default_rng(2).integers(0, A, (B, N)))
+    base = evaluate_one(policy, obs, action, order)
+
+    def change(what, agents_view=obs.agents_view, action=action):
+        """How far it moves the last agent's log-probabilities and values."""
+        moved = evaluate_one(policy, replace(obs, agents_view=agents_view), action, order)
+        return np.std((getattr(moved, what) - getattr(base, what))[FREE, -1])
+
+    seen = jnp.asarray(np.random.default_rng(3).normal(size=(B, N, O)), jnp.float32)
+    own, others = (obs.agents_view.at[:, k].add(seen[:, k]) for k in (slice(-1, None), slice(-1)))
+    acted = (action + 1).at[:, -1].set(action[:, -1]) % A
+    assert change("value", others) < 0.1 * change("value", own)
+    assert change("log_prob", others) < 0.1 * change("log_prob", own)
+    assert change("log_prob", action=acted) < 0.5 * change("log_prob", own)
+
+
 @every_layout
 def test_every_parameter_has_a_part(layout):
     before = subject(layout).repeated
