@@ -296,7 +296,8 @@ def loss_and_gradient(policy, obs):
 
     def loss(policy):
         result = evaluate(policy, obs, make_action(obs), jnp.asarray(ORDER))
-        return sum(jnp.sum(w * v) for w, v in zip(weights, jax.tree.leaves(result), strict=True))
+        found = (result.log_prob, result.entropy, result.value)
+        return sum(jnp.sum(w * v) for w, v in zip(weights, found, strict=True))
 
     return jax.value_and_grad(loss)(policy)
 

@@ -60,7 +60,7 @@ class LayerNorm(eqx.Module):
     eps: float = eqx.field(static=True)
 
     def __init__(self, dim: int, *, scale: float = 1.0, eps: float = 1e-6):
-        self.scale, self.offset, self.eps = jnp.full(dim, scale), jnp.zeros(dim), eps
+        self.scale, self.offset, self.eps = scale * jnp.ones(dim), jnp.zeros(dim), eps
 
     def __call__(
         self, x: Float[Array, "*batch E"], residual: Float[Array, "*batch E"] | None = None
