@@ -254,23 +254,6 @@ class Policy(Protocol):
         """
         ...
 
-    def act_on_noise(
-        self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
-    ) -> tuple[Memory, PolicyOutput]:
-        """Choose the joint action that noise leads to: `act` as a function without randomness.
-
-        Args:
-            memory: after step t − 1; `init_memory` at first.
-            obs: what is seen at step t.
-            reset: whether t is the first step of an episode, in which `memory` is not read.
-            noise: of every agent, as its action's distribution draws it; zeros lead to the most
-                likely action.
-
-        Returns:
-            The memory after step t; the action, and its log-probability, value and order.
-        """
-        ...
-
     def evaluate(
         self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Evaluation:
@@ -308,6 +291,28 @@ class Policy(Protocol):
 
         Returns:
             The value per agent of the successor, [*batch, N].
+        """
+        ...
+
+
+@runtime_checkable
+class ExportablePolicy(Policy, Protocol):
+    """A policy that can also act without drawing anything itself; the library's own all can."""
+
+    def act_on_noise(
+        self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
+    ) -> tuple[Memory, PolicyOutput]:
+        """Choose the joint action that noise leads to: `act` as a function without randomness.
+
+        Args:
+            memory: after step t − 1; `init_memory` at first.
+            obs: what is seen at step t.
+            reset: whether t is the first step of an episode, in which `memory` is not read.
+            noise: of every agent, as its action's distribution draws it; zeros lead to the most
+                likely action.
+
+        Returns:
+            The memory after step t; the action, and its log-probability, value and order.
         """
         ...
 

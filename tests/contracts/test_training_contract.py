@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.config import Config, NetworkConfig, PPOConfig
+from mam.config import Config, NetworkConfig, PPOConfig, RecurrenceConfig
 from mam.envs.probes import PROBES, Copy, Identity, Matrix, Memory
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.learning import experience, train
@@ -33,7 +33,14 @@ PPO = PPOConfig(
     gamma=0.9,
     ent_coef=0.2,
 )
-NETWORK = NetworkConfig(d_model=16, num_heads=2, d_state=2, d_conv=2)
+# The norm: state-space memories learn a cue in the few steps there are.
+NETWORK = NetworkConfig(
+    d_model=16,
+    num_heads=2,
+    d_state=2,
+    d_conv=2,
+    recurrence=RecurrenceConfig(normalise=True),
+)
 
 
 class Mortal(Identity):

@@ -14,7 +14,7 @@ from mam.envs.wrappers import agent_ids
 from mam.errors import UserError
 from mam.learning.normalise import as_normalised
 from mam.learning.train import init_policy
-from mam.types import EnvSpec, Memory, Observation, Policy
+from mam.types import EnvSpec, ExportablePolicy, Memory, Observation
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Program:
     Agents' ids, normalisation and masks are part of it. What it remembers goes in and comes out.
     """
 
-    policy: Policy
+    policy: ExportablePolicy
     spec: EnvSpec
     ids: np.ndarray  # in front of the agents' views
     inputs: tuple[Port, ...]
@@ -46,7 +46,7 @@ class Program:
     memory: Any  # the structure of what is remembered
 
     @classmethod
-    def of(cls, config: Config, spec: EnvSpec, policy: Policy) -> "Program":
+    def of(cls, config: Config, spec: EnvSpec, policy: ExportablePolicy) -> "Program":
         """Return the program of a policy.
 
         Args:
@@ -90,7 +90,7 @@ class Program:
         return output.action, output.log_prob, output.value, *jax.tree.leaves(memory)
 
 
-def _in_passes(policy: Policy, config: Config, spec: EnvSpec) -> Policy:
+def _in_passes(policy: ExportablePolicy, config: Config, spec: EnvSpec) -> ExportablePolicy:
     """Return the policy as one that decides in whole passes over the agents.
 
     A pass is few operations on many rows. Runtimes are slow at loops: ONNX Runtime takes up to 14

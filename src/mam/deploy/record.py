@@ -9,13 +9,15 @@ from mam.config import Config
 from mam.learning.experience import environments
 from mam.learning.sharding import WHOLE
 from mam.networks.actions import agent_noise, make_distribution
-from mam.types import EnvSpec, Observation, Policy
+from mam.types import EnvSpec, ExportablePolicy, Observation
 
 NUM_ENVS, STEPS = 4, 32
 TOLERANCE = 1e-5
 
 
-def record(config: Config, spec: EnvSpec, policy: Policy, seed: int) -> dict[str, np.ndarray]:
+def record(
+    config: Config, spec: EnvSpec, policy: ExportablePolicy, seed: int
+) -> dict[str, np.ndarray]:
     """Play some steps, and return what a program reads and what the policy answers, [T, B, …].
 
     Every other environment is played greedily.
@@ -50,7 +52,7 @@ def record(config: Config, spec: EnvSpec, policy: Policy, seed: int) -> dict[str
 
 
 def _answers(
-    spec: EnvSpec, policy: Policy, obs: Observation, reset: np.ndarray, noise: np.ndarray
+    spec: EnvSpec, policy: ExportablePolicy, obs: Observation, reset: np.ndarray, noise: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the arrays by their names, and the jitted policy's answers."""
     reset = np.concatenate([np.ones_like(reset[:1]), reset[1:]])  # memory starts here

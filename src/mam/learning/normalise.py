@@ -21,6 +21,7 @@ from mam.types import (
     Array,
     EnvSpec,
     Evaluation,
+    ExportablePolicy,
     Greedy,
     Keys,
     Memory,
@@ -204,7 +205,7 @@ class NormalisedPolicy(eqx.Module):
             reset: whether t is the first step of an episode.
             noise: of every agent; zeros lead to the most likely action.
         """
-        memory, output = self.network.act_on_noise(
+        memory, output = cast(ExportablePolicy, self.network).act_on_noise(
             memory, self.statistics.normalise(obs), reset, noise
         )
         return memory, replace(output, value=self.restore_value(output.value))
