@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,6 @@ class Step:
     parts: tuple[
         str, ...
     ] = ()  # what is compiled apart, before it is timed; none if it is not timed
-    flags: str = ""  # XLA's
 
 
 # --- Kernels against float64 ----------------------------------------------------------------------
@@ -380,62 +379,8 @@ def train_step(task: str, short: bool, part: str | None) -> list[Row]:
     return rows
 
 
-def compile_time(name: str, task: str, short: bool) -> list[Row]:
-    """One train step: how long it compiles, under this step's flags, and how long it runs."""
-    from mam.config import Config, NetworkConfig, PPOConfig
-
-    network = NetworkConfig(d_model=64, num_blocks=1, d_state=16)
-    ppo = PPOConfig(num_envs=1024, rollout_length=128, num_epochs=4, num_minibatches=4)
-    if short:
-        network = NetworkConfig(d_model=16, d_state=4)
-        ppo = PPOConfig(num_envs=4, rollout_length=4, num_epochs=1, num_minibatches=1)
-    config = Config(policy=name, env=task, network=network, ppo=ppo)
-    return [{"policy": name, "task": task, **profile(config, 3, parts=False)}]
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Nobody else of this run measures meanwhile, though others may compile."""
-    import fcntl
-
-    with Path(OUT, "alone").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def scan_chunks(short: bool) -> list[Row]:
-    """Agents in one unrolled chunk of the scan: seconds to compile, and to run both ways."""
-    import jax
-    import jax.numpy as jnp
-
-    from mam.kernels.cuda import scan
-
-    def both_ways(arguments, reset, gradients):
-        def run(x, dt, B, C, A, h0):
-            return scan.scan_kernel(
-                x, dt, B, C, A, reset, h0, reverse=False, interpret=jax.default_backend() == "cpu"
-            )
-
-        return jax.vjp(run, *arguments)[1](gradients)
-
-    rows = []
-    for n in (9,) if short else (4, 32, 1024):
-        inputs = scan_inputs(4 if short else 131_072 // n, n, 128, 16, jnp.float32)
-        for chunk in (8, 4, 2):
-            scan.CHUNK = chunk
-            jax.clear_caches()
-            start = time.perf_counter()
-            compiled = jax.jit(both_ways).lower(*inputs).compile()
-            row = {"N": n, "chunk": chunk, "compile_s": time.perf_counter() - start}
-            with alone():
-                row["ms"] = 1e3 * seconds_of(lambda: compiled(*inputs), 20)  # noqa: B023
-            print(row, flush=True)
-            rows.append(row)
-    return rows
-
-
-def where_time_goes(what: str, name: str, short: bool) -> list[Row]:
-    """The GPU's kernels of an update of 131,072 agents, or of a rollout: the longest, added up."""
+def where_time_goes(what: str, short: bool, part: str | None) -> list[Row]:
+    """The GPU's kernels of mam's update of 131,072 agents, or train step: the longest, added up."""
     import jax
 
     from mam.config import NetworkConfig
@@ -444,18 +389,17 @@ def where_time_goes(what: str, name: str, short: bool) -> list[Row]:
 
     network = NetworkConfig(d_model=64, d_state=16)
     batch = 8 if short else 32_768 if what == "update" else 256
-    candidate = cases()[what].candidates[name](Cell(4, batch, network))
+    candidate = cases()[what].candidates[part or "mam"](Cell(4, batch, network))
     compiled = jax.jit(candidate.function).lower(*candidate.args).compile()
     jax.block_until_ready(compiled(*candidate.args))
-    folder = Path(OUT, f"profile-{what}-{name}")
+    folder = Path(OUT, f"profile-{what}", part or "all")
     calls = 3
-    with alone():
-        seconds = seconds_of(lambda: compiled(*candidate.args))
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(calls):
-                jax.block_until_ready(compiled(*candidate.args))
+    seconds = seconds_of(lambda: compiled(*candidate.args))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with jax.profiler.trace(folder, profiler_options=options):
+        for _ in range(calls):
+            jax.block_until_ready(compiled(*candidate.args))
     total: dict[str, list[float]] = {}
     for file in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -476,8 +420,8 @@ def where_time_goes(what: str, name: str, short: bool) -> list[Row]:
     ]
 
 
-def profile(config: Any, calls: int, *, parts: bool = True) -> Row:
-    """Seconds of one train step and, where asked, of its parts."""
+def profile(config: Any, calls: int) -> Row:
+    """Seconds of one train step and of its parts."""
     import jax
     import jax.numpy as jnp
 
@@ -507,12 +451,10 @@ def profile(config: Any, calls: int, *, parts: bool = True) -> Row:
 
         return jax.lax.scan(step, (env_state, mask), jax.random.split(key, ppo.rollout_length))[1]
 
-    environment = acting = float("nan")
-    if parts:
-        environment = seconds_of(
-            lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls
-        )
-        acting = seconds_of(lambda: act(policy, actors, key), calls)
+    environment = seconds_of(
+        lambda: step_only(actors.env_state, actors.observation.action_mask, key), calls
+    )
+    acting = seconds_of(lambda: act(policy, actors, key), calls)
     start = time.perf_counter()
     step = trainer.train_step.lower(state).compile()
     compile_s = time.perf_counter() - start
@@ -522,8 +464,7 @@ def profile(config: Any, calls: int, *, parts: bool = True) -> Row:
         holder[0], values = step(holder[0])
         return values
 
-    with alone():
-        total = seconds_of(whole, calls)
+    total = seconds_of(whole, calls)
     return {
         "steps_per_s": round(config.steps_per_update / total),
         "total_ms": 1e3 * total,
@@ -539,14 +480,6 @@ POLICIES = ("mam", "mam2", "mat", "mappo")
 CHECKED = (*POLICIES, "ff_sable", "sable", "rec_mam", "rec_mam2", "rec_mat")
 ACTING = ("mam", "mam2", "mat", "mam-kernel", "mam2-kernel", "mam-fixed-point")
 OUT = "gpu"
-FAST_COMPILE = "--xla_gpu_autotune_level=0"
-GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE --xla_gpu_command_buffer_unroll_loops=true"
-VARIANTS = {
-    "default": "",
-    "autotune-0": FAST_COMPILE,
-    "no-triton-gemm": "--xla_gpu_enable_triton_gemm=false",
-    "graphs": GRAPHS,
-}
 PREPARING = 0.55  # the share of the time that compiling may take
 MIN_SECONDS = 10.0  # a step is not begun with less
 
@@ -570,18 +503,8 @@ def steps() -> dict[str, Step]:
             for task in TASKS
         },
         "bench-decode": measured("decode", ACTING, 60),
-        **{
-            f"compile-{variant}": Step(
-                partial(compile_time, "mam", "rware/tiny-4ag"), 240, flags=flags
-            )
-            for variant, flags in VARIANTS.items()
-        },
-        "compile-rec-mam": Step(
-            partial(compile_time, "rec_mam", "rware/tiny-4ag"), 240, flags=FAST_COMPILE
-        ),
-        "chunks": Step(scan_chunks, 240),
-        "profile-update": Step(partial(where_time_goes, "update", "mam"), 240, flags=FAST_COMPILE),
-        "profile-train": Step(partial(where_time_goes, "train", "mam"), 240, flags=FAST_COMPILE),
+        "profile-update": Step(partial(where_time_goes, "update"), 60, ("mam",)),
+        "profile-train": Step(partial(where_time_goes, "train"), 60, ("mam",)),
     }
 
 
@@ -592,9 +515,7 @@ def run_step(
     result, log = (out / f"{name}{f'-{part}' * bool(part)}{end}" for end in (".json", ".log"))
     command = [sys.executable, __file__, "--out", str(out), "--step", name, *["--short"] * short]
     command += ["--part", part] if part else []
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {steps()[name].flags}".strip()
     environment = os.environ | {
-        "XLA_FLAGS": flags,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "JAX_COMPILATION_CACHE_DIR": str(out / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

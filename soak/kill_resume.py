@@ -163,7 +163,7 @@ def numbers(run: Path) -> tuple[list[dict], dict[str, bytes]]:
     import jax
 
     from mam.learning.train import make_train
-    from mam.runs.loop import RunFolder
+    from mam.runs.folder import RunFolder
 
     folder = RunFolder(run)
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

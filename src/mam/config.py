@@ -193,7 +193,7 @@ class CloningConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What eases in a run that starts from another's weights (--init)."""
+    """Easing in a run that starts from another's weights (--init)."""
 
     critic_warmup: int = 0
     """Updates at first in which only what values alone depend on learns."""

@@ -95,7 +95,9 @@ def make(name, spec, key, config=SIZES):
 def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """A policy with large random parameters: under the initial ones agents hardly heed one another.
 
-    Means of continuous actions stay away from the limits, where log-probabilities are ill-posed.
+    Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
+    and what a memory adds stays small beside what is seen, as in training: else it amplifies
+    rounding.
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
@@ -108,6 +110,8 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
         )
         if kind == "continuous" and ".head.out." in jax.tree_util.keystr(path):
             spread = 0.1
+        if ".memory.ssm.out_proj" in jax.tree_util.keystr(path):
+            spread *= 0.1
         return jnp.asarray(rng.normal(centre, spread, leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, empty)
@@ -455,7 +459,7 @@ def test_acting_is_the_gumbel_max_of_the_evaluated_probabilities(name, mode):
             log_probs = evaluate_env(name, obs, env, actions, output.order[env]).log_prob[:, agent]
             chosen[agent] = np.argmax(log_probs + noise[agent])
             np.testing.assert_allclose(
-                log_probs[chosen[agent]], output.log_prob[env, agent], rtol=1e-5, atol=1e-5
+                log_probs[chosen[agent]], output.log_prob[env, agent], atol=1e-5
             )
             np.testing.assert_allclose(np.sum(np.exp(log_probs)), 1.0, atol=1e-5)
         np.testing.assert_array_equal(chosen, output.action[env])
@@ -538,12 +542,12 @@ def test_later_agents_answer_earlier_ones(name, kind, order):
         base, other = (
             jax.tree.map(lambda v, row=row: v[row], evaluation) for row in (0, 1 + agent)
         )
-        np.testing.assert_allclose(other.value, base.value, rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(other.value, base.value, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(
-            other.log_prob[before], base.log_prob[before], rtol=1e-5, atol=5e-6
+            other.log_prob[before], base.log_prob[before], rtol=1e-5, atol=1e-6
         )
         np.testing.assert_allclose(
-            other.entropy[[*before, agent]], base.entropy[[*before, agent]], rtol=1e-5, atol=5e-6
+            other.entropy[[*before, agent]], base.entropy[[*before, agent]], rtol=1e-5, atol=1e-6
         )
         assert np.all(np.abs(other.log_prob[after] - base.log_prob[after]) > 1e-4)
 

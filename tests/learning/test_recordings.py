@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from mam.config import CloningConfig, Config, EvalConfig, NetworkConfig, PPOConfig
+from mam.data.steps import spec_without_ids
 from mam.data.store import Writer
 from mam.envs.registry import make_batched
 from mam.errors import UserError
 from mam.learning.recordings import Recordings
 from mam.learning.sharding import WHOLE
 from mam.learning.train import init_policy, make_train
-from mam.runs.record import Controller, record, recorded_spec
+from mam.runs.record import Controller, record
 from mam.types import EnvSpec, Observation, Transition
 
 SPEC = EnvSpec("own/count", num_agents=2, obs_dim=1, num_actions=3, time_limit=None)
@@ -145,7 +146,7 @@ EXPERTS = {
 @pytest.mark.parametrize("env", EXPERTS)
 def test_every_kind_of_action_is_imitated(env, tmp_path):
     envs = make_batched(env, 8, "none")
-    with Writer(tmp_path / "d", recorded_spec(envs.spec)) as writer:
+    with Writer(tmp_path / "d", spec_without_ids(envs.spec)) as writer:
         record(envs, Controller(EXPERTS[env], envs.spec), writer, 32)
     config = Config(
         policy="ippo",

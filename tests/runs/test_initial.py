@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mam.config import FinetuneConfig
+from mam.data.steps import spec_without_ids
 from mam.data.store import Writer
 from mam.envs.registry import make_batched
 from mam.errors import UserError
@@ -16,7 +17,7 @@ from mam.learning.train import make_train
 from mam.runs import loop
 from mam.runs.initial import started_from
 from mam.runs.load import load_weights
-from mam.runs.record import Controller, record, recorded_spec
+from mam.runs.record import Controller, record
 from small_run import CONFIG as SEQUENCE
 from small_run import INDEPENDENT as CONFIG
 
@@ -116,7 +117,7 @@ def dataset(tmp_path):
     envs = make_batched(CONFIG.env, 4, "none")
     action = envs.spec.joint_action
     controller = Controller(lambda observation: np.zeros(action.shape, int), envs.spec)
-    with Writer(tmp_path / "data", recorded_spec(envs.spec)) as writer:
+    with Writer(tmp_path / "data", spec_without_ids(envs.spec)) as writer:
         record(envs, controller, writer, 40)
     return tmp_path / "data"
 

@@ -8,7 +8,7 @@ import pytest
 
 import mam
 from mam.cli import main as cli
-from mam.runs.loop import RunFolder
+from mam.runs.folder import RunFolder
 from mam.study.report.collect import read_run
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "run_of_first_version.tar.gz"

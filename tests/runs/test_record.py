@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from mam.cli.main import main
-from mam.data.steps import with_ids
+from mam.data.steps import spec_without_ids, with_ids
 from mam.data.store import Dataset, Writer
 from mam.envs.external.pool import ExternalPool
 from mam.envs.probes import Identity
 from mam.envs.registry import make_batched
 from mam.errors import RunError, UserError
 from mam.learning.train import init_policy
-from mam.runs.record import Controller, find_controller, record, recorded_spec
+from mam.runs.record import Controller, find_controller, record
 from small_run import CONFIG
 
 ENVS = make_batched("probe/identity", 3, "none")
@@ -33,7 +33,7 @@ def expert_numpy(observation, state):
 
 def play(path, actor, envs=ENVS, episodes=7, **how):
     optional = () if isinstance(actor, Controller) else ("log_prob", "value", "order")
-    with Writer(path, recorded_spec(envs.spec), optional=optional) as writer:
+    with Writer(path, spec_without_ids(envs.spec), optional=optional) as writer:
         record(envs, actor, writer, episodes, **how)
     return Dataset.open(path)
 

@@ -42,7 +42,7 @@ def evaluate(args: Evaluate) -> None:
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
     from mam.runs.files import read_config
-    from mam.runs.loop import seeds_of
+    from mam.runs.folder import seeds_of
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
     process.configure()

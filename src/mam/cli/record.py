@@ -53,11 +53,12 @@ def record(args: Record) -> None:
     Raises:
         UserError: if nothing is to play, or the folder holds something else.
     """
+    from mam.data.steps import spec_without_ids
     from mam.data.store import Writer
     from mam.envs.registry import is_external, make_batched, make_external
     from mam.errors import DISTRIBUTION, installed_version
     from mam.runs import process
-    from mam.runs.record import Controller, find_controller, recorded_spec
+    from mam.runs.record import Controller, find_controller
     from mam.runs.record import record as play
 
     _check(args)
@@ -84,7 +85,7 @@ def record(args: Record) -> None:
             actor = Controller(function, envs.spec)
             provenance |= {"controller": args.controller}
         optional = ("log_prob", "value", "order") if weights else ()
-        out, spec = args.out or Path(args.run or "") / "dataset", recorded_spec(envs.spec)
+        out, spec = args.out or Path(args.run or "") / "dataset", spec_without_ids(envs.spec)
         provenance |= {"seed": args.seed}
         with Writer(out, spec, optional=optional, provenance=provenance) as writer:
             how: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}

@@ -25,7 +25,7 @@ def show(args: Show) -> None:
     Raises:
         UserError: if the folder holds no run.
     """
-    from mam.runs.loop import RunFolder, seeds_of
+    from mam.runs.folder import RunFolder, seeds_of
     from mam.runs.summary import deployment, summary_table
     from mam.runs.times import read_times, shares
     from mam.study.experiment.grid import flags

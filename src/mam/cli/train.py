@@ -114,7 +114,7 @@ def price(config: Config, time_limit: int | None) -> str:
 
 
 def _print_results(config: Config, folder: Any) -> None:
-    from mam.runs.loop import seeds_of
+    from mam.runs.folder import seeds_of
     from mam.runs.summary import deployment, summary_table
     from mam.runs.times import read_times, shares
 

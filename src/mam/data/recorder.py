@@ -10,7 +10,7 @@ import numpy as np
 from mam.data.steps import concatenate
 from mam.data.store import Writer
 from mam.errors import UserError
-from mam.types import EnvSpec, Observation, Transition
+from mam.types import Observation, Transition
 
 
 class Recorder:
@@ -45,25 +45,12 @@ class Recorder:
         provenance: Mapping[str, Any] | None = None,
     ):
         from mam.envs.external.pettingzoo import PettingZooEnv
+        from mam.envs.external.pool import spec_of
 
         name = name or type(env).__name__
         self._tap = _Tap(env)
         self._env, self._steps = PettingZooEnv(self._tap, name), list[Transition]()
-        layout = self._env.layout
-        self.spec = EnvSpec(
-            name=name,
-            num_agents=layout.num_agents,
-            obs_dim=layout.obs_dim,
-            num_actions=layout.num_actions,
-            time_limit=layout.time_limit,
-            continuous=layout.continuous,
-            action_components=layout.action_components,
-            grid_shape=layout.grid_shape,
-            grid_dtype=layout.grid_dtype,
-            state_dim=layout.state_dim,
-            team_reward=False,
-            agent_names=layout.agents,
-        )
+        self.spec = spec_of(name, self._env.layout)
         self._seen: dict[str, np.ndarray] | None = None
         self._writer = Writer(
             Path(path), self.spec, provenance={"recorded": "mam.Recorder", **(provenance or {})}

@@ -148,7 +148,7 @@ def without_ids(steps: Transition, spec: EnvSpec) -> tuple[Transition, EnvSpec]:
     def cut(obs: Observation) -> Observation:
         return replace(obs, agents_view=obs.agents_view[..., spec.id_dim :])
 
-    return _with_views(steps, cut), replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)
+    return _with_views(steps, cut), spec_without_ids(spec)
 
 
 def with_ids(steps: Transition, spec: EnvSpec, encoding: IdEncoding) -> tuple[Transition, EnvSpec]:
@@ -167,6 +167,11 @@ def with_ids(steps: Transition, spec: EnvSpec, encoding: IdEncoding) -> tuple[Tr
         return replace(obs, agents_view=np.concatenate([front, view], axis=-1))
 
     return _with_views(steps, put), spec_with_ids(spec, encoding)
+
+
+def spec_without_ids(spec: EnvSpec) -> EnvSpec:
+    """Return a task as the environment itself has it."""
+    return replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)
 
 
 def spec_with_ids(spec: EnvSpec, encoding: IdEncoding) -> EnvSpec:

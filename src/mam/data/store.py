@@ -139,7 +139,7 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """What tells datasets of other contents apart; of files only small ones are read."""
+        """Return what tells datasets of other contents apart; only small files are read for it."""
         lines = [asdict(one) for one in self.appends]
         return hashlib.sha256(json.dumps([asdict(self.spec), lines]).encode()).hexdigest()
 

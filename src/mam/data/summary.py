@@ -31,7 +31,7 @@ def batches(data: Trajectories) -> Iterator[Transition]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is in a dataset; everything in it was read, and its checksums compared."""
+    """The contents of a dataset, all of which was read, and its checksums compared."""
 
     terminated: int  # episodes
     truncated: int

@@ -128,7 +128,7 @@ class Vault:
 
     @property
     def fingerprint(self) -> str:
-        """What tells Vaults of other contents apart."""
+        """Return what tells Vaults of other contents apart."""
         facts = (self._metadata, self.lengths.tolist(), self.returns.tolist())
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

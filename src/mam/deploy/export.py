@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -23,12 +23,11 @@ import numpy as np
 from mam.config import to_json
 from mam.deploy.formats import WRITERS
 from mam.deploy.program import Port, Program
-from mam.deploy.record import record
+from mam.deploy.record import few_environments, record
 from mam.errors import RunError, UserError
-from mam.learning.experience import environments
 from mam.learning.normalise import transfer_policy
 from mam.runs.load import CARD, LoadedPolicy, load, write_weights
-from mam.types import Policy
+from mam.types import ExportablePolicy, Policy
 
 Format = Literal["onnx", "stablehlo", "safetensors"]
 # Packages that the example must do without.
@@ -59,17 +58,13 @@ def export(
     config = replace(
         loaded.config, env=env or loaded.config.env, seed=loaded.policy_seed, num_seeds=1
     )
-    source = environments(config)
-    try:
-        spec = source.spec
-    finally:
-        source.close()
-    policy: Any = loaded.policy
-    if spec != loaded.spec:
-        policy = transfer_policy(policy, config.policy, loaded.spec, spec, config.network)
-    card = {"format": kind, **loaded.metadata, "task": config.env}
-    card |= {"spec": to_json(spec), "config": to_json(config)}
-    with _new_folder(out) as folder:
+    with few_environments(config) as source, _new_folder(out) as folder:
+        policy, spec = cast(ExportablePolicy, loaded.policy), source.spec
+        if spec != loaded.spec:
+            fitted = transfer_policy(policy, config.policy, loaded.spec, spec, config.network)
+            policy = cast(ExportablePolicy, fitted)
+        card = {"format": kind, **loaded.metadata, "task": config.env}
+        card |= {"spec": to_json(spec), "config": to_json(config)}
         write_weights(policy, folder)
         if kind == "safetensors":
             _write_card(folder, card)
@@ -78,7 +73,7 @@ def export(
         card |= WRITERS[kind](program, folder)
         card |= {"inputs": _ports(program, program.inputs)}
         card |= {"outputs": _ports(program, program.outputs)}
-        arrays: dict[str, Any] = record(config, spec, policy, seed)
+        arrays: dict[str, Any] = record(source, policy, seed)
         count = int(np.prod(arrays["reset"].shape))
         tolerance = {"action_tolerance": 1e-5 if spec.continuous else 0}
         _write_card(folder, card | {"verified": {"joint_actions": count} | tolerance})

@@ -71,7 +71,7 @@ class Program:
 
     @property
     def num_remembered(self) -> int:
-        """How many of the inputs, the last, and of the outputs are memory."""
+        """Count the last of the inputs, and of the outputs, that are memory."""
         return self.memory.num_leaves
 
     def __call__(self, *arrays: Array) -> Sequence[Array]:

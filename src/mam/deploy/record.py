@@ -1,12 +1,14 @@
 """Steps of the real environment that an export is checked on, and what the policy did at each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 
 import jax
 import numpy as np
 
 from mam.config import Config
-from mam.learning.experience import environments
+from mam.learning.experience import Environments, environments
 from mam.learning.sharding import WHOLE
 from mam.networks.actions import agent_noise, make_distribution
 from mam.types import EnvSpec, ExportablePolicy, Observation
@@ -15,34 +17,37 @@ NUM_ENVS, STEPS = 4, 32
 TOLERANCE = 1e-5
 
 
-def record(
-    config: Config, spec: EnvSpec, policy: ExportablePolicy, seed: int
-) -> dict[str, np.ndarray]:
+@contextmanager
+def few_environments(config: Config) -> Iterator[Environments]:
+    """Make the task of a run, in as many environments as `record` plays, and end them after it."""
+    ppo = replace(config.ppo, num_envs=NUM_ENVS, rollout_length=STEPS, sequence_length=None)
+    source = environments(replace(config, ppo=ppo, num_seeds=1, num_devices=1))
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def record(source: Environments, policy: ExportablePolicy, seed: int) -> dict[str, np.ndarray]:
     """Play some steps, and return what a program reads and what the policy answers, [T, B, …].
 
     Every other environment is played greedily.
 
     Args:
-        config: of the run, with the task to play.
-        spec: of the task.
+        source: `few_environments` of the task.
         policy: the weights, of its sizes.
         seed: decides the episodes and the noise.
     """
-    ppo = replace(config.ppo, num_envs=NUM_ENVS, rollout_length=STEPS, sequence_length=None)
-    source = environments(replace(config, ppo=ppo, num_seeds=1, num_devices=1))
-    key = jax.random.key(seed)
-    try:
-        if source.compiled:
-            carry = source.init(policy, key, WHOLE)
-            play = jax.jit(lambda p, c, k: source.collect(p, c, k, WHOLE)[1].transitions)
-            played = play(policy, carry, key)
-        else:
-            seeds = jax.tree.map(lambda x: x[None], (policy, key))
-            carry = jax.tree.map(lambda x: x[None], source.init(policy, key, WHOLE))
-            played = source.collect(seeds[0], carry, seeds[1], WHOLE)[1].transitions
-            played = jax.tree.map(lambda x: x[0], played)
-    finally:
-        source.close()
+    spec, key = source.spec, jax.random.key(seed)
+    if source.compiled:
+        carry = source.init(policy, key, WHOLE)
+        play = jax.jit(lambda p, c, k: source.collect(p, c, k, WHOLE)[1].transitions)
+        played = play(policy, carry, key)
+    else:
+        seeds = jax.tree.map(lambda x: x[None], (policy, key))
+        carry = jax.tree.map(lambda x: x[None], source.init(policy, key, WHOLE))
+        played = source.collect(seeds[0], carry, seeds[1], WHOLE)[1].transitions
+        played = jax.tree.map(lambda x: x[0], played)
     played = jax.device_get((played.observation, played.reset))
     keys = jax.random.split(jax.random.fold_in(key, 1), (STEPS, NUM_ENVS))
     noise = np.array(agent_noise(make_distribution(spec), keys, spec.num_agents))

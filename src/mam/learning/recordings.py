@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mam.config import Config
-from mam.data.steps import spec_with_ids, with_ids
+from mam.data.steps import spec_with_ids, spec_without_ids, with_ids
 from mam.data.summary import Trajectories, open_dataset
 from mam.errors import UserError, shown
 from mam.learning.normalise import as_normalised
@@ -56,7 +56,7 @@ class Recordings:
     @cached_property
     def _data(self) -> Trajectories:
         data = open_dataset(Path(cast(str, self.config.data)))
-        seen, task = _plain(self.spec()), data.spec
+        seen, task = spec_without_ids(self.spec()), data.spec
         if unlike := [
             f"{name} is {shown(getattr(task, name))} instead of {shown(getattr(seen, name))}"
             for name in _SIZES
@@ -117,7 +117,7 @@ class Recordings:
 
     @property
     def fingerprint(self) -> str:
-        """What tells the dataset from one of other contents."""
+        """Return what tells the dataset from one of other contents."""
         return self._data.fingerprint
 
     def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
@@ -265,11 +265,6 @@ def _predict(policy: Policy, steps: Transition) -> tuple[Array, Array]:
     else:
         hit = distribution.equal(mode, steps.action)
     return -mean(found.log_prob), mean(hit)
-
-
-def _plain(spec: EnvSpec) -> EnvSpec:
-    """Return a task without agents' ids."""
-    return replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)
 
 
 def _illegal(steps: Transition, spec: EnvSpec) -> np.ndarray:

@@ -208,7 +208,7 @@ class LoadedPolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What is known of the policy: `task`, `algorithm`, `policy_seed`, `scores`, `versions`.
+        """Return `task`, `algorithm`, `policy_seed`, `scores` and `versions`, as far as known.
 
         Scores are the absolute metric and the best mean return of an evaluation of its seed, as far
         as the run has them; versions are what it was trained with.

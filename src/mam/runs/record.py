@@ -299,8 +299,3 @@ def _called_chunks(
 def _plain(steps: Transition) -> Transition:
     """Return steps without metrics, whose names come up one by one."""
     return replace(steps, metrics={}, policy_metrics={})
-
-
-def recorded_spec(spec: EnvSpec) -> EnvSpec:
-    """Return a task as datasets keep it, without agents' ids."""
-    return replace(spec, obs_dim=spec.obs_dim - spec.id_dim, id_dim=0)

@@ -152,12 +152,7 @@ class PettingZooEnv:
         Raises:
             UserError: an action is none of its agent's.
         """
-        shape: tuple[int, ...] = (len(self._index),)
-        if self.layout.continuous:
-            shape += (self.layout.num_actions,)
-        elif self.layout.action_components is not None:
-            shape += (len(self.layout.action_components),)
-        rows = np.zeros(shape, np.float32 if self.layout.continuous else np.int32)
+        rows = np.zeros(*self.layout.action)
         for agent, action in actions.items():
             n = self._index[agent]
             try:

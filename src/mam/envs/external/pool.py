@@ -98,23 +98,8 @@ class ExternalPool:
     @property
     def spec(self) -> EnvSpec:
         """Sizes and limits; a view begins with the agent's id."""
-        layout = self._layout
-        assert layout is not None
-        return EnvSpec(
-            name=self._name,
-            num_agents=layout.num_agents,
-            obs_dim=self._ids.shape[1] + layout.obs_dim,
-            num_actions=layout.num_actions,
-            time_limit=layout.time_limit,
-            continuous=layout.continuous,
-            action_components=layout.action_components,
-            grid_shape=layout.grid_shape,
-            grid_dtype=layout.grid_dtype,
-            state_dim=layout.state_dim,
-            team_reward=False,
-            agent_names=layout.agents,
-            id_dim=self._ids.shape[1],
-        )
+        assert self._layout is not None
+        return spec_of(self._name, self._layout, id_dim=self._ids.shape[1])
 
     @property
     def num_envs(self) -> int:
@@ -320,6 +305,31 @@ class ExternalPool:
             | self._infos,
         }
         return TimeStep(observation=observation, final_observation=final, **fields)
+
+
+def spec_of(name: str, layout: Layout, *, id_dim: int = 0) -> EnvSpec:
+    """Return the sizes and limits of a task, from the sizes of its arrays.
+
+    Args:
+        name: of the task.
+        layout: of one environment.
+        id_dim: features of an agent's id, in front of its view.
+    """
+    return EnvSpec(
+        name=name,
+        num_agents=layout.num_agents,
+        obs_dim=id_dim + layout.obs_dim,
+        num_actions=layout.num_actions,
+        time_limit=layout.time_limit,
+        continuous=layout.continuous,
+        action_components=layout.action_components,
+        grid_shape=layout.grid_shape,
+        grid_dtype=layout.grid_dtype,
+        state_dim=layout.state_dim,
+        team_reward=False,
+        agent_names=layout.agents,
+        id_dim=id_dim,
+    )
 
 
 def _share_out(name: str, factory: bytes, num_envs: int, num_workers: int) -> list[WorkerProcess]:
