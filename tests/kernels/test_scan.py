@@ -312,6 +312,21 @@ def test_nothing_to_read_leaves_the_state(scan, implementation, m, n):
 PROJECTION = jnp.ones((1, 4)), jnp.zeros(4)
 
 
+def test_blocks_refuse_what_they_would_leave_out():
+    x, scalars = jnp.zeros((1, 3, 2)), jnp.zeros((1, 3, 2))
+    with pytest.raises(ValueError, match="takes no reset"):
+        selective_scan(
+            x,
+            x,
+            -jnp.ones((2, 2)),
+            scalars,
+            scalars,
+            jnp.ones(2),
+            reset=jnp.ones((1, 3), bool),
+            implementation="blocked",
+        )
+
+
 def test_unknown_implementation():
     arguments = make_arguments(np.random.default_rng(0), 2)
     with pytest.raises(ValueError, match=r"'parallel'.*sequential, associative, pairwise"):

@@ -66,7 +66,8 @@ def selective_scan(
             `"associative"` (a parallel prefix, which materialises all states: the published form),
             `"pairwise"` (a sum over pairs of agents, quadratic in N), `"native"` (kernels for CPU,
             in float32, if installed), `"pallas"` (kernels for CUDA), `"interpret"` (the CUDA
-            kernels, run on any device to be tested), or None for the fastest.
+            kernels, run on any device to be tested), `"blocked"` (written out without a loop or
+            resets, for exported programs), or None for the fastest.
 
     Returns:
         The outputs, and the state after the last agent read (the first one if `reverse`).
@@ -334,8 +335,10 @@ def _blocked(x, dt, B, C, A, reset, h0, reverse):
     """Run about √N blocks of about √N agents side by side, then from block to block.
 
     There is no loop: every step is written out, for programs whose runtime is slow at loops. Blocks
-    are filled up with Δ = 0, which changes nothing. Neither resets nor gradients are meant.
+    are filled up with Δ = 0, which changes nothing.
     """
+    if reset is not None:
+        raise ValueError("the blocked scan takes no reset")
     if reverse:
         x, dt, B, C = (jnp.flip(v, 1) for v in (x, dt, B, C))
         y, h = _blocked(x, dt, B, C, A, reset, h0, False)
@@ -535,10 +538,10 @@ _decayed_product.defvjp(_decayed_product_fwd, _decayed_product_bwd)
 
 _SCANS: dict[str, Callable[..., Any]] = {
     "sequential": _with_skip(_sequential),
-    "blocked": _with_skip(_blocked),
     "associative": _with_skip(_associative),
     "pairwise": _with_skip(_pairwise),
     "native": _native,
     "pallas": _with_skip(_pallas),
     "interpret": _with_skip(partial(_pallas, interpret=True)),
+    "blocked": _with_skip(_blocked),
 }
