@@ -18,7 +18,7 @@ import pytest
 from mam.cli import main as cli
 from mam.cli.arguments import parse
 from mam.config import to_json
-from mam.errors import UserError
+from mam.errors import RunError, UserError
 from mam.presets import preset, preset_for
 from mam.study.experiment.follow import Follower
 from mam.study.experiment.grid import changed, flags, grid
@@ -506,3 +506,21 @@ def test_ray_runs_resumes_and_stops(tmp_path, monkeypatch, in_the_background):
         assert job.started()
     with pytest.raises(UserError, match="more than the cluster has"):
         RayPool(None, cpus=1000.0, gpus=0.0)
+
+
+def test_an_experiment_ends_where_the_raylet_is_gone(tmp_path):
+    """As `ray` does, whose tasks then neither end nor fail."""
+    from mam.study.experiment.cluster import RayPool
+
+    nodes = [{"NodeID": "here", "Alive": True}, {"NodeID": "there", "Alive": True}]
+    pool = object.__new__(RayPool)
+    pool._running = {"task": Job("run", CONFIG, tmp_path / "run")}
+    pool._ray = SimpleNamespace(
+        wait=lambda tasks, **_: ([], tasks),
+        nodes=lambda: nodes,
+        get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "here"),
+    )
+    assert pool.ended() == []
+    nodes[0]["Alive"] = False
+    with pytest.raises(RunError, match="raylet"):
+        pool.ended()

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mam.errors import UserError, missing_extra
+from mam.errors import RunError, UserError, missing_extra
 from mam.study.experiment.jobs import Job
 from mam.study.experiment.pools import KILLED, End, launch
 
@@ -71,7 +71,17 @@ class RayPool:
         if not self._running:
             return []
         ready, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        if not ready and not self._alive():
+            raise RunError(
+                "Ray's process on this machine (raylet) is gone, and its runs with it: "
+                "the same command goes on from their last saves"
+            )
         return [self._end(self._running.pop(task), task) for task in ready]
+
+    def _alive(self) -> bool:
+        """Say whether the cluster hears of this machine; no task ends any more if not."""
+        here = self._ray.get_runtime_context().get_node_id()
+        return any(node["Alive"] for node in self._ray.nodes() if node["NodeID"] == here)
 
     def _end(self, job: Job, task: Any) -> End:
         try:
