@@ -207,6 +207,22 @@ def find_factory(name: str) -> EnvFactory:
     return factory
 
 
+def with_option(name: str, option: str, value: str) -> str:
+    """Return a task's name with one option of this value, and the others as they are.
+
+    Args:
+        name: suite/auto, or the name of one's own environment, with or without options.
+        option: its name.
+        value: as it is written in names.
+    """
+    parts = name.split(":")
+    task = 2 if names_code(name) else 1  # parts before the options
+    others = [
+        item for item in _OPTION.findall(":".join(parts[task:])) if item.partition("=")[0] != option
+    ]
+    return ":".join([*parts[:task], ",".join([*others, f"{option}={value}"])])
+
+
 def _check_not_standard(name: str, module: str) -> None:
     """Refuse modules of Python: some act when imported, many when called, none has environments."""
     if (top := module.partition(".")[0]) in sys.stdlib_module_names:
