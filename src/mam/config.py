@@ -19,6 +19,10 @@ MAX_SEED = 2**32 - 1
 MAX_INT = 2**63 - 1
 
 
+CURVES = ("hilbert", "sweep")  # orders along positions
+ORDERS = ("index", "random", *CURVES)
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The encoder's blocks."""
@@ -29,6 +33,12 @@ class EncoderConfig:
     combine: Literal["sum", "product"] = "sum"
     """The two directions of a state-space mixer: both read the observations and are added, or as
     published the second reads the first and they are multiplied, which learns less."""
+    order_scans: int = 1
+    """Hilbert curves along which agents are mixed, each shifted across the others: the mean of
+    what a mixer makes of each order. Needs --network.order hilbert."""
+    local_branch: int = 0
+    """Width of a convolution along the agents beside each mixer, odd: each reads so many around
+    itself; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,10 @@ class NetworkConfig:
     head_dim: int | None = None
     """Inner channels that share a decay; as many up to 64 as divide the inner width evenly, if
     None."""
+    order: str = "index"
+    """Order in which agents are encoded and decide: index; random, another at every step; hilbert,
+    along a space-filling curve, or sweep, band by band, where the environment gives positions; or
+    package.module:function, which returns keys [N] of an observation. The dead come last."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     memory: str | None = None
@@ -315,12 +329,16 @@ class Config:
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 
-        These are layouts, memory and what it reads, and the published encoder.
+        These are layouts, memory and what it reads, the order of agents, and the published encoder.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
+        order = self.network.order.rpartition(":")[2]
+        scans, local = str(encoder.order_scans), f"local{encoder.local_branch}"
+        sequence = [order + scans * (encoder.order_scans > 1)] * (order != "index")
+        sequence += [local] * (encoder.local_branch > 0)
         learn = [self.learn] * (self.learn != "ppo")
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
@@ -328,6 +346,7 @@ class Config:
                 self.policy,
                 *(f"{name}{layout}" for name, layout in parts if layout),
                 *memory,
+                *sequence,
                 *published,
                 *learn,
             ]
@@ -404,6 +423,7 @@ def _validate(config: Config) -> None:
     memory = config.network.memory or ""
     # They stand in messages, pages and file names.
     names = {"policy": config.policy, "env": config.env, "network.memory": memory}
+    names |= {"network.order": config.network.order}
     for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
@@ -506,6 +526,16 @@ def _check_network(network: NetworkConfig) -> None:
     if not 0 <= network.retention_decay <= 1:
         raise UserError(
             f"network.retention_decay must lie in [0, 1], got {network.retention_decay}"
+        )
+    encoder = network.encoder
+    if encoder.order_scans < 1 or (encoder.order_scans > 1 and network.order != "hilbert"):
+        raise UserError(
+            "network.encoder.order_scans must be 1, or positive with network.order hilbert, "
+            f"got {encoder.order_scans}"
+        )
+    if encoder.local_branch and (encoder.local_branch < 0 or encoder.local_branch % 2 == 0):
+        raise UserError(
+            f"network.encoder.local_branch must be odd, or 0, got {encoder.local_branch}"
         )
     recurrence = network.recurrence
     for name in ("d_state", "d_conv", "expand"):

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 DISTRIBUTION = "multi-agent-mamba"  # the distribution called mam is another project's
@@ -84,6 +84,26 @@ def load_entry_point(kind: str, point: metadata.EntryPoint) -> Any:
         return point.load()
     except (ImportError, AttributeError) as error:
         raise UserError(f"the {kind} {point.name} cannot be imported: {error}") from error
+
+
+def load_function(kind: str, name: str) -> Any:
+    """Import a user's function, written package.module:function.
+
+    Args:
+        kind: of thing it is to be.
+        name: as it was given.
+
+    Raises:
+        UserError: if there is no such function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no {kind} {name}, expected package.module:function: {error}") from error
+    if not callable(found):
+        raise UserError(f"{name} is a {type(found).__name__}: expected a function")
+    return found
 
 
 def missing_extra(who: str, needs: str, extra: str) -> UserError:

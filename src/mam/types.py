@@ -74,6 +74,8 @@ class Observation(eqx.Module):
     grid: Num[Array, "*batch N Y X C"] | Bool[Array, "*batch N Y X C"] | None = None
     # Of the whole environment, for centralised critics
     state: Float[Array, "*batch G"] | None = None
+    # Where agents are, in any unit that all share; decides their order (`network.order`)
+    positions: Float[Array, "*batch N F"] | None = None
 
 
 class TimeStep(eqx.Module):
@@ -121,6 +123,7 @@ class EnvSpec:
     id_dim: int = 0  # of the obs_dim features, the first that say who the agent is
     # Choices in each component, where an agent makes several at once
     action_components: tuple[int, ...] | None = None
+    position_dim: int | None = None  # coordinates of one agent, where the environment gives them
 
     @property
     def joint_action(self) -> jax.ShapeDtypeStruct:

@@ -29,6 +29,7 @@ from mam.errors import UserError
 from mam.presets import PRESETS, origin, preset, preset_for
 from mam.runs import loop as run
 from mam.study.sweep.command import Sweep
+from mam.types import EnvSpec
 from report_runs import CONFIG, write_run
 
 
@@ -277,6 +278,54 @@ def test_evaluate_prints_json_and_nothing_else(finished, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["env"], found["seeds"], found["greedy"]) == ("probe/matrix", [0, 1], True)
     assert [len(episodes) for episodes in found["metrics"]["episode_return"]] == [4, 4]
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """A run whose mean return is a tenth of the number of agents, a seed's number more."""
+    from mam.runs import api
+
+    def play(run, *, env, episodes, **_):
+        num_agents = int(env.partition("agents=")[2])
+        returns = np.arange(2)[:, None] + np.full((2, episodes), num_agents / 10)
+        spec = EnvSpec(env, num_agents, 1, 2, time_limit=None)
+        return spec, {"episode_return": returns}
+
+    monkeypatch.setattr(api, "play_episodes", play)
+    config = replace(CONFIG, env="lbf/auto:agents=4,coop=true", num_seeds=2)
+    return ["evaluate", str(write_run(tmp_path / "run", config)), "--episodes", "3"]
+
+
+def test_evaluate_sweeps_an_option_of_the_task(swept, tmp_path, capsys):
+    command = [*swept, "--sweep", "agents=8,32,128"]
+    assert cli.main([*command, "--out", str(tmp_path / "sweep.png")]) == 0
+    out = capsys.readouterr().out
+    for row in (r"8 +│ +1.300 ± 0.707", r"32 +│ +3.700 ± 0.707", r"128 +│ +13.300 ± 0.707"):
+        assert re.search(row, out)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sweep"] == "agents"
+    assert [(row["env"], row["agents"]) for row in found["results"]] == [
+        (f"lbf/auto:coop=true,agents={n}", n) for n in (8, 32, 128)
+    ]
+    assert np.shape(found["results"][0]["metrics"]["episode_return"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sweep", "agents"], "such as agents=8,32, got agents"),
+        (["--sweep", "agents=8,,9"], "got agents=8,,9"),
+        (["--sweep", "agents=8,8"], "got agents=8,8"),
+        (["--sweep", "map=a,b", "--out", "a.png"], "against positive numbers, got --sweep map=a,b"),
+        (["--out", "a.png"], "--out draws a sweep: give --sweep"),
+    ],
+)
+def test_sweeps_that_are_none(swept, capsys, options, message):
+    assert cli.main([*swept, *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_show_prints_command_settings_provenance_and_scores(finished, capsys):

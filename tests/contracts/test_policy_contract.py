@@ -23,8 +23,9 @@ from mam.config import NetworkConfig, RecurrenceConfig
 from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
+from mam.networks.order import decision_order
 from mam.networks.policy import has_memory, make_policy, policies
-from mam.networks.sequence import SequencePolicy, decision_order
+from mam.networks.sequence import SequencePolicy
 from mam.types import EnvSpec, Observation, Policy
 
 SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=4, dt_rank=2)

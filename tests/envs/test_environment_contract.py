@@ -82,6 +82,10 @@ def test_shapes_and_dtypes_match_the_spec(task):
         assert (None if state is None else (*state.shape, state.dtype)) == (
             None if spec.state_dim is None else (spec.state_dim, jnp.float32)
         )
+        places = observation.positions
+        assert (None if places is None else (*places.shape, places.dtype)) == (
+            None if spec.position_dim is None else (spec.num_agents, spec.position_dim, jnp.float32)
+        )
     assert (timestep.reward.shape, timestep.reward.dtype) == ((spec.num_agents,), jnp.float32)
     assert timestep.terminated.shape == timestep.truncated.shape == ()
     assert all(

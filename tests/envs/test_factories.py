@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from host_environments import Lives
 
-from mam.envs.external.factories import EnvFactory, find_factory
+from mam.envs.external.factories import EnvFactory, find_factory, with_option
 from mam.errors import UserError
 
 
@@ -154,3 +154,17 @@ def test_pettingzoo_names():
         UserError, match=r"unknown environment 'simple_spread_v2': did you mean .*simple_spread_v3"
     ):
         find_factory("pettingzoo/mpe2:simple_spread_v2")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lbf/auto", "lbf/auto:agents=8"),
+        ("lbf/auto:agents=2,grid=9", "lbf/auto:grid=9,agents=8"),
+        ("a.b:make", "a.b:make:agents=8"),
+        ('a.b:make:map="x,y",agents=[1, 2]', 'a.b:make:map="x,y",agents=8'),
+        ("pettingzoo/a:env:agents=2", "pettingzoo/a:env:agents=8"),
+    ],
+)
+def test_an_option_of_another_value(name, expected):
+    assert with_option(name, "agents", "8") == expected

@@ -336,6 +336,50 @@ def test_action_mask_in_the_infos():
     assert env.reset(0)["action_mask"].tolist() == [[False, False, True], [True, True, False]]
 
 
+class Placed(Scripted):
+    """Two agents whose view is their place, which their infos say as well, the other way round."""
+
+    def __init__(self, positions=None, observed=((3.0, 4.0), (5.0, 6.0))):
+        super().__init__(dict(zip("ab", map(np.array, observed), strict=True)))
+        self.infos = {a: {"position": seen[::-1]} for a, seen in self.observed.items()}
+        if positions is not None:
+            self.metadata = {"positions": positions}
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("0:2", [[3, 4], [5, 6]]),
+        ("1:2", [[4], [6]]),
+        ("info", [[4, 3], [6, 5]]),
+    ],
+)
+def test_metadata_say_where_agents_are(positions, expected):
+    env = PettingZooEnv(Placed(positions), "placed")
+    assert env.layout.position_dim == len(expected[0])
+    np.testing.assert_array_equal(env.reset(0)["positions"], expected)
+
+
+def test_so_does_an_option_of_the_name():
+    env = find_factory("host_environments:Lives:limit=3,positions=0:1")()
+    assert (env.limit, PettingZooEnv(env, "lives").layout.position_dim) == (3, 1)
+    assert "positions" not in Lives.metadata
+
+
+@pytest.mark.parametrize("positions", ["0:3", "2:2", "1", "left:right", (0, 1)])
+def test_positions_that_are_none(positions):
+    message = r"placed: positions must be info, or such as 0:2 within the 2 numbers"
+    with pytest.raises(UserError, match=message):
+        PettingZooEnv(Placed(positions), "placed")
+
+
+def test_infos_without_a_position():
+    env = Placed("info")
+    env.infos = {}
+    with pytest.raises(UserError, match=r'info\["position"\] has 0 numbers, expected 2'):
+        PettingZooEnv(env, "placed").reset(0)
+
+
 def test_indices_count_from_the_start_of_the_space():
     done = {"a": spaces.Discrete(3), "b": spaces.Discrete(2, start=-1)}
     env = adapt({"a": ZEROS, "b": ZEROS}, done=done, script=[({}, {}, {}, [])])

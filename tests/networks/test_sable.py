@@ -14,8 +14,8 @@ from mam.networks.decoding.decide import Decoding
 from mam.networks.mixers.base import Roles
 from mam.networks.mixers.registry import MIXERS
 from mam.networks.mixers.sable import decay_of
+from mam.networks.order import decision_order
 from mam.networks.policy import has_memory, make_policy, policies
-from mam.networks.sequence import decision_order
 from mam.types import EnvSpec, Observation
 
 T, B, N, E, H = 9, 3, 5, 8, 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mam.cli import main as cli
-from mam.config import Config, to_json
+from mam.config import Config, NetworkConfig, to_json
 from mam.envs.external.factories import find_factory, names_code
 from mam.errors import UserError
 from mam.study.dashboard.replay import Players
@@ -50,6 +50,21 @@ def test_a_command_imports_nothing_that_only_a_folder_names(folder, capsys, comm
     if not (more and command[0] == "train"):  # which is refused as another task
         assert "'stranger:make', which is code" in line
         assert "--env stranger:make or --trust" in line
+    assert not (folder / "imported").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_nor_the_order_of_agents(folder, capsys, command):
+    order = NetworkConfig(order="stranger:make")
+    config = to_json(Config(env="probe/matrix", network=order))
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    assert cli.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    own = "--network.order stranger:make or " * (command[0] == "train")
+    assert line.endswith(
+        f"the order 'stranger:make', which is code to import and run: "
+        f"if you trust it, add {own}--trust"
+    )
     assert not (folder / "imported").exists()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import tyro
 
 from mam.cli.output import display
+from mam.errors import UserError
 
 _MOST_AGENTS = 64  # rows of a table
 
@@ -28,6 +30,11 @@ class Evaluate:
     """Take the most likely actions instead of sampling them."""
     seed: int = 0
     """Decides the episodes."""
+    sweep: str | None = None
+    """Values of an option of the task that are played one after another, such as
+    agents=8,32,128."""
+    out: Path | None = None
+    """PNG of the return against the swept option."""
     json: bool = False
     """Print one JSON object with every episode instead of a table."""
     trust: bool = False
@@ -37,6 +44,11 @@ class Evaluate:
 
 def evaluate(args: Evaluate) -> None:
     """Play the episodes and print their returns."""
+    if args.sweep is not None:
+        _evaluate_sweep(args, args.sweep)
+        return
+    if args.out is not None:
+        raise UserError("--out draws a sweep: give --sweep, such as agents=8,32,128")
     from rich.table import Table
 
     from mam.learning.evaluate import AGENT_RETURN
@@ -87,6 +99,67 @@ def evaluate(args: Evaluate) -> None:
     print(
         f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents"
     )
+
+
+def _evaluate_sweep(args: Evaluate, asked: str) -> None:
+    """Play a task with several values of an option; report and draw the returns."""
+    import numpy as np
+    from rich.table import Table
+
+    from mam.envs.external.factories import check_agreed, with_option
+    from mam.learning.evaluate import AGENT_RETURN
+    from mam.runs import api, process
+    from mam.runs.files import read_config
+    from mam.runs.folder import seeds_of
+    from mam.runs.sinks import RETURN, mean_and_spread, seed_means, to_json
+    from mam.runs.summary import plot_sweep
+
+    process.configure()
+    option, values = _read_sweep(asked, numbers=args.out is not None)
+    config = read_config(args.run / "config.json")
+    check_agreed(config, named=args.env, trust=args.trust)
+    how: dict[str, Any] = {"episodes": args.episodes, "greedy": args.greedy, "seed": args.seed}
+    base, played = args.env or config.env, {}
+    with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result
+        for value in values:
+            env = with_option(base, option, value)
+            print(f"playing {env}…")
+            spec, metrics = api.play_episodes(args.run, env=env, trust=True, **how)
+            metrics.pop(AGENT_RETURN, None)
+            played[value] = (env, spec.num_agents, metrics)
+    mode = "greedy" if args.greedy else "sampled"
+    title = f"{config.algorithm} on {base}: {args.episodes} episodes, {mode} actions"
+    if args.out is not None:
+        returns = np.stack([seed_means(metrics[RETURN]) for *_, metrics in played.values()])
+        numbers = [float(value) for value in values]
+        plot_sweep(args.out, numbers, returns, option=option, title=title)
+    if args.json:
+        facts = {"run": str(args.run), "algorithm": config.algorithm, "seeds": seeds_of(config)}
+        results = [
+            {"env": env, "agents": n, "metrics": {k: to_json(v) for k, v in metrics.items()}}
+            for env, n, metrics in played.values()
+        ]
+        print(json.dumps(facts | how | {"sweep": option, "results": results}))
+        return
+    names = list(dict.fromkeys(name for *_, metrics in played.values() for name in metrics))
+    table = Table(option, title=title)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for value, (*_, metrics) in played.items():
+        table.add_row(value, *(mean_and_spread(metrics[n]) if n in metrics else "–" for n in names))
+    display(table)
+    print(f"± is the standard deviation over seeds; {RETURN} is averaged over agents")
+
+
+def _read_sweep(text: str, *, numbers: bool) -> tuple[str, list[str]]:
+    """Read `agents=8,32,128`: an option and its values, positive numbers if they are drawn."""
+    option, _, rest = text.partition("=")
+    values = rest.split(",")
+    if not option.isidentifier() or not all(values) or len(set(values)) < len(values):
+        raise UserError(f"--sweep is an option and its values, such as agents=8,32, got {text}")
+    if numbers and not all(re.fullmatch(r"\d*\.?\d+", value) for value in values):
+        raise UserError(f"--out draws returns against positive numbers, got --sweep {text}")
+    return option, values
 
 
 def _agent_table(returns: Any, spec: Any) -> Any:

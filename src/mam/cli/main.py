@@ -90,7 +90,8 @@ def read_options(name: str, args: Sequence[str]) -> Any:
     options = parse(name, kind, args, starting_options(kind, args) if configured else None)
     if configured:
         trust = getattr(options, "trust", None)
-        check_agreed(options.config.env, named=value_of(args, "--env"), trust=trust)
+        named, order = value_of(args, "--env"), value_of(args, "--network.order") or ""
+        check_agreed(options.config, named=named, trust=trust, order=order)
     for asked in (options, getattr(options, "config", None)):
         if env := getattr(asked, "env", None):
             check_task(env)  # at once: what commands import takes seconds

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mam.errors import UserError
+from mam.errors import UserError, load_function
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def record(args: Record) -> None:
     from mam.envs.registry import is_external, make_batched, make_external
     from mam.errors import DISTRIBUTION, installed_version
     from mam.runs import process
-    from mam.runs.record import Controller, find_controller
+    from mam.runs.record import Controller
     from mam.runs.record import record as play
 
     _check(args)
     process.configure()
-    function = find_controller(args.controller) if args.controller else None
+    function = load_function("controller", args.controller) if args.controller else None
     weights = None if args.run is None else _weights(args)
     env = args.env or (weights.config.env if weights else "")
     agent_id = weights.config.agent_id if weights else "none"
@@ -120,7 +120,7 @@ def _weights(args: Record) -> Any:
 
     assert args.run is not None
     saved = read_config(args.run / "config.json")
-    check_agreed(saved.env, named=args.env, trust=args.trust)
+    check_agreed(saved, named=args.env, trust=args.trust)
     how: dict[str, Any] = {"greedy": args.greedy, "named": args.env, "trust": args.trust}
     return load_weights(args.run, which=args.which, **how)
 

@@ -10,6 +10,7 @@ import numpy as np
 from mam.data.steps import concatenate
 from mam.data.store import Writer
 from mam.errors import UserError
+from mam.networks.order import decision_order
 from mam.types import Observation, Transition
 
 
@@ -74,13 +75,14 @@ class Recorder:
         if self._seen is None:
             raise UserError(f"{self.spec.name}: step() before reset(), or after the episode's end")
         rows, self._tap.actions = self._env.write_actions(actions), actions
+        alive: Any = self._seen["alive"]
         outcome = self._env.step(rows)
         over = outcome.terminated or outcome.truncated
         successor = outcome.final_observation or outcome.observation
         fields: dict[str, Any] = {
             "reset": np.array([not self._steps]),
             "action": rows[None],
-            "order": np.argsort(~self._seen["alive"], kind="stable")[None].astype(np.int32),
+            "order": decision_order(alive)[None],
             "reward": outcome.reward[None],
             "terminated": np.array([outcome.terminated]),
             "truncated": np.array([outcome.truncated]),

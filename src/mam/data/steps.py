@@ -9,6 +9,7 @@ import numpy as np
 
 from mam.envs.wrappers import IdEncoding, agent_ids
 from mam.errors import UserError
+from mam.networks.order import decision_order
 from mam.types import EnvSpec, Observation, Transition
 
 OPTIONAL = ("log_prob", "value", "order")  # what only a policy that acted knows
@@ -33,6 +34,8 @@ def layout(spec: EnvSpec, optional: Sequence[str]) -> dict[str, tuple[tuple[int,
         view["grid"] = ((n, *spec.grid_shape), spec.grid_dtype)
     if spec.state_dim is not None:
         view["state"] = ((spec.state_dim,), np.float32)
+    if spec.position_dim is not None:
+        view["positions"] = ((n, spec.position_dim), np.float32)
     fields = {f"observation.{name}": field for name, field in view.items()} | {
         "action": (action.shape, action.dtype),
         "reward": ((n,), np.float32),
@@ -95,7 +98,7 @@ def _checked(rows: Rows, spec: EnvSpec, optional: Sequence[str]) -> Rows:
 def to_steps(rows: Mapping[str, Any]) -> Transition:
     """Return rows of whole episodes as steps; what only a policy knows is None where it is not.
 
-    Where no order was recorded it is that in which this library's policies decide.
+    Where no order was recorded it is by index, the living first.
     """
     seen: dict[str, Any] = {
         name.partition(".")[2]: x for name, x in rows.items() if name.startswith("observation")
@@ -108,7 +111,7 @@ def to_steps(rows: Mapping[str, Any]) -> Transition:
     alive = seen["alive"]
     order: Any = rows.get("order")
     if order is None:
-        order = np.argsort(~alive, axis=-1, kind="stable").astype(np.int32)
+        order = decision_order(alive)
     reset: Any = np.concatenate([[True], ended[:-1]])
     return Transition(
         observation=Observation(**seen),

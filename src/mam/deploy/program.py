@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mam.config import Config
+from mam.config import CURVES, Config
 from mam.envs.wrappers import agent_ids
 from mam.errors import UserError
 from mam.learning.normalise import as_normalised
@@ -66,7 +66,8 @@ class Program:
             Port(f"memory{k}", leaf.shape[1:], str(leaf.dtype), jax.tree_util.keystr(path))
             for k, (path, leaf) in enumerate(paths)
         ]
-        inputs, outputs = (*_inputs(spec), *remembered), (*_outputs(spec), *remembered)
+        inputs = (*_inputs(spec, placed=config.network.order in CURVES), *remembered)
+        outputs = (*_outputs(spec), *remembered)
         return cls(policy, spec, ids, inputs, outputs, memory)
 
     @property
@@ -82,7 +83,8 @@ class Program:
             ids = jnp.broadcast_to(self.ids, (*view.shape[:-1], self.ids.shape[1]))
             view = jnp.concatenate([ids, view], axis=-1)
         mask, alive = named["action_mask"], named["alive"]
-        obs = Observation(view, mask, alive, named.get("grid"), named.get("state"))
+        others = {name: named.get(name) for name in ("grid", "state", "positions")}
+        obs = Observation(view, mask, alive, **others)
         memory: Memory = jax.tree.unflatten(
             self.memory, arrays[len(self.inputs) - self.num_remembered :]
         )
@@ -103,7 +105,7 @@ def _in_passes(policy: ExportablePolicy, config: Config, spec: EnvSpec) -> Expor
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(policy))
 
 
-def _inputs(spec: EnvSpec) -> list[Port]:
+def _inputs(spec: EnvSpec, *, placed: bool) -> list[Port]:
     n, ports = spec.num_agents, []
     view = (n, spec.obs_dim - spec.id_dim)
     legal = "components in use" if spec.continuous else "True = legal"
@@ -115,6 +117,9 @@ def _inputs(spec: EnvSpec) -> list[Port]:
         ports.append(Port("grid", grid, spec.grid_dtype, "an image for each agent"))
     if spec.state_dim is not None:
         ports.append(Port("state", (spec.state_dim,), "float32", "of the whole environment"))
+    if placed and spec.position_dim is not None:
+        about = "where agents are: decides their order"
+        ports.append(Port("positions", (n, spec.position_dim), "float32", about))
     ports.append(Port("reset", (), "bool", "first step of an episode: memory is not read"))
     noise = "standard normal" if spec.continuous else "standard Gumbel: −log(−log(uniform))"
     noise += " for a sample, zeros for the most likely action"

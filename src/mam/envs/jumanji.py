@@ -315,6 +315,7 @@ def _adapt(
         grid_shape=None if observation.grid is None else observation.grid.shape[1:],
         grid_dtype="bool",
         state_dim=None if observation.state is None else observation.state.size,
+        position_dim=None if observation.positions is None else observation.positions.shape[-1],
     )
     return JumanjiEnv(spec, env, observe, measure)
 

@@ -26,9 +26,15 @@ LOCAL_CHANNELS = ("agents' levels", "food's levels", "free")
 
 def vector_view(state: Any, observation: Any) -> Observation:
     """Return the views of LBF and RWARE: Jumanji's own features, as floats."""
-    del state
-    view = observation.agents_view.astype(jnp.float32)
-    return Observation(view, observation.action_mask, alive=jnp.ones(view.shape[0], bool))
+    view, cells = observation.agents_view.astype(jnp.float32), state.agents.position
+    if hasattr(cells, "x"):  # RWARE's rows and columns
+        cells = jnp.stack([cells.x, cells.y], axis=-1)
+    return Observation(
+        view,
+        observation.action_mask,
+        alive=jnp.ones(view.shape[0], bool),
+        positions=cells.astype(jnp.float32),
+    )
 
 
 def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> Observation:
@@ -69,6 +75,7 @@ def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> O
         agents_view=view.reshape(num_agents, -1),
         action_mask=jnp.concatenate([stay, free_beside, load], axis=1),
         alive=jnp.ones(num_agents, bool),
+        positions=agents.position.astype(jnp.float32),
     )
 
 
@@ -98,6 +105,7 @@ def connector_view(state: Any, observation: Any) -> Observation:
         alive=jnp.ones(num_agents, bool),
         grid=jnp.asarray(picture_of)[:, state.grid],
         state=jnp.asarray(state_of)[state.grid].ravel(),
+        positions=agents.position.astype(jnp.float32),
     )
 
 
@@ -127,6 +135,7 @@ def cleaner_view(state: Any, observation: Any) -> Observation:
         alive=jnp.ones(num_agents, bool),
         grid=jnp.concatenate(picture, axis=-1),
         state=jnp.stack([dirty, wall, count / num_agents], axis=-1).ravel(),
+        positions=position.astype(jnp.float32),
     )
 
 

@@ -29,7 +29,7 @@ from mam.learning.external import (
 from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
-from mam.networks.sequence import decision_order
+from mam.networks.order import order_agents
 from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy, Transition
 
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
@@ -346,6 +346,7 @@ class Recorded:
     transitions: Transition  # [T, B, …]; log_prob, value and metrics are not read
     num_envs: int  # windows in a rollout
     length: int  # their steps
+    order: str = "index"  # in which agents are taken to have decided, as `network.order`
     compiled: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -376,7 +377,7 @@ class Recorded:
 
         Returns:
             The empty carry; windows [T, B, …] of `length` steps, without log-probabilities, values
-            and metrics, in the order in which this library's policies decide; and no metrics.
+            and metrics, in the order that `order` names; and no metrics.
         """
         num_steps, num_columns = self.transitions.reset.shape
         first_key, column_key = jax.random.split(key)
@@ -385,10 +386,9 @@ class Recorded:
         column = shard.local_slice(jax.random.randint(column_key, (self.num_envs,), 0, num_columns))
         rows = first + jnp.arange(self.length)[:, None]  # [T, B]
         window = jax.tree.map(lambda x: jnp.asarray(x)[rows, column], self.transitions)
-        alive = window.observation.alive
         window = replace(
             window,
-            order=decision_order(alive),
+            order=order_agents(self.order, window.observation),
             log_prob=None,
             value=None,
             metrics={},

@@ -100,6 +100,9 @@ def blank_state(policy: Policy, spec: EnvSpec, num_envs: int) -> RolloutState:
         alive=jnp.ones((num_envs, n), bool),
         grid=None if spec.grid_shape is None else jnp.zeros((num_envs, n, *spec.grid_shape), dtype),
         state=None if spec.state_dim is None else jnp.zeros((num_envs, spec.state_dim)),
+        positions=None
+        if spec.position_dim is None
+        else jnp.zeros((num_envs, n, spec.position_dim)),
     )
     reset = jnp.ones(num_envs, bool)
     return RolloutState(

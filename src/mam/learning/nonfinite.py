@@ -57,7 +57,7 @@ def leaf_names(tree: PyTree, what: str) -> list[str]:
 
 
 ROLLOUT_NAMES = (
-    *(f"observation.{name}" for name in ("agents_view", "grid", "state")),
+    *(f"observation.{name}" for name in ("agents_view", "grid", "positions", "state")),
     *("reward", "log_prob of the rollout", "value of the rollout"),
 )
 
@@ -79,7 +79,7 @@ def nonfinite_in_rollout(transitions: Transition) -> list[Bool[Array, ""]]:
 
 
 def _nonfinite_in_observation(observation: Observation) -> list[Bool[Array, ""]]:
-    views = (observation.agents_view, observation.grid)
+    views = (observation.agents_view, observation.grid, observation.positions)
     return [*(is_nonfinite(x, observation.alive) for x in views), is_nonfinite(observation.state)]
 
 

@@ -22,6 +22,7 @@ from mam.learning.rollout import Rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.actions import LARGEST
+from mam.networks.order import order_agents
 from mam.types import EnvSpec, Observation, Policy, Transition
 
 Values = dict[str, Any]
@@ -92,7 +93,7 @@ class Recordings:
                 f"the dataset {self._data.path} has {illegal:,} actions "
                 "that its masks do not allow: no policy can imitate them"
             )
-        order = np.argsort(~np.asarray(seen.alive), axis=-1, kind="stable").astype(np.int32)
+        order = np.asarray(order_agents(self.config.network.order, seen))
         return replace(steps, order=order, log_prob=None, value=None)
 
     @cached_property

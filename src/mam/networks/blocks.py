@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Bool, Float, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
-from mam.networks.layers import MLP, LayerNorm
+from mam.networks.layers import MIXED_GAIN, MLP, Dense, LayerNorm
 from mam.networks.mixers.base import (
     AbstractCausalMixer,
     AbstractMixer,
@@ -19,15 +20,50 @@ from mam.networks.mixers.base import (
     MixerState,
 )
 from mam.networks.mixers.registry import MixerFamily
+from mam.networks.mixers.roles import CausalConv, living
+from mam.networks.order import take_agents
+
+LOCAL = 2  # its weights' key is the block's own, folded with this
 
 # run(mixer, state, inputs, context): a causal mixer's form for one agent, several, or many steps'.
 Run = Callable[[AbstractCausalMixer, MixerState, MixerInputs, MixerInputs], tuple]
 
 
+# Further orders of the agents: places in the order in which they are given.
+Scans = tuple[Int[Array, "*batch N"], ...]
+
+
+class LocalBranch(eqx.Module):
+    """Dense(SiLU(Conv(x))), a depthwise convolution around each agent, which starts small.
+
+    Source: the local branch of MambaAD's block (arXiv 2404.06564), §3.3. Difference: no norm, and
+    no projection before the convolution.
+    """
+
+    conv: CausalConv
+    out: Dense
+
+    def __init__(self, width: int, d_model: int, *, key: Key[Array, ""]):
+        conv_key, out_key = jax.random.split(key)
+        self.conv = CausalConv(d_model, width, key=conv_key)
+        self.out = Dense(d_model, d_model, key=out_key, gain=MIXED_GAIN)
+
+    def __call__(
+        self, x: Float[Array, "*batch N E"], alive: Bool[Array, "*batch N"]
+    ) -> Float[Array, "*batch N E"]:
+        after = (self.conv.weight.shape[0] - 1) // 2  # agents that are read ahead
+        ahead = jnp.pad(living(x, alive), [(0, 0)] * (x.ndim - 2) + [(0, after), (0, 0)])
+        return self.out(self.conv.unroll(None, ahead)[1][..., after:, :])
+
+
 class EncoderBlock(eqx.Module):
-    """x = LN(x + Mix(x));  x = LN(x + MLP(x))."""
+    """x = LN(x + Mix(x));  x = LN(x + MLP(x)).
+
+    Along several orders Mix(x) is the mean of what the mixer, with the same weights, makes of each.
+    """
 
     mixer: AbstractMixer
+    local: LocalBranch | None
     mixer_norm: LayerNorm
     mlp: MLP
     mlp_norm: LayerNorm
@@ -35,6 +71,9 @@ class EncoderBlock(eqx.Module):
     def __init__(self, mixers: MixerFamily, config: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, mlp_key = jax.random.split(key)
         self.mixer = mixers.roles.encoder(config, key=mixer_key)
+        width = config.encoder.local_branch
+        local_key = jax.random.fold_in(key, LOCAL)
+        self.local = LocalBranch(width, config.d_model, key=local_key) if width else None
         self.mixer_norm = LayerNorm(config.d_model)
         self.mlp = MLP(config.d_model, key=mlp_key)
         self.mlp_norm = LayerNorm(config.d_model)
@@ -45,11 +84,27 @@ class EncoderBlock(eqx.Module):
         x: Float[Array, "*batch N E"],
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
+        scans: Scans = (),
     ) -> tuple[MixerMemory, Float[Array, "*batch N E"]]:
-        """Run T environment steps; see `AbstractMixer.mix_steps`."""
-        memory, mixed = self.mixer.mix_steps(memory, x, alive, reset)
-        x = self.mixer_norm(x, mixed)
+        """Run T environment steps; see `AbstractMixer.mix_steps`.
+
+        Args:
+            memory: before the first step.
+            x: the agents, in the order of deciding.
+            alive: False for the dead, who are last in this order and in every other.
+            reset: whether a step is the first of its episode.
+            scans: the other orders, for mixers without memory.
+        """
+        memory, mixed = self._mix(memory, x, alive, reset)
+        for places in scans:
+            other = self._mix(memory, take_agents(x, places), alive, reset)[1]
+            mixed += take_agents(other, jnp.argsort(places, axis=-1))
+        x = self.mixer_norm(x, mixed / (1 + len(scans)) if scans else mixed)
         return memory, self.mlp_norm(x, self.mlp(x))
+
+    def _mix(self, memory, x, alive, reset):
+        memory, mixed = self.mixer.mix_steps(memory, x, alive, reset)
+        return memory, mixed if self.local is None else mixed + self.local(x, alive)
 
 
 class DecoderState(eqx.Module):

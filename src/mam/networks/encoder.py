@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
-from mam.networks.blocks import EncoderBlock
+from mam.networks.blocks import EncoderBlock, Scans
 from mam.networks.heads import Head
 from mam.networks.mixers.base import MixerMemory
 from mam.networks.mixers.registry import MixerFamily
@@ -43,6 +43,7 @@ class Encoder(eqx.Module):
         x: Float[Array, "*batch N E"],
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
+        scans: Scans = (),
     ) -> "tuple[EncoderMemory, Encoded]":
         """Encode the agents of one environment step, in the order of deciding.
 
@@ -51,9 +52,10 @@ class Encoder(eqx.Module):
             x: the embedded observations; there is no time axis.
             alive: False for the dead.
             reset: whether the step is the first of its episode.
+            scans: further orders; there are none with memory.
         """
         if not jax.tree.leaves(memory):
-            return self.unroll(memory, x, alive, reset)
+            return self.unroll(memory, x, alive, reset, scans)
         x, alive, reset = (v[None] for v in (x, alive, reset))
         memory, encoded = self.unroll(memory, x, alive, reset)
         return memory, jax.tree.map(lambda v: v[0], encoded)
@@ -64,6 +66,7 @@ class Encoder(eqx.Module):
         x: Float[Array, "*batch N E"],
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
+        scans: Scans = (),
     ) -> "tuple[EncoderMemory, Encoded]":
         """Encode agents given in the order of deciding, the dead last.
 
@@ -74,11 +77,12 @@ class Encoder(eqx.Module):
             x: the embedded observations.
             alive: False for the dead, which change nothing for the others.
             reset: whether a step is the first of its episode.
+            scans: further orders along which each block mixes.
         """
         after = []
         for block, before in zip(self.blocks, memory, strict=True):
             run = jax.checkpoint(EncoderBlock.__call__) if self.remat else EncoderBlock.__call__
-            own, x = run(block, before, x, alive, reset)
+            own, x = run(block, before, x, alive, reset, scans)
             after.append(own)
         return tuple(after), Encoded(obs_rep=x, value=self.value_head(x)[..., 0])
 

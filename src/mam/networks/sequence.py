@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
@@ -24,6 +24,8 @@ from mam.networks.layers import Dense
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
+from mam.networks.order import check_order, order_agents, shifted_orders
+from mam.networks.order import take_agents as _rows
 from mam.types import (
     Action,
     EnvSpec,
@@ -89,7 +91,7 @@ class SequencePolicy(eqx.Module):
     """An encoder over all agents' observations, and a decoder that chooses actions one by one.
 
     Joint policy: π(a | o) = Π_k π(a_{i_k} | o, a_{i_1}, …, a_{i_{k−1}}) with i_1, i_2, … the order
-    of deciding: by index, the living first.
+    of deciding, the living first (`mam.networks.order`).
 
     Source: MAT (arXiv 2205.14953), MAM (arXiv 2410.19382). Differences: the order is an output of
     `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents.
@@ -103,6 +105,8 @@ class SequencePolicy(eqx.Module):
     num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
+    order: str = eqx.field(static=True)  # name of the order in which agents decide
+    order_scans: int = eqx.field(static=True)  # curves along which they are encoded
 
     def __init__(
         self,
@@ -113,6 +117,12 @@ class SequencePolicy(eqx.Module):
         *,
         key: Key[Array, ""],
     ):
+        check_order(config.order, spec)
+        if config.encoder.order_scans > 1 and layout.remembers:
+            raise UserError(
+                "network.encoder.order_scans must be 1 where mixers remember earlier steps, "
+                f"got {config.encoder.order_scans}"
+            )
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
         self.encoder = Encoder(layout.encoder, config, key=encoder_key)
@@ -124,6 +134,7 @@ class SequencePolicy(eqx.Module):
         self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = config.dtype
+        self.order, self.order_scans = config.order, config.encoder.order_scans
 
     @property
     def value_layer(self) -> Dense:
@@ -146,20 +157,21 @@ class SequencePolicy(eqx.Module):
     def act(
         self, memory: Memory, obs: Observation, reset: Reset, key: Keys, *, greedy: Greedy = False
     ) -> tuple[Memory, PolicyOutput]:
-        """Choose one joint action per batch element, agent after agent in `decision_order`.
+        """Choose one joint action per batch element, agent after agent in the order of its name.
 
         Args:
             memory: of every agent and of the mixers that have one, after step t − 1.
             obs: what is seen at step t; the dead decide last, and nobody reads their rows.
             reset: whether t is the first step of an episode.
             key: gives every agent noise of its own, whenever it decides.
-            greedy: leave out the noise.
+            greedy: leave out the noise, and that of a random order.
 
         Returns:
             The memory after step t, and the joint action, by agent.
         """
         noise = agent_noise(self.distribution, key, obs.alive.shape[-1])
-        return self.act_on_noise(memory, obs, reset, jnp.where(greedy, 0.0, noise))
+        noise = jnp.where(greedy, 0.0, noise)
+        return self._act(memory, obs, reset, noise, order_agents(self.order, obs, key, greedy))
 
     def act_on_noise(
         self, memory: Memory, obs: Observation, reset: Reset, noise: Float[Array, "*batch N Z"]
@@ -170,13 +182,23 @@ class SequencePolicy(eqx.Module):
             memory: after step t − 1.
             obs: what is seen at step t.
             reset: whether t is the first step of an episode.
-            noise: of every agent, as `draw_noise` of the distribution draws it.
+            noise: of every agent, as `draw_noise` of the distribution draws it. No order is drawn:
+                that of a random one is by index.
         """
+        return self._act(memory, obs, reset, noise, order_agents(self.order, obs))
+
+    def _act(
+        self,
+        memory: Memory,
+        obs: Observation,
+        reset: Reset,
+        noise: Float[Array, "*batch N Z"],
+        order: Order,
+    ) -> tuple[Memory, PolicyOutput]:
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
-        order = decision_order(obs.alive)
         agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
-        encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
+        encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
         past = Past(memory.decoder, _rows(obs.alive, order), reset)
         mask = _rows(obs.action_mask, order)
         inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, _rows(noise, order))
@@ -211,7 +233,9 @@ class SequencePolicy(eqx.Module):
         """
         _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
         alive = _rows(obs.alive, order)
-        _, encoded = self.encoder.unroll(memory.encoder, self._ordered(x, order), alive, reset)
+        scans = self._scans(obs, order)
+        x = self._ordered(x, order)
+        _, encoded = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
         action, mask = _rows(action, order), _rows(obs.action_mask, order)
         past = Past(memory.decoder, alive, reset)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
@@ -230,42 +254,48 @@ class SequencePolicy(eqx.Module):
         x, next_x = self.embed(obs), self.embed(successor)
         if not jax.tree.leaves(memory.encoder):
             x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
-            return self._value(memory.encoder, x, successor.alive, reset)[1]
+            return self._value(memory.encoder, x, successor, reset)[1]
         goes_on = jnp.zeros(reset.shape[1:], bool)
 
         def step(memory, inputs):
             agents, encoder = memory
-            x, alive, action, reset, next_x, next_alive = inputs
+            x, obs, action, reset, next_x, successor = inputs
             agents, x = self.memory.step(agents, x, reset)
             agents = self.memory.note(agents, action)
-            encoder, _ = self._value(encoder, x, alive, reset)
+            encoder, _ = self._value(encoder, x, obs, reset)
             next_x = self.memory.step(agents, next_x, goes_on)[1]
-            return (agents, encoder), self._value(encoder, next_x, next_alive, goes_on)[1]
+            return (agents, encoder), self._value(encoder, next_x, successor, goes_on)[1]
 
-        inputs = (x, obs.alive, action, reset, next_x, successor.alive)
+        inputs = (x, obs, action, reset, next_x, successor)
         return lax.scan(step, (memory.agents, memory.encoder), inputs)[1]
 
     def encode(
         self,
         memory: EncoderMemory,
         x: Float[Array, "*batch N E"],
-        alive: Bool[Array, "*batch N"],
-        order: Int[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        obs: Observation,
+        order: Order,
+        reset: Reset,
     ) -> tuple[EncoderMemory, Encoded]:
         """Return representations and values of one step in the order of deciding.
 
         Args:
             memory: the encoder's before the step.
             x: the memory's outputs, by agent.
-            alive: False for the dead, by agent.
+            obs: who is alive, and where agents are.
             order: order[k] decides k-th.
             reset: whether the step is the first of its episode.
 
         Returns:
             The encoder's memory after the step, and what it makes of it.
         """
-        return self.encoder.step(memory, self._ordered(x, order), _rows(alive, order), reset)
+        alive, scans = _rows(obs.alive, order), self._scans(obs, order)
+        return self.encoder.step(memory, self._ordered(x, order), alive, reset, scans)
+
+    def _scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
+        """Return the encoder's further orders, of places in the order of deciding."""
+        place = jnp.argsort(order, axis=-1)
+        return tuple(_rows(place, other) for other in shifted_orders(self.order_scans - 1, obs))
 
     def _ordered(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
         return _rows(x if self.dtype == "float32" else x.astype(self.dtype), order)
@@ -274,21 +304,9 @@ class SequencePolicy(eqx.Module):
         self,
         memory: EncoderMemory,
         x: Float[Array, "*batch N E"],
-        alive: Bool[Array, "*batch N"],
-        reset: Bool[Array, "*batch"],
+        obs: Observation,
+        reset: Reset,
     ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
-        order = decision_order(alive)
-        memory, encoded = self.encode(memory, x, alive, order, reset)
+        order = order_agents(self.order, obs)
+        memory, encoded = self.encode(memory, x, obs, order, reset)
         return memory, _rows(encoded.value, jnp.argsort(order, axis=-1))
-
-
-def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:
-    """Return the agents by index, the living first: order[k] decides k-th."""
-    return jnp.argsort(~alive, axis=-1, stable=True).astype(jnp.int32)
-
-
-def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
-    """Take entries of [*batch, N] or rows of [*batch, N, F] along the agents."""
-    if x.ndim == index.ndim:
-        return jnp.take_along_axis(x, index, axis=-1)
-    return jnp.take_along_axis(x, index[..., None], axis=-2)

@@ -85,7 +85,8 @@ def train(
         if out is not None:
             raise UserError("a resumed run goes on in its own folder: drop out")
         saved = read_config(Path(resume) / "config.json")
-        check_agreed(saved.env, named=config.env if config else None, trust=trust)
+        named, order = (config.env, config.network.order) if config else (None, None)
+        check_agreed(saved, named=named, trust=trust, order=order)
         config = config or saved
         folder, trainer = loop.resume(Path(resume), config)
     elif config is None:
@@ -154,14 +155,15 @@ def play_episodes(
         raise UserError(f"--episodes must be positive, got {episodes}")
     if isinstance(run, LoadedPolicy):
         config = replace(run.config, seed=run.policy_seed, num_seeds=1)
-        check_agreed(env or config.env, named=env, trust=trust)
+        order = config.network.order  # agreed to when it was loaded
+        check_agreed(replace(config, env=env or config.env), named=env, trust=trust, order=order)
         greedy = run.greedy if greedy is None else greedy
         policies = jax.tree.map(lambda x: jnp.asarray(x)[None], run.policy)
         read = partial(Weights, config, run.spec, policies, np.zeros(1, np.float32))
     else:
         path = Path(run)
         config = read_config(path / "config.json")
-        check_agreed(config.env, named=env, trust=trust)
+        check_agreed(config, named=env, trust=trust)
         greedy = config.eval.greedy if greedy is None else greedy
         read = partial(load_weights, path, greedy=greedy, named=env, trust=trust)
     trainer = make_train(replace(config, env=env or config.env))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
-from mam.config import Config, from_json
+from mam.config import CURVES, Config, from_json
 from mam.envs.external.factories import check_agreed
 from mam.envs.wrappers import agent_ids
 from mam.errors import UserError
@@ -90,7 +90,7 @@ def load_weights(
     save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
     if "spec" in save.meta:
         return _read(config, save, which, beside=beside)
-    check_agreed(config.env, named=named, trust=trust)
+    check_agreed(config, named=named, trust=trust)
     return _read_by_environment(config, save, which, beside=beside)
 
 
@@ -319,7 +319,7 @@ class LoadedPolicy:
         if view.ndim < 2 or not view.shape[-2]:
             raise UserError(f"agents' views are [*batch, N, features], got {list(view.shape)}")
         spec, _ = self.fitted(view.shape[-2])
-        _check_shapes(spec, arrays)
+        _check_shapes(spec, arrays, placed=self.config.network.order in CURVES)
         if view.shape[-1] != spec.obs_dim:
             ids = agent_ids(spec.num_agents, self.config.agent_id)
             ids = jnp.broadcast_to(ids, (*view.shape[:-1], spec.id_dim))
@@ -327,8 +327,14 @@ class LoadedPolicy:
         return Observation(**arrays)
 
 
-def _check_shapes(spec: EnvSpec, arrays: dict[str, Any]) -> None:
-    """Refuse an observation's arrays of other shapes than a policy for `spec` reads."""
+def _check_shapes(spec: EnvSpec, arrays: dict[str, Any], *, placed: bool) -> None:
+    """Refuse an observation's arrays of other shapes than a policy for `spec` reads.
+
+    Args:
+        spec: of the task.
+        arrays: by the names of the observation's fields.
+        placed: whether the policy reads where agents are.
+    """
     *batch, n, size = arrays["agents_view"].shape
     sizes = sorted({spec.obs_dim, spec.obs_dim - spec.id_dim}, reverse=True)
     if size not in sizes:
@@ -339,6 +345,8 @@ def _check_shapes(spec: EnvSpec, arrays: dict[str, Any]) -> None:
     expected = {"action_mask": (*batch, n, spec.num_actions), "alive": (*batch, n)}
     if spec.grid_shape is not None:
         expected["grid"] = (*batch, n, *spec.grid_shape)
+    if placed:
+        expected["positions"] = (*batch, n, spec.position_dim)
     for name, shape in expected.items():
         array = arrays.get(name)
         if array is None or array.shape != shape:
@@ -385,16 +393,18 @@ def load(
             best so; as the run's evaluations did if None.
         policy_seed: which of the run's seeds; the one with the best evaluation if None.
         seed: decides what is sampled.
-        trust: import the environment that the folder of an early version names, where that is code.
+        trust: import the order of agents that the folder names, or the environment of an early
+            version's, where that is code.
 
     Raises:
-        UserError: if there is no run or no such seed, or an early version's environment may not be
-            imported.
+        UserError: if there is no run or no such seed, or the order of agents or an early version's
+            environment may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     if (Path(run) / CARD).is_file():
-        return _load_exported(Path(run), greedy, seed)
+        return _load_exported(Path(run), greedy, seed, trust=trust)
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)
+    _check_order(weights.config, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)
     greedy = weights.config.eval.greedy if greedy is None else greedy
     how = {"policy_seed": policy_seed, "greedy": greedy, "seed": seed}
@@ -413,7 +423,12 @@ def _named(policy: Policy) -> dict[str, Any]:
     return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}
 
 
-def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy:
+def _check_order(config: Config, *, trust: bool) -> None:
+    """Refuse an order that is code; the task's name is not looked up, whatever it is."""
+    check_agreed(config, named=config.env, trust=trust)
+
+
+def _load_exported(folder: Path, greedy: bool | None, seed: int, *, trust: bool) -> LoadedPolicy:
     """Load the policy that `mam export` wrote to a folder; see `load`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -428,6 +443,7 @@ def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy
         raise UserError(
             f"the export {folder} is damaged, or of a later version: {error}"
         ) from error
+    _check_order(config, trust=trust)
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in named.values()]:
         raise UserError(f"the weights in {folder} are not of the sizes that its {CARD} says")
     policy = jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -151,13 +151,15 @@ def _write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def resume_options(config: Config, path: Path) -> list[str]:
-    """Return the options of `mam train` that resume a run, with the task where it is code.
+    """Return the options of `mam train` that resume a run, with the names that are code.
 
     Args:
         config: of the run.
         path: its folder.
     """
-    return ["--resume", str(path), *(["--env", config.env] if names_code(config.env) else [])]
+    named = {"--env": config.env, "--network.order": config.network.order}
+    code = [part for pair in named.items() if names_code(pair[1]) for part in pair]
+    return ["--resume", str(path), *code]
 
 
 def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:

@@ -1,7 +1,8 @@
 """What is left of a run: its summary, its learning curve, and its results for marl-eval."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,17 +222,12 @@ def plot_learning_curve(
     Raises:
         ValueError: if no record is an evaluation.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     steps, returns = evaluation_returns(records)
     if not len(steps):
         raise ValueError("nothing to plot: the run has no evaluation yet")
-    with rc_context({"text.parse_math": False}):  # names are a user's, and may hold dollars
-        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    with _figure(path) as axes:
         _draw_curves(axes, steps, returns, len(seeds))
         absolute = absolute_returns(records)
         if absolute is not None:
@@ -245,7 +241,46 @@ def plot_learning_curve(
             axes.axhline(
                 value, color=colour, linestyle="--", linewidth=1.5, label=f"{name} {value:.3g}"
             )
-        _decorate(axes, title)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _decorate(axes, title, "environment steps (per seed)")
+
+
+def plot_sweep(
+    path: Path,
+    values: Sequence[float],
+    returns: Float[np.ndarray, "values seeds"],
+    *,
+    option: str,
+    title: str,
+) -> None:
+    """Draw the mean return against an option of a task, on a scale of powers of two.
+
+    Args:
+        path: PNG to write.
+        values: of the option, positive.
+        returns: mean return of each seed.
+        option: name of the option.
+        title: heading, such as task and algorithm.
+    """
+    with _figure(path) as axes:
+        _draw_curves(axes, np.asarray(values), returns, returns.shape[1])
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        _decorate(axes, title, option)
+
+
+@contextmanager
+def _figure(path: Path) -> Iterator["Axes"]:
+    """Write what is drawn."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context({"text.parse_math": False}):  # names are a user's, and may hold dollars
+        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure.add_subplot()
         figure.savefig(path)
 
 
@@ -278,15 +313,11 @@ def _draw_curves(axes: "Axes", steps: np.ndarray, returns: np.ndarray, num_seeds
     axes.fill_between(steps, low, high, color=_BLUE, alpha=0.18, linewidth=0, label=band)
 
 
-def _decorate(axes: "Axes", title: str) -> None:
-    from matplotlib.ticker import EngFormatter
-
+def _decorate(axes: "Axes", title: str, xlabel: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
-    axes.set_xlabel("environment steps (per seed)")
+    axes.set_xlabel(xlabel)
     axes.set_ylabel("mean episode return")
-    axes.set_xlim(left=0)
     axes.margins(y=0.08)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

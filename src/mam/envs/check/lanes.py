@@ -100,6 +100,7 @@ class Lanes:
                     timestep.observation.action_mask,
                     timestep.observation.alive,
                     timestep.observation.state,
+                    timestep.observation.positions,
                 ),
                 *(timestep.reward, timestep.terminated, timestep.truncated),
             ),

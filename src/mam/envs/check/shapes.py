@@ -86,6 +86,10 @@ def _check_observation(
     yield from _check_optional(f"{prefix}grid", obs.grid, grid, spec.grid_dtype, "grid_shape")
     state = None if spec.state_dim is None else (*batch, spec.state_dim)
     yield from _check_optional(f"{prefix}state", obs.state, state, "float32", "state_dim")
+    places = None if spec.position_dim is None else (*agents, spec.position_dim)
+    yield from _check_optional(
+        f"{prefix}positions", obs.positions, places, "float32", "position_dim"
+    )
 
 
 def _check_optional(

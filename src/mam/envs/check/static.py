@@ -87,6 +87,11 @@ def check_spec(spec: EnvSpec) -> Iterator[Finding]:
             spec.state_dim is None or whole(spec.state_dim, 1),
             "a whole number, at least 1, or None",
         ),
+        (
+            "position_dim",
+            spec.position_dim is None or whole(spec.position_dim, 1),
+            "a whole number, at least 1, or None",
+        ),
         ("continuous", isinstance(spec.continuous, bool), "True or False"),
         (
             "action_components",

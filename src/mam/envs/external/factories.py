@@ -27,9 +27,11 @@ from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
+from mam.config import Config
 from mam.errors import UserError, printable, shown, unknown_name
 
 PREFIX = "pettingzoo/"
+POSITIONS = "positions"  # of metadata, and an option of every name
 # An option ends at a comma that is not within quotes or brackets.
 _OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^}]*\})+""")
 
@@ -38,7 +40,8 @@ _OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^
 class EnvFactory:
     """Makes an environment.
 
-    It travels to other processes as a name, and finds itself again there.
+    It travels to other processes as a name, and finds itself again there. The option `positions`,
+    if the environment takes none of this name, goes to its metadata, where the adapter finds it.
     """
 
     name: str  # as the user wrote it
@@ -60,6 +63,7 @@ class EnvFactory:
             UserError: it cannot be made: not installed, or not with these options.
         """
         make, options = self.find(), dict(self.options)
+        positions = None if takes(make, POSITIONS, by_name=True) else options.pop(POSITIONS, None)
         if render_mode is not None and takes(make, "render_mode"):
             options["render_mode"] = render_mode
         if index is not None and takes(make, "index", by_name=True):
@@ -78,6 +82,8 @@ class EnvFactory:
                 f"{self.name} returns a {type(env).__name__}: expected a subclass of "
                 "mam.types.Environment with spec, reset and step, or a PettingZoo ParallelEnv"
             )
+        if positions is not None:
+            env.metadata = {**getattr(env, "metadata", {}), POSITIONS: positions}
         return env
 
     def _check(self, make: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -138,23 +144,33 @@ def names_code(name: str) -> bool:
     return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
 
 
-def check_agreed(name: str, *, named: str | None, trust: bool | None) -> None:
-    """Refuse a task that is code if a folder named it, perhaps a stranger's, and not the user.
+def check_agreed(
+    config: Config, *, named: str | None, trust: bool | None, order: str | None = None
+) -> None:
+    """Refuse a task or an order that is code if a folder named it, perhaps a stranger's.
 
     Args:
-        name: of the task, as the folder has it.
+        config: of the folder.
         named: the task that the user named, if any.
         trust: whether the user agreed to whatever the folder names; None where that cannot be said.
+        order: the order of agents that the user named, "" if none; None where none can be.
 
     Raises:
         UserError: with the name, and what would agree to it.
     """
-    if names_code(name) and name != named and not trust:
-        agree = f"--env {shlex.quote(printable(name))}" + " or --trust" * (trust is not None)
-        raise UserError(
-            f"the folder names the environment {shown(name)}, which is code to import and run: "
-            f"if you trust it, add {agree}"
-        )
+    asked = (
+        ("environment", config.env, named, "--env"),
+        ("order", config.network.order, order, "--network.order"),
+    )
+    for kind, name, own, option in asked:
+        if names_code(name) and name != own and not trust:
+            sayable = kind == "environment" or order is not None
+            ways = [f"{option} {shlex.quote(printable(name))}"] * sayable
+            agree = " or ".join([*ways, *["--trust"] * (trust is not None)])
+            raise UserError(
+                f"the folder names the {kind} {shown(name)}, which is code to import and run: "
+                f"if you trust it, add {agree}"
+            )
 
 
 def find_factory(name: str) -> EnvFactory:
@@ -189,6 +205,22 @@ def find_factory(name: str) -> EnvFactory:
     factory = EnvFactory(name, module, attribute, _read_options(name, options))
     factory.find()
     return factory
+
+
+def with_option(name: str, option: str, value: str) -> str:
+    """Return a task's name with one option of this value, and the others as they are.
+
+    Args:
+        name: suite/auto, or the name of one's own environment, with or without options.
+        option: its name.
+        value: as it is written in names.
+    """
+    parts = name.split(":")
+    task = 2 if names_code(name) else 1  # parts before the options
+    others = [
+        item for item in _OPTION.findall(":".join(parts[task:])) if item.partition("=")[0] != option
+    ]
+    return ":".join([*parts[:task], ",".join([*others, f"{option}={value}"])])
 
 
 def _check_not_standard(name: str, module: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from mam.envs.external.factories import POSITIONS
 from mam.envs.external.shared import Arrays, Layout
 from mam.envs.external.spaces import (
     BoxAction,
@@ -83,6 +84,7 @@ class PettingZooEnv:
         self._own_actions = np.stack([self._padded(masks) for masks in own])
         self._ended: set[Hashable] = set()  # agents whose part in the episode is over
         self._acting: set[Hashable] = set()  # agents that go on
+        self._place = read_place(name, env, self._views)
         self._last_state = np.zeros(self.layout.state_dim or 0, np.float32)
 
     @property
@@ -226,10 +228,11 @@ class PettingZooEnv:
             n = self._index[agent]
             arrays["alive"][n] = True
             try:
+                info = infos.get(agent) or {}
                 self._write_view(n, observations[agent], arrays)
-                self._write_mask(
-                    n, observations[agent], infos.get(agent) or {}, arrays["action_mask"]
-                )
+                self._write_mask(n, observations[agent], info, arrays["action_mask"])
+                if self._place is not None:
+                    arrays["positions"][n] = self._place.read(arrays["agents_view"][n], info)
             except (ValueError, TypeError, LookupError) as error:
                 space = self._env.observation_space(agent)
                 raise UserError(
@@ -399,7 +402,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
             "actions without limits reach from -1 to 1, "
             "or 2 beyond their only limit: give them both"
         )
-    first = views[0]
+    first, place = views[0], read_place(name, env, views)
     if picture and first.channels_first:
         notes.append(
             f"pictures are read channels first: rows, columns and channels are {first.grid_shape}"
@@ -419,8 +422,58 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         state_dim=math.prod(state.shape)
         if isinstance(state, spaces.Box) and not is_picture(state)
         else None,
+        position_dim=place and place.dim,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class Place:
+    """The reading of where an agent is: numbers of its view, or info["position"], a pair."""
+
+    columns: slice | None
+
+    @property
+    def dim(self) -> int:
+        """Coordinates of one agent."""
+        return 2 if self.columns is None else self.columns.stop - self.columns.start
+
+    def read(self, view: np.ndarray, info: Mapping) -> np.ndarray:
+        """Return an agent's coordinates.
+
+        Raises:
+            ValueError: the info has none, or not two.
+        """
+        if self.columns is not None:
+            return view[self.columns]
+        place = np.asarray(info.get("position", ()), np.float32).reshape(-1)
+        if place.size != self.dim:
+            raise ValueError(f'info["position"] has {place.size} numbers, expected {self.dim}')
+        return place
+
+
+def read_place(name: str, env: Any, views: list[View]) -> Place | None:
+    """Return how positions are read, as the environment's metadata say; None if they do not.
+
+    Args:
+        name: of the environment, for messages.
+        env: whose `metadata["positions"]` are "2:4", numbers 2 and 3 of each view, or "info".
+        views: of the agents.
+
+    Raises:
+        UserError: they are neither, or there are no such numbers.
+    """
+    given = getattr(env, "metadata", {}).get(POSITIONS)
+    if given is None or given == "info":
+        return given and Place(None)
+    ends = [int(end) if end.isdecimal() else -1 for end in str(given).split(":")]
+    size = 0 if picture_of(views) else min(view.size for view in views)
+    if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= size:
+        raise UserError(
+            f"{name}: {POSITIONS} must be info, or such as 0:2 within the {size} numbers that "
+            f"each agent observes, got {given}"
+        )
+    return Place(slice(*ends))
 
 
 def _info_metrics(infos: Mapping) -> dict[str, float]:

@@ -326,6 +326,7 @@ def spec_of(name: str, layout: Layout, *, id_dim: int = 0) -> EnvSpec:
         grid_shape=layout.grid_shape,
         grid_dtype=layout.grid_dtype,
         state_dim=layout.state_dim,
+        position_dim=layout.position_dim,
         team_reward=False,
         agent_names=layout.agents,
         id_dim=id_dim,

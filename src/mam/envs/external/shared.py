@@ -27,6 +27,7 @@ class Layout:
     grid_shape: tuple[int, int, int] | None = None
     grid_dtype: str = "float32"
     state_dim: int | None = None
+    position_dim: int | None = None
     notes: tuple[str, ...] = ()  # what was padded, flattened or left out; one line each
 
     @property
@@ -53,6 +54,8 @@ class Layout:
             fields["grid"] = ((self.num_agents, *self.grid_shape), np.dtype(self.grid_dtype))
         if self.state_dim is not None:
             fields["state"] = ((self.state_dim,), np.dtype(np.float32))
+        if self.position_dim is not None:
+            fields["positions"] = ((self.num_agents, self.position_dim), np.dtype(np.float32))
         return fields
 
 

@@ -60,8 +60,10 @@ class MpeEnv(JaxMarlEnv):
     """
 
     def _observe(self, views: Mapping[str, Array], state: Any) -> Observation:
-        del state
-        return Observation(self._stack(views), self._all_legal(), self._all_alive())
+        positions = state.p_pos[: self.spec.num_agents]
+        return Observation(
+            self._stack(views), self._all_legal(), self._all_alive(), positions=positions
+        )
 
     def _decode(self, action: Action) -> Iterable[Any]:
         return jnp.pad((action + 1) / 2, ((0, 0), (1, 0))) if self.spec.continuous else action
@@ -101,5 +103,6 @@ def _mpe(
         limit,
         continuous=continuous,
         team_reward=local_ratio == 0,
+        position_dim=2,
     )
     return MpeEnv(spec, env)

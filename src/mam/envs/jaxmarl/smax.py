@@ -81,6 +81,7 @@ class SmaxEnv(JaxMarlEnv):
             action_mask=self._stack(self.env.get_avail_actions(state)).astype(bool),
             alive=self._alive(state)[0],
             state=jnp.clip(views["world_state"] * self._world_scale(), 0, 1),
+            positions=state.state.unit_positions[: self.spec.num_agents],
         )
 
     def _is_cut_off(self, state: Any) -> Bool[Array, ""]:
@@ -136,6 +137,12 @@ def _smax(name: str, limit: int, **settings: Any) -> SmaxEnv:
         **settings,
     )
     spec = EnvSpec(
-        name, env.num_agents, env.obs_size, env.num_ally_actions, limit, state_dim=env.state_size
+        name,
+        env.num_agents,
+        env.obs_size,
+        env.num_ally_actions,
+        limit,
+        state_dim=env.state_size,
+        position_dim=2,
     )
     return SmaxEnv(spec, env)

@@ -9,7 +9,9 @@ from jaxtyping import Array, Int, Key
 
 from mam.config import NetworkConfig
 from mam.networks.actions import agent_noise
-from mam.networks.sequence import SequencePolicy, decision_order
+from mam.networks.order import order_agents
+from mam.networks.order import take_agents as _rows
+from mam.networks.sequence import SequencePolicy
 from mam.study.bench.inputs import count, policy_shapes
 from mam.types import EnvSpec, Observation, PolicyOutput
 
@@ -30,10 +32,10 @@ def act_uncached(
     """
     distribution = policy.distribution
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
-    order = decision_order(obs.alive)
+    order = order_agents(policy.order, obs)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
     x = policy.memory.step(memory.agents, policy.embed(obs), first)[1]
-    _, encoded = policy.encode(memory.encoder, x, obs.alive, order, first)
+    _, encoded = policy.encode(memory.encoder, x, obs, order, first)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 
@@ -60,13 +62,6 @@ def act_uncached(
         log_prob=_rows(log_prob, by_agent),
         value=_rows(encoded.value, by_agent),
         order=order,
-    )
-
-
-def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
-    """Take entries of [*batch, N, …] along the agents."""
-    return jnp.take_along_axis(
-        x, index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), axis=index.ndim - 1
     )
 
 
