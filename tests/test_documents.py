@@ -15,6 +15,7 @@ from mam.cli.main import COMMANDS, read_options
 from mam.config import Config
 from mam.presets import PRESETS
 from named_tests import check_named_tests
+from report_runs import CONFIG as RUN
 from report_runs import write_run
 from small_run import CONFIG
 
@@ -53,6 +54,8 @@ def test_snippets_run(code, tmp_path, monkeypatch):
         PRESETS, "probe", lambda: replace(CONFIG, env="probe/identity", policy="ippo")
     )
     monkeypatch.chdir(tmp_path)
+    for policy in ("mam", "mat"):
+        write_run(tmp_path / "runs" / policy, replace(RUN, policy=policy))
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 

@@ -1,9 +1,10 @@
 """Usage errors, and the names by which their advice installs packages."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any
 
 DISTRIBUTION = "multi-agent-mamba"  # the distribution called mam is another project's
@@ -84,6 +85,28 @@ def load_entry_point(kind: str, point: metadata.EntryPoint) -> Any:
         return point.load()
     except (ImportError, AttributeError) as error:
         raise UserError(f"the {kind} {point.name} cannot be imported: {error}") from error
+
+
+def import_function(kind: str, name: str) -> Callable[..., Any]:
+    """Import a function or class of a user's own, written package.module:function.
+
+    Args:
+        kind: of thing it is, such as a controller.
+        name: as it was given.
+
+    Raises:
+        UserError: if there is none, or it is Python's own.
+    """
+    module, _, attribute = name.partition(":")
+    if (top := module.partition(".")[0]) in sys.stdlib_module_names:
+        raise UserError(f"{name}: {top} is part of Python, where there is no {kind}")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"no {kind} {name}, expected package.module:function: {error}") from error
+    if not callable(found):
+        raise UserError(f"{name} is a {type(found).__name__}: expected a function")
+    return found
 
 
 def missing_extra(who: str, needs: str, extra: str) -> UserError:

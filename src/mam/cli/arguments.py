@@ -61,7 +61,8 @@ def _description(kind: type) -> str:
     if not any(flag.startswith("--network.") for flag in known_flags(kind)):
         return text
     mixers = (
-        f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}"
+        f"{family.policy} ({family.letter} in layouts): "
+        f"{', '.join([*family.options, *family.own_defaults])}"
         for family in mixer_families().values()
     )
     return f"{text}\n\nPolicies of one mixer, and what it reads of --network: {'; '.join(mixers)}."

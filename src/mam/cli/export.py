@@ -39,7 +39,7 @@ def export(args: Export) -> None:
 
     process.configure()
     saved = read_config(args.run / "config.json")
-    check_agreed(saved.env, named=args.env, trust=args.trust)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
     policy = load(args.run, policy_seed=args.policy_seed, trust=args.trust)
     out = args.out or args.run / f"export-{args.format}"
     found = write(policy, out, args.format, env=args.env, seed=args.seed)

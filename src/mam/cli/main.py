@@ -81,7 +81,7 @@ def read_options(name: str, args: Sequence[str]) -> Any:
 
     Raises:
         UserError: if there is no such command or option, a value is of the wrong type, there is no
-            such task, or only a folder names the task and it is code.
+            such task, or only a folder names the task or the policy and it is code.
     """
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS, see="mam --help")
@@ -90,7 +90,8 @@ def read_options(name: str, args: Sequence[str]) -> Any:
     options = parse(name, kind, args, starting_options(kind, args) if configured else None)
     if configured:
         trust = getattr(options, "trust", None)
-        check_agreed(options.config.env, named=value_of(args, "--env"), trust=trust)
+        named = {"env": value_of(args, "--env"), "policy": value_of(args, "--policy")}
+        check_agreed(options.config, named=named, trust=trust)
     for asked in (options, getattr(options, "config", None)):
         if env := getattr(asked, "env", None):
             check_task(env)  # at once: what commands import takes seconds

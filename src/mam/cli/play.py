@@ -45,7 +45,7 @@ def play(args: Play) -> None:
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
     saved = read_config(args.run / "config.json")
-    check_agreed(saved.env, named=args.env, trust=args.trust)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
     env = args.env or saved.env
     trainer = make_train(replace(saved, env=env))
     try:

@@ -56,14 +56,14 @@ def record(args: Record) -> None:
     from mam.data.steps import spec_without_ids
     from mam.data.store import Writer
     from mam.envs.registry import is_external, make_batched, make_external
-    from mam.errors import DISTRIBUTION, installed_version
+    from mam.errors import DISTRIBUTION, import_function, installed_version
     from mam.runs import process
-    from mam.runs.record import Controller, find_controller
+    from mam.runs.record import Controller
     from mam.runs.record import record as play
 
     _check(args)
     process.configure()
-    function = find_controller(args.controller) if args.controller else None
+    function = import_function("controller", args.controller) if args.controller else None
     weights = None if args.run is None else _weights(args)
     env = args.env or (weights.config.env if weights else "")
     agent_id = weights.config.agent_id if weights else "none"
@@ -120,7 +120,7 @@ def _weights(args: Record) -> Any:
 
     assert args.run is not None
     saved = read_config(args.run / "config.json")
-    check_agreed(saved.env, named=args.env, trust=args.trust)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
     how: dict[str, Any] = {"greedy": args.greedy, "named": args.env, "trust": args.trust}
     return load_weights(args.run, which=args.which, **how)
 

@@ -34,7 +34,7 @@ class EncoderBlock(eqx.Module):
 
     def __init__(self, mixers: MixerFamily, config: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, mlp_key = jax.random.split(key)
-        self.mixer = mixers.roles.encoder(config, key=mixer_key)
+        self.mixer = mixers.build("encoder", config, key=mixer_key)
         self.mixer_norm = LayerNorm(config.d_model)
         self.mlp = MLP(config.d_model, key=mlp_key)
         self.mlp_norm = LayerNorm(config.d_model)
@@ -78,8 +78,8 @@ class DecoderBlock(eqx.Module):
         key: Key[Array, ""],
     ):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.mixer = mixers.roles.decoder(config, key=mixer_key)
-        self.cross = cross_mixers.roles.cross(config, key=cross_key)
+        self.mixer = mixers.build("decoder", config, key=mixer_key)
+        self.cross = cross_mixers.build("cross", config, key=cross_key)
         self.mlp = MLP(config.d_model, key=mlp_key)
         self.mixer_norm, self.cross_norm, self.mlp_norm = (
             LayerNorm(config.d_model) for _ in range(3)

@@ -68,6 +68,7 @@ def load_weights(
     greedy: bool | None = None,
     which: Which = "best",
     named: str | None = None,
+    named_policy: str | None = None,
     trust: bool = False,
 ) -> Weights:
     """Read the weights of all seeds of a run.
@@ -78,19 +79,25 @@ def load_weights(
             None.
         which: the weights of the best evaluation, or the latest ones.
         named: task that the user named.
-        trust: import the environment that the folder names, where that is code.
+        named_policy: policy that the user named.
+        trust: import the policy and the environment that the folder names, where they are code.
 
     Raises:
-        UserError: if there is no run, or it is of the first versions, which did not write the sizes
-            of their tasks down, and its environment is code that may not be imported.
+        UserError: if there is no run; if its policy is code that may not be imported, or it is of
+            the first versions, which did not write the sizes of their tasks down, and its
+            environment is.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     folder = RunFolder(path)
     config = folder.load_config()
     save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
-    if "spec" in save.meta:
+    no_env = "spec" in save.meta
+    agreed = {"env": config.env if no_env else named} | (
+        {"policy": named_policy} if named_policy else {}
+    )
+    check_agreed(config, named=agreed, trust=trust)
+    if no_env:
         return _read(config, save, which, beside=beside)
-    check_agreed(config.env, named=named, trust=trust)
     return _read_by_environment(config, save, which, beside=beside)
 
 
@@ -385,15 +392,16 @@ def load(
             best so; as the run's evaluations did if None.
         policy_seed: which of the run's seeds; the one with the best evaluation if None.
         seed: decides what is sampled.
-        trust: import the environment that the folder of an early version names, where that is code.
+        trust: import the policy that the folder names, where that is code, and the environment
+            that the folder of an early version names.
 
     Raises:
-        UserError: if there is no run or no such seed, or an early version's environment may not be
-            imported.
+        UserError: if there is no run or no such seed, or its policy or an early version's
+            environment may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
     if (Path(run) / CARD).is_file():
-        return _load_exported(Path(run), greedy, seed)
+        return _load_exported(Path(run), greedy, seed, trust=trust)
     weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)
     greedy = weights.config.eval.greedy if greedy is None else greedy
@@ -413,7 +421,7 @@ def _named(policy: Policy) -> dict[str, Any]:
     return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}
 
 
-def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy:
+def _load_exported(folder: Path, greedy: bool | None, seed: int, *, trust: bool) -> LoadedPolicy:
     """Load the policy that `mam export` wrote to a folder; see `load`."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -421,16 +429,22 @@ def _load_exported(folder: Path, greedy: bool | None, seed: int) -> LoadedPolicy
     card = read_object(folder / CARD)
     try:
         config, spec = from_json(Config, card["config"]), from_json(EnvSpec, card["spec"])
+    except (KeyError, TypeError, UserError) as error:
+        raise _damaged(folder, error) from error
+    check_agreed(config, named={"env": config.env}, trust=trust)
+    try:
         like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
         saved, named = load_file(folder / WEIGHTS), _named(like)
         leaves = [jnp.asarray(saved[name]) for name in named]
     except (KeyError, TypeError, OSError, SafetensorError, UserError) as error:
-        raise UserError(
-            f"the export {folder} is damaged, or of a later version: {error}"
-        ) from error
+        raise _damaged(folder, error) from error
     if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in named.values()]:
         raise UserError(f"the weights in {folder} are not of the sizes that its {CARD} says")
     policy = jax.tree.unflatten(jax.tree.structure(like), leaves)
     greedy = config.eval.greedy if greedy is None else greedy
     how = {"policy_seed": config.seed, "greedy": greedy, "seed": seed}
     return LoadedPolicy(config, spec, policy, **how, run=folder)
+
+
+def _damaged(folder: Path, error: Exception) -> UserError:
+    return UserError(f"the export {folder} is damaged, or of a later version: {error}")

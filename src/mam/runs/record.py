@@ -5,7 +5,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import jax
@@ -50,24 +49,6 @@ def policy_actor(policy: Policy, *, greedy: bool) -> Actor:
         return policy.act(state.memory, state.observation, state.reset, keys, greedy=greedy)
 
     return act
-
-
-def find_controller(name: str) -> Callable[..., Any]:
-    """Import a controller, written package.module:function.
-
-    Raises:
-        UserError: if there is no such function.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"no controller {name}, expected package.module:function: {error}"
-        ) from error
-    if not callable(found):
-        raise UserError(f"{name} is a {type(found).__name__}: expected a function")
-    return found
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
+from mam.config import Config
 from mam.errors import UserError, printable, shown, unknown_name
 
 PREFIX = "pettingzoo/"
@@ -134,26 +135,33 @@ class EnvFactory:
 
 
 def names_code(name: str) -> bool:
-    """Say whether a task's name is code to import, and no task of the library's suites."""
-    return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
+    """Say whether the name of a task or a policy is code to import, and nothing of the library's.
+
+    The name of an environment that was given as an object leads to no code either.
+    """
+    return ":" in name and (name.startswith(PREFIX) or not re.match(r"(\w+/auto|object):", name))
 
 
-def check_agreed(name: str, *, named: str | None, trust: bool | None) -> None:
-    """Refuse a task that is code if a folder named it, perhaps a stranger's, and not the user.
+def check_agreed(config: Config, *, named: Mapping[str, str | None], trust: bool | None) -> None:
+    """Refuse a task or a policy that is code if a folder named it, perhaps a stranger's.
 
     Args:
-        name: of the task, as the folder has it.
-        named: the task that the user named, if any.
+        config: as the folder has it.
+        named: what the user named, if anything, by the settings that can be named: `env`, `policy`.
         trust: whether the user agreed to whatever the folder names; None where that cannot be said.
 
     Raises:
         UserError: with the name, and what would agree to it.
     """
-    if names_code(name) and name != named and not trust:
-        agree = f"--env {shlex.quote(printable(name))}" + " or --trust" * (trust is not None)
+    for setting, kind in (("env", "environment"), ("policy", "policy")):
+        name = getattr(config, setting)
+        if trust or not names_code(name) or name == named.get(setting):
+            continue
+        ways = [f"--{setting} {shlex.quote(printable(name))}"] * (setting in named)
+        ways += ["--trust"] * (trust is not None)
         raise UserError(
-            f"the folder names the environment {shown(name)}, which is code to import and run: "
-            f"if you trust it, add {agree}"
+            f"the folder names the {kind} {shown(name)}, which is code to import and run: "
+            f"if you trust it, add {' or '.join(ways)}"
         )
 
 

@@ -133,10 +133,11 @@ class Players:
         """Say why a run is not played here, with what would be imported; empty if it may be."""
         if run.config is None:
             return "its config.json cannot be read"
-        if self._trust or not names_code(run.config.env):
+        code = [name for name in (run.config.env, run.config.policy) if names_code(name)]
+        if self._trust or not code:
             return ""
         return (
-            f"playing it would import {shown(run.config.env)}, which the folder names: "
+            f"playing it would import {' and '.join(map(shown, code))}, which the folder names: "
             f"if you trust that code, start the page with --trust"
         )
 
@@ -177,6 +178,7 @@ class Players:
         # What was shown is what is imported, whatever the folder says by then.
         if names_code(env := run.config.env):
             options += ["--env", env]
+        options += ["--trust"] * names_code(run.config.policy)
         try:
             out.parent.mkdir(exist_ok=True)
         except OSError as error:
