@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "native/README.md")
 ]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 COMMAND_TEXTS = [*DOCUMENTS, ROOT / "src/mam/presets.py"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -43,7 +43,7 @@ SNIPPETS = [
     pytest.param(code, id=f"{relative(path)}-{number}")
     for path in DOCUMENTS
     for number, (language, code) in enumerate(FENCED.findall(path.read_text(encoding="utf-8")))
-    if language == "python"
+    if language == "python" and path.parent.name != "tutorials"  # tests/test_tutorials.py
 ]
 
 
@@ -107,7 +107,7 @@ def test_there_are_commands_to_check():
 OTHERS = re.compile(r"#SBATCH.*|--xla_\w+")  # options that are not of `mam`
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=relative)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], ids=relative)
 def test_options_exist(path):
     known = {flag for kind, _ in COMMANDS.values() for flag in known_flags(kind)} | {
         "--help",

@@ -258,7 +258,7 @@ def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
         find_sink(name)(
             tmp_path, CONFIG, {"metrics_bytes": positions[1], "step_count": 200}
         ).close()
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     assert [(row["step_count"], row["seed"], row["value"]) for row in rows] == [
         ("100", "0", repr(1 / 3)),
         ("100", "1", "1.0"),

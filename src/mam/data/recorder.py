@@ -14,7 +14,7 @@ from mam.types import Observation, Transition
 
 
 class Recorder:
-    """A ParallelEnv whose episodes go to a dataset; a context manager.
+    """A ParallelEnv whose episodes go to a dataset; a context manager::
 
         with mam.Recorder("data/mine", env) as recorded:
             for seed in range(100):

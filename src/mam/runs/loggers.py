@@ -89,7 +89,8 @@ SINKS: dict[str, OpenSink] = {
     "jsonl": _open_jsonl,
     "tensorboard": _open_tensorboard,
     "csv": _open_csv,
-} | {name: partial(_open_tracker, kind) for name, kind in _TRACKERS.items()}
+    **{name: partial(_open_tracker, kind) for name, kind in _TRACKERS.items()},
+}
 GROUP = "mam.sinks"  # of entry points, by which other packages add theirs
 
 
