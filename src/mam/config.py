@@ -276,7 +276,8 @@ class Config:
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
     init: str | None = None
-    """Folder of a run whose best weights are the start; drawn at random if None."""
+    """Whose best weights are the start: the folder of a run or of an exported policy, or zoo:NAME;
+    drawn at random if None."""
     init_partial: bool = False
     """Take those weights of --init that fit, and draw the others."""
     num_workers: int | None = None

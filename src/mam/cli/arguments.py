@@ -48,6 +48,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             what = {
                 "run": "the folder of a run",
                 "env": "the name of an environment",
+                "weights": "a file of weights",
                 "what": "what to time" if command == "bench" else "what to do, and a folder",
             }
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]

@@ -12,6 +12,7 @@ from mam.cli.check_env import CheckEnv, check_env
 from mam.cli.data import Data, data
 from mam.cli.evaluate import Evaluate, evaluate
 from mam.cli.export import Export, export
+from mam.cli.import_weights import Import, import_weights
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
@@ -21,6 +22,7 @@ from mam.cli.report import Report, report
 from mam.cli.show import Show, show
 from mam.cli.start import starting_options
 from mam.cli.train import Train, train
+from mam.cli.zoo import Zoo, zoo
 from mam.envs.external.factories import check_agreed
 from mam.envs.tasks import check_task
 from mam.errors import DISTRIBUTION, RunError, UserError, installed_version, unknown_name
@@ -38,6 +40,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "record": (Record, record),
     "data": (Data, data),
     "export": (Export, export),
+    "import": (Import, import_weights),
+    "zoo": (Zoo, zoo),
     "list": (List, list_names),
     "experiment": (Experiment, run_experiment),
     "sweep": (Sweep, run_sweep),

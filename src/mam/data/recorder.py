@@ -14,7 +14,9 @@ from mam.types import Observation, Transition
 
 
 class Recorder:
-    """A ParallelEnv whose episodes go to a dataset; a context manager::
+    """A ParallelEnv whose episodes go to a dataset; a context manager.
+
+    Use it as::
 
         with mam.Recorder("data/mine", env) as recorded:
             for seed in range(100):

@@ -20,7 +20,7 @@ from mam.presets import preset_for
 from mam.runs import loop
 from mam.runs.callbacks import Callback
 from mam.runs.files import read_config
-from mam.runs.load import LoadedPolicy, Weights, load, load_weights
+from mam.runs.load import LoadedPolicy, Weights, load, load_weights, saved_config
 from mam.runs.sinks import Record, read_records
 from mam.runs.summary import absolute_returns, evaluation_returns
 from mam.types import Environment, EnvSpec
@@ -129,7 +129,8 @@ def evaluate(
     """Play fresh episodes with the best weights of a run, or with a policy that was loaded.
 
     Args:
-        run: folder of the run, all of whose seeds play, or a policy.
+        run: folder of the run, all of whose seeds play, or of an exported policy, or a name of the
+            zoo, or a policy.
         episodes: per seed.
         env: task to play in place of the run's own, by name or as for `train`: with another number
             of agents, say.
@@ -180,7 +181,7 @@ def play_episodes(
         read = partial(Weights, config, run.spec, policies, np.zeros(1, np.float32))
     else:
         path = Path(run)
-        config = read_config(path / "config.json")
+        config = saved_config(path)
         check_agreed(config, named={"env": env}, trust=trust)
         greedy = config.eval.greedy if greedy is None else greedy
         read = partial(load_weights, path, greedy=greedy, named=env, trust=trust)
