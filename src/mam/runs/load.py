@@ -64,7 +64,7 @@ class Weights:
 
 
 def load_weights(
-    path: Path,
+    path: str | Path,
     *,
     greedy: bool | None = None,
     which: Which = "best",
