@@ -11,7 +11,7 @@ NATIVE := $(VENV)/.native
 NATIVE_SOURCES := $(wildcard native/*.* native/src/*/*.*)
 NATIVE_TESTS := build/native-tests
 
-.PHONY: train test lint check native native-test gpu-bundle clean
+.PHONY: train test lint check site native native-test gpu-bundle clean
 
 train: $(READY) $(NATIVE)  ## train Multi-Agent Mamba on Level-Based Foraging until it solves it
 	$(BIN)/mam train
@@ -26,6 +26,10 @@ lint: $(READY)  ## style, types, and who may import whom
 	$(BIN)/lint-imports
 
 check: lint test
+
+site: $(READY)  ## the documentation, in build/site; broken links and unknown references are errors
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
+	@echo 'open build/site/index.html'
 
 native: $(READY)  ## build and install the CPU kernels; `make train` and `make test` do it, and go on if it fails
 	@test -n '$(COMPILER)' || echo 'no C++ compiler: going on without the native CPU kernels (slower)'

@@ -15,6 +15,7 @@ from mam.cli.main import COMMANDS, read_options
 from mam.config import Config
 from mam.presets import PRESETS
 from named_tests import check_named_tests
+from report_runs import CONFIG as RUN
 from report_runs import write_run
 from small_run import CONFIG
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "native/README.md")
 ]
-DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 COMMAND_TEXTS = [*DOCUMENTS, ROOT / "src/mam/presets.py"]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -42,7 +43,7 @@ SNIPPETS = [
     pytest.param(code, id=f"{relative(path)}-{number}")
     for path in DOCUMENTS
     for number, (language, code) in enumerate(FENCED.findall(path.read_text(encoding="utf-8")))
-    if language == "python"
+    if language == "python" and path.parent.name != "tutorials"  # tests/test_tutorials.py
 ]
 
 
@@ -53,6 +54,8 @@ def test_snippets_run(code, tmp_path, monkeypatch):
         PRESETS, "probe", lambda: replace(CONFIG, env="probe/identity", policy="ippo")
     )
     monkeypatch.chdir(tmp_path)
+    for policy in ("mam", "mat"):
+        write_run(tmp_path / "runs" / policy, replace(RUN, policy=policy))
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
 
 
@@ -104,7 +107,7 @@ def test_there_are_commands_to_check():
 OTHERS = re.compile(r"#SBATCH.*|--xla_\w+")  # options that are not of `mam`
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=relative)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")], ids=relative)
 def test_options_exist(path):
     known = {flag for kind, _ in COMMANDS.values() for flag in known_flags(kind)} | {
         "--help",

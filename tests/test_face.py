@@ -30,7 +30,7 @@ def test_importing_loads_nothing_and_no_name_starts_a_backend():
 
 
 def test_every_name_is_where_it_says():
-    assert set(mam.__all__) == {*mam._HOME, "presets"}
+    assert set(mam.__all__) == {*mam._HOME, *mam._MODULES}
     assert set(mam.__all__) <= set(dir(mam))
     for name, module in mam._HOME.items():
         assert getattr(mam, name) is getattr(sys.modules[module], name)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mam.runs.callbacks import Callback, Event
     from mam.runs.load import LoadedPolicy, load
     from mam.study.experiment.grid import grid
+    from mam.study.report import notebook as report
     from mam.types import Environment, EnvSpec, Observation, Policy, TimeStep
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "preset",
     "presets",
     "register_mixer",
+    "report",
     "train",
 ]
 
@@ -70,12 +72,13 @@ _HOMES = {
     "mam.study.experiment.grid": ("grid",),
     "mam.types": ("EnvSpec", "Environment", "Observation", "Policy", "TimeStep"),
 }
+_MODULES = {"presets": "mam.presets", "report": "mam.study.report.notebook"}
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "presets":
-        return import_module("mam.presets")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'mam' has no attribute '{name}'")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

@@ -123,6 +123,9 @@ class NetworkConfig:
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
     """How Mamba's scan is computed: auto takes what is fastest; associative is the published
     form."""
+    mixer_options: tuple[str, ...] = ()
+    """Settings that one mixer alone has, such as leak.rate=0.5 for the rate of the policy leak's;
+    those of mixers of one's own (see `mam list`)."""
 
     @property
     def d_inner(self) -> int:
@@ -274,7 +277,8 @@ class Config:
     """One training run: everything that decides its numbers."""
 
     policy: str = "mam"
-    """Policy, such as mam or mappo; `mam list` explains them all."""
+    """Policy, such as mam or mappo, or package.module:make of one's own; `mam list` explains them
+    all."""
     env: str = "lbf/2s-8x8-2p-2f-coop"
     """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory;
     see `mam list`."""
@@ -286,7 +290,8 @@ class Config:
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
     init: str | None = None
-    """Folder of a run whose best weights are the start; drawn at random if None."""
+    """Whose best weights are the start: the folder of a run or of an exported policy, or zoo:NAME;
+    drawn at random if None."""
     init_partial: bool = False
     """Take those weights of --init that fit, and draw the others."""
     num_workers: int | None = None
@@ -312,8 +317,9 @@ class Config:
     of before: end the run, go on with other random numbers, or do so with half the learning
     rate."""
     log: tuple[str, ...] = ("jsonl", "tensorboard")
-    """Where numbers go besides the terminal: jsonl (always), tensorboard, or what an installed
-    package adds under its own name; see docs/runs.md. Changes no numbers."""
+    """Where numbers go besides the terminal: jsonl (always), tensorboard, csv, wandb, mlflow,
+    trackio, or what an installed package adds under its own name; see docs/runs.md. Changes no
+    numbers."""
     network: NetworkConfig = field(default_factory=NetworkConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     cloning: CloningConfig = field(default_factory=CloningConfig)
@@ -511,6 +517,11 @@ def _check_network(network: NetworkConfig) -> None:
         # The mixers are known to networks alone; the layout stands in file names.
         if not re.fullmatch("[A-Za-z0-9]+", layout):
             raise UserError(f"{name} must be a letter per block, such as MA, got {shown(layout)}")
+    for option in network.mixer_options:
+        if not re.fullmatch(r"\w+\.\w+=\S+", option):
+            raise UserError(
+                f"network.mixer_options are written policy.setting=value, got {shown(option)}"
+            )
     if network.d_model % network.num_heads:
         raise UserError(
             f"network.num_heads must divide network.d_model = {network.d_model}, "

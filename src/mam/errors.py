@@ -1,7 +1,8 @@
 """Usage errors, and the names by which their advice installs packages."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from importlib import import_module, metadata
 from typing import Any
@@ -86,17 +87,19 @@ def load_entry_point(kind: str, point: metadata.EntryPoint) -> Any:
         raise UserError(f"the {kind} {point.name} cannot be imported: {error}") from error
 
 
-def load_function(kind: str, name: str) -> Any:
-    """Import a user's function, written package.module:function.
+def import_function(kind: str, name: str) -> Callable[..., Any]:
+    """Import a function or class of a user's own, written package.module:function.
 
     Args:
-        kind: of thing it is to be.
+        kind: of thing it is, such as a controller.
         name: as it was given.
 
     Raises:
-        UserError: if there is no such function.
+        UserError: if there is none, or it is Python's own.
     """
     module, _, attribute = name.partition(":")
+    if (top := module.partition(".")[0]) in sys.stdlib_module_names:
+        raise UserError(f"{name}: {top} is part of Python, where there is no {kind}")
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:

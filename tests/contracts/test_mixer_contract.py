@@ -46,8 +46,8 @@ def double_precision():
 def build_mixer(family, role, key):
     if role == "published encoder":
         published = dataclasses.replace(SIZES, encoder=EncoderConfig(combine="product"))
-        return MIXERS[family].roles.encoder(published, key=key)
-    return getattr(MIXERS[family].roles, role)(SIZES, key=key)
+        return MIXERS[family].build("encoder", published, key=key)
+    return MIXERS[family].build(role, SIZES, key=key)
 
 
 @functools.cache

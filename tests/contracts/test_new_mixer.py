@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 
 import equinox as eqx
@@ -39,10 +40,10 @@ class Average(eqx.Module):
     out_proj: Dense
     norm: LayerNorm
 
-    def __init__(self, config, *, key):
+    def __init__(self, config, *, key, start, loud):
         in_key, out_key = jax.random.split(key)
         self.in_proj = Dense(config.d_model, config.d_model, key=in_key)
-        self.leak = jnp.zeros(config.d_model)
+        self.leak = jnp.full(config.d_model, start)
         self.out_proj = Dense(config.d_model, config.d_model, key=out_key)
         self.norm = LayerNorm(config.d_model)
 
@@ -69,8 +70,8 @@ class Average(eqx.Module):
 class LeakBothWays(AbstractMixer):
     average: Average
 
-    def __init__(self, config, *, key):
-        self.average = Average(config, key=key)
+    def __init__(self, config, *, key, **own):
+        self.average = Average(config, key=key, **own)
 
     def __call__(self, x, context=None, *, alive=None):
         u = self.average.in_proj(x)
@@ -86,9 +87,9 @@ class Leak(AbstractCausalMixer):
     average: Average
     gate: Dense | None
 
-    def __init__(self, config, *, key, cross=False):
+    def __init__(self, config, *, key, cross=False, **own):
         key, gate_key = jax.random.split(key)
-        self.average = Average(config, key=key)
+        self.average = Average(config, key=key, **own)
         self.gate = Dense(config.d_model, config.d_model, key=gate_key) if cross else None
 
     def project(self, x):
@@ -125,9 +126,10 @@ FACTS = {
     "roles": Roles(
         encoder=LeakBothWays,
         decoder=Leak,
-        cross=lambda config, key: Leak(config, key=key, cross=True),
+        cross=partial(Leak, cross=True),
     ),
     "options": {"expand": (1, 2)},
+    "own": {"start": 0.0, "loud": False},
 }
 ROLES = [role.name for role in fields(Roles)]
 CHECKS = [
@@ -154,9 +156,40 @@ def test_it_keeps_the_contract(check, arguments):
 def test_it_is_in_help_and_lists(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    assert "leak (L in layouts): expand" in " ".join(capsys.readouterr().out.split())
+    assert "leak (L in layouts): expand, leak.start=0.0" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert cli.main(["list"]) == 0
-    assert "leak       leaky averages along the agents (L in layouts)" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "leak       leaky averages along the agents (L in layouts)" in listed
+    assert "(--network.mixer-options): leak.start=0.0, leak.loud=False" in listed
+
+
+def test_its_own_settings_are_options():
+    spec = EnvSpec("suite/task", num_agents=2, obs_dim=3, num_actions=4, time_limit=None)
+    sizes = NetworkConfig(d_model=8, mixer_options=("leak.start=2", "leak.loud=TRUE"))
+    policy = make_policy("leak", spec, sizes, key=jax.random.key(0))
+    assert (policy.encoder.blocks[0].mixer.average.leak == 2.0).all()
+    assert MIXERS["leaky"].settings(sizes) == {"start": 2.0, "loud": True}
+    line = ["--policy", "leak", "--network.mixer-options", "leak.start=2", "leak.loud=true"]
+    assert cli.read_options("train", line).config.network.mixer_options == tuple(line[3:])
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("leak", r"network.mixer_options are written policy.setting=value, got 'leak'"),
+        ("leek.start=1", "unknown mixer of an option 'leek': did you mean leak.*"),
+        ("leak.stat=1", "unknown mixer option 'leak.stat': did you mean leak.start.*"),
+        ("leak.start=often", "leak.start must be a number, got 'often'"),
+        ("leak.loud=2", "leak.loud must be true or false, got '2'"),
+    ],
+)
+def test_options_that_no_mixer_has_are_refused(option, said):
+    with pytest.raises(UserError, match=f"^{said}"):
+        make_train(
+            replace(CONFIG, network=replace(CONFIG.network, mixer_options=(option,)))
+        ).shapes(np.zeros(1, np.int32))
 
 
 def test_it_is_searched_where_it_is_used():

@@ -37,7 +37,7 @@ def random_like(shapes, spread=0.6, seed=0):
 
 @functools.cache
 def make_mixer(role):
-    build = functools.partial(getattr(MIXERS["sable"].roles, role), SIZES)
+    build = functools.partial(MIXERS["sable"].build, role, SIZES)
     return random_like(jax.eval_shape(lambda key: build(key=key), jax.random.key(0)))
 
 

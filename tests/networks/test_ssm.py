@@ -18,7 +18,7 @@ SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8)
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_the_encoder_is_two_passes(family, combine):
     sizes = replace(SIZES, encoder=EncoderConfig(combine=combine))
-    mixer = MIXERS[family].roles.encoder(sizes, key=jax.random.key(0))
+    mixer = MIXERS[family].build("encoder", sizes, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (3, 7, 8))
 
     def one_pass(u):
@@ -60,7 +60,7 @@ def step_by_step(ssm, state, inputs, reset):
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])
 def test_resets_at_once_and_step_by_step(family):
     """As a memory along time is read in learning and in acting; a reset clears NaN, too."""
-    ssm = MIXERS[family].roles.decoder(SIZES, key=jax.random.key(0)).ssm
+    ssm = MIXERS[family].build("decoder", SIZES, key=jax.random.key(0)).ssm
     x = jax.random.normal(jax.random.key(1), (3, 9, 8))
     reset = jax.random.uniform(jax.random.key(2), (3, 9)) < jnp.array([[0.3], [0.0], [1.0]])
     reset = reset.at[0, 0].set(True)

@@ -14,7 +14,7 @@ from mam.data.store import Dataset, Writer
 from mam.envs.external.pool import ExternalPool
 from mam.envs.probes import Identity
 from mam.envs.registry import make_batched
-from mam.errors import RunError, UserError, load_function
+from mam.errors import RunError, UserError, import_function
 from mam.learning.train import init_policy
 from mam.runs.record import Controller, record
 from small_run import CONFIG
@@ -97,7 +97,7 @@ def test_what_cannot_be_recorded_is_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="a controller takes observation, state, key, reset, not x"):
         play(tmp_path / "c", Controller(lambda x: x, ENVS.spec))
     with pytest.raises(UserError, match="no controller nowhere:act, expected package"):
-        load_function("controller", "nowhere:act")
+        import_function("controller", "nowhere:act")
     assert main(["record"]) == 2
     assert "record needs what plays: mam record RUN" in capsys.readouterr().err
 

@@ -1,10 +1,11 @@
+import csv
 import errno
 import io
 import json
 import re
-import sys
+import sqlite3
 import textwrap
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -19,14 +20,13 @@ from mam.config import EvalConfig
 from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.runs import loop
+from mam.runs.loggers import find_sink
 from mam.runs.sinks import (
-    SINKS,
     JsonLines,
     Progress,
     Record,
     Sink,
     TensorBoard,
-    find_sink,
     mean_and_spread,
     read_records,
     seed_means,
@@ -206,7 +206,7 @@ def installed(monkeypatch):
     """Packages that add sinks."""
     names = {"kept": f"{__name__}:Kept", "broken": "nowhere.at_all:Sink"}
     points = EntryPoints(EntryPoint(name, value, "mam.sinks") for name, value in names.items())
-    monkeypatch.setattr("mam.runs.sinks.entry_points", lambda group: points.select(group=group))
+    monkeypatch.setattr("mam.runs.loggers.entry_points", lambda group: points.select(group=group))
 
 
 @pytest.mark.parametrize(
@@ -254,10 +254,17 @@ def test_a_runs_numbers_go_where_it_is_told_and_to_json_lines_always(
 
 def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
     positions = write(tmp_path / "metrics.jsonl", [train(u, loss=[u / 3, u]) for u in (1, 2, 3)])
-    for name in SINKS:
+    for name in ("jsonl", "tensorboard", "csv"):
         find_sink(name)(
             tmp_path, CONFIG, {"metrics_bytes": positions[1], "step_count": 200}
         ).close()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [(row["step_count"], row["seed"], row["value"]) for row in rows] == [
+        ("100", "0", repr(1 / 3)),
+        ("100", "1", "1.0"),
+        ("200", "0", repr(2 / 3)),
+        ("200", "1", "2.0"),
+    ]
     assert [record.update for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
     for seed in (0, 1):
         (path,) = (tmp_path / "tensorboard" / f"seed_{seed}").iterdir()
@@ -265,23 +272,21 @@ def test_a_resumed_run_is_told_where_its_sinks_go_on(tmp_path):
 
 
 def test_the_documented_sink_is_one(tmp_path, monkeypatch):
-    """Weights & Biases, by a module that stands for it."""
     text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
-    code = textwrap.dedent(re.search(r"^    import wandb\n(?:    .*\n|\n)*", text, re.MULTILINE)[0])
-    logged, made = [], {}
-    finished = []
-    run = SimpleNamespace(log=logged.append, finish=lambda: finished.append(True))
-    monkeypatch.setitem(
-        sys.modules, "wandb", SimpleNamespace(init=lambda **options: made.update(options) or run)
+    code = textwrap.dedent(
+        re.search(r"^    import sqlite3\n(?:    .*\n|\n)*", text, re.MULTILINE)[0]
     )
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    sink = names["WandB"](tmp_path / "mine", CONFIG, None)
+    sink = names["Database"](tmp_path / "mine", CONFIG, None)
     assert isinstance(sink, Sink)
     sink.write(train(1, loss=[0.5, 1.5]))
+    sink.write(evaluation(1, [[0.0, 1.0], [2.0, 2.0]]))
     sink.close()
-    assert logged == [{"step_count": 100, "train/loss": 1.0}]
-    assert (made["id"], made["config"]["env"], finished) == ("mine", CONFIG.env, [True])
+    with closing(sqlite3.connect("runs.db")) as database:
+        rows = database.execute("SELECT * FROM scores").fetchall()
+    assert rows == [(str(tmp_path / "mine"), 100, 1.25)]
 
 
 def run_progress(console, *, fail=False):

@@ -48,6 +48,7 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             what = {
                 "run": "the folder of a run",
                 "env": "the name of an environment",
+                "weights": "a file of weights",
                 "what": "what to time" if command == "bench" else "what to do, and a folder",
             }
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
@@ -61,7 +62,8 @@ def _description(kind: type) -> str:
     if not any(flag.startswith("--network.") for flag in known_flags(kind)):
         return text
     mixers = (
-        f"{family.policy} ({family.letter} in layouts): {', '.join(family.options)}"
+        f"{family.policy} ({family.letter} in layouts): "
+        f"{', '.join([*family.options, *family.own_defaults])}"
         for family in mixer_families().values()
     )
     return f"{text}\n\nPolicies of one mixer, and what it reads of --network: {'; '.join(mixers)}."

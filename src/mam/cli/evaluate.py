@@ -21,7 +21,7 @@ class Evaluate:
     """Play fresh episodes with the best weights of a run and report the returns."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run or of an exported policy, or zoo:NAME (see `mam zoo`)."""
     env: str | None = None
     """Task to play in place of the run's own: with another number of agents, say."""
     episodes: int = 320
@@ -53,8 +53,8 @@ def evaluate(args: Evaluate) -> None:
 
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
-    from mam.runs.files import read_config
     from mam.runs.folder import seeds_of
+    from mam.runs.load import saved_config
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
     process.configure()
@@ -64,7 +64,7 @@ def evaluate(args: Evaluate) -> None:
         spec, metrics = api.play_episodes(
             args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked
         )
-    config = read_config(args.run / "config.json")
+    config = saved_config(args.run)
     env, seeds = args.env or config.env, seeds_of(config)
     if args.json:
         facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
@@ -109,15 +109,15 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     from mam.envs.external.factories import check_agreed, with_option
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
-    from mam.runs.files import read_config
     from mam.runs.folder import seeds_of
+    from mam.runs.load import saved_config
     from mam.runs.sinks import RETURN, mean_and_spread, seed_means, to_json
     from mam.runs.summary import plot_sweep
 
     process.configure()
     option, values = _read_sweep(asked, numbers=args.out is not None)
-    config = read_config(args.run / "config.json")
-    check_agreed(config, named=args.env, trust=args.trust)
+    config = saved_config(args.run)
+    check_agreed(config, named={"env": args.env}, trust=args.trust)
     how: dict[str, Any] = {"episodes": args.episodes, "greedy": args.greedy, "seed": args.seed}
     base, played = args.env or config.env, {}
     with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result

@@ -12,7 +12,7 @@ class Export:
     """Write a run's policy as a program for ONNX Runtime or JAX, checked, with an example."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run or of an exported policy, or zoo:NAME (see `mam zoo`)."""
     format: Literal["onnx", "stablehlo", "safetensors"] = "onnx"
     """onnx: for onnxruntime, without JAX. stablehlo: for jax.export, on CPU, CUDA and TPU.
     safetensors: the weights alone, for `mam.load`."""
@@ -34,13 +34,13 @@ def export(args: Export) -> None:
     from mam.deploy.export import export as write
     from mam.envs.external.factories import check_agreed
     from mam.runs import process
-    from mam.runs.files import read_config
-    from mam.runs.load import load
+    from mam.runs.load import load, saved_config
+    from mam.runs.zoo import beside
 
     process.configure()
-    saved = read_config(args.run / "config.json")
-    check_agreed(saved, named=args.env, trust=args.trust)
+    saved = saved_config(args.run)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
     policy = load(args.run, policy_seed=args.policy_seed, trust=args.trust)
-    out = args.out or args.run / f"export-{args.format}"
+    out = args.out or beside(args.run, f"export-{args.format}")
     found = write(policy, out, args.format, env=args.env, seed=args.seed)
     print(f"seed {policy.policy_seed} is in {out}: {found}")

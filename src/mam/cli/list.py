@@ -22,6 +22,7 @@ def list_names(args: List) -> None:
     from mam.envs.registry import auto_options
     from mam.envs.tasks import SUITES
     from mam.networks.memory.registry import MEMORIES
+    from mam.networks.mixers.registry import mixer_families
     from mam.networks.policy import policies
 
     if args.envs:
@@ -30,6 +31,9 @@ def list_names(args: List) -> None:
     print("policies (--policy)")
     for name, kind in policies().items():
         print(f"  {name:<11}{kind.description}")
+    print("  your own   package.module:make")
+    if own := [text for family in mixer_families().values() for text in family.own_defaults]:
+        print(f"\nsettings of one mixer alone (--network.mixer-options): {', '.join(own)}")
     print("\nmemory of any policy (--network.memory)")
     for name, kind in MEMORIES.items():
         print(f"  {name:<11}{kind.description}")

@@ -12,6 +12,7 @@ from mam.cli.check_env import CheckEnv, check_env
 from mam.cli.data import Data, data
 from mam.cli.evaluate import Evaluate, evaluate
 from mam.cli.export import Export, export
+from mam.cli.import_weights import Import, import_weights
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
@@ -21,7 +22,8 @@ from mam.cli.report import Report, report
 from mam.cli.show import Show, show
 from mam.cli.start import starting_options
 from mam.cli.train import Train, train
-from mam.envs.external.factories import check_agreed
+from mam.cli.zoo import Zoo, zoo
+from mam.envs.external.factories import MAY_BE_CODE, check_agreed
 from mam.envs.tasks import check_task
 from mam.errors import DISTRIBUTION, RunError, UserError, installed_version, unknown_name
 from mam.study.bench.command import Bench, run_bench
@@ -38,6 +40,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "record": (Record, record),
     "data": (Data, data),
     "export": (Export, export),
+    "import": (Import, import_weights),
+    "zoo": (Zoo, zoo),
     "list": (List, list_names),
     "experiment": (Experiment, run_experiment),
     "sweep": (Sweep, run_sweep),
@@ -81,7 +85,7 @@ def read_options(name: str, args: Sequence[str]) -> Any:
 
     Raises:
         UserError: if there is no such command or option, a value is of the wrong type, there is no
-            such task, or only a folder names the task and it is code.
+            such task, or only a folder names the task or the policy and it is code.
     """
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS, see="mam --help")
@@ -90,8 +94,8 @@ def read_options(name: str, args: Sequence[str]) -> Any:
     options = parse(name, kind, args, starting_options(kind, args) if configured else None)
     if configured:
         trust = getattr(options, "trust", None)
-        named, order = value_of(args, "--env"), value_of(args, "--network.order") or ""
-        check_agreed(options.config, named=named, trust=trust, order=order)
+        named = {setting: value_of(args, f"--{setting}") for setting in MAY_BE_CODE}
+        check_agreed(options.config, named=named, trust=trust)
     for asked in (options, getattr(options, "config", None)):
         if env := getattr(asked, "env", None):
             check_task(env)  # at once: what commands import takes seconds

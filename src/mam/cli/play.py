@@ -14,7 +14,7 @@ class Play:
     """Write a GIF of one episode played by a run's best weights, and every decision as JSON."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run or of an exported policy, or zoo:NAME (see `mam zoo`)."""
     env: str | None = None
     """Task to play in place of the run's own."""
     out: Path | None = None
@@ -36,20 +36,22 @@ def play(args: Play) -> None:
     from mam.learning.train import make_train
     from mam.runs import play as episodes
     from mam.runs import process
-    from mam.runs.files import read_config
-    from mam.runs.load import load_weights
+    from mam.runs.load import load_weights, saved_config
+    from mam.runs.zoo import beside
     from mam.types import ExternalEnvironments
 
     process.configure()
-    path = args.out or args.run / "episode.gif"
+    path = args.out or beside(args.run, "episode.gif")
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
-    saved = read_config(args.run / "config.json")
-    check_agreed(saved, named=args.env, trust=args.trust)
+    saved = saved_config(args.run)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
     env = args.env or saved.env
     trainer = make_train(replace(saved, env=env))
     try:
-        weights = load_weights(args.run, greedy=args.greedy, named=args.env, trust=args.trust)
+        weights = load_weights(
+            args.run, greedy=args.greedy, named={"env": args.env}, trust=args.trust
+        )
         policy_seed, policy = weights.of_seed(args.policy_seed)
         policy = weights.fitted(policy, trainer.spec)
         _make_parent(path)

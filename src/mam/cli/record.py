@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import tyro
 
-from mam.errors import UserError, load_function
+from mam.errors import UserError, import_function
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Record:
     """
 
     run: tyro.conf.Positional[Path | None] = None
-    """Folder of the run that plays, unless a controller does."""
+    """Folder of the run that plays, or zoo:NAME, unless a controller does."""
     controller: str | None = None
     """A function package.module:function that is given one environment's `observation` and, if it
     names them, `state` (of a task in JAX), `key` and `reset`, and returns the joint action."""
@@ -60,10 +60,11 @@ def record(args: Record) -> None:
     from mam.runs import process
     from mam.runs.record import Controller
     from mam.runs.record import record as play
+    from mam.runs.zoo import beside
 
     _check(args)
     process.configure()
-    function = load_function("controller", args.controller) if args.controller else None
+    function = import_function("controller", args.controller) if args.controller else None
     weights = None if args.run is None else _weights(args)
     env = args.env or (weights.config.env if weights else "")
     agent_id = weights.config.agent_id if weights else "none"
@@ -85,7 +86,7 @@ def record(args: Record) -> None:
             actor = Controller(function, envs.spec)
             provenance |= {"controller": args.controller}
         optional = ("log_prob", "value", "order") if weights else ()
-        out, spec = args.out or Path(args.run or "") / "dataset", spec_without_ids(envs.spec)
+        out, spec = args.out or beside(args.run or Path(), "dataset"), spec_without_ids(envs.spec)
         provenance |= {"seed": args.seed}
         with Writer(out, spec, optional=optional, provenance=provenance) as writer:
             how: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
@@ -115,13 +116,12 @@ def _check(args: Record) -> None:
 
 def _weights(args: Record) -> Any:
     from mam.envs.external.factories import check_agreed
-    from mam.runs.files import read_config
-    from mam.runs.load import load_weights
+    from mam.runs.load import load_weights, saved_config
 
     assert args.run is not None
-    saved = read_config(args.run / "config.json")
-    check_agreed(saved, named=args.env, trust=args.trust)
-    how: dict[str, Any] = {"greedy": args.greedy, "named": args.env, "trust": args.trust}
+    saved = saved_config(args.run)
+    check_agreed(saved, named={"env": args.env}, trust=args.trust)
+    how: dict[str, Any] = {"greedy": args.greedy, "named": {"env": args.env}, "trust": args.trust}
     return load_weights(args.run, which=args.which, **how)
 
 

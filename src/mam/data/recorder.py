@@ -17,6 +17,8 @@ from mam.types import Observation, Transition
 class Recorder:
     """A ParallelEnv whose episodes go to a dataset; a context manager.
 
+    Use it as::
+
         with mam.Recorder("data/mine", env) as recorded:
             for seed in range(100):
                 observations, infos = recorded.reset(seed=seed)

@@ -25,8 +25,8 @@ from mam.deploy.formats import WRITERS
 from mam.deploy.program import Port, Program
 from mam.deploy.record import few_environments, record
 from mam.errors import RunError, UserError
-from mam.learning.normalise import transfer_policy
-from mam.runs.load import CARD, LoadedPolicy, load, write_weights
+from mam.learning.normalise import as_normalised, transfer_policy
+from mam.runs.load import CARD, LoadedPolicy, load, read_weights, write_weights
 from mam.types import ExportablePolicy, Policy
 
 Format = Literal["onnx", "stablehlo", "safetensors"]
@@ -68,7 +68,9 @@ def export(
         write_weights(policy, folder)
         if kind == "safetensors":
             _write_card(folder, card)
-            return _compare(policy, load(folder).policy)
+            return _compare(policy, load(folder, trust=True).policy)
+        if not isinstance(as_normalised(policy).network, ExportablePolicy):
+            raise UserError(f"{config.policy} has no act_on_noise, of which a program is made")
         program = Program.of(config, spec, policy)
         card |= WRITERS[kind](program, folder)
         card |= {"inputs": _ports(program, program.inputs)}
@@ -80,6 +82,27 @@ def export(
         np.savez_compressed(folder / "recorded.npz", **arrays)
         shutil.copy(Path(__file__).with_name("example.py"), folder)
         return verify(folder, kind)
+
+
+def import_weights(file: Path, like: LoadedPolicy, out: Path) -> str:
+    """Write weights by name as a policy that plays, with the sizes of another; return their number.
+
+    Args:
+        file: safetensors.
+        like: a policy of the same settings and sizes.
+        out: folder to make.
+
+    Raises:
+        UserError: if the folder exists, or the weights are not of such a policy.
+    """
+    config = replace(like.config, seed=like.policy_seed, num_seeds=1)
+    policy = read_weights(file, config, like.spec)
+    card = {"format": "safetensors", **like.metadata, "scores": {}, "imported": file.name}
+    card |= {"spec": to_json(like.spec), "config": to_json(config)}
+    with _new_folder(out) as folder:
+        write_weights(policy, folder)
+        _write_card(folder, card)
+        return _compare(policy, load(folder, trust=True).policy)
 
 
 def _write_card(folder: Path, card: dict[str, Any]) -> None:

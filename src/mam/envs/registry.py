@@ -4,6 +4,7 @@ suite/task                         a task of a suite
 suite/auto:agents=64,grid=48       a custom-size task of that suite
 pettingzoo/module:environment      any PettingZoo ParallelEnv that is installed
 package.module:factory             one's own environment: the factory returns it
+object:Name                        one that was given as an object, see `objects`
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from mam.config import WorkerConfig
 from mam.envs.external.factories import PREFIX, EnvFactory, find_factory, names_code
+from mam.envs.objects import OBJECT, find_object
 from mam.envs.tasks import SUITES, check_task
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics, IdEncoding
 from mam.errors import UserError, missing_extra, unknown_name
@@ -169,6 +171,8 @@ def make_plain(name: str) -> Environment:
         UserError: as `make`.
     """
     check_task(name)
+    if name.startswith(OBJECT):
+        return find_object(name)
     if names_code(name):
         env = _own(name)
         if isinstance(env, EnvFactory):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from mam.config import Config
 from mam.envs.tasks import DATASET
+from mam.errors import UserError
 from mam.learning.advantages import Advantages
 from mam.learning.anchor import StayClose
 from mam.learning.cloning import BehaviourCloning
@@ -336,7 +337,22 @@ def init_policy(config: Config, spec: EnvSpec, *, key: Key[Array, ""]) -> Policy
     """
     decoding = Decoding(config.decode, config.decode_window, config.decode_max_passes)
     network = make_policy(config.policy, spec, config.network, decoding, key=key)
+    _check_parts(network, config)
     return with_statistics(network, config, spec)
+
+
+def _check_parts(network: Policy, config: Config) -> None:
+    """Refuse settings that read parts of a policy which one of a user's own may lack."""
+    kl, warmup = config.finetune.kl_coef, config.finetune.critic_warmup
+    read = {
+        "ppo.normalise_value": ("value_layer", config.ppo.normalise_value),
+        "learn bc": ("distribution", config.learn == "bc"),
+        "finetune.kl_coef": ("distribution", kl),
+        "finetune.critic_warmup": ("critic", warmup),
+    }
+    for setting, (part, asked) in read.items():
+        if asked and not hasattr(network, part):
+            raise UserError(f"{setting} reads the part {part}, which {config.policy} lacks")
 
 
 def with_statistics(network: Policy, config: Config, spec: EnvSpec) -> Policy:

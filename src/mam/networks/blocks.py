@@ -70,7 +70,7 @@ class EncoderBlock(eqx.Module):
 
     def __init__(self, mixers: MixerFamily, config: NetworkConfig, *, key: Key[Array, ""]):
         mixer_key, mlp_key = jax.random.split(key)
-        self.mixer = mixers.roles.encoder(config, key=mixer_key)
+        self.mixer = mixers.build("encoder", config, key=mixer_key)
         width = config.encoder.local_branch
         local_key = jax.random.fold_in(key, LOCAL)
         self.local = LocalBranch(width, config.d_model, key=local_key) if width else None
@@ -133,8 +133,8 @@ class DecoderBlock(eqx.Module):
         key: Key[Array, ""],
     ):
         mixer_key, cross_key, mlp_key = jax.random.split(key, 3)
-        self.mixer = mixers.roles.decoder(config, key=mixer_key)
-        self.cross = cross_mixers.roles.cross(config, key=cross_key)
+        self.mixer = mixers.build("decoder", config, key=mixer_key)
+        self.cross = cross_mixers.build("cross", config, key=cross_key)
         self.mlp = MLP(config.d_model, key=mlp_key)
         self.mixer_norm, self.cross_norm, self.mlp_norm = (
             LayerNorm(config.d_model) for _ in range(3)

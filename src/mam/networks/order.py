@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Num
 
 from mam.config import CURVES, ORDERS
-from mam.errors import UserError, load_function, unknown_name
+from mam.errors import UserError, import_function, unknown_name
 from mam.types import Array, EnvSpec, Greedy, Keys, Observation, Order
 
 BITS = 15  # of a quantised coordinate: a place on the curve is an int32
@@ -183,7 +183,7 @@ def _sweep(cells: Cells, alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N
 @cache
 def _own_keys(name: str) -> Callable[[Observation], Num[Array, "*batch N"]]:
     """Return one's own function, which sees one environment, for any number of them."""
-    one = load_function("order", name)
+    one = import_function("order", name)
 
     def keys(obs: Observation) -> Num[Array, "*batch N"]:
         function = one

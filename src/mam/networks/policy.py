@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
-from mam.errors import UserError, shown, unknown_name
+from mam.errors import UserError, import_function, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
@@ -17,6 +17,7 @@ from mam.networks.mixers.base import Roles
 from mam.networks.mixers.registry import (
     MixerFamily,
     add_family,
+    check_own_settings,
     mixer_families,
     sequence_policies,
 )
@@ -104,6 +105,41 @@ def _refuse_independent(name: str, policy: str) -> None:
         raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
 
 
+def find_policy(name: str) -> PolicyKind:
+    """Return the policy of a name: a key of `policies()`, or package.module:make of a user's own.
+
+    A policy of one's own is made by `make(spec, config, *, key)`, with the sizes of the task and
+    the settings of the network; see `mam.types.Policy`.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if ":" in name:
+        return PolicyKind("a policy of one's own", partial(_own_policy, name))
+    known = policies()
+    if name not in known:
+        raise unknown_name("policy", name, known, see="mam list")
+    return known[name]
+
+
+def _own_policy(
+    name: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
+) -> Policy:
+    if decoding != SEQUENTIAL:
+        raise UserError(f"decode is for sequence policies ({sequence_policies()}), not for {name}")
+    policy = import_function("policy", name)(spec, config, key=key)
+    if not isinstance(policy, Policy):
+        lacks = [method for method in _METHODS if not hasattr(policy, method)]
+        raise UserError(
+            f"{name} makes a {type(policy).__name__}, which lacks {', '.join(lacks)}: expected a "
+            "policy (see mam.types.Policy)"
+        )
+    return policy
+
+
+_METHODS = ("init_memory", "act", "evaluate", "successor_values")
+
+
 def register_mixer(
     name: str,
     *,
@@ -112,6 +148,7 @@ def register_mixer(
     description: str,
     roles: Roles,
     options: Mapping[str, tuple[Any, ...]] | None = None,
+    own: Mapping[str, Any] | None = None,
     remembers: bool = False,
 ) -> None:
     """Make a kind of mixer known: as a policy, in layouts, help, sweeps and benches.
@@ -125,8 +162,11 @@ def register_mixer(
         letter: its name in layouts.
         policy: the name of the policy whose blocks are all of this kind.
         description: of that policy, in a line.
-        roles: how it is built as encoder, decoder and cross mixer.
+        roles: how it is built as encoder, decoder and cross mixer: `role(config, key=key)`, with
+            the settings in `own` by name.
         options: settings of `NetworkConfig` that it reads, and the values that a sweep tries.
+        own: settings that no other mixer has, with their values unless `network.mixer_options` says
+            otherwise: a bool, a number or a text each.
         remembers: whether it has a memory of earlier environment steps.
 
     Raises:
@@ -134,9 +174,8 @@ def register_mixer(
     """
     mixer_families()  # those of installed packages come first
     _refuse_independent(name, policy)
-    family = MixerFamily(
-        letter, policy, description, load=lambda: roles, options=options or {}, remembers=remembers
-    )
+    how = {"options": options or {}, "own": own or {}, "remembers": remembers}
+    family = MixerFamily(letter, policy, description, load=lambda: roles, **how)
     add_family(name, family)
 
 
@@ -151,7 +190,7 @@ def make_policy(
     """Build a named policy for the sizes of a task.
 
     Args:
-        name: a key of `policies()`.
+        name: as `find_policy` takes it.
         spec: of the task's observations and actions.
         config: of the networks.
         decoding: how a sequence policy acts.
@@ -160,17 +199,15 @@ def make_policy(
     Raises:
         UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
     """
-    known = policies()
-    if name not in known:
-        raise unknown_name("policy", name, known, see="mam list")
-    return known[name].build(
+    check_own_settings(config)
+    return find_policy(name).build(
         spec, replace(config, memory=memory_of(name, config)), decoding, key=key
     )
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:
     """Name the memory of a policy: what `config` asks for, or else that of the policy `name`."""
-    return config.memory or policies()[name].memory
+    return config.memory or find_policy(name).memory
 
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
@@ -178,7 +215,7 @@ def has_memory(name: str, config: NetworkConfig) -> bool:
     return (
         memory_of(name, config) != "none"
         or config.recurrence.last_action
-        or policies()[name].remembers(config)
+        or find_policy(name).remembers(config)
     )
 
 

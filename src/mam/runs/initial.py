@@ -36,7 +36,7 @@ def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] =
     """
     if config.init is None:
         return trainer
-    weights = load_weights(Path(config.init))
+    weights = load_weights(Path(config.init), named={"policy": config.policy})
     seeds = np.arange(config.num_seeds)
     if len(weights.best_return) != config.num_seeds:
         seeds = np.full(config.num_seeds, np.argmax(weights.best_return))

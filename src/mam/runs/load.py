@@ -1,5 +1,6 @@
 """What a run has learned, read from its folder: no environment is made, and no process started."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,11 @@ from mam.errors import UserError
 from mam.learning.normalise import transfer_policy
 from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
-from mam.runs.files import read_object
+from mam.runs.files import read_config, read_object
 from mam.runs.folder import RunFolder, restore, seeds_of
 from mam.runs.sinks import read_records
 from mam.runs.summary import absolute_returns, evaluation_returns
+from mam.runs.zoo import policy_folder
 from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
 
 Which = Literal["best", "latest"]
@@ -63,34 +65,41 @@ class Weights:
 
 
 def load_weights(
-    path: Path,
+    path: str | Path,
     *,
     greedy: bool | None = None,
     which: Which = "best",
-    named: str | None = None,
+    named: Mapping[str, str | None] | None = None,
     trust: bool = False,
 ) -> Weights:
-    """Read the weights of all seeds of a run.
+    """Read the weights of all seeds of a run, or of the one policy that was exported.
 
     Args:
-        path: folder of the run.
+        path: folder of the run or the policy, or a name of the zoo.
         greedy: the mode in which the best weights were best; the one that counts in the run if
             None.
         which: the weights of the best evaluation, or the latest ones.
-        named: task that the user named.
-        trust: import the environment that the folder names, where that is code.
+        named: what the user named, by setting; see `check_agreed`.
+        trust: import what the folder names, where it is code.
 
     Raises:
-        UserError: if there is no run, or it is of the first versions, which did not write the sizes
-            of their tasks down, and its environment is code that may not be imported.
+        UserError: if there is no run; if its policy or its order is code that may not be imported,
+            or it is of the first versions, which did not write the sizes of their tasks down, and
+            its environment is.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
+    path = policy_folder(path)
+    if (path / CARD).is_file():
+        return _exported_weights(path, named=named or {}, trust=trust)
     folder = RunFolder(path)
     config = folder.load_config()
     save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
-    if "spec" in save.meta:
+    no_env = "spec" in save.meta
+    check_agreed(
+        config, named={**(named or {}), **({"env": config.env} if no_env else {})}, trust=trust
+    )
+    if no_env:
         return _read(config, save, which, beside=beside)
-    check_agreed(config, named=named, trust=trust)
     return _read_by_environment(config, save, which, beside=beside)
 
 
@@ -387,28 +396,26 @@ def load(
     is code that the folder names, that needs `trust`.
 
     Args:
-        run: folder of the run, or one that `mam export` made, which holds one policy.
+        run: folder of the run, or one that `mam export` made, which holds one policy, or the name
+            of a policy of the zoo, `zoo:task/policy`.
         which: the weights of the best evaluation, or the latest ones.
         greedy: take the most likely actions instead of sampling them, and the weights that were
             best so; as the run's evaluations did if None.
         policy_seed: which of the run's seeds; the one with the best evaluation if None.
         seed: decides what is sampled.
-        trust: import the order of agents that the folder names, or the environment of an early
-            version's, where that is code.
+        trust: import the policy or the order that the folder names, where that is code, and the
+            environment that the folder of an early version names.
 
     Raises:
-        UserError: if there is no run or no such seed, or the order of agents or an early version's
-            environment may not be imported.
+        UserError: if there is no run or no such seed, or what it names may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
-    if (Path(run) / CARD).is_file():
-        return _load_exported(Path(run), greedy, seed, trust=trust)
-    weights = load_weights(Path(run), greedy=greedy, which=which, trust=trust)
-    _check_order(weights.config, trust=trust)
+    run = policy_folder(run)
+    weights = load_weights(run, greedy=greedy, which=which, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)
     greedy = weights.config.eval.greedy if greedy is None else greedy
     how = {"policy_seed": policy_seed, "greedy": greedy, "seed": seed}
-    return LoadedPolicy(weights.config, weights.spec, policy, **how, run=Path(run))
+    return LoadedPolicy(weights.config, weights.spec, policy, **how, run=run)
 
 
 def write_weights(policy: Policy, folder: Path) -> None:
@@ -423,30 +430,70 @@ def _named(policy: Policy) -> dict[str, Any]:
     return {jax.tree_util.keystr(path).removeprefix("."): leaf for path, leaf in leaves}
 
 
-def _check_order(config: Config, *, trust: bool) -> None:
-    """Refuse an order that is code; the task's name is not looked up, whatever it is."""
-    check_agreed(config, named=config.env, trust=trust)
+def _exported_weights(folder: Path, *, named: Mapping[str, str | None], trust: bool) -> Weights:
+    """Read the policy that `mam export` wrote to a folder; see `load_weights`."""
+    try:
+        card = read_object(folder / CARD)
+        config, spec = from_json(Config, card["config"]), from_json(EnvSpec, card["spec"])
+        score = float(card["scores"].get("absolute_metric", float("nan")))
+    except (KeyError, TypeError, AttributeError, UserError) as error:
+        raise _damaged(folder, error) from error
+    check_agreed(config, named={**named, "env": config.env}, trust=trust)
+    policy = read_weights(folder / WEIGHTS, config, spec)
+    policies = jax.tree.map(lambda x: x[None], policy)
+    return Weights(config, spec, policies, np.array([score], np.float32))
 
 
-def _load_exported(folder: Path, greedy: bool | None, seed: int, *, trust: bool) -> LoadedPolicy:
-    """Load the policy that `mam export` wrote to a folder; see `load`."""
+def read_weights(file: Path, config: Config, spec: EnvSpec) -> Policy:
+    """Read the weights of a policy by name.
+
+    Args:
+        file: as `write_weights` wrote it, or others did with the same names and shapes.
+        config: of the policy.
+        spec: of its task.
+
+    Raises:
+        UserError: if the file cannot be read, or its arrays are not those of such a policy.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    card = read_object(folder / CARD)
+    like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
     try:
-        config, spec = from_json(Config, card["config"]), from_json(EnvSpec, card["spec"])
-        like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
-        saved, named = load_file(folder / WEIGHTS), _named(like)
-        leaves = [jnp.asarray(saved[name]) for name in named]
-    except (KeyError, TypeError, OSError, SafetensorError, UserError) as error:
+        saved, named = load_file(file), _named(like)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, error) from error
+    wrong = [f"{name} is missing" for name in named.keys() - saved.keys()]
+    wrong += [f"{name} is unknown" for name in saved.keys() - named.keys()]
+    wrong += [
+        f"{name} is {list(saved[name].shape)} instead of {list(leaf.shape)}"
+        for name, leaf in named.items()
+        if name in saved and saved[name].shape != leaf.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
-            f"the export {folder} is damaged, or of a later version: {error}"
-        ) from error
-    _check_order(config, trust=trust)
-    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in named.values()]:
-        raise UserError(f"the weights in {folder} are not of the sizes that its {CARD} says")
-    policy = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    greedy = config.eval.greedy if greedy is None else greedy
-    how = {"policy_seed": config.seed, "greedy": greedy, "seed": seed}
-    return LoadedPolicy(config, spec, policy, **how, run=folder)
+            f"{file} holds no {config.algorithm} for {spec.name}: "
+            f"{', '.join(sorted(wrong)[:3])}{more}"
+        )
+    leaves = [jnp.asarray(saved[name], leaf.dtype) for name, leaf in named.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def saved_config(run: str | Path) -> Config:
+    """Read the configuration of a run, or of the policy that was exported or is in the zoo.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    folder = policy_folder(run)
+    if not (folder / CARD).is_file():
+        return read_config(folder / "config.json")
+    try:
+        return from_json(Config, read_object(folder / CARD)["config"])
+    except (KeyError, TypeError, UserError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"the export {path} is damaged, or of a later version: {error}")

@@ -4,7 +4,7 @@ RUN/config.json        what was run           RUN/metrics.jsonl       every numb
 RUN/versions.json      with what              RUN/tensorboard/        the same for TensorBoard
 RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
 RUN/times.json         where time went        RUN/learning_curve.png  the same to look at
-RUN/run.lock           held while it trains
+RUN/run.lock           held while it trains   RUN/trackers.json       the run elsewhere
 """
 
 import errno
@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mam.config import Config, to_json
-from mam.envs.external.factories import names_code
+from mam.envs.external.factories import code_of
 from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
@@ -41,13 +41,13 @@ from mam.runs.folder import FREE, RunFolder, differences, restore, seeds_of
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.initial import started_from
 from mam.runs.lock import acquire
+from mam.runs.loggers import find_sink
 from mam.runs.signals import GRACE, Stop, stop_on_signals
 from mam.runs.sinks import (
     JsonLines,
     Progress,
     Record,
     Sink,
-    find_sink,
     write_atomically,
 )
 from mam.runs.summary import plot_learning_curve, write_marl_eval
@@ -129,7 +129,8 @@ def _make_folder(config: Config, path: Path | None, trainer: Trainer) -> RunFold
 
 def _default_folder(config: Config) -> Path:
     """Return where runs of this kind go; every file system takes the name."""
-    return Path("runs") / re.sub(r'[<>:"|?*\\]', "_", config.env) / config.algorithm
+    task, algorithm = (re.sub(r'[<>:"|?*\\]', "_", name) for name in (config.env, config.algorithm))
+    return Path("runs") / task / algorithm
 
 
 def _make_unused(parent: Path) -> Path:
@@ -157,8 +158,7 @@ def resume_options(config: Config, path: Path) -> list[str]:
         config: of the run.
         path: its folder.
     """
-    named = {"--env": config.env, "--network.order": config.network.order}
-    code = [part for pair in named.items() if names_code(pair[1]) for part in pair]
+    code = [part for name, code in code_of(config).items() for part in (f"--{name}", code)]
     return ["--resume", str(path), *code]
 
 

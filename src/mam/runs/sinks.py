@@ -1,19 +1,14 @@
-"""Sinks of a run: all that it reports goes through `write`, to files and the terminal.
-
-A new sink is something with `write` and `close`, and a row of `SINKS`, or an entry point of a
-package of one's own.
-"""
+"""Sinks of a run: all that it reports goes through `write`, to files and the terminal."""
 
 import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,8 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from mam.config import Config, EvalConfig
-from mam.errors import load_entry_point, unknown_name
+from mam.config import EvalConfig
 from mam.runs.files import open_regular
 
 RETURN = "episode_return"  # the metric every environment reports
@@ -411,41 +405,3 @@ def _short(number: int | float) -> str:
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
-
-
-# Metadata of the save that a run goes on from: step_count, update, metrics_bytes, ….
-Resume = Mapping[str, Any]
-# Arguments: the run's folder, its configuration, and the save, or None for a new run.
-OpenSink = Callable[[Path, Config, Resume | None], Sink]
-
-
-def _open_jsonl(folder: Path, config: Config, resume: Resume | None) -> JsonLines:
-    del config
-    return JsonLines(
-        folder / "metrics.jsonl", append_at=resume["metrics_bytes"] if resume else None
-    )
-
-
-def _open_tensorboard(folder: Path, config: Config, resume: Resume | None) -> TensorBoard:
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    return TensorBoard(
-        folder / "tensorboard", seeds, append_after_step=resume["step_count"] if resume else None
-    )
-
-
-SINKS: dict[str, OpenSink] = {"jsonl": _open_jsonl, "tensorboard": _open_tensorboard}
-GROUP = "mam.sinks"  # of entry points, by which other packages add theirs
-
-
-def find_sink(name: str) -> OpenSink:
-    """Return what opens a sink: a row of `SINKS`, or an entry point of an installed package.
-
-    Raises:
-        UserError: if there is none of this name, or it cannot be imported.
-    """
-    if name in SINKS:
-        return SINKS[name]
-    installed = entry_points(group=GROUP)
-    if name not in installed.names:
-        raise unknown_name("sink", name, [*SINKS, *sorted(installed.names)], see="mam train --help")
-    return load_entry_point("sink", installed[name])

@@ -21,8 +21,9 @@ import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import PurePath
 from types import ModuleType
 from typing import Any
@@ -140,37 +141,47 @@ class EnvFactory:
 
 
 def names_code(name: str) -> bool:
-    """Say whether a task's name is code to import, and no task of the library's suites."""
-    return ":" in name and (name.startswith(PREFIX) or not re.match(r"\w+/auto:", name))
+    """Say whether the name of a task or a policy is code to import, and nothing of the library's.
+
+    The name of an environment that was given as an object leads to no code either.
+    """
+    return ":" in name and (name.startswith(PREFIX) or not re.match(r"(\w+/auto|object):", name))
 
 
-def check_agreed(
-    config: Config, *, named: str | None, trust: bool | None, order: str | None = None
-) -> None:
-    """Refuse a task or an order that is code if a folder named it, perhaps a stranger's.
+MAY_BE_CODE = {
+    "env": "environment",
+    "policy": "policy",
+    "network.order": "order",
+}  # settings that may name code, and of what
+
+
+def code_of(config: Config) -> dict[str, str]:
+    """Return what a configuration names that is code to import, by setting."""
+    named = {setting: attrgetter(setting)(config) for setting in MAY_BE_CODE}
+    return {setting: name for setting, name in named.items() if names_code(name)}
+
+
+def check_agreed(config: Config, *, named: Mapping[str, str | None], trust: bool | None) -> None:
+    """Refuse a task, a policy or an order that is code if a folder named it, perhaps a stranger's.
 
     Args:
-        config: of the folder.
-        named: the task that the user named, if any.
+        config: as the folder has it.
+        named: what the user named, if anything, by the settings that can be named.
         trust: whether the user agreed to whatever the folder names; None where that cannot be said.
         order: the order of agents that the user named, "" if none; None where none can be.
 
     Raises:
         UserError: with the name, and what would agree to it.
     """
-    asked = (
-        ("environment", config.env, named, "--env"),
-        ("order", config.network.order, order, "--network.order"),
-    )
-    for kind, name, own, option in asked:
-        if names_code(name) and name != own and not trust:
-            sayable = kind == "environment" or order is not None
-            ways = [f"{option} {shlex.quote(printable(name))}"] * sayable
-            agree = " or ".join([*ways, *["--trust"] * (trust is not None)])
-            raise UserError(
-                f"the folder names the {kind} {shown(name)}, which is code to import and run: "
-                f"if you trust it, add {agree}"
-            )
+    for setting, name in code_of(config).items():
+        if trust or name == named.get(setting):
+            continue
+        ways = [f"--{setting} {shlex.quote(printable(name))}"] * (setting in named)
+        ways += ["--trust"] * (trust is not None)
+        raise UserError(
+            f"the folder names the {MAY_BE_CODE[setting]} {shown(name)}, which is code to import "
+            f"and run: if you trust it, add {' or '.join(ways)}"
+        )
 
 
 def find_factory(name: str) -> EnvFactory:

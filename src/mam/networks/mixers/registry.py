@@ -14,7 +14,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from mam.errors import UserError, load_entry_point, shown
+from mam.config import NetworkConfig
+from mam.errors import UserError, load_entry_point, shown, unknown_name
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,51 @@ class MixerFamily:
     # Settings of the network that it reads, and the values that a sweep tries; none for those it
     # leaves alone.
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    # Settings that no other mixer has, with their defaults; see `NetworkConfig.mixer_options`.
+    own: Mapping[str, Any] = field(default_factory=dict)
     remembers: bool = False  # earlier environment steps
 
+    def build(self, role: str, config: NetworkConfig, *, key: Any) -> Any:
+        """Build a mixer of this family.
+
+        Args:
+            role: encoder, decoder or cross.
+            config: of the networks.
+            key: of the weights.
+        """
+        return getattr(self.load(), role)(config, key=key, **self.settings(config))
+
+    def settings(self, config: NetworkConfig) -> dict[str, Any]:
+        """Return the values of the settings that this family alone has.
+
+        Raises:
+            UserError: for one that it does not have, or a value of another type than the default.
+        """
+        values = dict(self.own)
+        for option in config.mixer_options:
+            name, _, text = option.partition("=")
+            policy, _, setting = name.partition(".")
+            if policy != self.policy:
+                continue
+            if setting not in values:
+                known = [f"{policy}.{own}" for own in values]
+                raise unknown_name("mixer option", name, known, see="mam list")
+            values[setting] = _read(name, text, type(values[setting]))
+        return values
+
     @property
-    def roles(self) -> Any:
-        """The constructors of a mixer of this family, by role."""
-        return self.load()
+    def own_defaults(self) -> list[str]:
+        """Its own settings, as they are written."""
+        return [f"{self.policy}.{name}={value}" for name, value in self.own.items()]
+
+
+def _read(name: str, text: str, kind: type) -> Any:
+    """Read the value of a mixer's own setting."""
+    try:
+        return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise UserError(f"{name} must be {names[kind]}, got {shown(text)}") from None
 
 
 def _in(module: str) -> Callable[[], Any]:
@@ -123,6 +163,20 @@ def add_family(name: str, family: MixerFamily) -> None:
     if policy in (other.policy for other in others):
         raise UserError(f"the policy {shown(policy)} of {name} exists: choose another name")
     MIXERS[name] = family
+
+
+def check_own_settings(config: NetworkConfig) -> None:
+    """Refuse options of mixers that do not exist, or do not have them.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    families = {family.policy: family for family in mixer_families().values()}
+    for option in config.mixer_options:
+        policy = option.partition(".")[0]
+        if policy not in families:
+            raise unknown_name("mixer of an option", policy, families, see="mam list")
+        families[policy].settings(config)
 
 
 def sequence_policies() -> str:

@@ -99,8 +99,8 @@ def _scan_candidate(scan: Callable[..., Array], cell: Cell, A: Array, *, heads: 
 
 def _block(family: str, role: str, cell: Cell) -> Candidate:
     """Build one mixer, forward and backward."""
-    build = getattr(mixer_families()[family].roles, role)
-    mixer = random_like(jax.eval_shape(lambda key: build(cell.network, key=key), jax.random.key(0)))
+    build = partial(mixer_families()[family].build, role, cell.network)
+    mixer = random_like(jax.eval_shape(lambda key: build(key=key), jax.random.key(0)))
     x, context, gradient = normal(3, cell.batch, cell.num_agents, cell.network.d_model).astype(
         cell.network.dtype
     )
@@ -262,7 +262,8 @@ def _ways_to_act(act: Callable[..., Candidate]) -> dict[str, Callable[[Cell], Ca
     }
     for family in mixer_families().values():
         decoder = jax.eval_shape(
-            lambda key, role=family.roles.decoder: role(NetworkConfig(), key=key), jax.random.key(0)
+            lambda key, family=family: family.build("decoder", NetworkConfig(), key=key),
+            jax.random.key(0),
         )
         if decoder.fused is None:
             continue

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.envs.external.factories import names_code
+from mam.envs.external.factories import code_of
 from mam.errors import RunError, UserError, printable, shown
 from mam.runs.files import open_regular, read_object
 from mam.study.dashboard.runs import LiveRun, changed
@@ -133,7 +133,7 @@ class Players:
         """Say why a run is not played here, with what would be imported; empty if it may be."""
         if run.config is None:
             return "its config.json cannot be read"
-        code = [name for name in (run.config.env, run.config.network.order) if names_code(name)]
+        code = list(code_of(run.config).values())
         if self._trust or not code:
             return ""
         return (
@@ -176,9 +176,10 @@ class Players:
             *(["--greedy"] if greedy else []),
         ]
         # What was shown is what is imported, whatever the folder says by then.
-        if names_code(env := run.config.env):
-            options += ["--env", env]
-        options += ["--trust"] * names_code(run.config.network.order)
+        code = code_of(run.config)
+        options += ["--env", code["env"]] * ("env" in code) + ["--trust"] * any(
+            code.keys() - {"env"}
+        )
         try:
             out.parent.mkdir(exist_ok=True)
         except OSError as error:

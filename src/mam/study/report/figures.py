@@ -15,6 +15,7 @@ from mam.study.report.results import THRESHOLDS, Curve, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 # Okabe and Ito's palette: distinct with any kind of colour vision; a grey that dark pages show for
 # its black.
@@ -218,23 +219,14 @@ def _curves(
     axes.legend(frameon=False, fontsize=8)
 
 
-def render(figure: Figure, format: str) -> bytes:
-    """Render the figure as `svg` (letters stay letters; the same bytes every time) or `png`."""
-    import io
-
+def drawn(figure: Figure) -> "Canvas":
+    """Draw the figure, on a canvas of Matplotlib's."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    # The salt keeps names within several images on one page apart; dollars make no formula.
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": figure.name,
-        "font.size": 9,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
+    # Dollars make no formula.
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         canvas = Canvas(figsize=(_WIDTH, figure.height), dpi=200, layout="constrained")
         FigureCanvasAgg(canvas)
         axes = canvas.add_subplot()
@@ -242,7 +234,21 @@ def render(figure: Figure, format: str) -> bytes:
         axes.set_axisbelow(True)
         canvas.suptitle(_label(figure.title, 54), x=0.02, ha="left", fontsize=9, fontweight="bold")
         figure.draw(axes)
+    return canvas
+
+
+def render(figure: Figure, format: str) -> bytes:
+    """Render the figure as `svg` (letters stay letters; the same bytes every time) or `png`."""
+    import io
+
+    import matplotlib
+
+    # The salt keeps names within several images on one page apart; ticks are made when it is saved.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": figure.name}
+    settings |= {"font.size": 9, "text.parse_math": False}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # a box stands for it
         file = io.BytesIO()
         metadata = {"Date": None} if format == "svg" else None
-        canvas.savefig(file, format=format, metadata=metadata)
+        drawn(figure).savefig(file, format=format, metadata=metadata)
         return file.getvalue()

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,31 @@ from mam.study.report.results import THRESHOLDS, Curve, Results
 
 def csv_files(results: Results) -> dict[str, str]:
     """Return file name → every number behind the figures and tables, in full precision."""
+    return {f"{name}.csv": _csv(rows) for name, rows in numbers_behind(results).items()}
+
+
+def numbers_behind(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """Return name → rows of every number behind the figures and tables."""
     profiles = {
         (name,): Curve(np.arange(len(THRESHOLDS)), value)
         for name, value in results.profiles.items()
     }
     efficiency = {(name,): curve for name, curve in results.efficiency.items()}
     return {
-        "scores.csv": _csv(_score_rows(results)),
-        "aggregates.csv": _csv(
+        "scores": _score_rows(results),
+        "aggregates": [
             {"statistic": statistic, "algorithm": name} | _ends(value)
             for statistic, estimates in results.aggregates.items()
             for name, value in estimates.items()
-        ),
-        "probability_of_improvement.csv": _csv(
+        ],
+        "probability_of_improvement": [
             {"x": x, "y": y} | _ends(value) for (x, y), value in results.improvements.items()
+        ],
+        "performance_profiles": _curve_rows(
+            profiles, ("algorithm",), "threshold", lambda i: THRESHOLDS[i]
         ),
-        "performance_profiles.csv": _csv(
-            _curve_rows(profiles, ("algorithm",), "threshold", lambda i: THRESHOLDS[i])
-        ),
-        "sample_efficiency.csv": _csv(_curve_rows(efficiency, ("algorithm",), "step_count", int)),
-        "learning_curves.csv": _csv(
-            _curve_rows(results.curves, ("task", "algorithm"), "step_count", int)
-        ),
+        "sample_efficiency": _curve_rows(efficiency, ("algorithm",), "step_count", int),
+        "learning_curves": _curve_rows(results.curves, ("task", "algorithm"), "step_count", int),
     }
 
 
@@ -95,9 +98,8 @@ def _curve_rows(
     ]
 
 
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     """Format rows as CSV."""
-    rows = list(rows)
     file = io.StringIO()
     if rows:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

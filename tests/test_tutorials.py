@@ -1,0 +1,49 @@
+"""The tutorials do what they say: every block, in order, in small."""
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+from mam import presets
+from mam.cli import main as cli
+from small_run import INDEPENDENT
+
+TUTORIALS = sorted((Path(__file__).parent.parent / "docs" / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# One seed, and steps as few as an update of every kind takes
+SMALL = replace(INDEPENDENT, num_seeds=1, total_timesteps=32)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Presets are a small run; what a page says of it, such as the policy, comes on top."""
+    for name in presets.PRESETS:
+        env = name if "/" in name else presets.PRESETS[name]().env
+        monkeypatch.setitem(presets.PRESETS, name, lambda env=env: replace(SMALL, env=env))
+    monkeypatch.setattr(presets, "own", lambda: replace(SMALL, agent_id="sinusoid"))
+    # Sizes of exported programs are symbolic, which are no integers to the checks of shapes.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_every_block_of_a_tutorial_runs(path, small, tmp_path, monkeypatch):
+    """To the letter; one that begins with the name of a file is that file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    blocks, names = BLOCK.findall(path.read_text(encoding="utf-8")), {"__name__": "tutorial"}
+    assert blocks
+    for language, code in blocks:
+        if language == "sh":
+            for line in code.splitlines():
+                name, *args = shlex.split(line)
+                assert (name, cli.main(args)) == ("mam", 0), line
+        elif file := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / file[1]).write_text(code)
+        else:
+            exec(compile(code, path.name, "exec"), names)
