@@ -95,9 +95,8 @@ def load_weights(
     config = folder.load_config()
     save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
     no_env = "spec" in save.meta
-    check_agreed(
-        config, named={**(named or {}), **({"env": config.env} if no_env else {})}, trust=trust
-    )
+    unread = {"env": config.env} if no_env else {}
+    check_agreed(config, named={**(named or {}), **unread}, trust=trust)
     if no_env:
         return _read(config, save, which, beside=beside)
     return _read_by_environment(config, save, which, beside=beside)

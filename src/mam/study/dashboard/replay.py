@@ -177,9 +177,8 @@ class Players:
         ]
         # What was shown is what is imported, whatever the folder says by then.
         code = code_of(run.config)
-        options += ["--env", code["env"]] * ("env" in code) + ["--trust"] * any(
-            code.keys() - {"env"}
-        )
+        options += ["--env", code["env"]] if "env" in code else []
+        options += ["--trust"] if code.keys() - {"env"} else []
         try:
             out.parent.mkdir(exist_ok=True)
         except OSError as error:
