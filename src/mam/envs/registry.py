@@ -8,6 +8,7 @@ package.module:factory             one's own environment: the factory returns it
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -180,7 +181,7 @@ def make_plain(name: str) -> Environment:
     try:
         if task == "auto" and suite.made_to_measure:
             auto = _maker(prefix, "_auto")
-            return auto(**_parse_options(name, options, _options(auto)))
+            return auto(**_parse_options(name, options, auto))
         return _maker(prefix)(task)
     except ImportError as error:
         if suite.extra is None:
@@ -199,9 +200,14 @@ def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:
     }
 
 
-def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Read `agents=64,grid=48`; every value has the type of its default."""
-    values = {}
+def _parse_options(name: str, text: str, auto: Callable[..., Environment]) -> dict[str, Any]:
+    """Read `agents=64,grid=48`; every value has the type of its default, or is a range of it."""
+    values, defaults = {}, _options(auto)
+    ranged = [
+        name
+        for name, parameter in inspect.signature(auto).parameters.items()
+        if parameter.annotation == int | tuple[int, int]
+    ]
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key not in defaults:
@@ -211,6 +217,9 @@ def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[st
                 else UserError(f"{name}: no options")
             )
         kind = type(defaults[key])
+        if key in ranged and (ends := re.fullmatch(r"(\d+)-(\d+)", value)):
+            values[key] = (int(ends[1]), int(ends[2]))
+            continue
         try:
             values[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):
