@@ -3,11 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import jax
 import pytest
 
-from mam.envs import jumanji, probes
+from mam.envs import camar, jumanji, probes
 from mam.envs.jaxmarl import mpe, overcooked, smax
 from mam.envs.wrappers import AgentId, AutoReset, EpisodeStatistics
 from mam.types import Environment
@@ -37,6 +38,8 @@ RAW: dict[str, Callable[[], Environment]] = {
     "mpe-continuous": lambda: mpe.make_mpe_auto(agents=2, continuous=True, limit=SHORT_LIMIT),
     "overcooked": lambda: make_short(overcooked.make_overcooked, "cramped_room"),
 }
+if find_spec("camar"):
+    RAW["camar"] = lambda: camar.make_camar_auto(agents=3, rows=4, columns=4, limit=SHORT_LIMIT)
 # One size of each probe.
 KINDS = {type(make()): name for name, make in reversed(probes.PROBES.items())}
 RAW |= {name: probes.PROBES[name] for name in KINDS.values()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mam.envs import jumanji
+from mam.envs import jumanji, registry
 from mam.errors import UserError
 
 LOAD = 5
@@ -310,6 +310,39 @@ def test_lbf_auto_options_arrive():
     np.testing.assert_array_equal(
         food_level, np.broadcast_to(np.sort(agent_level)[:, :3].sum(1, keepdims=True), (50, 3))
     )
+
+
+def test_lbf_auto_draws_how_many_agents_an_episode_has():
+    env = registry.make("lbf/auto:agents=2-5,grid=9,levels=3,coop=true", "none")
+    assert env.spec.name.startswith("lbf/auto:agents=2-5,food=5,grid=9")
+    keys = jax.random.split(jax.random.key(0), 64)
+    state, first = jax.jit(jax.vmap(env.reset))(keys)
+    alive = np.asarray(first.observation.alive)
+    number = alive.sum(1)
+    assert set(number) == {2, 3, 4, 5}
+    np.testing.assert_array_equal(alive, np.arange(5) < number[:, None])
+    assert not first.observation.agents_view[~alive].any()
+    np.testing.assert_array_equal((~state.food_items.eaten).sum(1), number)
+    levels = zip(np.asarray(state.agents.level), alive, strict=True)
+    weakest = [np.sort(level[here])[:3].sum() for level, here in levels]
+    np.testing.assert_array_equal(state.food_items.level.max(1), weakest)
+    actions = jax.random.randint(jax.random.key(1), (20, 64, 5), 0, 6)
+    last, steps = jax.jit(
+        lambda state: jax.lax.scan(
+            lambda state, action: jax.vmap(env.step)(state, action, keys), state, actions
+        )
+    )(state)
+    np.testing.assert_array_equal(steps.observation.alive, np.broadcast_to(alive, (20, 64, 5)))
+    where = np.asarray(last.agents.position)
+    assert (where[~alive] == where[~alive][0]).all()
+    assert ((where[alive] >= 0) & (where[alive] < 9)).all()
+    assert np.isfinite(steps.reward).all()
+
+
+@pytest.mark.parametrize("agents", ["0-4", "4-2"])
+def test_lbf_auto_refuses_ranges_of_agents_that_are_none(agents):
+    with pytest.raises(UserError, match="lbf/auto: agents must be at least"):
+        registry.make(f"lbf/auto:agents={agents}")
 
 
 def test_rware_auto_options_arrive():

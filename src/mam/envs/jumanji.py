@@ -49,7 +49,7 @@ def make_lbf(task: str) -> "JumanjiEnv":
 
 
 def make_lbf_auto(
-    agents: int = 8,
+    agents: int | tuple[int, int] = 8,
     food: int = 0,
     grid: int = 0,
     sight: int = 2,
@@ -63,7 +63,8 @@ def make_lbf_auto(
     `make_lbf`).
 
     Args:
-        agents: how many.
+        agents: how many; of a range, as in 8-64, another number in every episode. Those that are
+            missing in one are dead from its start.
         food: items; 0: as many as agents.
         grid: rows and columns; 0: 16 cells for every agent and item.
         sight: cells to each side that an agent sees.
@@ -75,8 +76,10 @@ def make_lbf_auto(
         UserError: it does not fit.
     """
     require = partial(_require, "lbf/auto")
-    food = food or agents
-    require("agents", agents, at_least=1)
+    least, agents = agents if isinstance(agents, tuple) else (agents, agents)
+    require("agents", least, at_least=1)
+    require("agents", agents, at_least=least)
+    as_many, food = not food, food or agents
     require("food", food, at_least=1)
     grid = grid or math.ceil(4 * math.sqrt(agents + food))
     require("grid", grid, at_least=5)
@@ -88,11 +91,12 @@ def make_lbf_auto(
     require("limit", limit, at_least=1)
     from jumanji.environments.routing.lbf.env import LevelBasedForaging
 
-    generator = _anywhere(grid, agents, food, sight, levels, coop)
+    fewest = least if least < agents else None
+    generator = _anywhere(grid, agents, food, sight, levels, coop, fewest=fewest, as_many=as_many)
     env = LevelBasedForaging(generator, time_limit=limit + 1)
     name = _auto_name(
         "lbf",
-        agents=agents,
+        agents=agents if fewest is None else f"{least}-{agents}",
         food=food,
         grid=grid,
         sight=sight,
@@ -253,26 +257,40 @@ class JumanjiEnv:
         """Write a GIF of consecutive unbatched states, drawn by Jumanji's own viewer."""
         import matplotlib.pyplot as plt
 
-        frames = [state.replace(key=None) for state in states]
+        frames = jax.device_get([state.replace(key=None) for state in states])
+        if hasattr(frames[0], "food_items"):
+            frames = [grids.without_the_missing(state) for state in frames]
         with plt.rc_context({"animation.writer": "pillow"}):  # the default needs ffmpeg
-            self.env.animate(jax.device_get(frames), interval=150, save_path=str(path))
+            self.env.animate(frames, interval=150, save_path=str(path))
 
 
-def _anywhere(*sizes: Any) -> Any:
-    """Make LBF's generator, except that agents start on any cells that hold nothing else."""
+def _anywhere(*sizes: Any, fewest: int | None, as_many: bool) -> Any:
+    """Make LBF's generator, except that agents start on any cells that hold nothing else.
+
+    Args:
+        *sizes: of Jumanji's generator.
+        fewest: of the agents, the least that an episode has; None: all of them always.
+        as_many: whether there is as much food as agents.
+    """
     from jumanji.environments.routing.lbf.generator import RandomGenerator
 
     class Generator(RandomGenerator):
         def __call__(self, key: Key[Array, ""]) -> Any:
+            number_key = jax.random.fold_in(key, 2)  # beside 0 and 1, into which it is split
             position_key, key = jax.random.split(key)
             state: Any = super().__call__(key)
             food_position, position = grids.draw_positions(
                 position_key, self.grid_size, self.num_food, self.num_agents
             )
-            return state.replace(
+            state = state.replace(
                 agents=state.agents.replace(position=position),
                 food_items=state.food_items.replace(position=food_position),
             )
+            if fewest is None:
+                return state
+            number = jax.random.randint(number_key, (), fewest, self.num_agents + 1)
+            how = {"as_many": as_many, "coop": self.force_coop}
+            return grids.with_fewer(state, number, self.grid_size, **how)
 
     return Generator(*sizes)
 

@@ -65,6 +65,7 @@ def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> O
     view = jax.vmap(lambda corner: jax.lax.dynamic_slice(board, (0, *corner), (3, width, width)))(
         agents.position
     )
+    view = jnp.where((agents.level > 0)[:, None, None, None], view, 0.0)  # dead from the start
 
     up_down_left_right = view[
         :, :, [sight - 1, sight + 1, sight, sight], [sight, sight, sight - 1, sight + 1]
@@ -74,9 +75,49 @@ def local_view(state: Any, observation: Any, *, grid_size: int, sight: int) -> O
     return Observation(
         agents_view=view.reshape(num_agents, -1),
         action_mask=jnp.concatenate([stay, free_beside, load], axis=1),
-        alive=jnp.ones(num_agents, bool),
+        alive=agents.level > 0,
         positions=agents.position.astype(jnp.float32),
     )
+
+
+def with_fewer(
+    state: Any, number: Int[Array, ""], grid_size: int, *, as_many: bool, coop: bool
+) -> Any:
+    """Return LBF's state with so many agents; the others have level 0 and stand beside the grid.
+
+    There they see, reach and hinder nothing. An item's level is at most those of the three weakest
+    that are left together.
+
+    Args:
+        state: Jumanji's, of a new episode.
+        number: of agents that are left, the first ones.
+        grid_size: rows and columns of the grid.
+        as_many: leave as much food; the rest is eaten and of level 0.
+        coop: every item has that level.
+    """
+    agents, food = state.agents, state.food_items
+    here = jnp.arange(agents.level.shape[0]) < number
+    heavy = jnp.iinfo(agents.level.dtype).max
+    weakest = jnp.sort(jnp.where(here, agents.level, heavy))[:3]
+    limit = jnp.where(weakest < heavy, weakest, 0).sum()
+    left = jnp.arange(food.level.shape[0]) < number if as_many else ~food.eaten
+    beside = jnp.full_like(agents.position, 3 * grid_size)
+    return state.replace(
+        agents=agents.replace(
+            position=jnp.where(here[:, None], agents.position, beside),
+            level=jnp.where(here, agents.level, 0),
+        ),
+        food_items=food.replace(
+            level=jnp.where(left, limit if coop else jnp.minimum(food.level, limit), 0),
+            eaten=~left,
+        ),
+    )
+
+
+def without_the_missing(state: Any) -> Any:
+    """Return LBF's state, of NumPy arrays, with the agents alone that are on its grid."""
+    here = state.agents.level > 0
+    return state.replace(agents=jax.tree.map(lambda x: x[here], state.agents))
 
 
 def connector_view(state: Any, observation: Any) -> Observation:

@@ -9,6 +9,7 @@ object:Name                        one that was given as an object, see `objects
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -184,7 +185,7 @@ def make_plain(name: str) -> Environment:
     try:
         if task == "auto" and suite.made_to_measure:
             auto = _maker(prefix, "_auto")
-            return auto(**_parse_options(name, options, _options(auto)))
+            return auto(**_parse_options(name, options, auto))
         return _maker(prefix)(task)
     except ImportError as error:
         if suite.extra is None:
@@ -203,9 +204,14 @@ def _options(auto: Callable[..., Environment]) -> Mapping[str, Any]:
     }
 
 
-def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Read `agents=64,grid=48`; every value has the type of its default."""
-    values = {}
+def _parse_options(name: str, text: str, auto: Callable[..., Environment]) -> dict[str, Any]:
+    """Read `agents=64,grid=48`; every value has the type of its default, or is a range of it."""
+    values, defaults = {}, _options(auto)
+    ranged = [
+        name
+        for name, parameter in inspect.signature(auto).parameters.items()
+        if parameter.annotation == int | tuple[int, int]
+    ]
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key not in defaults:
@@ -215,6 +221,9 @@ def _parse_options(name: str, text: str, defaults: Mapping[str, Any]) -> dict[st
                 else UserError(f"{name}: no options")
             )
         kind = type(defaults[key])
+        if key in ranged and (ends := re.fullmatch(r"(\d+)-(\d+)", value)):
+            values[key] = (int(ends[1]), int(ends[2]))
+            continue
         try:
             values[key] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (KeyError, ValueError):

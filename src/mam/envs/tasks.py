@@ -72,6 +72,7 @@ OVERCOOKED_LAYOUTS = (
 )
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
+CAMAR_TASKS = ("random_grid-8", "random_grid-32", "random_grid-128")
 PROBE_TASKS = (
     *("identity", "copy", "matrix", "memory", "target", "components"),
     *("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-4", "recall-8", "recall-16"),
@@ -128,6 +129,14 @@ SUITES = {
         "cooks in a kitchen", "mam.envs.jaxmarl.overcooked", OVERCOOKED_TASKS, **_JAXMARL
     ),
     "hanabi": Suite("the card game", "mam.envs.jaxmarl.hanabi", HANABI_TASKS, **_JAXMARL),
+    "camar": Suite(
+        "continuous routing of many agents",
+        "mam.envs.camar",
+        CAMAR_TASKS,
+        made_to_measure=True,
+        extra="camar",
+        packages=("camar",),
+    ),
     "probe": Suite("tiny tasks with a known optimum", "mam.envs.probes", PROBE_TASKS),
 }
 
