@@ -32,7 +32,9 @@ def read_rows(folder):
 
 
 @pytest.mark.parametrize(("what", "name", "memory"), NAMES)
-def test_every_candidate_is_a_program(what, name, memory):
+def test_every_candidate_is_a_program(what, name, memory, request):
+    if what == "serve":
+        request.getfixturevalue("symbolic_sizes")
     try:
         candidate = CASES[what].candidates[name](Cell(2, 2, replace(SIZES, memory=memory)))
     except Skip as reason:
@@ -62,7 +64,9 @@ def test_every_candidate_is_a_program(what, name, memory):
         ("serve", ("ippo/jit", "ippo/onnx")),
     ],
 )
-def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys):
+def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys, request):
+    if what == "serve":
+        request.getfixturevalue("symbolic_sizes")
     sizes = ("2", "4") if what == "scan" else ("2",)
     args = ("--num-agents", *sizes, "--candidates", *candidates, "--out", str(tmp_path / "out"))
     assert cli.main(["bench", what, *SMALL, *args]) == 0
