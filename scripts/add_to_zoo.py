@@ -1,4 +1,6 @@
-"""Adds the best policies of finished runs to the zoo: python scripts/add_to_zoo.py RUN.
+"""Adds the best policies of finished runs to the zoo.
+
+python scripts/add_to_zoo.py RUN…
 
 A policy of the same task and algorithm is replaced. What is there is tested by
 tests/runs/test_zoo.py, its score included.

@@ -7,6 +7,7 @@ import os
 import signal
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -23,6 +24,14 @@ enable_compilation_cache()
 signal.signal(
     signal.SIGHUP, signal.SIG_DFL
 )  # what starts the tests may ignore it (nohup), and its children would
+
+
+@pytest.fixture
+def symbolic_sizes():
+    """Let sizes be symbolic, as exported programs' are, which are no integers to such checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,7 +5,6 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import pytest
 
 from mam import presets
@@ -19,16 +18,12 @@ SMALL = replace(INDEPENDENT, num_seeds=1, total_timesteps=32)
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, symbolic_sizes):
     """Presets are a small run; what a page says of it, such as the policy, comes on top."""
     for name in presets.PRESETS:
         env = name if "/" in name else presets.PRESETS[name]().env
         monkeypatch.setitem(presets.PRESETS, name, lambda env=env: replace(SMALL, env=env))
     monkeypatch.setattr(presets, "own", lambda: replace(SMALL, agent_id="sinusoid"))
-    # Sizes of exported programs are symbolic, which are no integers to the checks of shapes.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)

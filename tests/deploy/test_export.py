@@ -5,7 +5,6 @@ import shutil
 from dataclasses import replace
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -23,6 +22,8 @@ from mam.learning.train import init_policy
 from mam.types import Observation
 from small_run import INDEPENDENT
 
+pytestmark = pytest.mark.usefixtures("symbolic_sizes")
+
 BATCH, STEPS = 3, 3
 POLICIES = ("ippo", "mappo", "mam", "mam2", "mat", "sable", "rec_mappo", "rec_mam")
 CASES = [
@@ -30,14 +31,6 @@ CASES = [
     *(("mam", actions, "onnx") for actions in ("continuous", "components")),
     *((policy, "discrete", "stablehlo") for policy in ("ippo", "rec_mam")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def symbolic_sizes():
-    """Let sizes be symbolic, which are no integers to the checks of shapes."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def make_policy(name, actions, num_agents=3):

@@ -32,11 +32,17 @@ def read_rows(folder):
 
 
 @pytest.mark.parametrize(("what", "name", "memory"), NAMES)
-def test_every_candidate_is_a_program(what, name, memory):
+def test_every_candidate_is_a_program(what, name, memory, request):
+    if what == "serve":
+        request.getfixturevalue("symbolic_sizes")
     try:
         candidate = CASES[what].candidates[name](Cell(2, 2, replace(SIZES, memory=memory)))
     except Skip as reason:
         pytest.skip(str(reason))
+    if candidate.ready:
+        action, *_ = candidate.function(*candidate.args)
+        assert action.shape == (2, 2)
+        return
     steps = () if candidate.steps is None else (candidate.steps,)
     outputs = jax.eval_shape(candidate.function, *candidate.args, *steps)
     assert candidate.baseline in CASES[what].candidates
@@ -55,9 +61,12 @@ def test_every_candidate_is_a_program(what, name, memory):
         ("decode", ("mam", "mat")),
         ("update", ("mat",)),
         ("train", ("mat/acting",)),
+        ("serve", ("ippo/jit", "ippo/onnx")),
     ],
 )
-def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys):
+def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys, request):
+    if what == "serve":
+        request.getfixturevalue("symbolic_sizes")
     sizes = ("2", "4") if what == "scan" else ("2",)
     args = ("--num-agents", *sizes, "--candidates", *candidates, "--out", str(tmp_path / "out"))
     assert cli.main(["bench", what, *SMALL, *args]) == 0
@@ -77,7 +86,10 @@ def test_every_bench_leaves_its_results(what, candidates, tmp_path, capsys):
             continue
         assert row["what"] == what
         assert 0 < float(row["min_ms"]) <= float(row["median_ms"])
-        assert float(row["temp_mb"]) >= 0
+        if what == "serve":
+            assert float(row["p99_ms"]) >= float(row["median_ms"])
+        else:
+            assert float(row["temp_mb"]) >= 0
         assert float(row["compile_s"]) > 0
         assert (row["rounds"], row["extrapolated"], row["jax"]) == ("2", "False", jax.__version__)
         assert bool(row["ratio"]) == (row["baseline"] in candidates)

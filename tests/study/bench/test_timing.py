@@ -11,6 +11,7 @@ from mam.study.bench.timing import (
     power_law,
     predict,
     rounds_for,
+    single_calls,
     warm_up,
 )
 
@@ -33,6 +34,17 @@ class World:
             self.calls.append(name)
 
         return run
+
+
+def test_single_calls_are_a_sample_each_and_slow_ones_are_seen():
+    world = World()
+    costs = [0.001] * 197 + [0.5, 0.7, 0.9]
+    runs = {"a": world.program("a", *costs), "b": world.program("b", 0.002)}
+    timings = single_calls(runs, 200, clock=world.clock)
+    assert world.calls == ["a", "b"] * 200
+    assert timings["a"].median == pytest.approx(0.001)
+    assert timings["a"].p99 == pytest.approx(0.5)
+    assert timings["b"].p99 == pytest.approx(0.002)
 
 
 def test_programs_take_turns_and_every_other_round_goes_backwards():

@@ -37,6 +37,7 @@ from mam.study.bench.inputs import (
     synthetic_task,
 )
 from mam.study.bench.measure import Candidate, Case, Cell, Skip
+from mam.study.bench.serving import RUNTIMES, SERVED, served
 from mam.types import EnvSpec, Policy
 
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
@@ -317,6 +318,16 @@ def cases() -> dict[str, Case]:
             },
             num_agents=(4, 16, 64, 256),
             tokens=8192,
+        ),
+        "serve": Case(
+            {
+                f"{name}/{runtime}": partial(served, name, runtime)
+                for name in SERVED
+                for runtime in RUNTIMES
+            },
+            num_agents=(4, 32, 128, 512),
+            batch=1,
+            calls=200,
         ),
         "train": Case(
             {

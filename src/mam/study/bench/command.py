@@ -31,11 +31,12 @@ class Bench:
     act: one joint action per environment;
     decode: the same without the encoder;
     update: one gradient step of a whole policy;
+    serve: one joint action as `mam.load` makes it and as exports do, every call by itself;
     train: whole train steps on a probe environment, and acting and the update apart."""
     num_agents: tuple[int, ...] = ()
     """Numbers of agents N; several of the bench's own unless given."""
     batch: int | None = None
-    """Environments, the same at every N; 64 for act, decode and train."""
+    """Environments, the same at every N; 64 for act, decode and train, 1 for serve."""
     tokens: int | None = None
     """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block
     and update."""

@@ -11,7 +11,15 @@ from jaxtyping import Array
 
 from mam.config import NetworkConfig
 from mam.study.bench.results import Row
-from mam.study.bench.timing import FEWEST_ROUNDS, Run, interleave, predict, rounds_for, warm_up
+from mam.study.bench.timing import (
+    FEWEST_ROUNDS,
+    Run,
+    interleave,
+    predict,
+    rounds_for,
+    single_calls,
+    warm_up,
+)
 
 PREFIX = 16  # steps after which a candidate that goes step by step is judged
 
@@ -39,6 +47,7 @@ class Candidate:
     parameters: int | None = None
     # Of one length, if it takes steps; how many is then its last argument, not in `args`.
     steps: int | None = None
+    ready: bool = False  # compiled by itself, or no program of JAX
     note: str = ""
 
 
@@ -53,6 +62,7 @@ class Case:
     num_agents: tuple[int, ...]
     tokens: int | None = None  # agents in all environments together; decides the batch
     batch: int | None = None  # environments
+    calls: int | None = None  # single ones, if what counts is how long somebody waits for each
     # Column → its value from a cell and seconds.
     derived: Mapping[str, Callable[[Cell, float], float]] = field(default_factory=dict)
 
@@ -162,15 +172,19 @@ def _time(
 ) -> dict[str, dict[str, Any]]:
     """Measure the columns of each of the programs of a cell."""
     estimates = {name: program.estimate for name, program in programs.items()}
-    rounds = rounds or rounds_for(list(estimates.values()))
-    timings = interleave(
-        {name: program.run for name, program in programs.items()}, estimates, rounds
-    )
+    runs = {name: program.run for name, program in programs.items()}
+    if case.calls:
+        rounds = rounds or case.calls
+        timings = single_calls(runs, rounds)
+    else:
+        rounds = rounds or rounds_for(list(estimates.values()))
+        timings = interleave(runs, estimates, rounds)
     medians = {name: timing.median * programs[name].scale for name, timing in timings.items()}
     return {
         name: {
             "median_ms": 1e3 * medians[name],
             "min_ms": 1e3 * timings[name].minimum * program.scale,
+            "p99_ms": 1e3 * timings[name].p99 if case.calls else None,
             "baseline": program.candidate.baseline,
             "ratio": medians[name] / medians[base]
             if (base := program.candidate.baseline) in medians
@@ -202,6 +216,15 @@ def _prepare(candidate: Candidate, limits: Limits, predicted: float | None) -> _
     """Compile a candidate and call it once or twice; raise Skip where it exceeds a limit."""
     if predicted is not None and candidate.steps is None:
         limits.check_time(predicted, "predicted")
+    if candidate.ready:
+        start = time.perf_counter()
+        candidate.function(*candidate.args)  # compiles
+        compile_s = time.perf_counter() - start
+
+        def ready(steps: int | None) -> Run:
+            return lambda: candidate.function(*candidate.args)
+
+        return _Program(candidate, *_warm_up(ready, None, limits), compile_s, None)
     args = candidate.args if candidate.steps is None else (*candidate.args, jnp.int32(0))
     # Flat lists go in and come out: it takes a tenth of a millisecond to take a policy apart.
     leaves, structure = jax.tree.flatten(args)

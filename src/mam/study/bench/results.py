@@ -26,6 +26,7 @@ class Row:
     batch: int
     median_ms: float | None = None  # of one call, over the rounds
     min_ms: float | None = None
+    p99_ms: float | None = None  # of single calls, where how long each takes counts
     per_agent_us: float | None = None  # of acting: one agent's step in all environments
     env_steps_per_s: float | None = None  # of training
     baseline: str | None = None
@@ -73,6 +74,7 @@ def _number(value: float) -> str:
 _COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "median_ms": ("median ms", _number),
     "min_ms": ("min ms", _number),
+    "p99_ms": ("p99 ms", _number),
     "ratio": ("ratio", lambda ratio: f"{ratio:.2f}"),
     "per_agent_us": ("µs / agent", _number),
     "env_steps_per_s": ("env steps / s", _number),
@@ -146,7 +148,7 @@ _LINES = ("-", "--", ":")
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Draw time and temporary memory against N, a line per candidate.
+    """Draw time and temporary memory against N, or of single calls the slow ones, a line for each.
 
     Hollow marks are extrapolated. `kind/part` has the colour of its kind, and the dashes of its
     part.
@@ -160,7 +162,13 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
 
     figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    time, memory = figure.subplots(1, 2)
+    time, beside = figure.subplots(1, 2)
+    slow = any(row.p99_ms for row in rows)
+    column, title = (
+        ("p99_ms", "99 of 100 calls take at most [ms]")
+        if slow
+        else ("temp_mb", "temporary memory [MB]")
+    )
     found = curves(rows)
     kinds, parts = (list(dict.fromkeys(name.partition("/")[i] for name in found)) for i in (0, 2))
     for name, curve in found.items():
@@ -174,10 +182,10 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         growth = slope(curve)
         label = name if growth is None else f"{name}  (slope {growth:.2f})"
         _draw(time, curve, "median_ms", style | {"label": label})
-        _draw(memory, curve, "temp_mb", style)
+        _draw(beside, curve, column, style)
     numbers = sorted({row.num_agents for row in rows})
     _decorate(time, "median time of a call [ms]", numbers)
-    _decorate(memory, "temporary memory [MB]", numbers)
+    _decorate(beside, title, numbers)
     figure.suptitle(
         f"mam bench {rows[0].what} · {_fixed(rows)} · {rows[0].device}", x=0.01, ha="left"
     )

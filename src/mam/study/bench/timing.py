@@ -32,6 +32,11 @@ class Timing:
         """The shortest round, in which the machine had the least else to do."""
         return min(self.samples)
 
+    @property
+    def p99(self) -> float:
+        """What 99 of a hundred samples do not exceed."""
+        return sorted(self.samples)[math.ceil(0.99 * len(self.samples)) - 1]
+
 
 def warm_up(run: Run, clock: Clock = time.perf_counter) -> float:
     """Estimate the seconds one call takes by the second one: the first touches fresh memory.
@@ -46,6 +51,23 @@ def rounds_for(estimates: Sequence[float]) -> int:
     """Return how many rounds fit into a few seconds, given the seconds a call of each takes."""
     seconds = sum(max(estimate, SHORTEST_SAMPLE) for estimate in estimates)
     return min(max(int(ROUNDS_TIME / seconds), FEWEST_ROUNDS), MOST_ROUNDS) if seconds else 0
+
+
+def single_calls(
+    runs: Mapping[str, Run], rounds: int, clock: Clock = time.perf_counter
+) -> dict[str, Timing]:
+    """Time every call of programs by itself, in turn: what somebody waits who asks once.
+
+    Args:
+        runs: the programs.
+        rounds: calls of each.
+        clock: tells the seconds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            samples[name].append(_sample(run, 1, clock))
+    return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
 def interleave(
