@@ -206,6 +206,19 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another run's policy (--teacher), in minibatches as PPO's."""
+
+    value_coef: float = 0.5
+    """Weight of the value loss: the critic learns what the teacher's says, or nothing if 0."""
+    teacher_share: float = 1.0
+    """Share of the steps at which the teacher acts, which falls to 0 linearly; the student acts at
+    the others, and learns there, too, what the teacher would do."""
+    teacher_until: float = 0.5
+    """Share of the run after which that share is 0."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
@@ -267,10 +280,13 @@ class Config:
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
-    learn: Literal["ppo", "bc"] = "ppo"
-    """What is learned: ppo, the task's reward; bc, the actions of the dataset --data."""
+    learn: Literal["ppo", "bc", "distill"] = "ppo"
+    """What is learned: ppo, the task's reward; bc, the actions of the dataset --data; distill, what
+    the policy of the run --teacher does."""
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
+    teacher: str | None = None
+    """Folder of the run to distill (see `mam distill`)."""
     init: str | None = None
     """Folder of a run whose best weights are the start; drawn at random if None."""
     init_partial: bool = False
@@ -304,6 +320,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     cloning: CloningConfig = field(default_factory=CloningConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
@@ -454,23 +471,27 @@ def _check_ppo(ppo: PPOConfig) -> None:
 
 def _check_learning(config: Config) -> None:
     """Refuse imitation without a dataset or on several devices, and shares that are none."""
-    if (config.learn == "bc") != (config.data is not None):
-        raise UserError(
-            "--learn bc imitates a dataset: give --data, its folder"
-            if config.learn == "bc"
-            else f"--learn {config.learn} learns from the task alone: drop --data"
-        )
+    for learn, option, what in (("bc", "data", "a dataset"), ("distill", "teacher", "a run")):
+        if (config.learn == learn) != (getattr(config, option) is not None):
+            raise UserError(
+                f"--learn {learn} learns from {what}: give --{option}, its folder"
+                if config.learn == learn
+                else f"--learn {config.learn} does not learn from {what}: drop --{option}"
+            )
     if config.env == "dataset" and config.data is None:
         raise UserError("--env dataset is the task of a dataset: give --data, its folder")
     if config.data is not None and config.num_devices not in (None, 1):
         raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")
-    cloning, finetune = config.cloning, config.finetune
+    cloning, finetune, distill = config.cloning, config.finetune, config.distill
     for name, value in (
         ("cloning.top_fraction", cloning.top_fraction),
         ("finetune.kl_until", finetune.kl_until),
+        ("distill.teacher_until", distill.teacher_until),
     ):
         if not 0 < value <= 1:
             raise UserError(f"{name} must lie in (0, 1], got {value}")
+    if not 0 <= distill.teacher_share <= 1:
+        raise UserError(f"distill.teacher_share must lie in [0, 1], got {distill.teacher_share}")
     if not 0 <= cloning.held_out < 1:
         raise UserError(f"cloning.held_out must lie in [0, 1), got {cloning.held_out}")
     for name, value in (
@@ -478,6 +499,7 @@ def _check_learning(config: Config) -> None:
         ("finetune.critic_warmup", finetune.critic_warmup),
         ("finetune.kl_coef", finetune.kl_coef),
         ("finetune.lr_warmup", finetune.lr_warmup),
+        ("distill.value_coef", distill.value_coef),
     ):
         if not value >= 0:
             raise UserError(f"{name} must not be negative, got {value}")

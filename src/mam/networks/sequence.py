@@ -3,7 +3,7 @@
 `mam` and `mat` differ in their mixers only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
@@ -222,6 +222,19 @@ class SequencePolicy(eqx.Module):
             value=_rows(encoded.value, by_agent),
             distribution=_rows(self.distribution.parameters(out, mask), by_agent),
         )
+
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
+    ) -> Memory:
+        """Return the memory after a step at which another acted; see `FollowingPolicy`."""
+        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
+        agents = self.memory.note(agents, action)
+        if not jax.tree.leaves((memory.encoder, memory.decoder)):
+            return replace(memory, agents=agents)
+        encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
+        past = Past(memory.decoder, _rows(obs.alive, order), reset)
+        token = self.distribution.token(_rows(action, order))
+        return SequenceMemory(agents, encoder, self.decoder.follow(token, encoded.obs_rep, past))
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation

@@ -1,4 +1,4 @@
-"""The weights that a run starts from, where they are those of an earlier run."""
+"""The weights of earlier runs that a run starts from: its own first ones, and its teacher's."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,17 +14,17 @@ from mam.errors import UserError
 from mam.learning.nonfinite import leaf_names
 from mam.learning.normalise import as_normalised, simplified
 from mam.learning.train import Trainer, TrainState
-from mam.runs.load import load_weights
+from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
 _SHOWN = 4  # names in a message
 
 
 def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] = print) -> Trainer:
-    """Return a trainer whose `init` takes the weights of the run that the configuration names.
+    """Return a trainer whose `init` takes the weights of the runs that the configuration names.
 
-    Each seed starts from the same seed of a run with as many, else from the best one. A run that is
-    resumed has its weights, and does not read the other again.
+    Each seed starts from, and is taught by, the same seed of a run with as many, else the best one.
+    A run that is resumed has its weights, and does not read the others again.
 
     Args:
         config: of the new run.
@@ -34,13 +34,48 @@ def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] =
     Raises:
         UserError: if there is no such run, or weights do not fit.
     """
-    if config.init is None:
+    return _taught(config, _begun(config, trainer, tell))
+
+
+def _taught(config: Config, trainer: Trainer) -> Trainer:
+    """Return a trainer whose `init` takes the weights of the teacher, if there is one.
+
+    A policy that is drawn at random also takes its units, of what is seen and of values.
+    """
+    if config.teacher is None:
         return trainer
-    weights = load_weights(Path(config.init))
+    weights = load_weights(Path(config.teacher))
+    if weights.config.agent_id != config.agent_id:
+        raise UserError(
+            f"the teacher {config.teacher} sees --agent-id {weights.config.agent_id}: "
+            f"take it, too, instead of {config.agent_id}"
+        )
+    teacher = weights.fitted(_by_seed(config, weights), trainer.spec)
+
+    def init(seeds: np.ndarray) -> TrainState:
+        state = replace(trainer.init(seeds), teacher=_copied(teacher))
+        if config.init is not None:
+            return state
+        new, units = as_normalised(state.policy), as_normalised(teacher).statistics
+        policy = simplified(replace(new, statistics=new.statistics.taken_from(units)))
+        return _with_policy(state, policy)
+
+    return replace(trainer, init=init)
+
+
+def _by_seed(config: Config, weights: Weights) -> Policy:
+    """Return an earlier policy for each seed of a run."""
     seeds = np.arange(config.num_seeds)
     if len(weights.best_return) != config.num_seeds:
         seeds = np.full(config.num_seeds, np.argmax(weights.best_return))
-    policies = jax.tree.map(lambda x: jnp.asarray(x)[seeds], weights.policies)
+    return jax.tree.map(lambda x: jnp.asarray(x)[seeds], weights.policies)
+
+
+def _begun(config: Config, trainer: Trainer, tell: Callable[[str], None]) -> Trainer:
+    """Return a trainer whose `init` takes the policy of the run to start from, if there is one."""
+    if config.init is None:
+        return trainer
+    policies = _by_seed(config, load_weights(Path(config.init)))
     shapes = trainer.shapes(np.zeros(config.num_seeds, np.int64)).policy
     _, left = _fitted(shapes, policies)
     if left:
@@ -53,12 +88,7 @@ def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] =
 
     def init(seeds: np.ndarray) -> TrainState:
         state = trainer.init(seeds)
-        policy, _ = _fitted(state.policy, policies)
-        state = replace(state, policy=policy, best_policy=_copied(policy))
-        if state.best_beside is not None:
-            beside = _copied(policy)
-            state = eqx.tree_at(lambda s: s.best_beside.policy, state, beside)
-        return state if state.start is None else replace(state, start=_copied(policy))
+        return _with_policy(state, _fitted(state.policy, policies)[0])
 
     return replace(trainer, init=init)
 
@@ -85,6 +115,14 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
     names = leaf_names(new_whole, "")
     left = [name.strip() for name, fit in zip(names, fits, strict=True) if not fit]
     return simplified(jax.tree.unflatten(structure, taken)), left
+
+
+def _with_policy(state: TrainState, policy: Policy) -> TrainState:
+    """Return a fresh state with another policy, which it starts from."""
+    state = replace(state, policy=_copied(policy), best_policy=_copied(policy))
+    if state.best_beside is not None:
+        state = eqx.tree_at(lambda s: s.best_beside.policy, state, _copied(policy))
+    return state if state.start is None else replace(state, start=_copied(policy))
 
 
 def _copied(policy: Policy) -> Policy:
