@@ -13,6 +13,7 @@ from mam.cli.data import Data, data
 from mam.cli.distill import Distill, distill
 from mam.cli.evaluate import Evaluate, evaluate
 from mam.cli.export import Export, export
+from mam.cli.inspect import Inspect, inspect
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "evaluate": (Evaluate, evaluate),
     "show": (Show, show),
     "play": (Play, play),
+    "inspect": (Inspect, inspect),
     "record": (Record, record),
     "data": (Data, data),
     "export": (Export, export),

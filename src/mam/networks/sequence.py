@@ -177,20 +177,20 @@ class SequencePolicy(eqx.Module):
         order = decision_order(obs.alive)
         agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
         encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
-        past = Past(memory.decoder, _rows(obs.alive, order), reset)
-        mask = _rows(obs.action_mask, order)
-        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, _rows(noise, order))
+        past = Past(memory.decoder, ordered(obs.alive, order), reset)
+        mask = ordered(obs.action_mask, order)
+        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, ordered(noise, order))
         # 2. The actions.
         decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
-        action = _rows(decision.action, by_agent)
+        action = ordered(decision.action, by_agent)
         memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
         return memory, PolicyOutput(
             action=action,
-            log_prob=_rows(log_prob, by_agent),
-            value=_rows(encoded.value, by_agent),
+            log_prob=ordered(log_prob, by_agent),
+            value=ordered(encoded.value, by_agent),
             order=order,
             metrics={"decode_passes": decision.passes}
             if self.decoding.method == "fixed_point"
@@ -210,17 +210,17 @@ class SequencePolicy(eqx.Module):
             reset: whether a step was the first of its episode.
         """
         _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
-        alive = _rows(obs.alive, order)
-        _, encoded = self.encoder.unroll(memory.encoder, self._ordered(x, order), alive, reset)
-        action, mask = _rows(action, order), _rows(obs.action_mask, order)
+        alive = ordered(obs.alive, order)
+        _, encoded = self.encoder.unroll(memory.encoder, self.in_order(x, order), alive, reset)
+        action, mask = ordered(action, order), ordered(obs.action_mask, order)
         past = Past(memory.decoder, alive, reset)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
-            log_prob=_rows(self.distribution.log_prob(out, mask, action), by_agent),
-            entropy=_rows(self.distribution.entropy(out, mask), by_agent),
-            value=_rows(encoded.value, by_agent),
-            distribution=_rows(self.distribution.parameters(out, mask), by_agent),
+            log_prob=ordered(self.distribution.log_prob(out, mask, action), by_agent),
+            entropy=ordered(self.distribution.entropy(out, mask), by_agent),
+            value=ordered(encoded.value, by_agent),
+            distribution=ordered(self.distribution.parameters(out, mask), by_agent),
         )
 
     def follow(
@@ -232,8 +232,8 @@ class SequencePolicy(eqx.Module):
         if not jax.tree.leaves((memory.encoder, memory.decoder)):
             return replace(memory, agents=agents)
         encoder, encoded = self.encode(memory.encoder, x, obs.alive, order, reset)
-        past = Past(memory.decoder, _rows(obs.alive, order), reset)
-        token = self.distribution.token(_rows(action, order))
+        past = Past(memory.decoder, ordered(obs.alive, order), reset)
+        token = self.distribution.token(ordered(action, order))
         return SequenceMemory(agents, encoder, self.decoder.follow(token, encoded.obs_rep, past))
 
     def successor_values(
@@ -278,10 +278,11 @@ class SequencePolicy(eqx.Module):
         Returns:
             The encoder's memory after the step, and what it makes of it.
         """
-        return self.encoder.step(memory, self._ordered(x, order), _rows(alive, order), reset)
+        return self.encoder.step(memory, self.in_order(x, order), ordered(alive, order), reset)
 
-    def _ordered(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
-        return _rows(x if self.dtype == "float32" else x.astype(self.dtype), order)
+    def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
+        """Return what the encoder reads, of agents' rows: in the order of deciding."""
+        return ordered(x if self.dtype == "float32" else x.astype(self.dtype), order)
 
     def _value(
         self,
@@ -292,7 +293,7 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
         order = decision_order(alive)
         memory, encoded = self.encode(memory, x, alive, order, reset)
-        return memory, _rows(encoded.value, jnp.argsort(order, axis=-1))
+        return memory, ordered(encoded.value, jnp.argsort(order, axis=-1))
 
 
 def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:
@@ -300,7 +301,7 @@ def decision_order(alive: Bool[Array, "*batch N"]) -> Int[Array, "*batch N"]:
     return jnp.argsort(~alive, axis=-1, stable=True).astype(jnp.int32)
 
 
-def _rows(x: Array, index: Int[Array, "*batch N"]) -> Array:
+def ordered(x: Array, index: Int[Array, "*batch N"]) -> Array:
     """Take entries of [*batch, N] or rows of [*batch, N, F] along the agents."""
     if x.ndim == index.ndim:
         return jnp.take_along_axis(x, index, axis=-1)
