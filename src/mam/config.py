@@ -216,6 +216,20 @@ class DistillConfig:
     the others, and learns there, too, what the teacher would do."""
     teacher_until: float = 0.5
     """Share of the run after which that share is 0."""
+    kl_coef: float = 1.0
+    """Weight of the divergence from the teacher beside PPO (--learn ppo --teacher RUN), which falls
+    to 0 linearly until teacher_until; the policy alone acts."""
+    matrix_updates: int = 0
+    """Updates at first in which mixers learn to be the matrices that the teacher's are (MOHAWK)."""
+    hidden_updates: int = 0
+    """Updates then in which blocks learn to put out what the teacher's do. With any of both, the
+    student starts with all of the teacher's weights but those of mixers, and is as wide and
+    deep."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether mixers are aligned with the teacher's before actions are learned."""
+        return self.matrix_updates + self.hidden_updates > 0
 
 
 @dataclass(frozen=True)
@@ -286,7 +300,7 @@ class Config:
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
     teacher: str | None = None
-    """Folder of the run to distill (see `mam distill`)."""
+    """Folder of the run to distill (see `mam distill`), or to learn from at first beside PPO."""
     init: str | None = None
     """Folder of a run whose best weights are the start; drawn at random if None."""
     init_partial: bool = False
@@ -339,6 +353,7 @@ class Config:
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
         learn = [self.learn] * (self.learn != "ppo")
+        learn += ["taught"] * (self.learn == "ppo" and self.teacher is not None)
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -471,13 +486,15 @@ def _check_ppo(ppo: PPOConfig) -> None:
 
 def _check_learning(config: Config) -> None:
     """Refuse imitation without a dataset or on several devices, and shares that are none."""
-    for learn, option, what in (("bc", "data", "a dataset"), ("distill", "teacher", "a run")):
-        if (config.learn == learn) != (getattr(config, option) is not None):
-            raise UserError(
-                f"--learn {learn} learns from {what}: give --{option}, its folder"
-                if config.learn == learn
-                else f"--learn {config.learn} does not learn from {what}: drop --{option}"
-            )
+    for option, what, needed, allowed in (
+        ("data", "a dataset", "bc", ("bc",)),
+        ("teacher", "a run", "distill", ("distill", "ppo")),
+    ):
+        given = getattr(config, option) is not None
+        if config.learn == needed and not given:
+            raise UserError(f"--learn {needed} learns from {what}: give --{option}, its folder")
+        if given and config.learn not in allowed:
+            raise UserError(f"--learn {config.learn} does not learn from {what}: drop --{option}")
     if config.env == "dataset" and config.data is None:
         raise UserError("--env dataset is the task of a dataset: give --data, its folder")
     if config.data is not None and config.num_devices not in (None, 1):
@@ -490,6 +507,10 @@ def _check_learning(config: Config) -> None:
     ):
         if not 0 < value <= 1:
             raise UserError(f"{name} must lie in (0, 1], got {value}")
+    if distill.staged and config.learn != "distill":
+        raise UserError(
+            "distill.matrix_updates and distill.hidden_updates belong to --learn distill"
+        )
     if not 0 <= distill.teacher_share <= 1:
         raise UserError(f"distill.teacher_share must lie in [0, 1], got {distill.teacher_share}")
     if not 0 <= cloning.held_out < 1:
@@ -499,7 +520,10 @@ def _check_learning(config: Config) -> None:
         ("finetune.critic_warmup", finetune.critic_warmup),
         ("finetune.kl_coef", finetune.kl_coef),
         ("finetune.lr_warmup", finetune.lr_warmup),
+        ("distill.kl_coef", distill.kl_coef),
         ("distill.value_coef", distill.value_coef),
+        ("distill.matrix_updates", distill.matrix_updates),
+        ("distill.hidden_updates", distill.hidden_updates),
     ):
         if not value >= 0:
             raise UserError(f"{name} must not be negative, got {value}")

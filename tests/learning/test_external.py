@@ -353,9 +353,9 @@ class Host:
         self.states.append(jax.device_get(state))
         return external_rollout(envs, policy, state, key, length, sequence_length)
 
-    def make_train(self, policy, teacher=None, **changes):
+    def make_train(self, policy, taught_by=None, **changes):
         config = replace(CONFIG, policy=policy, **changes)
-        return train.make_train(config, teacher=teacher and replace(CONFIG, policy=teacher))
+        return train.make_train(config, teacher=taught_by and replace(CONFIG, policy=taught_by))
 
 
 @pytest.fixture
@@ -434,8 +434,9 @@ def test_a_student_and_its_teacher_act_by_turns(host):
     """They remember the same steps, whoever acted, in processes as anywhere else."""
     half = DistillConfig(teacher_share=0.5, teacher_until=1.0)
     how = {"learn": "distill", "teacher": "unread", "distill": half}
-    trainer = host.make_train("ippo", teacher="rec_mappo", **how)
+    trainer = host.make_train("ippo", "rec_mappo", **how)
     state, losses = trainer.init(SEEDS), []
+    state = replace(state, teacher=jax.tree.map(lambda x: x + 0.1, state.teacher))
     for _ in range(2):
         state, values = trainer.train_step(state)
         losses.append(values["teacher_kl"])

@@ -60,17 +60,22 @@ def test_the_teacher_acts_at_its_share_of_the_steps_and_both_remember_them(share
     np.testing.assert_array_equal(output.value, alone[0].value)
 
 
-def taught(student, teacher, num_updates=3, **distill):
-    """Losses of a student that learns from first weights of another policy, or of its own."""
+def taught(student, teacher, num_updates=3, learn="distill", **distill):
+    """Losses of a student that learns from another policy drawn at random, or from itself."""
     distill = DistillConfig(teacher_until=1.0, **distill)
-    config = replace(CONFIG, policy=student, num_seeds=1, learn="distill", teacher="unread")
-    config = replace(config, distill=distill, ppo=replace(CONFIG.ppo, lr=0.01))
-    kind = replace(config, policy=teacher, learn="ppo", teacher=None)
+    # Without statistics, which would change what the student does while it learns nothing.
+    network = replace(CONFIG.network, observation_norm="layer")
+    base = replace(CONFIG, num_seeds=1, network=network, ppo=replace(CONFIG.ppo, lr=0.01))
+    config = replace(base, policy=student, learn=learn, teacher="unread", distill=distill)
+    kind = replace(base, policy=teacher)
     trainer = make_train(config, teacher=kind)
     state = trainer.init(np.arange(1))
     drawn = jax.vmap(lambda key: init_policy(kind, trainer.spec, key=key))
     own = jax.tree.map(jnp.copy, state.policy)
     weights = own if student == teacher else drawn(jax.random.split(jax.random.key(7), 1))
+    if student != teacher:  # first weights do nearly nothing
+        noise = np.random.default_rng(0)
+        weights = jax.tree.map(lambda x: x + np.float32(noise.normal(0, 0.4, x.shape)), weights)
     state, reported = replace(state, teacher=weights), []
     for _ in range(num_updates):
         state, values = trainer.train_step(state)
@@ -96,3 +101,24 @@ def test_any_policy_learns_from_any_other(student, teacher):
     assert np.mean(value_loss[-3:]) < 0.5 * np.mean(value_loss[:3])
     np.testing.assert_allclose(reported[0]["teacher_share"], 0.5)
     assert reported[5]["teacher_share"] < 0.1
+
+
+def test_beside_ppo_the_student_acts_and_the_teacher_fades():
+    reported = taught("ippo", "rec_ippo", num_updates=6, learn="ppo", kl_coef=100.0)
+    assert all(np.isfinite([*values.values()]).all() for values in reported)
+    assert max(values["first_ratio_deviation"] for values in reported) < 1e-5
+    assert reported[-1]["teacher_kl"] < 0.8 * reported[0]["teacher_kl"]
+    for index, values in enumerate(reported):
+        ppo = values["policy_loss"] - 0.01 * values["entropy"] + 0.5 * values["value_loss"]
+        weight = 100 * (1 - index / 6)
+        np.testing.assert_allclose(values["loss"], ppo + weight * values["teacher_kl"], rtol=1e-3)
+
+
+def test_mixers_are_aligned_before_actions_are_learned():
+    """One stage after another: matrices, what blocks put out, actions."""
+    stages = {"matrix_updates": 8, "hidden_updates": 8}
+    reported = taught("mam", "mat", num_updates=24, **stages)
+    for name, start in (("matrix_distance", 0), ("hidden_distance", 8), ("teacher_kl", 16)):
+        values = [values[name] for values in reported[start : start + 8]]
+        assert np.isfinite(values).all()
+        assert np.mean(values[-3:]) < 0.95 * np.mean(values[:3]), name

@@ -114,11 +114,55 @@ def test_a_teacher_of_another_task_or_with_other_ids_is_refused(teacher):
         started_from(config, make_train(config, teacher=CONFIG))
 
 
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """A run of a sequence policy that has learned next to nothing."""
+    config = replace(CONFIG, policy="mat", total_timesteps=128)
+    return trained(config, tmp_path_factory.mktemp("runs") / "transformer")[1]
+
+
+STAGED = DistillConfig(hidden_updates=1)
+
+
+def test_a_student_whose_mixers_are_aligned_has_the_rest_of_its_teacher(transformer):
+    config = distilling(transformer, policy="mam2", distill=STAGED)
+    trainer = make_train(config, teacher=transformer.load_config())
+    state = started_from(config, trainer).init(np.arange(1))
+    student, teacher = (as_normalised(one).network for one in (state.policy, state.teacher))
+    for part in ("embed", "memory", "distribution"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(student, part), getattr(teacher, part))
+    (ours,), (theirs,) = student.decoder.blocks, teacher.decoder.blocks
+    jax.tree.map(np.testing.assert_array_equal, ours.mlp, theirs.mlp)
+    jax.tree.map(np.testing.assert_array_equal, student.decoder.head, teacher.decoder.head)
+    assert type(ours.mixer) is not type(theirs.mixer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": "ippo"}, "between sequence policies: neither may be independent"),
+        (
+            {"network": replace(CONFIG.network, d_model=8, num_blocks=2)},
+            "as many: network.d_model is 8 instead of 16, the number of encoder blocks is 2",
+        ),
+        ({"network": replace(CONFIG.network, memory="gru")}, "as many: .*memory"),
+    ],
+)
+def test_a_student_that_cannot_be_aligned_is_told_what_differs(transformer, changes, message):
+    config = distilling(transformer, **{"policy": "mam2", "distill": STAGED} | changes)
+    with pytest.raises(UserError, match=message):
+        started_from(config, make_train(config, teacher=transformer.load_config()))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"learn": "distill"}, "--learn distill learns from a run: give --teacher, its folder"),
-        ({"teacher": "runs/a"}, "--learn ppo does not learn from a run: drop --teacher"),
+        (
+            {"learn": "bc", "data": "data/a", "teacher": "runs/a"},
+            "--learn bc does not learn from a run: drop --teacher",
+        ),
+        ({"teacher": "runs/a", "distill": DistillConfig(hidden_updates=1)}, "belong to --learn"),
         (
             {"distill": DistillConfig(teacher_share=1.5)},
             r"teacher_share must lie in \[0, 1\]",

@@ -5,8 +5,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from mam.cli.arguments import value_of
 from mam.config import Config, DistillConfig, FinetuneConfig
 from mam.errors import UserError
@@ -15,7 +13,7 @@ from mam.runs.files import read_config
 
 
 def starting_options(kind: type, args: Sequence[str]) -> Any:
-    """Make the options that arguments override.
+    """Make the options that arguments override; None if what they override is missing.
 
     They are of a run, a file, a preset, the run that is distilled, or the task's preset.
 
@@ -24,7 +22,7 @@ def starting_options(kind: type, args: Sequence[str]) -> Any:
     """
     if "run" in (field.name for field in fields(kind)):
         run = next((arg for arg in args[:1] if not arg.startswith("-")), None)
-        return kind(run=Path(run), config=taught_by(run)) if run else kind(run=tyro.MISSING)
+        return kind(run=Path(run), config=taught_by(run)) if run else None
     starts = {
         flag: value
         for flag in ("--resume", "--config", "--preset")

@@ -14,7 +14,7 @@ from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import Shard
 from mam.networks.actions import ActionDistribution
-from mam.types import Evaluation
+from mam.types import Evaluation, Policy
 
 
 class OtherView(eqx.Module):
@@ -63,11 +63,17 @@ class StayClose:
         return jax.lax.stop_gradient(OtherView(found.distribution, value))
 
     def loss(
-        self, evaluation: Evaluation, batch: Batch, targets: OtherView, shard: Shard
+        self,
+        policy: Policy,
+        evaluation: Evaluation,
+        batch: Batch,
+        targets: OtherView,
+        shard: Shard,
     ) -> Losses:
         """Return the divergence, as `start_kl` of one called start, and the value loss if any.
 
         Args:
+            policy: not read.
             evaluation: of the policy.
             batch: says which agents were alive.
             targets: the other's view, for the same rows.

@@ -21,6 +21,7 @@ from mam.config import Config
 from mam.envs.tasks import DATASET
 from mam.errors import UserError
 from mam.learning.advantages import Advantages
+from mam.learning.alignment import Alignment, hidden_states, matrices
 from mam.learning.anchor import StayClose
 from mam.learning.cloning import BehaviourCloning
 from mam.learning.estimates import estimate
@@ -314,15 +315,18 @@ def _acting(config: Config, state: TrainState) -> Policy:
     if state.teacher is None:
         return state.policy
     student, teacher = (cast(FollowingPolicy, one) for one in (state.policy, state.teacher))
-    share = _teacher_share(config, state.num_updates) if config.distill.teacher_share else None
-    return Guided(student, teacher, share)
+    share, acts = config.distill.teacher_share, config.learn == "distill"
+    return Guided(
+        student, teacher, _falling(share, config, state.num_updates) if share and acts else None
+    )
 
 
-def _teacher_share(config: Config, num_updates: Int[Array, "*seeds"]) -> Float[Array, "*seeds"]:
-    """Return the share of the steps at which the teacher acts after so many updates."""
-    distill = config.distill
-    passed = num_updates / (distill.teacher_until * config.num_updates)
-    return distill.teacher_share * jnp.maximum(1 - passed, 0.0)
+def _falling(
+    weight: float, config: Config, num_updates: Int[Array, "*seeds"]
+) -> Float[Array, "*seeds"]:
+    """Return a weight of the teacher's after so many updates, which falls to 0."""
+    passed = num_updates / (config.distill.teacher_until * config.num_updates)
+    return weight * jnp.maximum(1 - passed, 0.0)
 
 
 def _evaluation(played: Environments | Unplayed) -> Callable[..., Values]:
@@ -446,8 +450,7 @@ class Learner:
         config, finetune = self.config, self.config.finetune
         terms: list[tuple[Any, Objective]] = [(1.0, self.objective)] if self.objective else []
         if state.teacher is not None:
-            teacher, value_coef = as_normalised(state.teacher), config.distill.value_coef
-            terms.append((1.0, StayClose("teacher", teacher, taught, value_coef)))
+            terms += self._lessons(as_normalised(state.teacher), taught, state.num_updates)
         if state.start is not None:
             share = state.num_updates / (finetune.kl_until * config.num_updates)
             weight = finetune.kl_coef * jnp.maximum(1 - share, 0.0)
@@ -455,6 +458,31 @@ class Learner:
         if not terms:
             raise UserError("there is nothing to learn: a distilling run needs its teacher")
         return terms[0][1] if len(terms) == 1 else WeightedSum(tuple(terms))
+
+    def _lessons(
+        self, teacher: NormalisedPolicy, rollout: Rollout, num_updates: Int[Array, ""]
+    ) -> list[tuple[Any, Objective]]:
+        """Return what is learned of a teacher after so many updates: one stage after another.
+
+        Args:
+            teacher: in the environment's units.
+            rollout: as the teacher remembers it.
+            num_updates: so far.
+        """
+        config, distill = self.config, self.config.distill
+        if config.learn == "ppo":
+            close = StayClose("teacher", teacher, rollout)
+            return [(_falling(distill.kl_coef, config, num_updates), close)]
+        close = StayClose("teacher", teacher, rollout, distill.value_coef)
+        if not distill.staged:
+            return [(1.0, close)]
+        first = num_updates < distill.matrix_updates
+        last = num_updates >= distill.matrix_updates + distill.hidden_updates
+        return [
+            (1.0 * first, Alignment("matrix_distance", matrices, teacher, rollout)),
+            (1.0 * ~(first | last), Alignment("hidden_distance", hidden_states, teacher, rollout)),
+            (1.0 * last, close),
+        ]
 
     def learn(
         self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
@@ -487,18 +515,9 @@ class Learner:
         observation = policy.statistics.normalise(transitions.observation)
         scaled = replace(rollout, transitions=replace(transitions, observation=observation))
         batch = make_batch(scaled, objective.prepare(policy, scaled, estimates), shard)
-        network, opt_state, metrics = update(
-            policy.network,
-            state.opt_state,
-            batch,
-            key,
-            self.optimiser,
-            objective,
-            ppo,
-            shard,
-            lr_scale := self._lr_scale(state.num_updates),
-            self._frozen(state),
-        )
+        lr_scale = self._lr_scale(state.num_updates)
+        how = (self.optimiser, objective, ppo, shard, lr_scale, self._frozen(state))
+        network, opt_state, metrics = update(policy.network, state.opt_state, batch, key, *how)
         # 4. Report.
         in_update = jnp.where(metrics.bad == NO_FAULT, NO_FAULT, len(flags) + metrics.bad)
         values = {
@@ -522,9 +541,10 @@ class Learner:
 
     def _taught_values(self, state: TrainState) -> Values:
         """Return how often the teacher acted, if there is one."""
-        if state.teacher is None:
+        if state.teacher is None or self.config.learn != "distill":
             return {}
-        return {"teacher_share": _teacher_share(self.config, state.num_updates)}
+        share = self.config.distill.teacher_share
+        return {"teacher_share": _falling(share, self.config, state.num_updates)}
 
     def _lr_scale(self, num_updates: Int[Array, ""]) -> Float[Array, ""] | float:
         """Return what the learning rate is multiplied by after so many updates."""

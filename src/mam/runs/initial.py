@@ -1,5 +1,6 @@
 """The weights of earlier runs that a run starts from: its own first ones, and its teacher's."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from mam.errors import UserError
 from mam.learning.nonfinite import leaf_names
 from mam.learning.normalise import as_normalised, simplified
 from mam.learning.train import Trainer, TrainState
+from mam.networks.sequence import SequencePolicy
 from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
@@ -51,16 +53,48 @@ def _taught(config: Config, trainer: Trainer) -> Trainer:
             f"take it, too, instead of {config.agent_id}"
         )
     teacher = weights.fitted(_by_seed(config, weights), trainer.spec)
+    if config.distill.staged:
+        _check_alike(config, trainer, teacher)
 
     def init(seeds: np.ndarray) -> TrainState:
         state = replace(trainer.init(seeds), teacher=_copied(teacher))
-        if config.init is not None:
+        if config.init is not None or config.learn != "distill":
             return state
         new, units = as_normalised(state.policy), as_normalised(teacher).statistics
         policy = simplified(replace(new, statistics=new.statistics.taken_from(units)))
+        if config.distill.staged:
+            policy, _ = _fitted(policy, teacher)
         return _with_policy(state, policy)
 
     return replace(trainer, init=init)
+
+
+def _check_alike(config: Config, trainer: Trainer, teacher: Policy) -> None:
+    """Refuse a student whose blocks cannot be aligned with its teacher's, naming what differs."""
+    shapes = trainer.shapes(np.zeros(config.num_seeds, np.int64)).policy
+    student, other = as_normalised(shapes).network, as_normalised(teacher).network
+    if not isinstance(student, SequencePolicy) or not isinstance(other, SequencePolicy):
+        raise UserError("mixers are aligned between sequence policies: neither may be independent")
+    sizes = [
+        {
+            "network.d_model": one.value_layer.weight.shape[-2],
+            "the number of encoder blocks": len(one.encoder.blocks),
+            "the number of decoder blocks": len(one.decoder.blocks),
+        }
+        for one in (student, other)
+    ]
+    unlike = [
+        f"{name} is {own} instead of {sizes[1][name]}"
+        for name, own in sizes[0].items()
+        if own != sizes[1][name]
+    ]
+    left = _fitted(shapes, teacher)[1] if not unlike else []
+    unlike += [name for name in left if not re.search(r"\.(mixer|cross)\b", name)]
+    if unlike:
+        raise UserError(
+            f"to be aligned with the teacher's, blocks must be as wide and as many: "
+            f"{', '.join(unlike[:_SHOWN])}"
+        )
 
 
 def _by_seed(config: Config, weights: Weights) -> Policy:
