@@ -91,6 +91,8 @@ def test_commands_can_be_given(path, line, tmp_path, monkeypatch):
     for flag, value in pairwise(args):
         if flag in ("--resume", "--config"):
             write_run(tmp_path / value, Config())
+    if name == "distill":
+        write_run(tmp_path / args[0], Config())
     if "--help" in args:
         with pytest.raises(SystemExit) as stop:
             read_options(name, args)

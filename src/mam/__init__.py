@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from mam.data.recorder import Recorder
     from mam.envs.registry import make_env
+    from mam.networks.mixers.base import materialize
     from mam.networks.policy import register_mixer
     from mam.presets import preset
     from mam.runs.api import Result, evaluate, train
@@ -53,6 +54,7 @@ __all__ = [
     "grid",
     "load",
     "make_env",
+    "materialize",
     "preset",
     "presets",
     "register_mixer",
@@ -64,6 +66,7 @@ _HOMES = {
     "mam.config": tuple(name for name in __all__ if name.endswith("Config")),
     "mam.data.recorder": ("Recorder",),
     "mam.envs.registry": ("make_env",),
+    "mam.networks.mixers.base": ("materialize",),
     "mam.networks.policy": ("register_mixer",),
     "mam.presets": ("preset",),
     "mam.runs.api": ("Result", "evaluate", "train"),

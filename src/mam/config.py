@@ -223,6 +223,33 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Learning from another run's policy (--teacher), in minibatches as PPO's."""
+
+    value_coef: float = 0.5
+    """Weight of the value loss: the critic learns what the teacher's says, or nothing if 0."""
+    teacher_share: float = 1.0
+    """Share of the steps at which the teacher acts, which falls to 0 linearly; the student acts at
+    the others, and learns there, too, what the teacher would do."""
+    teacher_until: float = 0.5
+    """Share of the run after which that share is 0."""
+    kl_coef: float = 1.0
+    """Weight of the divergence from the teacher beside PPO (--learn ppo --teacher RUN), which falls
+    to 0 linearly until teacher_until; the policy alone acts."""
+    matrix_updates: int = 0
+    """Updates at first in which mixers learn to be the matrices that the teacher's are (MOHAWK)."""
+    hidden_updates: int = 0
+    """Updates then in which blocks learn to put out what the teacher's do. With any of both, the
+    student starts with all of the teacher's weights but those of mixers, and is as wide and
+    deep."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether mixers are aligned with the teacher's before actions are learned."""
+        return self.matrix_updates + self.hidden_updates > 0
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation of the current weights during training, and of the best ones after it."""
 
@@ -285,10 +312,13 @@ class Config:
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
-    learn: Literal["ppo", "bc"] = "ppo"
-    """What is learned: ppo, the task's reward; bc, the actions of the dataset --data."""
+    learn: Literal["ppo", "bc", "distill"] = "ppo"
+    """What is learned: ppo, the task's reward; bc, the actions of the dataset --data; distill, what
+    the policy of the run --teacher does."""
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`)."""
+    teacher: str | None = None
+    """Folder of the run to distill (see `mam distill`), or to learn from at first beside PPO."""
     init: str | None = None
     """Whose best weights are the start: the folder of a run or of an exported policy, or zoo:NAME;
     drawn at random if None."""
@@ -324,6 +354,7 @@ class Config:
     ppo: PPOConfig = field(default_factory=PPOConfig)
     cloning: CloningConfig = field(default_factory=CloningConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     worker: WorkerConfig = field(default_factory=WorkerConfig)
@@ -346,6 +377,7 @@ class Config:
         sequence = [order + scans * (encoder.order_scans > 1)] * (order != "index")
         sequence += [local] * (encoder.local_branch > 0)
         learn = [self.learn] * (self.learn != "ppo")
+        learn += ["taught"] * (self.learn == "ppo" and self.teacher is not None)
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -480,23 +512,33 @@ def _check_ppo(ppo: PPOConfig) -> None:
 
 def _check_learning(config: Config) -> None:
     """Refuse imitation without a dataset or on several devices, and shares that are none."""
-    if (config.learn == "bc") != (config.data is not None):
-        raise UserError(
-            "--learn bc imitates a dataset: give --data, its folder"
-            if config.learn == "bc"
-            else f"--learn {config.learn} learns from the task alone: drop --data"
-        )
+    for option, what, needed, allowed in (
+        ("data", "a dataset", "bc", ("bc",)),
+        ("teacher", "a run", "distill", ("distill", "ppo")),
+    ):
+        given = getattr(config, option) is not None
+        if config.learn == needed and not given:
+            raise UserError(f"--learn {needed} learns from {what}: give --{option}, its folder")
+        if given and config.learn not in allowed:
+            raise UserError(f"--learn {config.learn} does not learn from {what}: drop --{option}")
     if config.env == "dataset" and config.data is None:
         raise UserError("--env dataset is the task of a dataset: give --data, its folder")
     if config.data is not None and config.num_devices not in (None, 1):
         raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")
-    cloning, finetune = config.cloning, config.finetune
+    cloning, finetune, distill = config.cloning, config.finetune, config.distill
     for name, value in (
         ("cloning.top_fraction", cloning.top_fraction),
         ("finetune.kl_until", finetune.kl_until),
+        ("distill.teacher_until", distill.teacher_until),
     ):
         if not 0 < value <= 1:
             raise UserError(f"{name} must lie in (0, 1], got {value}")
+    if distill.staged and config.learn != "distill":
+        raise UserError(
+            "distill.matrix_updates and distill.hidden_updates belong to --learn distill"
+        )
+    if not 0 <= distill.teacher_share <= 1:
+        raise UserError(f"distill.teacher_share must lie in [0, 1], got {distill.teacher_share}")
     if not 0 <= cloning.held_out < 1:
         raise UserError(f"cloning.held_out must lie in [0, 1), got {cloning.held_out}")
     for name, value in (
@@ -504,6 +546,10 @@ def _check_learning(config: Config) -> None:
         ("finetune.critic_warmup", finetune.critic_warmup),
         ("finetune.kl_coef", finetune.kl_coef),
         ("finetune.lr_warmup", finetune.lr_warmup),
+        ("distill.kl_coef", distill.kl_coef),
+        ("distill.value_coef", distill.value_coef),
+        ("distill.matrix_updates", distill.matrix_updates),
+        ("distill.hidden_updates", distill.hidden_updates),
     ):
         if not value >= 0:
             raise UserError(f"{name} must not be negative, got {value}")

@@ -320,6 +320,27 @@ class ExportablePolicy(Policy, Protocol):
         ...
 
 
+@runtime_checkable
+class FollowingPolicy(Policy, Protocol):
+    """A policy that can also watch another one act; the library's own all can."""
+
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
+    ) -> Memory:
+        """Return the memory after a step at which another policy acted.
+
+        Equals what `act` returns where it chooses the same actions.
+
+        Args:
+            memory: after step t − 1; `init_memory` at first.
+            obs: what is seen at step t.
+            action: the joint action at t.
+            order: in which the agents decided, the living first.
+            reset: whether t is the first step of an episode.
+        """
+        ...
+
+
 class Transition(eqx.Module):
     """One environment step as the learner sees it, stacked to [T, B, …] by the rollout.
 

@@ -18,7 +18,7 @@ from jax import lax
 
 from mam.config import EncoderConfig, NetworkConfig
 from mam.kernels.ssd import CHUNK
-from mam.networks.mixers.base import AbstractCausalMixer, Roles
+from mam.networks.mixers.base import AbstractCausalMixer, Roles, materialize
 from mam.networks.mixers.registry import MIXERS
 
 ROLES = [role.name for role in dataclasses.fields(Roles)]
@@ -302,3 +302,38 @@ def test_cross_mixers_ask_for_their_context(family):
         mixer(x)
     with pytest.raises(ValueError, match="pass context"):
         step(mixer, mixer.init_state(3), x[0])
+
+
+@jax.jit
+def as_matrices(mixer, x, context, alive):
+    """A mixer's matrices, its output, and what the matrices make of its values."""
+    mixing = mixer.mixing(x, context, alive=alive)
+    matrix = materialize(mixer, x, context, alive=alive)
+    made = mixing.finish(matrix @ mixing.values + mixing.offset)
+    return matrix, mixer(x, context, alive=alive), made
+
+
+@every_mixer
+def test_it_is_its_matrices(family, role):
+    """They make the output of the values, see whom the mixer sees, and take nothing of the dead."""
+    mixer, inputs = make_mixer(family, role), make_inputs(role, (2, N))
+    alive = jnp.arange(N) < np.array([[N], [LIVING]])
+    matrix, output, made = as_matrices(mixer, *inputs, alive)
+    close(made[alive], output[alive])
+    assert matrix.shape[:1] + matrix.shape[2:] == (2, N, N)
+    causal = "encoder" not in role
+    seen = np.any(np.asarray(matrix[0]) != 0, axis=0)
+    np.testing.assert_array_equal(seen, np.tri(N, dtype=bool) if causal else np.ones((N, N)))
+    assert not np.any(np.asarray(matrix[1])[:, :LIVING, LIVING:])
+
+
+@every_mixer
+def test_in_single_precision_it_is_its_matrices_to_a_hundred_thousandth(family, role):
+    """As trained, by the kernels for it; with smaller parameters, outputs are about 1."""
+    mixer = jax.tree.map(lambda leaf: 0.6 * leaf, make_mixer(family, role))
+    inputs = (*make_inputs(role, (2, 5)), jnp.ones((2, 5)))
+    mixer, inputs = jax.tree.map(lambda v: v.astype(jnp.float32), (mixer, inputs))
+    with jax.enable_x64(False):
+        matrix, output, made = as_matrices(mixer, *inputs[:-1], inputs[-1] > 0)
+        assert matrix.dtype == jnp.float32
+        np.testing.assert_allclose(made, output, rtol=0, atol=1e-5)

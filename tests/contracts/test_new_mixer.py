@@ -22,7 +22,15 @@ from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.networks.layers import Dense, LayerNorm
 from mam.networks.mixers import registry
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
+from mam.networks.mixers.base import (
+    AbstractCausalMixer,
+    AbstractMixer,
+    Mixing,
+    Roles,
+    by_channel,
+    required,
+    side_by_side,
+)
 from mam.networks.mixers.registry import MIXERS, MixerFamily
 from mam.networks.policy import make_policy, policies, register_mixer
 from mam.study.bench.cases import cases
@@ -63,6 +71,11 @@ class Average(eqx.Module):
     def out(self, x, average):
         return self.norm(x, self.out_proj(average))
 
+    def mixing(self, u, run, finish):
+        """Every feature is a head."""
+        run_by_head = lambda values: by_channel(run(side_by_side(values)))  # noqa: E731
+        return Mixing(by_channel(u), run_by_head, lambda y: finish(side_by_side(y)))
+
     def metrics(self):
         return {"largest_leak": jax.nn.sigmoid(self.leak).max()}
 
@@ -74,10 +87,15 @@ class LeakBothWays(AbstractMixer):
         self.average = Average(config, key=key, **own)
 
     def __call__(self, x, context=None, *, alive=None):
+        return self.mixing(x, alive=alive).output
+
+    def mixing(self, x, context=None, *, alive=None):
+        def both(u):
+            u = u if alive is None else jnp.where(alive[..., None], u, 0.0)
+            return self.average.unroll(None, u)[1] + self.average.unroll(None, u, reverse=True)[1]
+
         u = self.average.in_proj(x)
-        u = u if alive is None else jnp.where(alive[..., None], u, 0.0)
-        both = self.average.unroll(None, u)[1] + self.average.unroll(None, u, reverse=True)[1]
-        return self.average.out(x, both)
+        return self.average.mixing(u, both, lambda y: self.average.out(x, y))
 
     def metrics(self):
         return self.average.metrics()
@@ -108,6 +126,11 @@ class Leak(AbstractCausalMixer):
     def unroll(self, state, inputs, context, alive=None):
         state, average = self.average.unroll(state, inputs[1])
         return state, self._out(inputs[0], average, context)
+
+    def mixing(self, x, context=None, *, alive=None):
+        C = self.project_context(context)
+        run = lambda u: self.average.unroll(None, u)[1]  # noqa: E731
+        return self.average.mixing(self.project(x)[1], run, lambda y: self._out(x, y, C))
 
     def _out(self, x, average, context):
         return self.average.out(x, average if context is None else average * context)

@@ -330,6 +330,7 @@ def act_and_evaluate(policy, obs, reset, keys, successor):
         after, output = policy.act(memory, obs, reset, key)
         return after, {
             "act": output,
+            "memory": (after, policy.follow(memory, obs, output.action, output.order, reset)),
             "value": policy.act(memory, obs, jnp.zeros_like(reset), key)[1].value,
             "next_value": policy.act(after, successor, jnp.zeros_like(reset), key)[1].value,
         }
@@ -373,6 +374,13 @@ def test_evaluate_repeats_act_over_time(name):
     _, _, steps, evaluated, _ = play(name)
     np.testing.assert_allclose(evaluated.log_prob, steps["act"].log_prob, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(evaluated.value, steps["act"].value, rtol=1e-5, atol=1e-5)
+
+
+@over_time
+def test_a_policy_that_follows_remembers_what_one_that_acts_does(name):
+    _, _, steps, *_ = play(name)
+    for acted, followed in zip(*map(jax.tree.leaves, steps["memory"]), strict=True):
+        np.testing.assert_allclose(followed, acted, rtol=1e-5, atol=1e-5)
 
 
 @over_time

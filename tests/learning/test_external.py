@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mam.config import Config, EvalConfig, NetworkConfig, PPOConfig
+from mam.config import Config, DistillConfig, EvalConfig, NetworkConfig, PPOConfig
 from mam.learning import experience, train
 from mam.learning.external import (
     external_evaluate,
@@ -353,8 +353,9 @@ class Host:
         self.states.append(jax.device_get(state))
         return external_rollout(envs, policy, state, key, length, sequence_length)
 
-    def make_train(self, policy):
-        return train.make_train(replace(CONFIG, policy=policy))
+    def make_train(self, policy, taught_by=None, **changes):
+        config = replace(CONFIG, policy=policy, **changes)
+        return train.make_train(config, teacher=taught_by and replace(CONFIG, policy=taught_by))
 
 
 @pytest.fixture
@@ -427,3 +428,19 @@ def test_a_resumed_run_starts_new_episodes(host):
     first, second = (envs for envs in host.made if envs.num_envs == NUM_SEEDS * CONFIG.ppo.num_envs)
     assert len(first.seeds) == len(second.seeds) == 1
     assert first.seeds != second.seeds
+
+
+def test_a_student_and_its_teacher_act_by_turns(host):
+    """They remember the same steps, whoever acted, in processes as anywhere else."""
+    half = DistillConfig(teacher_share=0.5, teacher_until=1.0)
+    how = {"learn": "distill", "teacher": "unread", "distill": half}
+    trainer = host.make_train("ippo", "rec_mappo", **how)
+    state, losses = trainer.init(SEEDS), []
+    state = replace(state, teacher=jax.tree.map(lambda x: x + 0.1, state.teacher))
+    for _ in range(2):
+        state, values = trainer.train_step(state)
+        losses.append(values["teacher_kl"])
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(values["teacher_share"], 0.5, atol=0.01)
+    assert not jax.tree.leaves(state.actors.memory.student)
+    assert np.abs(jax.tree.leaves(state.actors.memory.teacher)[0]).max() > 0

@@ -163,8 +163,8 @@ def test_logs_of_what_cannot_be_played_are_imitated(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learn": "bc"}, "--learn bc imitates a dataset: give --data"),
-        ({"data": "somewhere"}, "learns from the task alone: drop --data"),
+        ({"learn": "bc"}, "--learn bc learns from a dataset: give --data"),
+        ({"data": "somewhere"}, "does not learn from a dataset: drop --data"),
         ({"env": "dataset"}, "is the task of a dataset: give --data"),
         ({"init_partial": True}, "need --init"),
         ({"finetune": FinetuneConfig(kl_until=0.0)}, r"finetune.kl_until must lie in \(0, 1\]"),

@@ -146,7 +146,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["smoke", "lbf", "paper", "scaling"])
+@pytest.mark.parametrize("name", ["smoke", "lbf", "distill", "paper", "scaling"])
 def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
     from mam.envs.tasks import task_names
 
@@ -156,7 +156,8 @@ def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
     jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("out"))
     for job in jobs:
         assert job.config.env in task_names() or job.config.env.startswith("experiments.scaling:")
-    assert len(jobs) == {"smoke": 6, "lbf": 18, "paper": 4 * 33, "scaling": 44}[name]
+    counts = {"smoke": 6, "lbf": 18, "distill": 9, "paper": 4 * 33, "scaling": 44}
+    assert len(jobs) == counts[name]
 
 
 def row(kind, update, value=0.5, **more):

@@ -10,9 +10,11 @@ from typing import Any
 from mam.cli.arguments import parse, value_of
 from mam.cli.check_env import CheckEnv, check_env
 from mam.cli.data import Data, data
+from mam.cli.distill import Distill, distill
 from mam.cli.evaluate import Evaluate, evaluate
 from mam.cli.export import Export, export
 from mam.cli.import_weights import Import, import_weights
+from mam.cli.inspect import Inspect, inspect
 from mam.cli.list import List, list_names
 from mam.cli.output import discard, lasting, make_printable
 from mam.cli.plan import Plan, plan
@@ -33,10 +35,12 @@ from mam.study.sweep.command import Sweep, run_sweep
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "train": (Train, train),
+    "distill": (Distill, distill),
     "plan": (Plan, plan),
     "evaluate": (Evaluate, evaluate),
     "show": (Show, show),
     "play": (Play, play),
+    "inspect": (Inspect, inspect),
     "record": (Record, record),
     "data": (Data, data),
     "export": (Export, export),
@@ -51,7 +55,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "bench": (Bench, run_bench),
 }
 # Commands that go on when their output is no longer read.
-_LASTING = ("train", "experiment", "sweep", "dashboard", "record")
+_LASTING = ("train", "distill", "experiment", "sweep", "dashboard", "record")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

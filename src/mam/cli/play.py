@@ -32,6 +32,11 @@ class Play:
 
 def play(args: Play) -> None:
     """Play one episode and write it."""
+    played(args)
+
+
+def played(args: Play) -> tuple[Any, Any, str]:
+    """Play one episode and write it; return it, the policy that played it, and what it is of."""
     from mam.envs.external.factories import check_agreed
     from mam.learning.train import make_train
     from mam.runs import play as episodes
@@ -69,6 +74,7 @@ def play(args: Play) -> None:
     if episode.undrawn:
         print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
     print(f"return {episode.episode_return:.3f}")
+    return episode, policy, f"{saved.algorithm} on {env}"
 
 
 def _make_parent(path: Path) -> None:

@@ -10,7 +10,7 @@ from mam.learning.normalise import NormalisedPolicy
 from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import Shard
-from mam.types import Evaluation
+from mam.types import Evaluation, Policy
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class BehaviourCloning:
 
     def loss(
         self,
+        policy: Policy,
         evaluation: Evaluation,
         batch: Batch,
         targets: Float[Array, "L M N"] | None,
@@ -54,6 +55,7 @@ class BehaviourCloning:
         """Return −log π of the recorded actions, and the value loss if there is one.
 
         Args:
+            policy: not read.
             evaluation: log π and v of M sequences of L steps, [L, M, N].
             batch: says which agents were alive; nothing is learned from the dead.
             targets: R for the same rows, as `prepare` returned it.

@@ -5,7 +5,7 @@ of this shows: observations go in as the environment gives them, values come out
 Statistics change between rollouts only, so acting and evaluating agree within one.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import equinox as eqx
@@ -22,6 +22,7 @@ from mam.types import (
     EnvSpec,
     Evaluation,
     ExportablePolicy,
+    FollowingPolicy,
     Greedy,
     Keys,
     Memory,
@@ -134,6 +135,11 @@ class Statistics(eqx.Module):
             values=Moments.init(floor=VALUE_FLOOR) if values else None,
         )
 
+    def taken_from(self, other: "Statistics") -> "Statistics":
+        """Return another's statistics, of what both have any of."""
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return Statistics(*(own if own is None or its is None else its for own, its in pairs))
+
     def normalise(self, obs: Observation) -> Observation:
         """Return the observation in the network's units."""
         view, state = obs.agents_view, obs.state
@@ -229,6 +235,21 @@ class NormalisedPolicy(eqx.Module):
             memory, self.statistics.normalise(obs), action, order, reset
         )
         return replace(evaluation, value=self.restore_value(evaluation.value))
+
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
+    ) -> Memory:
+        """Return the network's memory after a step at which another acted.
+
+        Args:
+            memory: the network's, after step t − 1.
+            obs: in the environment's units, at step t.
+            action: the joint action at t.
+            order: in which the agents decided.
+            reset: whether t is the first step of an episode.
+        """
+        obs = self.statistics.normalise(obs)
+        return cast(FollowingPolicy, self.network).follow(memory, obs, action, order, reset)
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation

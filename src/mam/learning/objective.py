@@ -13,7 +13,7 @@ from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Action, Evaluation, Memory, Observation
+from mam.types import Action, Evaluation, Memory, Observation, Policy
 
 
 class Batch(eqx.Module):
@@ -28,7 +28,7 @@ class Batch(eqx.Module):
     memory: Memory
     action: Action
     order: Int[Array, "L M N"]
-    targets: PyTree[Float[Array, "L M N ..."]]  # what the objective made of the rest
+    targets: PyTree[Shaped[Array, "L M ..."]]  # what the objective made of the rest
 
     @property
     def num_sequences(self) -> int:
@@ -55,7 +55,7 @@ class Objective(Protocol):
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
-    ) -> PyTree[Float[Array, "T B N ..."]]:
+    ) -> PyTree[Shaped[Array, "T B ..."]]:
         """Return what the loss reads besides the policy's view of the actions.
 
         It is in the network's units.
@@ -68,11 +68,14 @@ class Objective(Protocol):
         """
         ...
 
-    def loss(self, evaluation: Evaluation, batch: Batch, targets: PyTree, shard: Shard) -> Losses:
+    def loss(
+        self, policy: Policy, evaluation: Evaluation, batch: Batch, targets: PyTree, shard: Shard
+    ) -> Losses:
         """Return the loss of a minibatch.
 
         Args:
-            evaluation: the current parameters' view of its actions.
+            policy: the network, with the current parameters.
+            evaluation: its view of the minibatch's actions.
             batch: the minibatch.
             targets: what `prepare` returned, for these rows.
             shard: where the minibatch lies on several devices, this one's share.
@@ -107,18 +110,24 @@ class WeightedSum:
         return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
 
     def loss(
-        self, evaluation: Evaluation, batch: Batch, targets: Sequence[PyTree], shard: Shard
+        self,
+        policy: Policy,
+        evaluation: Evaluation,
+        batch: Batch,
+        targets: Sequence[PyTree],
+        shard: Shard,
     ) -> Losses:
         """Return Σ weight · loss, and what each term reports under its own names.
 
         Args:
+            policy: the network.
             evaluation: computed once for all terms.
             batch: the minibatch.
             targets: one entry per term, as `prepare` returned them.
             shard: this device's share of the minibatch.
         """
         found = [
-            (weight, objective.loss(evaluation, batch, own, shard))
+            (weight, objective.loss(policy, evaluation, batch, own, shard))
             for (weight, objective), own in zip(self.terms, targets, strict=True)
         ]
         total = sum((weight * losses.loss for weight, losses in found), jnp.zeros(()))

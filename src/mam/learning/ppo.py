@@ -14,7 +14,7 @@ from mam.learning.normalise import NormalisedPolicy
 from mam.learning.objective import Batch, Losses, living_mean
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
-from mam.types import Evaluation
+from mam.types import Evaluation, Policy
 
 
 class PPOLoss(eqx.Module):
@@ -141,11 +141,17 @@ class PPO:
         )
 
     def loss(
-        self, evaluation: Evaluation, batch: Batch, targets: PPOTargets, shard: Shard
+        self,
+        policy: Policy,
+        evaluation: Evaluation,
+        batch: Batch,
+        targets: PPOTargets,
+        shard: Shard,
     ) -> Losses:
         """Return `ppo_loss` of a minibatch.
 
         Args:
+            policy: not read.
             evaluation: log π, entropy and v of the stored actions, [L, M, N].
             batch: says which agents were alive.
             targets: as of acting, for the same rows.

@@ -21,11 +21,13 @@ from mam.config import Config
 from mam.envs.tasks import DATASET
 from mam.errors import UserError
 from mam.learning.advantages import Advantages
+from mam.learning.alignment import Alignment, hidden_states, matrices
 from mam.learning.anchor import StayClose
 from mam.learning.cloning import BehaviourCloning
 from mam.learning.estimates import estimate
 from mam.learning.evaluate import with_kinds
 from mam.learning.experience import Environments, Experience, Values, environments
+from mam.learning.guided import Guided, seen_by
 from mam.learning.nonfinite import (
     NO_FAULT,
     ROLLOUT_NAMES,
@@ -46,7 +48,14 @@ from mam.learning.update import make_optimiser, update, update_names
 from mam.networks.decoding.decide import Decoding
 from mam.networks.mixers.base import mixer_metrics
 from mam.networks.policy import make_policy
-from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy, Transition
+from mam.types import (
+    Environment,
+    EnvSpec,
+    ExternalEnvironments,
+    FollowingPolicy,
+    Policy,
+    Transition,
+)
 
 P = jax.P
 TRAINING, EVALUATION, ABSOLUTE = range(3)  # streams of random keys
@@ -71,6 +80,7 @@ class TrainState(eqx.Module):
     key: Key[Array, "*seeds"]
     num_updates: Int[Array, "*seeds"]
     start: Policy | None = None  # that the policy is to stay close to at first, if it is
+    teacher: Policy | None = None  # that is distilled, if one is
 
     def best(self, *, beside: bool) -> Best:
         """Return the best weights in the mode that counts, or in the one beside it if played."""
@@ -157,14 +167,18 @@ class Trainer:
 
 
 def make_train(
-    config: Config, experience: Experience | None = None, objective: Objective | None = None
+    config: Config,
+    experience: Experience | None = None,
+    objective: Objective | None = None,
+    teacher: Config | None = None,
 ) -> Trainer:
     """Build the functions of a run; nothing is compiled or started before the first call.
 
     Args:
         config: of the run; its task is where the policy is played.
         experience: what is learned from; the task itself if None.
-        objective: what is learned; PPO if None.
+        objective: what is learned; what the configuration says if None.
+        teacher: says of which kind the policy is that is distilled; its weights are the state's.
 
     Raises:
         UserError: for a task or a policy that does not exist.
@@ -173,12 +187,12 @@ def make_train(
         config = replace(config, num_devices=1)
     played = Unplayed(config) if config.env == DATASET else environments(config)
     source, devices = experience or _experience(config, played), played.devices
-    if objective is None:
+    if objective is None and config.learn != "distill":
         cloning = BehaviourCloning(config.cloning.value_coef)
         objective = cloning if config.learn == "bc" else PPO(config.ppo)
 
     # External environments are started when their sizes are first read.
-    learner = cache(lambda: Learner(config, played.spec, objective, devices.shard))
+    learner = cache(lambda: Learner(config, played.spec, objective, devices.shard, teacher))
     specs = _device_specs(learner(), source) if devices.num_devices > 1 else None
 
     def init(seed: Int[Array, ""]) -> TrainState:
@@ -193,11 +207,13 @@ def make_train(
     def share(step: Callable, out_specs: Any) -> Callable:
         return devices.share(_over_seeds(step), (specs,), out_specs)
 
-    traced = _Steps(config, source, played, learn, remember, _key)
+    acting = partial(_acting, config)
+    traced = _Steps(config, source, played, acting, learn, remember, _key)
     called = _Steps(
         config,
         source,
         played,
+        acting,
         jax.jit(_guarded(_over_seeds(learn), config, external=True), donate_argnums=0),
         jax.jit(jax.vmap(remember)),
         jax.jit(jax.vmap(_key, in_axes=(0, None))),
@@ -251,6 +267,7 @@ class _Steps:
     config: Config
     source: Experience
     played: Environments | Unplayed
+    acting: Callable[[TrainState], Policy]
     learn: Callable[..., tuple[TrainState, Values]]
     remember: Callable[[TrainState, Values], TrainState]
     key: Callable[[TrainState, int], Key[Array, "*seeds"]]
@@ -260,7 +277,7 @@ class _Steps:
         key, shard = self.key(state, TRAINING), self.played.devices.shard
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         carry, rollout, beside = self.source.collect(
-            state.policy, state.actors, keys[..., 0], shard
+            self.acting(state), state.actors, keys[..., 0], shard
         )
         state, values = self.learn(state, carry, rollout, keys[..., 1])
         return state, {**values, **beside}
@@ -291,6 +308,25 @@ class _Steps:
             else {}
         )
         return {name: x[0] for name, x in values.items()} | beside
+
+
+def _acting(config: Config, state: TrainState) -> Policy:
+    """Return what acts in rollouts: the policy, beside its teacher if it has one."""
+    if state.teacher is None:
+        return state.policy
+    student, teacher = (cast(FollowingPolicy, one) for one in (state.policy, state.teacher))
+    share, acts = config.distill.teacher_share, config.learn == "distill"
+    return Guided(
+        student, teacher, _falling(share, config, state.num_updates) if share and acts else None
+    )
+
+
+def _falling(
+    weight: float, config: Config, num_updates: Int[Array, "*seeds"]
+) -> Float[Array, "*seeds"]:
+    """Return a weight of the teacher's after so many updates, which falls to 0."""
+    passed = num_updates / (config.distill.teacher_until * config.num_updates)
+    return weight * jnp.maximum(1 - passed, 0.0)
 
 
 def _evaluation(played: Environments | Unplayed) -> Callable[..., Values]:
@@ -374,8 +410,9 @@ class Learner:
 
     config: Config
     spec: EnvSpec
-    objective: Objective
+    objective: Objective | None  # beside what the state says to stay close to
     shard: Shard = WHOLE
+    teacher: Config | None = None  # of the policy that is distilled
 
     @property
     def optimiser(self) -> optax.GradientTransformation:
@@ -393,28 +430,74 @@ class Learner:
         config, (policy_key, env_key, key) = self.config, jax.random.split(jax.random.key(seed), 3)
         policy = init_policy(config, self.spec, key=policy_key)
         never = jnp.array(-jnp.inf, jnp.float32)
-        return TrainState(
+        state = TrainState(
             policy=policy,
             opt_state=self.optimiser.init(cast(Any, as_normalised(policy).network)),
-            actors=start(policy, env_key),
+            actors=(),
             best_policy=policy,
             best_return=never,
             best_beside=Best(policy, never) if config.eval.both_modes else None,
             key=key,
             num_updates=jnp.zeros((), jnp.int32),
             start=policy if config.finetune.kl_coef else None,
+            teacher=self._blank_teacher(),
         )
+        return replace(state, actors=start(_acting(config, state), env_key))
 
-    def _at(self, state: TrainState, rollout: Rollout) -> Objective:
-        """Return what is learned from a rollout: at first also to stay close to the start."""
-        finetune = self.config.finetune
-        if state.start is None:
-            return self.objective
-        share = state.num_updates / (finetune.kl_until * self.config.num_updates)
-        start = as_normalised(state.start)
-        close = StayClose(start, cast(Any, start.network).distribution, rollout)
-        weight = finetune.kl_coef * jnp.maximum(1 - share, 0.0)
-        return WeightedSum(((1.0, self.objective), (weight, close)))
+    def _blank_teacher(self) -> Policy | None:
+        """Return zeros in the place of the teacher's weights, which are read from its run."""
+        if self.teacher is None:
+            return None
+        draw = partial(init_policy, self.teacher, self.spec)
+        shapes = jax.eval_shape(lambda: draw(key=jax.random.key(0)))
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def _at(self, state: TrainState, rollout: Rollout, taught: Rollout) -> Objective:
+        """Return what is learned from a rollout.
+
+        That is the objective, what the teacher does, and at first to stay close to the start.
+
+        Args:
+            state: before it.
+            rollout: as the policy remembers it.
+            taught: as the teacher does.
+        """
+        config, finetune = self.config, self.config.finetune
+        terms: list[tuple[Any, Objective]] = [(1.0, self.objective)] if self.objective else []
+        if state.teacher is not None:
+            terms += self._lessons(as_normalised(state.teacher), taught, state.num_updates)
+        if state.start is not None:
+            share = state.num_updates / (finetune.kl_until * config.num_updates)
+            weight = finetune.kl_coef * jnp.maximum(1 - share, 0.0)
+            terms.append((weight, StayClose("start", as_normalised(state.start), rollout)))
+        if not terms:
+            raise UserError("there is nothing to learn: a distilling run needs its teacher")
+        return terms[0][1] if len(terms) == 1 else WeightedSum(tuple(terms))
+
+    def _lessons(
+        self, teacher: NormalisedPolicy, rollout: Rollout, num_updates: Int[Array, ""]
+    ) -> list[tuple[Any, Objective]]:
+        """Return what is learned of a teacher after so many updates: one stage after another.
+
+        Args:
+            teacher: in the environment's units.
+            rollout: as the teacher remembers it.
+            num_updates: so far.
+        """
+        config, distill = self.config, self.config.distill
+        if config.learn == "ppo":
+            close = StayClose("teacher", teacher, rollout)
+            return [(_falling(distill.kl_coef, config, num_updates), close)]
+        close = StayClose("teacher", teacher, rollout, distill.value_coef)
+        if not distill.staged:
+            return [(1.0, close)]
+        first = num_updates < distill.matrix_updates
+        last = num_updates >= distill.matrix_updates + distill.hidden_updates
+        return [
+            (1.0 * first, Alignment("matrix_distance", matrices, teacher, rollout)),
+            (1.0 * ~(first | last), Alignment("hidden_distance", hidden_states, teacher, rollout)),
+            (1.0 * last, close),
+        ]
 
     def learn(
         self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
@@ -430,7 +513,9 @@ class Learner:
         Returns:
             The state after it, and what is reported, one number each.
         """
-        ppo, shard, objective = self.config.ppo, self.shard, self._at(state, rollout)
+        ppo, shard = self.config.ppo, self.shard
+        rollout, taught = (rollout, rollout) if state.teacher is None else seen_by(rollout)
+        objective = self._at(state, rollout, taught)
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
         flags = [*nonfinite_leaves(policy.network), *nonfinite_in_rollout(transitions)]
         # 1. Estimate advantages, in units of reward.
@@ -445,18 +530,9 @@ class Learner:
         observation = policy.statistics.normalise(transitions.observation)
         scaled = replace(rollout, transitions=replace(transitions, observation=observation))
         batch = make_batch(scaled, objective.prepare(policy, scaled, estimates), shard)
-        network, opt_state, metrics = update(
-            policy.network,
-            state.opt_state,
-            batch,
-            key,
-            self.optimiser,
-            objective,
-            ppo,
-            shard,
-            lr_scale := self._lr_scale(state.num_updates),
-            self._frozen(state),
-        )
+        lr_scale = self._lr_scale(state.num_updates)
+        how = (self.optimiser, objective, ppo, shard, lr_scale, self._frozen(state))
+        network, opt_state, metrics = update(policy.network, state.opt_state, batch, key, *how)
         # 4. Report.
         in_update = jnp.where(metrics.bad == NO_FAULT, NO_FAULT, len(flags) + metrics.bad)
         values = {
@@ -465,6 +541,7 @@ class Learner:
             **{name: x.mean() for name, x in shard.gather(transitions.policy_metrics, 1).items()},
             **_value_metrics(transitions, estimates, shard),
             "learning_rate": optax.tree.get(opt_state, "learning_rate") * lr_scale,
+            **self._taught_values(state),
             NON_FINITE: jnp.where(bad == NO_FAULT, in_update, bad),
             **mixer_metrics(network),
         }
@@ -476,6 +553,13 @@ class Learner:
             num_updates=state.num_updates + 1,
         )
         return state, values
+
+    def _taught_values(self, state: TrainState) -> Values:
+        """Return how often the teacher acted, if there is one."""
+        if state.teacher is None or self.config.learn != "distill":
+            return {}
+        share = self.config.distill.teacher_share
+        return {"teacher_share": _falling(share, self.config, state.num_updates)}
 
     def _lr_scale(self, num_updates: Int[Array, ""]) -> Float[Array, ""] | float:
         """Return what the learning rate is multiplied by after so many updates."""

@@ -129,7 +129,7 @@ def _gradient(
     def loss_fn(policy: Policy) -> tuple[Float[Array, ""], Losses]:
         memory = jax.tree.map(lambda x: x[0], rows.memory)
         new = policy.evaluate(memory, rows.observation, rows.action, rows.order, rows.reset)
-        losses = objective.loss(new, rows, rows.targets, shard)
+        losses = objective.loss(policy, new, rows, rows.targets, shard)
         return losses.loss, losses
 
     grads, shares = jax.grad(loss_fn, has_aux=True)(policy)

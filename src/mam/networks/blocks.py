@@ -201,3 +201,19 @@ class DecoderBlock(eqx.Module):
         cross_state, crossed = run(self.cross, cross_state, self.cross.project(x), context)
         x = self.cross_norm(obs_rep, crossed)
         return DecoderState(mixer=mixer_state, cross=cross_state), self.mlp_norm(x, self.mlp(x))
+
+    def all_at_once(
+        self, x: Float[Array, "*batch N E"], obs_rep: Float[Array, "*batch N E"]
+    ) -> Float[Array, "*batch N E"]:
+        """Run all agents of a step at once.
+
+        Args:
+            x: the action stream.
+            obs_rep: the observation representation.
+        """
+
+        def run(mixer, state, inputs, context):
+            return mixer.unroll(state, inputs, context)
+
+        read = (x, self.mixer.project(x), obs_rep, self.cross.project_context(obs_rep))
+        return self(None, *read, run=run)[1]

@@ -152,6 +152,21 @@ class Decoder(eqx.Module):
         """Return the memory after a step, given the state after its agents."""
         return tuple(block.end_step(own) for block, own in zip(self.blocks, state, strict=True))
 
+    def follow(
+        self, tokens: Token, obs_rep: Float[Array, "*batch N E"], past: Past
+    ) -> tuple[DecoderState, ...]:
+        """Return the memory of every block after an environment step with given actions.
+
+        Args:
+            tokens: of the actions, in the order of deciding.
+            obs_rep: the observation representation, in the same order.
+            past: what is known at the beginning of the step.
+        """
+        dtype = obs_rep.dtype
+        embedded = self.embedder(dtype)(self.embed.shift_right(tokens))
+        state = self.start_step(past, obs_rep.shape[-2], dtype)
+        return self.end_step(self.unroll(state, embedded, self.read(obs_rep))[0])
+
     def step(
         self, state: tuple[DecoderState, ...], embedded: Embedded, context: Context
     ) -> tuple[tuple[DecoderState, ...], Float[Array, "*batch P"]]:

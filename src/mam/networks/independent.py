@@ -122,6 +122,19 @@ class Tower(eqx.Module):
         memory, x = self.memory.step(memory, self._features(obs), reset)
         return memory, self.head(x)
 
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, reset: Bool[Array, "*batch"]
+    ) -> Memory:
+        """Return the memory after one environment step and what was done at it.
+
+        Args:
+            memory: before the step.
+            obs: what the agents see at the step.
+            action: what they did.
+            reset: whether the step is the first of its episode.
+        """
+        return self.memory.note(self.step(memory, obs, reset)[0], action)
+
     def unroll(
         self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"], action: Action
     ) -> Float[Array, "*batch N O"]:
@@ -263,6 +276,15 @@ class IndependentPolicy(eqx.Module):
             entropy=self.distribution.entropy(out, obs.action_mask),
             value=self.critic.unroll(memory.critic, obs, reset, action)[..., 0],
             distribution=self.distribution.parameters(out, obs.action_mask),
+        )
+
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
+    ) -> Memory:
+        """Return the memory after a step at which another acted; see `FollowingPolicy`."""
+        return ActorCriticMemory(
+            actor=self.actor.follow(memory.actor, obs, action, reset),
+            critic=self.critic.follow(memory.critic, obs, action, reset),
         )
 
     def successor_values(

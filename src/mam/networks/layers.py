@@ -80,6 +80,11 @@ class RMSNorm(eqx.Module):
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
         return normalise(x, self.scale, eps=self.eps)
 
+    def inverse(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch 1"]:
+        """Return what x is multiplied by, besides the scale."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+
 
 @jax.custom_vjp
 def lookup(

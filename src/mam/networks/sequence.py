@@ -3,7 +3,7 @@
 `mam` and `mat` differ in their mixers only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
@@ -25,7 +25,6 @@ from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
 from mam.networks.order import check_order, order_agents, shifted_orders
-from mam.networks.order import take_agents as _rows
 from mam.types import (
     Action,
     EnvSpec,
@@ -199,20 +198,20 @@ class SequencePolicy(eqx.Module):
         #    deciding.
         agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
         encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
-        past = Past(memory.decoder, _rows(obs.alive, order), reset)
-        mask = _rows(obs.action_mask, order)
-        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, _rows(noise, order))
+        past = Past(memory.decoder, ordered(obs.alive, order), reset)
+        mask = ordered(obs.action_mask, order)
+        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, ordered(noise, order))
         # 2. The actions.
         decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
-        action = _rows(decision.action, by_agent)
+        action = ordered(decision.action, by_agent)
         memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
         return memory, PolicyOutput(
             action=action,
-            log_prob=_rows(log_prob, by_agent),
-            value=_rows(encoded.value, by_agent),
+            log_prob=ordered(log_prob, by_agent),
+            value=ordered(encoded.value, by_agent),
             order=order,
             metrics={"decode_passes": decision.passes}
             if self.decoding.method == "fixed_point"
@@ -232,20 +231,33 @@ class SequencePolicy(eqx.Module):
             reset: whether a step was the first of its episode.
         """
         _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
-        alive = _rows(obs.alive, order)
-        scans = self._scans(obs, order)
-        x = self._ordered(x, order)
+        alive = ordered(obs.alive, order)
+        scans = self.scans(obs, order)
+        x = self.in_order(x, order)
         _, encoded = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
-        action, mask = _rows(action, order), _rows(obs.action_mask, order)
+        action, mask = ordered(action, order), ordered(obs.action_mask, order)
         past = Past(memory.decoder, alive, reset)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
-            log_prob=_rows(self.distribution.log_prob(out, mask, action), by_agent),
-            entropy=_rows(self.distribution.entropy(out, mask), by_agent),
-            value=_rows(encoded.value, by_agent),
-            distribution=_rows(self.distribution.parameters(out, mask), by_agent),
+            log_prob=ordered(self.distribution.log_prob(out, mask, action), by_agent),
+            entropy=ordered(self.distribution.entropy(out, mask), by_agent),
+            value=ordered(encoded.value, by_agent),
+            distribution=ordered(self.distribution.parameters(out, mask), by_agent),
         )
+
+    def follow(
+        self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
+    ) -> Memory:
+        """Return the memory after a step at which another acted; see `FollowingPolicy`."""
+        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
+        agents = self.memory.note(agents, action)
+        if not jax.tree.leaves((memory.encoder, memory.decoder)):
+            return replace(memory, agents=agents)
+        encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
+        past = Past(memory.decoder, ordered(obs.alive, order), reset)
+        token = self.distribution.token(ordered(action, order))
+        return SequenceMemory(agents, encoder, self.decoder.follow(token, encoded.obs_rep, past))
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
@@ -289,16 +301,17 @@ class SequencePolicy(eqx.Module):
         Returns:
             The encoder's memory after the step, and what it makes of it.
         """
-        alive, scans = _rows(obs.alive, order), self._scans(obs, order)
-        return self.encoder.step(memory, self._ordered(x, order), alive, reset, scans)
+        alive, scans = ordered(obs.alive, order), self.scans(obs, order)
+        return self.encoder.step(memory, self.in_order(x, order), alive, reset, scans)
 
-    def _scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
+    def scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
         """Return the encoder's further orders, of places in the order of deciding."""
         place = jnp.argsort(order, axis=-1)
-        return tuple(_rows(place, other) for other in shifted_orders(self.order_scans - 1, obs))
+        return tuple(ordered(place, other) for other in shifted_orders(self.order_scans - 1, obs))
 
-    def _ordered(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
-        return _rows(x if self.dtype == "float32" else x.astype(self.dtype), order)
+    def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
+        """Return what the encoder reads, of agents' rows: in the order of deciding."""
+        return ordered(x if self.dtype == "float32" else x.astype(self.dtype), order)
 
     def _value(
         self,
@@ -309,4 +322,11 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
         order = order_agents(self.order, obs)
         memory, encoded = self.encode(memory, x, obs, order, reset)
-        return memory, _rows(encoded.value, jnp.argsort(order, axis=-1))
+        return memory, ordered(encoded.value, jnp.argsort(order, axis=-1))
+
+
+def ordered(x: Array, index: Int[Array, "*batch N"]) -> Array:
+    """Take entries of [*batch, N] or rows of [*batch, N, F] along the agents."""
+    if x.ndim == index.ndim:
+        return jnp.take_along_axis(x, index, axis=-1)
+    return jnp.take_along_axis(x, index[..., None], axis=-2)

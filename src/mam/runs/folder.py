@@ -46,6 +46,10 @@ class RunFolder:
         return self.path / "config.json"
 
     @property
+    def teacher(self) -> Path:
+        return self.path / "teacher.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -20,6 +20,7 @@ from mam.config import Config
 from mam.errors import RunError, UserError
 from mam.learning.train import Trainer, make_train
 from mam.networks.policy import has_memory
+from mam.runs.files import teacher_of
 
 MEMORY_FRACTION = 0.9  # of a device's memory that may be planned for
 
@@ -99,7 +100,7 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _compiled(config: Config, changes: str) -> Plan:
-    trainer = make_train(config)
+    trainer = make_train(config, teacher=teacher_of(config))
     try:
         if not isinstance(trainer.train_step, jax.stages.Wrapped):
             raise UserError(

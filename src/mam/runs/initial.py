@@ -1,5 +1,6 @@
-"""The weights that a run starts from, where they are those of an earlier run."""
+"""The weights of earlier runs that a run starts from: its own first ones, and its teacher's."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,18 @@ from mam.errors import UserError
 from mam.learning.nonfinite import leaf_names
 from mam.learning.normalise import as_normalised, simplified
 from mam.learning.train import Trainer, TrainState
-from mam.runs.load import load_weights
+from mam.networks.sequence import SequencePolicy
+from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
 _SHOWN = 4  # names in a message
 
 
 def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] = print) -> Trainer:
-    """Return a trainer whose `init` takes the weights of the run that the configuration names.
+    """Return a trainer whose `init` takes the weights of the runs that the configuration names.
 
-    Each seed starts from the same seed of a run with as many, else from the best one. A run that is
-    resumed has its weights, and does not read the other again.
+    Each seed starts from, and is taught by, the same seed of a run with as many, else the best one.
+    A run that is resumed has its weights, and does not read the others again.
 
     Args:
         config: of the new run.
@@ -34,13 +36,80 @@ def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] =
     Raises:
         UserError: if there is no such run, or weights do not fit.
     """
-    if config.init is None:
+    return _taught(config, _begun(config, trainer, tell))
+
+
+def _taught(config: Config, trainer: Trainer) -> Trainer:
+    """Return a trainer whose `init` takes the weights of the teacher, if there is one.
+
+    A policy that is drawn at random also takes its units, of what is seen and of values.
+    """
+    if config.teacher is None:
         return trainer
-    weights = load_weights(Path(config.init), named={"policy": config.policy})
+    weights = load_weights(Path(config.teacher), named={"policy": config.policy})
+    if weights.config.agent_id != config.agent_id:
+        raise UserError(
+            f"the teacher {config.teacher} sees --agent-id {weights.config.agent_id}: "
+            f"take it, too, instead of {config.agent_id}"
+        )
+    teacher = weights.fitted(_by_seed(config, weights), trainer.spec)
+    if config.distill.staged:
+        _check_alike(config, trainer, teacher)
+
+    def init(seeds: np.ndarray) -> TrainState:
+        state = replace(trainer.init(seeds), teacher=_copied(teacher))
+        if config.init is not None or config.learn != "distill":
+            return state
+        new, units = as_normalised(state.policy), as_normalised(teacher).statistics
+        policy = simplified(replace(new, statistics=new.statistics.taken_from(units)))
+        if config.distill.staged:
+            policy, _ = _fitted(policy, teacher)
+        return _with_policy(state, policy)
+
+    return replace(trainer, init=init)
+
+
+def _check_alike(config: Config, trainer: Trainer, teacher: Policy) -> None:
+    """Refuse a student whose blocks cannot be aligned with its teacher's, naming what differs."""
+    shapes = trainer.shapes(np.zeros(config.num_seeds, np.int64)).policy
+    student, other = as_normalised(shapes).network, as_normalised(teacher).network
+    if not isinstance(student, SequencePolicy) or not isinstance(other, SequencePolicy):
+        raise UserError("mixers are aligned between sequence policies: neither may be independent")
+    sizes = [
+        {
+            "network.d_model": one.value_layer.weight.shape[-2],
+            "the number of encoder blocks": len(one.encoder.blocks),
+            "the number of decoder blocks": len(one.decoder.blocks),
+        }
+        for one in (student, other)
+    ]
+    unlike = [
+        f"{name} is {own} instead of {sizes[1][name]}"
+        for name, own in sizes[0].items()
+        if own != sizes[1][name]
+    ]
+    left = _fitted(shapes, teacher)[1] if not unlike else []
+    unlike += [name for name in left if not re.search(r"\.(mixer|cross)\b", name)]
+    if unlike:
+        raise UserError(
+            f"to be aligned with the teacher's, blocks must be as wide and as many: "
+            f"{', '.join(unlike[:_SHOWN])}"
+        )
+
+
+def _by_seed(config: Config, weights: Weights) -> Policy:
+    """Return an earlier policy for each seed of a run."""
     seeds = np.arange(config.num_seeds)
     if len(weights.best_return) != config.num_seeds:
         seeds = np.full(config.num_seeds, np.argmax(weights.best_return))
-    policies = jax.tree.map(lambda x: jnp.asarray(x)[seeds], weights.policies)
+    return jax.tree.map(lambda x: jnp.asarray(x)[seeds], weights.policies)
+
+
+def _begun(config: Config, trainer: Trainer, tell: Callable[[str], None]) -> Trainer:
+    """Return a trainer whose `init` takes the policy of the run to start from, if there is one."""
+    if config.init is None:
+        return trainer
+    policies = _by_seed(config, load_weights(Path(config.init), named={"policy": config.policy}))
     shapes = trainer.shapes(np.zeros(config.num_seeds, np.int64)).policy
     _, left = _fitted(shapes, policies)
     if left:
@@ -53,12 +122,7 @@ def started_from(config: Config, trainer: Trainer, tell: Callable[[str], None] =
 
     def init(seeds: np.ndarray) -> TrainState:
         state = trainer.init(seeds)
-        policy, _ = _fitted(state.policy, policies)
-        state = replace(state, policy=policy, best_policy=_copied(policy))
-        if state.best_beside is not None:
-            beside = _copied(policy)
-            state = eqx.tree_at(lambda s: s.best_beside.policy, state, beside)
-        return state if state.start is None else replace(state, start=_copied(policy))
+        return _with_policy(state, _fitted(state.policy, policies)[0])
 
     return replace(trainer, init=init)
 
@@ -85,6 +149,14 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
     names = leaf_names(new_whole, "")
     left = [name.strip() for name, fit in zip(names, fits, strict=True) if not fit]
     return simplified(jax.tree.unflatten(structure, taken)), left
+
+
+def _with_policy(state: TrainState, policy: Policy) -> TrainState:
+    """Return a fresh state with another policy, which it starts from."""
+    state = replace(state, policy=_copied(policy), best_policy=_copied(policy))
+    if state.best_beside is not None:
+        state = eqx.tree_at(lambda s: s.best_beside.policy, state, _copied(policy))
+    return state if state.start is None else replace(state, start=_copied(policy))
 
 
 def _copied(policy: Policy) -> Policy:

@@ -5,6 +5,7 @@ RUN/versions.json      with what              RUN/tensorboard/        the same f
 RUN/checkpoint/        whole train states     RUN/marl_eval.json      the same for marl-eval
 RUN/times.json         where time went        RUN/learning_curve.png  the same to look at
 RUN/run.lock           held while it trains   RUN/trackers.json       the run elsewhere
+RUN/teacher.json       what it distills, if it does
 """
 
 import errno
@@ -36,7 +37,7 @@ from mam.learning.recordings import Recordings
 from mam.learning.train import Trainer, TrainState, Values, make_train, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
-from mam.runs.files import read_object
+from mam.runs.files import read_object, teacher_of
 from mam.runs.folder import FREE, RunFolder, differences, restore, seeds_of
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.initial import started_from
@@ -77,7 +78,7 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         _check_unused(config, path)
     for name in config.log:
         find_sink(name)
-    trainer = make_train(config)
+    trainer = make_train(config, teacher=teacher_of(config))
     try:
         trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
         trainer = started_from(config, trainer)
@@ -119,6 +120,8 @@ def _make_folder(config: Config, path: Path | None, trainer: Trainer) -> RunFold
     try:
         _check_unused(config, path)
         _write_json(folder.config, to_json(config))
+        if teacher := teacher_of(config):
+            _write_json(folder.teacher, to_json(teacher))
         data = {"data": fingerprint} if (fingerprint := _fingerprint(trainer)) else {}
         _write_json(path / "versions.json", versions() | data)
     except BaseException:
@@ -193,7 +196,7 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     if jax.process_index() == 0:
         folder = replace(folder, held=acquire(folder.lock))
     try:
-        trainer = make_train(config)
+        trainer = make_train(config, teacher=teacher_of(config, folder.teacher))
         _check_data(folder, config, trainer)
         if not has_saves(folder.checkpoint):
             trainer = started_from(config, trainer)

@@ -50,6 +50,7 @@ class Episode:
     num_frames: int  # of the GIF
     undrawn: str = ""  # why there is none; empty if there is one
     agents: tuple[str, ...] | None = None  # their names, if they have any
+    observation: Observation | None = None  # what was seen, [T, N, …]
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,15 @@ def _play_on_device(
         raise
     except Exception as error:
         undrawn = _why_undrawn(env.spec.name, error)
+    notes = jax.device_get(notes)
     return Episode(
         episode_return=float(timestep.metrics["episode_return"]),
         terminated=bool(timestep.terminated),
-        trace=Trace.of(jax.device_get(notes)),
+        trace=Trace.of(notes),
         num_frames=0 if undrawn else len(states),
         undrawn=undrawn,
         agents=env.spec.agent_names,
+        observation=_seen(notes),
     )
 
 
@@ -179,7 +182,7 @@ def _play_external(
     trace = Trace.of(notes)
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     agents = env.layout.agents
-    return Episode(episode_return, terminated, trace, len(frames), undrawn, agents)
+    return Episode(episode_return, terminated, trace, len(frames), undrawn, agents, _seen(notes))
 
 
 def _why_undrawn(name: str, error: Exception) -> str:
@@ -191,7 +194,12 @@ def _why_undrawn(name: str, error: Exception) -> str:
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
     """Return one step of a trace."""
     decided = {name: getattr(output, name) for name in ("value", "action", "log_prob", "order")}
-    return decided | {"reward": reward, "alive": observation.alive}
+    return decided | {"reward": reward, "alive": observation.alive, "observation": observation}
+
+
+def _seen(notes: list[dict[str, Any]]) -> Observation:
+    """Stack what was seen at each step."""
+    return jax.tree.map(lambda *x: np.stack(x), *(note["observation"] for note in notes))
 
 
 def write_trace(path: Path, episode: Episode, **about: Any) -> None:

@@ -3,7 +3,9 @@
 Source: MAT (arXiv 2205.14953), §3.
 """
 
+from dataclasses import replace
 from functools import partial, reduce
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
 from mam.networks.layers import SMALL_GAIN, Dense
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
+from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Mixing, Roles, required
 
 MASKED = -1e9
 
@@ -83,6 +85,23 @@ def heads_first(x: Float[Array, "*batch N H F"]) -> Float[Array, "*batch H N F"]
     return jnp.swapaxes(x, -2, -3)
 
 
+def mixing_of(
+    projections: Projections, query: Float[Array, "*batch H N F"], agents: Attended
+) -> Mixing:
+    """Return softmax(q kᵀ / √F) as a matrix.
+
+    Args:
+        projections: of the mixer.
+        query: q.
+        agents: to attend to.
+    """
+    return Mixing(
+        values=agents.values,
+        apply=lambda values: attend(query, replace(agents, values=values)),
+        finish=lambda y: projections.merge(heads_first(y)),
+    )
+
+
 class Attention(AbstractMixer):
     """Every agent attends to every living agent: the encoder's mixer."""
 
@@ -92,12 +111,15 @@ class Attention(AbstractMixer):
         self.projections = Projections(config, key=key)
 
     def __call__(self, x, context=None, *, alive=None):
+        return self.mixing(x, alive=alive).output
+
+    def mixing(self, x, context=None, *, alive=None):
         p = self.projections
         visible = jnp.ones((1, x.shape[-2]), bool) if alive is None else alive[..., None, :]
         query, key, value = (
             heads_first(p.split(project(x))) for project in (p.query, p.key, p.value)
         )
-        return p.merge(heads_first(attend(query, Attended(key, value, visible))))
+        return mixing_of(p, query, Attended(key, value, visible))
 
 
 class KVCache(eqx.Module):
@@ -151,15 +173,9 @@ class CausalAttention(AbstractCausalMixer):
         return state, y[..., 0, :]
 
     def unroll(self, state, inputs, context, alive=None):
-        query = heads_first(context if self.cross else inputs.query)
+        query, new = self._read(inputs, context, alive)
         axis = query.ndim - 2  # of the agents
         num_new = query.shape[axis]
-        causal = jnp.tril(jnp.ones((num_new, num_new), bool))
-        new = Attended(
-            keys=heads_first(inputs.key),
-            values=heads_first(inputs.value),
-            visible=causal if alive is None else causal & alive[..., None, :],
-        )
         if state is None:
             y = attend(query, new)
             state = KVCache(keys=new.keys, values=new.values, length=jnp.array(num_new))
@@ -172,6 +188,17 @@ class CausalAttention(AbstractCausalMixer):
             values = lax.dynamic_update_slice_in_dim(state.values, new.values, state.length, axis)
             state = KVCache(keys=keys, values=values, length=state.length + num_new)
         return state, self.projections.merge(heads_first(y))
+
+    def mixing(self, x, context=None, *, alive=None):
+        read = self._read(self.project(x), self.project_context(context), alive)
+        return mixing_of(self.projections, *read)
+
+    def _read(self, inputs: AttentionInputs, context: Any, alive: Array | None):
+        """Return the queries of agents, and what these may attend to among themselves."""
+        query = heads_first(required(context if self.cross else inputs.query))
+        causal = jnp.tril(jnp.ones((query.shape[-2],) * 2, bool))
+        visible = causal if alive is None else causal & alive[..., None, :]
+        return query, Attended(heads_first(inputs.key), heads_first(inputs.value), visible)
 
 
 ROLES = Roles(

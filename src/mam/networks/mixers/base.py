@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
 import equinox as eqx
@@ -15,6 +15,41 @@ T = TypeVar("T")
 MixerState = PyTree  # what a causal mixer knows of the agents so far
 MixerMemory = PyTree  # what a mixer knows of earlier environment steps; () if nothing
 MixerInputs = PyTree  # what it reads of one agent; every leaf has the agents' axes first
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A mixer as matrices: how much every agent takes of every agent's values, by head.
+
+        output = finish(M values + c)
+
+    M, c and `finish` are functions of what the mixer read: its scores, decays and gates. Held
+    still, they leave it affine in its values. c is made of biases, and nobody's.
+    """
+
+    values: Float[Array, "*batch H N F"]
+    apply: Callable[[Array], Array]  # M v, of any v like `values`
+    finish: Callable[[Array], Array]  # the mixer's output [*batch, N, E]
+    offset: Float[Array, "*batch H N F"] | float = 0.0  # c
+
+    @property
+    def matrix(self) -> Float[Array, "*batch H N N"]:
+        """M: row i is the agent that takes, column j the one it takes from."""
+
+        def column(agent: Float[Array, "N"]) -> Float[Array, "*batch H N"]:
+            one = jnp.broadcast_to(agent[:, None], self.values.shape).astype(self.values.dtype)
+            return self.apply(one)[..., 0]
+
+        return jax.vmap(column, out_axes=-1)(jnp.eye(self.values.shape[-2]))
+
+    @property
+    def output(self) -> Float[Array, "*batch N E"]:
+        """What the mixer puts out."""
+        return self.finish(self.apply(self.values) + self.offset)
+
+    def then(self, finish: Callable[[Array], Array]) -> "Mixing":
+        """Return the mixing whose output is a function of this one's."""
+        return replace(self, finish=lambda y: finish(self.finish(y)))
 
 
 class AbstractMixer(eqx.Module):
@@ -62,6 +97,22 @@ class AbstractMixer(eqx.Module):
             The memory after the last step, and the outputs.
         """
         return memory, self(x, alive=alive)
+
+    def mixing(
+        self,
+        x: Float[Array, "*batch N E"],
+        context: Float[Array, "*batch N E"] | None = None,
+        *,
+        alive: Bool[Array, "*batch N"] | None = None,
+    ) -> Mixing:
+        """Return what `__call__` does as matrices; see `materialize`.
+
+        Args:
+            x: the agents, in the order in which they decide.
+            context: a second sequence, for mixers that read one.
+            alive: agents that exist; the others' columns are zero.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `mixing`: it is no matrix")
 
     def metrics(self) -> dict[str, Float[Array, ""]]:
         """Return numbers to watch in training; the largest of a policy's mixers is reported."""
@@ -187,6 +238,43 @@ class Roles:
     decoder: Callable[..., AbstractCausalMixer]
     # Of the decoder, reading the observations as its context.
     cross: Callable[..., AbstractCausalMixer]
+
+
+def materialize(
+    mixer: AbstractMixer,
+    x: Float[Array, "*batch N E"],
+    context: Float[Array, "*batch N E"] | None = None,
+    *,
+    alive: Bool[Array, "*batch N"] | None = None,
+) -> Float[Array, "*batch H N N"]:
+    """Return a mixer as matrices: M[h, i, j] is what agent i takes of agent j's values in head h.
+
+    They are exact: `mixer.mixing(x)` also has the values, and what is done with M values. Of a
+    state-space model every channel is a head, for its convolution, which is in M, is its own.
+
+    Args:
+        mixer: of any family and role.
+        x: the agents, in the order in which they decide.
+        context: a second sequence, for mixers that read one.
+        alive: agents that exist; nobody takes anything of the others, whose rows mean nothing.
+
+    Raises:
+        NotImplementedError: if the mixer does not say what it is as a matrix.
+
+    Source: Dao and Gu 2024 (arXiv 2405.21060), §2.3 (sequence mixers as matrices). The SiLU after a
+    convolution counts as a gate, SiLU(c) = σ(c) c.
+    """
+    return mixer.mixing(x, context, alive=alive).matrix
+
+
+def by_channel(x: Float[Array, "*batch N D"]) -> Float[Array, "*batch D N 1"]:
+    """Make a head of every channel."""
+    return jnp.swapaxes(x, -1, -2)[..., None]
+
+
+def side_by_side(x: Float[Array, "*batch D N 1"]) -> Float[Array, "*batch N D"]:
+    """Put channels side by side again, the inverse of `by_channel`."""
+    return jnp.swapaxes(x[..., 0], -1, -2)
 
 
 def mixer_metrics(policy: PyTree) -> dict[str, Float[Array, ""]]:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
-from mam.kernels.selective_scan import gated_scan, selective_step, step_size
+from mam.kernels.selective_scan import gated_scan, selective_scan, selective_step, step_size
 from mam.networks.layers import Dense
-from mam.networks.mixers.base import required
+from mam.networks.mixers.base import Mixing, by_channel, required, side_by_side
 from mam.networks.mixers.roles import (
     AbstractSSM,
     CausalConv,
@@ -123,6 +123,23 @@ class SelectiveSSM(AbstractSSM):
             implementation=self.scan,
         )
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
+
+    def mixing(self, inputs, C, alive, *, reverse=False):
+        u = living(inputs.x, alive)
+        conv, offset = self.conv.with_gate_of(u, reverse=reverse)
+        features, B, C = self._select(conv(u) + offset, C)
+        dt, A = step_size(self.dt_proj(features), alive), -jnp.exp(self.A_log)
+
+        def scan(x: Array) -> Array:
+            how = {"reverse": reverse, "implementation": self.scan}
+            return by_channel(selective_scan(x, dt, A, B, C, self.skip, **how)[0])
+
+        return Mixing(
+            values=by_channel(u),
+            apply=lambda values: scan(conv(living(side_by_side(values), alive))),
+            finish=lambda y: side_by_side(y) * jax.nn.silu(inputs.gate),
+            offset=scan(offset),
+        )
 
     def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
         """Return δ, B and C, the latter the given one unless it is None."""

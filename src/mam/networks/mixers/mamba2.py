@@ -14,7 +14,7 @@ from mam.config import NetworkConfig
 from mam.kernels.selective_scan import step_size
 from mam.kernels.ssd import ssd, ssd_step
 from mam.networks.layers import Dense, RMSNorm
-from mam.networks.mixers.base import required
+from mam.networks.mixers.base import Mixing, by_channel, required, side_by_side
 from mam.networks.mixers.roles import (
     AbstractSSM,
     CausalConv,
@@ -132,6 +132,25 @@ class DualSSM(AbstractSSM):
         )
         return SSMState(ssm_state=ssm_state, conv_state=(conv_x, conv_BC)), self.norm(
             y * jax.nn.silu(inputs.gate)
+        )
+
+    def mixing(self, inputs, C, alive, *, reverse=False):
+        u, gate = living(inputs.x, alive), jax.nn.silu(inputs.gate)
+        conv, offset = self.conv.with_gate_of(u, reverse=reverse)
+        BC = self.state_conv.unroll(None, living(inputs.BC, alive), reverse=reverse)[1]
+        dt, (B, C) = step_size(inputs.dt, alive), self._split(BC, C)
+
+        def run(x: Array) -> Array:
+            return ssd(x, dt, -jnp.exp(self.A_log), B, C, self.skip, reverse=reverse)[0]
+
+        # What the norm divides by is one number per agent, and another one in the other direction:
+        # it belongs to the matrix.
+        inverse = self.norm.inverse(run(conv(u) + offset) * gate)
+        return Mixing(
+            values=by_channel(u),
+            apply=lambda v: by_channel(run(conv(living(side_by_side(v), alive))) * inverse),
+            finish=lambda y: side_by_side(y) * gate * self.norm.scale,
+            offset=by_channel(run(offset) * inverse),
         )
 
     def _split(self, BC: Float[Array, "*batch F"], C: Float[Array, "*batch S"] | None):

@@ -15,7 +15,13 @@ from mam.config import NetworkConfig
 from mam.kernels.norm import normalise
 from mam.kernels.retention import retention, retention_step
 from mam.networks.layers import Dense
-from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles, required
+from mam.networks.mixers.base import (
+    AbstractCausalMixer,
+    AbstractMixer,
+    Mixing,
+    Roles,
+    required,
+)
 from mam.networks.mixers.roles import living
 
 
@@ -157,6 +163,33 @@ class Retention(eqx.Module):
         state, y = retention(q, k, v, state, reset, decay=decay, causal=causal)
         return state, self._out(y, inputs)
 
+    def mixing(
+        self, inputs: RetentionInputs, alive: Bool[Array, "*batch N"] | None, *, causal: bool
+    ) -> Mixing:
+        """Return retention among the agents of an episode's first step as a matrix, Q Kᵀ.
+
+        Args:
+            inputs: of the agents.
+            alive: nobody sees the others.
+            causal: agents see those before them and themselves; if not, all.
+        """
+        q, k, v = self._heads(inputs, alive)
+        batch = k.shape[:-3]
+        state, first = self.init_state(batch, k.dtype), jnp.ones((1, *batch), bool)
+        how = {"decay": (1.0,) * self.num_heads, "causal": causal}
+
+        def apply(values: Array) -> Array:
+            v = jnp.swapaxes(values, -2, -3)
+            return jnp.swapaxes(
+                retention(q[None], k[None], v[None], state, first, **how)[1][0], -2, -3
+            )
+
+        return Mixing(
+            values=jnp.swapaxes(v, -2, -3),
+            apply=apply,
+            finish=lambda y: self._out(jnp.swapaxes(y, -2, -3), inputs),
+        )
+
     def _heads(self, inputs: RetentionInputs, alive: Array | None) -> tuple[Array, Array, Array]:
         """Return query, key and value by head, [*batch, H, F]; the dead have no key and value."""
         rows = required(inputs.query), living(inputs.key, alive), living(inputs.value, alive)
@@ -178,6 +211,9 @@ class FullRetention(AbstractMixer):
 
     def __call__(self, x, context=None, *, alive=None):
         return self.retention.unroll(None, self.retention.project(x), alive, causal=False)[1]
+
+    def mixing(self, x, context=None, *, alive=None):
+        return self.retention.mixing(self.retention.project(x), alive, causal=False)
 
 
 class CausalRetention(AbstractCausalMixer):
@@ -209,6 +245,10 @@ class CausalRetention(AbstractCausalMixer):
 
     def unroll(self, state, inputs, context, alive=None):
         return self.retention.unroll(state, with_query(inputs, context), alive, causal=True)
+
+    def mixing(self, x, context=None, *, alive=None):
+        inputs = with_query(self.project(x), self.project_context(context))
+        return self.retention.mixing(inputs, alive, causal=True)
 
 
 def with_query(inputs: RetentionInputs, query: Array | None) -> RetentionInputs:

@@ -5,9 +5,10 @@ Source: MAM (arXiv 2410.19382), §4.
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial, reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -24,6 +25,7 @@ from mam.networks.mixers.base import (
     AbstractCausalMixer,
     AbstractMixer,
     MixerInputs,
+    Mixing,
     Roles,
     required,
 )
@@ -115,6 +117,23 @@ class CausalConv(eqx.Module):
         window, weight = (*state, x), self.weight.astype(x.dtype)
         y = sum(v * weight[k] for k, v in enumerate(window)) + self.bias.astype(x.dtype)
         return window[1:], jax.nn.silu(y)
+
+    def with_gate_of(
+        self, x: Float[Array, "*batch M F"], *, reverse: bool = False
+    ) -> tuple[Callable[[Array], Array], Float[Array, "*batch M F"]]:
+        """Return v ↦ σ(c) K v and σ(c) b with c = K x + b: for v = x they add up to SiLU(c).
+
+        Args:
+            x: the inputs.
+            reverse: read from the last to the first.
+        """
+        weight, bias = self.weight.astype(x.dtype), self.bias.astype(x.dtype)
+
+        def conv(v: Array) -> Array:
+            return _conv(-1 if reverse else 1, v, weight, 0.0, None)
+
+        gate = jax.nn.sigmoid(conv(x) + bias)
+        return lambda v: gate * conv(v), gate * bias
 
 
 def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reverse: bool) -> Array:
@@ -256,6 +275,27 @@ class AbstractSSM(eqx.Module):
             The state after the last one read, and the outputs before the out-projection.
         """
 
+    @abstractmethod
+    def mixing(
+        self,
+        inputs: MixerInputs,
+        C: Float[Array, "*batch N S"] | None,
+        alive: Bool[Array, "*batch N"] | None,
+        *,
+        reverse: bool = False,
+    ) -> Mixing:
+        """Return what `unroll` does to agents that nothing comes before, as matrices.
+
+        The values are the convolution's inputs. `finish` is linear and the same both ways, so that
+        passes may be added before it.
+
+        Args:
+            inputs: what `project` gave.
+            C: read from the agents themselves if None.
+            alive: the others' columns are zero.
+            reverse: read from the last to the first.
+        """
+
     def metrics(self) -> dict[str, Float[Array, ""]]:
         """Return numbers to watch in training, such as `largest_step_size`."""
         return {}
@@ -306,6 +346,40 @@ class BidirectionalSSM(AbstractMixer):
 
     def metrics(self):
         return self.ssm.metrics()
+
+    def mixing(self, x, context=None, *, alive=None):
+        """Return one matrix for both directions; with `cascade` the heads of one pass, then those
+        of the other, whose outputs are multiplied.
+        """
+        inputs = self.ssm.project(self.pre_norm(x))
+        if not self.cascade:
+            both = [self.ssm.mixing(inputs, None, alive, reverse=back) for back in (False, True)]
+            summed = replace(
+                both[0],
+                apply=lambda v: both[0].apply(v) + both[1].apply(v),
+                offset=both[0].offset + both[1].offset,
+            )
+            return summed.then(lambda y: self.post_norm(x, self.ssm.out_proj(y)))
+        first = self.ssm.mixing(inputs, None, None)
+        again = self.ssm.project(self.ssm.out_proj(first.output))
+        passes = (first, self.ssm.mixing(again, None, alive, reverse=True))
+
+        def each(v: Array) -> Iterator[tuple[Mixing, Array]]:
+            return zip(passes, jnp.split(v, 2, axis=-3), strict=True)
+
+        def join(parts: Iterable[Any]) -> Array:
+            return jnp.concatenate(list(parts), axis=-3)
+
+        def finish(y: Array) -> Array:
+            forward, backward = (self.ssm.out_proj(one.finish(part)) for one, part in each(y))
+            return self.post_norm(x, forward * backward)
+
+        return Mixing(
+            values=join(one.values for one in passes),
+            apply=lambda v: join(one.apply(part) for one, part in each(v)),
+            finish=finish,
+            offset=join(one.offset for one in passes),
+        )
 
     def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
         return self.ssm.unroll(None, inputs, None, alive, reverse=reverse)[1]
@@ -367,6 +441,11 @@ class CausalSSM(AbstractCausalMixer):
     def unroll(self, state, inputs, context, alive=None):
         state, y = self.ssm.unroll(state, inputs.ssm, context, alive)
         return state, self._out(inputs.x, y)
+
+    def mixing(self, x, context=None, *, alive=None):
+        inputs = self.project(x)
+        mixed = self.ssm.mixing(inputs.ssm, self.project_context(context), alive)
+        return mixed.then(lambda y: self._out(x, y))
 
     def _out(
         self, x: Float[Array, "*batch E"], y: Float[Array, "*batch D"]

@@ -60,6 +60,12 @@ class FullRetentionOverTime(AbstractMixer):
         )
         return StepMemory(state, steps[-1] + 1), y
 
+    def mixing(self, x, context=None, *, alive=None):
+        """Return the matrix of an episode's first step."""
+        retention = self.mixer.retention
+        inputs = _at(retention.project(_first(x)), retention.project(x))
+        return retention.mixing(inputs, alive, causal=False)
+
 
 class StepState(eqx.Module):
     """The state of a mixer among the agents of one environment step."""
@@ -138,6 +144,12 @@ class CausalRetentionOverTime(AbstractCausalMixer):
         )
         return StepMemory(state, steps[-1] + 1), y
 
+    def mixing(self, x, context=None, *, alive=None):
+        """Return the matrix of an episode's first step."""
+        inputs = with_query(self.project(x), self.project_context(context))
+        inputs = _at(self.mixer.retention.project(_first(x)), inputs)
+        return self.mixer.retention.mixing(inputs, alive, causal=True)
+
 
 def decay_of(config: NetworkConfig) -> tuple[float, ...]:
     """Return κ per head, (1 − 2^−p) f with p from 5 to 9: what S keeps from step to step."""
@@ -177,6 +189,11 @@ def _positions(steps: Float[Array, "*batch"], like: Float[Array, "... E"]) -> Ar
     feature = np.arange(like.shape[-1])
     rate = 10_000.0 ** (-2 * (feature // 2) / like.shape[-1])
     return jnp.sin(steps[..., None] * rate + np.pi / 2 * (feature % 2)).astype(like.dtype)
+
+
+def _first(x: Float[Array, "*batch N E"]) -> Float[Array, "*batch E"]:
+    """Return the positions of the first step of an episode, whose agents are `x`."""
+    return _positions(jnp.zeros(x.shape[:-2], x.dtype), x)
 
 
 def _at(position: RetentionInputs, inputs: RetentionInputs) -> RetentionInputs:
