@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mam.config import DistillConfig, NetworkConfig, RecurrenceConfig
+from mam.errors import UserError
+from mam.learning.alignment import _distance
 from mam.learning.guided import Guided
 from mam.learning.train import init_policy, make_train
 from mam.types import EnvSpec, Observation
@@ -122,3 +124,13 @@ def test_mixers_are_aligned_before_actions_are_learned():
         values = [values[name] for values in reported[start : start + 8]]
         assert np.isfinite(values).all()
         assert np.mean(values[-3:]) < 0.95 * np.mean(values[:3]), name
+
+
+def test_heads_are_put_beside_each_other():
+    """Several of the student's beside one of the teacher's."""
+    one, other = np.zeros((2, 4, 3), np.float32), np.zeros((2, 2, 3), np.float32)
+    one[0, 3], other[0, 1] = 2.0, 1.0
+    distance = _distance(jnp.asarray(one), jnp.asarray(other))
+    np.testing.assert_allclose(distance, [(3 + 3) / 4, 0])
+    with pytest.raises(UserError, match="have 3 heads and the teacher's 2: one number must"):
+        _distance(jnp.zeros((2, 3, 3)), jnp.zeros((2, 2, 3)))

@@ -125,5 +125,6 @@ def _print_results(config: Config, folder: Any) -> None:
         print(line)
     if line := shares(read_times(folder.times)):
         print(f"time: {line}")
-    names = ("metrics.jsonl", "learning_curve.png", "marl_eval.json", "tensorboard", "checkpoint")
+    names = ("metrics.jsonl", "metrics.csv", "learning_curve.png", "marl_eval.json")
+    names += ("tensorboard", "checkpoint")
     print(f"in {folder.path}: {', '.join(name for name in names if (folder.path / name).exists())}")

@@ -113,10 +113,11 @@ def plot_shares(
         for axis, frame in zip(axes[0, 1:], frames, strict=True):
             axis.imshow(frame)
     names = episode.agents or tuple(map(str, range(num_agents)))
+    living = np.maximum(episode.trace.alive.sum(axis=0), 1)[:, None]  # steps, of every agent
     image = None
     for axis, (name, share) in zip(axes[bool(frames) :], found.items(), strict=True):
         heard = [START, *names] if share.shape[-1] > num_agents else names
-        pictures = [share.mean(axis=0), *share[steps]]
+        pictures = [share.sum(axis=0) / living, *share[steps]]
         for index, (one, values) in enumerate(zip(axis, pictures, strict=True)):
             image = one.imshow(values, vmin=0, vmax=1, cmap="viridis")
             one.set_title(f"step {steps[index - 1]}" if index else f"{name}, all steps", fontsize=9)
