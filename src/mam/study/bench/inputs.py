@@ -57,8 +57,9 @@ def random_policy(
 
 
 def synthetic_task(num_agents: int) -> EnvSpec:
-    """Specify a task that has sizes and no environment."""
-    return EnvSpec("bench/synthetic", num_agents, OBS_DIM, NUM_ACTIONS, time_limit=None)
+    """Specify a task that has sizes and no environment; its agents are in a plane."""
+    sizes = (num_agents, OBS_DIM, NUM_ACTIONS)
+    return EnvSpec("bench/synthetic", *sizes, time_limit=None, position_dim=2)
 
 
 def random_observation(spec: EnvSpec, *batch: int) -> Observation:
@@ -66,7 +67,10 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
     agents = (*batch, spec.num_agents)
     mask = jnp.ones((*agents, spec.num_actions), bool)
     return Observation(
-        normal(*agents, spec.obs_dim), action_mask=mask, alive=jnp.ones(agents, bool)
+        normal(*agents, spec.obs_dim),
+        action_mask=mask,
+        alive=jnp.ones(agents, bool),
+        positions=spec.position_dim and normal(*agents, spec.position_dim, seed=3),
     )
 
 
