@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from test_export import make_policy, make_steps, symbolic_sizes, write  # noqa: F401
+from test_export import make_policy, make_steps, write
 
 from mam.deploy import export as exporting
 from mam.deploy.program import Program
@@ -17,7 +17,7 @@ SESSIONS, STEPS = 8, 3
 
 
 @pytest.fixture
-def folder(tmp_path, symbolic_sizes):  # noqa: F811
+def folder(tmp_path, symbolic_sizes):
     """An exported policy with memory."""
     write(Program.of(*make_policy("rec_mappo", "discrete")), "onnx", tmp_path)
     card = json.loads((tmp_path / "card.json").read_text()) | {"task": "suite/task"}

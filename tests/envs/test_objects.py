@@ -58,7 +58,7 @@ def none_given(monkeypatch):
         ),
         (inner, f"{__name__}:inner"),
     ],
-    ids=str,
+    ids=["function", "class", "object", "with a size", "with sizes", "inner"],
 )
 def test_what_can_be_imported_is_called_by_that(env, name):
     assert add_object(env) == name
