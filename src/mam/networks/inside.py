@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from mam.errors import UserError
 from mam.networks.mixers.base import materialize
-from mam.networks.sequence import SequencePolicy, ordered
+from mam.networks.order import take_agents
+from mam.networks.sequence import SequencePolicy
 from mam.types import Action, Memory, Observation, Order, Policy, Reset
 
 
@@ -43,14 +44,14 @@ def activations(
     if jax.tree.leaves((memory.encoder, memory.decoder)):
         raise UserError("mixers that remember earlier environment steps are no matrices of one")
     _, x = policy.memory.unroll(memory.agents, policy.embed(obs), reset, action)
-    x, alive = policy.in_order(x, order), ordered(obs.alive, order)
+    x, alive = policy.in_order(x, order), take_agents(obs.alive, order)
     scans = policy.scans(obs, order)
     read: dict[str, list[Array]] = {"encoder": [], "decoder": [], "cross": []}
     for block in policy.encoder.blocks:
         read["encoder"].append(x)
         x = block((), x, alive, reset, scans)[1]
     obs_rep, decoder = x, policy.decoder
-    tokens = policy.distribution.token(ordered(action, order))
+    tokens = policy.distribution.token(take_agents(action, order))
     x = decoder.embed(decoder.embed.shift_right(tokens)).astype(obs_rep.dtype)
     for block in decoder.blocks:
         read["decoder"].append(x)

@@ -24,7 +24,7 @@ from mam.networks.layers import Dense
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
-from mam.networks.order import check_order, order_agents, shifted_orders
+from mam.networks.order import check_order, order_agents, shifted_orders, take_agents
 from mam.types import (
     Action,
     EnvSpec,
@@ -198,20 +198,20 @@ class SequencePolicy(eqx.Module):
         #    deciding.
         agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
         encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
-        past = Past(memory.decoder, ordered(obs.alive, order), reset)
-        mask = ordered(obs.action_mask, order)
-        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, ordered(noise, order))
+        past = Past(memory.decoder, take_agents(obs.alive, order), reset)
+        mask = take_agents(obs.action_mask, order)
+        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, take_agents(noise, order))
         # 2. The actions.
         decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
-        action = ordered(decision.action, by_agent)
+        action = take_agents(decision.action, by_agent)
         memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
         return memory, PolicyOutput(
             action=action,
-            log_prob=ordered(log_prob, by_agent),
-            value=ordered(encoded.value, by_agent),
+            log_prob=take_agents(log_prob, by_agent),
+            value=take_agents(encoded.value, by_agent),
             order=order,
             metrics={"decode_passes": decision.passes}
             if self.decoding.method == "fixed_point"
@@ -231,19 +231,19 @@ class SequencePolicy(eqx.Module):
             reset: whether a step was the first of its episode.
         """
         _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
-        alive = ordered(obs.alive, order)
+        alive = take_agents(obs.alive, order)
         scans = self.scans(obs, order)
         x = self.in_order(x, order)
         _, encoded = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
-        action, mask = ordered(action, order), ordered(obs.action_mask, order)
+        action, mask = take_agents(action, order), take_agents(obs.action_mask, order)
         past = Past(memory.decoder, alive, reset)
         out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
-            log_prob=ordered(self.distribution.log_prob(out, mask, action), by_agent),
-            entropy=ordered(self.distribution.entropy(out, mask), by_agent),
-            value=ordered(encoded.value, by_agent),
-            distribution=ordered(self.distribution.parameters(out, mask), by_agent),
+            log_prob=take_agents(self.distribution.log_prob(out, mask, action), by_agent),
+            entropy=take_agents(self.distribution.entropy(out, mask), by_agent),
+            value=take_agents(encoded.value, by_agent),
+            distribution=take_agents(self.distribution.parameters(out, mask), by_agent),
         )
 
     def follow(
@@ -255,8 +255,8 @@ class SequencePolicy(eqx.Module):
         if not jax.tree.leaves((memory.encoder, memory.decoder)):
             return replace(memory, agents=agents)
         encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
-        past = Past(memory.decoder, ordered(obs.alive, order), reset)
-        token = self.distribution.token(ordered(action, order))
+        past = Past(memory.decoder, take_agents(obs.alive, order), reset)
+        token = self.distribution.token(take_agents(action, order))
         return SequenceMemory(agents, encoder, self.decoder.follow(token, encoded.obs_rep, past))
 
     def successor_values(
@@ -301,17 +301,19 @@ class SequencePolicy(eqx.Module):
         Returns:
             The encoder's memory after the step, and what it makes of it.
         """
-        alive, scans = ordered(obs.alive, order), self.scans(obs, order)
+        alive, scans = take_agents(obs.alive, order), self.scans(obs, order)
         return self.encoder.step(memory, self.in_order(x, order), alive, reset, scans)
 
     def scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
         """Return the encoder's further orders, of places in the order of deciding."""
         place = jnp.argsort(order, axis=-1)
-        return tuple(ordered(place, other) for other in shifted_orders(self.order_scans - 1, obs))
+        return tuple(
+            take_agents(place, other) for other in shifted_orders(self.order_scans - 1, obs)
+        )
 
     def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
         """Return what the encoder reads, of agents' rows: in the order of deciding."""
-        return ordered(x if self.dtype == "float32" else x.astype(self.dtype), order)
+        return take_agents(x if self.dtype == "float32" else x.astype(self.dtype), order)
 
     def _value(
         self,
@@ -322,11 +324,4 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
         order = order_agents(self.order, obs)
         memory, encoded = self.encode(memory, x, obs, order, reset)
-        return memory, ordered(encoded.value, jnp.argsort(order, axis=-1))
-
-
-def ordered(x: Array, index: Int[Array, "*batch N"]) -> Array:
-    """Take entries of [*batch, N] or rows of [*batch, N, F] along the agents."""
-    if x.ndim == index.ndim:
-        return jnp.take_along_axis(x, index, axis=-1)
-    return jnp.take_along_axis(x, index[..., None], axis=-2)
+        return memory, take_agents(encoded.value, jnp.argsort(order, axis=-1))
