@@ -70,7 +70,7 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
         normal(*agents, spec.obs_dim),
         action_mask=mask,
         alive=jnp.ones(agents, bool),
-        positions=spec.position_dim and normal(*agents, spec.position_dim, seed=3),
+        positions=normal(*agents, spec.position_dim, seed=3) if spec.position_dim else None,
     )
 
 
