@@ -432,19 +432,19 @@ def test_rware_auto_as_full_as_allowed():
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_animate_grid_tasks(suite, tmp_path):
-    env, reset, _ = compiled(suite)
+    (env, reset, _), before = compiled(suite), plt.get_fignums()
     env.animate([reset(jax.random.key(seed))[0] for seed in range(2)], tmp_path / "episode.gif")
     with Image.open(tmp_path / "episode.gif") as picture:
         assert (picture.format, picture.n_frames) == ("GIF", 2)
-    assert plt.get_fignums() == []
+    assert plt.get_fignums() == before
 
 
 @pytest.mark.parametrize("family", ["lbf", "rware"])
 def test_animate_writes_a_gif(family, request, tmp_path):
-    task = request.getfixturevalue(family)
+    task, before = request.getfixturevalue(family), plt.get_fignums()
     states = [task.reset(jax.random.key(seed))[0] for seed in range(3)]
     task.env.animate(states, tmp_path / "episode.gif")
     with Image.open(tmp_path / "episode.gif") as picture:
         assert picture.format == "GIF"
         assert picture.n_frames == 3
-    assert plt.get_fignums() == []
+    assert plt.get_fignums() == before

@@ -331,7 +331,7 @@ def test_half_precision_is_that_of_activations_alone(layout):
     def run(policy, obs):
         memory = policy.init_memory((B,)).encoder
         order, first = jnp.asarray(ORDER), jnp.ones(B, bool)
-        _, encoded = policy.encode(memory, policy.embed(obs), obs.alive, order, first)
+        _, encoded = policy.encode(memory, policy.embed(obs), obs, order, first)
         context = policy.decoder.read(encoded.obs_rep)
         state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
