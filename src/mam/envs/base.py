@@ -1,9 +1,12 @@
-"""What every adapter shares: how time steps are put together."""
+"""What every adapter shares: how time steps and states are put together."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mam.types import Observation, TimeStep
+from mam.types import EnvState, Observation, TimeStep
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -30,3 +33,17 @@ def transition(
         final_observation=observation,
         metrics=metrics or {},
     )
+
+
+def strongly_typed(state: EnvState) -> EnvState:
+    """Return a state without weak types.
+
+    Where a suite's reset gives Python's numbers and its step does not, every jitted loop would
+    compile twice.
+    """
+
+    def typed(leaf: Any) -> Any:
+        kind = jnp.result_type(leaf)
+        return leaf if jnp.issubdtype(kind, jax.dtypes.prng_key) else jnp.asarray(leaf, kind)
+
+    return jax.tree.map(typed, state)

@@ -8,7 +8,7 @@ Source: CAMAR (arXiv 2508.12845), package camar.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from mam.envs.base import Metrics, restart, transition
+from mam.envs.base import Metrics, restart, strongly_typed, transition
 from mam.envs.jaxmarl.base import draw_discs, require_positive
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
@@ -28,7 +28,8 @@ CAMAR_TIME_LIMIT = 101
 
 def make_camar(task: str) -> "CamarEnv":
     """Make a task of `CAMAR_TASKS`: so many agents on CAMAR's own random grids."""
-    return _camar(f"camar/{task}", int(task.removeprefix("random_grid-")))
+    env = make_camar_auto(int(task.removeprefix("random_grid-")))
+    return replace(env, spec=replace(env.spec, name=f"camar/{task}"))
 
 
 def make_camar_auto(
@@ -67,9 +68,28 @@ def make_camar_auto(
             f"camar/auto: agents and their goals need a cell each, "
             f"{2 * agents} of which {free} are free at {rows=}, {columns=}, {density=}"
         )
-    return _camar(
-        "camar/auto", agents, rows, columns, density, nearest, shaping, differential, limit
+    from camar import camar_v0
+
+    sizes = {"num_rows": rows, "num_cols": columns, "obstacle_density": density}
+    env: Any = camar_v0(
+        "random_grid",
+        "DiffDriveDynamic" if differential else "HolonomicDynamic",
+        max_steps=limit - 1,
+        max_obs=nearest,
+        pos_shaping_factor=shaping,
+        map_kwargs=sizes | {"num_agents": agents},
     )
+    spec = EnvSpec(
+        "camar/auto",
+        agents,
+        env.observation_size,
+        env.action_size,
+        limit,
+        continuous=True,
+        team_reward=False,
+        position_dim=2,
+    )
+    return CamarEnv(spec, env)
 
 
 @dataclass(frozen=True)
@@ -88,14 +108,14 @@ class CamarEnv:
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         views, state = self.env.reset(key)
-        state = jax.tree.map(_strongly_typed, state)
+        state = strongly_typed(state)
         return state, restart(self._observe(views, state), _metrics(state))
 
     def step(
         self, state: EnvState, action: Float[Array, "N A"], key: Key[Array, ""]
     ) -> tuple[EnvState, TimeStep]:
         views, state, reward, _, _ = self.env.step(key, state, action)
-        state = jax.tree.map(_strongly_typed, state)
+        state = strongly_typed(state)
         terminated = state.on_goal.all()
         return state, transition(
             self._observe(views, state),
@@ -140,45 +160,3 @@ def _metrics(state: Any) -> Metrics:
         "makespan": state.time_to_reach_goal.max(),
         "collisions": state.num_collisions.astype(jnp.float32).mean(),
     }
-
-
-def _camar(
-    name: str,
-    agents: int,
-    rows: int = 20,
-    columns: int = 20,
-    density: float = 0.2,
-    nearest: int = 3,
-    shaping: float = 1.0,
-    differential: bool = False,
-    limit: int = CAMAR_TIME_LIMIT,
-) -> CamarEnv:
-    from camar import camar_v0
-
-    sizes = {"num_rows": rows, "num_cols": columns, "obstacle_density": density}
-    env: Any = camar_v0(
-        "random_grid",
-        "DiffDriveDynamic" if differential else "HolonomicDynamic",
-        max_steps=limit - 1,
-        max_obs=nearest,
-        pos_shaping_factor=shaping,
-        map_kwargs=sizes | {"num_agents": agents},
-    )
-    spec = EnvSpec(
-        name,
-        agents,
-        env.observation_size,
-        env.action_size,
-        limit,
-        continuous=True,
-        team_reward=False,
-        position_dim=2,
-    )
-    return CamarEnv(spec, env)
-
-
-def _strongly_typed(leaf: Any) -> Any:
-    # A reset returns Python's numbers and a step does not: every jitted loop would compile twice.
-    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
-        return leaf
-    return jnp.asarray(leaf, jnp.result_type(leaf))

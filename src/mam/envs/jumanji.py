@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from mam.envs import jumanji_grids as grids
-from mam.envs.base import Metrics, restart, transition
+from mam.envs.base import Metrics, restart, strongly_typed, transition
 from mam.envs.tasks import CLEANER_TASKS, CONNECTOR_TASKS, LBF_TASKS, RWARE_SIZES
 from mam.errors import UserError
 from mam.types import EnvSpec, EnvState, Observation, TimeStep
@@ -237,7 +236,7 @@ class JumanjiEnv:
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         state, timestep = self.env.reset(key)
         observation = self.observe(state, timestep.observation)
-        return jax.tree.map(_strongly_typed, state), restart(observation, self.measure(state))
+        return strongly_typed(state), restart(observation, self.measure(state))
 
     def step(
         self, state: EnvState, action: Int[Array, "N"], key: Key[Array, ""]
@@ -245,7 +244,7 @@ class JumanjiEnv:
         del key  # Jumanji keeps one in the state
         state, timestep = self.env.step(state, action)
         terminated = timestep.last()
-        return jax.tree.map(_strongly_typed, state), transition(
+        return strongly_typed(state), transition(
             self.observe(state, timestep.observation),
             reward=timestep.reward.sum(),  # LBF and Connector split it between the agents
             terminated=terminated,
@@ -372,9 +371,3 @@ def _require(
         raise UserError(f"{task}: {name} must be at least {at_least}, got {value}")
     if at_most is not None and value > at_most:
         raise UserError(f"{task}: {name} must be at most {at_most}{why}, got {value}")
-
-
-def _strongly_typed(leaf: Array) -> Array:
-    # RWARE's reset returns weakly typed leaves and its step does not: every jitted loop would
-    # compile twice.
-    return jnp.asarray(leaf, leaf.dtype)

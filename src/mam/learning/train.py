@@ -315,17 +315,28 @@ def _acting(config: Config, state: TrainState) -> Policy:
     if state.teacher is None:
         return state.policy
     student, teacher = (cast(FollowingPolicy, one) for one in (state.policy, state.teacher))
-    share, acts = config.distill.teacher_share, config.learn == "distill"
-    return Guided(
-        student, teacher, _falling(share, config, state.num_updates) if share and acts else None
-    )
+    acts = config.distill.teacher_share > 0 and config.learn == "distill"
+    return Guided(student, teacher, _teacher_share(config, state.num_updates) if acts else None)
+
+
+def _teacher_share(config: Config, num_updates: Int[Array, "*seeds"]) -> Float[Array, "*seeds"]:
+    """Return the share of the steps at which the teacher acts."""
+    distill = config.distill
+    return _falling(distill.teacher_share, distill.teacher_until, config, num_updates)
 
 
 def _falling(
-    weight: float, config: Config, num_updates: Int[Array, "*seeds"]
+    weight: float, until: float, config: Config, num_updates: Int[Array, "*seeds"]
 ) -> Float[Array, "*seeds"]:
-    """Return a weight of the teacher's after so many updates, which falls to 0."""
-    passed = num_updates / (config.distill.teacher_until * config.num_updates)
+    """Return what a weight has fallen to, linearly, to be 0 after a share of the run.
+
+    Args:
+        weight: at first.
+        until: that share.
+        config: of the run.
+        num_updates: so far.
+    """
+    passed = num_updates / (until * config.num_updates)
     return weight * jnp.maximum(1 - passed, 0.0)
 
 
@@ -467,8 +478,7 @@ class Learner:
         if state.teacher is not None:
             terms += self._lessons(as_normalised(state.teacher), taught, state.num_updates)
         if state.start is not None:
-            share = state.num_updates / (finetune.kl_until * config.num_updates)
-            weight = finetune.kl_coef * jnp.maximum(1 - share, 0.0)
+            weight = _falling(finetune.kl_coef, finetune.kl_until, config, state.num_updates)
             terms.append((weight, StayClose("start", as_normalised(state.start), rollout)))
         if not terms:
             raise UserError("there is nothing to learn: a distilling run needs its teacher")
@@ -487,7 +497,8 @@ class Learner:
         config, distill = self.config, self.config.distill
         if config.learn == "ppo":
             close = StayClose("teacher", teacher, rollout)
-            return [(_falling(distill.kl_coef, config, num_updates), close)]
+            weight = _falling(distill.kl_coef, distill.teacher_until, config, num_updates)
+            return [(weight, close)]
         close = StayClose("teacher", teacher, rollout, distill.value_coef)
         if not distill.staged:
             return [(1.0, close)]
@@ -558,8 +569,7 @@ class Learner:
         """Return how often the teacher acted, if there is one."""
         if state.teacher is None or self.config.learn != "distill":
             return {}
-        share = self.config.distill.teacher_share
-        return {"teacher_share": _falling(share, self.config, state.num_updates)}
+        return {"teacher_share": _teacher_share(self.config, state.num_updates)}
 
     def _lr_scale(self, num_updates: Int[Array, ""]) -> Float[Array, ""] | float:
         """Return what the learning rate is multiplied by after so many updates."""

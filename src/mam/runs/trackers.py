@@ -158,15 +158,17 @@ class MLflow(Tracker):
         run = self._client.create_run(experiment, run_name=title, tags=tags)
         self._identity = run.info.run_id
         params = [self._entities.Param(key, str(value)) for key, value in settings.items()]
-        for first in range(0, len(params), _BATCH):
-            self._client.log_batch(self._identity, params=params[first : first + _BATCH])
+        self._send("params", params)
         return self._identity
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
         metrics = [self._entities.Metric(name, value, now, step) for name, value in values.items()]
-        for first in range(0, len(metrics), _BATCH):
-            self._client.log_batch(self._identity, metrics=metrics[first : first + _BATCH])
+        self._send("metrics", metrics)
+
+    def _send(self, kind: str, items: list[Any]) -> None:
+        for first in range(0, len(items), _BATCH):
+            self._client.log_batch(self._identity, **{kind: items[first : first + _BATCH]})
 
     def _close(self) -> None:
         self._client.set_terminated(self._identity)

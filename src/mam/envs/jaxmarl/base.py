@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
-from mam.envs.base import Metrics, restart, transition
+from mam.envs.base import Metrics, restart, strongly_typed, transition
 from mam.errors import UserError
 from mam.types import Action, EnvSpec, EnvState, Observation, TimeStep
 
@@ -36,7 +35,7 @@ class JaxMarlEnv(abc.ABC):
 
     def reset(self, key: Key[Array, ""]) -> tuple[EnvState, TimeStep]:
         views, state = self.env.reset(key)
-        state = jax.tree.map(_strongly_typed, state)
+        state = strongly_typed(state)
         return state, restart(self._observe(views, state), self._metrics(state))
 
     def step(
@@ -44,7 +43,7 @@ class JaxMarlEnv(abc.ABC):
     ) -> tuple[EnvState, TimeStep]:
         actions = dict(zip(self.env.agents, self._decode(action), strict=True))
         views, state, rewards, dones, info = self.env.step_env(key, state, actions)
-        state = jax.tree.map(_strongly_typed, state)
+        state = strongly_typed(state)
         ended, limit = dones["__all__"], self._is_cut_off(state)
         return state, transition(
             self._observe(views, state),
@@ -96,11 +95,6 @@ def require_positive(name: str, **counts: int) -> None:
     for option, count in counts.items():
         if count < 1:
             raise UserError(f"{name}: {option} must be at least 1, got {count}")
-
-
-def _strongly_typed(leaf: Array) -> Array:
-    # Where reset and step disagree on weak types, every jitted loop would compile twice.
-    return jnp.asarray(leaf, leaf.dtype)
 
 
 def draw_discs(
