@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -35,8 +36,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "stranger.py").write_text(MODULE)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(Config(env="stranger:make"))))
-    monkeypatch.delitem(__import__("sys").modules, "stranger", raising=False)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("stranger", None)
 
 
 COMMANDS = (["evaluate", "run"], ["play", "run"], ["train", "--resume", "run"])
