@@ -309,6 +309,9 @@ class Config:
     env: str = "lbf/2s-8x8-2p-2f-coop"
     """Task as suite/task, suite/auto:agents=64, pettingzoo/module:env or package.module:factory;
     see `mam list`."""
+    curriculum: tuple[str, ...] = ()
+    """Options of --env to begin with, each for some environment steps, such as agents=8@200000
+    agents=32@100000: the last ones are followed by --env itself, which every evaluation plays."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
@@ -378,6 +381,7 @@ class Config:
         sequence += [local] * (encoder.local_branch > 0)
         learn = [self.learn] * (self.learn != "ppo")
         learn += ["taught"] * (self.learn == "ppo" and self.teacher is not None)
+        learn += ["curriculum"] * bool(self.curriculum)
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
             [
@@ -398,7 +402,24 @@ class Config:
     @property
     def num_updates(self) -> int:
         """Updates in the run."""
-        return -(-self.total_timesteps // self.steps_per_update)
+        return self._updates(self.total_timesteps)
+
+    def _updates(self, timesteps: int) -> int:
+        return -(-timesteps // self.steps_per_update)
+
+    @property
+    def stages(self) -> tuple[tuple[int, str], ...]:
+        """First update and options of the task, of each stage; the last is the task as it is."""
+        first, stages = 0, []
+        for stage in self.curriculum:
+            options, _, timesteps = stage.rpartition("@")
+            stages.append((first, options))
+            first += self._updates(int(timesteps))
+        return (*stages, (first, ""))
+
+    def stage(self, update: int) -> int:
+        """Return the place in `stages` of the one that the update after so many belongs to."""
+        return max(i for i, (first, _) in enumerate(self.stages) if first <= update)
 
     @property
     def num_evaluations(self) -> int:
@@ -485,6 +506,7 @@ def _validate(config: Config) -> None:
         )
     _check_ppo(config.ppo)
     _check_learning(config)
+    _check_curriculum(config)
     _check_network(config.network)
     _check_finite(config)
 
@@ -555,6 +577,22 @@ def _check_learning(config: Config) -> None:
             raise UserError(f"{name} must not be negative, got {value}")
     if config.init is None and (config.init_partial or finetune.kl_coef):
         raise UserError("--init-partial and --finetune.kl-coef need --init, the run to start from")
+
+
+def _check_curriculum(config: Config) -> None:
+    """Refuse stages that cannot be read, are empty, or leave nothing for the task itself."""
+    for stage in config.curriculum:
+        if not re.fullmatch(r"\w+=[^,@\s]+(,\w+=[^,@\s]+)*@0*[1-9]\d*", stage):
+            raise UserError(
+                f"curriculum is written options@steps, such as agents=8@200000, got {shown(stage)}"
+            )
+    if config.curriculum and config.data is not None:
+        raise UserError("curriculum is for a task that is played, not for a dataset: drop --data")
+    if config.stages[-1][0] >= config.num_updates:
+        raise UserError(
+            f"curriculum takes {config.stages[-1][0]} of the {config.num_updates} updates: nothing "
+            f"is left for {config.env} itself; raise total_timesteps"
+        )
 
 
 def _check_network(network: NetworkConfig) -> None:

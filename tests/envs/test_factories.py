@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from host_environments import Lives
 
-from mam.envs.external.factories import EnvFactory, find_factory, with_option
+from mam.envs.external.factories import EnvFactory, find_factory, with_options
 from mam.errors import UserError
 
 
@@ -167,4 +167,4 @@ def test_pettingzoo_names():
     ],
 )
 def test_an_option_of_another_value(name, expected):
-    assert with_option(name, "agents", "8") == expected
+    assert with_options(name, "agents=8") == expected

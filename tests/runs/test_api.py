@@ -14,7 +14,7 @@ import pytest
 import mam
 from mam.config import NetworkConfig, from_json, to_json
 from mam.errors import RunError, UserError
-from mam.learning.train import init_policy
+from mam.learning.train import init_policy, make_train
 from mam.runs import load as loading
 from mam.runs import loop
 from mam.runs.load import load_weights
@@ -162,7 +162,7 @@ def same(a, b):
 @pytest.mark.parametrize("which", ["best", "latest"])
 def test_weights_are_those_of_the_run(greedy, which, finished, monkeypatch):
     folder = loop.RunFolder(finished[0].folder)
-    state = folder.load_state(CONFIG, loop.make_train(CONFIG))
+    state = folder.load_state(CONFIG, make_train(CONFIG))
     monkeypatch.setattr(loading, "make_train", None)
     weights = load_weights(folder.path, greedy=greedy, which=which)
     best = state.best(beside=bool(greedy))

@@ -47,7 +47,7 @@ def trainer():
 @pytest.fixture
 def start(trainer, tmp_path, monkeypatch):
     """Starts a run, of which something may be replaced, and goes on with it."""
-    monkeypatch.setattr(runs, "make_train", lambda config, **_: trainer)
+    monkeypatch.setattr(runs, "trainer_at", lambda *_: trainer)
 
     def start(config=CONFIG, **changes):
         folder, own = runs.start(config, tmp_path / "run")
@@ -168,7 +168,7 @@ def test_folders_that_no_run_can_have(tmp_path, name, why):
     "name", ["lr=[0.1],x={a,b}", "a*?#$HOME%20 \\b", "gs:", "s3:", "ü🐍 '\"&;|<>"]
 )
 def test_a_run_goes_on_under_any_name(trainer, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(runs, "make_train", lambda config, **_: trainer)
+    monkeypatch.setattr(runs, "trainer_at", lambda *_: trainer)
     monkeypatch.chdir(tmp_path)
     path = Path(name) / "run"
     monkeypatch.setattr(
@@ -220,7 +220,7 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
             return cls(2026, 1, 2, 3, 4, 5)
 
     monkeypatch.setattr(runs, "datetime", Clock)
-    monkeypatch.setattr(runs, "make_train", lambda config, **_: trainer)
+    monkeypatch.setattr(runs, "trainer_at", lambda *_: trainer)
     monkeypatch.chdir(tmp_path)
     folders = [runs.start(replace(CONFIG, seed=seed))[0] for seed in range(3)]
     assert [folder.path.name for folder in folders] == [

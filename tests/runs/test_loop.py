@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mam.errors import UserError
+from mam.learning.train import make_train
 from mam.runs import loop as runs
 from mam.runs.checkpoint import newest
 from mam.runs.times import read_times
@@ -17,7 +18,7 @@ from small_run import INDEPENDENT as CONFIG
 
 def _state(folder):
     config = folder.load_config()
-    return folder.load_state(config, runs.make_train(config))
+    return folder.load_state(config, make_train(config))
 
 
 def _rows(folder):

@@ -106,7 +106,7 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     import numpy as np
     from rich.table import Table
 
-    from mam.envs.external.factories import check_agreed, with_option
+    from mam.envs.external.factories import check_agreed, with_options
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
     from mam.runs.folder import seeds_of
@@ -122,7 +122,7 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     base, played = args.env or config.env, {}
     with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result
         for value in values:
-            env = with_option(base, option, value)
+            env = with_options(base, f"{option}={value}")
             print(f"playing {env}…")
             spec, metrics = api.play_episodes(args.run, env=env, trust=True, **how)
             metrics.pop(AGENT_RETURN, None)

@@ -37,7 +37,13 @@ from mam.learning.nonfinite import (
     nonfinite_leaves,
     select_per_seed,
 )
-from mam.learning.normalise import NormalisedPolicy, Statistics, as_normalised, simplified
+from mam.learning.normalise import (
+    NormalisedPolicy,
+    Statistics,
+    as_normalised,
+    simplified,
+    transfer_policy,
+)
 from mam.learning.objective import Objective, WeightedSum, make_batch
 from mam.learning.ppo import PPO
 from mam.learning.recordings import Recordings, Unplayed
@@ -129,6 +135,12 @@ class Trainer:
     def close(self) -> None:
         """End external environments, if they were started."""
         self.environments.close()
+        self.close_source()
+
+    def close_source(self) -> None:
+        """End those external environments that only rollouts come from, if any were started."""
+        if isinstance(self.source, Environments) and self.source is not self.environments:
+            self.source.close()
 
     @property
     def clock(self) -> Stopwatch:
@@ -171,28 +183,33 @@ def make_train(
     experience: Experience | None = None,
     objective: Objective | None = None,
     teacher: Config | None = None,
+    played: Environments | Unplayed | None = None,
 ) -> Trainer:
     """Build the functions of a run; nothing is compiled or started before the first call.
 
     Args:
         config: of the run; its task is where the policy is played.
-        experience: what is learned from; the task itself if None.
+        experience: what is learned from; the task itself if None. Of another task's environments,
+            whose weights are of the same sizes, the policy is one for that task.
         objective: what is learned; what the configuration says if None.
         teacher: says of which kind the policy is that is distilled; its weights are the state's.
+        played: environments of the task, if there are any already.
 
     Raises:
         UserError: for a task or a policy that does not exist.
     """
     if config.data is not None:  # read by one device
         config = replace(config, num_devices=1)
-    played = Unplayed(config) if config.env == DATASET else environments(config)
+    if played is None:
+        played = Unplayed(config) if config.env == DATASET else environments(config)
     source, devices = experience or _experience(config, played), played.devices
+    learned = source if isinstance(source, Environments) else played
     if objective is None and config.learn != "distill":
         cloning = BehaviourCloning(config.cloning.value_coef)
         objective = cloning if config.learn == "bc" else PPO(config.ppo)
 
     # External environments are started when their sizes are first read.
-    learner = cache(lambda: Learner(config, played.spec, objective, devices.shard, teacher))
+    learner = cache(lambda: Learner(config, learned.spec, objective, devices.shard, teacher))
     specs = _device_specs(learner(), source) if devices.num_devices > 1 else None
 
     def init(seed: Int[Array, ""]) -> TrainState:
@@ -298,8 +315,11 @@ class _Steps:
         self, state: TrainState, policies: list[Policy], stream: int, num_episodes: int
     ) -> Values:
         """Return metrics of the mode that counts and, with its name in front, of the other."""
-        config = self.config
-        values = self.played.play_modes(
+        config, source, played = self.config, self.source, self.played
+        if isinstance(source, Environments) and source is not played:  # of another task
+            specs = source.spec, played.spec
+            policies = [transfer_policy(p, config.policy, *specs, config.network) for p in policies]
+        values = played.play_modes(
             policies, self.key(state, stream), num_episodes, config.evaluation_modes
         )
         beside = (

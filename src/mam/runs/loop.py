@@ -34,9 +34,10 @@ from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.recordings import Recordings
-from mam.learning.train import Trainer, TrainState, Values, make_train, on_host
+from mam.learning.train import Trainer, TrainState, Values, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
+from mam.runs.curriculum import carried_over, check_stages, trainer_at
 from mam.runs.files import read_object, teacher_of
 from mam.runs.folder import FREE, RunFolder, differences, restore, seeds_of
 from mam.runs.footprint import footprint, out_of_memory
@@ -78,9 +79,11 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         _check_unused(config, path)
     for name in config.log:
         find_sink(name)
-    trainer = make_train(config, teacher=teacher_of(config))
+    teacher = teacher_of(config)
+    trainer = trainer_at(config, 0, teacher)
     try:
         trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
+        check_stages(config, trainer, teacher)
         trainer = started_from(config, trainer)
         if jax.process_index() > 0:
             return RunFolder(cast(Path, path)), trainer
@@ -196,7 +199,7 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
     if jax.process_index() == 0:
         folder = replace(folder, held=acquire(folder.lock))
     try:
-        trainer = make_train(config, teacher=teacher_of(config, folder.teacher))
+        trainer = trainer_at(config, 0, teacher_of(config, folder.teacher))
         _check_data(folder, config, trainer)
         if not has_saves(folder.checkpoint):
             trainer = started_from(config, trainer)
@@ -258,6 +261,7 @@ def run(
         stack.callback(trainer.close)
         save = folder.newest_save(config) if has_saves(folder.checkpoint) else None
         loop = _Loop(config, folder, save, trainer, callbacks)
+        stack.callback(loop.close)
         total = config.num_updates * config.steps_per_update
         progress = stack.enter_context(
             Progress(total, num_seeds=config.num_seeds, step_count=loop.step_count)
@@ -305,6 +309,8 @@ class _Loop:
         self.update, self.evaluated = meta["update"], meta["evaluated"]
         self.diagnosis = ""  # of what was not finite
         self._config, self._folder, self._resumed = config, folder, save
+        if stage := config.stage(self.update):
+            trainer = trainer_at(config, stage, teacher_of(config, folder.teacher), trainer)
         self._trainer, self._spec, self._callbacks = trainer, trainer.spec, callbacks
         self._begun = time.monotonic() - meta["elapsed"]  # as if the run had never been interrupted
         self._clock = trainer.clock
@@ -319,6 +325,7 @@ class _Loop:
         self._skipped = 0
         self._said_unfinished = False
         self._log: Callable[[str], None] = print
+        self._progress: Progress | None = None
 
     @property
     def step_count(self) -> int:
@@ -327,16 +334,45 @@ class _Loop:
     def compile(self, progress: Progress) -> TrainState:
         """Compile the steps, say what they need, and return the state they start from."""
         seeds = np.asarray(seeds_of(self._config))
+        self._progress = progress
+
+        def first() -> TrainState:
+            if self._resumed:
+                return restore(self._resumed, self._trainer.shapes(seeds))
+            return self._trainer.init(seeds)
+
+        return self._compiled(first)
+
+    def _compiled(self, begin: Callable[[], TrainState]) -> TrainState:
+        """Compile what trains, for the state that it begins with, and return that."""
+        progress = cast(Progress, self._progress)
         with progress.compiling("the update and the evaluation"), self._clock.part("compile"):
-            state = (
-                restore(self._resumed, self._trainer.shapes(seeds))
-                if self._resumed
-                else self._trainer.init(seeds)
-            )
+            state = begin()
             self._trainer = self._trainer.compile(state)
         if line := footprint(self._trainer):
             progress.log(line)
         return state
+
+    def next_stage(self, state: TrainState) -> TrainState:
+        """Go on with the next task of the curriculum, if the last update ended a stage.
+
+        Args:
+            state: after that update.
+        """
+        config, stage = self._config, self._config.stage(self.update)
+        if stage == config.stage(self.update - 1):
+            return state
+        teacher, old = teacher_of(config, self._folder.teacher), self._trainer
+        old.close_source()
+        self._trainer = trainer_at(config, stage, teacher, old)
+        _, options = config.stages[stage]
+        self._log(f"{self.step_count:,} steps: going on with {options or config.env}")
+        seeds = np.asarray(seeds_of(config))
+        return self._compiled(lambda: carried_over(state, self._trainer, seeds))
+
+    def close(self) -> None:
+        """End the environments of the stage."""
+        self._trainer.close()
 
     def open(self, stack: ExitStack, progress: Progress) -> None:
         """Open the files, which `stack` closes."""
@@ -387,7 +423,7 @@ class _Loop:
                 raise RunError(self.diagnosis)
             self.update += 1
             self.report("train", values, state, stop)
-        return state
+        return self.next_stage(state)
 
     def evaluate(self, state: TrainState, stop: Stop) -> TrainState:
         """Evaluate the current weights and report it.

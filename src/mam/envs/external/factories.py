@@ -218,20 +218,23 @@ def find_factory(name: str) -> EnvFactory:
     return factory
 
 
-def with_option(name: str, option: str, value: str) -> str:
-    """Return a task's name with one option of this value, and the others as they are.
+def with_options(name: str, options: str) -> str:
+    """Return a task's name with some options of other values, and the others as they are.
 
     Args:
         name: suite/auto, or the name of one's own environment, with or without options.
-        option: its name.
-        value: as it is written in names.
+        options: as they are written in names, such as agents=8,grid=12.
     """
     parts = name.split(":")
     task = 2 if names_code(name) else 1  # parts before the options
+    new = _OPTION.findall(options)
+    changed = {item.partition("=")[0] for item in new}
     others = [
-        item for item in _OPTION.findall(":".join(parts[task:])) if item.partition("=")[0] != option
+        item
+        for item in _OPTION.findall(":".join(parts[task:]))
+        if item.partition("=")[0] not in changed
     ]
-    return ":".join([*parts[:task], ",".join([*others, f"{option}={value}"])])
+    return ":".join([*parts[:task], ",".join([*others, *new])])
 
 
 def _check_not_standard(name: str, module: str) -> None:
