@@ -14,9 +14,10 @@ from mam.envs.registry import make_batched
 from mam.errors import UserError
 from mam.learning.recordings import Recordings
 from mam.learning.sharding import WHOLE
-from mam.learning.train import init_policy, make_train
+from mam.learning.train import RECORDED, _key, init_policy, make_train
 from mam.runs.record import Controller, record
 from mam.types import EnvSpec, Observation, Transition
+from small_run import CONFIG as SMALL
 
 SPEC = EnvSpec("own/count", num_agents=2, obs_dim=1, num_actions=3, time_limit=None)
 NETWORK = NetworkConfig(d_model=8, d_state=2)
@@ -132,6 +133,53 @@ def test_illegal_actions_are_refused(tmp_path):
     source = recordings(tmp_path / "d")
     with pytest.raises(UserError, match="has 1 actions that its masks do not allow"):
         _ = source._learned
+
+
+@pytest.fixture(scope="module")
+def matrix_game(tmp_path_factory):
+    """What a controller does in the game that small runs play."""
+    path, envs = tmp_path_factory.mktemp("data") / "matrix", make_batched(SMALL.env, 4, "none")
+    choose = Controller(lambda observation: np.arange(envs.spec.num_agents) % 2, envs.spec)
+    with Writer(path, spec_without_ids(envs.spec)) as writer:
+        record(envs, choose, writer, 40)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("policy", "sequence_length"), [("ippo", None), ("rec_ippo", None), ("rec_ippo", 2)]
+)
+def test_beside_ppo_recorded_steps_are_imitated_less_and_less(policy, sequence_length, matrix_game):
+    """The first loss is that of the first weights on as many recorded steps as a rollout has."""
+    network = replace(SMALL.network, observation_norm="layer")
+    ppo = replace(SMALL.ppo, sequence_length=sequence_length, lr=0.01)
+    config = replace(SMALL, policy=policy, network=network, ppo=ppo, data=str(matrix_game))
+    config = replace(config, cloning=CloningConfig(nll_coef=10.0, nll_until=0.5))
+    trainer = make_train(config)
+    state = trainer.init(np.arange(2))
+    key = jax.vmap(_key, in_axes=(0, None))(state, RECORDED)
+    recorded = trainer.recordings.collect(state.policy, (), key, WHOLE)[1]
+    reported, expected = [], nll(state.policy, recorded)
+    for _ in range(config.num_updates):
+        state, values = trainer.train_step(state)
+        reported.append(jax.device_get(values))
+    np.testing.assert_allclose(reported[0]["cloning_loss"], expected, rtol=1e-5)
+    assert (reported[2]["cloning_loss"] < 0.9 * expected).all()
+    for weight, values in zip((10, 20 / 3, 10 / 3, 0, 0, 0), reported, strict=True):
+        assert values["first_ratio_deviation"].max() < 1e-5
+        own = values["policy_loss"] - 0.01 * values["entropy"] + 0.5 * values["value_loss"]
+        np.testing.assert_allclose(
+            values["loss"], own + weight * values["cloning_loss"], rtol=1e-4, atol=1e-5
+        )
+    _, values = trainer.evaluate_step(state)
+    assert values["held_out_nll"].shape == (2,)
+
+
+@jax.vmap
+def nll(policy, recorded):
+    """Return the mean −log π of recorded actions, all of whose agents live."""
+    steps, memory = recorded.transitions, jax.tree.map(lambda x: x[0], recorded.memory)
+    seen = (steps.observation, steps.action, steps.order, steps.reset)
+    return -policy.evaluate(memory, *seen).log_prob.mean()
 
 
 EXPERTS = {
