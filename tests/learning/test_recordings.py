@@ -157,6 +157,7 @@ def test_beside_ppo_recorded_steps_are_imitated_less_and_less(policy, sequence_l
     trainer = make_train(config)
     state = trainer.init(np.arange(2))
     key = jax.vmap(_key, in_axes=(0, None))(state, RECORDED)
+    assert trainer.recordings is not None
     recorded = trainer.recordings.collect(state.policy, (), key, WHOLE)[1]
     reported, expected = [], nll(state.policy, recorded)
     for _ in range(config.num_updates):
