@@ -206,6 +206,9 @@ class CloningConfig:
     they are the policy's most likely ones, are reported with every evaluation."""
     value_coef: float = 0.0
     """Weight of the value loss, for a critic that knows the recorded returns (--learn bc)."""
+    augment: str | None = None
+    """A function package.module:function that changes recorded windows before they are learned
+    from."""
     nll_coef: float = 1.0
     """Weight of imitation beside PPO (--learn ppo --data DIR), which falls to 0 linearly …"""
     nll_until: float = 0.5
@@ -488,6 +491,7 @@ def _validate(config: Config) -> None:
     # They stand in messages, pages and file names.
     names = {"policy": config.policy, "env": config.env, "network.memory": memory}
     names |= {"network.order": config.network.order}
+    names |= {"cloning.augment": config.cloning.augment or ""}
     for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")

@@ -102,18 +102,31 @@ def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(poli
     np.testing.assert_array_equal(again.transitions.action, steps.action)
 
 
-def test_windows_may_be_augmented(folder):
-    def mirrored(window, generator):
-        assert isinstance(generator, np.random.Generator)
-        return replace(window, action=2 - window.action)
+def shifted(window, generator):
+    """An augmentation, by its name: another number for each window."""
+    shift = generator.normal(size=(window.reset.shape[1], 1, 1)).astype(np.float32)
+    view = window.observation.agents_view + shift
+    return replace(window, observation=replace(window.observation, agents_view=view))
 
-    source = recordings(folder)
-    keys = jax.random.split(jax.random.key(1), 1)
-    plain, changed = (
-        one.collect(policies(one.config, 1), (), keys, WHOLE)[1].transitions.action
-        for one in (source, replace(source, augment=mirrored))
-    )
-    np.testing.assert_array_equal(changed, 2 - plain)
+
+def test_windows_may_be_augmented(folder):
+    """By numbers that a seed draws for itself, whichever seeds are beside it."""
+    named = CloningConfig(augment=f"{__name__}:shifted")
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def views(cloning, keys):
+        config = recordings(folder, cloning=cloning).config
+        source = Recordings.of(config, lambda: SPEC)
+        _, rollout, _ = source.collect(policies(config, len(keys)), (), keys, WHOLE)
+        return rollout.transitions.observation.agents_view
+
+    changed = views(named, keys)
+    shift = changed - views(CloningConfig(), keys)
+    np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :, :1], shift.shape), atol=1e-3)
+    assert len({*np.round(shift[:, 0, :, 0, 0], 3).ravel()}) > 8
+    np.testing.assert_array_equal(views(named, keys[1:]), changed[1:])
+    with pytest.raises(UserError, match="no augmentation nowhere:none, expected package.module"):
+        views(CloningConfig(augment="nowhere:none"), keys)
 
 
 def test_another_task_is_refused_with_what_differs(folder):

@@ -272,7 +272,7 @@ def _recordings(
         return experience
     if isinstance(played, Unplayed):
         return played.recordings
-    return None if config.data is None else Recordings(config, lambda: played.spec)
+    return None if config.data is None else Recordings.of(config, lambda: played.spec)
 
 
 def _shown(
