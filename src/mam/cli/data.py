@@ -16,7 +16,7 @@ _MOST_AGENTS = 64  # rows of a table
 class Data:
     """Read a dataset, compare its checksums, and say what is in it or write it as a Vault.
 
-    It is one that `mam record` or `mam.Recorder` wrote, or a Vault of OG-MARL.
+    It is one that `mam record` or `mam.Recorder` wrote, a Vault of OG-MARL, or one of Minari's.
     """
 
     what: tyro.conf.Positional[Literal["info", "export"]]

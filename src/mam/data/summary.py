@@ -6,20 +6,24 @@ from pathlib import Path
 
 import numpy as np
 
+from mam.data.minari import METADATA as MINARI
+from mam.data.minari import Minari
 from mam.data.store import Dataset
 from mam.data.vault import METADATA, Vault
 from mam.types import Transition
 
-Trajectories = Dataset | Vault
+Trajectories = Dataset | Vault | Minari
 _BATCH = 256  # episodes that are read at a time
 
 
 def open_dataset(path: Path) -> Trajectories:
-    """Open a dataset of this library or a Vault; no trajectory is read.
+    """Open a dataset of this library, a Vault or one of Minari's; no trajectory is read.
 
     Raises:
         UserError: if there is none, or it is damaged.
     """
+    if (path / MINARI).exists():
+        return Minari.open(path)
     return Vault.open(path) if (path / METADATA).exists() else Dataset.open(path)
 
 
