@@ -164,8 +164,10 @@ def test_the_experiments_that_come_along_are_valid(name, count, monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
-    jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("out"))
-    for job in jobs:
+    jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("runs") / name)
+    for index, job in enumerate(jobs):
+        earlier = {str(one.path) for one in jobs[:index]}
+        assert {job.config.init, job.config.teacher} <= {None, *earlier}
         own = job.config.env.startswith(("experiments.scaling:", "pettingzoo/"))
         assert job.config.env in task_names() or own
     assert len(jobs) == count
