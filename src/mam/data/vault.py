@@ -230,7 +230,7 @@ def write_vault(
     """Write a dataset as a Vault, from which it is read back to the bit.
 
     Args:
-        path: the Vault's folder, which must not exist: for OG-MARL <name>.vlt/<uid>.
+        path: the Vault's folder, with nothing in it: for OG-MARL <name>.vlt/<uid>.
         spec: of the task, without agents' ids.
         optional: which of log_prob, value and order the steps have.
         provenance: where the episodes come from.
