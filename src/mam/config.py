@@ -197,7 +197,7 @@ class PPOConfig:
 
 @dataclass(frozen=True)
 class CloningConfig:
-    """Imitation of a dataset (--learn bc), in minibatches as PPO's."""
+    """Imitation of a dataset (--learn bc, or beside PPO), in minibatches as PPO's."""
 
     top_fraction: float = 1.0
     """Share of the episodes that are imitated: those of the highest returns."""
@@ -205,7 +205,14 @@ class CloningConfig:
     """Share of these that are not learned from: the likelihood of their actions, and how often
     they are the policy's most likely ones, are reported with every evaluation."""
     value_coef: float = 0.0
-    """Weight of the value loss, for a critic that knows the recorded returns."""
+    """Weight of the value loss, for a critic that knows the recorded returns (--learn bc)."""
+    augment: str | None = None
+    """A function package.module:function that changes recorded windows before they are learned
+    from."""
+    nll_coef: float = 1.0
+    """Weight of imitation beside PPO (--learn ppo --data DIR), which falls to 0 linearly …"""
+    nll_until: float = 0.5
+    """… until this share of the run."""
 
 
 @dataclass(frozen=True)
@@ -319,7 +326,7 @@ class Config:
     """What is learned: ppo, the task's reward; bc, the actions of the dataset --data; distill, what
     the policy of the run --teacher does."""
     data: str | None = None
-    """Folder of the dataset to imitate (see `mam record`)."""
+    """Folder of the dataset to imitate (see `mam record`), or to imitate at first beside PPO."""
     teacher: str | None = None
     """Folder of the run to distill (see `mam distill`), or to learn from at first beside PPO."""
     init: str | None = None
@@ -381,6 +388,7 @@ class Config:
         sequence += [local] * (encoder.local_branch > 0)
         learn = [self.learn] * (self.learn != "ppo")
         learn += ["taught"] * (self.learn == "ppo" and self.teacher is not None)
+        learn += ["shown"] * (self.learn == "ppo" and self.data is not None)
         learn += ["curriculum"] * bool(self.curriculum)
         published = ["product"] * (encoder.combine == "product")
         return "-".join(
@@ -483,6 +491,7 @@ def _validate(config: Config) -> None:
     # They stand in messages, pages and file names.
     names = {"policy": config.policy, "env": config.env, "network.memory": memory}
     names |= {"network.order": config.network.order}
+    names |= {"cloning.augment": config.cloning.augment or ""}
     for name, value in names.items():
         if not value.isprintable():
             raise UserError(f"{name} must be one line of printable text, got {shown(value)}")
@@ -535,7 +544,7 @@ def _check_ppo(ppo: PPOConfig) -> None:
 def _check_learning(config: Config) -> None:
     """Refuse imitation without a dataset or on several devices, and shares that are none."""
     for option, what, needed, allowed in (
-        ("data", "a dataset", "bc", ("bc",)),
+        ("data", "a dataset", "bc", ("bc", "ppo")),
         ("teacher", "a run", "distill", ("distill", "ppo")),
     ):
         given = getattr(config, option) is not None
@@ -545,11 +554,14 @@ def _check_learning(config: Config) -> None:
             raise UserError(f"--learn {config.learn} does not learn from {what}: drop --{option}")
     if config.env == "dataset" and config.data is None:
         raise UserError("--env dataset is the task of a dataset: give --data, its folder")
+    if config.env == "dataset" and config.learn != "bc":
+        raise UserError(f"--env dataset cannot be played: --learn bc, not {config.learn}")
     if config.data is not None and config.num_devices not in (None, 1):
         raise UserError(f"num_devices must be 1 with a dataset, got {config.num_devices}")
     cloning, finetune, distill = config.cloning, config.finetune, config.distill
     for name, value in (
         ("cloning.top_fraction", cloning.top_fraction),
+        ("cloning.nll_until", cloning.nll_until),
         ("finetune.kl_until", finetune.kl_until),
         ("distill.teacher_until", distill.teacher_until),
     ):
@@ -559,12 +571,17 @@ def _check_learning(config: Config) -> None:
         raise UserError(
             "distill.matrix_updates and distill.hidden_updates belong to --learn distill"
         )
+    if cloning.value_coef and config.data is not None and config.learn == "ppo":
+        raise UserError(
+            "cloning.value_coef belongs to --learn bc: beside PPO the critic learns the task's"
+        )
     if not 0 <= distill.teacher_share <= 1:
         raise UserError(f"distill.teacher_share must lie in [0, 1], got {distill.teacher_share}")
     if not 0 <= cloning.held_out < 1:
         raise UserError(f"cloning.held_out must lie in [0, 1), got {cloning.held_out}")
     for name, value in (
         ("cloning.value_coef", cloning.value_coef),
+        ("cloning.nll_coef", cloning.nll_coef),
         ("finetune.critic_warmup", finetune.critic_warmup),
         ("finetune.kl_coef", finetune.kl_coef),
         ("finetune.lr_warmup", finetune.lr_warmup),

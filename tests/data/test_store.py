@@ -12,6 +12,7 @@ from mam.data import store
 from mam.data.steps import concatenate, to_rows, with_ids, without_ids
 from mam.data.store import Dataset, Writer, cut
 from mam.data.summary import open_dataset, summarise
+from mam.data.vault import Vault
 from mam.errors import UserError
 from mam.types import EnvSpec, Observation, Transition
 
@@ -79,6 +80,33 @@ def test_what_was_written_is_read_bit_for_bit(spec, tmp_path):
     assert_same(data.read(), concatenate(episodes))
     assert_same(data.read([2]), episodes[2])  # a part, and parts in any order
     assert_same(data.read([1, 0]), concatenate([episodes[1], episodes[0]]))
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_dataset_is_read_bit_for_bit_from_a_vault(spec, tmp_path):
+    spec = replace(spec, time_limit=7, agent_names=("a", "b"))
+    episodes = [episode(spec, n, n, terminated=n != 3) for n in (3, 1, 5)]
+    write(tmp_path / "d", *episodes, spec=spec)
+    out = tmp_path / "d.vlt" / "Good"
+    assert main(["data", "export", str(tmp_path / "d"), "--out", str(out)]) == 0
+    data, vault = open_dataset(tmp_path / "d"), open_dataset(out)
+    assert isinstance(vault, Vault)
+    assert (vault.spec, vault.optional, vault.provenance["who"]) == (spec, data.optional, "tests")
+    assert vault.returns.tolist() == data.returns.tolist()
+    assert_same(vault.read(), data.read())
+    assert_same(vault.read([2, 0]), data.read([2, 0]))
+    assert summarise(vault).missing == summarise(data).missing
+
+
+def test_a_vault_is_written_where_nothing_is(tmp_path, capsys):
+    write(tmp_path / "d", episode(PLAIN, 2))
+    for args, message in (
+        (["export", str(tmp_path / "d")], "mam data export DIR --out FOLDER writes a Vault"),
+        (["info", str(tmp_path / "d"), "--out", "x"], "info writes nothing"),
+        (["export", str(tmp_path / "d"), "--out", str(tmp_path / "d")], "d is not empty: choose"),
+    ):
+        assert main(["data", *args]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_only_a_policy_knows_may_be_missing(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mam.config import Config, DistillConfig, EvalConfig, NetworkConfig, PPOConfig
+from mam.data.store import Writer
 from mam.learning import experience, train
 from mam.learning.external import (
     external_evaluate,
@@ -21,6 +22,7 @@ from mam.learning.external import (
     start_episodes,
     take_infos,
 )
+from mam.runs.record import Controller, record
 from mam.types import EnvSpec, ExternalEnvironments, Observation, PolicyOutput, TimeStep
 
 NUM_SEEDS, NUM_ENVS, LENGTH, NUM_AGENTS, NUM_ACTIONS = 2, 3, 6, 2, 5
@@ -444,3 +446,16 @@ def test_a_student_and_its_teacher_act_by_turns(host):
     np.testing.assert_allclose(values["teacher_share"], 0.5, atol=0.01)
     assert not jax.tree.leaves(state.actors.memory.student)
     assert np.abs(jax.tree.leaves(state.actors.memory.teacher)[0]).max() > 0
+
+
+def test_a_dataset_is_imitated_beside_ppo(host, tmp_path):
+    """Of a policy with memory, in processes as anywhere else."""
+    with Writer(tmp_path / "d", Dice.spec) as writer:
+        record(Dice(2), Controller(lambda observation: np.array([1, 3]), Dice.spec), writer, 20)
+    trainer = host.make_train("rec_mappo", data=str(tmp_path / "d"), agent_id="none")
+    state, losses = trainer.init(SEEDS), []
+    for _ in range(4):
+        state, values = trainer.train_step(state)
+        losses.append(values["cloning_loss"])
+        assert values["first_ratio_deviation"].max() <= 1e-5
+    assert (losses[-1] < 0.9 * losses[0]).all()

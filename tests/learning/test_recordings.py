@@ -14,9 +14,10 @@ from mam.envs.registry import make_batched
 from mam.errors import UserError
 from mam.learning.recordings import Recordings
 from mam.learning.sharding import WHOLE
-from mam.learning.train import init_policy, make_train
+from mam.learning.train import RECORDED, _key, init_policy, make_train
 from mam.runs.record import Controller, record
 from mam.types import EnvSpec, Observation, Transition
+from small_run import CONFIG as SMALL
 
 SPEC = EnvSpec("own/count", num_agents=2, obs_dim=1, num_actions=3, time_limit=None)
 NETWORK = NetworkConfig(d_model=8, d_state=2)
@@ -101,18 +102,31 @@ def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(poli
     np.testing.assert_array_equal(again.transitions.action, steps.action)
 
 
-def test_windows_may_be_augmented(folder):
-    def mirrored(window, generator):
-        assert isinstance(generator, np.random.Generator)
-        return replace(window, action=2 - window.action)
+def shifted(window, generator):
+    """An augmentation, by its name: another number for each window."""
+    shift = generator.normal(size=(window.reset.shape[1], 1, 1)).astype(np.float32)
+    view = window.observation.agents_view + shift
+    return replace(window, observation=replace(window.observation, agents_view=view))
 
-    source = recordings(folder)
-    keys = jax.random.split(jax.random.key(1), 1)
-    plain, changed = (
-        one.collect(policies(one.config, 1), (), keys, WHOLE)[1].transitions.action
-        for one in (source, replace(source, augment=mirrored))
-    )
-    np.testing.assert_array_equal(changed, 2 - plain)
+
+def test_windows_may_be_augmented(folder):
+    """By numbers that a seed draws for itself, whichever seeds are beside it."""
+    named = CloningConfig(augment=f"{__name__}:shifted")
+    keys = jax.random.split(jax.random.key(1), 2)
+
+    def views(cloning, keys):
+        config = recordings(folder, cloning=cloning).config
+        source = Recordings.of(config, lambda: SPEC)
+        _, rollout, _ = source.collect(policies(config, len(keys)), (), keys, WHOLE)
+        return rollout.transitions.observation.agents_view
+
+    changed = views(named, keys)
+    shift = changed - views(CloningConfig(), keys)
+    np.testing.assert_allclose(shift, np.broadcast_to(shift[:, :1, :, :1], shift.shape), atol=1e-3)
+    assert len({*np.round(shift[:, 0, :, 0, 0], 3).ravel()}) > 8
+    np.testing.assert_array_equal(views(named, keys[1:]), changed[1:])
+    with pytest.raises(UserError, match="no augmentation nowhere:none, expected"):
+        views(CloningConfig(augment="nowhere:none"), keys)
 
 
 def test_another_task_is_refused_with_what_differs(folder):
@@ -132,6 +146,54 @@ def test_illegal_actions_are_refused(tmp_path):
     source = recordings(tmp_path / "d")
     with pytest.raises(UserError, match="has 1 actions that its masks do not allow"):
         _ = source._learned
+
+
+@pytest.fixture(scope="module")
+def matrix_game(tmp_path_factory):
+    """What a controller does in the game that small runs play."""
+    path, envs = tmp_path_factory.mktemp("data") / "matrix", make_batched(SMALL.env, 4, "none")
+    choose = Controller(lambda observation: np.arange(envs.spec.num_agents) % 2, envs.spec)
+    with Writer(path, spec_without_ids(envs.spec)) as writer:
+        record(envs, choose, writer, 40)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("policy", "sequence_length"), [("ippo", None), ("rec_ippo", None), ("rec_ippo", 2)]
+)
+def test_beside_ppo_recorded_steps_are_imitated_less_and_less(policy, sequence_length, matrix_game):
+    """The first loss is that of the first weights on as many recorded steps as a rollout has."""
+    network = replace(SMALL.network, observation_norm="layer")
+    ppo = replace(SMALL.ppo, sequence_length=sequence_length, lr=0.01)
+    config = replace(SMALL, policy=policy, network=network, ppo=ppo, data=str(matrix_game))
+    config = replace(config, cloning=CloningConfig(nll_coef=10.0, nll_until=0.5))
+    trainer = make_train(config)
+    state = trainer.init(np.arange(2))
+    key = jax.vmap(_key, in_axes=(0, None))(state, RECORDED)
+    assert trainer.recordings is not None
+    recorded = trainer.recordings.collect(state.policy, (), key, WHOLE)[1]
+    reported, expected = [], nll(state.policy, recorded)
+    for _ in range(config.num_updates):
+        state, values = trainer.train_step(state)
+        reported.append(jax.device_get(values))
+    np.testing.assert_allclose(reported[0]["cloning_loss"], expected, rtol=1e-5)
+    assert (reported[2]["cloning_loss"] < 0.9 * expected).all()
+    for weight, values in zip((10, 20 / 3, 10 / 3, 0, 0, 0), reported, strict=True):
+        assert values["first_ratio_deviation"].max() < 1e-5
+        own = values["policy_loss"] - 0.01 * values["entropy"] + 0.5 * values["value_loss"]
+        np.testing.assert_allclose(
+            values["loss"], own + weight * values["cloning_loss"], rtol=1e-4, atol=1e-5
+        )
+    _, values = trainer.evaluate_step(state)
+    assert values["held_out_nll"].shape == (2,)
+
+
+@jax.vmap
+def nll(policy, recorded):
+    """Return the mean −log π of recorded actions, all of whose agents live."""
+    steps, memory = recorded.transitions, jax.tree.map(lambda x: x[0], recorded.memory)
+    seen = (steps.observation, steps.action, steps.order, steps.reset)
+    return -policy.evaluate(memory, *seen).log_prob.mean()
 
 
 EXPERTS = {

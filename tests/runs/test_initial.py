@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mam.config import FinetuneConfig
+from mam.config import CloningConfig, FinetuneConfig
 from mam.data.steps import spec_without_ids
 from mam.data.store import Writer
 from mam.envs.registry import make_batched
@@ -122,9 +122,10 @@ def dataset(tmp_path):
     return tmp_path / "data"
 
 
-def test_an_imitating_run_is_a_run(dataset, tmp_path):
+@pytest.mark.parametrize("learn", ["bc", "ppo"])
+def test_an_imitating_run_is_a_run(learn, dataset, tmp_path):
     """Stopped and resumed it equals one that was not; on another dataset it does not go on."""
-    config = replace(CONFIG, learn="bc", data=str(dataset))
+    config = replace(CONFIG, learn=learn, data=str(dataset))
     folder, trainer = loop.start(config, tmp_path / "whole")
     assert loop.run(config, folder, trainer) == "finished"
     whole = folder.load_state(config, make_train(config))
@@ -164,7 +165,13 @@ def test_logs_of_what_cannot_be_played_are_imitated(dataset, tmp_path):
     ("changes", "message"),
     [
         ({"learn": "bc"}, "--learn bc learns from a dataset: give --data"),
-        ({"data": "somewhere"}, "does not learn from a dataset: drop --data"),
+        (
+            {"learn": "distill", "teacher": "somewhere", "data": "somewhere"},
+            "does not learn from a dataset: drop --data",
+        ),
+        ({"env": "dataset", "data": "somewhere"}, "cannot be played: --learn bc, not ppo"),
+        ({"data": "d", "cloning": CloningConfig(value_coef=0.5)}, "beside PPO the critic learns"),
+        ({"cloning": CloningConfig(nll_until=0.0)}, r"cloning.nll_until must lie in \(0, 1\]"),
         ({"env": "dataset"}, "is the task of a dataset: give --data"),
         ({"init_partial": True}, "need --init"),
         ({"finetune": FinetuneConfig(kl_until=0.0)}, r"finetune.kl_until must lie in \(0, 1\]"),

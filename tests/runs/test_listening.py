@@ -78,7 +78,12 @@ def test_the_command_draws_an_episode(tmp_path, capsys):
     assert "encoder 1, decoder 1, cross 1" in capsys.readouterr().out
     with Image.open(folder.path / "mixing.png") as picture:
         assert min(picture.size) > 200
-    assert json.loads((folder.path / "mixing.json").read_text())["policy_seed"] == 0
+    trace = json.loads((folder.path / "mixing.json").read_text())
+    assert trace["policy_seed"] == 0
+    for name, columns in (("encoder 1", 2), ("decoder 1", 3), ("cross 1", 3)):
+        share = np.array(trace["mixing"][name])
+        assert share.shape == (len(trace["reward"]), 2, columns)
+        np.testing.assert_allclose(share.sum(axis=-1), 1, atol=2e-3)
     assert cli.main(["inspect", str(folder.path), "--out", "a.jpg"]) == 2
     assert "--out is a PNG, such as a.png: got a.jpg" in capsys.readouterr().err
     assert cli.main(["inspect", str(folder.path), "--steps", "0"]) == 2

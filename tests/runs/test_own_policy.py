@@ -121,7 +121,7 @@ def test_what_is_none_is_refused(name, said):
         ({}, "ppo.normalise_value reads the part value_layer, which .*:bare lacks"),
         (
             {"ppo": PPOConfig(normalise_value=False), "learn": "bc", "data": "here"},
-            "learn bc reads the part distribution",
+            "data reads the part distribution",
         ),
         (
             {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mam.cli import main as cli
-from mam.config import Config, NetworkConfig, to_json
+from mam.config import CloningConfig, Config, NetworkConfig, to_json
 from mam.envs.external.factories import find_factory, names_code
 from mam.errors import UserError
 from mam.study.dashboard.replay import Players
@@ -55,15 +55,21 @@ def test_a_command_imports_nothing_that_only_a_folder_names(folder, capsys, comm
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_nor_the_order_of_agents(folder, capsys, command):
-    order = NetworkConfig(order="stranger:make")
-    config = to_json(Config(env="probe/matrix", network=order))
+@pytest.mark.parametrize(
+    ("setting", "what", "group"),
+    [
+        ("network.order", "order", {"network": NetworkConfig(order="stranger:make")}),
+        ("cloning.augment", "augmentation", {"cloning": CloningConfig(augment="stranger:make")}),
+    ],
+)
+def test_nor_other_code(folder, capsys, command, setting, what, group):
+    config = to_json(Config(env="probe/matrix", **group))
     (folder / "run" / "config.json").write_text(json.dumps(config))
     assert cli.main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    own = "--network.order stranger:make or " * (command[0] == "train")
+    own = f"--{setting} stranger:make or " * (command[0] == "train")
     assert line.endswith(
-        f"the order 'stranger:make', which is code to import and run: "
+        f"the {what} 'stranger:make', which is code to import and run: "
         f"if you trust it, add {own}--trust"
     )
     assert not (folder / "imported").exists()

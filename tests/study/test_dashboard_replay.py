@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mam.errors import RunError, UserError
-from mam.study.dashboard.player import _course, _decisions
+from mam.study.dashboard.player import _course, _decisions, _mixing
 from mam.study.dashboard.replay import Players, load, replays_of
 from mam.study.dashboard.runs import LiveRun
 from report_runs import write_run
@@ -68,6 +68,8 @@ def test_states_that_look_alike_share_a_frame(tmp_path):
         {"order": [[0, 5]] * 3},
         {"action": [0, 1, 2]},
         {"episode_return": [1]},
+        {"mixing": {"encoder 1": [[[1.0, 0.0]]] * 3}},
+        {"mixing": [1]},
     ],
 )
 def test_a_trace_that_is_damaged_is_said(tmp_path, changes):
@@ -90,6 +92,19 @@ def test_agents_have_the_names_of_the_trace_or_their_places(tmp_path, agents, sh
     assert [line["name"] for line in _course(replay)["series"][1:]] == [
         f"value of agent {name}" for name in shown
     ]
+
+
+def test_who_listens_to_whom_is_drawn_at_each_step(tmp_path):
+    encoder = [[[1.0, 0.0], [0.25, 0.75]]] * 3
+    cross = [[[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]] * 3
+    mixing = {"encoder 1": encoder, "<cross>": cross}
+    replay = load(write(tmp_path / "e.json", agents=["<a>", "b"], mixing=mixing))
+    drawn = _mixing(replay, 2)
+    assert 'style="--share: 0.250" title="b takes 25% of &lt;a&gt;"' in drawn
+    assert 'title="b takes 50% of start"' in drawn
+    assert "<figcaption>&lt;cross&gt;</figcaption>" in drawn
+    assert drawn.count("<td") == drawn.count("</td>") == 4 + 6
+    assert _mixing(load(write(tmp_path / "e.json")), 0) == ""
 
 
 def played(run, monkeypatch, tmp_path, script):

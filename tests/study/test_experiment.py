@@ -146,18 +146,31 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["smoke", "lbf", "distill", "paper", "scaling"])
-def test_the_experiments_that_come_along_are_valid(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "count"),
+    {
+        "smoke": 6,
+        "lbf": 18,
+        "imitate": 6,
+        "finetune": 7,
+        "distill": 9,
+        "paper": 4 * 33,
+        "scaling": 44,
+    }.items(),
+)
+def test_the_experiments_that_come_along_are_valid(name, count, monkeypatch):
     from mam.envs.tasks import task_names
 
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
-    jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("out"))
-    for job in jobs:
-        assert job.config.env in task_names() or job.config.env.startswith("experiments.scaling:")
-    counts = {"smoke": 6, "lbf": 18, "distill": 9, "paper": 4 * 33, "scaling": 44}
-    assert len(jobs) == counts[name]
+    jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("runs") / name)
+    for index, job in enumerate(jobs):
+        earlier = {str(one.path) for one in jobs[:index]}
+        assert {job.config.init, job.config.teacher} <= {None, *earlier}
+        own = job.config.env.startswith(("experiments.scaling:", "pettingzoo/"))
+        assert job.config.env in task_names() or own
+    assert len(jobs) == count
 
 
 def row(kind, update, value=0.5, **more):

@@ -1,4 +1,4 @@
-"""`mam data info DIR`: what a dataset of joint trajectories holds."""
+"""`mam data`: what a dataset of joint trajectories holds, and the same as OG-MARL has it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,35 +7,56 @@ from typing import Any, Literal
 import tyro
 
 from mam.cli.output import display
+from mam.errors import UserError
 
 _MOST_AGENTS = 64  # rows of a table
 
 
 @dataclass(frozen=True)
 class Data:
-    """Read a dataset, compare its checksums, and say what is in it.
+    """Read a dataset, compare its checksums, and say what is in it or write it as a Vault.
 
-    It is one that `mam record` or `mam.Recorder` wrote, or a Vault of OG-MARL.
+    It is one that `mam record` or `mam.Recorder` wrote, a Vault of OG-MARL, or one of Minari's.
     """
 
-    what: tyro.conf.Positional[Literal["info"]]
-    """What to do: info."""
+    what: tyro.conf.Positional[Literal["info", "export"]]
+    """What to do: info, or export, which writes a Vault of OG-MARL."""
     folder: tyro.conf.Positional[Path]
     """Folder of the dataset."""
+    out: Path | None = None
+    """Folder of the Vault that export writes; OG-MARL looks for <name>.vlt/<uid>."""
 
 
 def data(args: Data) -> None:
-    """Print what a dataset holds.
+    """Print what a dataset holds, or write it as a Vault.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: if there is none, or it is damaged, or the Vault's folder is not empty.
     """
+    if (args.what == "export") != (args.out is not None):
+        raise UserError("mam data export DIR --out FOLDER writes a Vault; info writes nothing")
+    if args.out is None:
+        _info(args.folder)
+    else:
+        _export(args.folder, args.out)
+
+
+def _export(folder: Path, out: Path) -> None:
+    from mam.data.summary import batches, open_dataset
+    from mam.data.vault import write_vault
+
+    found = open_dataset(folder)
+    write_vault(out, found.spec, found.optional, found.provenance, batches(found))
+    print(f"in {out}: {len(found.lengths):,} episodes, {found.lengths.sum():,} steps")
+
+
+def _info(folder: Path) -> None:
     from rich.table import Table
 
     from mam.data.summary import open_dataset, summarise
     from mam.errors import printable
 
-    found = open_dataset(args.folder)
+    found = open_dataset(folder)
     spec, summary = found.spec, summarise(found)
     kind = "real numbers" if spec.continuous else "choices"
     components = " + ".join(map(str, spec.action_components or (spec.num_actions,)))

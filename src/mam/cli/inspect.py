@@ -14,7 +14,8 @@ class Inspect:
     """Plot how much agents take of each other in an episode played by a run's best weights.
 
     Every mixer of a sequence policy, in encoder and decoder, is a matrix at each step: row i says
-    how much agent i takes of every agent. The episode is kept beside it, as `mam play` does.
+    how much agent i takes of every agent. The episode is kept beside it, as `mam play` does; the
+    dashboard shows it with the matrices of every step.
     """
 
     run: tyro.conf.Positional[Path]
@@ -59,8 +60,10 @@ def inspect(args: Inspect) -> None:
             trust=args.trust,
         )
     )
-    from mam.runs.listening import plot_shares, shares
+    from mam.runs.listening import note_shares, plot_shares, shares
+    from mam.runs.play import trace_path
 
     found = shares(policy, episode)
+    note_shares(trace_path(picture), found)
     plot_shares(path, found, episode, picture, num_steps=args.steps, title=title)
     print(f"in {path}: {', '.join(found)}, of {len(episode.trace.reward)} steps")

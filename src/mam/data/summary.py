@@ -6,25 +6,35 @@ from pathlib import Path
 
 import numpy as np
 
+from mam.data.minari import METADATA as MINARI
+from mam.data.minari import Minari
 from mam.data.store import Dataset
 from mam.data.vault import METADATA, Vault
 from mam.types import Transition
 
-Trajectories = Dataset | Vault
+Trajectories = Dataset | Vault | Minari
 _BATCH = 256  # episodes that are read at a time
 
 
 def open_dataset(path: Path) -> Trajectories:
-    """Open a dataset of this library or a Vault; no trajectory is read.
+    """Open a dataset of this library, a Vault or one of Minari's; no trajectory is read.
 
     Raises:
         UserError: if there is none, or it is damaged.
     """
+    if (path / MINARI).exists():
+        return Minari.open(path)
     return Vault.open(path) if (path / METADATA).exists() else Dataset.open(path)
 
 
 def batches(data: Trajectories) -> Iterator[Transition]:
-    """Read all episodes, some at a time."""
+    """Read all episodes, some at a time.
+
+    Raises:
+        UserError: if it is damaged, or empty.
+    """
+    if not len(data.lengths):
+        data.read()
     for first in range(0, len(data.lengths), _BATCH):
         yield data.read(np.arange(first, min(first + _BATCH, len(data.lengths))))
 
@@ -51,8 +61,6 @@ def summarise(data: Trajectories) -> Summary:
         UserError: if it is damaged, or empty.
     """
     spec, ends = data.spec, np.zeros(2, int)
-    if not len(data.lengths):
-        data.read()
     alive, count = np.zeros(spec.num_agents), 0
     sums, squares = np.zeros((2, spec.num_agents, spec.num_actions))
     illegal = non_finite = 0
@@ -101,5 +109,6 @@ def _missing(data: Trajectories) -> tuple[str, ...]:
     """Name what other datasets have and this one lacks."""
     found = [name for name in ("log_prob", "value", "order") if name not in data.optional]
     found += ["state"] * (data.spec.state_dim is None) + ["grid"] * (data.spec.grid_shape is None)
-    found += ["what the last action of an episode led to"] * isinstance(data, Vault)
+    if isinstance(data, Vault) and not data.has_successors:
+        found.append("what the last action of an episode led to")
     return tuple(found)

@@ -1,33 +1,47 @@
-"""Reading Vaults, the datasets of OG-MARL.
+"""Vaults, the datasets of OG-MARL: reading any, and writing a dataset as one.
 
     <folder>/metadata.json    shapes and types of the experience tree
     <folder>/…                zarr arrays [1, time, agents, …] in one key–value store (OCDBT), by
                               leaf: observations, actions, rewards, terminals, truncations,
                               infos.legals, infos.state; and vault_index, the steps there are
 
-What an episode's last action led to is not in a Vault: its last observation stands for it. Steps
-behind the last end of an episode are left out.
+What an episode's last action led to is not in a Vault of others: its last observation stands for
+it. Steps behind the last end of an episode are left out. One that is written here has what is
+missing as further leaves, called infos.<field>, and the task in metadata.json: it is read back to
+the bit.
 
 Source: Formanek et al. 2023 (arXiv 2302.00521) and the layout of flashbax's Vault, version 1.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mam.data.steps import SUCCESSOR, to_steps
+from mam.config import from_json
+from mam.data.steps import OPTIONAL, SUCCESSOR, Rows, layout, to_rows, to_steps
 from mam.data.store import reading, tensorstore
 from mam.errors import UserError
 from mam.types import EnvSpec, Transition
 
 METADATA = "metadata.json"
 _LEAVES = ("observations", "actions", "rewards", "terminals", "truncations")
+_ENDS = ("terminated", "truncated")  # one number per agent in a Vault
+_NAMES = {
+    "observation.agents_view": "observations",
+    "observation.action_mask": "infos.legals",
+    "observation.state": "infos.state",
+    "action": "actions",
+    "reward": "rewards",
+    "terminated": "terminals",
+    "truncated": "truncations",
+}
+_LONGEST = int(10e12)  # the length of a Vault's time axis, most of which is never written
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,19 @@ class Vault:
                 raise ValueError(f"there is no {missing[0]} in it")
             if not len(found.lengths):
                 raise ValueError("no episode in it has ended")
-        return found
+            known = found._metadata.get("optional", ())
+        return replace(found, optional=tuple(name for name in OPTIONAL if name in known))
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        return {"format": "vault", "version": self._metadata.get("version")}
+        """Where the episodes come from, as far as the Vault says."""
+        known = {"format": "vault", "version": self._metadata.get("version")}
+        return known | self._metadata.get("provenance", {})
+
+    @property
+    def has_successors(self) -> bool:
+        """Whether it was written here, and has what the last action of an episode led to."""
+        return "spec" in self._metadata
 
     @cached_property
     def _metadata(self) -> dict[str, Any]:
@@ -72,9 +94,7 @@ class Vault:
         return flat(self._metadata["structure_shape"])
 
     def _open(self, name: str) -> Any:
-        base = f"file://{self.path.absolute()}"
-        store = {"driver": "ocdbt", "base": base, "path": name}
-        return tensorstore().open({"driver": "zarr", "kvstore": store}, open=True).result()
+        return tensorstore().open(_store(self.path, name), open=True).result()
 
     def _leaf(self, name: str) -> np.ndarray:
         """Read all steps of a leaf, [T, …]."""
@@ -112,6 +132,8 @@ class Vault:
     def spec(self) -> EnvSpec:
         """Sizes of the task, as far as the Vault knows them."""
         with reading(self.path):
+            if self.has_successors:
+                return from_json(EnvSpec, self._metadata["spec"])
             rows, rewards = self._rows, self._rewards
             n, num_actions = rows["observation.action_mask"].shape[1:]
             state = rows.get("observation.state")
@@ -146,17 +168,27 @@ class Vault:
             rows = [np.arange(stops[k] - self.lengths[k], stops[k]) for k in wanted]
             chosen = np.concatenate(rows)
             taken = {name: x[chosen] for name, x in self._rows.items()}
-        ended = taken["has_successor"]
-        taken |= {
-            name.replace("observation.", SUCCESSOR): x[ended]
-            for name, x in taken.items()
-            if name.startswith("observation.")
-        }
+        own = taken["has_successor"]
+        taken |= {name: x[own] for name, x in taken.items() if name.startswith(SUCCESSOR)}
         return to_steps(taken)
 
     @cached_property
-    def _rows(self) -> dict[str, np.ndarray]:
-        """All steps of whole episodes as rows, but for the successors."""
+    def _rows(self) -> Rows:
+        """All steps of whole episodes as rows, and a successor for each of them."""
+        rows = self._own_rows() if self.has_successors else self._known_rows()
+        last = {name: x for name, x in rows.items() if name.startswith("observation.")}
+        return {name.replace("observation.", SUCCESSOR): x for name, x in last.items()} | rows
+
+    def _own_rows(self) -> Rows:
+        """Return the steps of a Vault that was written here."""
+        stop, rows = len(self._ends[0]), {}
+        for name, (_, dtype) in layout(self.spec, self.optional).items():
+            x = self._leaf(_NAMES.get(name, f"infos.{name}"))[:stop]
+            rows[name] = (x.all(axis=-1) if name in _ENDS else x).astype(dtype)
+        return rows
+
+    def _known_rows(self) -> Rows:
+        """Return the steps of any other Vault."""
         terminated, truncated = self._ends
         stop, ended = len(terminated), terminated | truncated
         action, view = self._leaf("actions")[:stop], self._leaf("observations")[:stop]
@@ -186,3 +218,94 @@ class Vault:
         before = np.concatenate([np.zeros_like(over[:1]), np.cumsum(over, axis=0)[:-1]])
         first = np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths)
         return before == before[first]
+
+
+def write_vault(
+    path: Path,
+    spec: EnvSpec,
+    optional: Sequence[str],
+    provenance: Mapping[str, Any],
+    batches: Iterable[Transition],
+) -> None:
+    """Write a dataset as a Vault, from which it is read back to the bit.
+
+    Args:
+        path: the Vault's folder, with nothing in it: for OG-MARL <name>.vlt/<uid>.
+        spec: of the task, without agents' ids.
+        optional: which of log_prob, value and order the steps have.
+        provenance: where the episodes come from.
+        batches: whole episodes, some at a time.
+
+    Raises:
+        UserError: if there is something in the folder, or it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(f"{path} is not empty: choose another folder for the Vault")
+    except OSError as error:
+        raise UserError(f"cannot make the Vault {path}: {error.strerror or error}") from error
+    arrays, num_steps = dict[str, Any](), 0
+    for steps in batches:
+        leaves = _to_leaves(to_rows(steps, spec, optional))
+        if not arrays:
+            arrays = {name: _create(path, name, x) for name, x in leaves.items()}
+        stop = num_steps + len(leaves["rewards"])
+        written = [arrays[name][0, num_steps:stop].write(x) for name, x in leaves.items()]
+        for future in written:
+            future.result()
+        num_steps = stop
+    index = _store(path, "vault_index") | {"dtype": "int32"}
+    array = tensorstore().open(index, shape=(1,), create=True).result()
+    array.write(np.array([num_steps], np.int32)).result()
+    shapes = {name: str((1, num_steps, *x.shape[2:])) for name, x in arrays.items()}
+    facts = {
+        "version": 1.2,
+        "structure_shape": _nested(shapes),
+        "structure_dtype": _nested({name: x.dtype.name for name, x in arrays.items()}),
+        "spec": asdict(spec),
+        "optional": [*optional],
+        "provenance": dict(provenance),
+    }
+    (path / METADATA).write_text(json.dumps(facts))  # last: without it there is no Vault
+
+
+def _store(path: Path, name: str) -> dict[str, Any]:
+    """Say where the array of a leaf is."""
+    store = {"driver": "ocdbt", "base": f"file://{path.absolute()}", "path": name}
+    return {"driver": "zarr", "kvstore": store}
+
+
+def _create(path: Path, name: str, x: np.ndarray) -> Any:
+    """Make the array of a leaf, whose time axis has no end."""
+    asked = _store(path, f"{name}.") | {"metadata": {"compressor": {"id": "gzip", "level": 5}}}
+    shape = (1, _LONGEST, *x.shape[1:])
+    return tensorstore().open(asked, dtype=x.dtype.name, shape=shape, create=True).result()
+
+
+def _to_leaves(rows: Rows) -> Rows:
+    """Return rows as leaves of a Vault: real masks, ends of each agent, a successor everywhere."""
+    own, num_agents, leaves = rows["has_successor"], rows["reward"].shape[1], Rows()
+    for name, x in rows.items():
+        if name in _ENDS:
+            x = np.repeat(x[:, None], num_agents, axis=1)
+        if name.startswith(SUCCESSOR):
+            dense = np.zeros((len(own), *x.shape[1:]), x.dtype)
+            dense[own] = x
+            x = dense
+        if name in (*_ENDS, "observation.action_mask"):
+            x = x.astype(np.float32)
+        leaves[_NAMES.get(name, f"infos.{name}")] = x
+    return leaves
+
+
+def _nested(leaves: Mapping[str, str]) -> dict[str, Any]:
+    """Return names with dots as a tree."""
+    tree: dict[str, Any] = {}
+    for name, value in leaves.items():
+        *groups, last = name.split(".")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = value
+    return tree

@@ -137,6 +137,73 @@ class WeightedSum:
         )
 
 
+class OtherRows(eqx.Module):
+    """What a policy is to be evaluated on, [T, B, …], and what the objective made of the rest."""
+
+    observation: Observation  # in the network's units
+    action: Action
+    order: Int[Array, "*batch N"]
+    reset: Bool[Array, "*batch"]
+    targets: PyTree[Shaped[Array, "..."]]
+
+
+@dataclass(frozen=True)
+class OnOther:
+    """An objective on a rollout of its own, beside terms that read the policy's.
+
+    It has as many steps, in windows at whose start memory is empty.
+    """
+
+    objective: Objective  # one that needs no values
+    rollout: Rollout  # [L, M, …], with observations in the environment's units
+
+    @property
+    def needs_values(self) -> bool:
+        """Say that no returns are to be estimated."""
+        return False
+
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> OtherRows:
+        """Return the steps of the other rollout in the places of the policy's, [T, B, …].
+
+        Args:
+            policy: its normalisation puts observations into the network's units.
+            rollout: the policy's; says no more than how many steps there are.
+            estimates: not read, for they are of the policy's rollout.
+        """
+        steps = self.rollout.transitions
+        observation = policy.statistics.normalise(steps.observation)
+        scaled = replace(self.rollout, transitions=replace(steps, observation=observation))
+        targets = self.objective.prepare(policy, scaled, None)
+        length, (_, num_envs) = steps.reset.shape[0], rollout.transitions.reset.shape
+
+        def placed(x: Array) -> Array:
+            x = jnp.swapaxes(x.reshape(length, -1, num_envs, *x.shape[2:]), 0, 1)
+            return x.reshape(-1, *x.shape[2:])
+
+        rows = OtherRows(observation, steps.action, steps.order, steps.reset, targets)
+        return jax.tree.map(placed, rows)
+
+    def loss(
+        self, policy: Policy, evaluation: Evaluation, batch: Batch, targets: OtherRows, shard: Shard
+    ) -> Losses:
+        """Return the objective's loss on the other rollout.
+
+        Args:
+            policy: the network, which is evaluated once more.
+            evaluation: not read, for it is of the policy's own rollout.
+            batch: the same.
+            targets: the other rollout's steps, for as many rows.
+            shard: this device's share of the minibatch.
+        """
+        seen = (targets.observation, targets.action, targets.order, targets.reset)
+        memory = policy.init_memory(targets.reset.shape[1:])
+        rows = Batch(targets.observation, targets.reset, (), targets.action, targets.order, ())
+        own = policy.evaluate(memory, *seen)
+        return self.objective.loss(policy, own, rows, targets.targets, shard)
+
+
 def living_mean(
     alive: Bool[Array, "*batch N"], shard: Shard = WHOLE
 ) -> Callable[[Shaped[Array, "*batch N"]], Float[Array, ""]]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from mam.config import Config
 from mam.data.steps import spec_with_ids, spec_without_ids, with_ids
 from mam.data.summary import Trajectories, open_dataset
-from mam.errors import UserError, shown
+from mam.errors import UserError, import_function, shown
 from mam.learning.normalise import as_normalised
 from mam.learning.objective import living_mean
 from mam.learning.rollout import Rollout
@@ -50,9 +50,19 @@ class Recordings:
 
     config: Config
     spec: Callable[[], EnvSpec]  # of the task that is learned, whose sizes the dataset has to have
-    # Changes windows [seeds, L, B, …] before they are learned from, by a generator
+    # Changes a seed's windows [L, B, …] before they are learned from, by a generator
     augment: Callable[[Transition, np.random.Generator], Transition] | None = None
     compiled: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, config: Config, spec: Callable[[], EnvSpec]) -> "Recordings":
+        """Return the dataset of a configuration, with the augmentation that it names.
+
+        Raises:
+            UserError: if there is no such function.
+        """
+        name = config.cloning.augment
+        return cls(config, spec, import_function("augmentation", name) if name else None)
 
     @cached_property
     def _data(self) -> Trajectories:
@@ -154,15 +164,15 @@ class Recordings:
         num_steps, num_windows = len(steps.reset), ppo.num_envs * ppo.rollout_length // self._length
         memory = jax.vmap(lambda policy: policy.init_memory((1, num_windows)))(policy)
         remembers = bool(jax.tree.leaves(memory))
-        firsts, augmenting = [], None
+        windows = []
         for data in np.asarray(jax.random.key_data(key)):
-            augmenting = np.random.default_rng(data)
-            drawn = augmenting.integers(len(starts) if remembers else num_steps, size=num_windows)
-            firsts.append(starts[drawn] if remembers else drawn)
-        rows = (np.stack(firsts)[:, None] + np.arange(self._length)[:, None]) % num_steps
-        window = jax.tree.map(lambda x: x[rows], steps)
-        if self.augment is not None and augmenting is not None:
-            window = self.augment(window, augmenting)
+            generator = np.random.default_rng(data)
+            drawn = generator.integers(len(starts) if remembers else num_steps, size=num_windows)
+            first = starts[drawn] if remembers else drawn
+            rows = (first + np.arange(self._length)[:, None]) % num_steps
+            window = jax.tree.map(lambda x, rows=rows: x[rows], steps)
+            windows.append(self.augment(window, generator) if self.augment else window)
+        window = jax.tree.map(lambda *x: np.stack(x), *windows)
         return carry, Rollout(window, memory, window.final_observation.alive[:, -1]), {}
 
     def held_out(self, policy: Policy) -> Values:
@@ -199,7 +209,7 @@ class Unplayed:
     def recordings(self) -> Recordings:
         """The dataset."""
         data = open_dataset(Path(cast(str, self.config.data)))
-        return Recordings(self.config, lambda: spec_with_ids(data.spec, self.config.agent_id))
+        return Recordings.of(self.config, lambda: spec_with_ids(data.spec, self.config.agent_id))
 
     @property
     def spec(self) -> EnvSpec:

@@ -44,7 +44,7 @@ from mam.learning.normalise import (
     simplified,
     transfer_policy,
 )
-from mam.learning.objective import Objective, WeightedSum, make_batch
+from mam.learning.objective import Objective, OnOther, WeightedSum, make_batch
 from mam.learning.ppo import PPO
 from mam.learning.recordings import Recordings, Unplayed
 from mam.learning.rollout import Rollout
@@ -64,7 +64,7 @@ from mam.types import (
 )
 
 P = jax.P
-TRAINING, EVALUATION, ABSOLUTE = range(3)  # streams of random keys
+TRAINING, EVALUATION, ABSOLUTE, RECORDED = range(4)  # streams of random keys
 
 
 class Best(eqx.Module):
@@ -121,6 +121,7 @@ class Trainer:
     environments: Environments | Unplayed
     devices: Devices
     source: Experience  # what is learned from
+    recordings: Recordings | None  # of the dataset that is learned from, or from beside, if any
 
     @property
     def spec(self) -> EnvSpec:
@@ -202,7 +203,9 @@ def make_train(
         config = replace(config, num_devices=1)
     if played is None:
         played = Unplayed(config) if config.env == DATASET else environments(config)
-    source, devices = experience or _experience(config, played), played.devices
+    recordings = _recordings(config, played, experience)
+    imitated = recordings if config.learn == "bc" else None
+    source, devices = cast(Experience, experience or imitated or played), played.devices
     learned = source if isinstance(source, Environments) else played
     if objective is None and config.learn != "distill":
         cloning = BehaviourCloning(config.cloning.value_coef)
@@ -243,8 +246,10 @@ def make_train(
     if played.compiled:
         evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
         absolute_metric = jax.jit(share(traced.absolute, P()))
-    if isinstance(source, Recordings):
-        evaluate_step = _predicting(evaluate_step, source)
+    if recordings is not None:
+        evaluate_step = _predicting(evaluate_step, recordings)
+        if source is not recordings:
+            train_step = _shown(train_step, recordings, called.key)
     return Trainer(
         init=init_seeds,
         train_step=train_step,
@@ -255,14 +260,33 @@ def make_train(
         environments=played,
         devices=devices,
         source=source,
+        recordings=recordings,
     )
 
 
-def _experience(config: Config, played: Environments | Unplayed) -> Experience:
-    """Return what a configuration learns from: its dataset, or the task itself."""
+def _recordings(
+    config: Config, played: Environments | Unplayed, experience: Experience | None
+) -> Recordings | None:
+    """Return the dataset that is given or that a configuration names, as experience."""
+    if isinstance(experience, Recordings):
+        return experience
     if isinstance(played, Unplayed):
         return played.recordings
-    return played if config.data is None else Recordings(config, lambda: played.spec)
+    return None if config.data is None else Recordings.of(config, lambda: played.spec)
+
+
+def _shown(
+    train_step: Callable[..., tuple[TrainState, Values]],
+    recordings: Recordings,
+    key: Callable[[TrainState, int], Key[Array, "seeds"]],
+) -> Callable[[TrainState], tuple[TrainState, Values]]:
+    """Draw as many recorded steps for every train step as its rollout has."""
+
+    def train(state: TrainState) -> tuple[TrainState, Values]:
+        _, recorded, _ = recordings.collect(state.policy, (), key(state, RECORDED), WHOLE)
+        return train_step(state, recorded)
+
+    return train
 
 
 def _predicting(
@@ -289,14 +313,14 @@ class _Steps:
     remember: Callable[[TrainState, Values], TrainState]
     key: Callable[[TrainState, int], Key[Array, "*seeds"]]
 
-    def train(self, state: TrainState) -> tuple[TrainState, Values]:
-        """Collect a rollout and learn from it."""
+    def train(self, state: TrainState, *recorded: Rollout) -> tuple[TrainState, Values]:
+        """Collect a rollout and learn from it, and from a recorded one beside it if there is."""
         key, shard = self.key(state, TRAINING), self.played.devices.shard
         keys = jax.vmap(jax.random.split)(key) if key.ndim else jax.random.split(key)
         carry, rollout, beside = self.source.collect(
             self.acting(state), state.actors, keys[..., 0], shard
         )
-        state, values = self.learn(state, carry, rollout, keys[..., 1])
+        state, values = self.learn(state, carry, rollout, keys[..., 1], *recorded)
         return state, {**values, **beside}
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, Values]:
@@ -413,7 +437,7 @@ def _check_parts(network: Policy, config: Config) -> None:
     kl, warmup = config.finetune.kl_coef, config.finetune.critic_warmup
     read = {
         "ppo.normalise_value": ("value_layer", config.ppo.normalise_value),
-        "learn bc": ("distribution", config.learn == "bc"),
+        "data": ("distribution", config.data is not None),
         "finetune.kl_coef": ("distribution", kl),
         "finetune.critic_warmup": ("critic", warmup),
     }
@@ -483,20 +507,27 @@ class Learner:
         shapes = jax.eval_shape(lambda: draw(key=jax.random.key(0)))
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def _at(self, state: TrainState, rollout: Rollout, taught: Rollout) -> Objective:
+    def _at(
+        self, state: TrainState, rollout: Rollout, taught: Rollout, recorded: Rollout | None
+    ) -> Objective:
         """Return what is learned from a rollout.
 
-        That is the objective, what the teacher does, and at first to stay close to the start.
+        That is the objective, what the teacher does, what a recorded rollout shows, and at first to
+        stay close to the start.
 
         Args:
             state: before it.
             rollout: as the policy remembers it.
             taught: as the teacher does.
+            recorded: a dataset's, if one is imitated beside.
         """
-        config, finetune = self.config, self.config.finetune
+        config, finetune, cloning = self.config, self.config.finetune, self.config.cloning
         terms: list[tuple[Any, Objective]] = [(1.0, self.objective)] if self.objective else []
         if state.teacher is not None:
             terms += self._lessons(as_normalised(state.teacher), taught, state.num_updates)
+        if recorded is not None:
+            weight = _falling(cloning.nll_coef, cloning.nll_until, config, state.num_updates)
+            terms.append((weight, OnOther(BehaviourCloning(), recorded)))
         if state.start is not None:
             weight = _falling(finetune.kl_coef, finetune.kl_until, config, state.num_updates)
             terms.append((weight, StayClose("start", as_normalised(state.start), rollout)))
@@ -531,7 +562,12 @@ class Learner:
         ]
 
     def learn(
-        self, state: TrainState, carry: Any, rollout: Rollout, key: Key[Array, ""]
+        self,
+        state: TrainState,
+        carry: Any,
+        rollout: Rollout,
+        key: Key[Array, ""],
+        recorded: Rollout | None = None,
     ) -> tuple[TrainState, Values]:
         """Learn from a rollout.
 
@@ -540,13 +576,14 @@ class Learner:
             carry: what experience goes on from after the rollout.
             rollout: [T, B, …].
             key: decides the minibatches.
+            recorded: a dataset's rollout that is imitated beside, if one is.
 
         Returns:
             The state after it, and what is reported, one number each.
         """
         ppo, shard = self.config.ppo, self.shard
         rollout, taught = (rollout, rollout) if state.teacher is None else seen_by(rollout)
-        objective = self._at(state, rollout, taught)
+        objective = self._at(state, rollout, taught, recorded)
         policy, transitions, estimates = as_normalised(state.policy), rollout.transitions, None
         flags = [*nonfinite_leaves(policy.network), *nonfinite_in_rollout(transitions)]
         # 1. Estimate advantages, in units of reward.

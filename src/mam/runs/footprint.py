@@ -103,9 +103,9 @@ def _compiled(config: Config, changes: str) -> Plan:
     trainer = make_train(config, teacher=teacher_of(config))
     try:
         if not isinstance(trainer.train_step, jax.stages.Wrapped):
+            what = "learns from a dataset" if config.data else "is an external environment"
             raise UserError(
-                f"{config.env} is an external environment: "
-                "its memory depends on the simulator, and is not planned"
+                f"{config.env} {what}: its memory is not that of one program, and is not planned"
             )
         seeds = np.arange(config.seed, config.seed + config.num_seeds)
         begun = time.perf_counter()

@@ -1,5 +1,6 @@
 """Who listens to whom: the mixers of a policy as matrices, over an episode, as a picture."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from mam.networks.inside import activations, mixing_matrices
 from mam.networks.sequence import SequencePolicy
 from mam.runs.files import writing
 from mam.runs.play import Episode
+from mam.runs.sinks import write_atomically
 from mam.types import Policy
 
 MOST_AGENTS = 32  # whose names are written along a matrix
@@ -77,6 +79,20 @@ def _by_agent(
         columns = jnp.concatenate([jnp.zeros_like(rows[..., :1]), rows + 1], axis=-1)
     taken = jnp.take_along_axis(taken, rows[..., None], axis=-2)
     return jnp.take_along_axis(taken, columns[..., None, :], axis=-1)
+
+
+def note_shares(trace: Path, found: dict[str, Float[np.ndarray, "T N _"]]) -> None:
+    """Add shares to the trace of an episode, as `mixing`, if there are not too many agents.
+
+    Args:
+        trace: the file that `mam.runs.play.write_trace` wrote.
+        found: what `shares` returned.
+    """
+    if any(share.shape[-2] > MOST_AGENTS for share in found.values()):
+        return
+    rounded = {name: share.astype(np.float64).round(3).tolist() for name, share in found.items()}
+    with writing(trace):
+        write_atomically(trace, json.dumps(json.loads(trace.read_bytes()) | {"mixing": rounded}))
 
 
 def plot_shares(

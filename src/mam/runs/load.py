@@ -95,7 +95,7 @@ def load_weights(
     config = folder.load_config()
     save, beside = folder.newest_save(config), greedy is not None and greedy != config.eval.greedy
     no_env = "spec" in save.meta
-    unread = {"env": config.env} if no_env else {}
+    unread = {"cloning.augment": config.cloning.augment} | ({"env": config.env} if no_env else {})
     check_agreed(config, named={**(named or {}), **unread}, trust=trust)
     if no_env:
         return _read(config, save, which, beside=beside)

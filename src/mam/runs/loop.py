@@ -33,7 +33,6 @@ from mam.envs.external.factories import code_of
 from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
-from mam.learning.recordings import Recordings
 from mam.learning.train import Trainer, TrainState, Values, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
@@ -216,7 +215,7 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
 
 def _fingerprint(trainer: Trainer) -> str | None:
     """Return what tells the dataset that is learned from from others."""
-    return trainer.source.fingerprint if isinstance(trainer.source, Recordings) else None
+    return trainer.recordings.fingerprint if trainer.recordings is not None else None
 
 
 def _check_data(folder: RunFolder, config: Config, trainer: Trainer) -> None:

@@ -152,13 +152,14 @@ MAY_BE_CODE = {
     "env": "environment",
     "policy": "policy",
     "network.order": "order",
+    "cloning.augment": "augmentation",
 }  # settings that may name code, and of what
 
 
 def code_of(config: Config) -> dict[str, str]:
     """Return what a configuration names that is code to import, by setting."""
     named = {setting: attrgetter(setting)(config) for setting in MAY_BE_CODE}
-    return {setting: name for setting, name in named.items() if names_code(name)}
+    return {setting: name for setting, name in named.items() if name and names_code(name)}
 
 
 def check_agreed(config: Config, *, named: Mapping[str, str | None], trust: bool | None) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Player:
                 self._decisions = (
                     ui.html("", sanitize=False).classes("mam-scroll").mark("decisions")
                 )
+                self._mixing = ui.html("", sanitize=False).classes("mam-scroll").mark("mixing")
                 self._course = ui.echart({"series": []}).style(
                     "width: 100%; height: 190px; margin-top: 10px"
                 )
@@ -204,6 +206,7 @@ class Player:
             return
         self._step.text = f"step {state + 1} of {replay.length} · {so_far}"
         self._decisions.set_content(_decisions(replay, state))
+        self._mixing.set_content(_mixing(replay, state))
 
     def _toggle(self) -> None:
         if not self._replay:
@@ -237,6 +240,26 @@ def _decisions(replay: Replay, step: int) -> str:
     more = len(place) - len(rows)
     note = f"<p>and {more} more agents</p>" if more > 0 else ""
     return grid(header, rows, "lrrrrr", faint=[not alive for alive in trace["alive"]]) + note
+
+
+def _mixing(replay: Replay, step: int) -> str:
+    """Draw how much each agent takes of every other at a step, a matrix per mixer, as HTML."""
+    names, figures = [escape(name) for name in replay.agents], ""
+    for mixer, shares in replay.mixing.items():
+        heard = ["start", *names] if shares.shape[-1] > len(names) else names
+        head = "".join(f"<th><span>{name}</span></th>" for name in heard)
+        rows = ""
+        for name, row in zip(names, shares[step], strict=True):
+            rows += f"<tr><th>{name}</th>"
+            for other, share in zip(heard, row, strict=True):
+                told = f"{name} takes {share:.0%} of {other}"
+                rows += f'<td style="--share: {share:.3f}" title="{told}"></td>'
+            rows += "</tr>"
+        figures += (
+            f"<figure><figcaption>{escape(mixer)}</figcaption>"
+            f"<table><tr><th></th>{head}</tr>{rows}</table></figure>"
+        )
+    return figures and f'<div class="mam-mixing">{figures}</div>'
 
 
 def _course(replay: Replay) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Replay:
     trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, K] or [T, N, A]
     frames: list[bytes]  # PNG of each state, fewer or none where nothing was drawn
     moments: np.ndarray  # [num_frames], which of `frames` shows each state
+    # What agents take of each other, by mixer: [T, N, N], or [T, N, 1 + N] of earlier actions
+    mixing: dict[str, np.ndarray]
 
     @property
     def length(self) -> int:
@@ -75,6 +77,11 @@ def load(path: Path) -> Replay:
         data = read_object(path, max_bytes=_MOST_BYTES)
         trace = {name: np.array(data.pop(name), np.float64) for name in _ARRAYS}
         _check(trace)
+        mixing = {
+            printable(name): np.array(share, np.float64)
+            for name, share in (data.pop("mixing", None) or {}).items()
+        }
+        _check_mixing(mixing, trace["reward"].shape)
         data["episode_return"] = float(data.get("episode_return") or 0)
         picture = data.get("picture")
         frames, durations = (
@@ -87,7 +94,7 @@ def load(path: Path) -> Replay:
     ends = np.cumsum(durations)
     middles = (np.arange(count) + 0.5) / max(count, 1) * (ends[-1] if len(ends) else 0)
     moments = np.minimum(np.searchsorted(ends, middles), max(len(frames) - 1, 0))
-    return Replay(about=data, trace=trace, frames=frames, moments=moments)
+    return Replay(about=data, trace=trace, frames=frames, moments=moments, mixing=mixing)
 
 
 def _check(trace: dict[str, np.ndarray]) -> None:
@@ -100,6 +107,12 @@ def _check(trace: dict[str, np.ndarray]) -> None:
         raise ValueError("its arrays do not fit each other")
     if (np.sort(trace["order"]) != np.arange(shape[1])).any():
         raise ValueError("its order is none")
+
+
+def _check_mixing(mixing: dict[str, np.ndarray], shape: tuple[int, ...]) -> None:
+    for share in mixing.values():
+        if share.shape[:-1] != shape or share.shape[-1] - shape[1] not in (0, 1):
+            raise ValueError("its mixing does not fit its agents")
 
 
 def _frames(path: Path) -> tuple[list[bytes], np.ndarray]:

@@ -71,6 +71,16 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
 .mam-grid th, .mam-grid td { overflow-wrap: break-word; max-width: 300px; }
 .mam-grid .r { text-align: right; }
 .mam-grid tr.dead { opacity: .45; }
+.mam-mixing { display: flex; flex-wrap: wrap; gap: 8px 22px; margin-top: 10px;\
+ color: var(--mam-faint); font-size: .76rem; }
+.mam-mixing figure { margin: 0; }
+.mam-mixing figcaption { color: var(--mam-text); }
+.mam-mixing table { border-collapse: collapse; }
+.mam-mixing th { font-weight: 400; text-align: right; vertical-align: bottom;\
+ padding: 0 5px 0 0; white-space: nowrap; }
+.mam-mixing th span { writing-mode: vertical-rl; transform: rotate(180deg); padding: 5px 0; }
+.mam-mixing td { min-width: 17px; height: 17px; border: 1px solid var(--mam-line);\
+ background: rgb(0 114 178 / var(--share)); }
 .mam-log { width: 100%; max-height: 420px; overflow: auto; margin: 0; font-size: .76rem;\
  line-height: 1.45;
   white-space: pre; font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
