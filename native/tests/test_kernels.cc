@@ -358,6 +358,66 @@ void test_weight_gradient() {
   }
 }
 
+void test_attention() {
+  for (int i = 0; i < 20; ++i) {
+    mam::Attention a{};
+    a.groups = draw(1, 2), a.sequences = draw(1, 5), a.agents = draw(1, i % 2 ? 5 : mam::kMaxAttended);
+    a.heads = draw(1, 3), a.size = mam::kMaxLanes * draw(1, 3), a.blocks = draw(1, a.sequences), a.shared = draw(0, 1);
+    const int64_t pairs = a.agents * a.agents, masks = a.groups * (a.shared ? 1 : a.sequences);
+    const int64_t size = a.groups * a.sequences * a.agents * a.stride();
+    const Array q = normal(size), k = normal(size), v = normal(size), gy = normal(size), hidden = rare(masks * pairs);
+    Array visible(masks * pairs), y(size, NAN), gq = y, gk = y, gv = y;
+    for (int64_t place = 0; place < masks * pairs; ++place) visible[place] = 1 - hidden[place];
+    for (int64_t j = 0; j < a.agents; ++j) visible[j] = 0;  // the first agent of all sees none
+    a.q = q.data(), a.k = k.data(), a.v = v.data(), a.visible = visible.data(), a.y = y.data();
+    const auto run = [&] {
+      for (int64_t task = 0; task < a.tasks(); ++task) mam::kernels().attention(a, task);
+    };
+    run();
+    a.gy = gy.data(), a.gq = gq.data(), a.gk = gk.data(), a.gv = gv.data();
+    run();
+    std::vector<double> exact(size), exact_gq(size), exact_gk(size), exact_gv(size), w(a.agents), g(a.agents);
+    for (int64_t s = 0; s < a.groups * a.sequences; ++s)
+      for (int64_t h = 0; h < a.heads; ++h)
+        for (int64_t n = 0; n < a.agents; ++n) {
+          const auto at = [&](int64_t agent) { return (s * a.agents + agent) * a.stride() + h * a.size; };
+          const float* see = visible.data() + ((a.shared ? s / a.sequences : s) * a.agents + n) * a.agents;
+          double most = -INFINITY, sum = 0, mean = 0;
+          for (int64_t m = 0; m < a.agents; ++m) {
+            w[m] = 0;
+            for (int64_t e = 0; e < a.size; ++e) w[m] += double(q[at(n) + e]) * k[at(m) + e] / std::sqrt(a.size);
+            if (!see[m]) w[m] = -1e9;
+            most = std::max(most, w[m]);
+          }
+          for (double& weight : w) sum += weight = std::exp(weight - most);
+          for (int64_t m = 0; m < a.agents; ++m) {
+            w[m] /= sum, g[m] = 0;
+            for (int64_t e = 0; e < a.size; ++e) {
+              exact[at(n) + e] += w[m] * v[at(m) + e];
+              exact_gv[at(m) + e] += w[m] * gy[at(n) + e];
+              g[m] += double(gy[at(n) + e]) * v[at(m) + e];
+            }
+            mean += w[m] * g[m];
+          }
+          for (int64_t m = 0; m < a.agents; ++m)
+            for (int64_t e = 0; see[m] && e < a.size; ++e) {
+              const double score = w[m] * (g[m] - mean) / std::sqrt(a.size);
+              exact_gq[at(n) + e] += score * k[at(m) + e];
+              exact_gk[at(m) + e] += score * q[at(n) + e];
+            }
+        }
+    double worst = 0;
+    const auto compare = [&](const Array& got, const std::vector<double>& right) {
+      for (int64_t place = 0; place < size; ++place) {
+        const double error = std::abs(got[place] - right[place]);
+        worst = std::max(worst, std::isnan(error) ? INFINITY : error);
+      }
+    };
+    compare(y, exact), compare(gq, exact_gq), compare(gk, exact_gk), compare(gv, exact_gv);
+    EXPECT(worst < 1e-4, "error of %g", worst);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -369,6 +429,7 @@ int main() {
     test_convolution();
     test_normalisation();
     test_weight_gradient();
+    test_attention();
     test_decode();
   }
   std::printf(failures ? "%d failures\n" : "all is well\n", failures);

@@ -1,6 +1,7 @@
 // All kernels, compiled once per instruction set; MAM_ISA is its name.
 #include "kernels.h"
 
+#include "attention.inl"
 #include "conv.inl"
 #include "decode.inl"
 #include "multiply.inl"
@@ -25,7 +26,7 @@ namespace mam {
 
 extern const Kernels MAM_JOIN(kernels_, MAM_ISA);
 const Kernels MAM_JOIN(kernels_, MAM_ISA) = {
-    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, normalisation, weight_gradient, decode,
-    exp2_all};
+    MAM_STRING(MAM_ISA), kLanes, scan_forward, scan_backward, convolution, normalisation, weight_gradient, attention,
+    decode, exp2_all};
 
 }  // namespace mam

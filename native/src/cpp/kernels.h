@@ -135,6 +135,25 @@ struct Normalisation {
   int64_t tasks() const { return groups * blocks; }
 };
 
+constexpr int64_t kMaxAttended = 16;  // agents that attend to each other: for more, large products are as fast
+
+// Softmax attention of heads: forward, or with `gy` backward. A task is a block of sequences.
+struct Attention {
+  int64_t groups;  // of sequences: what vmap maps over
+  int64_t sequences, agents, heads, size;  // size: of a head
+  int64_t blocks;  // of sequences, per group
+  bool shared;     // one `visible` for all sequences of a group
+  const float *q, *k, *v;  // [groups, sequences, agents, heads, size]
+  const float* visible;    // [groups, sequences or 1, agents, agents]: not 0 where the first may see the second
+  float* y;                // as q, as all below
+  const float* gy;
+  float *gq, *gk, *gv;
+
+  int64_t tasks() const { return groups * blocks; }
+  // From one agent to the next.
+  int64_t stride() const { return heads * size; }
+};
+
 struct Decode;  // decode.h
 
 struct Kernels {
@@ -145,6 +164,7 @@ struct Kernels {
   void (*convolution)(const Convolution&, int64_t task);
   void (*normalisation)(const Normalisation&, int64_t task);
   void (*weight_gradient)(const WeightGradient&, int64_t task);
+  void (*attention)(const Attention&, int64_t task);
   void (*decode)(const Decode&, int64_t task, float* scratch);
   void (*exp2)(const float* x, float* y, int64_t size);  // size a multiple of kMaxLanes; for the tests
 };

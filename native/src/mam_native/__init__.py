@@ -30,6 +30,8 @@ HANDLERS = {
         "norm",
         "norm_backward",
         "weight_gradient",
+        "attention",
+        "attention_backward",
         "decode",
     ]
 }

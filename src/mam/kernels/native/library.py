@@ -19,7 +19,7 @@ from jaxtyping import Array
 from mam import errors
 from mam.errors import UserError
 
-VERSION = "0.5"  # of the package; with others kernels take other arguments
+VERSION = "0.6"  # of the package; with others kernels take other arguments
 LANES = 16  # floats in the widest vector: kMaxLanes in native/src/cpp/kernels.h
 MAX_BLOCKS = 32  # of sequences or rows: each has its own sums for the gradients of weights
 # A part of every jitted function's key: "kernels", "plain" or "portable"

@@ -15,6 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.config import NetworkConfig
+from mam.kernels.native.attention import native_attention, native_attention_supports
+from mam.kernels.native.library import use_native
 from mam.networks.layers import SMALL_GAIN, Dense
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Mixing, Roles, required
 
@@ -63,6 +65,9 @@ def attend(query: Float[Array, "*batch H N F"], *parts: Attended) -> Float[Array
         query: q.
         *parts: agents to attend to; the softmax is over what is visible of all of them.
     """
+    first = parts[0]
+    if len(parts) == 1 and use_native() and native_attention_supports(query, first.keys):
+        return native_attention(query, first.keys, first.values, first.visible)
 
     def scores(part: Attended) -> Array:
         scores = jnp.einsum("...nf,...mf->...nm", query, part.keys) * query.shape[-1] ** -0.5
