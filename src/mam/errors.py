@@ -1,6 +1,7 @@
 """Usage errors, and the names by which their advice installs packages."""
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -107,6 +108,27 @@ def import_function(kind: str, name: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{name} is a {type(found).__name__}: expected a function")
     return found
+
+
+def check_call(name: str, hint: str, function: Callable[..., Any], /, *args: Any, **options: Any):
+    """Refuse a function of a user's own that does not take the arguments it would get.
+
+    Args:
+        name: as it was given.
+        hint: what would be right.
+        function: the one of that name.
+        *args: it would get.
+        **options: it would get.
+
+    Raises:
+        UserError: if it does not take them.
+    """
+    try:
+        inspect.signature(function).bind(*args, **options)
+    except TypeError as error:
+        raise UserError(f"{name}: {error}; {hint}") from None
+    except ValueError:
+        pass  # built in: its signature cannot be read
 
 
 def missing_extra(who: str, needs: str, extra: str) -> UserError:

@@ -136,7 +136,10 @@ def test_in_single_precision_only_ties_are_decided_otherwise(letters):
 
 
 class Alternating(Decoder):
-    """Whoever reads an action takes the other one, and the first agent takes action 0."""
+    """Whoever reads an action takes the other one, and the first agent takes action 0.
+
+    What agents would do by themselves, the first guess, is action 1.
+    """
 
     def __init__(self):
         self.embed = randomise(lambda key: ActionEmbedding(Categorical(2), 1, key=key))
@@ -148,10 +151,11 @@ class Alternating(Decoder):
     def embedder(self, dtype):
         return lambda token: 9.0 * jnp.asarray([[0, 1], [1, 0], [1, 0]], dtype)[token]
 
-    def unroll(self, state, embedded, context):
+    def step(self, state, embedded, context):
         return (), embedded
 
-    step = unroll
+    def unroll(self, state, embedded, context):
+        return (), embedded[..., ::-1] if state is None else embedded
 
 
 @pytest.mark.parametrize(
@@ -176,9 +180,7 @@ def test_the_strongest_coupling_takes_a_pass_per_agent(window, max_passes, passe
     ahead = DecodeInputs(
         context=Context(obs_rep=jnp.zeros((1, N, 1)), blocks=()),
         mask=jnp.ones((1, N, 2), bool),
-        noise=jnp.broadcast_to(
-            jnp.asarray([0.0, 0.1]), (1, N, 2)
-        ),  # so the first guess is action 1
+        noise=jnp.zeros((1, N, 2)),
     )
     decoding = Decoding("fixed_point", window, max_passes)
     decision = jax.jit(lambda ahead: decide(decoder, Categorical(2), ahead, decoding))(ahead)

@@ -30,6 +30,10 @@ def half(spec, config, *, key):
     return Half()
 
 
+def keyless(spec, config):
+    """Takes no key."""
+
+
 class Half:
     def act(self):
         pass
@@ -106,6 +110,7 @@ def test_the_page_plays_none_of_it(tmp_path):
         ),
         (f"{__name__}:nothing", "no policy .*:nothing, expected package.module:function: "),
         (f"{__name__}:NAME", "is a str: expected a function"),
+        (f"{__name__}:keyless", "keyless: .*'key'; expected make\\(spec, config, \\*, key\\)$"),
         ("os:getcwd", "os:getcwd: os is part of Python, where there is no policy"),
         ("nobody", r"unknown policy 'nobody' \(see `mam list`\)"),
     ],

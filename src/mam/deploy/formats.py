@@ -55,7 +55,8 @@ def write_onnx(program: Program, folder: Path) -> dict[str, Any]:
     from mam.deploy.onnx_ops import tensor_info
 
     structs = _structs(program)
-    with portable():
+    program = program.in_passes()
+    with portable(loops=False):
         closed = jax.jit(lambda *arrays: program(*arrays)).trace(*structs).jaxpr
     named = zip(program.inputs, structs, strict=True)
     inputs = [Value(s.shape, np.dtype(s.dtype), port.name) for port, s in named]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
 from mam.errors import UserError
 
@@ -204,7 +205,7 @@ def convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Va
     consts = [v if isinstance(v, Value) else Value.of(v) for v in consts]
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
-    for eqn in jaxpr.eqns:
+    for eqn in _needed(jaxpr):
         values = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
         results = _folded(eqn, values)
@@ -215,6 +216,44 @@ def convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Va
         results = results if isinstance(results, list) else [results]
         env.update(zip(eqn.outvars, results, strict=True))
     return [graph.full(read(atom), atom.aval) for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """List the operations whose results are read; loops carry nothing that is not."""
+    read = {atom for atom in jaxpr.outvars if isinstance(atom, jex.Var)}
+    needed = []
+    for eqn in reversed(jaxpr.eqns):
+        if not read.intersection(eqn.outvars):
+            continue
+        if eqn.primitive.name == "while":
+            eqn = _with_less_carry(eqn, [var in read for var in eqn.outvars])
+        read.update(atom for atom in eqn.invars if isinstance(atom, jex.Var))
+        needed.append(eqn)
+    return needed[::-1]
+
+
+def _with_less_carry(eqn: Any, is_read: list[bool]) -> Any:
+    """Return a loop without what is carried to no end."""
+    p = eqn.params
+    condition, body = p["cond_jaxpr"], p["body_jaxpr"]
+    for_cond, for_body = p["cond_nconsts"], p["body_nconsts"]
+    carried = partial_eval.dce_jaxpr(condition.jaxpr, [True])[1][for_cond:]
+    live = [a or b for a, b in zip(is_read, carried, strict=True)]
+    while True:
+        used = partial_eval.dce_jaxpr(body.jaxpr, live)[1][for_body:]
+        more = [a or b for a, b in zip(live, used, strict=True)]
+        if more == live:
+            break
+        live = more
+    cond = partial_eval.dce_jaxpr(condition.jaxpr, [True], [True] * for_cond + live)[0]
+    step = partial_eval.dce_jaxpr(body.jaxpr, live, [True] * for_body + live)[0]
+    kept = [True] * (for_cond + for_body) + live
+    closed = {"cond_jaxpr": condition.replace(jaxpr=cond), "body_jaxpr": body.replace(jaxpr=step)}
+    return eqn.replace(
+        invars=[atom for atom, keep in zip(eqn.invars, kept, strict=True) if keep],
+        outvars=[var for var, keep in zip(eqn.outvars, live, strict=True) if keep],
+        params=p | closed,
+    )
 
 
 def _folded(eqn: Any, values: list[Value]) -> list[Value] | None:

@@ -504,7 +504,7 @@ def _dim_as_value(graph: Graph, eqn: Any, values: list[Value]) -> Value:
 @rule(*INLINED)
 def _inline(graph: Graph, eqn: Any, values: list[Value]) -> list[Value]:
     named = _NAMED.get(eqn.params.get("name", ""))
-    if named is not None and len(values) == 1:
+    if named is not None:
         return [named(graph, eqn, values)]
     jaxpr = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     closed = hasattr(jaxpr, "jaxpr")
@@ -517,20 +517,45 @@ def _gelu(graph: Graph, eqn: Any, values: list[Value]) -> Value:
 
 
 def _softplus(graph: Graph, eqn: Any, values: list[Value]) -> Value:
-    return _elementwise(graph, "Softplus", values[0])
+    """Compute max(x, 0) + log(1 + exp(−|x|)): a third of the time of the operator Softplus."""
+    (x,) = values
+    below = _elementwise(graph, "Neg", _elementwise(graph, "Abs", x))
+    rest = _log1p(graph, eqn, [_elementwise(graph, "Exp", below)])
+    return _elementwise(graph, "Add", _elementwise(graph, "Max", x, _like(x, 0)), rest)
 
 
-# Functions of jax.nn that are operators of their own.
-_NAMED = {"gelu": _gelu, "softplus": _softplus}
+def _normalised_rows(graph: Graph, eqn: Any, values: list[Value]) -> Value:
+    """Normalise as one operator; of RMSNorm, the form that ONNX Runtime makes one of."""
+    (x, scale, *offset), eps = values[:-1], float(values[-1].array)
+    if offset:
+        (offset,) = offset
+        how = {"shape": x.shape, "dtype": x.dtype, "axis": -1, "epsilon": eps}
+        return graph.node("LayerNormalization", x, scale, offset, **how)
+    squares = _elementwise(graph, "Pow", x, _like(x, 2))
+    axis, shape = graph.constant(np.array([-1], np.int64)), (*x.shape[:-1], 1)
+    mean = graph.node("ReduceMean", squares, axis, shape=shape, dtype=x.dtype, keepdims=1)
+    root = _elementwise(graph, "Sqrt", _elementwise(graph, "Add", mean, _like(x, eps)))
+    return _elementwise(graph, "Mul", _elementwise(graph, "Div", x, root), scale)
+
+
+# Functions that are operators of their own, or few of them.
+_NAMED = {
+    "gelu": _gelu,
+    "softplus": _softplus,
+    "normalised_rows": _whole(_normalised_rows),
+}
 
 
 def _subgraph(graph: Graph, name: str, inputs: list[Value], outputs: list[Value]) -> Any:
     """Return the finished body of a loop or a branch."""
     from onnx import helper
 
-    results = []
-    for value in outputs:  # a result needs a name of its own
-        results.append(graph.node("Identity", value, shape=value.shape, dtype=value.dtype))
+    own, results = {name for node in graph.nodes for name in node.output}, []
+    for value in outputs:
+        if value.name not in own:  # a result is made here, and is one only
+            value = graph.node("Identity", value, shape=value.shape, dtype=value.dtype)
+        own.discard(value.name)
+        results.append(value)
     infos = [[tensor_info(v) for v in values] for values in (inputs, results)]
     return helper.make_graph(graph.nodes, name, *infos, initializer=graph.initializers)
 

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float
 
 from mam.kernels.native.dense import native_product, native_product_supports
-from mam.kernels.native.library import use_native
+from mam.kernels.native.library import is_portable, use_native
 
 
 def dense(
@@ -16,6 +16,9 @@ def dense(
         weight: W, cast to it; its gradient comes from the native kernel where that is faster.
         bias: b, cast to it; zeros if None.
     """
+    if is_portable():
+        y = x @ weight.astype(x.dtype)
+        return y if bias is None else y + bias.astype(x.dtype)
     # One 2-D product: with more axes XLA transposes in the backward pass, at twice the cost on CPU.
     rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
     y = (

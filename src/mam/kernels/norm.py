@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from mam.kernels.native.library import by_platform, use_native
+from mam.kernels.native.library import by_platform, named, use_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 
 
@@ -30,15 +30,18 @@ def normalise(
     """
 
     def plain(x, residual, scale, offset):
-        x = x if residual is None else x + residual
-        return (
-            _rows(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
-        )
+        return normalised_rows(x if residual is None else x + residual, scale, offset, eps)
 
     args = (x, residual, scale, offset)
     if not use_native() or not native_norm_supports(*args):
         return plain(*args)
     return by_platform(*args, cpu=partial(native_norm, eps=eps), default=plain)
+
+
+@named
+def normalised_rows(x, scale, offset, eps):
+    """Normalise the last axis, in plain JAX."""
+    return _rows(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
 
 
 @jax.custom_vjp

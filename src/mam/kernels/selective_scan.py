@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.scan import kernel_supports, scan_kernel
 from mam.kernels.dense import dense
-from mam.kernels.native.library import by_platform, is_portable, on_cpu, use_native
+from mam.kernels.native.library import avoids_loops, by_platform, is_portable, on_cpu, use_native
 from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
@@ -66,7 +66,7 @@ def selective_scan(
             `"associative"` (a parallel prefix, which materialises all states: the published form),
             `"pairwise"` (a sum over pairs of agents, quadratic in N), `"native"` (kernels for CPU,
             in float32, if installed), `"pallas"` (kernels for CUDA), `"interpret"` (the CUDA
-            kernels, run on any device to be tested), `"blocked"` (written out without a loop or
+            kernels, run on any device to be tested), `"unrolled"` (written out without a loop or
             resets, for exported programs), or None for the fastest.
 
     Returns:
@@ -241,7 +241,7 @@ def _with_skip(scan: Callable[..., Any]) -> Callable[..., Any]:
 
 def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
     """Run the device's kernels where they take sizes and types, else what is fastest on CPU."""
-    plain = _blocked if is_portable() and reset is None else _sequential
+    plain = _unrolled if avoids_loops() and reset is None else _sequential
     xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else plain), reverse=reverse)
     args = (x, dt, B, C, A, D, reset, h0)
     if x.dtype == jnp.float32 and use_native():
@@ -331,42 +331,23 @@ def _associative(x, dt, B, C, A, reset, h0, reverse):
     return jnp.einsum("bnds,bns->bnd", h, C), jnp.swapaxes(h[:, 0 if reverse else -1], 1, 2)
 
 
-def _blocked(x, dt, B, C, A, reset, h0, reverse):
-    """Run about √N blocks of about √N agents side by side, then from block to block.
+def _unrolled(x, dt, B, C, A, reset, h0, reverse):
+    """Run agent after agent without a loop: every step is written out.
 
-    There is no loop: every step is written out, for programs whose runtime is slow at loops. Blocks
-    are filled up with Δ = 0, which changes nothing.
+    For programs whose runtime is slow at loops: two operations per agent on its whole state.
     """
     if reset is not None:
-        raise ValueError("the blocked scan takes no reset")
-    if reverse:
-        x, dt, B, C = (jnp.flip(v, 1) for v in (x, dt, B, C))
-        y, h = _blocked(x, dt, B, C, A, reset, h0, False)
-        return jnp.flip(y, 1), h
+        raise ValueError("the unrolled scan takes no reset")
     n = x.shape[1]
-    size = math.isqrt(n - 1) + 1
-    count = -(-n // size)
-    x, dt, B, C = (
-        jnp.pad(v, [(0, 0), (0, count * size - n), (0, 0)]).reshape(-1, count, size, v.shape[-1])
-        for v in (x, dt, B, C)
-    )
-    # 1. In every block from zero: states, and the decay from the block's start.
-    inputs = (dt * x)[..., None, :] * B[..., None]  # [batch, blocks, size, S, D]
-    decays = jnp.exp(dt[..., None, :] * A)
-    states, passed = [inputs[:, :, 0]], [decays[:, :, 0]]
-    for k in range(1, size):
-        states.append(decays[:, :, k] * states[-1] + inputs[:, :, k])
-        passed.append(decays[:, :, k] * passed[-1])
-    # 2. The states at the starts of the blocks.
-    h = jnp.zeros_like(states[0][:, 0]) if h0 is None else h0
-    starts = []
-    for k in range(count):
-        starts.append(h)
-        h = passed[-1][:, k] * h + states[-1][:, k]
-    # 3. Both together, and the outputs.
-    before = jnp.stack(starts, axis=1)[:, :, None]
-    y = jnp.einsum("bkis,bkisd->bkid", C, jnp.stack(states, 2) + jnp.stack(passed, 2) * before)
-    return y.reshape(y.shape[0], count * size, -1)[:, :n], h
+    x, dt, B, C = (jnp.swapaxes(v, 0, 1) for v in (x, dt, B, C))
+    inputs = jnp.split((dt * x)[:, :, None, :] * B[..., None], n)  # [1, batch, S, D] each
+    decays = jnp.split(jnp.exp(dt[:, :, None, :] * A), n)
+    h, states = None if h0 is None else h0[None], [None] * n
+    for k in reversed(range(n)) if reverse else range(n):
+        h = inputs[k] if h is None else decays[k] * h + inputs[k]
+        states[k] = h
+    y = jnp.matmul(C[:, :, None, :], jnp.concatenate(states))[:, :, 0]
+    return jnp.swapaxes(y, 0, 1), h[0]
 
 
 def _sequential(x, dt, B, C, A, reset, h0, reverse):
@@ -543,5 +524,5 @@ _SCANS: dict[str, Callable[..., Any]] = {
     "native": _native,
     "pallas": _with_skip(_pallas),
     "interpret": _with_skip(partial(_pallas, interpret=True)),
-    "blocked": _with_skip(_blocked),
+    "unrolled": _with_skip(_unrolled),
 }

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
-from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, lookup
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, gelu, lookup
 from mam.types import EnvSpec, Observation
 
 SMALL_IMAGE = 8  # rows and columns an image is reduced to, at most
@@ -62,7 +62,7 @@ class ImageEncoder(eqx.Module):
         x = x - x.mean(axis=(1, 2, 3), keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(axis=(1, 2, 3), keepdims=True) + 1e-6)
         for layer in self.layers:
-            x = jax.nn.gelu(layer(x))
+            x = gelu(layer(x))
         return x.reshape(*grid.shape[:-3], -1)
 
 
@@ -107,7 +107,7 @@ class ObservationEmbedding(eqx.Module):
             features.append(view if self.obs_norm is None else self.obs_norm(view))
         if self.picture is not None and obs.grid is not None:
             features.append(self.picture(jnp.where(alive[..., None, None], obs.grid, 0)))
-        return self.norm(jax.nn.gelu(self.dense(jnp.concatenate(features, axis=-1))))
+        return self.norm(gelu(self.dense(jnp.concatenate(features, axis=-1))))
 
 
 class ActionEmbedding(eqx.Module):
@@ -164,8 +164,8 @@ class ActionEmbedding(eqx.Module):
     def __call__(self, token: Token) -> Float[Array, "... E"]:
         if self.indexed:
             return lookup(self.rows(), token)
-        return self.norm(jax.nn.gelu(token @ self.table))
+        return self.norm(gelu(token @ self.table))
 
     def rows(self) -> Float[Array, "V E"]:
         """Return the embeddings of all tokens that are indices."""
-        return self.norm(jax.nn.gelu(self.table))
+        return self.norm(gelu(self.table))

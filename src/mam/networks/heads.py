@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mam.networks.layers import HIDDEN_GAIN, SMALL_GAIN, Dense, LayerNorm
+from mam.networks.layers import HIDDEN_GAIN, SMALL_GAIN, Dense, LayerNorm, gelu
 
 
 class Head(eqx.Module):
@@ -25,5 +25,5 @@ class Head(eqx.Module):
         self.out = Dense(d_model, out_dim, key=out_key, gain=SMALL_GAIN)
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch A"]:
-        x = self.norm(jax.nn.gelu(self.hidden(x)))
+        x = self.norm(gelu(self.hidden(x)))
         return self.out(x.astype(jnp.promote_types(x.dtype, jnp.float32)))

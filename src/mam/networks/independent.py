@@ -17,7 +17,7 @@ from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.heads import Head
-from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, gelu
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.types import (
@@ -67,7 +67,7 @@ class GlobalView(eqx.Module):
             joint = obs.state if self.state_norm is None else self.state_norm(obs.state)
         else:
             joint = jnp.where(obs.alive[..., None], own, 0.0).reshape(*own.shape[:-2], -1)
-        return self.norm(jax.nn.gelu(own + self.joint(joint)[..., None, :]))
+        return self.norm(gelu(own + self.joint(joint)[..., None, :]))
 
 
 class Tower(eqx.Module):
@@ -108,7 +108,7 @@ class Tower(eqx.Module):
     def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
         x = self.view(obs)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = norm(jax.nn.gelu(layer(x)))
+            x = norm(gelu(layer(x)))
         return x
 
     def step(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]):

@@ -12,12 +12,15 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from mam.kernels.dense import dense
+from mam.kernels.native.library import named
 from mam.kernels.norm import normalise
 
 HIDDEN_GAIN = 2**0.5  # orthogonal gain before a GELU
 SMALL_GAIN = 0.01  # of layers whose output should start near zero
 # Of what mixers and memories add: early learning is that of agents by themselves.
 MIXED_GAIN = 0.1
+
+gelu = named(jax.nn.gelu)
 
 
 class Dense(eqx.Module):
@@ -135,4 +138,4 @@ class MLP(eqx.Module):
         self.out = Dense(d_model, d_model, key=out_key, gain=SMALL_GAIN)
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-        return self.out(jax.nn.gelu(self.hidden(x)))
+        return self.out(gelu(self.hidden(x)))

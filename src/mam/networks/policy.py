@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array, Key
 
 from mam.config import NetworkConfig
-from mam.errors import UserError, import_function, shown, unknown_name
+from mam.errors import UserError, check_call, import_function, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
@@ -127,7 +127,9 @@ def _own_policy(
 ) -> Policy:
     if decoding != SEQUENTIAL:
         raise UserError(f"decode is for sequence policies ({sequence_policies()}), not for {name}")
-    policy = import_function("policy", name)(spec, config, key=key)
+    make = import_function("policy", name)
+    check_call(name, "expected make(spec, config, *, key)", make, spec, config, key=key)
+    policy = make(spec, config, key=key)
     if not isinstance(policy, Policy):
         lacks = [method for method in _METHODS if not hasattr(policy, method)]
         raise UserError(

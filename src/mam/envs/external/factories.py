@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from mam.config import Config
-from mam.errors import UserError, printable, shown, unknown_name
+from mam.errors import UserError, check_call, printable, shown, unknown_name
 
 PREFIX = "pettingzoo/"
 POSITIONS = "positions"  # of metadata, and an option of every name
@@ -88,13 +88,8 @@ class EnvFactory:
         return env
 
     def _check(self, make: Callable[..., Any], options: dict[str, Any]) -> None:
-        try:
-            inspect.signature(make).bind(**options)
-        except TypeError as error:
-            written = f"{self.name.removesuffix(':')}{',' if self.options else ':'}option=value"
-            raise UserError(f"{self.name}: {error}; options are written {written}") from None
-        except ValueError:
-            pass  # built in: its signature cannot be read
+        written = f"{self.name.removesuffix(':')}{',' if self.options else ':'}option=value"
+        check_call(self.name, f"options are written {written}", make, **options)
 
     def find(self) -> Callable[..., Any]:
         """Import what the name stands for.

@@ -22,7 +22,7 @@ from mam.errors import UserError
 VERSION = "0.6"  # of the package; with others kernels take other arguments
 LANES = 16  # floats in the widest vector: kMaxLanes in native/src/cpp/kernels.h
 MAX_BLOCKS = 32  # of sequences or rows: each has its own sums for the gradients of weights
-# A part of every jitted function's key: "kernels", "plain" or "portable"
+# A part of every jitted function's key: "kernels", "plain", "portable" or "unrolled"
 _tracing = jax.make_user_context("kernels")
 
 
@@ -31,18 +31,38 @@ def without_native() -> Any:
     return _tracing("plain")
 
 
-def portable() -> Any:
+def portable(*, loops: bool = True) -> Any:
     """Return a context in which everything is traced as one program, the same for all platforms.
 
     Exported programs are traced so: they may call no library of this machine, and not every format
     knows a choice by platform.
+
+    Args:
+        loops: whether a recurrence may be a loop; its steps are written out if not, for runtimes
+            that are slow at loops.
     """
-    return _tracing("portable")
+    return _tracing("portable" if loops else "unrolled")
 
 
 def is_portable() -> bool:
     """Say whether what is traced is to be one program for all platforms."""
-    return _tracing.value == "portable"
+    return _tracing.value == "portable" or avoids_loops()
+
+
+def avoids_loops() -> bool:
+    """Say whether what is traced is to write out recurrences."""
+    return _tracing.value == "unrolled"
+
+
+def named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function a name in portable programs, whose format may have an operator for it."""
+    jitted = jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return (jitted if is_portable() else function)(*args)
+
+    return call
 
 
 def by_platform(*args: Any, default: Callable[..., Any], **kernels: Callable[..., Any]) -> Any:

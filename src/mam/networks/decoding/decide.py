@@ -121,7 +121,11 @@ def _in_windows(
         inputs, real = inputs
         return _fixed_point(fixed, carry, inputs, real, max_passes)
 
-    last, decisions = lax.scan(window, start, (windows, real))
+    if len(real) == 1:
+        last, decisions = window(start, jax.tree.map(lambda v: v[0], (windows, real)))
+        decisions = jax.tree.map(lambda v: v[None], decisions)
+    else:
+        last, decisions = lax.scan(window, start, (windows, real))
     action, out = (
         jnp.moveaxis(v, 0, axis).reshape(*batch, -1, *v.shape[axis + 2 :])[
             (slice(None),) * axis + (slice(num_agents),)
@@ -231,11 +235,13 @@ def _fixed_point(
         moved = ~distribution.equal(last.read, last.action) & real
         return ~jnp.any(moved[..., :-1])  # no agent of the window reads its last one
 
-    # The first guess: what would be chosen without any preference.
-    indifferent = jnp.zeros((*batch, size, distribution.num_outputs), inputs.noise.dtype)
-    first = attempt(
-        distribution.sample_from_noise(indifferent, inputs.mask, inputs.noise), jnp.zeros(())
-    )
+    # The first guess: what each agent would do if it were the only one. It mixes nothing, and costs
+    # little beside a pass.
+    alone = jax.tree.map(lambda v: jnp.expand_dims(v, len(batch) + 1), inputs.context)
+    start = fixed.embed(fixed.decoder.embed.start((*batch, size, 1)))
+    out = fixed.decoder.unroll(None, start, alone)[1][..., 0, :]
+    guess = distribution.sample_from_noise(out, inputs.mask, inputs.noise)
+    first = attempt(guess, jnp.zeros(()))
     last = lax.while_loop(
         lambda last: ~settled(last) & (last.passes < max_passes),
         lambda last: attempt(last.action, last.passes),
