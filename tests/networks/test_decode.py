@@ -115,7 +115,7 @@ def test_all_ways_lead_to_the_same_actions(layout, kind):
         limit = decoding.max_passes or size
         assert 1 <= passes[decoding] <= (size if limit >= size else limit + 1), decoding
         assert (passes[decoding] == 1) == (size == 1), decoding
-    assert passes[WHOLE] > 2  # agents do heed each other, so that these limits were met
+    assert passes[WHOLE] > 1  # agents do heed each other, so that these limits were met
     assert passes[GIVEN_UP] == 2
 
 
@@ -258,7 +258,7 @@ def test_policies_act_alike_in_either_way(name, kind):
         assert expected.metrics == {}
         assert list(actual.metrics) == ["decode_passes"]
         assert np.all(
-            (actual.metrics["decode_passes"] > 1)
+            (actual.metrics["decode_passes"] >= 1)
             & (actual.metrics["decode_passes"] <= WINDOWS.window)
         )
     np.testing.assert_allclose(

@@ -19,11 +19,12 @@ class Inspect:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or zoo:NAME."""
     env: str | None = None
     """Task to play in place of the run's own."""
     out: Path | None = None
-    """The PNG; RUN/mixing.png if None. The episode goes to the same name with .gif and .json."""
+    """The PNG; RUN/mixing.png if None, or here for a policy of the zoo. The episode goes to the
+    same name with .gif and .json."""
     steps: int = 4
     """Steps that are drawn besides the mean over the episode."""
     seed: int = 0
@@ -43,7 +44,9 @@ def inspect(args: Inspect) -> None:
     Raises:
         UserError: if the policy has no mixers, or they remember earlier steps.
     """
-    path = args.out or args.run / "mixing.png"
+    from mam.runs.zoo import beside
+
+    path = args.out or beside(args.run, "mixing.png")
     if path.suffix.lower() != ".png":
         raise UserError(f"--out is a PNG, such as {path.with_suffix('.png')}: got {path}")
     if args.steps < 1:

@@ -25,8 +25,10 @@ def zoo(args: Zoo) -> None:
     from mam.runs.zoo import PREFIX, policy_folder, zoo_names
     from mam.study.experiment.grid import flags
 
-    table = Table("name", Column("absolute metric", justify="right"), "trained by", box=None)
-    for name in zoo_names():
+    names = zoo_names()
+    whole = Column("name", min_width=max((len(f"{PREFIX}{name}") for name in names), default=0))
+    table = Table(whole, Column("absolute metric", justify="right"), "trained by", box=None)
+    for name in names:
         card = read_object(policy_folder(f"{PREFIX}{name}") / CARD)
         config = from_json(Config, card["config"])
         command = ["mam", "train", "--env", config.env]

@@ -55,7 +55,6 @@ def write_onnx(program: Program, folder: Path) -> dict[str, Any]:
     from mam.deploy.onnx_ops import tensor_info
 
     structs = _structs(program)
-    program = program.in_passes()
     with portable(loops=False):
         closed = jax.jit(lambda *arrays: program(*arrays)).trace(*structs).jaxpr
     named = zip(program.inputs, structs, strict=True)

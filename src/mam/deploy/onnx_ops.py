@@ -526,7 +526,7 @@ def _softplus(graph: Graph, eqn: Any, values: list[Value]) -> Value:
 
 def _normalised_rows(graph: Graph, eqn: Any, values: list[Value]) -> Value:
     """Normalise as one operator; of RMSNorm, the form that ONNX Runtime makes one of."""
-    (x, scale, *offset), eps = values[:-1], float(values[-1].array)
+    (x, scale, *offset), eps = values[:-1], float(np.asarray(values[-1].array))
     if offset:
         (offset,) = offset
         how = {"shape": x.shape, "dtype": x.dtype, "axis": -1, "epsilon": eps}

@@ -38,9 +38,8 @@ class Program:
     Agents' ids, normalisation and masks are part of it. What it remembers goes in and comes out.
     """
 
-    config: Config
-    spec: EnvSpec
     policy: ExportablePolicy
+    spec: EnvSpec
     ids: np.ndarray  # in front of the agents' views
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -60,6 +59,7 @@ class Program:
         """
         if config.network.dtype != "float32":
             raise UserError("a policy that computes in half precision is not exported")
+        policy = _in_passes(policy, config, spec)
         ids = agent_ids(spec.num_agents, config.agent_id)[:, : spec.id_dim]
         paths, memory = jax.tree_util.tree_flatten_with_path(policy.init_memory((1,)))
         remembered = [
@@ -68,22 +68,7 @@ class Program:
         ]
         inputs = (*_inputs(spec, placed=config.network.order in CURVES), *remembered)
         outputs = (*_outputs(spec), *remembered)
-        return cls(config, spec, policy, ids, inputs, outputs, memory)
-
-    def in_passes(self) -> "Program":
-        """Return the program of a policy that decides in whole passes over the agents.
-
-        It does the same. A pass is few operations on many rows, for runtimes that are slow at
-        loops: ONNX Runtime takes up to 14 times as long for one agent after another.
-        """
-        if not hasattr(as_normalised(self.policy).network, "decoding"):
-            return self
-        config = replace(
-            self.config, decode="fixed_point", decode_window=None, decode_max_passes=None
-        )
-        like = jax.eval_shape(lambda: init_policy(config, self.spec, key=jax.random.key(0)))
-        policy = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(self.policy))
-        return replace(self, config=config, policy=policy)
+        return cls(policy, spec, ids, inputs, outputs, memory)
 
     @property
     def num_remembered(self) -> int:
@@ -105,6 +90,19 @@ class Program:
         )
         memory, output = self.policy.act_on_noise(memory, obs, named["reset"], named["noise"])
         return output.action, output.log_prob, output.value, *jax.tree.leaves(memory)
+
+
+def _in_passes(policy: ExportablePolicy, config: Config, spec: EnvSpec) -> ExportablePolicy:
+    """Return the policy as one that decides in whole passes over the agents.
+
+    A pass is few operations on many rows. Runtimes are slow at loops: ONNX Runtime takes up to 14
+    times as long for one agent after another.
+    """
+    if not hasattr(as_normalised(policy).network, "decoding"):
+        return policy
+    config = replace(config, decode="fixed_point", decode_window=None, decode_max_passes=None)
+    like = jax.eval_shape(lambda: init_policy(config, spec, key=jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(policy))
 
 
 def _inputs(spec: EnvSpec, *, placed: bool) -> list[Port]:

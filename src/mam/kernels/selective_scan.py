@@ -8,7 +8,6 @@ Difference: no implementation for training keeps all states; `"sequential"` save
 chunk of agents and recomputes the rest in its backward pass.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -342,12 +341,13 @@ def _unrolled(x, dt, B, C, A, reset, h0, reverse):
     x, dt, B, C = (jnp.swapaxes(v, 0, 1) for v in (x, dt, B, C))
     inputs = jnp.split((dt * x)[:, :, None, :] * B[..., None], n)  # [1, batch, S, D] each
     decays = jnp.split(jnp.exp(dt[:, :, None, :] * A), n)
-    h, states = None if h0 is None else h0[None], [None] * n
-    for k in reversed(range(n)) if reverse else range(n):
-        h = inputs[k] if h is None else decays[k] * h + inputs[k]
-        states[k] = h
-    y = jnp.matmul(C[:, :, None, :], jnp.concatenate(states))[:, :, 0]
-    return jnp.swapaxes(y, 0, 1), h[0]
+    step = -1 if reverse else 1
+    states: list[Array] = []
+    for u, decay in zip(inputs[::step], decays[::step], strict=True):
+        before = states[-1] if states else None if h0 is None else h0[None]
+        states.append(u if before is None else decay * before + u)
+    y = jnp.matmul(C[:, :, None, :], jnp.concatenate(states[::step]))[:, :, 0]
+    return jnp.swapaxes(y, 0, 1), states[-1][0]
 
 
 def _sequential(x, dt, B, C, A, reset, h0, reverse):
