@@ -333,10 +333,10 @@ def test_unknown_implementation():
         run("parallel", False, [jnp.asarray(a) for a in arguments])
 
 
-@pytest.mark.parametrize("n", [3, 7])
+@pytest.mark.parametrize("n", [3, 33])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_unrolled_equals_the_loop(n, reverse):
-    """From a state and from none."""
+    """In one piece and in two, from a state and from none."""
     keys = iter(jax.random.split(jax.random.key(n), 6))
     x, dt = (jax.random.normal(next(keys), (2, n, 4)) for _ in range(2))
     B, C = (jax.random.normal(next(keys), (2, n, 3)) for _ in range(2))

@@ -116,7 +116,7 @@ def test_all_ways_lead_to_the_same_actions(layout, kind):
         assert 1 <= passes[decoding] <= (size if limit >= size else limit + 1), decoding
         assert (passes[decoding] == 1) == (size == 1), decoding
     assert passes[WHOLE] > 1  # agents do heed each other, so that these limits were met
-    assert passes[GIVEN_UP] == 2
+    assert passes[GIVEN_UP] > 1
 
 
 @pytest.mark.parametrize("letters", ["M", "2"])
