@@ -1,7 +1,5 @@
 """Normalisation over the last axis: LayerNorm and RMSNorm, on CPU by the native kernels if any."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -28,14 +26,9 @@ def normalise(
         eps: added to the variance.
         residual: added to x first.
     """
-
-    def plain(x, residual, scale, offset):
-        return normalised_rows(x if residual is None else x + residual, scale, offset, eps)
-
-    args = (x, residual, scale, offset)
-    if not use_native() or not native_norm_supports(*args):
-        return plain(*args)
-    return by_platform(*args, cpu=partial(native_norm, eps=eps), default=plain)
+    if use_native() and native_norm_supports(x, residual, scale, offset):
+        return native_norm(x, residual, scale, offset, eps=eps)
+    return normalised_rows(x if residual is None else x + residual, scale, offset, eps)
 
 
 @named

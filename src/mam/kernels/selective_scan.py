@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from mam.kernels.cuda.scan import kernel_supports, scan_kernel
 from mam.kernels.dense import dense
-from mam.kernels.native.library import avoids_loops, by_platform, is_portable, on_cpu, use_native
+from mam.kernels.native.library import avoids_loops, by_platform, is_portable, use_native
 from mam.kernels.native.scan import MAX_RANK, ScanInputs, native_final_state, native_outputs
 
 DT_LIMIT = 20.0  # Δ is clamped here: left alone it can drift upward until the update is NaN
@@ -151,7 +151,7 @@ def gated_scan(
     args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
     if implementation in (None, "native") and fits and x.size and use_native():
-        return on_cpu(partial(_native_gated, reverse=reverse), composed, *args)
+        return _native_gated(*args, reverse=reverse)
     return composed(*args)
 
 
@@ -246,7 +246,7 @@ def _automatic(x, dt, B, C, A, D, reset, h0, reverse):
     xla = partial(_with_skip(_pairwise if x.shape[1] <= MAX_PAIRWISE else plain), reverse=reverse)
     args = (x, dt, B, C, A, D, reset, h0)
     if x.dtype == jnp.float32 and use_native():
-        return on_cpu(partial(_native, reverse=reverse), xla, *args)
+        return _native(*args, reverse=reverse)
     if x.dtype != jnp.float32 or not has_cuda() or not kernel_supports(x.shape[1], *A.shape[::-1]):
         return xla(*args)
     return by_platform(*args, cuda=partial(_with_skip(_pallas), reverse=reverse), default=xla)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mam.kernels.native.library import on_cpu, use_native
+from mam.kernels.native.library import use_native
 from mam.kernels.native.scan import ScanInputs, native_final_state, native_outputs
 from mam.kernels.selective_scan import selective_scan, sum_over_states, without_agents
 
@@ -74,18 +74,14 @@ def ssd(
         return without_agents(x, initial_state, (*x.shape[:-2], B.shape[-1], x.shape[-1]))
     if implementation == "products" and reset is not None:
         raise ValueError("products take no reset: choose scan, native or None")
-    args, native = (
-        (x, dt, A, B, C, D, initial_state),
-        partial(_native, reset=reset, reverse=reverse),
-    )
+    args = (x, dt, A, B, C, D, initial_state)
+    if implementation is None and use_native() and _is_single(x, dt, B, C):
+        implementation = "native"
     if implementation == "native":
-        return native(*args)
-    plain = partial(_products, reverse=reverse, chunk=chunk)
+        return _native(*args, reset=reset, reverse=reverse)
     if implementation == "scan" or reset is not None:
-        plain = partial(_scan, reset=reset, reverse=reverse)
-    if implementation is not None or not use_native() or not _is_single(x, dt, B, C):
-        return plain(*args)
-    return on_cpu(native, plain, *args)
+        return _scan(*args, reset=reset, reverse=reverse)
+    return _products(*args, reverse=reverse, chunk=chunk)
 
 
 def _scan(x, dt, A, B, C, D, initial_state, *, reset, reverse):

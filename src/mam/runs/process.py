@@ -89,7 +89,7 @@ def enable_compilation_cache() -> None:
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
         _remove_damaged(folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _remove_damaged(folder: Path) -> None:

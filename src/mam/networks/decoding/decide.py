@@ -191,12 +191,11 @@ def _in_order(
 
         return call
 
-    calls = {}
     if use_native() and native_supports(fixed.decoder, inputs):
-        calls["cpu"] = in_one_call(native_decode)
+        return in_one_call(native_decode)(inputs)
     if kernel and has_cuda() and kernel_supports(fixed.decoder):
-        calls["cuda"] = in_one_call(decode_kernel)
-    return by_platform(inputs, **calls, default=loop) if calls else loop(inputs)
+        return by_platform(inputs, cuda=in_one_call(decode_kernel), default=loop)
+    return loop(inputs)
 
 
 class _Attempt(eqx.Module):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
-from mam.kernels.native.library import by_platform, use_native
+from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size, zero_where
 from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
 from mam.networks.mixers.base import (
@@ -138,11 +138,9 @@ class CausalConv(eqx.Module):
 
 def _convolve(x: Array, weight: Array, bias: Array, reset: Array | None, *, reverse: bool) -> Array:
     """Return SiLU of the convolution: natively on CPU, where that is installed and takes it."""
-    plain = partial(_conv_silu, -1 if reverse else 1)
-    if not use_native() or not native_conv_supports(x, weight):
-        return plain(x, weight, bias, reset)
-    native = partial(native_conv_silu, reverse=reverse)
-    return by_platform(x, weight, bias, reset, cpu=native, default=plain)
+    if use_native() and native_conv_supports(x, weight):
+        return native_conv_silu(x, weight, bias, reset, reverse=reverse)
+    return _conv_silu(-1 if reverse else 1, x, weight, bias, reset)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
