@@ -4,7 +4,7 @@ Parametrised by `policies()`: a new policy is covered as it is.
 
 What concerns time is asked of some that read their last action, too.
 
-One has choices, one continuous actions and a picture for each agent, one several choices at once.
+One has choices, one continuous actions and an image for each agent, one several choices at once.
 Single steps are evaluated time first, as rollouts of length 1, after a step that put something into
 the memory of those policies that have one.
 """

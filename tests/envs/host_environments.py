@@ -135,7 +135,7 @@ class Faulty(Lives):
 
 
 class Camera:
-    """Two agents paint pictures with their actions, forever."""
+    """Two agents paint images with their actions, forever."""
 
     possible_agents = ("left", "right")
     metadata = {}  # noqa: RUF012
@@ -151,10 +151,10 @@ class Camera:
         return dict.fromkeys(self.agents, np.zeros((2, 3, 1), np.uint8)), {}
 
     def step(self, actions):
-        pictures = {agent: np.zeros((2, 3, 1), np.uint8) for agent in self.agents}
+        images = {agent: np.zeros((2, 3, 1), np.uint8) for agent in self.agents}
         for agent, (first, last) in actions.items():
-            pictures[agent][0, 0], pictures[agent][1, 2] = first, last
-        return pictures, {}, {}, {}, {}
+            images[agent][0, 0], images[agent][1, 2] = first, last
+        return images, {}, {}, {}, {}
 
     def close(self):
         pass

@@ -186,11 +186,11 @@ class Glide(Walk):
 
 @good
 class Picture(Walk):
-    """Walkers see a picture of themselves on the line, and the critic sees where all are."""
+    """Walkers see an image of themselves on the line, and the critic sees where all are."""
 
     spec = replace(
         Walk.spec,
-        name="toy/picture",
+        name="toy/image",
         obs_dim=0,
         grid_shape=(1, NUM_CELLS, 2),
         grid_dtype="bool",
@@ -284,7 +284,7 @@ class ForgottenAgent(Walk):
 
 @planted("shape", "grid")
 class NoPicture(Walk):
-    """A picture is promised and not given."""
+    """An image is promised and not given."""
 
     spec = replace(Walk.spec, grid_shape=(1, NUM_CELLS, 2))
 

@@ -111,7 +111,7 @@ class FarAway(Walkers):
 
 @planted("space", "observation", 0, "fractions such as 0.25 for uint8")
 class ScaledPicture(Walkers):
-    """A picture from 0 to 1, of whole numbers by its space."""
+    """An image from 0 to 1, of whole numbers by its space."""
 
     observed = spaces.Box(0, 255, (2, 2, 3), np.uint8)
 

@@ -42,7 +42,7 @@ def one_by_one(states, observations):
         yield jax.tree.map(lambda leaf, i=i: leaf[i], (states, observations))
 
 
-def test_connector_pictures():
+def test_connector_images():
     from jumanji.environments.routing.connector.utils import get_path, get_position, get_target
 
     env, states, observations = random_episodes(jumanji.make_connector, task="5x5x3a")
@@ -50,7 +50,7 @@ def test_connector_pictures():
     channels = [(get_path, 0), (get_position, 1), (get_target, 2)]
     assert states.agents.connected.any()
     for state, observation in one_by_one(states, observations):
-        picture = np.zeros((num_agents, size, size, 6), bool)
+        image = np.zeros((num_agents, size, size, 6), bool)
         global_state = np.zeros((size, size, 3), np.float32)
         for y, x in np.ndindex(size, size):
             for owner in range(num_agents):
@@ -58,8 +58,8 @@ def test_connector_pictures():
                     if state.grid[y, x] == value_of(owner):
                         global_state[y, x, channel] = np.float32((owner + 1) / num_agents)
                         for agent in range(num_agents):
-                            picture[agent, y, x, channel + 3 * (agent != owner)] = True
-        np.testing.assert_array_equal(observation.grid, picture)
+                            image[agent, y, x, channel + 3 * (agent != owner)] = True
+        np.testing.assert_array_equal(observation.grid, image)
         np.testing.assert_array_equal(observation.state, global_state.ravel())
         for agent in range(num_agents):
             ((*head,),) = np.argwhere(observation.grid[agent, :, :, 1])
@@ -73,7 +73,7 @@ def test_connector_pictures():
     assert env.spec.grid_shape == (5, 5, len(jumanji_grids.CONNECTOR_CHANNELS))
 
 
-def test_cleaner_pictures():
+def test_cleaner_images():
     from jumanji.environments.routing.cleaner.constants import CLEAN, DIRTY, WALL
 
     env, states, observations = random_episodes(jumanji.make_cleaner, task="5x5x2a")

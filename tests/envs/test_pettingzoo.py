@@ -259,23 +259,23 @@ def test_shorter_observations_are_padded_and_it_is_said_once():
 @pytest.mark.parametrize(
     ("dtype", "kept"), [(np.uint8, np.uint8), (np.float64, np.float32), (bool, bool)]
 )
-def test_pictures(dtype, kept):
+def test_images(dtype, kept):
     space = (
         spaces.Box(0, 1, (4, 5, 3), dtype)
         if dtype is bool
         else spaces.Box(0, 200, (4, 5, 3), dtype)
     )
-    picture = np.arange(60).reshape(4, 5, 3).astype(dtype)
-    env = adapt({"a": picture, "b": picture[::-1]}, seen=space)
+    image = np.arange(60).reshape(4, 5, 3).astype(dtype)
+    env = adapt({"a": image, "b": image[::-1]}, seen=space)
     observation = env.reset(0)
     assert env.layout.grid_shape == (4, 5, 3)
     assert observation["agents_view"].shape == (2, 0)
     assert observation["grid"].dtype == kept
-    np.testing.assert_array_equal(observation["grid"], [picture, picture[::-1]])
+    np.testing.assert_array_equal(observation["grid"], [image, image[::-1]])
     assert not env.notes
 
 
-def test_pictures_of_different_sizes_are_flattened():
+def test_images_of_different_sizes_are_flattened():
     seen = {"a": spaces.Box(0, 1, (2, 2, 1)), "b": spaces.Box(0, 1, (2, 3, 1))}
     env = adapt({"a": np.ones((2, 2, 1)), "b": np.ones((2, 3, 1))}, seen=seen)
     assert env.reset(0)["agents_view"].sum(axis=1).tolist() == [4, 6]
@@ -283,12 +283,12 @@ def test_pictures_of_different_sizes_are_flattened():
     assert env.layout.grid_shape is None
 
 
-def test_state_that_is_a_picture_is_left_out():
+def test_state_that_is_an_image_is_left_out():
     env = Scripted({"a": ZEROS})
     env.state_space, env.state = spaces.Box(0, 1, (4, 4, 3)), lambda: np.zeros((4, 4, 3))
     env = PettingZooEnv(env, "test")
     assert "state" not in env.reset(0)
-    assert env.notes == ["the global state is a picture: it is left out"]
+    assert env.notes == ["the global state is an image: it is left out"]
 
 
 # What agents may do.
@@ -298,14 +298,14 @@ def test_state_that_is_a_picture_is_left_out():
     ("shape", "grid_shape"),
     [((3, 12, 10), (12, 10, 3)), ((3, 9, 12), (3, 9, 12)), ((12, 12, 12), (12, 12, 12))],
 )
-def test_channels_of_a_picture_may_come_first(shape, grid_shape):
-    picture = np.arange(np.prod(shape)).reshape(shape)
-    env = adapt({"a": picture}, seen=spaces.Box(0, 9999, shape))
+def test_channels_of_an_image_may_come_first(shape, grid_shape):
+    image = np.arange(np.prod(shape)).reshape(shape)
+    env = adapt({"a": image}, seen=spaces.Box(0, 9999, shape))
     (grid,) = env.reset(0)["grid"]
     assert grid.shape == env.layout.grid_shape == grid_shape
     moved = shape != grid_shape
-    np.testing.assert_array_equal(grid, np.moveaxis(picture, 0, -1) if moved else picture)
-    note = f"pictures are read channels first: rows, columns and channels are {grid_shape}"
+    np.testing.assert_array_equal(grid, np.moveaxis(image, 0, -1) if moved else image)
+    note = f"images are read channels first: rows, columns and channels are {grid_shape}"
     assert env.notes == [note] * moved
 
 

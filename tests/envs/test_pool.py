@@ -167,7 +167,7 @@ def test_agents_see_who_they_are(pool, make_pool, agent_id, num_ids):
     assert spec.agent_names == ("ann", "bob", "cleo")
 
 
-def test_pictures_and_continuous_actions(make_pool):
+def test_images_and_continuous_actions(make_pool):
     pool = make_pool(hosts.Camera, num_envs=2)
     assert (pool.spec.continuous, pool.spec.num_actions, pool.spec.grid_shape) == (
         True,

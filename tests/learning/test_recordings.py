@@ -144,7 +144,7 @@ def test_illegal_actions_are_refused(tmp_path):
     with Writer(tmp_path / "d", SPEC) as writer:
         writer.append(one)
     source = recordings(tmp_path / "d")
-    with pytest.raises(UserError, match="has 1 actions that its masks do not allow"):
+    with pytest.raises(UserError, match="has 1 illegal actions: no policy can imitate"):
         _ = source._learned
 
 

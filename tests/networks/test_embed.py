@@ -138,38 +138,38 @@ def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
         ((40, 64, 4), 4, 5 * 8 * 32),
     ],
 )
-def test_pictures_are_halved_until_they_are_small(shape, num_layers, features):
+def test_images_are_halved_until_they_are_small(shape, num_layers, features):
     net = randomise(ImageEncoder, shape)
     assert len(net.layers) == num_layers
     grid = jax.ShapeDtypeStruct((2, 3, *shape), jnp.uint8)
     assert jax.eval_shape(net, grid).shape == (2, 3, features)
 
 
-def test_pictures_of_any_type_and_scale_look_the_same():
+def test_images_of_any_type_and_scale_look_the_same():
     """Booleans, bytes, integers and floats; brighter and with more contrast."""
     net = randomise(ImageEncoder, (6, 7, 2))
-    picture = np.random.default_rng(3).integers(0, 2, (3, 6, 7, 2))
-    expected = call(net, picture.astype(np.float32))
+    image = np.random.default_rng(3).integers(0, 2, (3, 6, 7, 2))
+    expected = call(net, image.astype(np.float32))
     assert np.std(expected) > 0.1
     for dtype in (bool, np.uint8, np.int32, np.int8):
-        np.testing.assert_array_equal(call(net, picture.astype(dtype)), expected)
+        np.testing.assert_array_equal(call(net, image.astype(dtype)), expected)
     np.testing.assert_allclose(
-        call(net, (200 * picture + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3
+        call(net, (200 * image + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3
     )
 
 
-def test_pictures_of_bytes_and_booleans_are_embedded():
+def test_images_of_bytes_and_booleans_are_embedded():
     """As they are, without another conversion; rows of the dead are read as zeros there too."""
     embed, obs = make_embedding(0, (5, 6, 2)), make_observation(0, (5, 6, 2))
-    picture = obs.grid > 0
-    with_picture = lambda dtype: eqx.tree_at(lambda obs: obs.grid, obs, picture.astype(dtype))  # noqa: E731
-    expected = call(embed, with_picture(np.float32))
+    image = obs.grid > 0
+    with_image = lambda dtype: eqx.tree_at(lambda obs: obs.grid, obs, image.astype(dtype))  # noqa: E731
+    expected = call(embed, with_image(np.float32))
     for dtype in (bool, np.uint8, np.int32):
-        np.testing.assert_array_equal(call(embed, with_picture(dtype)), expected)
+        np.testing.assert_array_equal(call(embed, with_image(dtype)), expected)
 
 
 @pytest.mark.parametrize("value", [0, 1, 255])
-def test_a_blank_picture_is_no_accident(value):
+def test_a_blank_image_is_no_accident(value):
     net = randomise(ImageEncoder, (4, 4, 1))
     grid = np.full((1, 4, 4, 1), value, np.float32)
     out, gradient = jax.jit(jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)))(net, grid)

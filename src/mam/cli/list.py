@@ -81,9 +81,9 @@ def _print_specs() -> None:
         if spec is None:
             table.add_row(name, *["-"] * 5)
             continue
-        picture = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
+        image = "" if spec.grid_shape is None else "×".join(map(str, spec.grid_shape))
         observation = " + ".join(
-            part for part in (str(spec.obs_dim) if spec.obs_dim else "", picture) if part
+            part for part in (str(spec.obs_dim) if spec.obs_dim else "", image) if part
         )
         actions = f"{spec.num_actions} real" if spec.continuous else str(spec.num_actions)
         if spec.action_components is not None:

@@ -71,8 +71,8 @@ def summarise(data: Trajectories) -> Summary:
         chosen = _chosen(np.asarray(steps.action), data)
         here = np.where(living[..., None], chosen, 0.0)
         sums, squares = sums + here.sum(axis=0), squares + np.square(here).sum(axis=0)
-        forbidden = (chosen != 0) & ~np.asarray(seen.action_mask) & living[..., None]
-        illegal += int(forbidden.any(axis=-1).sum())
+        masked = (chosen != 0) & ~np.asarray(seen.action_mask) & living[..., None]
+        illegal += int(masked.any(axis=-1).sum())
         of_interest = [
             seen.agents_view[living],
             steps.reward,

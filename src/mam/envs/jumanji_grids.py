@@ -134,8 +134,8 @@ def connector_view(state: Any, observation: Any) -> Observation:
     # what each of them looks like is tabulated, which costs a third of computing it cell by cell.
     owner, kind = np.divmod(np.arange(3 * num_agents), 3)
     is_own = owner == np.arange(num_agents)[:, None]
-    picture_of = np.zeros((num_agents, 1 + 3 * num_agents, len(CONNECTOR_CHANNELS)), bool)
-    picture_of[:, 1:] = np.where(is_own, kind, 3 + kind)[..., None] == np.arange(
+    grid_of = np.zeros((num_agents, 1 + 3 * num_agents, len(CONNECTOR_CHANNELS)), bool)
+    grid_of[:, 1:] = np.where(is_own, kind, 3 + kind)[..., None] == np.arange(
         len(CONNECTOR_CHANNELS)
     )
     state_of = np.zeros((1 + 3 * num_agents, 3), np.float32)
@@ -144,7 +144,7 @@ def connector_view(state: Any, observation: Any) -> Observation:
         agents_view=_scaled(jnp.concatenate([agents.position, agents.target], axis=1), size),
         action_mask=observation.action_mask,
         alive=jnp.ones(num_agents, bool),
-        grid=jnp.asarray(picture_of)[:, state.grid],
+        grid=jnp.asarray(grid_of)[:, state.grid],
         state=jnp.asarray(state_of)[state.grid].ravel(),
         positions=agents.position.astype(jnp.float32),
     )
@@ -164,7 +164,7 @@ def cleaner_view(state: Any, observation: Any) -> Observation:
         position[:, 1:, None] == np.arange(size)
     )
     count = here.sum(axis=0, dtype=jnp.int32)
-    picture = [
+    grid = [
         jnp.broadcast_to(tiles, (num_agents, *tiles.shape)),
         here[..., None],
         (count > here)[..., None],
@@ -174,7 +174,7 @@ def cleaner_view(state: Any, observation: Any) -> Observation:
         agents_view=_scaled(position, size),
         action_mask=observation.action_mask,
         alive=jnp.ones(num_agents, bool),
-        grid=jnp.concatenate(picture, axis=-1),
+        grid=jnp.concatenate(grid, axis=-1),
         state=jnp.stack([dirty, wall, count / num_agents], axis=-1).ravel(),
         positions=position.astype(jnp.float32),
     )

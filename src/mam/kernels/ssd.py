@@ -11,7 +11,6 @@ Source: Dao and Gu 2024 (arXiv 2405.21060), §6.
 """
 
 import math
-from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp

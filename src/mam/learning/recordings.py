@@ -100,8 +100,8 @@ class Recordings:
             steps = replace(steps, action=np.where(seen.action_mask, action, np.float32(0)))
         elif (illegal := _illegal(steps, self._data.spec).sum()) > 0:
             raise UserError(
-                f"the dataset {self._data.path} has {illegal:,} actions "
-                "that its masks do not allow: no policy can imitate them"
+                f"the dataset {self._data.path} has {illegal:,} illegal actions: "
+                "no policy can imitate what its masks do not allow"
             )
         order = np.asarray(order_agents(self.config.network.order, seen))
         return replace(steps, order=order, log_prob=None, value=None)

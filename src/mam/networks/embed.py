@@ -80,21 +80,21 @@ class ObservationEmbedding(eqx.Module):
     """
 
     obs_norm: LayerNorm | None  # None where features come normalised, or there are none
-    picture: ImageEncoder | None
+    image: ImageEncoder | None
     dense: Dense
     norm: LayerNorm
 
     def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
-        picture_key, dense_key, bias_key = jax.random.split(key, 3)
+        image_key, dense_key, bias_key = jax.random.split(key, 3)
         d_model, by_layer = config.d_model, spec.obs_dim > 0 and config.observation_norm == "layer"
         self.obs_norm = LayerNorm(spec.obs_dim) if by_layer else None
-        self.picture = (
-            None if spec.grid_shape is None else ImageEncoder(spec.grid_shape, key=picture_key)
+        self.image = (
+            None if spec.grid_shape is None else ImageEncoder(spec.grid_shape, key=image_key)
         )
         num_features = spec.obs_dim
-        if self.picture is not None:
-            picture = jax.ShapeDtypeStruct((1, *(spec.grid_shape or ())), jnp.float32)
-            num_features += jax.eval_shape(self.picture, picture).shape[1]
+        if self.image is not None:
+            grid = jax.ShapeDtypeStruct((1, *(spec.grid_shape or ())), jnp.float32)
+            num_features += jax.eval_shape(self.image, grid).shape[1]
         dense = Dense(num_features, d_model, key=dense_key, gain=HIDDEN_GAIN)
         bias = jax.random.uniform(bias_key, (d_model,), minval=-BIAS_SCALE, maxval=BIAS_SCALE)
         self.dense = eqx.tree_at(lambda dense: dense.bias, dense, bias)
@@ -105,8 +105,8 @@ class ObservationEmbedding(eqx.Module):
         if obs.agents_view.shape[-1]:
             view = jnp.where(alive, obs.agents_view, 0.0)
             features.append(view if self.obs_norm is None else self.obs_norm(view))
-        if self.picture is not None and obs.grid is not None:
-            features.append(self.picture(jnp.where(alive[..., None, None], obs.grid, 0)))
+        if self.image is not None and obs.grid is not None:
+            features.append(self.image(jnp.where(alive[..., None, None], obs.grid, 0)))
         return self.norm(gelu(self.dense(jnp.concatenate(features, axis=-1))))
 
 

@@ -30,7 +30,7 @@ from mam.runs.files import open_regular, parse_object
 
 _ARRAYS, _MANIFEST, _PARTIAL = "arrays.safetensors", "manifest.json", ".partial"
 # Parts of leaves' names, and what older versions called them.
-_RENAMED = {".distribution.": ".kind.", ".memory.agents": ".memory"}
+_RENAMED = {".distribution.": ".kind.", ".memory.agents": ".memory", ".image.": ".picture."}
 _ORBAX = "state"  # where the first versions of the library kept a save's arrays
 
 

@@ -22,9 +22,9 @@ from mam.envs.external.spaces import (
     View,
     action_readers,
     flatten,
-    is_picture,
+    image_of,
+    is_image,
     pad_masks,
-    picture_of,
     read_mask,
     view_size,
 )
@@ -245,7 +245,7 @@ class PettingZooEnv:
     def _write_view(self, n: int, observation: Any, arrays: Arrays) -> None:
         view = self._views[n]
         if "grid" in arrays:
-            arrays["grid"][n] = view.picture(observation)
+            arrays["grid"][n] = view.grid(observation)
         else:
             flatten(view.space, view.read(observation), arrays["agents_view"][n, : view.size])
 
@@ -374,14 +374,14 @@ def _takes_seed(reset: Callable) -> bool:
 def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: list) -> Layout:
     """Return sizes that hold every agent, and what had to be done for it."""
     notes = []
-    picture = picture_of(views)
+    image = image_of(views)
     view_sizes = (
         [0]
-        if picture
+        if image
         else [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
     )
-    if not picture and any(is_picture(view.space) for view in views):
-        notes.append("not all agents see pictures of one size: pictures are flattened")
+    if not image and any(is_image(view.space) for view in views):
+        notes.append("not all agents see images of one size: images are flattened")
     if len(set(view_sizes)) > 1:
         notes.append(
             f"agents observe {_span(view_sizes)} numbers: "
@@ -403,13 +403,13 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
             "or 2 beyond their only limit: give them both"
         )
     first, place = views[0], read_place(name, env, views)
-    if picture and first.channels_first:
+    if image and first.channels_first:
         notes.append(
-            f"pictures are read channels first: rows, columns and channels are {first.grid_shape}"
+            f"images are read channels first: rows, columns and channels are {first.grid_shape}"
         )
     state = getattr(env, "state_space", None)
-    if state is not None and is_picture(state):
-        notes.append("the global state is a picture: it is left out")
+    if state is not None and is_image(state):
+        notes.append("the global state is an image: it is left out")
     return Layout(
         agents=tuple(map(printable, agents)),
         obs_dim=max(view_sizes),
@@ -417,10 +417,10 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
         continuous=isinstance(actions[0], BoxAction),
         action_components=components if several else None,
         time_limit=_time_limit(env),
-        grid_shape=first.grid_shape if picture else None,
-        grid_dtype=str(picture.dtype) if picture and picture.dtype.kind in "biu" else "float32",
+        grid_shape=first.grid_shape if image else None,
+        grid_dtype=str(image.dtype) if image and image.dtype.kind in "biu" else "float32",
         state_dim=math.prod(state.shape)
-        if isinstance(state, spaces.Box) and not is_picture(state)
+        if isinstance(state, spaces.Box) and not is_image(state)
         else None,
         position_dim=place and place.dim,
         notes=tuple(notes),
@@ -467,7 +467,7 @@ def read_place(name: str, env: Any, views: list[View]) -> Place | None:
     if given is None or given == "info":
         return given and Place(None)
     ends = [int(end) if end.isdecimal() else -1 for end in str(given).split(":")]
-    size = 0 if picture_of(views) else min(view.size for view in views)
+    size = 0 if image_of(views) else min(view.size for view in views)
     if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= size:
         raise UserError(
             f"{name}: {POSITIONS} must be info, or such as 0:2 within the {size} numbers that "

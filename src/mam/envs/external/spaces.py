@@ -160,7 +160,7 @@ class View:
     def channels_first(self) -> bool:
         """Whether it is an image whose channels come before its rows, as PyTorch has them."""
         shape: Any = self.space.shape
-        return is_picture(self.space) and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
+        return is_image(self.space) and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
@@ -168,24 +168,24 @@ class View:
         shape: Any = self.space.shape
         return (*shape[1:], shape[0]) if self.channels_first else shape
 
-    def picture(self, value: Any) -> np.ndarray:
+    def grid(self, value: Any) -> np.ndarray:
         """Return the observation proper as rows, columns, channels."""
-        picture = shaped(self.space, self.read(value))
-        return np.moveaxis(picture, 0, -1) if self.channels_first else picture
+        grid = shaped(self.space, self.read(value))
+        return np.moveaxis(grid, 0, -1) if self.channels_first else grid
 
 
-def is_picture(space: spaces.Space) -> bool:
+def is_image(space: spaces.Space) -> bool:
     """Say whether a value has rows, columns and channels."""
     return isinstance(space, spaces.Box) and len(space.shape) == 3
 
 
-def picture_of(views: list[View]) -> spaces.Box | None:
+def image_of(views: list[View]) -> spaces.Box | None:
     """Return the space of the image that agents see, if all see one of the same size, or None."""
     first = views[0].space
     alike = all(
         view.space.shape == first.shape and view.space.dtype == first.dtype for view in views
     )
-    return first if isinstance(first, spaces.Box) and is_picture(first) and alike else None
+    return first if isinstance(first, spaces.Box) and is_image(first) and alike else None
 
 
 def view_size(name: str, agent: object, view: View) -> int:
