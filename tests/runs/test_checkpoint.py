@@ -77,17 +77,19 @@ def test_round_trip_is_exact(tmp_path):
 
 class Now(eqx.Module):
     distribution: Layer
+    image: Layer
 
 
 class Before(eqx.Module):
     kind: Layer
+    picture: Layer
 
 
 def test_saves_from_before_a_part_was_renamed_are_read(tmp_path):
-    layer = Layer(jnp.arange(3.0))
+    layers = Layer(jnp.arange(3.0)), Layer(jnp.arange(2.0))
     assert_same(
-        save(tmp_path, {"policy": Before(layer)}).restore({"policy": Now(layer)}),
-        {"policy": Now(layer)},
+        save(tmp_path, {"policy": Before(*layers)}).restore({"policy": Now(*layers)}),
+        {"policy": Now(*layers)},
     )
 
 

@@ -264,22 +264,18 @@ class SequencePolicy(eqx.Module):
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
         x, next_x = self.embed(obs), self.embed(successor)
+        next_x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
         if not jax.tree.leaves(memory.encoder):
-            x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
-            return self._value(memory.encoder, x, successor, reset)[1]
+            return self._value(memory.encoder, next_x, successor, reset)[1]
+        _, x = self.memory.unroll(memory.agents, x, reset, action)
         goes_on = jnp.zeros(reset.shape[1:], bool)
 
-        def step(memory, inputs):
-            agents, encoder = memory
-            x, obs, action, reset, next_x, successor = inputs
-            agents, x = self.memory.step(agents, x, reset)
-            agents = self.memory.note(agents, action)
+        def step(encoder, inputs):
+            x, obs, reset, next_x, successor = inputs
             encoder, _ = self._value(encoder, x, obs, reset)
-            next_x = self.memory.step(agents, next_x, goes_on)[1]
-            return (agents, encoder), self._value(encoder, next_x, successor, goes_on)[1]
+            return encoder, self._value(encoder, next_x, successor, goes_on)[1]
 
-        inputs = (x, obs, action, reset, next_x, successor)
-        return lax.scan(step, (memory.agents, memory.encoder), inputs)[1]
+        return lax.scan(step, memory.encoder, (x, obs, reset, next_x, successor))[1]
 
     def encode(
         self,
