@@ -17,7 +17,7 @@ train: $(READY) $(NATIVE)  ## train Multi-Agent Mamba on Level-Based Foraging un
 	$(BIN)/mam train
 
 test: $(READY) $(NATIVE)  ## run the tests
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## style, types, and who may import whom
 	$(BIN)/ruff check

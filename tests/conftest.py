@@ -16,6 +16,8 @@ from jaxtyping import install_import_hook
 _QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+LONG = ("test_tutorials.py", "test_training_contract.py")
+
 install_import_hook("mam", "beartype.beartype")
 
 from mam.runs.process import enable_compilation_cache  # noqa: E402
@@ -24,6 +26,11 @@ enable_compilation_cache()
 signal.signal(
     signal.SIGHUP, signal.SIG_DFL
 )  # what starts the tests may ignore it (nohup), and its children would
+
+
+def pytest_collection_modifyitems(items):
+    """Start with files of a few long tests: a file is one process's, and must not be the last."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture

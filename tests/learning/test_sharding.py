@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mam.cli import main as cli
 from mam.config import Config, PPOConfig
 from mam.errors import UserError
 from mam.learning.train import make_train
@@ -42,12 +43,12 @@ def test_losses_parameters_and_evaluations_equal_those_of_one_device(policy, cou
     assert all(largest <= 1e-5 for _, largest in found.values()), found
 
 
-def command(out, steps, *more):
+def arguments(out, steps, *more):
     line = f"""train --env probe/identity --policy ippo --total-timesteps {steps} --out {out}
         --network.d-model 8 --ppo.num-envs 8 --ppo.rollout-length 8 --ppo.num-epochs 1 \
 --ppo.num-minibatches 2
         --eval.num-evaluations 2 --eval.num-episodes 6 --eval.num-absolute-episodes 5"""
-    return [sys.executable, "-m", "mam", *line.split(), *more]
+    return [*line.split(), *more]
 
 
 def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
@@ -57,7 +58,7 @@ def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
     flags = ("--hosts.coordinator", address, "--hosts.num-processes", "2", "--hosts.process-id")
     both = [
         subprocess.Popen(
-            command(tmp_path / "two", 128, *flags, str(rank)),
+            [sys.executable, "-m", "mam", *arguments(tmp_path / "two", 128, *flags, str(rank))],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -68,18 +69,9 @@ def test_two_processes_are_one_run_and_one_goes_on_with_it(tmp_path):
     said = [process.communicate(timeout=600)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "2 × cpu" in said[0]
-    resume = [
-        sys.executable,
-        "-m",
-        "mam",
-        "train",
-        "--resume",
-        str(tmp_path / "two"),
-        "--total-timesteps",
-        "256",
-    ]
-    for line in (resume, command(tmp_path / "one", 256)):
-        subprocess.run(line, check=True, env=environment(), timeout=600, stdout=subprocess.DEVNULL)
+    resume = ["train", "--resume", str(tmp_path / "two"), "--total-timesteps", "256"]
+    for args in (resume, arguments(tmp_path / "one", 256)):
+        assert cli.main(args) == 0
     files = (tmp_path / name / "metrics.jsonl" for name in ("two", "one"))
     records, expected = (
         {(r.kind, r.update): r.values for r in read_records(file)} for file in files

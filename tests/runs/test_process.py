@@ -59,7 +59,6 @@ def test_a_damaged_program_is_compiled_anew_and_replaced(monkeypatch, caplog, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilation_cache.reset_cache()
     enable_compilation_cache()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     expected = jax.jit(program)(1.0)
     (entry,) = cache_folder().glob("jit_program-*")
     intact = entry.read_bytes()
