@@ -141,18 +141,14 @@ def gated_scan(
         ValueError: as in `selective_scan`.
         UserError: as in `selective_scan`.
     """
-
-    def composed(x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset):
-        dt = step_size(dense(features, dt_weight, dt_bias), alive)
-        scan = partial(selective_scan, reverse=reverse, implementation=implementation)
-        y, h = scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset)
-        return y * jax.nn.silu(gate), h
-
     args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset)
     fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
     if implementation in (None, "native") and fits and x.size and use_native():
         return _native_gated(*args, reverse=reverse)
-    return composed(*args)
+    dt = step_size(dense(features, dt_weight, dt_bias), alive)
+    scan = partial(selective_scan, reverse=reverse, implementation=implementation)
+    y, h = scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset)
+    return y * jax.nn.silu(gate), h
 
 
 def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:
