@@ -1,5 +1,7 @@
 """Normalisation over the last axis: LayerNorm and RMSNorm, on CPU by the native kernels if any."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -73,10 +75,9 @@ _rows.defvjp(_rows_fwd, _rows_bwd)
 
 def _row_means(x: Float[Array, "M E"]) -> Float[Array, "M 1"]:
     """Return means over the last axis; on CPU by a product, half the time of XLA's reduction."""
+    return by_platform(x, cpu=_mean_product, default=partial(jnp.mean, axis=1, keepdims=True))
 
-    def product(x):
-        return jnp.dot(
-            x, jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype), precision=lax.Precision.HIGHEST
-        )
 
-    return by_platform(x, cpu=product, default=lambda x: jnp.mean(x, axis=1, keepdims=True))
+def _mean_product(x: Float[Array, "M E"]) -> Float[Array, "M 1"]:
+    weight = jnp.full((x.shape[1], 1), 1 / x.shape[1], x.dtype)
+    return jnp.dot(x, weight, precision=lax.Precision.HIGHEST)
