@@ -11,9 +11,12 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
-# Most tests run their programs once. Read when the first is compiled; what the environment says
-# comes last, and wins.
-_QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most tests run their programs once, and cores have tests of their own to compile. Read when the
+# first is compiled; what the environment says comes last, and wins.
+_QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 LONG = ("test_tutorials.py", "test_training_contract.py")
