@@ -59,6 +59,7 @@ def test_the_reports_pieces(folder):
     assert {"aggregate_iqm", "performance_profiles", "curve_lbf_small"} <= set(figures)
     assert all(isinstance(figure, Figure) for figure in figures.values())
     assert figures["curve_lbf_small"].axes[0].get_xlabel() == "environment steps"
+    assert figures["clock_lbf_small"].axes[0].get_xlabel() == "minutes of wall-clock"
     tables = mam.report.tables(results)
     shown = tables["Absolute metric: mean episode return"].loc["lbf/small", "mam"]
     scores = mam.report.numbers(results)["scores"]

@@ -57,6 +57,9 @@ def test_a_run_is_read_seed_by_seed(matrix):
         json.loads(line) for line in (matrix / "lbf/a_b/mam/metrics.jsonl").read_text().splitlines()
     ]
     assert seeds[2].steps.tolist() == [32, 64, 96, 128]
+    assert seeds[2].minutes.tolist() == [
+        row["elapsed"] / 60 for row in rows if row["kind"] == "evaluation"
+    ]
     assert seeds[2].absolute["episode_return"] == pytest.approx(
         np.mean(rows[-1]["episode_return"][2])
     )
@@ -83,7 +86,7 @@ def test_aggregates_curves_and_profiles_fit_together(matrix):
     profile = results.profiles["mam"].value
     assert np.all(np.diff(profile) <= 0)
     assert profile[0] == np.mean(np.concatenate(results.scores("mam")) > THRESHOLDS[0])
-    assert results.efficiency["mam"].steps.tolist() == [32, 64, 96, 128]
+    assert results.efficiency["mam"].at.tolist() == [32, 64, 96, 128]
     curve = results.curves["lbf/a_b", "mam"]
     assert curve.returns.value[-1] == pytest.approx(
         np.mean([s.returns[-1] for s in results.cells["lbf/a_b", "mam"]])
@@ -188,11 +191,14 @@ def test_curves_go_as_far_as_any_seed(tmp_path):
     write_run(tmp_path / "half", replace(CONFIG, seed=5), updates=4, seed=2)
     results, _ = load([tmp_path])
     seeds, curve = results.cells["lbf/small", "mam"], results.curves["lbf/small", "mam"]
-    assert curve.steps.tolist() == [32, 64, 96, 128]
+    assert curve.at.tolist() == [32, 64, 96, 128]
     for point, count in ((1, 10), (2, 5)):
         values = [seed.returns[point] for seed in seeds if len(seed.returns) > point]
         assert len(values) == count
         assert curve.returns.value[point] == pytest.approx(np.mean(values))
+        assert results.clock_curves["lbf/small", "mam"].returns.value[point] == pytest.approx(
+            np.mean(values)
+        )
 
 
 def test_the_report_needs_nothing_else_and_is_the_same_every_time(matrix, tmp_path):
@@ -206,11 +212,11 @@ def test_the_report_needs_nothing_else_and_is_the_same_every_time(matrix, tmp_pa
     assert all(reference.startswith("#") for reference in references)
     assert "<script" not in page
     assert "a &lt;b&gt;bold&lt;/b&gt; claim" in page
-    assert page.count("<svg") == page.count('role="img"') == 4 + 3 + 2
+    assert page.count("<svg") == page.count('role="img"') == 4 + 3 + 2 * 2
     names = re.findall(r'\sid="([^"]+)"', page)
     assert len([name for name in names if not name.startswith(("s", "t"))]) > 100
     pictures = {path.name for path in (tmp_path / "one" / "figures").iterdir()}
-    assert {"aggregate_iqm.png", "curve_lbf_a_b.png", "sample_efficiency.png"} <= pictures
+    assert {"aggregate_iqm.png", "curve_lbf_a_b.png", "clock_lbf_a_b.png"} <= pictures
     markdown = (tmp_path / "one" / "report.md").read_text()
     assert all(f"figures/{name}" in markdown for name in pictures)
     assert re.search(r"\| lbf/a\\_b \| \*\*0\.\d+ \\\[", markdown)
@@ -238,7 +244,7 @@ def test_csv_files_hold_every_number(matrix, tmp_path):
     np.testing.assert_allclose(
         [float(value[k]) for k in ("value", "low", "high")], [found.value, found.low, found.high]
     )
-    assert len(rows["learning_curves.csv"]) == 2 * 2 * 4
+    assert len(rows["learning_curves.csv"]) == len(rows["wall_clock.csv"]) == 2 * 2 * 4
     assert len(rows["performance_profiles.csv"]) == 2 * len(THRESHOLDS)
 
 

@@ -45,6 +45,7 @@ class SeedRun:
     algorithm: str
     seed: int
     steps: Int[np.ndarray, "evaluations"]
+    minutes: Float[np.ndarray, "evaluations"]  # of wall-clock, of the whole run
     returns: Float[np.ndarray, "evaluations"]  # mean return of each evaluation
     # The absolute metric and its companions, means over episodes; empty if unfinished.
     absolute: dict[str, float]
@@ -98,6 +99,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
         if run.finished
         else {}
     )
+    minutes = np.array([one.elapsed / 60 for one in records if one.kind == "evaluation"], float)
     algorithm = algorithm_of(config, by)
     return [
         SeedRun(
@@ -105,6 +107,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
             algorithm=algorithm,
             seed=config.seed + index,
             steps=steps,
+            minutes=minutes,
             returns=returns[:, index] if len(steps) else np.empty(0),
             absolute={name: float(values[index]) for name, values in absolute.items()},
             run=run,

@@ -109,28 +109,26 @@ def comparison_figures(results: Results) -> list[Figure]:
 
 
 def task_figures(results: Results) -> list[Figure]:
-    """Make a learning curve per task that has an evaluation."""
+    """Make the learning curves of every task that has an evaluation, by steps and by the clock."""
     styles, figures = styles_of(results.algorithms), list[Figure]()
     for task in results.tasks:
-        curves = {
-            name: results.curves[task, name]
-            for name in results.algorithms
-            if (task, name) in results.curves
-        }
-        if curves:
-            draw = partial(
-                _curves, curves, styles, labels=("environment steps", "mean episode return")
-            )
-            figures.append(
-                Figure(_file_name(task, {figure.name for figure in figures}), task, draw)
-            )
+        for kind, axis, cells in (
+            ("curve", "environment steps", results.curves),
+            ("clock", "minutes of wall-clock", results.clock_curves),
+        ):
+            names = [name for name in results.algorithms if (task, name) in cells]
+            curves = {name: cells[task, name] for name in names}
+            if curves:
+                draw = partial(_curves, curves, styles, labels=(axis, "mean episode return"))
+                name = _file_name(kind, task, {figure.name for figure in figures})
+                figures.append(Figure(name, task, draw))
     return figures
 
 
-def _file_name(task: str, taken: Collection[str]) -> str:
+def _file_name(kind: str, task: str, taken: Collection[str]) -> str:
     """Name a task's curve for any file system or link, unlike the names that are taken."""
     letters = (c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in task)
-    name = f"curve_{''.join(letters)[:_LONGEST_NAME]}"
+    name = f"{kind}_{''.join(letters)[:_LONGEST_NAME]}"
     return next(
         one
         for one in itertools.chain([name], map(f"{name}-{{}}".format, itertools.count(2)))
@@ -198,7 +196,7 @@ def _curves(
 
     for name, curve in curves.items():
         colour, dashes, marker = styles[name]
-        where, returns = curve.steps if x is None else x, curve.returns
+        where, returns = curve.at if x is None else x, curve.returns
         alone = {"marker": marker, "markersize": 4} if len(where) < 12 else {}
         axes.plot(
             where,

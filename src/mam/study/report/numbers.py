@@ -41,6 +41,7 @@ def numbers_behind(results: Results) -> dict[str, list[dict[str, Any]]]:
         ),
         "sample_efficiency": _curve_rows(efficiency, ("algorithm",), "step_count", int),
         "learning_curves": _curve_rows(results.curves, ("task", "algorithm"), "step_count", int),
+        "wall_clock": _curve_rows(results.clock_curves, ("task", "algorithm"), "minutes", float),
     }
 
 
@@ -93,7 +94,7 @@ def _curve_rows(
         | {axis: at(step), "value": value, "low": low, "high": high}
         for key, curve in curves.items()
         for step, value, low, high in zip(
-            curve.steps, curve.returns.value, curve.returns.low, curve.returns.high, strict=True
+            curve.at, curve.returns.value, curve.returns.low, curve.returns.high, strict=True
         )
     ]
 

@@ -79,7 +79,8 @@ def _sections(results: Results) -> list[Section]:
         Section(
             "Learning curves",
             "Mean return of the current weights' evaluations over seeds, "
-            "with 95 % bootstrap intervals.",
+            "with 95 % bootstrap intervals: against environment steps, and against the time that "
+            "whole runs took, all their seeds, compiling and evaluations included.",
             task_figures(results),
         ),
     ]

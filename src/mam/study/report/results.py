@@ -1,25 +1,26 @@
 """Runs side by side: what every figure and table of the report shows."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 
 from mam.runs.sinks import RETURN
 from mam.statistics import AGGREGATES, Estimate, estimate, improvement, iqm, mean
 from mam.study.report.collect import SeedRun
 
+Axis = Callable[[SeedRun], np.ndarray]  # of a curve
 THRESHOLDS = np.linspace(0, 1, 101)  # normalised scores at which the performance profile is taken
 
 
 @dataclass(frozen=True)
 class Curve:
-    """An estimate against environment steps."""
+    """An estimate against environment steps, or what else is told."""
 
-    steps: Int[np.ndarray, "points"]
+    at: Shaped[np.ndarray, "points"]
     returns: Estimate  # [points]
 
 
@@ -146,10 +147,20 @@ class Results:
     @cached_property
     def curves(self) -> dict[tuple[str, str], Curve]:
         """Task and algorithm → mean evaluation return, where there is an evaluation."""
+        return self._evaluated(_steps)
+
+    @cached_property
+    def clock_curves(self) -> dict[tuple[str, str], Curve]:
+        """The same against minutes of wall-clock."""
+        return self._evaluated(_minutes)
+
+    def _evaluated(self, axis: Axis) -> dict[tuple[str, str], Curve]:
         evaluated = {
             cell: [seed for seed in seeds if len(seed.steps)] for cell, seeds in self.cells.items()
         }
-        return {cell: _curve_of_any_lengths(seeds) for cell, seeds in evaluated.items() if seeds}
+        return {
+            cell: _curve_of_any_lengths(seeds, axis) for cell, seeds in evaluated.items() if seeds
+        }
 
     @cached_property
     def efficiency(self) -> dict[str, Curve]:
@@ -190,21 +201,31 @@ def _return_of(seed: SeedRun) -> list[float]:
     return [seed.absolute[RETURN]] if seed.absolute else []
 
 
-def _grid(seeds: Sequence[SeedRun]) -> Int[np.ndarray, "points"]:
-    """Collect all steps at which some seed was evaluated."""
-    return np.unique(np.concatenate([seed.steps for seed in seeds]))
+def _steps(seed: SeedRun) -> np.ndarray:
+    return seed.steps
 
 
-def _sampled(seeds: Sequence[SeedRun], grid: np.ndarray) -> Float[np.ndarray, "points seeds"]:
-    """Interpolate each seed's returns to some steps; NaN outside its evaluations."""
-    lines = [np.interp(grid, seed.steps, seed.returns, left=np.nan, right=np.nan) for seed in seeds]
+def _minutes(seed: SeedRun) -> np.ndarray:
+    return seed.minutes
+
+
+def _grid(seeds: Sequence[SeedRun], axis: Axis = _steps) -> Shaped[np.ndarray, "points"]:
+    """Collect all steps, or times, at which some seed was evaluated."""
+    return np.unique(np.concatenate([axis(seed) for seed in seeds]))
+
+
+def _sampled(
+    seeds: Sequence[SeedRun], grid: np.ndarray, axis: Axis = _steps
+) -> Float[np.ndarray, "points seeds"]:
+    """Interpolate each seed's returns to some steps or times; NaN outside its evaluations."""
+    lines = [np.interp(grid, axis(seed), seed.returns, left=np.nan, right=np.nan) for seed in seeds]
     return np.stack(lines, axis=-1)
 
 
-def _curve_of_any_lengths(seeds: Sequence[SeedRun]) -> Curve:
-    """Estimate the mean at each step over the seeds that have got there."""
-    grid = _grid(seeds)
-    values = _sampled(seeds, grid)
+def _curve_of_any_lengths(seeds: Sequence[SeedRun], axis: Axis) -> Curve:
+    """Estimate the mean at each step, or time, over the seeds that have got there."""
+    grid = _grid(seeds, axis)
+    values = _sampled(seeds, grid, axis)
     patterns, groups = np.unique(np.isfinite(values), axis=0, return_inverse=True)
     parts = np.full((3, len(grid)), np.nan)
     for index, there in enumerate(patterns):
