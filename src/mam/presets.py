@@ -1,8 +1,8 @@
 """Good settings by task.
 
-A preset's name is a task, or a suite for all of its tasks that have none of their own. A public
-sweep over a sister sequence model is where most numbers come from. A score that a docstring gives
-was measured here, and stands in the file of results that it names.
+A preset's name is a task, with any options, or a suite for all of its tasks that have none of
+their own. A public sweep over a sister sequence model is where most numbers come from. A score that
+a docstring gives was measured here, and stands in the file of results that it names.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,20 @@ def lbf_15x15_4p_5f() -> Config:
             clip_eps=0.1,
             ent_coef=0.01,
         ),
+    )
+
+
+def lbf_auto() -> Config:
+    """Level-Based Foraging of any size, with many agents: 32 of them learn in minutes on a CPU."""
+    return Config(
+        env="lbf/auto:agents=32,grid=32",
+        agent_id="none",
+        total_timesteps=200_000,
+        network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
+        ppo=PPOConfig(
+            lr=1e-3, num_envs=16, num_epochs=4, num_minibatches=4, max_grad_norm=0.5, ent_coef=0.01
+        ),
+        eval=EvalConfig(num_evaluations=10, num_episodes=16, num_absolute_episodes=64),
     )
 
 
@@ -308,6 +322,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "lbf": lbf,
     "lbf/2s-8x8-2p-2f-coop": lbf_smallest,
     "lbf/15x15-4p-5f": lbf_15x15_4p_5f,
+    "lbf/auto": lbf_auto,
     "rware": rware,
     "rware/tiny-2ag": rware_tiny_2ag,
     "rware/tiny-4ag": rware_tiny_4ag,
@@ -346,7 +361,7 @@ def preset(name: str) -> Config:
 
 def preset_for(env: str) -> tuple[Config, str]:
     """Return the settings to start from for a task, and their preset's name or `defaults`."""
-    for name in (env, env.split("/")[0]):
+    for name in (env.partition(":")[0], env.partition("/")[0]):
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name
     return replace(own(), env=env), "defaults"

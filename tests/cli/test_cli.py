@@ -165,10 +165,10 @@ def test_help_shows_the_defaults_of_the_tasks_preset(capsys):
 
 
 def test_every_preset_names_a_task_it_can_train_on():
-    from mam.envs.tasks import task_names
+    from mam.envs.tasks import check_task
 
     for name, make in PRESETS.items():
-        assert make().env in task_names()
+        check_task(make().env)
         assert make().env.startswith(name)
         assert make.__doc__
 
@@ -177,6 +177,8 @@ def test_the_preset_of_a_task_is_its_own_or_its_suites():
     assert preset_for("lbf/15x15-4p-5f") == (preset("lbf/15x15-4p-5f"), "lbf/15x15-4p-5f")
     config, name = preset_for("lbf/8x8-2p-2f-coop")
     assert (config.env, name, config.ppo) == ("lbf/8x8-2p-2f-coop", "lbf", preset("lbf").ppo)
+    config, name = preset_for("lbf/auto:agents=8")
+    assert (config.env, name, config.ppo) == ("lbf/auto:agents=8", "lbf/auto", preset(name).ppo)
     assert preset_for("mine/own")[1] == "defaults"
 
 

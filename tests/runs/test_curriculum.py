@@ -93,5 +93,5 @@ def test_the_command_line_gives_stages():
     options = cli.read_options(
         "train", ["--env", "lbf/auto:agents=9", "--curriculum", "agents=2@9000", "agents=4@9000"]
     )
-    assert options.config.stages == ((0, "agents=2"), (2, "agents=4"), (4, ""))
+    assert options.config.stages == ((0, "agents=2"), (5, "agents=4"), (10, ""))
     assert options.config.algorithm == "mam-curriculum"
