@@ -57,7 +57,10 @@ def lbf_15x15_4p_5f() -> Config:
 
 
 def lbf_auto() -> Config:
-    """Level-Based Foraging of any size, with many agents: 32 of them learn in minutes on a CPU."""
+    """Level-Based Foraging of any size, with many agents: 32 of them learn in minutes on a CPU.
+
+    The absolute metric over three seeds is 0.875 [0.859, 0.893] (results/many_agents/README.md).
+    """
     return Config(
         env="lbf/auto:agents=32,grid=32",
         agent_id="none",
