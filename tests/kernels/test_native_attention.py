@@ -16,18 +16,7 @@ from mam.kernels.native.attention import (
 from mam.kernels.native.library import without_native
 from mam.networks.mixers.attention import Attended, Attention, CausalAttention, attend
 
-mam_native = pytest.importorskip(
-    "mam_native", reason="the native kernels are not installed: make native"
-)
-
-
-@pytest.fixture(params=mam_native.available())
-def isa(request):
-    """Every instruction set, one after another."""
-    in_use = mam_native.isa()
-    mam_native.choose(request.param)
-    yield request.param
-    mam_native.choose(in_use)
+pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,20 +15,9 @@ from mam.kernels.native.library import without_native
 from mam.kernels.native.norm import native_norm, native_norm_supports
 from mam.networks.layers import Dense, LayerNorm, RMSNorm
 
-mam_native = pytest.importorskip(
-    "mam_native", reason="the native kernels are not installed: make native"
-)
+pytest.importorskip("mam_native", reason="the native kernels are not installed: make native")
 
 EPS = 1e-5
-
-
-@pytest.fixture(params=mam_native.available())
-def isa(request):
-    """Every instruction set, one after another."""
-    in_use = mam_native.isa()
-    mam_native.choose(request.param)
-    yield request.param
-    mam_native.choose(in_use)
 
 
 @functools.partial(jax.jit, static_argnums=0)
