@@ -57,7 +57,7 @@ def test_curves_are_those_of_the_report(folder):
     assert {(task, label) for task, labels in found.items() for label in labels} == set(expected)
     for (task, algorithm), theirs in expected.items():
         ours = curve_of([series_of(run, RETURN, "steps") for run in found[task][algorithm]])
-        np.testing.assert_array_equal(ours.x, theirs.steps)
+        np.testing.assert_array_equal(ours.x, theirs.at)
         np.testing.assert_allclose(ours.mean, theirs.returns.value, rtol=1e-12)
         np.testing.assert_allclose(ours.low, theirs.returns.low, rtol=1e-12)
         np.testing.assert_allclose(ours.high, theirs.returns.high, rtol=1e-12)
