@@ -3,8 +3,8 @@
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from typing import Any
 
@@ -129,6 +129,24 @@ def check_call(name: str, hint: str, function: Callable[..., Any], /, *args: Any
         raise UserError(f"{name}: {error}; {hint}") from None
     except ValueError:
         pass  # built in: its signature cannot be read
+
+
+@contextmanager
+def needs_extra(who: str, needs: str, extra: str) -> Iterator[None]:
+    """Say what installs the package that an import inside does not find.
+
+    Args:
+        who: does not work without it, such as a command.
+        needs: the package's name, for people.
+        extra: which installs it.
+
+    Raises:
+        UserError: if it cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise missing_extra(who, needs, extra) from error
 
 
 def missing_extra(who: str, needs: str, extra: str) -> UserError:

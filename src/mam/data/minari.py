@@ -23,7 +23,7 @@ import numpy as np
 
 from mam.data.steps import SUCCESSOR, Rows, to_steps
 from mam.data.store import reading
-from mam.errors import UserError, missing_extra
+from mam.errors import UserError, needs_extra
 from mam.types import EnvSpec, Transition
 
 METADATA = Path("data", "metadata.json")
@@ -116,7 +116,8 @@ class Minari:
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
-        h5py = _h5py()
+        with needs_extra("a Minari dataset", "h5py", "minari"):
+            import h5py
         with reading(self.path), h5py.File(self.path / _MAIN, "r") as file:
             yield file
 
@@ -224,16 +225,3 @@ def _agent_of(view: dict[str, Any], action: dict[str, Any]) -> tuple[_Agent | No
 
 def _named(space: dict[str, Any]) -> str:
     return f"{space['type']}{space.get('shape', '')}"
-
-
-def _h5py() -> Any:
-    """Return the library of the format.
-
-    Raises:
-        UserError: if it is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise missing_extra("a Minari dataset", "h5py", "minari") from error
-    return h5py

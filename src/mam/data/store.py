@@ -24,7 +24,7 @@ import numpy as np
 
 from mam.config import from_json
 from mam.data.steps import OPTIONAL, SUCCESSOR, Rows, concatenate, layout, to_rows, to_steps
-from mam.errors import UserError, missing_extra
+from mam.errors import UserError, needs_extra
 from mam.types import EnvSpec, Transition
 
 try:
@@ -44,10 +44,8 @@ def tensorstore() -> Any:
     Raises:
         UserError: if it is not installed.
     """
-    try:
+    with needs_extra("a dataset", "tensorstore", "data"):
         import tensorstore
-    except ImportError as error:
-        raise missing_extra("a dataset", "tensorstore", "data") from error
     return tensorstore
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import export
 
 from mam.deploy.program import Program
-from mam.errors import missing_extra
+from mam.errors import needs_extra
 from mam.kernels.native.library import portable
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -25,10 +25,8 @@ def write_stablehlo(program: Program, folder: Path) -> dict[str, Any]:
         exported = export.export(jax.jit(lambda *arrays: program(*arrays)), platforms=PLATFORMS)(
             *structs
         )
-    try:
+    with needs_extra("export to StableHLO", "flatbuffers", "export"):
         data = exported.serialize()
-    except ImportError as error:
-        raise missing_extra("export to StableHLO", "flatbuffers", "export") from error
     (folder / "policy.stablehlo").write_bytes(data)
     version = exported.calling_convention_version
     return {
@@ -46,11 +44,9 @@ def write_onnx(program: Program, folder: Path) -> dict[str, Any]:
         UserError: where the package that writes it is not installed, or for an operation that has
             no form in ONNX.
     """
-    try:
+    with needs_extra("export to ONNX", "onnx", "export"):
         import onnx
         from onnx import helper
-    except ImportError as error:
-        raise missing_extra("export to ONNX", "onnx", "export") from error
     from mam.deploy.onnx_graph import IR_VERSION, OPSET, Graph, Value, convert
     from mam.deploy.onnx_ops import tensor_info
 

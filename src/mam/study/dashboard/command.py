@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from mam.errors import UserError, missing_extra
+from mam.errors import UserError, needs_extra
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,9 @@ def serve(options: Dashboard) -> int:
         )
     if not 0 <= options.port < 1 << 16:
         raise UserError(f"--port must lie in [0, 65535], got {options.port}")
-    try:
+    with needs_extra("mam dashboard", "NiceGUI and orjson", "dashboard"):
         import nicegui  # noqa: F401
         import orjson  # noqa: F401
-    except ImportError as error:
-        raise missing_extra("mam dashboard", "NiceGUI and orjson", "dashboard") from error
     from mam.study.dashboard.server import run
 
     return run(

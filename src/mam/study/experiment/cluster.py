@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mam.errors import RunError, UserError, missing_extra
+from mam.errors import RunError, UserError, needs_extra
 from mam.study.experiment.jobs import Job
 from mam.study.experiment.pools import KILLED, End, launch
 
@@ -26,10 +26,8 @@ class RayPool:
     """
 
     def __init__(self, address: str | None, *, cpus: float, gpus: float | None):
-        try:
+        with needs_extra("--ray", "Ray", "experiment"):
             ray: Any = import_module("ray")
-        except ImportError as error:
-            raise missing_extra("--ray", "Ray", "experiment") from error
         self._ray = ray
         # A run without a GPU keeps its environment.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mam.config import flat, to_json
-from mam.errors import UserError, missing_extra
+from mam.errors import UserError, needs_extra
 from mam.runs.files import read_config
 from mam.runs.sinks import RETURN, Record, read_records, seed_means
 from mam.study.report import checks
@@ -140,10 +140,8 @@ def numbers(results: Results) -> "dict[str, DataFrame]":
 
 
 def _pandas() -> Any:
-    try:
+    with needs_extra("mam.report", "pandas", "notebook"):
         import pandas
-    except ImportError as error:
-        raise missing_extra("mam.report", "pandas", "notebook") from error
     return pandas
 
 

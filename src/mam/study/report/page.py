@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mam.errors import DISTRIBUTION, installed_version, missing_extra, printable
+from mam.errors import DISTRIBUTION, installed_version, needs_extra, printable
 from mam.runs.sinks import write_atomically
 from mam.study.report.escape import markdown, tex
 from mam.study.report.figures import (
@@ -104,11 +104,9 @@ def _facts(results: Results) -> str:
 
 def _template(name: str) -> Any:
     """Load a template that escapes every value for its language, except what is Markup."""
-    try:
+    with needs_extra("mam report", "Jinja2", "report"):
         import jinja2
         from markupsafe import Markup
-    except ImportError as error:
-        raise missing_extra("mam report", "Jinja2", "report") from error
     escape = _WRITTEN[name]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mam.study.report"),

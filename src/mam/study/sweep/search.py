@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mam.config import to_json
-from mam.errors import RunError, UserError, missing_extra, shown
+from mam.errors import RunError, UserError, needs_extra, shown
 from mam.presets import preset_for
 from mam.runs.lock import acquire
 from mam.runs.sinks import write_atomically
@@ -55,10 +55,8 @@ class Search:
     _sampler: Any  # mam.study.sweep.sampler.Untried
 
     def __init__(self, options: Sweep, out: Path, pool: Pool, screen: Screen):
-        try:
+        with needs_extra("mam sweep", "Optuna", "sweep"):
             self._optuna: Any = import_module("optuna")
-        except ImportError as error:
-            raise missing_extra("mam sweep", "Optuna", "sweep") from error
         self._options, self._out, self._pool, self._screen = options, out, pool, screen
         self._values = space_of(options.config, options.search)
         self._rows: dict[Job, TrialRow] = {}
