@@ -3,6 +3,7 @@
 Programs are compiled with few optimisations, in the processes that tests start, too.
 """
 
+import gc
 import os
 import signal
 
@@ -17,7 +18,11 @@ _QUICK = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
-os.environ["XLA_FLAGS"] = f"{_QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+if _QUICK not in _GIVEN:  # workers have it already, and twice would be another key of kept programs
+    os.environ["XLA_FLAGS"] = f"{_QUICK} {_GIVEN}".strip()
+
+gc.set_threshold(200_000, 50, 100)  # a quarter of the time of tracing goes to looking for garbage
 
 LONG = ("test_tutorials.py", "test_training_contract.py")
 

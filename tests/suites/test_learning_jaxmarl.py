@@ -1,6 +1,7 @@
 """A policy learns in every JaxMARL suite.
 
-Every policy does so with masks, deaths and a global state, and with continuous actions.
+Every policy does so with masks, deaths and a global state; of continuous actions, which contracts
+try with every policy, there is one policy per way to decide.
 """
 
 import pytest
@@ -19,14 +20,18 @@ TASKS = (
     "hanabi/2p",
 )
 
-EVERY_POLICY = ("smax/2s3z", "mabrax/hopper_3x1")
 # Memory knows no task: one state-space memory and one GRU stand for all.
-NAMES = [name for name in policies() if name[:4] != "rec_" or name in ("rec_mam", "rec_mappo")]
+NAMES = {
+    "smax/2s3z": [
+        name for name in policies() if name[:4] != "rec_" or name in ("rec_mam", "rec_mappo")
+    ],
+    "mabrax/hopper_3x1": ["mam", "sable", "mappo"],
+}
 
 
 @pytest.mark.parametrize(
     ("task", "name"),
-    [(task, name) for task in TASKS for name in (NAMES if task in EVERY_POLICY else ["mam"])],
+    [(task, name) for task in TASKS for name in NAMES.get(task, ["mam"])],
 )
 def test_two_updates(check_two_updates, task, name):
     check_two_updates(task, name)
