@@ -11,7 +11,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mam.kernels.selective_scan import CHUNK, TILE, gated_scan, selective_scan, selective_step
+from mam.kernels.selective_scan import (
+    CHUNK,
+    TILE,
+    gated_scan,
+    gated_step,
+    selective_scan,
+    selective_step,
+)
 from mam.kernels.ssd import ssd
 
 IMPLEMENTATIONS = ("sequential", "associative", "pairwise")
@@ -184,6 +191,31 @@ def test_step_equals_scan():
             state, y_i = step(state, x[:, i], dt[:, i], A, B[:, i], C[:, i], D)
             assert_close(y_i, y[:, i], 1e-12)
     assert_close(state, final_state, 1e-12)
+
+
+@pytest.mark.parametrize("implementation", [None, "sequential"])
+def test_gated_step_equals_gated_scan(implementation):
+    """With the native kernels, where they are, and without."""
+    rng, (m, n, d, s, r) = np.random.default_rng(0), (3, 5, 8, 4, 2)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    x, features, gate, B, C = (draw(m, n, size) for size in (d, r, d, s, s))
+    weights = draw(r, d), draw(d), -jnp.exp(draw(d, s))
+    skip, state, reset = draw(d), draw(m, s, d), jnp.asarray(rng.random((m, n)) < 0.4)
+    options = {"implementation": implementation}
+    y, final_state = gated_scan(
+        x, features, *weights, B, C, skip, gate, initial_state=state, reset=reset, **options
+    )
+    step = jax.jit(functools.partial(gated_step, **options))
+    for i in range(n):
+        agent = [v[:, i] for v in (x, features, B, C, gate)]
+        state, y_i = step(
+            state, *agent[:2], *weights, *agent[2:4], skip, agent[4], reset=reset[:, i]
+        )
+        assert_close(y_i, y[:, i], 1e-5)
+    assert_close(state, final_state, 1e-5)
 
 
 def lengths(implementation):

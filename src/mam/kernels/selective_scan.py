@@ -142,13 +142,63 @@ def gated_scan(
         UserError: as in `selective_scan`.
     """
     args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, alive, initial_state, reset)
-    fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
-    if implementation in (None, "native") and fits and x.size and use_native():
+    if _gates_natively(x, features, implementation):
         return _native_gated(*args, reverse=reverse)
     dt = step_size(dense(features, dt_weight, dt_bias), alive)
     scan = partial(selective_scan, reverse=reverse, implementation=implementation)
     y, h = scan(x, dt, A, B, C, D, initial_state=initial_state, reset=reset)
     return y * jax.nn.silu(gate), h
+
+
+def gated_step(
+    state: Float[Array, "*batch S D"],
+    x: Float[Array, "*batch D"],
+    features: Float[Array, "*batch R"],
+    dt_weight: Float[Array, "R D"],
+    dt_bias: Float[Array, "D"],
+    A: Float[Array, "D S"],
+    B: Float[Array, "*batch S"],
+    C: Float[Array, "*batch S"],
+    D: Float[Array, "D"],
+    gate: Float[Array, "*batch D"],
+    *,
+    reset: Bool[Array, "*batch"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "*batch S D"], Float[Array, "*batch D"]]:
+    """Run `gated_scan` for one agent, as acting does.
+
+    Args:
+        state: h before the agent.
+        x: the agent's input.
+        features: δ, the R features that the step size is made of.
+        dt_weight: W.
+        dt_bias: b.
+        A: diagonal of the state matrix, negative.
+        B: input vector.
+        C: output vector.
+        D: skip weights.
+        gate: its SiLU multiplies the output.
+        reset: True where h counts as zero.
+        implementation: of the scan; any but "native" is for sequences alone.
+
+    Returns:
+        The state after the agent, and its output times the gate.
+    """
+    if _gates_natively(x, features, implementation):
+        x, features, B, C, gate = (v[..., None, :] for v in (x, features, B, C, gate))
+        reset = None if reset is None else reset[..., None]
+        args = (x, features, dt_weight, dt_bias, A, B, C, D, gate, None, state, reset)
+        y, state = _native_gated(*args, reverse=False)
+        return state, y[..., 0, :]
+    dt = step_size(dense(features, dt_weight, dt_bias))
+    state, y = selective_step(zero_where(reset, state), x, dt, A, B, C, D)
+    return state, y * jax.nn.silu(gate)
+
+
+def _gates_natively(x: Array, features: Array, implementation: str | None) -> bool:
+    """Say whether the native kernels take step sizes and gate as well."""
+    fits = x.dtype == jnp.float32 and features.shape[-1] <= MAX_RANK
+    return implementation in (None, "native") and fits and bool(x.size) and use_native()
 
 
 def zero_where(reset: Bool[Array, "*batch"] | None, v: Array) -> Array:

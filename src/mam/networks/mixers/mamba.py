@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
-from mam.kernels.selective_scan import gated_scan, selective_scan, selective_step, step_size
+from mam.kernels.selective_scan import gated_scan, gated_step, selective_scan, step_size
 from mam.networks.layers import Dense
 from mam.networks.mixers.base import Mixing, by_channel, required, side_by_side
 from mam.networks.mixers.roles import (
@@ -93,12 +93,23 @@ class SelectiveSSM(AbstractSSM):
         return init_ssm_state(batch, self.A_log.shape[1], (self.conv,), dtype)
 
     def step(self, state, inputs, C, *, reset=None):
-        state = state.restarted(reset)
-        conv_state, x = self.conv.step(state.conv_state[0], inputs.x)
+        conv_state, x = self.conv.step(state.restarted(reset).conv_state[0], inputs.x)
         features, B, C = self._select(x, C)
-        dt = step_size(self.dt_proj(features))
-        ssm_state, y = selective_step(state.ssm_state, x, dt, -jnp.exp(self.A_log), B, C, self.skip)
-        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y * jax.nn.silu(inputs.gate)
+        ssm_state, y = gated_step(
+            state.ssm_state,
+            x,
+            features,
+            self.dt_proj.weight,
+            required(self.dt_proj.bias),
+            -jnp.exp(self.A_log),
+            B,
+            C,
+            self.skip,
+            inputs.gate,
+            reset=reset,
+            implementation=self.scan,
+        )
+        return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
     def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
         start, (before,) = (None, (None,)) if state is None else (state.ssm_state, state.conv_state)

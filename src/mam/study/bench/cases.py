@@ -24,6 +24,7 @@ from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.mixers.registry import mixer_families
+from mam.networks.policy import INDEPENDENT, RECURRENT
 from mam.study.bench.baselines import act_uncached, matched_sizes
 from mam.study.bench.inputs import (
     NUM_ACTIONS,
@@ -43,6 +44,9 @@ from mam.types import EnvSpec, Policy
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
+SEQUENCE_LENGTH = (
+    128  # steps that a policy with memory learns from at a time, where there are as many
+)
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
 PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
 
@@ -190,7 +194,7 @@ def _update_candidate(
     args = (
         policy,
         optimiser.init(cast(Any, policy)),
-        random_batch(policy, spec, steps, ROLLOUT_LENGTH),
+        random_batch(policy, spec, steps, SEQUENCE_LENGTH),
         jax.random.key(2),
     )
     return Candidate(learn, args, baseline=baseline, parameters=count(policy))
@@ -280,6 +284,11 @@ def _policies() -> list[str]:
     return [family.policy for family in mixer_families().values()]
 
 
+def _with_memory() -> list[str]:
+    """List those that remember by a stage of their own."""
+    return [f"rec_{name}" for name in RECURRENT if name not in INDEPENDENT]
+
+
 def cases() -> dict[str, Case]:
     """Return all benches by name, with every kind of mixer there is."""
     return {
@@ -299,7 +308,9 @@ def cases() -> dict[str, Case]:
             tokens=8192,
         ),
         "act": Case(
-            _ways_to_act(_act) | {"mat-uncached": partial(_act, "mat", cached=False)},
+            _ways_to_act(_act)
+            | {name: partial(_act, name) for name in _with_memory()}
+            | {"mat-uncached": partial(_act, "mat", cached=False)},
             num_agents=(4, 16, 64, 256),
             batch=64,
             derived=PER_AGENT,
@@ -308,7 +319,7 @@ def cases() -> dict[str, Case]:
             _ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT
         ),
         "update": Case(
-            {name: partial(_update, name) for name in _policies()}
+            {name: partial(_update, name) for name in [*_policies(), *_with_memory()]}
             | {
                 "mam-xla": partial(_through_xla, partial(_update, "mam")),
                 "mat-matched": partial(_update_matched, "mat", "mam"),
