@@ -120,6 +120,9 @@ class NetworkConfig:
     """How features and the global state are normalised: each by its mean and deviation so far, or
     all of one agent's by each other's (LayerNorm), which hides one or two features, and small ones
     beside large ones."""
+    plain: bool = False
+    """Layers of the independent policies without norms, with ReLU in place of GELU, and heads
+    without a hidden layer: what most libraries call MAPPO, and faster."""
     scan: Literal["auto", "sequential", "associative", "pairwise", "native", "pallas"] = "auto"
     """How Mamba's scan is computed: auto takes what is fastest; associative is the published
     form."""
@@ -376,7 +379,8 @@ class Config:
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 
-        These are layouts, memory and what it reads, the order of agents, and the published encoder.
+        These are layouts, memory and what it reads, the order of agents, the published encoder, and
+        plain layers.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
@@ -390,14 +394,14 @@ class Config:
         learn += ["taught"] * (self.learn == "ppo" and self.teacher is not None)
         learn += ["shown"] * (self.learn == "ppo" and self.data is not None)
         learn += ["curriculum"] * bool(self.curriculum)
-        published = ["product"] * (encoder.combine == "product")
+        unlike = ["product"] * (encoder.combine == "product") + ["plain"] * self.network.plain
         return "-".join(
             [
                 self.policy,
                 *(f"{name}{layout}" for name, layout in parts if layout),
                 *memory,
                 *sequence,
-                *published,
+                *unlike,
                 *learn,
             ]
         )

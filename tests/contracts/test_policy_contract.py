@@ -36,15 +36,18 @@ KINDS = {
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
     "components": {"state_dim": STATE_DIM, "action_components": (2, 2)},
 }
-NAMES = list(policies())
+NAMES = [*policies(), "mappo-plain"]
 
 
 def parts(name, config=SIZES):
-    """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one."""
-    policy, _, last_action = name.partition("-")
+    """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
+
+    With `-plain` it has plain layers.
+    """
+    policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
-    recurrence = RecurrenceConfig(d_conv=2, last_action=bool(last_action))
-    return policy, replace(config, recurrence=recurrence)
+    recurrence = RecurrenceConfig(d_conv=2, last_action=more == "action")
+    return policy, replace(config, recurrence=recurrence, plain=more == "plain")
 
 
 WITH_MEMORY = [
@@ -98,7 +101,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
-    rounding.
+    rounding. Units of plain layers are alive for somebody.
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
@@ -109,8 +112,12 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
             1.0 if path[-1].name == "scale" else 0.0,
             {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim],
         )
-        if kind == "continuous" and ".head.out." in jax.tree_util.keystr(path):
-            spread = 0.1
+        plain = name.endswith("-plain")
+        if ".head.out." in jax.tree_util.keystr(path):
+            if kind == "continuous":
+                spread = 0.03 if plain else 0.1
+        elif plain:
+            centre, spread = 1.0 if path[-1].name == "bias" else 0.0, 0.4
         if ".memory.ssm.out_proj" in jax.tree_util.keystr(path):
             spread *= 0.1
         return jnp.asarray(rng.normal(centre, spread, leaf.shape), leaf.dtype)

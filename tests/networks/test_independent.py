@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
+from mam.errors import UserError
 from mam.networks.independent import IndependentPolicy
 from mam.networks.policy import has_memory, make_policy
 from mam.types import EnvSpec, Observation
@@ -17,6 +18,7 @@ from mam.types import EnvSpec, Observation
 N = 3
 OBS_DIM, STATE_DIM, NUM_ACTIONS = 3, 5, 4
 SIZES = NetworkConfig(d_model=8)
+PLAIN = replace(SIZES, plain=True)
 
 
 # Two environments of three agents for four steps: agent 2 of the first is never alive, agent 0 of
@@ -28,11 +30,11 @@ RESET = np.array([[False, False], [False, True], [True, False], [False, False]])
 
 
 @functools.cache
-def make(name, state_dim):
+def make(name, state_dim, sizes=SIZES):
     """With large random parameters."""
     spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None, state_dim=state_dim)
     rng = np.random.default_rng(0)
-    empty = jax.eval_shape(lambda key: make_policy(name, spec, SIZES, key=key), jax.random.key(0))
+    empty = jax.eval_shape(lambda key: make_policy(name, spec, sizes, key=key), jax.random.key(0))
     return jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(0.0, 0.7, leaf.shape), leaf.dtype), empty
     )
@@ -113,6 +115,31 @@ def test_without_a_state_the_critic_sees_what_all_the_living_see():
     joint = side_by_side @ np.asarray(view.joint.weight) + view.joint.bias
     expected = view.norm(jax.nn.gelu(own + joint[:, :, None]))
     np.testing.assert_allclose(view(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_layers_are_relus_and_heads_linear():
+    """Actor: o → E → E → A. Critic: x_i = ReLU(V o_i + W (o_1, …, o_N) + b) → E → 1."""
+    policy, obs = make("mappo", None, PLAIN), make_observation(None)
+
+    def layer(dense, x):
+        return np.maximum(x @ np.asarray(dense.weight) + np.asarray(dense.bias), 0.0)
+
+    seen = np.where(ALIVE[..., None], obs.agents_view, 0.0)
+    view = policy.critic.view
+    own = seen @ np.asarray(view.embed.dense.weight) + view.embed.dense.bias
+    joint = seen.reshape(STEPS, 2, -1) @ np.asarray(view.joint.weight) + view.joint.bias
+    whole = np.maximum(own + joint[:, :, None], 0.0)
+    for tower, x in (policy.actor, layer(policy.actor.view.dense, seen)), (policy.critic, whole):
+        expected = layer(tower.layers[0], x) @ tower.head.out.weight + tower.head.out.bias
+        _, out = tower.step(tower.memory.init(ALIVE.shape), obs, jnp.asarray(RESET))
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mam", "mat", "sable"])
+def test_sequence_policies_are_never_plain(name):
+    spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None)
+    with pytest.raises(UserError, match=r"network\.plain is for independent policies: mappo, ippo"):
+        make_policy(name, spec, PLAIN, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("garbage", [1e9, np.nan])

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Key, Shaped
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
-from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, gelu, lookup
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, activate, gelu, lookup
 from mam.types import EnvSpec, Observation
 
 SMALL_IMAGE = 8  # rows and columns an image is reduced to, at most
@@ -67,7 +67,7 @@ class ImageEncoder(eqx.Module):
 
 
 class ObservationEmbedding(eqx.Module):
-    """x = LN(GELU(Dense(features))), for each agent by itself.
+    """x = LN(GELU(Dense(features))), or ReLU(Dense(features)) if plain, for each agent by itself.
 
     An image's encoding joins the features. The rows of dead agents are read as zeros: whatever
     stands there, NaN included, goes nowhere.
@@ -82,7 +82,7 @@ class ObservationEmbedding(eqx.Module):
     obs_norm: LayerNorm | None  # None where features come normalised, or there are none
     image: ImageEncoder | None
     dense: Dense
-    norm: LayerNorm
+    norm: LayerNorm | None  # None if plain
 
     def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
         image_key, dense_key, bias_key = jax.random.split(key, 3)
@@ -98,16 +98,20 @@ class ObservationEmbedding(eqx.Module):
         dense = Dense(num_features, d_model, key=dense_key, gain=HIDDEN_GAIN)
         bias = jax.random.uniform(bias_key, (d_model,), minval=-BIAS_SCALE, maxval=BIAS_SCALE)
         self.dense = eqx.tree_at(lambda dense: dense.bias, dense, bias)
-        self.norm = LayerNorm(d_model)
+        self.norm = None if config.plain else LayerNorm(d_model)
 
-    def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
+    def features(self, obs: Observation) -> Float[Array, "*batch N F"]:
+        """Return what the dense layer reads."""
         alive, features = obs.alive[..., None], []
         if obs.agents_view.shape[-1]:
             view = jnp.where(alive, obs.agents_view, 0.0)
             features.append(view if self.obs_norm is None else self.obs_norm(view))
         if self.image is not None and obs.grid is not None:
             features.append(self.image(jnp.where(alive[..., None, None], obs.grid, 0)))
-        return self.norm(gelu(self.dense(jnp.concatenate(features, axis=-1))))
+        return jnp.concatenate(features, axis=-1)
+
+    def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
+        return activate(self.dense(self.features(obs)), self.norm)
 
 
 class ActionEmbedding(eqx.Module):

@@ -8,6 +8,18 @@ from jaxtyping import Array, Float, Key
 from mam.networks.layers import HIDDEN_GAIN, SMALL_GAIN, Dense, LayerNorm, gelu
 
 
+class PlainHead(eqx.Module):
+    """Dense alone; the output starts near zero, in float32 or wider."""
+
+    out: Dense
+
+    def __init__(self, d_model: int, out_dim: int, *, key: Key[Array, ""]):
+        self.out = Dense(d_model, out_dim, key=key, gain=SMALL_GAIN)
+
+    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch A"]:
+        return self.out(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+
 class Head(eqx.Module):
     """Dense → GELU → LayerNorm → Dense; the output starts near zero, in float32 or wider.
 

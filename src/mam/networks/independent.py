@@ -4,6 +4,8 @@
     mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
 
 Both are a `Tower` for the actor and one for the critic: a view, hidden layers, a memory, a head.
+Their layers are those of the sequence policies, with which they are compared, or plain ones
+(`NetworkConfig.plain`), as in most other libraries.
 """
 
 from collections.abc import Callable
@@ -16,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.embed import ObservationEmbedding
-from mam.networks.heads import Head
-from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, gelu
+from mam.networks.heads import Head, PlainHead
+from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, activate
 from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.types import (
@@ -40,14 +42,16 @@ class GlobalView(eqx.Module):
     s is the environment's global state; where it gives none, the embedded observations of all
     agents side by side, zeros for the dead.
 
+    A plain one is one dense layer, x_i = ReLU(V o_i + W s), and reads observations as they are.
+
     Source: Yu et al. 2022 (arXiv 2103.01955), §5.2 ("agent-specific" state). Difference: their
-    first layer is dense.
+    first layer is dense, as the plain one's.
     """
 
     embed: ObservationEmbedding
     state_norm: LayerNorm | None  # None where the environment gives no state, or a normalised one
     joint: Dense
-    norm: LayerNorm
+    norm: LayerNorm | None  # None if plain
 
     def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
         embed_key, joint_key = jax.random.split(key)
@@ -57,17 +61,22 @@ class GlobalView(eqx.Module):
         self.state_norm = (
             LayerNorm(spec.state_dim) if by_layer and spec.state_dim is not None else None
         )
-        joint_dim = spec.num_agents * d_model if spec.state_dim is None else spec.state_dim
+        seen_dim = self.embed.dense.weight.shape[0] if config.plain else d_model
+        joint_dim = spec.num_agents * seen_dim if spec.state_dim is None else spec.state_dim
         self.joint = Dense(joint_dim, d_model, key=joint_key, gain=HIDDEN_GAIN)
-        self.norm = LayerNorm(d_model)
+        self.norm = None if config.plain else LayerNorm(d_model)
 
     def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
-        own = self.embed(obs)
+        if self.norm is None:
+            seen = self.embed.features(obs)
+            own = self.embed.dense(seen)
+        else:
+            seen = own = self.embed(obs)
         if obs.state is not None:
             joint = obs.state if self.state_norm is None else self.state_norm(obs.state)
         else:
-            joint = jnp.where(obs.alive[..., None], own, 0.0).reshape(*own.shape[:-2], -1)
-        return self.norm(gelu(own + self.joint(joint)[..., None, :]))
+            joint = jnp.where(obs.alive[..., None], seen, 0.0).reshape(*seen.shape[:-2], -1)
+        return activate(own + self.joint(joint)[..., None, :], self.norm)
 
 
 class Tower(eqx.Module):
@@ -75,9 +84,9 @@ class Tower(eqx.Module):
 
     view: ObservationEmbedding | GlobalView
     layers: tuple[Dense, ...]
-    norms: tuple[LayerNorm, ...]
+    norms: tuple[LayerNorm | None, ...]
     memory: AbstractRecurrence
-    head: Head
+    head: Head | PlainHead
 
     def __init__(
         self,
@@ -101,14 +110,14 @@ class Tower(eqx.Module):
         d_model = config.d_model
         self.view = view
         self.layers = tuple(Dense(d_model, d_model, key=k, gain=HIDDEN_GAIN) for k in layer_keys)
-        self.norms = tuple(LayerNorm(d_model) for _ in layer_keys)
+        self.norms = tuple(None if config.plain else LayerNorm(d_model) for _ in layer_keys)
         self.memory = make_memory(config, distribution, key=memory_key)
-        self.head = Head(d_model, out_dim, key=head_key)
+        self.head = (PlainHead if config.plain else Head)(d_model, out_dim, key=head_key)
 
     def _features(self, obs: Observation) -> Float[Array, "*batch N E"]:
         x = self.view(obs)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = norm(gelu(layer(x)))
+            x = activate(layer(x), norm)
         return x
 
     def step(self, memory: Memory, obs: Observation, reset: Bool[Array, "*batch"]):

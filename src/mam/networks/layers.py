@@ -71,6 +71,11 @@ class LayerNorm(eqx.Module):
         return normalise(x, self.scale, self.offset, eps=self.eps, residual=residual)
 
 
+def activate(x: Float[Array, "*batch E"], norm: LayerNorm | None) -> Float[Array, "*batch E"]:
+    """Return what a hidden layer makes of its product: LN(GELU(x)), or ReLU(x) without a norm."""
+    return jax.nn.relu(x) if norm is None else norm(gelu(x))
+
+
 class RMSNorm(eqx.Module):
     """Unit root mean square over the last axis, then scale."""
 

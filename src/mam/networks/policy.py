@@ -39,6 +39,8 @@ class PolicyKind:
 def _sequence(
     letter: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> SequencePolicy:
+    if config.plain:
+        raise UserError(f"network.plain is for independent policies: {', '.join(INDEPENDENT)}")
     return SequencePolicy(spec, Layout.of(letter, config), config, decoding, key=key)
 
 
