@@ -31,13 +31,14 @@ class Trace:
     log_prob: Float[np.ndarray, "T N"]  # given the earlier agents' actions
     order: Int[np.ndarray, "T N"]  # order[t, k] = the agent that decided k-th
     alive: Bool[np.ndarray, "T N"]
+    # Where agents were as they decided; None where the environment does not say
+    positions: Float[np.ndarray, "T N F"] | None = None
 
     @classmethod
     def of(cls, steps: list[dict[str, Any]]) -> "Trace":
         """Stack what was noted at each step."""
-        return cls(
-            **{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)}
-        )
+        noted = {field.name: [step[field.name] for step in steps] for field in fields(cls)}
+        return cls(**{name: None if x[0] is None else np.stack(x) for name, x in noted.items()})
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,8 @@ def _why_undrawn(name: str, error: Exception) -> str:
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
     """Return one step of a trace."""
     decided = {name: getattr(output, name) for name in ("value", "action", "log_prob", "order")}
-    return decided | {"reward": reward, "alive": observation.alive, "observation": observation}
+    seen = {"alive": observation.alive, "positions": observation.positions}
+    return decided | seen | {"reward": reward, "observation": observation}
 
 
 def _seen(notes: list[dict[str, Any]]) -> Observation:
@@ -209,7 +211,7 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     have none), `episode_return`, `terminated`, `picture` (name of the GIF, null if there is none),
     `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
     then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`,
-    `order`, `alive`. Non-finite values are null.
+    `order`, `alive`, and `positions` if there are any. Non-finite values are null.
 
     Args:
         path: the GIF; the trace goes to `trace_path` of it.
@@ -221,7 +223,7 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     outcome |= {"agents": episode.agents}
     picture = None if episode.undrawn else path.name
     drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
-    arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}
+    arrays = {name: to_json(x) for name, x in vars(episode.trace).items() if x is not None}
     with writing(trace_path(path)):
         write_atomically(
             trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False)
