@@ -31,7 +31,7 @@ class Drawn(EpisodeStatistics):
         path.write_text(str(len(states)))
 
 
-class Placed(EpisodeStatistics):
+class Placed(Drawn):
     """Says where agents are: at their number, and at the number of the step."""
 
     def reset(self, key):
@@ -85,7 +85,7 @@ def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, 
 
 @pytest.mark.parametrize("kind", [Placed, EpisodeStatistics])
 def test_where_agents_were_is_written_where_it_is_known(player, kind, tmp_path):
-    player(kind, 0, tmp_path / "episode.gif")
+    player(kind, 0, tmp_path / "episode.gif", picture=False)
     row = json.loads((tmp_path / "episode.json").read_text())
     places = load(tmp_path / "episode.json").trace.get("positions")
     if kind is EpisodeStatistics:
@@ -95,6 +95,25 @@ def test_where_agents_were_is_written_where_it_is_known(player, kind, tmp_path):
         step, agent = np.indices((LENGTH, 2))
         assert row["positions"] == np.stack([agent, step], axis=-1).tolist()
         np.testing.assert_array_equal(places, row["positions"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "picture", "most", "why"),
+    [
+        (Placed, None, 1, "2 agents are drawn with --picture True"),
+        (Placed, None, 2, ""),
+        (Placed, True, 1, ""),
+        (Drawn, None, 1, ""),  # there is nothing else to look at
+        (Drawn, False, 2, "was not asked for"),
+    ],
+)
+def test_many_agents_are_drawn_if_asked_for(
+    player, monkeypatch, tmp_path, kind, picture, most, why
+):
+    monkeypatch.setattr("mam.runs.play.MOST_DRAWN", most)
+    episode = player(kind, 0, tmp_path / "episode.gif", picture=picture)
+    assert why in episode.undrawn
+    assert (tmp_path / "episode.gif").exists() == (not episode.undrawn) == (not why)
 
 
 @pytest.mark.parametrize(

@@ -157,8 +157,8 @@ def test_without_positions_there_is_no_map(tmp_path, positions):
 
 
 def test_of_a_crowd_the_extent_of_values_is_drawn(tmp_path):
-    crowd = {name: [np.arange(100.0).tolist()] * 2 for name in ARRAYS}
-    crowd["alive"] = [[True] * 100, [False] + [True] * 98 + [False]]
+    crowd = {name: [np.arange(100).tolist()] * 2 for name in ARRAYS}
+    crowd["alive"] = [[1] * 100, [0] + [1] * 98 + [0]]
     series = _course(load(write(tmp_path / "e.json", **crowd)))["series"]
     assert [(line["name"], [y for _, y in line["data"]]) for line in series[1:]] == [
         ("highest value", [99, 98]),

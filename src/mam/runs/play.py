@@ -19,6 +19,7 @@ from mam.runs.sinks import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
 
 FRAME_MILLISECONDS = 100
+MOST_DRAWN = 64  # agents; pictures of more take minutes, and a map of where they are shows as much
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class Trace:
     def of(cls, steps: list[dict[str, Any]]) -> "Trace":
         """Stack what was noted at each step."""
         noted = {field.name: [step[field.name] for step in steps] for field in fields(cls)}
-        return cls(**{name: None if x[0] is None else np.stack(x) for name, x in noted.items()})
+        known: dict[str, Any] = {
+            name: np.stack(arrays) for name, arrays in noted.items() if arrays[0] is not None
+        }
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def play(
     *,
     greedy: bool = False,
     max_steps: int = EvalConfig.max_episode_steps,
+    picture: bool | None = None,
     **about: Any,
 ) -> Episode:
     """Play an episode and write it as a GIF and a trace.
@@ -88,18 +93,26 @@ def play(
             be drawn there is the trace alone.
         greedy: take the most likely actions instead of sampling.
         max_steps: steps after which an episode that has not ended is cut off.
+        picture: draw the GIF; if None, unless it is known where more than `MOST_DRAWN` agents are.
         about: what else the trace should say, such as the run's own seed.
     """
+    how = (policy, seed, path, greedy, max_steps, picture)
     if isinstance(env, ExternalTask):
-        name, played = env.name, _play_external(env, policy, seed, path, greedy, max_steps)
+        name, played = env.name, _play_external(env, *how)
     else:
-        name, played = env.spec.name, _play_on_device(env, policy, seed, path, greedy, max_steps)
+        name, played = env.spec.name, _play_on_device(env, *how)
     write_trace(path, played, env=name, seed=seed, greedy=greedy, **about)
     return played
 
 
 def _play_on_device(
-    env: Environment, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
+    env: Environment,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    greedy: bool,
+    max_steps: int,
+    picture: bool | None,
 ) -> Episode:
     """Play an episode of an environment in JAX, and draw it; see `play`."""
     reset_key, key = jax.random.split(jax.random.key(seed))
@@ -120,10 +133,11 @@ def _play_on_device(
         states.append(state)
         notes.append(note)
         ended = bool(first)
-    undrawn = ""
+    undrawn = _unwanted(picture, timestep.observation.positions)
     try:
-        with writing(path):
-            env.animate(states, path)
+        if not undrawn:
+            with writing(path):
+                env.animate(states, path)
     except RunError:  # no space for it, nor for the trace
         raise
     except Exception as error:
@@ -141,7 +155,13 @@ def _play_on_device(
 
 
 def _play_external(
-    task: ExternalTask, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
+    task: ExternalTask,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    greedy: bool,
+    max_steps: int,
+    picture: bool | None,
 ) -> Episode:
     """Play an episode of an external environment, and draw it; see `play`."""
     from PIL import Image
@@ -153,7 +173,8 @@ def _play_external(
     ids = agent_ids(env.layout.num_agents, task.agent_id)
     act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
     key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
-    arrays, terminated, undrawn = env.reset(seed), False, ""
+    arrays, terminated = env.reset(seed), False
+    undrawn = _unwanted(picture, arrays.get("positions"))
     while not over and len(notes) < max_steps:
         view = np.concatenate([ids, arrays["agents_view"]], axis=1)
         inputs: dict[str, Any] = arrays | {"agents_view": view}
@@ -184,6 +205,14 @@ def _play_external(
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     agents = env.layout.agents
     return Episode(episode_return, terminated, trace, len(frames), undrawn, agents, _seen(notes))
+
+
+def _unwanted(picture: bool | None, positions: Any) -> str:
+    """Return in a line why an episode is not to be drawn; empty if it is."""
+    count = 0 if positions is None else positions.shape[-2]
+    if picture is None and count > MOST_DRAWN:
+        return f"{count} agents are drawn with --picture True; the dashboard has a map of them"
+    return "a picture was not asked for" if picture is False else ""
 
 
 def _why_undrawn(name: str, error: Exception) -> str:
