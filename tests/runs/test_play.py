@@ -100,7 +100,7 @@ def test_where_agents_were_is_written_where_it_is_known(player, kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "picture", "most", "why"),
     [
-        (Placed, None, 1, "2 agents are drawn with --picture True"),
+        (Placed, None, 1, "2 agents are drawn only with --picture True"),
         (Placed, None, 2, ""),
         (Placed, True, 1, ""),
         (Drawn, None, 1, ""),  # there is nothing else to look at

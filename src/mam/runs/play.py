@@ -211,7 +211,7 @@ def _unwanted(picture: bool | None, positions: Any) -> str:
     """Return in a line why an episode is not to be drawn; empty if it is."""
     count = 0 if positions is None else positions.shape[-2]
     if picture is None and count > MOST_DRAWN:
-        return f"{count} agents are drawn with --picture True; the dashboard has a map of them"
+        return f"{count} agents are drawn only with --picture True; the dashboard has a map of them"
     return "a picture was not asked for" if picture is False else ""
 
 
