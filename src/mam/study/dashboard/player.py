@@ -253,7 +253,7 @@ def _decisions(replay: Replay, step: int) -> str:
     trace = {name: array[step] for name, array in replay.trace.items()}
     place = np.empty(len(trace["order"]), int)
     place[trace["order"].astype(int)] = np.arange(1, len(place) + 1)
-    rows, decimals = [], 0 if (replay.trace["action"] % 1 == 0).all() else 2
+    rows, decimals = [], replay.decimals
     for agent in range(min(len(place), _MOST_AGENTS)):
         shown = ", ".join(f"{part:.{decimals}f}" for part in np.atleast_1d(trace["action"][agent]))
         numbers = [f"{trace[name][agent]:.3f}" for name in ("log_prob", "value", "reward")]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ class Replay:
         names, count = self.about.get("agents"), self.trace["reward"].shape[1]
         given = names if isinstance(names, list) and len(names) == count else range(count)
         return [printable(name) for name in given]
+
+    @cached_property
+    def decimals(self) -> int:
+        """Digits to show of actions: none of indices."""
+        return 0 if (self.trace["action"] % 1 == 0).all() else 2
 
     def reward_so_far(self, state: int) -> float:
         """Sum the team's reward before a state, averaged over agents."""
