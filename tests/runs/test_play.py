@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +29,23 @@ class Drawn(EpisodeStatistics):
 
     def animate(self, states, path: Path) -> None:
         path.write_text(str(len(states)))
+
+
+class Placed(Drawn):
+    """Says where agents are: at their number, and at the number of the step."""
+
+    def reset(self, key):
+        return self._place(*super().reset(key))
+
+    def step(self, state, action, key):
+        return self._place(*super().step(state, action, key))
+
+    def _place(self, state, timestep):
+        agents = jnp.arange(self.spec.num_agents, dtype=jnp.float32)
+        places = jnp.stack([agents, jnp.full_like(agents, state.episode_length)], axis=-1)
+        return state, eqx.tree_at(
+            lambda t: t.observation.positions, timestep, places, is_leaf=lambda x: x is None
+        )
 
 
 class Unlucky(EpisodeStatistics):
@@ -62,6 +81,39 @@ def test_every_state_of_the_episode_is_drawn_and_every_decision_written(player, 
     assert {np.shape(row[name]) for name in ARRAYS} == {(LENGTH, 2)}
     assert (np.array(row["log_prob"]) <= 0).all()
     assert all(sorted(order) == [0, 1] for order in row["order"])
+
+
+@pytest.mark.parametrize("kind", [Placed, EpisodeStatistics])
+def test_where_agents_were_is_written_where_it_is_known(player, kind, tmp_path):
+    player(kind, 0, tmp_path / "episode.gif", picture=False)
+    row = json.loads((tmp_path / "episode.json").read_text())
+    places = load(tmp_path / "episode.json").trace.get("positions")
+    if kind is EpisodeStatistics:
+        assert "positions" not in row
+        assert places is None
+    else:
+        step, agent = np.indices((LENGTH, 2))
+        assert row["positions"] == np.stack([agent, step], axis=-1).tolist()
+        np.testing.assert_array_equal(places, row["positions"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "picture", "most", "why"),
+    [
+        (Placed, None, 1, "2 agents are drawn only with --picture True"),
+        (Placed, None, 2, ""),
+        (Placed, True, 1, ""),
+        (Drawn, None, 1, ""),  # there is nothing else to look at
+        (Drawn, False, 2, "was not asked for"),
+    ],
+)
+def test_many_agents_are_drawn_if_asked_for(
+    player, monkeypatch, tmp_path, kind, picture, most, why
+):
+    monkeypatch.setattr("mam.runs.play.MOST_DRAWN", most)
+    episode = player(kind, 0, tmp_path / "episode.gif", picture=picture)
+    assert why in episode.undrawn
+    assert (tmp_path / "episode.gif").exists() == (not episode.undrawn) == (not why)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def write_episode(run):
         log_prob=-rng.random(shape),
         order=np.tile([1, 0], (STEPS, 1)),
         alive=np.ones(shape, bool),
+        positions=np.stack(np.indices(shape, float), axis=-1),  # rows are steps, columns agents
     )
     write_trace(
         run / "episode.gif",
@@ -116,6 +117,7 @@ def test_requests_for_other_names_are_refused(url):
     for address, headers, code in (
         (url, {"Host": "example.org"}, 400),
         (f"{url}/frames/x/0.png", {}, 404),
+        (f"{url}/replays/x.f32", {}, 404),
     ):
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(urllib.request.Request(address, headers=headers))
@@ -198,6 +200,22 @@ def test_the_page_in_a_browser(url, root):
             page.get_by_text(f"after step {STEPS}: terminated · reward so far 6.000")
         ).to_be_visible()
         page.wait_for_function("document.querySelector('.mam-frame img')?.src.endsWith('/4.png')")
+
+        canvas, told = page.locator(".mam-map canvas"), page.locator(".mam-map-told")
+        expect(canvas).to_be_hidden()
+        page.get_by_role("button", name="map").click()
+        expect(canvas).to_be_visible()
+        track.click(position={"x": 1, "y": 5})
+        page.wait_for_function(f"({PLACED})()[1] < 100")  # in the uppermost row
+        page.mouse.move(*point_of(page, agent=1))
+        expect(told).to_contain_text("agent 1 · decides 1 of 2 · action 1 ·")
+        page.locator("button", has_text="play_arrow").click()
+        expect(page.get_by_text(f"after step {STEPS}: terminated")).to_be_visible()
+        expect(page.locator("button", has_text="play_arrow")).to_be_visible()
+        page.mouse.move(*point_of(page, agent=0))
+        expect(told).to_contain_text(f"agent 0 · decides 2 of 2 · action {AGENTS * (STEPS - 1)} ·")
+        page.get_by_role("button", name="by order").click()  # the last to decide is yellow
+        page.wait_for_function(f"({PAINTED})({point_of(page, agent=0)}).join() == '240,180,30,255'")
         browser.close()
     assert not errors
     assert hosts == {url.removeprefix("http://")}
@@ -257,6 +275,19 @@ LABELS = """() => getElement(+document.querySelector(".mam-chart").id.slice(1)).
 DRAWN = """name => getElement(+document.querySelector(".mam-chart").id.slice(1)).chart\
 .getOption().series
     .find(one => one.id == "mean " + name)?.data.length"""
+
+
+MAP = "getElement(+document.querySelector('.mam-map').id.slice(1))"
+PLACED = f"() => [...{MAP}.xy]"
+PAINTED = """([x, y]) => { const canvas = document.querySelector(".mam-map canvas"),
+    {left, top} = canvas.getBoundingClientRect();
+    return [...canvas.getContext("2d").getImageData(x - left, y - top, 1, 1).data]; }"""
+
+
+def point_of(page, agent):
+    """Where on the page an agent is drawn."""
+    box, xy = page.locator(".mam-map canvas").bounding_box(), page.evaluate(PLACED)
+    return [box["x"] + xy[2 * agent], box["y"] + xy[2 * agent + 1]]
 
 
 def labels(page):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mam.errors import RunError, UserError
+from mam.study.dashboard.map import packed, scene
 from mam.study.dashboard.player import _course, _decisions, _mixing
 from mam.study.dashboard.replay import Players, load, replays_of
 from mam.study.dashboard.runs import LiveRun
@@ -70,6 +71,10 @@ def test_states_that_look_alike_share_a_frame(tmp_path):
         {"episode_return": [1]},
         {"mixing": {"encoder 1": [[[1.0, 0.0]]] * 3}},
         {"mixing": [1]},
+        {"positions": [[0, 1]] * 3},
+        {"positions": [[[0, 1]]] * 3},
+        {"positions": [[[], []]] * 3},
+        {"positions": 1},
     ],
 )
 def test_a_trace_that_is_damaged_is_said(tmp_path, changes):
@@ -105,6 +110,61 @@ def test_who_listens_to_whom_is_drawn_at_each_step(tmp_path):
     assert "<figcaption>&lt;cross&gt;</figcaption>" in drawn
     assert drawn.count("<td") == drawn.count("</td>") == 4 + 6
     assert _mixing(load(write(tmp_path / "e.json")), 0) == ""
+
+
+def drawn(replay):
+    """What the canvas is told, and the arrays that it gets."""
+    told, numbers = scene("key", replay), np.frombuffer(packed(replay), np.float32)
+    arrays, at, shape = {}, 0, replay.trace["reward"].shape
+    for name, width in told.get("parts", {}).items():
+        size = width * np.prod(shape)
+        arrays[name], at = numbers[at : at + size].reshape(*shape, width), at + size
+    assert at == len(numbers)
+    return told, arrays
+
+
+@pytest.mark.parametrize(
+    ("positions", "box", "second"),
+    [
+        # Rows and columns: x to the right is the column, y downwards the row.
+        ([[0, 4], [2, 1]], [0.5, -0.5, 4.5, 2.5], [1, 2]),
+        ([[0.0, 1.0], [0.0, 0.5]], [-0.015, -1.015, 0.015, -0.485], [0, -0.5]),  # x, y upwards
+        ([[3], [5]], [2.5, -0.5, 5.5, 0.5], [5, 0]),  # along a line
+        ([[1, 2, 9], [None, 2, 9]], [1.5, 0.5, 2.5, 1.5], [np.nan] * 2),  # one of them nowhere
+    ],
+)
+def test_a_map_is_drawn_where_agents_were(tmp_path, positions, box, second):
+    told, arrays = drawn(load(write(tmp_path / "e.json", positions=[positions] * 3)))
+    assert (told["length"], told["last"], told["agents"]) == (3, 3, ["0", "1"])
+    assert told["range"] == [0.5, 1.5]
+    np.testing.assert_allclose(told["box"], box, atol=1e-6)
+    np.testing.assert_allclose(arrays["positions"][2, 1], second)
+    assert arrays["place"][0, :, 0].tolist() == [1, 0]
+    assert arrays["action"][1, :, 0].tolist() == [0.5, 1.5]
+
+
+def test_padding_is_on_no_map(tmp_path):
+    changes = {"positions": [[[0, 0], [3, 4]]] * 3, "alive": [[False, True]] * 3}
+    told, arrays = drawn(load(write(tmp_path / "e.json", **changes)))
+    assert told["box"] == [3.5, 2.5, 4.5, 3.5]
+    assert np.isnan(arrays["positions"][:, 0]).all()
+
+
+@pytest.mark.parametrize("positions", [None, [[[None], [1e300]]] * 3])
+def test_without_positions_there_is_no_map(tmp_path, positions):
+    told, arrays = drawn(load(write(tmp_path / "e.json", positions=positions)))
+    assert (told, arrays) == ({"key": "key", "last": 3}, {})
+
+
+def test_of_a_crowd_the_extent_of_values_is_drawn(tmp_path):
+    crowd = {name: [np.arange(100).tolist()] * 2 for name in ARRAYS}
+    crowd["alive"] = [[1] * 100, [0] + [1] * 98 + [0]]
+    series = _course(load(write(tmp_path / "e.json", **crowd)))["series"]
+    assert [(line["name"], [y for _, y in line["data"]]) for line in series[1:]] == [
+        ("highest value", [99, 98]),
+        ("mean value", [49.5, 49.5]),
+        ("lowest value", [0, 1]),
+    ]
 
 
 def played(run, monkeypatch, tmp_path, script):

@@ -25,6 +25,9 @@ class Play:
     """Which of the run's seeds plays; the one with the best evaluation if None."""
     greedy: bool = False
     """Take the most likely actions instead of sampling them."""
+    picture: bool | None = None
+    """Draw the GIF; if None, unless the task says where its agents are, and there are more than 64:
+    they move on the dashboard's map."""
     trust: bool = False
     """Import the environment that the folder names, where that is code, without naming
     it as --env."""
@@ -62,6 +65,7 @@ def played(args: Play) -> tuple[Any, Any, str]:
         _make_parent(path)
         print(f"playing seed {policy_seed} into {path}…")
         how: dict[str, Any] = {"greedy": args.greedy, "max_steps": saved.eval.max_episode_steps}
+        how |= {"picture": args.picture}
         how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
         if isinstance(trainer.env, ExternalEnvironments):
             trainer.close()

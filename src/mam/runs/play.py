@@ -19,6 +19,7 @@ from mam.runs.sinks import to_json, write_atomically
 from mam.types import Environment, Observation, Policy
 
 FRAME_MILLISECONDS = 100
+MOST_DRAWN = 64  # agents; pictures of more take minutes, and a map of where they are shows as much
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class Trace:
     log_prob: Float[np.ndarray, "T N"]  # given the earlier agents' actions
     order: Int[np.ndarray, "T N"]  # order[t, k] = the agent that decided k-th
     alive: Bool[np.ndarray, "T N"]
+    # Where agents were as they decided; None where the environment does not say
+    positions: Float[np.ndarray, "T N F"] | None = None
 
     @classmethod
     def of(cls, steps: list[dict[str, Any]]) -> "Trace":
         """Stack what was noted at each step."""
-        return cls(
-            **{field.name: np.stack([step[field.name] for step in steps]) for field in fields(cls)}
-        )
+        noted = {field.name: [step[field.name] for step in steps] for field in fields(cls)}
+        known: dict[str, Any] = {
+            name: np.stack(arrays) for name, arrays in noted.items() if arrays[0] is not None
+        }
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def play(
     *,
     greedy: bool = False,
     max_steps: int = EvalConfig.max_episode_steps,
+    picture: bool | None = None,
     **about: Any,
 ) -> Episode:
     """Play an episode and write it as a GIF and a trace.
@@ -87,18 +93,26 @@ def play(
             be drawn there is the trace alone.
         greedy: take the most likely actions instead of sampling.
         max_steps: steps after which an episode that has not ended is cut off.
+        picture: draw the GIF; if None, unless it is known where more than `MOST_DRAWN` agents are.
         about: what else the trace should say, such as the run's own seed.
     """
+    how = (policy, seed, path, greedy, max_steps, picture)
     if isinstance(env, ExternalTask):
-        name, played = env.name, _play_external(env, policy, seed, path, greedy, max_steps)
+        name, played = env.name, _play_external(env, *how)
     else:
-        name, played = env.spec.name, _play_on_device(env, policy, seed, path, greedy, max_steps)
+        name, played = env.spec.name, _play_on_device(env, *how)
     write_trace(path, played, env=name, seed=seed, greedy=greedy, **about)
     return played
 
 
 def _play_on_device(
-    env: Environment, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
+    env: Environment,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    greedy: bool,
+    max_steps: int,
+    picture: bool | None,
 ) -> Episode:
     """Play an episode of an environment in JAX, and draw it; see `play`."""
     reset_key, key = jax.random.split(jax.random.key(seed))
@@ -119,10 +133,11 @@ def _play_on_device(
         states.append(state)
         notes.append(note)
         ended = bool(first)
-    undrawn = ""
+    undrawn = _unwanted(picture, timestep.observation.positions)
     try:
-        with writing(path):
-            env.animate(states, path)
+        if not undrawn:
+            with writing(path):
+                env.animate(states, path)
     except RunError:  # no space for it, nor for the trace
         raise
     except Exception as error:
@@ -140,7 +155,13 @@ def _play_on_device(
 
 
 def _play_external(
-    task: ExternalTask, policy: Policy, seed: int, path: Path, greedy: bool, max_steps: int
+    task: ExternalTask,
+    policy: Policy,
+    seed: int,
+    path: Path,
+    greedy: bool,
+    max_steps: int,
+    picture: bool | None,
 ) -> Episode:
     """Play an episode of an external environment, and draw it; see `play`."""
     from PIL import Image
@@ -152,7 +173,8 @@ def _play_external(
     ids = agent_ids(env.layout.num_agents, task.agent_id)
     act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
     key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
-    arrays, terminated, undrawn = env.reset(seed), False, ""
+    arrays, terminated = env.reset(seed), False
+    undrawn = _unwanted(picture, arrays.get("positions"))
     while not over and len(notes) < max_steps:
         view = np.concatenate([ids, arrays["agents_view"]], axis=1)
         inputs: dict[str, Any] = arrays | {"agents_view": view}
@@ -185,6 +207,14 @@ def _play_external(
     return Episode(episode_return, terminated, trace, len(frames), undrawn, agents, _seen(notes))
 
 
+def _unwanted(picture: bool | None, positions: Any) -> str:
+    """Return in a line why an episode is not to be drawn; empty if it is."""
+    count = 0 if positions is None else positions.shape[-2]
+    if picture is None and count > MOST_DRAWN:
+        return f"{count} agents are drawn only with --picture True; the dashboard has a map of them"
+    return "a picture was not asked for" if picture is False else ""
+
+
 def _why_undrawn(name: str, error: Exception) -> str:
     """Return in a line why there is no picture; drawing is code of the environment's."""
     told = isinstance(error, UserError | NotImplementedError) and str(error)
@@ -194,7 +224,8 @@ def _why_undrawn(name: str, error: Exception) -> str:
 def _note(observation: Observation, output: Any, reward: Any) -> dict[str, Any]:
     """Return one step of a trace."""
     decided = {name: getattr(output, name) for name in ("value", "action", "log_prob", "order")}
-    return decided | {"reward": reward, "alive": observation.alive, "observation": observation}
+    seen = {"alive": observation.alive, "positions": observation.positions}
+    return decided | seen | {"reward": reward, "observation": observation}
 
 
 def _seen(notes: list[dict[str, Any]]) -> Observation:
@@ -209,7 +240,7 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     have none), `episode_return`, `terminated`, `picture` (name of the GIF, null if there is none),
     `num_frames` (T + 1 or T, of which a GIF leaves out repetitions) and `undrawn` (why);
     then the arrays of `Trace`, as lists over steps: `reward`, `value`, `action`, `log_prob`,
-    `order`, `alive`. Non-finite values are null.
+    `order`, `alive`, and `positions` if there are any. Non-finite values are null.
 
     Args:
         path: the GIF; the trace goes to `trace_path` of it.
@@ -221,7 +252,7 @@ def write_trace(path: Path, episode: Episode, **about: Any) -> None:
     outcome |= {"agents": episode.agents}
     picture = None if episode.undrawn else path.name
     drawn = {"picture": picture, "num_frames": episode.num_frames, "undrawn": episode.undrawn}
-    arrays = {field.name: to_json(getattr(episode.trace, field.name)) for field in fields(Trace)}
+    arrays = {name: to_json(x) for name, x in vars(episode.trace).items() if x is not None}
     with writing(trace_path(path)):
         write_atomically(
             trace_path(path), json.dumps(about | outcome | drawn | arrays, allow_nan=False)

@@ -11,6 +11,7 @@ from nicegui import ui
 
 from mam.errors import UserError
 from mam.study.dashboard.details import grid
+from mam.study.dashboard.map import Map, scene
 from mam.study.dashboard.replay import Players, Replay, replays_of
 from mam.study.dashboard.runs import LiveRun
 from mam.study.dashboard.style import GREY, LEGEND, TOGGLE
@@ -18,7 +19,8 @@ from mam.study.report.figures import COLOURS
 
 _MOST_AGENTS = 64  # rows of the table of decisions
 _MOST_LINES = 12  # agents whose values are drawn
-_FRAME_SECONDS = 0.15
+_SPEEDS = (2, 7, 15, 30, 60)  # steps a second
+_TRAILS = {0: "none", 10: "10 steps", 50: "50 steps"}
 
 
 class Player:
@@ -33,7 +35,7 @@ class Player:
         self._load, self._players = load, players
         self._runs: dict[str, LiveRun] = {}
         self._replays: dict[str, Path] = {}
-        self._key = ""
+        self._key, self._opened = "", 0
         self._replay: Replay | None = None
         with ui.row().classes("mam-bar"):
             select = "dense options-dense borderless"
@@ -64,25 +66,40 @@ class Player:
             with ui.element("div").classes("mam-card"):
                 self._picture = ui.interactive_image().classes("mam-frame").mark("frame")
                 self._missing = ui.label().classes("mam-faint")
-                with ui.row().classes("mam-bar").style("flex-wrap: nowrap"):
-                    self._button = ui.button(icon="play_arrow", on_click=self._toggle).props(
-                        "flat round dense"
-                    )
-                    self._slider = ui.slider(min=0, max=1, value=0, on_change=self._show).mark(
-                        "step"
-                    )
+                self._map = Map(self._follow)
+                self._build_controls(select)
             with ui.element("div").classes("mam-card"):
                 self._about = ui.label().classes("mam-card-title")
                 self._step = ui.label().classes("mam-faint").mark("replay step")
-                self._decisions = (
-                    ui.html("", sanitize=False).classes("mam-scroll").mark("decisions")
-                )
+                self._decisions = ui.html("", sanitize=False).mark("decisions")
+                self._decisions.classes("mam-scroll mam-decisions")
                 self._mixing = ui.html("", sanitize=False).classes("mam-scroll").mark("mixing")
-                self._course = ui.echart({"series": []}).style(
-                    "width: 100%; height: 190px; margin-top: 10px"
-                )
+                self._course = ui.echart({"series": []}).classes("mam-course")
+                self._map.mark_on(self._course)
         self._stage.set_visibility(False)
-        self._clock = ui.timer(_FRAME_SECONDS, self._advance, active=False)
+
+    def _build_controls(self, select: str) -> None:
+        """Lay out what an episode is played with."""
+        with ui.row().classes("mam-bar").style("flex-wrap: nowrap"):
+            # The map plays, and is told at once, not by way of the server.
+            themap = f"getElement({self._map.id})"
+            self._button = ui.button(icon="play_arrow").props("flat round dense")
+            self._button.on("click", js_handler=f"() => {themap}.toggle()")
+            self._slider = ui.slider(min=0, max=1, value=0, on_change=self._show).mark("step")
+            self._slider.on("update:model-value", js_handler=f"state => {themap}.seek(state)")
+        with ui.row().classes("mam-bar"):
+            speeds = {speed: f"{speed} steps/s" for speed in _SPEEDS}
+            self._speed = ui.select(speeds, label="speed", value=7, on_change=self._look)
+            self._drawing = ui.toggle(["map", "picture"], value="map", on_change=self._look)
+            self._colour = ui.toggle(
+                {"value": "by value", "order": "by order"}, value="value", on_change=self._look
+            )
+            self._trail = ui.select(_TRAILS, label="trails", value=10, on_change=self._look)
+            for one in (self._speed, self._trail):
+                one.props(select)
+            for one in (self._drawing, self._colour):
+                one.props(TOGGLE)
+        self._look()
 
     async def refresh(self, runs: Sequence[LiveRun]) -> None:
         """Offer these runs."""
@@ -157,7 +174,7 @@ class Player:
         self._said.text = line
 
     async def _open(self) -> None:
-        self._clock.deactivate()
+        self._button.props("icon=play_arrow")
         path = self._replays.get(str(self._choice.value))
         self._replay = None
         self._stage.set_visibility(False)
@@ -175,13 +192,19 @@ class Player:
             f"seed {about.get('policy_seed', '–')}, {how}, "
             f"episode {about.get('seed', '–')} · return {about['episode_return']:.3f}"
         )
-        drawn = bool(self._replay.frames)
+        episode = scene(self._key, self._replay)
+        drawn, mapped = bool(self._replay.frames), "box" in episode
         self._missing.text = (
             ""
-            if drawn
+            if drawn or mapped
             else f"{about.get('undrawn') or 'there is no picture'}: only what was decided"
         )
-        self._picture.set_visibility(drawn)
+        self._drawing.set_visibility(drawn and mapped)
+        crowd = len(self._replay.agents) > _MOST_AGENTS
+        self._drawing.value = "map" if mapped and (crowd or not drawn) else "picture"
+        self._opened += 1
+        self._map.set(episode=episode | {"opened": self._opened})
+        self._look()
         self._stage.set_visibility(True)
         self._course._props["options"] = _course(self._replay)
         self._course.update()
@@ -196,9 +219,6 @@ class Player:
         state = min(self._state, replay.last)
         if (frame := replay.frame(state)) is not None:
             self._picture.set_source(f"/frames/{self._key}/{frame}.png")
-        self._course.run_chart_method(
-            "setOption", {"series": [{"id": "reward", "markLine": _marker(state)}]}
-        )
         so_far = f"reward so far {replay.reward_so_far(state):.3f}"
         if state >= replay.length:
             how = "terminated" if replay.about.get("terminated") else "cut off by the time limit"
@@ -208,22 +228,24 @@ class Player:
         self._decisions.set_content(_decisions(replay, state))
         self._mixing.set_content(_mixing(replay, state))
 
-    def _toggle(self) -> None:
-        if not self._replay:
-            return
-        if not self._clock.active and self._state >= self._replay.last:
-            self._slider.set_value(0)
-        self._set_playing(not self._clock.active)
+    def _look(self) -> None:
+        """Show the map or the picture, as it was chosen."""
+        mapped = self._drawing.value == "map"
+        self._map.set(
+            shown=mapped,
+            speed=self._speed.value,
+            colour=self._colour.value,
+            trail=self._trail.value,
+        )
+        self._picture.set_visibility(not mapped and bool(self._replay and self._replay.frames))
+        for one in (self._colour, self._trail):
+            one.set_visibility(mapped)
 
-    def _set_playing(self, playing: bool) -> None:
-        self._clock.active = playing
-        self._button.props(f"icon={'pause' if playing else 'play_arrow'}")
-
-    def _advance(self) -> None:
-        if not self._replay or self._state >= self._replay.last:
-            self._set_playing(False)
-        else:
-            self._slider.set_value(self._state + 1)
+    def _follow(self, opened: int, state: int, playing: bool) -> None:
+        """Show what the map has come to, unless that episode was closed since."""
+        if self._replay and opened == self._opened:
+            self._slider.set_value(state)
+            self._button.props(f"icon={'pause' if playing else 'play_arrow'}")
 
 
 def _decisions(replay: Replay, step: int) -> str:
@@ -231,7 +253,7 @@ def _decisions(replay: Replay, step: int) -> str:
     trace = {name: array[step] for name, array in replay.trace.items()}
     place = np.empty(len(trace["order"]), int)
     place[trace["order"].astype(int)] = np.arange(1, len(place) + 1)
-    rows, decimals = [], 0 if (replay.trace["action"] % 1 == 0).all() else 2
+    rows, decimals = [], replay.decimals
     for agent in range(min(len(place), _MOST_AGENTS)):
         shown = ", ".join(f"{part:.{decimals}f}" for part in np.atleast_1d(trace["action"][agent]))
         numbers = [f"{trace[name][agent]:.3f}" for name in ("log_prob", "value", "reward")]
@@ -263,8 +285,7 @@ def _mixing(replay: Replay, step: int) -> str:
 
 
 def _course(replay: Replay) -> dict[str, Any]:
-    """Chart each agent's value and the reward so far over the whole episode; return the options."""
-    values = replay.trace["value"]
+    """Chart values and the reward so far over the whole episode; return the options."""
     text, line = {"color": GREY, "fontSize": 11}, {"lineStyle": {"color": GREY, "opacity": 0.22}}
     common = {
         "type": "line",
@@ -284,19 +305,15 @@ def _course(replay: Replay) -> dict[str, Any]:
             "color": GREY,
             "z": 3,
         }
-        | {"lineStyle": {"width": 2}, "markLine": _marker(0)}
+        | {"lineStyle": {"width": 2}}
     ]
-    for agent, name in enumerate(replay.agents[:_MOST_LINES]):
+    for index, (name, values) in enumerate(_lines(replay)):
         points = [
             [step + 1, float(f"{value:.6g}") if value == value else None]
-            for step, value in enumerate(values[:, agent])
+            for step, value in enumerate(values)
         ]
-        look = {"color": COLOURS[agent % (len(COLOURS) - 1)], "lineStyle": {"width": 1.5}}
-        series.append(
-            common
-            | look
-            | {"id": f"value {agent}", "name": f"value of agent {name}", "data": points}
-        )
+        look = {"color": COLOURS[index % (len(COLOURS) - 1)], "lineStyle": {"width": 1.5}}
+        series.append(common | look | {"id": f"value {index}", "name": name, "data": points})
     return {
         "textStyle": {"fontFamily": "inherit"},
         "grid": {"left": 4, "right": 14, "top": 26, "bottom": 4, "containLabel": True},
@@ -324,10 +341,12 @@ def _course(replay: Replay) -> dict[str, Any]:
     }
 
 
-def _marker(state: int) -> dict[str, Any]:
-    """Describe a vertical line at a state."""
-    look = {"symbol": "none", "silent": True, "animation": False, "label": {"show": False}}
-    return look | {
-        "lineStyle": {"color": GREY, "type": "solid", "width": 1},
-        "data": [{"xAxis": state + 1}],
-    }
+def _lines(replay: Replay) -> list[tuple[str, np.ndarray]]:
+    """Return lines of values, [T]: of each of the first agents, of a crowd the extent."""
+    values, alive = replay.trace["value"], replay.trace["alive"] != 0
+    if len(replay.agents) <= _MOST_AGENTS:
+        agents = enumerate(replay.agents[:_MOST_LINES])
+        return [(f"value of agent {name}", values[:, agent]) for agent, name in agents]
+    of = np.ma.masked_array(values, ~alive | ~np.isfinite(values))
+    extent = {"highest": of.max(axis=1), "mean": of.mean(axis=1), "lowest": of.min(axis=1)}
+    return [(f"{name} value", line.filled(np.nan)) for name, line in extent.items()]

@@ -6,14 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from mam.envs.external.factories import code_of
 from mam.errors import RunError, UserError, printable, shown
-from mam.runs.files import open_regular, read_object
+from mam.runs.files import open_regular, parse_object
 from mam.study.dashboard.runs import LiveRun, changed
 
 # Files of a run's folder that are no traces.
@@ -21,6 +23,7 @@ _OTHERS = ("config.json", "versions.json", "marl_eval.json", "times.json")
 _MOST_BYTES = 1 << 28  # of a trace
 _MOST_PIXELS = 1 << 30  # of all frames of a GIF
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")
+_POSITIONS = "positions"  # an array that only some have
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Replay:
     """A played episode: what `mam play` wrote, see `mam.runs.play.write_trace`."""
 
     about: dict[str, Any]  # everything but the arrays
-    trace: dict[str, np.ndarray]  # by name, [T, N]; actions may be [T, N, K] or [T, N, A]
+    # By name, [T, N]; actions may be [T, N, K] or [T, N, A]; positions, where known, are [T, N, F]
+    trace: dict[str, np.ndarray]
     frames: list[bytes]  # PNG of each state, fewer or none where nothing was drawn
     moments: np.ndarray  # [num_frames], which of `frames` shows each state
     # What agents take of each other, by mixer: [T, N, N], or [T, N, 1 + N] of earlier actions
@@ -50,6 +54,11 @@ class Replay:
         names, count = self.about.get("agents"), self.trace["reward"].shape[1]
         given = names if isinstance(names, list) and len(names) == count else range(count)
         return [printable(name) for name in given]
+
+    @cached_property
+    def decimals(self) -> int:
+        """Digits to show of actions: none of indices."""
+        return 0 if (self.trace["action"] % 1 == 0).all() else 2
 
     def reward_so_far(self, state: int) -> float:
         """Sum the team's reward before a state, averaged over agents."""
@@ -74,12 +83,14 @@ def load(path: Path) -> Replay:
         UserError: if either cannot be read.
     """
     try:
-        data = read_object(path, max_bytes=_MOST_BYTES)
+        data = _read(path)
         trace = {name: np.array(data.pop(name), np.float64) for name in _ARRAYS}
+        if (positions := data.pop(_POSITIONS)) is not None:
+            trace[_POSITIONS] = np.array(positions, np.float64)
         _check(trace)
         mixing = {
             printable(name): np.array(share, np.float64)
-            for name, share in (data.pop("mixing", None) or {}).items()
+            for name, share in (data.pop("mixing") or {}).items()
         }
         _check_mixing(mixing, trace["reward"].shape)
         data["episode_return"] = float(data.get("episode_return") or 0)
@@ -97,10 +108,22 @@ def load(path: Path) -> Replay:
     return Replay(about=data, trace=trace, frames=frames, moments=moments, mixing=mixing)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """Read a trace, of millions of numbers perhaps: what is not arrays is checked one by one."""
+    with open_regular(path) as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"longer than {_MOST_BYTES} bytes")
+    data = orjson.loads(text)
+    arrays = {name: data.pop(name, None) for name in (*_ARRAYS, _POSITIONS, "mixing")}
+    return parse_object(orjson.dumps(data)) | arrays
+
+
 def _check(trace: dict[str, np.ndarray]) -> None:
     shape = trace["reward"].shape
+    ndim = {"action": (2, 3), _POSITIONS: (3,)}
     fit = all(
-        array.shape[:2] == shape and array.ndim <= 2 + (name == "action")
+        array.shape[:2] == shape and array.ndim in ndim.get(name, (2,)) and array.size
         for name, array in trace.items()
     )
     if len(shape) != 2 or not all(shape) or not fit:

@@ -10,11 +10,13 @@ from nicegui import app, core, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mam.errors import UserError
+from mam.study.dashboard.map import packed
 from mam.study.dashboard.page import Page, Shared
 from mam.study.dashboard.replay import Players
 from mam.study.dashboard.watch import Watcher
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_KEEP = {"Cache-Control": "private, max-age=86400, immutable"}  # of what a replay's key names
 
 
 def run(
@@ -85,8 +87,14 @@ def _application(watcher: Watcher, host: str, trust: bool) -> FastAPI:
         replay = shared.replays.get(key)
         if replay is None or not 0 <= index < len(replay.frames):
             return Response(status_code=404)
-        headers = {"Cache-Control": "private, max-age=86400, immutable"}
-        return Response(replay.frames[index], media_type="image/png", headers=headers)
+        return Response(replay.frames[index], media_type="image/png", headers=_KEEP)
+
+    @application.get("/replays/{key}.f32")
+    def numbers(key: str) -> Response:
+        replay = shared.replays.get(key)
+        if replay is None:
+            return Response(status_code=404)
+        return Response(packed(replay), media_type="application/octet-stream", headers=_KEEP)
 
     @ui.page("/", title="mam")
     def page() -> None:

@@ -5,7 +5,7 @@ TOGGLE = "no-caps unelevated size=sm padding='3px 10px'"  # Quasar's properties 
 # How the legend of a chart looks, apart from its text.
 LEGEND = {
     "type": "scroll",
-    "top": 0,
+    "top": 2,
     "left": 0,
     "icon": "roundRect",
     "itemWidth": 14,
@@ -88,12 +88,24 @@ body, body.body--dark { background: var(--mam-bg); color: var(--mam-text);
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 360px), 1fr)); }
 .mam-frame { width: 100%; max-width: 640px; background: #fff; border-radius: 4px;\
  overflow: hidden; }
+.mam-decisions { max-height: 540px; overflow-y: auto; }
+.mam-course { position: relative; width: 100%; height: 190px; margin-top: 10px; }
+.mam-course::after { content: ""; position: absolute; left: 0; top: 26px; bottom: 22px; width: 1px;
+  background: #8a8f94; transform: translateX(var(--now, -9px)); pointer-events: none; }
+.mam-map canvas { display: block; width: 100%; height: min(78vh, 640px);\
+ touch-action: manipulation; cursor: crosshair; }
+.mam-map-legend { display: flex; align-items: center; gap: 8px; padding: 6px 0 2px; }
+.mam-map-legend i { flex: 0 1 160px; height: 8px; border-radius: 4px; }
+.mam-map-told { font-size: .85rem; min-height: 2.6em;\
+ font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 @media (max-width: 700px) {
   .mam-progress::before { content: ""; display: inline-block; width: 8px; height: 8px;\
  border-radius: 50%;
     margin-right: 6px; background: var(--dot); }
   .mam-page { padding: 10px 10px 30px; }
   .mam-chart { height: 270px; }
+  .mam-map canvas { height: 92vw; max-height: 70vh; }
+  .mam-map-told { min-height: 3.9em; }
   .mam-tabs .q-tab { padding: 0 9px; }
   .mam-card { padding: 8px; }
 }
