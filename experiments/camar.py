@@ -1,7 +1,8 @@
 """32 agents in a crowd, each to its own goal: by steps and by wall-clock.
 
 Sequence policies decide one after another and know where the others are about to go; independent
-ones take more steps in the same time, and so get as many more.
+ones take more steps in the same time, and so get as many more. Three hours of one CPU core or more,
+an estimate: it has not been run at this size.
 
 mam experiment experiments/camar.py
 mam report runs/camar --out report

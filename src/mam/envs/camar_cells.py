@@ -1,9 +1,10 @@
 """CAMAR without comparing everything with everything: what is near is looked up in cells.
 
-CAMAR measures every agent against every obstacle, and every pair of agents, at each of the three
-moves of a step and once more for the views. Yet what does not touch an agent does not push it, and
-what is beyond the window is seen as zeros. Obstacles stand still in an episode, so they are sorted
-into cells when it begins.
+CAMAR measures every agent against every obstacle, and every pair of agents, at each move of a step
+and once more for the views, where it sorts all of them. Yet what does not touch an agent does not
+push it, and what is beyond the window is seen as zeros. Obstacles stand still in an episode, so
+they are sorted into cells when it begins. Agents are still compared with each other, but pushes are
+computed only where they touch.
 """
 
 from typing import Any
