@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mam.envs import camar, registry
@@ -15,23 +16,41 @@ needs_camar = pytest.mark.skipif(not find_spec("camar"), reason="needs the extra
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("task", "message"),
     [
-        ("agents=0", "agents must be at least 1, got 0"),
-        ("density=1.5", r"density must lie in \[0, 1\), got 1.5"),
-        ("agents=9,rows=4,columns=4,density=0", "18 of which 16 are free at rows=4, columns=4"),
+        ("auto:agents=0", "agents must be at least 1, got 0"),
+        ("auto:density=1.5", r"density must lie in \[0, 1\), got 1.5"),
+        ("auto:agents=9,rows=4,columns=4,density=0", "18 of which 16 are free at rows=4, columns"),
+        ("caves:size=13", "size must be at least 14, got 13"),
     ],
 )
-def test_options_out_of_range(options, message):
+def test_options_out_of_range(task, message):
     with pytest.raises(UserError, match=message):
-        registry.make(f"camar/auto:{options}")
+        registry.make(f"camar/{task}")
+
+
+@needs_camar
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("..\n#", "all lines and all maps of .* must be of one length"),
+        ("..\n##\n\n.#\n##", "2 agents need a cell each, of which 1 are free"),
+        (None, "no maps can be read from .*: .*No such file"),
+    ],
+)
+def test_what_is_no_map(text, message, tmp_path):
+    file = tmp_path / "map.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        registry.make(f"camar/text:file={file},agents=2")
 
 
 @needs_camar
 def test_sizes_of_the_tasks():
     for task in CAMAR_TASKS:
         spec = camar.make_camar(task).spec
-        assert f"random_grid-{spec.num_agents}" == task
+        assert str(spec.num_agents) == task.split("-")[1]
         assert (spec.obs_dim, spec.num_actions, spec.position_dim) == (8, 2, 2)
 
 
@@ -51,6 +70,49 @@ def test_all_on_their_goals_is_an_end_and_the_limit_is_a_cut():
     assert timestep.terminated
     assert not timestep.truncated
     assert timestep.metrics["success_rate"] == 1
+
+
+@needs_camar
+@pytest.mark.parametrize(
+    "task", ["auto:agents=7,rows=5,columns=5", "caves:size=28,agents=7", "text"]
+)
+def test_what_is_not_near_changes_nothing(task):
+    """Cells give what CAMAR does: at the start, where distances are equal, and from anywhere.
+
+    Agents are set anywhere in the map and beyond its edges, one upon another.
+    """
+    env = registry.make_plain(f"camar/{task}")
+    suite = replace(env, env=env.env.suite)
+
+    def both(key):
+        (state, first), (bare, same) = env.reset(key), suite.reset(key)
+        place = jax.random.uniform(key, (env.spec.num_agents, 2), minval=-0.6, maxval=0.6)
+        place = place.at[1].set(place[0]) * jnp.array([env.env.width, env.env.height])
+        body = replace(state.physical_state, agent_pos=place)
+        action = jnp.sin(place)
+        found = env.step(replace(state, physical_state=body), action, key)
+        expected = suite.step(replace(bare, physical_state=body), action, key)
+        return (first, found[0].num_collisions, found[1]), (
+            same,
+            expected[0].num_collisions,
+            expected[1],
+        )
+
+    found, expected = jax.jit(jax.vmap(both))(jax.random.split(jax.random.key(0), 100))
+    assert 0.2 < found[1].mean() < 0.9
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@needs_camar
+def test_every_episode_draws_one_of_the_maps(tmp_path):
+    file = tmp_path / "maps.txt"
+    file.write_text("..#\n...\n\n#..\n...\n")
+    env = registry.make_plain(f"camar/text:file={file},agents=2")
+    starts = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 20))[0].landmark_pos
+    assert len(np.unique(starts, axis=0)) == 2
 
 
 @needs_camar

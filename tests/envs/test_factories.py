@@ -160,6 +160,7 @@ def test_pettingzoo_names():
     ("name", "expected"),
     [
         ("lbf/auto", "lbf/auto:agents=8"),
+        ("camar/caves:size=64", "camar/caves:size=64,agents=8"),
         ("lbf/auto:agents=2,grid=9", "lbf/auto:grid=9,agents=8"),
         ("a.b:make", "a.b:make:agents=8"),
         ('a.b:make:map="x,y",agents=[1, 2]', 'a.b:make:map="x,y",agents=8'),

@@ -20,14 +20,15 @@ from mam.runs.loop import versions
 
 ROOT = Path(__file__).parents[2]
 FIRST = [f"{name}/{next(iter(suite.tasks))}" for name, suite in tasks.SUITES.items()]
-FIRST += [f"{name}/auto" for name, suite in tasks.SUITES.items() if suite.made_to_measure]
+FIRST += [f"{name}/{task}" for name, row in tasks.SUITES.items() for task in row.made_to_measure]
 
 
 def test_names_and_what_they_stand_for_agree():
     for name, suite in tasks.SUITES.items():
         module = import_module(suite.module)
         assert hasattr(module, f"make_{name}")
-        assert hasattr(module, f"make_{name}_auto") == suite.made_to_measure
+        made = {maker for maker in vars(module) if maker.startswith(f"make_{name}_")}
+        assert made == {f"make_{name}_{task}" for task in suite.made_to_measure}
     assert tasks.SUITES["probe"].tasks == tuple(PROBES)
 
 
@@ -76,7 +77,7 @@ def test_task_names():
     count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in tasks.SUITES}
     jumanji = {"lbf": 7, "rware": 15, "connector": 4, "cleaner": 4}
     jaxmarl = {"smax": 11, "mpe": 8, "mabrax": 5, "overcooked": 10, "hanabi": 4}
-    assert count == jumanji | jaxmarl | {"camar": 3, "probe": 13}
+    assert count == jumanji | jaxmarl | {"camar": 12, "probe": 13}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,12 @@ def make_plain_auto() -> Sized:
 def sized(monkeypatch):
     """A suite with one task and custom sizes, and one without options: a module and row each."""
     row = tasks.Suite(
-        "of any size", __name__, ("small",), made_to_measure=True, extra="x", packages=("numpy",)
+        "of any size",
+        __name__,
+        ("small",),
+        made_to_measure=("auto",),
+        extra="x",
+        packages=("numpy",),
     )
     monkeypatch.setitem(tasks.SUITES, "sized", row)
     monkeypatch.setitem(
@@ -216,7 +222,7 @@ def test_options_are_listed_with_their_defaults(sized):
     assert listed["plain/auto"] == {}
     assert not any(name.endswith("/auto") for name in tasks.task_names())
     for name, options in listed.items():
-        assert {type(value) for value in options.values()} <= {int, float, bool}, (
+        assert {type(value) for value in options.values()} <= {int, float, bool, str}, (
             name
         )  # what can be read
 

@@ -128,7 +128,9 @@ def test_nothing_of_pythons_own_is_called_whoever_asks(folder, capsys, name):
 
 
 def test_which_names_are_code():
-    assert not any(map(names_code, ("lbf/small", "lbf/auto:agents=4", "smax/auto:")))
+    assert not any(
+        map(names_code, ("lbf/small", "lbf/auto:agents=4", "smax/auto:", "camar/caves:"))
+    )
     assert all(
         map(
             names_code,

@@ -45,11 +45,12 @@ def list_names(args: List) -> None:
             f"{f' (extra {suite.extra})' if suite.extra else ''}"
         )
         print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
-        if defaults := options.get(f"{name}/auto"):
-            print(
-                f"    {name}/auto:"
-                f"{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
-            )
+        for task in suite.made_to_measure:
+            if defaults := options[f"{name}/{task}"]:
+                print(
+                    f"    {name}/{task}:"
+                    f"{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
+                )
     print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
     print("  your own                          package.module:factory")
     print("\npresets (--preset; chosen by the task unless given)")

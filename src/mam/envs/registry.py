@@ -28,9 +28,9 @@ from mam.types import Environment, EnvSpec, ExternalEnvironments
 def auto_options() -> dict[str, Mapping[str, Any]]:
     """Return the options of `suite/auto:…` and their defaults, by suite with custom-size tasks."""
     return {
-        f"{name}/auto": _options(_maker(name, "_auto"))
+        f"{name}/{task}": _options(_maker(name, f"_{task}"))
         for name, suite in SUITES.items()
-        if suite.made_to_measure
+        for task in suite.made_to_measure
     }
 
 
@@ -183,8 +183,8 @@ def make_plain(name: str) -> Environment:
     task, _, options = rest.partition(":")
     suite = SUITES[prefix]
     try:
-        if task == "auto" and suite.made_to_measure:
-            auto = _maker(prefix, "_auto")
+        if task in suite.made_to_measure:
+            auto = _maker(prefix, f"_{task}")
             return auto(**_parse_options(name, options, auto))
         return _maker(prefix)(task)
     except ImportError as error:

@@ -72,7 +72,23 @@ OVERCOOKED_LAYOUTS = (
 )
 OVERCOOKED_TASKS = tuple(layout + kind for kind in ("", "-shaped") for layout in OVERCOOKED_LAYOUTS)
 HANABI_TASKS = ("2p", "3p", "4p", "5p")
-CAMAR_TASKS = ("random_grid-8", "random_grid-32", "random_grid-128")
+# Options of `camar/auto`. CAMAR's defaults, in which agents get 0.6 m far; its published protocol,
+# with so many obstacles ("o"); and the moves of that in crowds, with 3 cells for each agent.
+_CAMAR_FAR: dict[str, Any] = {"density": 0.05, "frameskip": 15}
+CAMAR_TASKS: dict[str, dict[str, Any]] = {
+    **{f"random_grid-{agents}": {"agents": agents} for agents in (8, 32, 128)},
+    **{
+        f"random_grid-{agents}-o{obstacles}": _CAMAR_FAR
+        | {"agents": agents, "density": obstacles / 400, "limit": 1001}
+        for agents in (8, 32)
+        for obstacles in (0, 20, 60)
+    },
+    **{
+        f"crowd-{agents}": _CAMAR_FAR
+        | {"agents": agents, "rows": side, "columns": side, "limit": 20 * side}
+        for agents, side in ((8, 5), (32, 10), (128, 20))
+    },
+}
 PROBE_TASKS = (
     *("identity", "copy", "matrix", "memory", "target", "components"),
     *("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-4", "recall-8", "recall-16"),
@@ -86,12 +102,13 @@ class Suite:
     description: str
     module: str  # has `make_<suite>(task)` and imports the packages in there
     tasks: Iterable[str]
-    # The module has `make_<suite>_auto(**options)`, too: suite/auto:…
-    made_to_measure: bool = False
+    # Tasks with options, suite/auto:…, for each of which the module has `make_<suite>_auto(…)`.
+    made_to_measure: tuple[str, ...] = ()
     extra: str | None = None  # of the library, which installs the packages
     packages: tuple[str, ...] = ()  # the distributions whose versions decide what a task is
 
 
+_AUTO = ("auto",)
 _JUMANJI: dict[str, Any] = {
     "module": "mam.envs.jumanji",
     "extra": "jumanji",
@@ -100,22 +117,22 @@ _JUMANJI: dict[str, Any] = {
 _JAXMARL: dict[str, Any] = {"extra": "jaxmarl", "packages": ("jaxmarl",)}
 
 SUITES = {
-    "lbf": Suite("Level-Based Foraging", tasks=LBF_TASKS, made_to_measure=True, **_JUMANJI),
-    "rware": Suite("the robotic warehouse", tasks=RWARE_TASKS, made_to_measure=True, **_JUMANJI),
+    "lbf": Suite("Level-Based Foraging", tasks=LBF_TASKS, made_to_measure=_AUTO, **_JUMANJI),
+    "rware": Suite("the robotic warehouse", tasks=RWARE_TASKS, made_to_measure=_AUTO, **_JUMANJI),
     "connector": Suite("wires laid without crossing", tasks=CONNECTOR_TASKS, **_JUMANJI),
     "cleaner": Suite("a maze cleaned together", tasks=CLEANER_TASKS, **_JUMANJI),
     "smax": Suite(
         "battles in the manner of SMAC",
         "mam.envs.jaxmarl.smax",
         SMAX_TASKS,
-        made_to_measure=True,
+        made_to_measure=_AUTO,
         **_JAXMARL,
     ),
     "mpe": Suite(
         "particles that spread over landmarks",
         "mam.envs.jaxmarl.mpe",
         MPE_TASKS,
-        made_to_measure=True,
+        made_to_measure=_AUTO,
         **_JAXMARL,
     ),
     "mabrax": Suite(
@@ -133,7 +150,7 @@ SUITES = {
         "continuous routing of many agents",
         "mam.envs.camar",
         CAMAR_TASKS,
-        made_to_measure=True,
+        made_to_measure=("auto", "caves", "text"),
         extra="camar",
         packages=("camar",),
     ),
@@ -162,9 +179,7 @@ def check_task(name: str) -> None:
     if ":" in name and suite is None:
         return
     task, _, options = rest.partition(":")
-    if suite and (
-        (task == "auto" and suite.made_to_measure) or (not options and task in suite.tasks)
-    ):
+    if suite and (task in suite.made_to_measure or (not options and task in suite.tasks)):
         return
-    autos = (f"{name}/auto" for name, suite in SUITES.items() if suite.made_to_measure)
+    autos = (f"{name}/{task}" for name, suite in SUITES.items() for task in suite.made_to_measure)
     raise unknown_name("task", name, (*task_names(), *autos), see="mam list")

@@ -29,9 +29,12 @@ from types import ModuleType
 from typing import Any
 
 from mam.config import Config
+from mam.envs.tasks import SUITES
 from mam.errors import UserError, check_call, printable, shown, unknown_name
 
 PREFIX = "pettingzoo/"
+_MADE_TO_MEASURE = "|".join({task for suite in SUITES.values() for task in suite.made_to_measure})
+_NO_CODE = re.compile(rf"(\w+/({_MADE_TO_MEASURE})|object):")
 POSITIONS = "positions"  # of metadata, and an option of every name
 # An option ends at a comma that is not within quotes or brackets.
 _OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^}]*\})+""")
@@ -140,7 +143,7 @@ def names_code(name: str) -> bool:
 
     The name of an environment that was given as an object leads to no code either.
     """
-    return ":" in name and (name.startswith(PREFIX) or not re.match(r"(\w+/auto|object):", name))
+    return ":" in name and (name.startswith(PREFIX) or not _NO_CODE.match(name))
 
 
 MAY_BE_CODE = {
