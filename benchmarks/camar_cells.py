@@ -4,7 +4,9 @@
 
 Batches that reset themselves are stepped in turn within one process, and CPU time is counted: the
 machine may have other things to do. Then every step is taken twice from the same state while agents
-push towards their goals, with noise. The largest difference in each number is printed, if any.
+push towards their goals, with noise. The largest difference in each number is printed, if any. Of
+two objects that are equally far from an agent, up to rounding, either may be seen first: views are
+compared as sets of what is seen, and those in another order are counted.
 """
 
 import time
@@ -55,6 +57,20 @@ def play(
     return jax.jit(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, CHUNK)))
 
 
+def without_views(timestep: Any) -> Any:
+    """Leave views out of an environment step."""
+    unseen = replace(timestep.observation, agents_view=None)
+    return replace(timestep, observation=unseen, final_observation=None)
+
+
+def views_apart(mine: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return how far views, [..., 2 K], are apart as sets, and the share in another order."""
+    a, b = (x.reshape(*x.shape[:-1], -1, 2) for x in (mine, theirs))
+    apart = jnp.abs(a[..., :, None, :] - b[..., None, :, :]).max(-1)
+    furthest = jnp.maximum(apart.min(-1).max(), apart.min(-2).max())
+    return furthest, (jnp.abs(mine - theirs).max(-1) > 1e-4).mean()
+
+
 def compare(env: Any, num_envs: int, steps: int) -> None:
     """Print the largest differences after one step from the same state."""
     suite = replace(env, env=env.env.suite)
@@ -64,28 +80,31 @@ def compare(env: Any, num_envs: int, steps: int) -> None:
         keys = jax.random.split(key, num_envs)
         mine = jax.vmap(env.step)(state, action, keys)
         theirs = jax.vmap(suite.step)(replace(state, sizes=empty), action, keys)
+        seen, share = views_apart(*(x[1].observation.agents_view for x in (mine, theirs)))
         mine, theirs = (
-            (replace(found, sizes=None, goal_keys=None), timestep)
+            (replace(found, sizes=None, goal_keys=None), without_views(timestep))
             for found, timestep in (mine, theirs)
         )
         gaps = jax.tree.map(
             lambda a, b: jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max(), mine, theirs
         )
-        return gaps, mine[0].is_collision.mean()
+        return (*gaps, {"views, as sets,": seen}), share, mine[0].is_collision.mean()
 
     run = play(env, num_envs, apart)
     state, _ = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), num_envs))
-    worst, touched = None, []
+    worst, touched, turned = None, [], []
     for chunk in range(-(-steps // (num_envs * CHUNK))):
-        state, (gaps, touching) = run(state, jax.random.key(1 + chunk))
+        state, (gaps, share, touching) = run(state, jax.random.key(1 + chunk))
         gaps = jax.tree.map(lambda x: float(x.max()), gaps)
         worst = gaps if worst is None else jax.tree.map(max, worst, gaps)
         touched.append(float(touching.mean()))
+        turned.append(float(share.mean()))
     for path, gap in jax.tree_util.tree_leaves_with_path(worst):
         if gap:
             print(f"  {jax.tree_util.keystr(path)} differs by {gap:.2g} at most")
     print(
-        f"  {steps:,} steps compared, agents touched something in {np.mean(touched):.1%} of theirs"
+        f"  {steps:,} steps compared, agents touched something in {np.mean(touched):.1%} of theirs,"
+        f" {np.mean(turned):.2g} of views have another order"
     )
 
 
