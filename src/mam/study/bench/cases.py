@@ -169,7 +169,7 @@ def _update(name: str, cell: Cell, **changes: Any) -> Candidate:
     spec, config = synthetic_task(cell.num_agents), replace(cell.network, **changes)
     ppo = PPOConfig(num_epochs=1, num_minibatches=1)
     return _update_candidate(
-        random_policy(name, spec, config), spec, cell.batch, ppo, baseline="mat"
+        random_policy(name, spec, config), spec, cell.batch, SEQUENCE_LENGTH, ppo, baseline="mat"
     )
 
 
@@ -183,9 +183,9 @@ def _update_matched(name: str, other: str, cell: Cell) -> Candidate:
 
 
 def _update_candidate(
-    policy: Policy, spec: EnvSpec, steps: int, ppo: PPOConfig, *, baseline: str
+    policy: Policy, spec: EnvSpec, steps: int, length: int, ppo: PPOConfig, *, baseline: str
 ) -> Candidate:
-    """Build a whole update on that many environment steps."""
+    """Build a whole update on that many environment steps, in sequences of `length`."""
     optimiser = make_optimiser(ppo)
 
     def learn(policy: Policy, opt_state: Any, batch: Batch, key: Key[Array, ""]) -> Any:
@@ -194,7 +194,7 @@ def _update_candidate(
     args = (
         policy,
         optimiser.init(cast(Any, policy)),
-        random_batch(policy, spec, steps, SEQUENCE_LENGTH),
+        random_batch(policy, spec, steps, length),
         jax.random.key(2),
     )
     return Candidate(learn, args, baseline=baseline, parameters=count(policy))
@@ -230,7 +230,7 @@ def _train(name: str, part: str | None, cell: Cell) -> Candidate:
     )
     if part == "update":
         return _update_candidate(
-            policy, envs.spec, config.steps_per_update, config.ppo, baseline=name
+            policy, envs.spec, config.steps_per_update, ROLLOUT_LENGTH, config.ppo, baseline=name
         )
     key, normalised = jax.random.key(0), with_statistics(policy, config, envs.spec)
     state = TrainState(
