@@ -91,16 +91,8 @@ def make_camar_auto(
     from mam.envs import camar_cells as cells
 
     world = random_grid(rows, columns, density, agents)
-    return _make(
-        name,
-        limit,
-        world,
-        cells.grid_places(world),
-        differential,
-        max_obs=nearest,
-        pos_shaping_factor=shaping,
-        frameskip=frameskip,
-    )
+    places = cells.grid_places(world)
+    return _make(name, world, places, nearest, shaping, frameskip, differential, limit)
 
 
 def make_camar_caves(
@@ -136,16 +128,8 @@ def make_camar_caves(
 
     world = caves_cont(size, size, num_agents=agents)
     _require_room(name, agents, world.free_rank)
-    return _make(
-        name,
-        limit,
-        world,
-        cells.cave_places(world),
-        differential,
-        max_obs=nearest,
-        pos_shaping_factor=shaping,
-        frameskip=frameskip,
-    )
+    places = cells.cave_places(world)
+    return _make(name, world, places, nearest, shaping, frameskip, differential, limit)
 
 
 def make_camar_text(
@@ -183,16 +167,8 @@ def make_camar_text(
         name, agents, min(sum(cell not in "#@*" for cell in "".join(one)) for one in maps)
     )
     world = batched_string_grid(["\n".join(one) for one in maps], num_agents=agents)
-    return _make(
-        name,
-        limit,
-        world,
-        cells.text_places(world),
-        differential,
-        max_obs=nearest,
-        pos_shaping_factor=shaping,
-        frameskip=frameskip,
-    )
+    places = cells.text_places(world)
+    return _make(name, world, places, nearest, shaping, frameskip, differential, limit)
 
 
 def _read_maps(name: str, file: str) -> list[list[str]]:
@@ -217,21 +193,30 @@ def _require_room(name: str, agents: int, free: int) -> None:
 
 def _make(
     name: str,
-    limit: int,
     world: Any,
     places: list[np.ndarray],
+    nearest: int,
+    shaping: float,
+    frameskip: int,
     differential: bool,
-    **settings: Any,
+    limit: int,
 ) -> "CamarEnv":
     """Return the environment of a map, `camar.maps.base_map`, whose obstacles stand at `places`."""
-    if settings["frameskip"] < 0:
-        raise UserError(f"{name}: frameskip must be at least 0, got {settings['frameskip']}")
+    if frameskip < 0:
+        raise UserError(f"{name}: frameskip must be at least 0, got {frameskip}")
     from camar import camar_v0
 
     from mam.envs.camar_cells import CellCamar
 
     dynamic = "DiffDriveDynamic" if differential else "HolonomicDynamic"
-    suite: Any = camar_v0(world, dynamic, max_steps=limit - 1, **settings)
+    suite: Any = camar_v0(
+        world,
+        dynamic,
+        max_steps=limit - 1,
+        max_obs=nearest,
+        pos_shaping_factor=shaping,
+        frameskip=frameskip,
+    )
     spec = EnvSpec(
         name,
         world.num_agents,

@@ -43,9 +43,10 @@ from mam.types import EnvSpec, Policy
 
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
+NUM_AGENTS = (4, 16, 64, 256)  # of most benches
 PAIRWISE_AGENTS = 3  # the sum over pairs is unrolled, and takes minutes to compile for many
 SEQUENCE_LENGTH = (
-    128  # steps that a policy with memory learns from at a time, where there are as many
+    128  # steps that an update with memory learns from at a time, if there are so many
 )
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
 PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
@@ -260,11 +261,11 @@ def _train(name: str, part: str | None, cell: Cell) -> Candidate:
     )
 
 
-def _ways_to_act(act: Callable[..., Candidate]) -> dict[str, Callable[[Cell], Candidate]]:
-    """List every policy; fused decoders also through XLA, in one kernel, and as a fixed point."""
-    found: dict[str, Callable[[Cell], Candidate]] = {
-        name: partial(act, name) for name in _policies()
-    }
+def _ways_to_act(
+    act: Callable[..., Candidate], names: list[str]
+) -> dict[str, Callable[[Cell], Candidate]]:
+    """List these policies; fused decoders also through XLA, in one kernel, and as a fixed point."""
+    found: dict[str, Callable[[Cell], Candidate]] = {name: partial(act, name) for name in names}
     for family in mixer_families().values():
         decoder = jax.eval_shape(
             lambda key, family=family: family.build("decoder", NetworkConfig(), key=key),
@@ -304,19 +305,18 @@ def cases() -> dict[str, Case]:
                 for role in ("encoder", "decoder", "cross")
                 for family in mixer_families()
             },
-            num_agents=(4, 16, 64, 256),
+            num_agents=NUM_AGENTS,
             tokens=8192,
         ),
         "act": Case(
-            _ways_to_act(_act)
-            | {name: partial(_act, name) for name in _with_memory()}
+            _ways_to_act(_act, [*_policies(), *_with_memory()])
             | {"mat-uncached": partial(_act, "mat", cached=False)},
-            num_agents=(4, 16, 64, 256),
+            num_agents=NUM_AGENTS,
             batch=64,
             derived=PER_AGENT,
         ),
         "decode": Case(
-            _ways_to_act(_decode), num_agents=(4, 16, 64, 256), batch=64, derived=PER_AGENT
+            _ways_to_act(_decode, _policies()), num_agents=NUM_AGENTS, batch=64, derived=PER_AGENT
         ),
         "update": Case(
             {name: partial(_update, name) for name in [*_policies(), *_with_memory()]}
@@ -327,7 +327,7 @@ def cases() -> dict[str, Case]:
                     _update, "mam", scan="associative", encoder=EncoderConfig(combine="product")
                 ),
             },
-            num_agents=(4, 16, 64, 256),
+            num_agents=NUM_AGENTS,
             tokens=8192,
         ),
         "serve": Case(
