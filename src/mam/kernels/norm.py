@@ -35,7 +35,14 @@ def normalise(
 
 @named
 def normalised_rows(x, scale, offset, eps):
-    """Normalise the last axis, in plain JAX."""
+    """Normalise the last axis, in plain JAX.
+
+    Args:
+        x: as in `normalise`, as are the others; there is no residual.
+        scale: multiplies the normalised rows.
+        offset: added then, or None.
+        eps: added to the variance.
+    """
     return _rows(x.reshape(-1, x.shape[-1]), scale, offset, eps).reshape(x.shape).astype(x.dtype)
 
 

@@ -58,6 +58,10 @@ class Recordings:
     def of(cls, config: Config, spec: Callable[[], EnvSpec]) -> "Recordings":
         """Return the dataset of a configuration, with the augmentation that it names.
 
+        Args:
+            config: of the run.
+            spec: returns the sizes of its task, when they are first needed.
+
         Raises:
             UserError: if there is no such function.
         """

@@ -301,14 +301,24 @@ class SequencePolicy(eqx.Module):
         return self.encoder.step(memory, self.in_order(x, order), alive, reset, scans)
 
     def scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
-        """Return the encoder's further orders, of places in the order of deciding."""
+        """Return the encoder's further orders, of places in the order of deciding.
+
+        Args:
+            obs: says where agents are.
+            order: order[k] decides k-th.
+        """
         place = jnp.argsort(order, axis=-1)
         return tuple(
             take_agents(place, other) for other in shifted_orders(self.order_scans - 1, obs)
         )
 
     def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
-        """Return what the encoder reads, of agents' rows: in the order of deciding."""
+        """Return what the encoder reads, in the order of deciding and in the activations' type.
+
+        Args:
+            x: rows by agent.
+            order: order[k] decides k-th.
+        """
         return take_agents(x if self.dtype == "float32" else x.astype(self.dtype), order)
 
     def _value(

@@ -66,6 +66,18 @@ class ExternalTask:
     agent_id: IdEncoding
 
 
+@dataclass(frozen=True)
+class _Playing:
+    """How an episode is played, and what is kept of it; see `play`."""
+
+    policy: Policy
+    seed: int
+    path: Path
+    greedy: bool
+    max_steps: int
+    picture: bool | None
+
+
 def trace_path(picture: Path) -> Path:
     """Return where the trace of an episode is: beside its image."""
     return picture.with_suffix(".json")
@@ -96,48 +108,42 @@ def play(
         picture: draw the GIF; if None, unless it is known where more than `MOST_DRAWN` agents are.
         about: what else the trace should say, such as the run's own seed.
     """
-    how = (policy, seed, path, greedy, max_steps, picture)
+    how = _Playing(policy, seed, path, greedy, max_steps, picture)
     if isinstance(env, ExternalTask):
-        name, played = env.name, _play_external(env, *how)
+        name, played = env.name, _play_external(env, how)
     else:
-        name, played = env.spec.name, _play_on_device(env, *how)
+        name, played = env.spec.name, _play_on_device(env, how)
     write_trace(path, played, env=name, seed=seed, greedy=greedy, **about)
     return played
 
 
-def _play_on_device(
-    env: Environment,
-    policy: Policy,
-    seed: int,
-    path: Path,
-    greedy: bool,
-    max_steps: int,
-    picture: bool | None,
-) -> Episode:
+def _play_on_device(env: Environment, how: _Playing) -> Episode:
     """Play an episode of an environment in JAX, and draw it; see `play`."""
-    reset_key, key = jax.random.split(jax.random.key(seed))
+    reset_key, key = jax.random.split(jax.random.key(how.seed))
 
     @jax.jit
     def step(state, timestep, memory, first, key):
         act_key, env_key, key = jax.random.split(key, 3)
-        memory, output = policy.act(memory, timestep.observation, first, act_key, greedy=greedy)
+        memory, output = how.policy.act(
+            memory, timestep.observation, first, act_key, greedy=how.greedy
+        )
         state, following = env.step(state, output.action, env_key)
         note = _note(timestep.observation, output, following.reward)
         return state, following, memory, following.ended, key, note
 
     state, timestep = jax.jit(env.reset)(reset_key)
-    memory, first, states, notes = policy.init_memory(), np.True_, [state], []
+    memory, first, states, notes = how.policy.init_memory(), np.True_, [state], []
     ended = False
-    while not ended and len(notes) < max_steps:
+    while not ended and len(notes) < how.max_steps:
         state, timestep, memory, first, key, note = step(state, timestep, memory, first, key)
         states.append(state)
         notes.append(note)
         ended = bool(first)
-    undrawn = _unwanted(picture, timestep.observation.positions)
+    undrawn = _unwanted(how.picture, timestep.observation.positions)
     try:
         if not undrawn:
-            with writing(path):
-                env.animate(states, path)
+            with writing(how.path):
+                env.animate(states, how.path)
     except RunError:  # no space for it, nor for the trace
         raise
     except Exception as error:
@@ -154,15 +160,7 @@ def _play_on_device(
     )
 
 
-def _play_external(
-    task: ExternalTask,
-    policy: Policy,
-    seed: int,
-    path: Path,
-    greedy: bool,
-    max_steps: int,
-    picture: bool | None,
-) -> Episode:
+def _play_external(task: ExternalTask, how: _Playing) -> Episode:
     """Play an episode of an external environment, and draw it; see `play`."""
     from PIL import Image
 
@@ -171,11 +169,17 @@ def _play_external(
 
     env = PettingZooEnv(find_factory(task.name)(render_mode="rgb_array", index=0), task.name)
     ids = agent_ids(env.layout.num_agents, task.agent_id)
-    act = jax.jit(lambda *inputs: policy.act(*inputs, greedy=greedy))
-    key, memory, frames, notes, over = jax.random.key(seed), policy.init_memory(), [], [], False
-    arrays, terminated = env.reset(seed), False
-    undrawn = _unwanted(picture, arrays.get("positions"))
-    while not over and len(notes) < max_steps:
+    act = jax.jit(lambda *inputs: how.policy.act(*inputs, greedy=how.greedy))
+    key, memory, frames, notes, over = (
+        jax.random.key(how.seed),
+        how.policy.init_memory(),
+        [],
+        [],
+        False,
+    )
+    arrays, terminated = env.reset(how.seed), False
+    undrawn = _unwanted(how.picture, arrays.get("positions"))
+    while not over and len(notes) < how.max_steps:
         view = np.concatenate([ids, arrays["agents_view"]], axis=1)
         inputs: dict[str, Any] = arrays | {"agents_view": view}
         observation = Observation(**inputs)
@@ -194,9 +198,13 @@ def _play_external(
     with suppress(Exception):
         env.close()
     if frames:
-        with writing(path):
+        with writing(how.path):
             frames[0].save(
-                path, save_all=True, append_images=frames[1:], duration=FRAME_MILLISECONDS, loop=0
+                how.path,
+                save_all=True,
+                append_images=frames[1:],
+                duration=FRAME_MILLISECONDS,
+                loop=0,
             )
     elif not undrawn:
         how = 'with render_mode="rgb_array" its render() returns nothing'

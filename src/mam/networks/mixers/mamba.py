@@ -94,21 +94,8 @@ class SelectiveSSM(AbstractSSM):
 
     def step(self, state, inputs, C, *, reset=None):
         conv_state, x = self.conv.step(state.restarted(reset).conv_state[0], inputs.x)
-        features, B, C = self._select(x, C)
-        ssm_state, y = gated_step(
-            state.ssm_state,
-            x,
-            features,
-            self.dt_proj.weight,
-            required(self.dt_proj.bias),
-            -jnp.exp(self.A_log),
-            B,
-            C,
-            self.skip,
-            inputs.gate,
-            reset=reset,
-            implementation=self.scan,
-        )
+        args = self._recurrence(x, C, inputs.gate)
+        ssm_state, y = gated_step(state.ssm_state, *args, reset=reset, implementation=self.scan)
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
     def unroll(self, state, inputs, C, alive, *, reset=None, reverse=False):
@@ -116,17 +103,8 @@ class SelectiveSSM(AbstractSSM):
         conv_state, x = self.conv.unroll(
             before, living(inputs.x, alive), reset=reset, reverse=reverse
         )
-        features, B, C = self._select(x, C)
         y, ssm_state = gated_scan(
-            x,
-            features,
-            self.dt_proj.weight,
-            required(self.dt_proj.bias),
-            -jnp.exp(self.A_log),
-            B,
-            C,
-            self.skip,
-            inputs.gate,
+            *self._recurrence(x, C, inputs.gate),
             alive=alive,
             initial_state=start,
             reset=reset,
@@ -151,6 +129,17 @@ class SelectiveSSM(AbstractSSM):
             finish=lambda y: side_by_side(y) * jax.nn.silu(inputs.gate),
             offset=scan(offset),
         )
+
+    def _recurrence(
+        self,
+        x: Float[Array, "*batch D"],
+        C: Float[Array, "*batch S"] | None,
+        gate: Float[Array, "*batch D"],
+    ):
+        """Return what `gated_scan` and `gated_step` read, of what the convolution puts out."""
+        features, B, C = self._select(x, C)
+        weights = self.dt_proj.weight, required(self.dt_proj.bias), -jnp.exp(self.A_log)
+        return x, features, *weights, B, C, self.skip, gate
 
     def _select(self, x: Float[Array, "*batch D"], C: Float[Array, "*batch S"] | None):
         """Return δ, B and C, the latter the given one unless it is None."""
