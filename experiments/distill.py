@@ -1,8 +1,9 @@
-"""A Transformer taught to Mamba-2 and Mamba in 4 % of its steps, on LBF: an hour on a CPU.
+"""Transformers taught to Mamba-2 and Mamba in a few per cent of their steps: hours on a CPU.
 
 Arms at equal steps: actions alone (kd), after hidden states (23), after matrices and hidden states
-(123), and PPO from scratch. The teacher is the first of the runs, and has to be finished before the
-others start: one at a time, as is the default.
+(123), and PPO from scratch. Teachers are the first of the runs, and have to be finished before the
+others start: one at a time, as is the default. That of rware is a policy of the zoo, which took
+five million steps.
 
 mam experiment experiments/distill.py
 mam report runs/distill --by distill.matrix_updates distill.hidden_updates --out report
@@ -10,28 +11,48 @@ mam report runs/distill --by distill.matrix_updates distill.hidden_updates --out
 
 from mam.study.experiment.grid import grid
 
-TASK = "lbf/2s-8x8-2p-2f-coop"
-STAGES = {"kd": (0, 0), "23": (0, 8), "123": (8, 8)}  # updates of 40
-STUDENTS = {
-    "env": TASK,
-    "policy": ["mam2", "mam"],
-    "num_seeds": 5,
-    "total_timesteps": 40_960,
-    "ppo.rollout_length": 16,  # of 64 environments
-    "eval.num_evaluations": 20,
+LBF, SPREAD, RWARE = "lbf/2s-8x8-2p-2f-coop", "mpe/simple_spread_3", "rware/tiny-4ag"
+TEACHERS = {LBF: 1_000_000, SPREAD: 500_000}  # environment steps
+STEPS = {LBF: 40_960, SPREAD: 40_960, RWARE: 204_800}  # of a student
+SMALL = {"network.d_model": 32, "network.num_blocks": 1, "network.d_state": 8, "ppo.lr": 1e-3}
+OWN = {
+    LBF: {},  # its preset
+    SPREAD: SMALL,
+    RWARE: {
+        "network.d_model": 64,
+        "network.num_blocks": 1,
+        "ppo.lr": 7e-4,
+        "eval.num_evaluations": 10,  # of episodes of 500 steps
+        "eval.both_modes": False,
+    },
 }
+STAGES = {"kd": (0.0, 0.0), "23": (0.0, 0.2), "123": (0.2, 0.2)}  # shares of a student's updates
+ROLLOUT = 16  # steps of 64 environments
 
-runs = grid(env=TASK, policy="mat", num_seeds=5, total_timesteps=1_000_000)
-for arm, (matrix_updates, hidden_updates) in STAGES.items():
-    distilled = grid(
-        **STUDENTS,
-        learn="distill",
-        teacher=f"runs/distill/{TASK}/mat",
-        **{
-            "ppo.num_epochs": 8,
-            "distill.matrix_updates": matrix_updates,
-            "distill.hidden_updates": hidden_updates,
-        },
-    )
-    runs += [(f"{name},arm={arm}", config) for name, config in distilled]
-runs += grid(**STUDENTS)
+runs = []
+for task, steps in TEACHERS.items():
+    runs += grid(env=task, policy="mat", num_seeds=5, total_timesteps=steps, **OWN[task])
+for task, steps in STEPS.items():
+    student = {
+        "env": task,
+        "policy": ["mam2", "mam"],
+        "num_seeds": 3 if task == RWARE else 5,
+        "total_timesteps": steps,
+        "ppo.rollout_length": ROLLOUT,
+        "eval.num_evaluations": 20,
+        **OWN[task],
+    }
+    updates = steps // (64 * ROLLOUT)
+    for arm, (matrices, hidden) in STAGES.items():
+        distilled = grid(
+            **student,
+            learn="distill",
+            teacher="zoo:rware/tiny-4ag/mat" if task == RWARE else f"runs/distill/{task}/mat",
+            **{
+                "ppo.num_epochs": 8,
+                "distill.matrix_updates": round(matrices * updates),
+                "distill.hidden_updates": round(hidden * updates),
+            },
+        )
+        runs += [(f"{name},arm={arm}", config) for name, config in distilled]
+    runs += grid(**student)

@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mam.cli import play as cli
+from mam.config import to_json
 from mam.errors import RunError, UserError
+from mam.runs import loggers
 from mam.runs.loggers import find_sink
-from mam.runs.sinks import Record
+from mam.runs.sinks import JsonLines, Record
 from mam.runs.trackers import IDENTITIES, Tracker
 from small_run import CONFIG
 
@@ -31,6 +36,10 @@ class Kept(Tracker):
     def _log(self, values, step):
         self._fail("log")
         self.logged.append((step, values))
+
+    def _show(self, tag, picture, step):
+        self._fail("show")
+        self.logged.append((step, tag, picture))
 
     def _close(self):
         self._fail("close")
@@ -96,6 +105,41 @@ def test_one_that_fails_later_is_said_once_and_the_run_goes_on(folder, monkeypat
     assert line == "kept failed, and the run goes on without it: no way"
 
 
+def test_a_picture_is_called_as_its_file(folder, monkeypatch, capsys):
+    tracker, picture = Kept(folder, CONFIG, resumed=True), folder / "crossing.gif"
+    tracker.show(picture, 7)
+    assert tracker.logged == [(7, "crossing", picture)]
+    monkeypatch.setattr(Kept, "fails", ("show",))
+    tracker.show(picture, 8)
+    assert "kept failed" in capsys.readouterr().err
+
+
+def test_mam_play_shows_the_episode_in_the_runs_own_place(folder, monkeypatch):
+    """At the steps that the run has come to; what is no tracker or no run is refused before."""
+    shown = []
+    episode = SimpleNamespace(undrawn="")
+    monkeypatch.setattr(loggers, "_TRACKERS", {"kept": Kept})
+    monkeypatch.setattr(loggers, "find_spec", lambda package: package)
+    monkeypatch.setattr(Kept, "_show", lambda self, *args: shown.append((self.opened, *args)))
+    monkeypatch.setattr(cli, "played", lambda args: (episode, None, ""))
+    with pytest.raises(UserError, match=r"^--log goes on with a run: there is none in"):
+        cli.play(cli.Play(folder, log=("kept",)))
+    sink = JsonLines(folder / "metrics.jsonl", append_at=None)
+    sink.write(RECORD)
+    sink.close()
+    (folder / "config.json").write_text(json.dumps(to_json(CONFIG)))
+    (folder / IDENTITIES).write_text(json.dumps({"kept": "known"}))
+    with pytest.raises(UserError, match="unknown tracker 'jsonl'"):
+        cli.play(cli.Play(folder, log=("jsonl",)))
+    cli.play(cli.Play(folder, log=("kept",)))
+    ((opened, tag, picture, step),) = shown
+    assert opened[1] == "known"
+    assert (tag, picture, step) == ("episode", folder / "episode.gif", RECORD.step_count)
+    episode.undrawn = "no picture was asked for"
+    cli.play(cli.Play(folder, log=("kept",)))
+    assert len(shown) == 1
+
+
 TRACKERS = ("wandb", "mlflow", "trackio")
 
 
@@ -125,6 +169,8 @@ for update, resume in ((1, None), (2, {"step_count": 100})):
     sink = find_sink(name)(folder, config, resume)
     values = {"loss": update * np.array([0.5, 1.5])}
     sink.write(Record("train", update, 100 * update, 1.0, values))
+    if resume:
+        sink.show(Path(sys.argv[2]), 200)
     sink.close()
     time.sleep(1.1)  # wandb calls its folders by the second
 identity = json.loads((folder / "trackers.json").read_text())[name]
@@ -147,16 +193,21 @@ def records(path):  # LevelDB's log: a head of 7 bytes, then blocks of pieces wi
             yield pb.Record.FromString(record)
             record = b""
 
-runs, history, settings = set(), [], {}
+runs, history, settings, shown = set(), [], {}, []
 for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
     for record in records(path):
         if record.WhichOneof("record_type") == "run":
             runs.add(record.run.run_id)
             settings |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
         if record.WhichOneof("record_type") == "history":
-            row = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+            named = [(i.key or ".".join(i.nested_key), i) for i in record.history.item]
+            row = {name: json.loads(i.value_json) for name, i in named}
+            if "crossing._type" in row:
+                shown.append([row["step_count"], row["crossing._type"]])
+                continue
             history.append([row["step_count"], row["train/loss"], row["train/loss/seed_4"]])
 settings = {key: str(settings[key]) for key in ("ppo.lr", "commit")}
+assert shown == [[200, "video-file"]] and list(folder.glob("wandb/*/files/media/**/*.gif"))
 print(json.dumps([len(runs), runs == {identity}, history, settings]))
 """,
     "mlflow": """
@@ -169,6 +220,9 @@ tags = ("train/loss", "train/loss/seed_4")
 one, other = (client.get_metric_history(identity, tag) for tag in tags)
 history = [[a.step, a.value, b.value] for a, b in zip(one, other)]
 settings = {key: run.data.params[key] for key in ("ppo.lr", "commit")}
+assert [i.path for i in client.list_artifacts(identity, "crossing/200")] == [
+    "crossing/200/crossing.gif"
+]
 assert run.data.tags["mlflow.source.git.commit"] == "abc" and run.info.status == "FINISHED"
 print(json.dumps([1, run.info.run_id == identity, history, settings]))
 """,
@@ -178,7 +232,13 @@ from trackio.sqlite_storage import SQLiteStorage
 
 (run,) = trackio.Api().runs("mam")
 logs = SQLiteStorage.get_logs("mam", identity)
-history = [[row["step"], row["train/loss"], row["train/loss/seed_4"]] for row in logs]
+history = [
+    [row["step"], row["train/loss"], row["train/loss/seed_4"]]
+    for row in logs
+    if "train/loss" in row
+]
+(shown,) = (row for row in logs if "crossing" in row)
+assert (shown["step"], shown["crossing"]["_type"]) == (200, "trackio.video")
 settings = {key: str(run.config[key]) for key in ("ppo.lr", "commit")}
 print(json.dumps([1, run.name == identity, history, settings]))
 """,
@@ -195,8 +255,10 @@ def test_in_the_real_package_the_same_run_goes_on(name, tmp_path):
         "TRACKIO_DIR": str(tmp_path / "trackio"),
         "HF_HUB_OFFLINE": "1",
     }
+    picture = tmp_path / "crossing.gif"
+    Image.new("L", (8, 8)).save(picture)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM + READERS[name], name],
+        [sys.executable, "-c", PROGRAM + READERS[name], name, picture],
         cwd=tmp_path,
         env=os.environ | places,
         capture_output=True,

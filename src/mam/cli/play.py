@@ -8,6 +8,8 @@ import tyro
 
 from mam.errors import UserError
 
+METRICS = "metrics.jsonl"  # of the run
+
 
 @dataclass(frozen=True)
 class Play:
@@ -28,14 +30,34 @@ class Play:
     picture: bool | None = None
     """Draw the GIF; if None, unless the task says where its agents are, and there are more than 64:
     they move on the dashboard's map."""
+    log: tuple[str, ...] = ()
+    """Trackers that get the GIF, too, in the run's own place there: wandb, mlflow, trackio."""
     trust: bool = False
     """Import the environment that the folder names, where that is code, without naming
     it as --env."""
 
 
 def play(args: Play) -> None:
-    """Play one episode and write it."""
-    played(args)
+    """Play one episode and write it.
+
+    Raises:
+        UserError: if it is to go to a tracker that there is not, or of what is no run.
+    """
+    from mam.runs.loggers import find_tracker
+
+    trackers = [find_tracker(name) for name in args.log]
+    if trackers and not (args.run / METRICS).is_file():
+        raise UserError(f"--log goes on with a run: there is none in {args.run}")
+    episode, _, _ = played(args)
+    if trackers and not episode.undrawn:
+        from mam.runs.load import saved_config
+        from mam.runs.sinks import read_records
+
+        step_count = read_records(args.run / METRICS)[-1].step_count
+        for tracker in trackers:
+            sink = tracker(args.run, saved_config(args.run), resumed=True)
+            sink.show(_picture(args), step_count)
+            sink.close()
 
 
 def played(args: Play) -> tuple[Any, Any, str]:
@@ -45,11 +67,10 @@ def played(args: Play) -> tuple[Any, Any, str]:
     from mam.runs import play as episodes
     from mam.runs import process
     from mam.runs.load import load_weights, saved_config
-    from mam.runs.zoo import beside
     from mam.types import ExternalEnvironments
 
     process.configure()
-    path = args.out or beside(args.run, "episode.gif")
+    path = _picture(args)
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
     saved = saved_config(args.run)
@@ -79,6 +100,12 @@ def played(args: Play) -> tuple[Any, Any, str]:
         print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
     print(f"return {episode.episode_return:.3f}")
     return episode, policy, f"{saved.algorithm} on {env}"
+
+
+def _picture(args: Play) -> Path:
+    from mam.runs.zoo import beside
+
+    return args.out or beside(args.run, "episode.gif")
 
 
 def _make_parent(path: Path) -> None:

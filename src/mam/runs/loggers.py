@@ -100,11 +100,28 @@ def find_sink(name: str) -> OpenSink:
     Raises:
         UserError: if there is none of this name, or it cannot be imported.
     """
-    if name in _TRACKERS and find_spec(name) is None:
-        raise missing_extra(f"--log {name}", name, name)
+    if name in _TRACKERS:
+        _require(name)
     if name in SINKS:
         return SINKS[name]
     installed = entry_points(group=GROUP)
     if name not in installed.names:
         raise unknown_name("sink", name, [*SINKS, *sorted(installed.names)], see="mam train --help")
     return load_entry_point("sink", installed[name])
+
+
+def find_tracker(name: str) -> type[Tracker]:
+    """Return a sink that takes pictures, too.
+
+    Raises:
+        UserError: if there is none of this name, or its package is missing.
+    """
+    if name not in _TRACKERS:
+        raise unknown_name("tracker", name, _TRACKERS, see="mam play --help")
+    _require(name)
+    return _TRACKERS[name]
+
+
+def _require(name: str) -> None:
+    if find_spec(name) is None:
+        raise missing_extra(f"--log {name}", name, name)

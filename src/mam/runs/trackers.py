@@ -70,6 +70,10 @@ class Tracker(ABC):
         """Take numbers at a number of environment steps."""
 
     @abstractmethod
+    def _show(self, tag: str, picture: Path, step: int) -> None:
+        """Take a GIF at a number of environment steps."""
+
+    @abstractmethod
     def _close(self) -> None:
         """End the run there."""
 
@@ -85,6 +89,16 @@ class Tracker(ABC):
                     values[f"{record.kind}/{name}/seed_{seed}"] = mean
         finite = {name: float(value) for name, value in values.items() if np.isfinite(value)}
         self._try(lambda: self._log(finite, record.step_count))
+
+    @final
+    def show(self, picture: Path, step: int) -> None:
+        """Hand an episode's GIF on, under the name of its file.
+
+        Args:
+            picture: the GIF.
+            step: environment steps that what played it had been trained for.
+        """
+        self._try(lambda: self._show(picture.stem, picture, step))
 
     @final
     def close(self) -> None:
@@ -132,6 +146,10 @@ class WandB(Tracker):
     def _log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({"step_count": step, **values})
 
+    def _show(self, tag: str, picture: Path, step: int) -> None:
+        wandb: Any = import_module("wandb")
+        self._run.log({"step_count": step, tag: wandb.Video(str(picture), format="gif")})
+
     def _close(self) -> None:
         self._run.finish()
 
@@ -165,6 +183,9 @@ class MLflow(Tracker):
         now = int(time.time() * 1000)
         metrics = [self._entities.Metric(name, value, now, step) for name, value in values.items()]
         self._send("metrics", metrics)
+
+    def _show(self, tag: str, picture: Path, step: int) -> None:
+        self._client.log_artifact(self._identity, str(picture), f"{tag}/{step}")
 
     def _send(self, kind: str, items: list[Any]) -> None:
         for first in range(0, len(items), _BATCH):
@@ -200,6 +221,10 @@ class Trackio(Tracker):
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
+
+    def _show(self, tag: str, picture: Path, step: int) -> None:
+        trackio: Any = import_module("trackio")
+        self._run.log({tag: trackio.Video(str(picture), format="gif")}, step=step)
 
     def _close(self) -> None:
         self._run.finish()
