@@ -218,38 +218,12 @@ def make_train(
     def init(seed: Int[Array, ""]) -> TrainState:
         return learner().init(seed, lambda policy, key: source.init(policy, key, devices.shard))
 
-    def learn(*args: Any) -> tuple[TrainState, Values]:
-        return learner().learn(*args)
-
-    def remember(*args: Any) -> TrainState:
-        return learner().remember(*args)
-
-    def share(step: Callable, out_specs: Any) -> Callable:
-        return devices.share(_over_seeds(step), (specs,), out_specs)
-
-    acting = partial(_acting, config)
-    traced = _Steps(config, source, played, acting, learn, remember, _key)
-    called = _Steps(
-        config,
-        source,
-        played,
-        acting,
-        jax.jit(_guarded(_over_seeds(learn), config, external=True), donate_argnums=0),
-        jax.jit(jax.vmap(remember)),
-        jax.jit(jax.vmap(_key, in_axes=(0, None))),
-    )
     init_seeds = jax.jit(devices.share(_in_turn(init), (P(),), specs))
-    train_step, evaluate_step, absolute_metric = called.train, called.evaluate, called.absolute
-    if source.compiled:
-        train_step = _guarded(share(traced.train, (specs, P())), config)
-        train_step = jax.jit(train_step, donate_argnums=0)
-    if played.compiled:
-        evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
-        absolute_metric = jax.jit(share(traced.absolute, P()))
+    train_step, evaluate_step, absolute_metric = _steps(config, source, played, learner, specs)
     if recordings is not None:
         evaluate_step = _predicting(evaluate_step, recordings)
         if source is not recordings:
-            train_step = _shown(train_step, recordings, called.key)
+            train_step = _shown(train_step, recordings)
     return Trainer(
         init=init_seeds,
         train_step=train_step,
@@ -262,6 +236,49 @@ def make_train(
         source=source,
         recordings=recordings,
     )
+
+
+def _steps(
+    config: Config,
+    source: Experience,
+    played: Environments | Unplayed,
+    learner: Callable[[], "Learner"],
+    specs: TrainState | None,
+) -> tuple[Callable, Callable, Callable]:
+    """Return `train_step`, `evaluate_step` and `absolute_metric` of a run, compiled if they can be.
+
+    Args:
+        config: of the run.
+        source: what is learned from.
+        played: what evaluations are played in.
+        learner: returns what learns, when it is first needed.
+        specs: which axes of the state are dealt out to the devices.
+    """
+
+    def learn(*args: Any) -> tuple[TrainState, Values]:
+        return learner().learn(*args)
+
+    def remember(*args: Any) -> TrainState:
+        return learner().remember(*args)
+
+    def share(step: Callable, out_specs: Any) -> Callable:
+        return jax.jit(played.devices.share(_over_seeds(step), (specs,), out_specs))
+
+    whole = partial(_Steps, config, source, played, partial(_acting, config))
+    traced = whole(learn, remember, _key)
+    called = whole(
+        jax.jit(_guarded(_over_seeds(learn), config, external=True), donate_argnums=0),
+        jax.jit(jax.vmap(remember)),
+        _keys,
+    )
+    train_step, evaluate_step, absolute_metric = called.train, called.evaluate, called.absolute
+    if source.compiled:
+        train = played.devices.share(_over_seeds(traced.train), (specs,), (specs, P()))
+        train_step = jax.jit(_guarded(train, config), donate_argnums=0)
+    if played.compiled:
+        evaluate_step = share(traced.evaluate, (specs, P()))
+        absolute_metric = share(traced.absolute, P())
+    return train_step, evaluate_step, absolute_metric
 
 
 def _recordings(
@@ -278,12 +295,11 @@ def _recordings(
 def _shown(
     train_step: Callable[..., tuple[TrainState, Values]],
     recordings: Recordings,
-    key: Callable[[TrainState, int], Key[Array, "seeds"]],
 ) -> Callable[[TrainState], tuple[TrainState, Values]]:
     """Draw as many recorded steps for every train step as its rollout has."""
 
     def train(state: TrainState) -> tuple[TrainState, Values]:
-        _, recorded, _ = recordings.collect(state.policy, (), key(state, RECORDED), WHOLE)
+        _, recorded, _ = recordings.collect(state.policy, (), _keys(state, RECORDED), WHOLE)
         return train_step(state, recorded)
 
     return train
@@ -723,6 +739,9 @@ def _key(state: TrainState, stream: int | Int[Array, ""]) -> Key[Array, ""]:
     it.
     """
     return jax.random.fold_in(jax.random.fold_in(state.key, stream), state.num_updates)
+
+
+_keys = jax.jit(jax.vmap(_key, in_axes=(0, None)))  # of all seeds
 
 
 def _episode_values(transitions: Transition, shard: Shard) -> Values:
