@@ -1,8 +1,7 @@
 """How acting grows with the number of agents: milliseconds, microseconds per agent, and memory.
 
     python benchmarks/agents_scale.py
-    python benchmarks/agents_scale.py --policies mam --num-agents 1000 100000 --batch 1 \\
-        --network.agent-chunk 4096
+    python benchmarks/agents_scale.py --policies mam --batch 1 --network.agent-chunk 4096
 
 Every cell, one joint action of one policy at one size, encoder included, is measured in a process
 of its own. `program MB` is what XLA says that it needs: observations, weights, outputs and all that
@@ -26,6 +25,8 @@ import tyro
 
 from mam.config import NetworkConfig
 from mam.study.bench.timing import power_law, predict
+
+HEAD = f"{'policy':8} batch {'agents':>9} {'joint ms':>11} {'µs/agent':>10} program MB   peak MB"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def measure(policy: str, num_agents: int, batch: int, args: Args) -> Cell:
     import jax
     import jax.numpy as jnp
 
+    from mam.runs.footprint import Footprint
     from mam.runs.process import configure
     from mam.study.bench.inputs import random_observation, random_policy, synthetic_task
 
@@ -74,8 +76,7 @@ def measure(policy: str, num_agents: int, batch: int, args: Args) -> Cell:
         return actor.act(actor.init_memory((batch,)), obs, reset, keys)[1]
 
     compiled = jax.jit(act).lower(actor, obs, keys).compile()
-    need = compiled.memory_analysis()
-    size = need.argument_size_in_bytes + need.temp_size_in_bytes + need.output_size_in_bytes
+    size = Footprint.of(compiled).total
     if size > 1e9 * args.max_memory:
         return Cell(size / 1e6, 0.0, None)
     obs, samples = random_observation(spec, batch), []
@@ -126,8 +127,7 @@ def slopes(sizes: Sequence[int], values: Sequence[float]) -> str:
 
 def main(args: Args) -> None:
     """Prints a table for every policy and batch."""
-    head = "joint ms", "µs/agent", "program MB", "peak MB"
-    print(f"{'policy':8} {'batch':>5} {'agents':>9} {head[0]:>11} {head[1]:>10} {head[2]} {head[3]:>9}")
+    print(HEAD)
     for batch in args.batch:
         for policy in args.policies:
             found = series(policy, batch, args)
