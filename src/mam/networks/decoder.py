@@ -17,6 +17,7 @@ from mam.networks.heads import Head
 from mam.networks.layers import lookup
 from mam.networks.mixers.base import MixerInputs, required
 from mam.networks.mixers.registry import MixerFamily
+from mam.networks.mixers.spread import num_shares
 
 # Tokens [*batch, E], and what the first block's mixer reads of them.
 Embedded = tuple[Float[Array, "..."], MixerInputs]
@@ -84,7 +85,7 @@ class Decoder(eqx.Module):
         """
         tokens, embed = self.embed.shift_right(tokens), self.embedder(obs_rep.dtype)
         remembers = past is not None and jax.tree.leaves(past.memory)
-        if self.chunk and self.chunk < obs_rep.shape[-2] and not remembers:
+        if self.chunk and self.chunk < obs_rep.shape[-2] and not remembers and num_shares() == 1:
             return self._in_chunks(tokens, obs_rep, embed)
         embedded, context = embed(tokens), self.read(obs_rep)
         if past is None:

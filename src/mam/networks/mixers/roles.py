@@ -23,6 +23,7 @@ from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size, zero_where
 from mam.networks.chunks import cut_agents, hand_on, join_agents
 from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
+from mam.networks.mixers import spread
 from mam.networks.mixers.base import (
     AbstractCausalMixer,
     AbstractMixer,
@@ -276,6 +277,24 @@ class AbstractSSM(eqx.Module):
         """
 
     @abstractmethod
+    def decay(
+        self,
+        state: SSMState,
+        inputs: MixerInputs,
+        alive: Bool[Array, "*batch M"] | None,
+        *,
+        reverse: bool = False,
+    ) -> Float[Array, "*batch S D"] | Float[Array, "*batch 1 D"]:
+        """Return what `unroll` multiplies the scan's state by.
+
+        Args:
+            state: the state before the M agents.
+            inputs: what `project` gave.
+            alive: the dead leave the state as it was.
+            reverse: read from the last to the first.
+        """
+
+    @abstractmethod
     def mixing(
         self,
         inputs: MixerInputs,
@@ -339,7 +358,7 @@ class BidirectionalSSM(AbstractMixer):
         self.post_norm = LayerNorm(config.d_model)
 
     def __call__(self, x, context=None, *, alive=None):
-        if self.chunk and self.chunk < x.shape[-2]:
+        if self.chunk and self.chunk < x.shape[-2] and spread.num_shares() == 1:
             return self._in_chunks(x, jnp.ones(x.shape[:-1], bool) if alive is None else alive)
         inputs = self.ssm.project(self.pre_norm(x))
         if self.cascade:
@@ -414,7 +433,7 @@ class BidirectionalSSM(AbstractMixer):
         return join_agents(hand_on(both, start, (chunks, from_end))[1], x.shape[axis], axis=axis)
 
     def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
-        return self.ssm.unroll(None, inputs, None, alive, reverse=reverse)[1]
+        return spread.unroll(self.ssm, None, inputs, None, alive, reverse=reverse)[1]
 
 
 class NormedInputs(eqx.Module):
@@ -472,7 +491,7 @@ class CausalSSM(AbstractCausalMixer):
         return state, self._out(inputs.x, y)
 
     def unroll(self, state, inputs, context, alive=None):
-        state, y = self.ssm.unroll(state, inputs.ssm, context, alive)
+        state, y = spread.unroll(self.ssm, state, inputs.ssm, context, alive)
         return state, self._out(inputs.x, y)
 
     def mixing(self, x, context=None, *, alive=None):
