@@ -1,7 +1,7 @@
 """Run by test_spread.py: policies whose agents are spread over devices, against one device.
 
-    python spread_program.py POLICY COUNT …                    several devices of this process
-    python spread_program.py POLICY COUNT ADDRESS PROCESS      those of two processes
+python spread_program.py POLICY COUNT …                    several devices of this process
+python spread_program.py POLICY COUNT ADDRESS PROCESS      those of two processes
 """
 
 import json
@@ -83,7 +83,7 @@ def values(policy, obs):
 
 def main():
     name, *counts = sys.argv[1:]
-    if ":" in counts[-2:][0]:
+    if together := ":" in counts[-2:][0]:
         *counts, address, process = counts
         jax.distributed.initialize(address, 2, int(process))
     enable_compilation_cache()
@@ -98,7 +98,11 @@ def main():
     for count in counts:
         with jax.set_mesh(agent_mesh(int(count))):
             spread = spread_agents((obs, action, order), axis=1)
-            results = jax.jit(wrapped, out_shardings=jax.P())(policy, *spread)
+            program = jax.jit(wrapped, out_shardings=jax.P()).lower(policy, *spread).compile()
+            if together:  # what is slower to compile is not waited for longer than 30 s
+                print("compiled", flush=True)
+                input()
+            results = program(policy, *spread)
             results = jax.tree.map(lambda v: np.asarray(v.addressable_data(0)), results)
         found[count] = difference(expected, results)
     # As if each half of the agents were alone: what the comparison would notice.

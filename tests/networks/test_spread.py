@@ -23,6 +23,7 @@ def start(*args, devices=1):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, PROGRAM, *args],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -34,7 +35,7 @@ def check(process, counts):
     """Actions, log-probabilities, entropies, values and gradients are those of one device."""
     said, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
-    found = json.loads(said)
+    found = json.loads(said.splitlines()[-1])  # what connects processes speaks first
     assert found["passes"] > 1  # agents read what others do
     assert found["apart"] > 1e-2  # and what those of other shares see
     assert all(found[count] <= 1e-5 for count in counts), found
@@ -50,6 +51,11 @@ def test_two_processes_together_are_one():
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     both = [start("mam", "2", address, str(rank)) for rank in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "compiled\n", process.communicate()
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
     for process in both:
         check(process, "2")
 

@@ -5,13 +5,15 @@
         evaluation = jax.jit(policy.evaluate)(memory, obs, action, order, reset)
 
 XLA partitions what a policy does to one agent at a time. State-space mixers are scans along the
-agents, and done here: each device reads its share. Over a share the state goes from h to a ⊙ h + b. All devices find a and b at once and tell each
-other, so that each knows the state before its share, and then reads it from there.
+agents, of which each device reads its share. Over a share the state goes from h to a ⊙ h + b: all
+devices find a and b at once and tell each other, so that each knows the state before its share, and
+then reads it from there.
 
 Source: Blelloch 1990, "Prefix sums and their applications", §1.4: blocks of a linear recurrence.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -43,9 +45,7 @@ def spread_agents(tree: PyTree[Array], *, axis: int) -> PyTree[Array]:
         tree: whole arrays, the same in all processes.
         axis: of the agents.
     """
-    sharding = jax.sharding.NamedSharding(
-        jax.sharding.get_mesh(), jax.P(*(None,) * axis, AGENTS)
-    )
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.P(*(None,) * axis, AGENTS))
 
     def place(v: Array) -> Array:
         whole = np.asarray(v)
@@ -101,7 +101,7 @@ def unroll(
             return ssm.unroll(state, inputs, C, alive, reverse=reverse)[0]
 
         # 1. The convolutions read the last agents of the share before.
-        handed_on = list(zip(reading, reading[1:], strict=False))
+        handed_on = list(pairwise(reading))
         halo = jax.tree.map(
             lambda first, own: jnp.where(
                 device == reading[0], first, lax.ppermute(own, AGENTS, handed_on)
