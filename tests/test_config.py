@@ -79,6 +79,7 @@ def network_configs(draw):
         decoder=DecoderConfig(layout=draw(layouts), cross=draw(layouts)),
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         remat=draw(st.booleans()),
+        agent_chunk=draw(st.none() | sizes),
         plain=draw(st.booleans()),
         observation_norm=draw(st.sampled_from(["running", "layer"])),
         scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),

@@ -114,6 +114,10 @@ class NetworkConfig:
     remat: bool = False
     """Recompute each block in the backward pass: less memory for more time, for very many
     agents."""
+    agent_chunk: int | None = None
+    """Agents that state-space mixers read at a time, handing on their states, with the same
+    results; all if None. For tens of thousands of agents: less memory for a little more time, in
+    learning, too, where chunks are computed again in the backward pass."""
     observation_norm: Literal["running", "layer"] = field(
         default="running", metadata={"before": "layer"}
     )
@@ -664,8 +668,10 @@ def _check_network(network: NetworkConfig) -> None:
             "network.recurrence.dt_min must be positive and at most dt_max "
             f"= {recurrence.dt_max}, got {recurrence.dt_min}"
         )
-    if network.dt_rank is not None and network.dt_rank < 1:
-        raise UserError(f"network.dt_rank must be positive, got {network.dt_rank}")
+    for name in ("dt_rank", "agent_chunk"):
+        value = getattr(network, name)
+        if value is not None and value < 1:
+            raise UserError(f"network.{name} must be positive, got {value}")
 
 
 def _check_choices(group: Any, prefix: str = "") -> None:

@@ -304,10 +304,19 @@ def loss_and_gradient(policy, obs):
     return jax.value_and_grad(loss)(policy)
 
 
-@pytest.mark.parametrize("layout", ["2", "MA/A2", "RS"])
-def test_every_parameter_gets_a_gradient_and_recomputing_blocks_changes_none(layout):
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("2", {"remat": True}),
+        ("MA/A2", {"remat": True}),
+        ("RS", {"remat": True}),
+        ("2", {"agent_chunk": 2}),
+        ("M/R", {"agent_chunk": 1}),
+    ],
+)
+def test_every_parameter_gets_a_gradient_and_saving_memory_changes_none(layout, changes):
     with jax.enable_x64(True):
-        policies = (make(layout, jnp.float64, remat=remat) for remat in (False, True))
+        policies = (make(layout, jnp.float64, **how) for how in ({}, changes))
         results = [loss_and_gradient(policy, make_observation(jnp.float64)) for policy in policies]
     (loss, gradient), (again, recomputed) = jax.device_get(results)
     np.testing.assert_allclose(again, loss, rtol=1e-12)

@@ -76,6 +76,14 @@ def test_the_published_form_holds_them():
     assert temporary(published()) > 4 * 4 * ALL_STATES
 
 
+def test_chunks_keep_what_is_between_them():
+    """A quarter of the agents at a time; XLA's compiler for CPUs cannot undo it."""
+    at_once, in_chunks = (
+        temporary(compile_gradient("mam", d_state=2, agent_chunk=chunk)) for chunk in (None, 16)
+    )
+    assert in_chunks < 0.7 * at_once
+
+
 def test_rematerialisation_keeps_less_for_the_backward_pass():
     def kept(remat):
         policy, loss, data = make_loss("mam2", num_blocks=3, remat=remat)

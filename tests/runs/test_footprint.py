@@ -47,9 +47,14 @@ def test_a_run_says_what_it_needs(compiled, monkeypatch):
     assert footprint(replace(compiled, train_step=lambda state: state)) == ""
 
 
-def test_smaller_minibatches_are_tried_until_there_are_no_more(monkeypatch):
-    tried = list(plan(CONFIG))
-    assert [found.changes for found in tried] == ["as asked for"]
+@pytest.fixture(scope="module")
+def planned():
+    (found,) = plan(CONFIG)
+    return found
+
+
+def test_smaller_minibatches_are_tried_until_there_are_no_more(planned, monkeypatch):
+    assert planned.changes == "as asked for"
     monkeypatch.setattr(plans, "device_memory", lambda: 1000)
     monkeypatch.setattr(plans, "_smaller", lambda config: list(smaller(config))[:1])
     first, second = plan(CONFIG)
@@ -97,6 +102,26 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(plans, "_smaller", lambda config: [])
     assert cli.main(options) == 2
     assert "nothing tried fits" in capsys.readouterr().err
+
+
+def test_numbers_of_agents_side_by_side(planned, monkeypatch, capsys):
+    asked = []
+
+    def noted(config):
+        asked.append(config.env)
+        yield replace(planned, num_agents=len(asked))
+
+    monkeypatch.setattr(plans, "plan", noted)
+    assert cli.main(["plan", "--env", "lbf/auto:grid=8", "--sweep", "agents=20,40"]) == 0
+    assert asked == ["lbf/auto:grid=8,agents=20", "lbf/auto:grid=8,agents=40"]
+    said = capsys.readouterr().out
+    assert "agents=20: fits as asked for\nagents=40: fits as asked for\n" in said
+    assert f" {gigabytes(planned.acting.total)} " in said
+
+
+def test_a_joint_action_needs_less_than_a_train_step(planned):
+    assert 0 < planned.acting.total < planned.footprint.total
+    assert planned.num_agents == 2
 
 
 def test_only_memory_errors_are_turned_into_advice():

@@ -115,7 +115,7 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     from mam.runs.summary import plot_sweep
 
     process.configure()
-    option, values = _read_sweep(asked, numbers=args.out is not None)
+    option, values = read_sweep(asked, numbers=args.out is not None)
     config = saved_config(args.run)
     check_agreed(config, named={"env": args.env}, trust=args.trust)
     how: dict[str, Any] = {"episodes": args.episodes, "greedy": args.greedy, "seed": args.seed}
@@ -151,8 +151,16 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     print(f"± is the standard deviation over seeds; {RETURN} is averaged over agents")
 
 
-def _read_sweep(text: str, *, numbers: bool) -> tuple[str, list[str]]:
-    """Read `agents=8,32,128`: an option and its values, positive numbers if they are drawn."""
+def read_sweep(text: str, *, numbers: bool) -> tuple[str, list[str]]:
+    """Read `agents=8,32,128`: an option and its values.
+
+    Args:
+        text: as it was given.
+        numbers: whether values must be positive numbers, to be drawn against.
+
+    Raises:
+        UserError: for anything else.
+    """
     option, _, rest = text.partition("=")
     values = rest.split(",")
     if not option.isidentifier() or not all(values) or len(set(values)) < len(values):

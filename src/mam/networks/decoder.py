@@ -11,11 +11,13 @@ from jaxtyping import Array, Bool, Float, Key
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
 from mam.networks.blocks import DecoderBlock, DecoderState, Run
+from mam.networks.chunks import cut_agents, hand_on, join_agents
 from mam.networks.embed import ActionEmbedding
 from mam.networks.heads import Head
 from mam.networks.layers import lookup
-from mam.networks.mixers.base import MixerInputs
+from mam.networks.mixers.base import MixerInputs, required
 from mam.networks.mixers.registry import MixerFamily
+from mam.networks.mixers.spread import num_shares
 
 # Tokens [*batch, E], and what the first block's mixer reads of them.
 Embedded = tuple[Float[Array, "..."], MixerInputs]
@@ -47,6 +49,7 @@ class Decoder(eqx.Module):
     blocks: tuple[DecoderBlock, ...]
     head: Head
     remat: bool = eqx.field(static=True)
+    chunk: int | None = eqx.field(static=True)  # agents at a time in learning; all if None
 
     def __init__(
         self,
@@ -65,6 +68,9 @@ class Decoder(eqx.Module):
         )
         self.head = Head(config.d_model, distribution.num_outputs, key=head_key)
         self.remat = config.remat
+        mixers = [mixer for block in self.blocks for mixer in (block.mixer, block.cross)]
+        is_linear = all(mixer.has_constant_state for mixer in mixers)
+        self.chunk = config.agent_chunk if is_linear else None
 
     def __call__(
         self, tokens: Token, obs_rep: Float[Array, "*batch N E"], past: Past | None = None
@@ -77,8 +83,11 @@ class Decoder(eqx.Module):
             past: where there is memory, that before the first step; axes are time first. None: all
                 steps are first ones.
         """
-        embedded = self.embedder(obs_rep.dtype)(self.embed.shift_right(tokens))
-        context = self.read(obs_rep)
+        tokens, embed = self.embed.shift_right(tokens), self.embedder(obs_rep.dtype)
+        remembers = past is not None and jax.tree.leaves(past.memory)
+        if self.chunk and self.chunk < obs_rep.shape[-2] and not remembers and num_shares() == 1:
+            return self._in_chunks(tokens, obs_rep, embed)
+        embedded, context = embed(tokens), self.read(obs_rep)
         if past is None:
             return self.unroll(None, embedded, context)[1]
 
@@ -86,6 +95,20 @@ class Decoder(eqx.Module):
             return mixer.unroll_steps(memory, inputs, context, past.alive, past.reset)
 
         return self._run(past.memory, embedded, context, steps, remat=self.remat)[1]
+
+    def _in_chunks(
+        self, tokens: Token, obs_rep: Array, embed: Callable[[Token], Embedded]
+    ) -> Array:
+        """Run chunk after chunk of the agents, from the embedding to the outputs."""
+        *batch, num_agents, _ = obs_rep.shape
+        axis, state = len(batch), self.init_state(num_agents, tuple(batch), obs_rep.dtype)
+
+        def run(state, chunk):
+            tokens, obs_rep = chunk
+            return self.unroll(state, embed(tokens), self.read(obs_rep))
+
+        chunks = cut_agents((tokens, obs_rep), required(self.chunk), axis=axis)
+        return join_agents(hand_on(run, state, chunks)[1], num_agents, axis=axis)
 
     def read(self, obs_rep: Float[Array, "*batch E"]) -> Context:
         """Compute everything that does not depend on actions."""

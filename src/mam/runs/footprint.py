@@ -10,17 +10,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mam.config import Config
 from mam.errors import RunError, UserError
-from mam.learning.train import Trainer, make_train
+from mam.learning.train import Trainer, TrainState, make_train
 from mam.networks.policy import has_memory
 from mam.runs.files import teacher_of
+from mam.types import Keys, Observation, Policy, PolicyOutput
 
 MEMORY_FRACTION = 0.9  # of a device's memory that may be planned for
 
@@ -39,7 +42,7 @@ class Footprint:
 
     @staticmethod
     def of(compiled: Any) -> "Footprint":
-        """Read the footprint of a compiled train step."""
+        """Read the footprint of a compiled program, such as a train step."""
         memory = compiled.memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         return Footprint(memory.argument_size_in_bytes + max(new, 0), memory.temp_size_in_bytes)
@@ -50,8 +53,10 @@ class Plan:
     """One way to run, as compiled."""
 
     changes: str  # of the options asked for
-    footprint: Footprint
-    compile_seconds: float
+    num_agents: int
+    footprint: Footprint  # of a train step
+    acting: Footprint  # of one joint action in one environment
+    compile_seconds: float  # of the train step
 
 
 def device_memory() -> int:
@@ -109,10 +114,30 @@ def _compiled(config: Config, changes: str) -> Plan:
             )
         seeds = np.arange(config.seed, config.seed + config.num_seeds)
         begun = time.perf_counter()
-        compiled = trainer.train_step.lower(trainer.shapes(seeds)).compile()
-        return Plan(changes, Footprint.of(compiled), time.perf_counter() - begun)
+        state = trainer.shapes(seeds)
+        compiled = trainer.train_step.lower(state).compile()
+        seconds = time.perf_counter() - begun
+        found = Footprint.of(compiled), _acting(state)
+        return Plan(changes, trainer.spec.num_agents, *found, seconds)
     finally:
         trainer.close()
+
+
+def _acting(state: TrainState) -> Footprint:
+    """Return what one joint action in one environment needs, for shapes of a train state."""
+
+    def act(policy: Policy, obs: Observation, key: Keys) -> PolicyOutput:
+        return policy.act(policy.init_memory((1,)), obs, jnp.zeros(1, bool), key)[1]
+
+    one_seed, one_env = (
+        partial(
+            jax.tree.map, lambda s, lead=lead: jax.ShapeDtypeStruct(lead + s.shape[1:], s.dtype)
+        )
+        for lead in ((), (1,))
+    )
+    policy, obs = one_seed((state.policy, state.actors.observation))
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    return Footprint.of(jax.jit(act).lower(policy, one_env(obs), key).compile())
 
 
 def footprint(trainer: Trainer) -> str:

@@ -89,8 +89,13 @@ def is_cpu_alone() -> bool:
 
 
 def use_native() -> bool:
-    """Say whether to choose kernels for the CPU: the package is there, and no other device is."""
-    return _tracing.value == "kernels" and is_installed() and is_cpu_alone()
+    """Say whether to choose kernels for the CPU: the package is there, and no other device is.
+
+    XLA cannot partition them: they are not for arrays that it spreads over devices by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    is_whole = all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
+    return _tracing.value == "kernels" and is_whole and is_installed() and is_cpu_alone()
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from mam.kernels.native.library import by_platform, use_native
 from mam.kernels.selective_scan import has_cuda
 from mam.networks.actions import ActionDistribution, Token
+from mam.networks.chunks import cut_agents, join_agents
 from mam.networks.decoder import Context, Decoder, DecoderState, Embedded, Past
 from mam.networks.decoding.cuda import decode_kernel, kernel_supports
 from mam.networks.decoding.native import native_decode, native_supports
@@ -109,12 +110,7 @@ def _in_windows(
     """Decide by fixed points of equal size; agents that fill up the last one are dropped."""
     *batch, num_agents, _ = inputs.mask.shape
     axis = len(batch)
-    windows = jax.tree.map(
-        lambda v: jnp.moveaxis(
-            _padded(v, axis, size).reshape(*batch, -1, size, *v.shape[axis + 1 :]), axis, 0
-        ),
-        inputs,
-    )
+    windows = cut_agents(inputs, size, axis=axis)
     real = (jnp.arange(num_agents + -num_agents % size) < num_agents).reshape(-1, size)
 
     def window(carry, inputs):
@@ -126,22 +122,13 @@ def _in_windows(
         decisions = jax.tree.map(lambda v: v[None], decisions)
     else:
         last, decisions = lax.scan(window, start, (windows, real))
-    action, out = (
-        jnp.moveaxis(v, 0, axis).reshape(*batch, -1, *v.shape[axis + 2 :])[
-            (slice(None),) * axis + (slice(num_agents),)
-        ]
-        for v in (decisions.action, decisions.out)
-    )
+    action, out = join_agents((decisions.action, decisions.out), num_agents, axis=axis)
     return Decision(
         action=action,
         out=out,
         passes=jnp.mean(decisions.passes, axis=0),
         memory=fixed.decoder.end_step(last.state),
     )
-
-
-def _padded(v: Array, axis: int, size: int) -> Array:
-    return jnp.pad(v, [(0, -v.shape[axis] % size if i == axis else 0) for i in range(v.ndim)])
 
 
 def _one_by_one(

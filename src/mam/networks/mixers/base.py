@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 import equinox as eqx
 import jax
@@ -126,6 +126,8 @@ class AbstractCausalMixer(AbstractMixer):
     that it can be computed once for everything an agent may be, or for all agents before the first
     of them acts. The mixing has two equal forms: `step` for one agent, `unroll` for several.
     """
+
+    has_constant_state: ClassVar[bool] = False  # whether a state's size is the same for any N
 
     @abstractmethod
     def project(self, x: Float[Array, "*batch E"]) -> MixerInputs:

@@ -113,6 +113,12 @@ class SelectiveSSM(AbstractSSM):
         )
         return SSMState(ssm_state=ssm_state, conv_state=(conv_state,)), y
 
+    def decay(self, state, inputs, alive, *, reverse=False):
+        x = self.conv.unroll(state.conv_state[0], living(inputs.x, alive), reverse=reverse)[1]
+        features = self.x_proj(x)[..., : self.dt_proj.weight.shape[0]]
+        total = step_size(self.dt_proj(features), alive).sum(axis=-2)
+        return jnp.exp(-jnp.exp(self.A_log).T * total[..., None, :])
+
     def mixing(self, inputs, C, alive, *, reverse=False):
         u = living(inputs.x, alive)
         conv, offset = self.conv.with_gate_of(u, reverse=reverse)

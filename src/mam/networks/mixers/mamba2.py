@@ -134,6 +134,12 @@ class DualSSM(AbstractSSM):
             y * jax.nn.silu(inputs.gate)
         )
 
+    def decay(self, state, inputs, alive, *, reverse=False):
+        total = step_size(inputs.dt, alive).sum(axis=-2)
+        by_head = jnp.exp(-jnp.exp(self.A_log) * total)
+        channels = inputs.x.shape[-1] // by_head.shape[-1]
+        return jnp.repeat(by_head, channels, axis=-1)[..., None, :]
+
     def mixing(self, inputs, C, alive, *, reverse=False):
         u, gate = living(inputs.x, alive), jax.nn.silu(inputs.gate)
         conv, offset = self.conv.with_gate_of(u, reverse=reverse)

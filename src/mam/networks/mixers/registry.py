@@ -80,7 +80,13 @@ def _in(module: str) -> Callable[[], Any]:
     return lambda: import_module(f"mam.networks.mixers.{module}").ROLES
 
 
-_STATE_SPACE = {"d_state": (1, 2, 4, 8, 16, 32), "d_conv": (), "expand": (), "encoder.combine": ()}
+_STATE_SPACE = {
+    "d_state": (1, 2, 4, 8, 16, 32),
+    "d_conv": (),
+    "expand": (),
+    "encoder.combine": (),
+    "agent_chunk": (),
+}
 
 MIXERS = {
     "mamba": MixerFamily(

@@ -5,6 +5,7 @@ Source: Sable (arXiv 2410.01706), §3 and its published code.
 
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -224,6 +225,7 @@ class CausalRetention(AbstractCausalMixer):
 
     retention: Retention
     cross: bool = eqx.field(static=True)
+    has_constant_state: ClassVar[bool] = True
 
     def __init__(self, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False):
         self.retention = Retention(config, key=key)

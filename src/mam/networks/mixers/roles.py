@@ -17,10 +17,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
+from mam.errors import UserError
 from mam.kernels.native.conv import native_conv_silu, native_conv_supports
 from mam.kernels.native.library import use_native
 from mam.kernels.selective_scan import step_size, zero_where
+from mam.networks.chunks import cut_agents, hand_on, join_agents
 from mam.networks.layers import MIXED_GAIN, Dense, LayerNorm, RMSNorm
+from mam.networks.mixers import spread
 from mam.networks.mixers.base import (
     AbstractCausalMixer,
     AbstractMixer,
@@ -274,6 +277,24 @@ class AbstractSSM(eqx.Module):
         """
 
     @abstractmethod
+    def decay(
+        self,
+        state: SSMState,
+        inputs: MixerInputs,
+        alive: Bool[Array, "*batch M"] | None,
+        *,
+        reverse: bool = False,
+    ) -> Float[Array, "*batch S D"] | Float[Array, "*batch 1 D"]:
+        """Return what `unroll` multiplies the scan's state by.
+
+        Args:
+            state: the state before the M agents.
+            inputs: what `project` gave.
+            alive: the dead leave the state as it was.
+            reverse: read from the last to the first.
+        """
+
+    @abstractmethod
     def mixing(
         self,
         inputs: MixerInputs,
@@ -324,15 +345,21 @@ class BidirectionalSSM(AbstractMixer):
     ssm: AbstractSSM
     post_norm: LayerNorm
     cascade: bool = eqx.field(static=True)
+    chunk: int | None = eqx.field(static=True)  # agents at a time; all if None
 
     def __init__(self, make: MakeSSM, config: NetworkConfig, *, key: Key[Array, ""]):
         self.pre_norm = RMSNorm(config.d_model)
         self.cascade = config.encoder.combine == "product"
+        self.chunk = config.agent_chunk
+        if self.cascade and self.chunk:
+            raise UserError("network.agent_chunk needs network.encoder.combine sum")
         ssm = make(config, key=key, cross=False)
         self.ssm = ssm if self.cascade else with_small_output(ssm)
         self.post_norm = LayerNorm(config.d_model)
 
     def __call__(self, x, context=None, *, alive=None):
+        if self.chunk and self.chunk < x.shape[-2] and spread.num_shares() == 1:
+            return self._in_chunks(x, jnp.ones(x.shape[:-1], bool) if alive is None else alive)
         inputs = self.ssm.project(self.pre_norm(x))
         if self.cascade:
             # The dead come last: the living do not see them yet.
@@ -379,8 +406,34 @@ class BidirectionalSSM(AbstractMixer):
             offset=join(one.offset for one in passes),
         )
 
+    def _in_chunks(self, x: Array, alive: Array) -> Array:
+        """Compute both passes chunk by chunk, so that little is there of all agents at once.
+
+        What the passes hand from chunk to chunk is found before: for the one from the end, all
+        chunks are read twice.
+        """
+        axis, start = x.ndim - 2, self.ssm.init_state(x.shape[:-2], x.dtype)
+        chunks = cut_agents((x, alive), required(self.chunk), axis=axis)
+
+        def read(state: SSMState, chunk: tuple[Array, Array], *, reverse: bool):
+            x, alive = chunk
+            inputs = self.ssm.project(self.pre_norm(x))
+            return self.ssm.unroll(state, inputs, None, alive, reverse=reverse)
+
+        def back(state, chunk):
+            return read(state, chunk, reverse=True)[0], state
+
+        def both(state, chunk):
+            agents, from_end = chunk
+            state, forward = read(state, agents, reverse=False)
+            backward = read(from_end, agents, reverse=True)[1]
+            return state, self.post_norm(agents[0], self.ssm.out_proj(forward + backward))
+
+        from_end = hand_on(back, start, chunks, reverse=True)[1]
+        return join_agents(hand_on(both, start, (chunks, from_end))[1], x.shape[axis], axis=axis)
+
     def _pass(self, inputs: MixerInputs, alive: Array | None, *, reverse: bool = False) -> Array:
-        return self.ssm.unroll(None, inputs, None, alive, reverse=reverse)[1]
+        return spread.unroll(self.ssm, None, inputs, None, alive, reverse=reverse)[1]
 
 
 class NormedInputs(eqx.Module):
@@ -403,6 +456,7 @@ class CausalSSM(AbstractCausalMixer):
     context_norm: RMSNorm | None  # of the second sequence, if there is one
     ssm: AbstractSSM
     post_norm: LayerNorm
+    has_constant_state: ClassVar[bool] = True
 
     def __init__(
         self, make: MakeSSM, config: NetworkConfig, *, key: Key[Array, ""], cross: bool = False
@@ -437,7 +491,7 @@ class CausalSSM(AbstractCausalMixer):
         return state, self._out(inputs.x, y)
 
     def unroll(self, state, inputs, context, alive=None):
-        state, y = self.ssm.unroll(state, inputs.ssm, context, alive)
+        state, y = spread.unroll(self.ssm, state, inputs.ssm, context, alive)
         return state, self._out(inputs.x, y)
 
     def mixing(self, x, context=None, *, alive=None):
