@@ -80,6 +80,8 @@ def network_configs(draw):
         dtype=draw(st.sampled_from(["float32", "bfloat16"])),
         remat=draw(st.booleans()),
         agent_chunk=draw(st.none() | sizes),
+        image=draw(st.sampled_from(["cnn", "scan2d"])),
+        image_width=draw(sizes),
         plain=draw(st.booleans()),
         observation_norm=draw(st.sampled_from(["running", "layer"])),
         scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),
@@ -148,6 +150,7 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="mam", network=published).algorithm == "mam-product"
     assert Config(policy="mat", network=NetworkConfig(memory="gru")).algorithm == "mat-gru"
     assert Config(policy="mappo", network=NetworkConfig(plain=True)).algorithm == "mappo-plain"
+    assert Config(policy="ippo", network=NetworkConfig(image="scan2d")).algorithm == "ippo-scan2d"
     last = NetworkConfig(recurrence=RecurrenceConfig(last_action=True))
     assert Config(policy="rec_mam", network=last).algorithm == "rec_mam-action"
 

@@ -124,6 +124,12 @@ class NetworkConfig:
     """How features and the global state are normalised: each by its mean and deviation so far, or
     all of one agent's by each other's (LayerNorm), which hides one or two features, and small ones
     beside large ones."""
+    image: Literal["cnn", "scan2d"] = "cnn"
+    """What reads an agent's image, where the task gives one: cnn, small convolutions, or scan2d,
+    selective scans along rows and columns, each in both directions."""
+    image_width: int = 16
+    """Channels of a cell there: of scan2d's tokens, and of cnn's first layer, the others of which
+    have twice as many."""
     plain: bool = False
     """Layers of the independent policies without norms, with ReLU in place of GELU, and heads
     without a hidden layer: what most libraries call MAPPO, and faster."""
@@ -383,8 +389,8 @@ class Config:
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 
-        These are layouts, memory and what it reads, the order of agents, the published encoder, and
-        plain layers.
+        These are layouts, memory and what it reads, the order of agents, the published encoder,
+        plain layers, and what reads images.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
@@ -399,6 +405,7 @@ class Config:
         learn += ["shown"] * (self.learn == "ppo" and self.data is not None)
         learn += ["curriculum"] * bool(self.curriculum)
         unlike = ["product"] * (encoder.combine == "product") + ["plain"] * self.network.plain
+        unlike += [self.network.image] * (self.network.image != "cnn")
         return "-".join(
             [
                 self.policy,
@@ -470,7 +477,7 @@ class Config:
 
 _POSITIVE = (
     ("total_timesteps", "num_seeds"),
-    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand"),
+    ("d_model", "num_blocks", "num_heads", "d_state", "d_conv", "expand", "image_width"),
     (
         "num_envs",
         "rollout_length",

@@ -4,7 +4,8 @@ Parametrised by `policies()`: a new policy is covered as it is.
 
 What concerns time is asked of some that read their last action, too.
 
-One has choices, one continuous actions and an image for each agent, one several choices at once.
+One has choices, one continuous actions and an image for each agent, one several choices at once and
+images that are scanned.
 Single steps are evaluated time first, as rollouts of length 1, after a step that put something into
 the memory of those policies that have one.
 """
@@ -34,7 +35,11 @@ OBS_DIM, NUM_ACTIONS, STATE_DIM = 6, 4, 3
 KINDS = {
     "discrete": {"state_dim": STATE_DIM},
     "continuous": {"state_dim": STATE_DIM, "continuous": True, "grid_shape": (5, 4, 2)},
-    "components": {"state_dim": STATE_DIM, "action_components": (2, 2)},
+    "components": {
+        "state_dim": STATE_DIM,
+        "action_components": (2, 2),
+        "grid_shape": (2, 3, 2),
+    },
 }
 NAMES = [*policies(), "mappo-plain"]
 
@@ -92,7 +97,8 @@ def make_spec(kind, num_agents=NUM_AGENTS):
 
 def make(name, spec, key, config=SIZES):
     policy, config = parts(name, config)
-    return make_policy(policy, spec, config, key=key)
+    image = "scan2d" if spec.action_components else "cnn"
+    return make_policy(policy, spec, replace(config, image=image), key=key)
 
 
 @functools.cache

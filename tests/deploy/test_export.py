@@ -29,17 +29,23 @@ POLICIES = ("ippo", "mappo", "mam", "mam2", "mat", "sable", "rec_mappo", "rec_ma
 CASES = [
     *((policy, "discrete", "onnx") for policy in POLICIES),
     *(("mam", actions, "onnx") for actions in ("continuous", "components")),
+    *(("ippo", image, "onnx") for image in ("cnn", "scan2d")),
     *((policy, "discrete", "stablehlo") for policy in ("ippo", "rec_mam")),
 ]
 
 
 def make_policy(name, actions, num_agents=3):
-    """Return a configuration, a task of odd sizes with ids, and a policy of random weights."""
+    """Return a configuration, a task of odd sizes with ids, and a policy of random weights.
+
+    What reads images stands in place of `actions` where the task gives some.
+    """
     kind = {"continuous": actions == "continuous"}
     if actions == "components":
         kind = {"action_components": (2, 3)}
+    image = actions if actions in ("cnn", "scan2d") else "cnn"
+    kind["grid_shape"] = (9, 4, 2) if actions == image else None
     spec = mam.EnvSpec("suite/task", num_agents, 16 + 4, 5, None, id_dim=16, **kind)
-    network = NetworkConfig(d_model=8, d_state=2, observation_norm="running")
+    network = NetworkConfig(d_model=8, d_state=2, image=image, image_width=4)
     config = replace(INDEPENDENT, policy=name, network=network, agent_id="sinusoid")
     return config, spec, init_policy(config, spec, key=jax.random.key(1))
 
@@ -55,6 +61,8 @@ def make_steps(spec):
         "reset": rng.random(shape[:2]) < 0.3,
         "noise": rng.normal(size=(*shape, spec.num_actions)).astype(np.float32),
     }
+    if spec.grid_shape is not None:
+        steps["grid"] = rng.integers(0, 5, (*shape, *spec.grid_shape)).astype(spec.grid_dtype)
     steps["action_mask"][..., [0, 2]] = True  # of both components
     steps["reset"][0], steps["noise"][:, 0] = True, 0
     return steps
@@ -78,7 +86,7 @@ def test_a_program_acts_as_its_policy(name, actions, kind, tmp_path):
     for t in range(STEPS):
         now = {key: value[t] for key, value in steps.items()}
         view = np.concatenate([ids, now["agents_view"]], axis=-1)
-        obs = Observation(view, now["action_mask"], now["alive"])
+        obs = Observation(view, now["action_mask"], now["alive"], now.get("grid"))
         memory, output = act(policy, memory, obs, now["reset"], now["noise"])
         action, log_prob, value = exported.act(**now)
         alive = now["alive"]

@@ -1,4 +1,4 @@
-"""What an agent sees becomes a vector: features and images against NumPy, the dead as zeros."""
+"""What an agent sees becomes a vector: features against NumPy, the dead as zeros."""
 
 import functools
 
@@ -9,16 +9,21 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
-from mam.networks.embed import Conv, ImageEncoder, ObservationEmbedding
+from mam.networks.embed import ObservationEmbedding
 from mam.types import EnvSpec, Observation
 
 B, N, E, OBS_DIM = 2, 4, 8, 5
 ALIVE = np.array([[True, False, True, False], [False, True, True, True]])
 call = jax.jit(lambda layer, x: layer(x))
 kinds_of_view = pytest.mark.parametrize(
-    ("obs_dim", "grid_shape"),
-    [(OBS_DIM, None), (OBS_DIM, (5, 6, 2)), (0, (5, 6, 2))],
-    ids=["features", "both", "grid"],
+    ("obs_dim", "grid_shape", "image"),
+    [
+        (OBS_DIM, None, "cnn"),
+        (OBS_DIM, (5, 6, 2), "cnn"),
+        (0, (5, 6, 2), "cnn"),
+        (0, (5, 6, 2), "scan2d"),
+    ],
+    ids=["features", "both", "grid", "scanned"],
 )
 
 
@@ -32,11 +37,10 @@ def randomise(build, *args):
 
 
 @functools.cache
-def make_embedding(obs_dim, grid_shape, observation_norm="running"):
+def make_embedding(obs_dim, grid_shape, image="cnn", observation_norm="running"):
     spec = EnvSpec("suite/task", N, obs_dim, num_actions=3, time_limit=None, grid_shape=grid_shape)
-    return randomise(
-        ObservationEmbedding, spec, NetworkConfig(d_model=E, observation_norm=observation_norm)
-    )
+    config = NetworkConfig(d_model=E, d_state=2, image=image, observation_norm=observation_norm)
+    return randomise(ObservationEmbedding, spec, config)
 
 
 def make_observation(obs_dim, grid_shape, batch=(B,)):
@@ -55,7 +59,8 @@ def make_observation(obs_dim, grid_shape, batch=(B,)):
 @pytest.mark.parametrize("observation_norm", ["running", "layer"])
 def test_features_follow_the_formula(observation_norm):
     """LN(GELU(Dense(features))) of each agent, or LN(GELU(Dense(LN(features)))) as published."""
-    embed, obs = make_embedding(OBS_DIM, None, observation_norm), make_observation(OBS_DIM, None)
+    embed = make_embedding(OBS_DIM, None, observation_norm=observation_norm)
+    obs = make_observation(OBS_DIM, None)
 
     def norm(layer, x):
         centred = x - x.mean(axis=-1, keepdims=True)
@@ -78,9 +83,9 @@ def test_one_or_two_features_are_seen(obs_dim):
 
 @kinds_of_view
 @pytest.mark.parametrize("garbage", [1e30, np.nan, np.inf])
-def test_what_dead_agents_see_goes_nowhere(obs_dim, grid_shape, garbage):
+def test_what_dead_agents_see_goes_nowhere(obs_dim, grid_shape, image, garbage):
     """Neither into a value, the dead agents' own included, nor into a gradient."""
-    embed, clean = make_embedding(obs_dim, grid_shape), make_observation(obs_dim, grid_shape)
+    embed, clean = make_embedding(obs_dim, grid_shape, image), make_observation(obs_dim, grid_shape)
     dirty = eqx.tree_at(
         lambda obs: (obs.agents_view, obs.grid),
         clean,
@@ -110,10 +115,10 @@ def value_and_gradient(embed, obs):
 
 
 @kinds_of_view
-def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
+def test_agents_and_environments_do_not_touch(obs_dim, grid_shape, image):
     """Leading axes are free, and each row of the result depends on its own row alone."""
     embed, obs = (
-        make_embedding(obs_dim, grid_shape),
+        make_embedding(obs_dim, grid_shape, image),
         make_observation(obs_dim, grid_shape, batch=(3, B)),
     )
     together = call(embed, obs)
@@ -128,36 +133,6 @@ def test_agents_and_environments_do_not_touch(obs_dim, grid_shape):
         np.testing.assert_array_equal(differs, (np.arange(B * N) == N + 2).reshape(B, N))
 
 
-@pytest.mark.parametrize(
-    ("shape", "num_layers", "features"),
-    [
-        ((1, 1, 1), 2, 32),
-        ((8, 8, 3), 2, 4 * 4 * 32),
-        ((9, 4, 2), 2, 5 * 2 * 32),
-        ((17, 9, 1), 3, 5 * 3 * 32),
-        ((40, 64, 4), 4, 5 * 8 * 32),
-    ],
-)
-def test_images_are_halved_until_they_are_small(shape, num_layers, features):
-    net = randomise(ImageEncoder, shape)
-    assert len(net.layers) == num_layers
-    grid = jax.ShapeDtypeStruct((2, 3, *shape), jnp.uint8)
-    assert jax.eval_shape(net, grid).shape == (2, 3, features)
-
-
-def test_images_of_any_type_and_scale_look_the_same():
-    """Booleans, bytes, integers and floats; brighter and with more contrast."""
-    net = randomise(ImageEncoder, (6, 7, 2))
-    image = np.random.default_rng(3).integers(0, 2, (3, 6, 7, 2))
-    expected = call(net, image.astype(np.float32))
-    assert np.std(expected) > 0.1
-    for dtype in (bool, np.uint8, np.int32, np.int8):
-        np.testing.assert_array_equal(call(net, image.astype(dtype)), expected)
-    np.testing.assert_allclose(
-        call(net, (200 * image + 50).astype(np.uint8)), expected, rtol=1e-3, atol=1e-3
-    )
-
-
 def test_images_of_bytes_and_booleans_are_embedded():
     """As they are, without another conversion; rows of the dead are read as zeros there too."""
     embed, obs = make_embedding(0, (5, 6, 2)), make_observation(0, (5, 6, 2))
@@ -166,33 +141,3 @@ def test_images_of_bytes_and_booleans_are_embedded():
     expected = call(embed, with_image(np.float32))
     for dtype in (bool, np.uint8, np.int32):
         np.testing.assert_array_equal(call(embed, with_image(dtype)), expected)
-
-
-@pytest.mark.parametrize("value", [0, 1, 255])
-def test_a_blank_image_is_no_accident(value):
-    net = randomise(ImageEncoder, (4, 4, 1))
-    grid = np.full((1, 4, 4, 1), value, np.float32)
-    out, gradient = jax.jit(jax.value_and_grad(lambda net, x: net(x).sum(), (0, 1)))(net, grid)
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((out, gradient)))
-
-
-@pytest.mark.parametrize(("stride", "rows", "columns"), [(1, 4, 5), (2, 4, 5), (2, 1, 2)])
-def test_a_convolution_is_a_sum_over_neighbours(stride, rows, columns):
-    """Zeros surround the image.
-
-    With stride 2 and an even number of rows the first row is a centre's upper neighbour. That is
-    how SAME padding deals an odd number of zeros: the extra one comes last.
-    """
-    conv = randomise(lambda key: Conv(2, 3, stride, key=key))
-    x = np.random.default_rng(4).normal(size=(2, rows, columns, 2)).astype(np.float32)
-    out_shape = tuple(-(-size // stride) for size in (rows, columns))
-    before = [
-        max((out - 1) * stride + 3 - size, 0) // 2
-        for out, size in zip(out_shape, (rows, columns), strict=True)
-    ]
-    padded = np.pad(x, [(0, 0), *((low, 3) for low in before), (0, 0)])
-    expected = np.zeros((2, *out_shape, 3))
-    for i, j in np.ndindex(*out_shape):
-        window = padded[:, stride * i : stride * i + 3, stride * j : stride * j + 3]
-        expected[:, i, j] = np.einsum("byxi,yxio->bo", window, conv.weight) + conv.bias
-    np.testing.assert_allclose(call(conv, x), expected, rtol=1e-4, atol=1e-5)

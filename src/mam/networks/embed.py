@@ -3,67 +3,17 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.nn import initializers
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Key
 
 from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, Token
+from mam.networks.images import IMAGE_ENCODERS, ConvEncoder, ScanEncoder
 from mam.networks.layers import HIDDEN_GAIN, Dense, LayerNorm, activate, gelu, lookup
 from mam.types import EnvSpec, Observation
 
-SMALL_IMAGE = 8  # rows and columns an image is reduced to, at most
 # Of the embedding's bias at the start, uniform; inputs contribute numbers of order 1.
 BIAS_SCALE = 0.1
-
-
-class Conv(eqx.Module):
-    """A 3 × 3 convolution with bias; `stride` 2 halves rows and columns."""
-
-    weight: Float[Array, "3 3 I O"]
-    bias: Float[Array, "O"]
-    stride: int = eqx.field(static=True)
-
-    def __init__(self, in_dim: int, out_dim: int, stride: int, *, key: Key[Array, ""]):
-        self.weight = initializers.orthogonal(HIDDEN_GAIN)(key, (9 * in_dim, out_dim)).reshape(
-            3, 3, in_dim, out_dim
-        )
-        self.bias = jnp.zeros(out_dim)
-        self.stride = stride
-
-    def __call__(self, x: Float[Array, "batch Y X I"]) -> Float[Array, "batch Y2 X2 O"]:
-        strides = (self.stride, self.stride)
-        y = lax.conv_general_dilated(
-            x, self.weight, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return y + self.bias
-
-
-class ImageEncoder(eqx.Module):
-    """Convolutions until an image has at most 8 × 8 cells, each followed by a GELU; then flat.
-
-    The image is normalised to zero mean and unit variance first, whatever its numbers mean.
-    """
-
-    layers: tuple[Conv, ...]
-
-    def __init__(self, shape: tuple[int, int, int], *, key: Key[Array, ""]):
-        rows, columns, channels = shape
-        layers = [Conv(channels, 16, 1, key=key)]
-        while len(layers) == 1 or max(rows, columns) > SMALL_IMAGE:
-            rows, columns = -(-rows // 2), -(-columns // 2)
-            layers.append(
-                Conv(layers[-1].bias.shape[0], 32, 2, key=jax.random.fold_in(key, len(layers)))
-            )
-        self.layers = tuple(layers)
-
-    def __call__(self, grid: Shaped[Array, "*batch Y X C"]) -> Float[Array, "*batch F"]:
-        x = grid.reshape(-1, *grid.shape[-3:]).astype(jnp.float32)
-        x = x - x.mean(axis=(1, 2, 3), keepdims=True)
-        x = x * lax.rsqrt(jnp.square(x).mean(axis=(1, 2, 3), keepdims=True) + 1e-6)
-        for layer in self.layers:
-            x = gelu(layer(x))
-        return x.reshape(*grid.shape[:-3], -1)
 
 
 class ObservationEmbedding(eqx.Module):
@@ -80,7 +30,7 @@ class ObservationEmbedding(eqx.Module):
     """
 
     obs_norm: LayerNorm | None  # None where features come normalised, or there are none
-    image: ImageEncoder | None
+    image: ConvEncoder | ScanEncoder | None
     dense: Dense
     norm: LayerNorm | None  # None if plain
 
@@ -88,8 +38,9 @@ class ObservationEmbedding(eqx.Module):
         image_key, dense_key, bias_key = jax.random.split(key, 3)
         d_model, by_layer = config.d_model, spec.obs_dim > 0 and config.observation_norm == "layer"
         self.obs_norm = LayerNorm(spec.obs_dim) if by_layer else None
+        encoder = IMAGE_ENCODERS[config.image]
         self.image = (
-            None if spec.grid_shape is None else ImageEncoder(spec.grid_shape, key=image_key)
+            None if spec.grid_shape is None else encoder(spec.grid_shape, config, key=image_key)
         )
         num_features = spec.obs_dim
         if self.image is not None:

@@ -57,6 +57,7 @@ def test_every_candidate_is_a_program(what, name, memory, request):
     [
         ("scan", ("sequential", "associative", "pairwise")),
         ("block", ("attention/encoder", "attention/cross")),
+        ("image", ("cnn/5x5", "cnn-matched/5x5")),
         ("act", ("mat", "mat-uncached")),
         ("decode", ("mam", "mat")),
         ("update", ("mat",)),

@@ -1,7 +1,9 @@
 """Baselines: MAT's published way to decode, on the library's own weights, and fair sizes."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import count as whole_numbers
 
 import jax.numpy as jnp
 from jax import lax
@@ -70,11 +72,21 @@ def matched_sizes(
 ) -> NetworkConfig:
     """Return sizes whose d_model brings the named policy nearest to a number of parameters."""
     grain = math.lcm(8, config.num_heads)  # heads share d_model evenly
-    smaller = larger = replace(config, d_model=grain)
 
-    def size(config: NetworkConfig) -> int:
-        return count(policy_shapes(name, spec, config))
+    def size(d_model: int) -> int:
+        return count(policy_shapes(name, spec, replace(config, d_model=d_model)))
 
-    while size(larger) < parameters:
-        smaller, larger = larger, replace(larger, d_model=larger.d_model + grain)
-    return min(smaller, larger, key=lambda config: abs(size(config) - parameters))
+    return replace(config, d_model=matched_width(size, parameters, grain))
+
+
+def matched_width(size: Callable[[int], int], parameters: int, grain: int = 1) -> int:
+    """Return the width, a multiple of `grain`, that brings a size nearest to `parameters`.
+
+    Args:
+        size: number of parameters of a width, which grows with it.
+        parameters: to come near to.
+        grain: the smallest width.
+    """
+    larger = next(width for width in whole_numbers(grain, grain) if size(width) >= parameters)
+    widths = (max(larger - grain, grain), larger)
+    return min(widths, key=lambda width: abs(size(width) - parameters))

@@ -23,9 +23,10 @@ from mam.learning.train import Learner, TrainState, with_statistics
 from mam.learning.update import make_optimiser, update
 from mam.networks.decoding.cuda import kernel_supports as decode_kernel_supports
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
+from mam.networks.embed import ObservationEmbedding
 from mam.networks.mixers.registry import mixer_families
 from mam.networks.policy import INDEPENDENT, RECURRENT
-from mam.study.bench.baselines import act_uncached, matched_sizes
+from mam.study.bench.baselines import act_uncached, matched_sizes, matched_width
 from mam.study.bench.inputs import (
     NUM_ACTIONS,
     count,
@@ -35,11 +36,12 @@ from mam.study.bench.inputs import (
     random_like,
     random_observation,
     random_policy,
+    synthetic_images,
     synthetic_task,
 )
 from mam.study.bench.measure import Candidate, Case, Cell, Skip
 from mam.study.bench.serving import RUNTIMES, SERVED, served
-from mam.types import EnvSpec, Policy
+from mam.types import EnvSpec, Observation, Policy
 
 SCANS = ("associative", "sequential", "pairwise", "native", "pallas")
 DecodeMethod = Literal["sequential", "fixed_point", "kernel"]
@@ -49,6 +51,7 @@ SEQUENCE_LENGTH = (
     128  # steps that an update with memory learns from at a time, if there are so many
 )
 ROLLOUT_LENGTH = 16  # environment steps in a train step; the shares of time do not depend on it
+IMAGE_SIDES = (5, 10, 20)  # cells
 PER_AGENT = {"per_agent_us": lambda cell, seconds: 1e6 * seconds / cell.num_agents}
 
 
@@ -116,6 +119,32 @@ def _block(family: str, role: str, cell: Cell) -> Candidate:
 
     args = (gradient, mixer, x, context)
     return Candidate(_both_ways(mix), args, baseline=f"attention/{role}", parameters=count(mixer))
+
+
+def _image(encoder: str, side: int, cell: Cell, *, as_large_as: str | None = None) -> Candidate:
+    """Build what makes d_model numbers of an image, forward and backward to its weights."""
+    spec = synthetic_images(cell.num_agents, side)
+
+    def shapes(config: NetworkConfig) -> Any:
+        return jax.eval_shape(
+            lambda key: ObservationEmbedding(spec, config, key=key), jax.random.key(0)
+        )
+
+    sizes = partial(replace, cell.network, image=encoder)
+    config, note = sizes(), ""
+    if as_large_as is not None:
+        parameters = count(shapes(replace(config, image=as_large_as)))
+        width = matched_width(lambda width: count(shapes(sizes(image_width=width))), parameters)
+        config, note = sizes(image_width=width), f"image_width {width}"
+    embed = random_like(shapes(config))
+    gradient = normal(cell.batch, cell.num_agents, config.d_model)
+
+    def run(gradient: Array, embed: Any, obs: Observation) -> tuple[Array, PyTree]:
+        return _both_ways(lambda embed: embed(obs))(gradient, embed)
+
+    args = (gradient, embed, random_observation(spec, cell.batch))
+    baseline = f"cnn/{side}x{side}"
+    return Candidate(run, args, baseline=baseline, parameters=count(embed), note=note)
 
 
 def _act(
@@ -307,6 +336,19 @@ def cases() -> dict[str, Case]:
             },
             num_agents=NUM_AGENTS,
             tokens=8192,
+        ),
+        "image": Case(
+            {
+                f"{name}/{side}x{side}": partial(build, side)
+                for side in IMAGE_SIDES
+                for name, build in {
+                    "cnn": partial(_image, "cnn"),
+                    "scan2d": partial(_image, "scan2d"),
+                    "cnn-matched": partial(_image, "cnn", as_large_as="scan2d"),
+                }.items()
+            },
+            num_agents=(4,),
+            tokens=1024,
         ),
         "act": Case(
             _ways_to_act(_act, [*_policies(), *_with_memory()])

@@ -28,6 +28,7 @@ class Bench:
     what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WHAT")]
     """scan: the selective scan, forward and backward, in every implementation;
     block: one mixer of every family in every role, forward and backward;
+    image: what agents see as an image, read by each encoder, forward and backward;
     act: one joint action per environment;
     decode: the same without the encoder;
     update: one gradient step of a whole policy;
@@ -39,7 +40,7 @@ class Bench:
     """Environments, the same at every N; 64 for act, decode and train, 1 for serve."""
     tokens: int | None = None
     """Agents in all environments together, in place of --batch; 16384 for scan, 8192 for block
-    and update."""
+    and update, 1024 for image."""
     candidates: tuple[str, ...] = ()
     """Who takes part; all unless given."""
     rounds: int | None = None

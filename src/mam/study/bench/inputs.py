@@ -16,6 +16,7 @@ from mam.networks.policy import SEQUENTIAL, make_policy
 from mam.types import EnvSpec, Observation, Policy
 
 OBS_DIM, NUM_ACTIONS = 32, 8  # of the synthetic task
+CHANNELS = 6  # of synthetic images
 
 
 def normal(*shape: int, seed: int = 0) -> Float[Array, "..."]:
@@ -62,6 +63,12 @@ def synthetic_task(num_agents: int) -> EnvSpec:
     return EnvSpec("bench/synthetic", *sizes, time_limit=None, position_dim=2)
 
 
+def synthetic_images(num_agents: int, side: int) -> EnvSpec:
+    """Specify a task whose agents see an image of side × side cells, and nothing else."""
+    sizes = (num_agents, 0, NUM_ACTIONS)
+    return EnvSpec("bench/images", *sizes, time_limit=None, grid_shape=(side, side, CHANNELS))
+
+
 def random_observation(spec: EnvSpec, *batch: int) -> Observation:
     """Draw what agents see, [*batch, N, …]: all alive, every action legal."""
     agents = (*batch, spec.num_agents)
@@ -70,6 +77,7 @@ def random_observation(spec: EnvSpec, *batch: int) -> Observation:
         normal(*agents, spec.obs_dim),
         action_mask=mask,
         alive=jnp.ones(agents, bool),
+        grid=None if spec.grid_shape is None else normal(*agents, *spec.grid_shape) > 1,
         positions=normal(*agents, spec.position_dim, seed=3) if spec.position_dim else None,
     )
 
