@@ -207,8 +207,8 @@ def _play_external(task: ExternalTask, how: _Playing) -> Episode:
                 loop=0,
             )
     elif not undrawn:
-        how = 'with render_mode="rgb_array" its render() returns nothing'
-        undrawn = f"{task.name} cannot be drawn: {how}"
+        asked = 'with render_mode="rgb_array" its render() returns nothing'
+        undrawn = f"{task.name} cannot be drawn: {asked}"
     trace = Trace.of(notes)
     episode_return = float(trace.reward.mean(axis=1, dtype=np.float64).sum())
     agents = env.layout.agents

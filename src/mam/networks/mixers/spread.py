@@ -2,7 +2,8 @@
 
     with jax.set_mesh(agent_mesh()):
         obs, action, order = spread_agents((obs, action, order), axis=1)
-        evaluation = jax.jit(policy.evaluate)(memory, obs, action, order, reset)
+        evaluate = jax.jit(lambda *args: policy.evaluate(*args))
+        evaluation = evaluate(memory, obs, action, order, reset)
 
 XLA partitions what a policy does to one agent at a time. State-space mixers are scans along the
 agents, of which each device reads its share. Over a share the state goes from h to a ⊙ h + b: all
