@@ -341,7 +341,8 @@ class Config:
     data: str | None = None
     """Folder of the dataset to imitate (see `mam record`), or to imitate at first beside PPO."""
     teacher: str | None = None
-    """Folder of the run to distill (see `mam distill`), or to learn from at first beside PPO."""
+    """What is distilled (see `mam distill`), or learned from at first beside PPO: the folder of a
+    run or of an exported policy, or zoo:NAME."""
     init: str | None = None
     """Whose best weights are the start: the folder of a run or of an exported policy, or zoo:NAME;
     drawn at random if None."""

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import mam
-from mam.cli.main import main
+from mam.cli.main import main, read_options
 from mam.deploy.export import export
 from mam.errors import UserError
 from mam.learning.train import init_policy, make_train
 from mam.runs import zoo
 from mam.runs.files import read_object
 from mam.runs.initial import started_from
-from mam.runs.load import CARD, load_weights
+from mam.runs.load import CARD, load_weights, teacher_of
 from small_run import INDEPENDENT
 
 NAME = "zoo:probe/matrix/ippo"
@@ -60,6 +60,16 @@ def test_a_run_starts_from_it(root):
     for seed in range(2):
         policy = jax.tree.map(lambda x, seed=seed: x[seed], state.policy)
         jax.tree.map(np.testing.assert_array_equal, policy, mam.load(NAME).policy)
+
+
+def test_a_run_is_taught_by_it_and_takes_its_settings(root):
+    config = read_options("distill", [NAME, "--num-seeds", "1"]).config
+    assert config == replace(INDEPENDENT, num_seeds=1, learn="distill", teacher=NAME)
+    assert read_options("train", ["--config", NAME]).config == replace(INDEPENDENT, num_seeds=1)
+    trainer = make_train(config, teacher=teacher_of(config))
+    state = started_from(config, trainer).init(np.arange(1))
+    teacher = jax.tree.map(lambda x: x[0], state.teacher)
+    jax.tree.map(np.testing.assert_array_equal, teacher, mam.load(NAME).policy)
 
 
 def test_it_is_listed(root, capsys):

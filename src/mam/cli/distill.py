@@ -20,7 +20,7 @@ class Distill:
     """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run that teaches."""
+    """Folder of the run or of the exported policy that teaches, or zoo:NAME (see `mam zoo`)."""
     out: Path | None = None
     """Folder of the new run; runs/<task>/<policy>-distill/<time> if None."""
     trust: bool = False

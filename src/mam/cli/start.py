@@ -10,6 +10,7 @@ from mam.config import Config, DistillConfig, FinetuneConfig
 from mam.errors import UserError
 from mam.presets import preset, preset_for
 from mam.runs.files import read_config
+from mam.runs.zoo import PREFIX
 
 
 def starting_options(kind: type, args: Sequence[str]) -> Any:
@@ -34,18 +35,22 @@ def starting_options(kind: type, args: Sequence[str]) -> Any:
         case "--resume", run:
             return kind(config=read_config(Path(run) / "config.json"))
         case "--config", path:
-            return kind(
-                config=read_config(
-                    Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-                )
-            )
+            is_policy = Path(path).is_dir() or path.startswith(PREFIX)
+            return kind(config=_settings_of(path) if is_policy else read_config(Path(path)))
         case "--preset", name:
             return kind(config=preset(name))
     return kind(config=preset_for(value_of(args, "--env") or Config.env)[0])
 
 
 def taught_by(teacher: str) -> Config:
-    """Return the settings of a run that distills another one with the same settings."""
-    config = read_config(Path(teacher) / "config.json")
+    """Return the settings of a run that distills a policy with the settings of that one."""
+    config = _settings_of(teacher)
     own = {"learn": "distill", "teacher": teacher, "data": None, "distill": DistillConfig()}
     return replace(config, **own, init=None, init_partial=False, finetune=FinetuneConfig())
+
+
+def _settings_of(policy: str) -> Config:
+    """Return the settings of a run, of an exported policy, or of one of the zoo."""
+    from mam.runs.load import saved_config
+
+    return saved_config(policy)

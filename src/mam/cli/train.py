@@ -27,8 +27,8 @@ class Train:
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
     start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings to start from: the folder of a run, or a JSON file such as its config.json or
-    a sweep's best.json."""
+    """Settings to start from: the folder of a run or of an exported policy, zoo:NAME, or a JSON
+    file such as a run's config.json or a sweep's best.json."""
     out: Path | None = None
     """Folder of the run; runs/<task>/<policy>/<time> if None."""
     resume: Path | None = None

@@ -111,21 +111,6 @@ def _check_depth(value: Any, levels: int) -> None:
         _check_depth(child, levels - 1)
 
 
-def teacher_of(config: Config, path: Path | None = None) -> Config | None:
-    """Read the configuration of the run that a run distills; None if it distills none.
-
-    Args:
-        config: of the run.
-        path: where it is, if not in the teacher's own folder.
-
-    Raises:
-        UserError: if there is none.
-    """
-    if config.teacher is None:
-        return None
-    return read_config(path or Path(config.teacher) / "config.json")
-
-
 def read_config(path: Path) -> Config:
     """Read the configuration in a file, whatever the file holds.
 

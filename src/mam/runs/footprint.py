@@ -22,7 +22,7 @@ from mam.config import Config
 from mam.errors import RunError, UserError
 from mam.learning.train import Trainer, TrainState, make_train
 from mam.networks.policy import has_memory
-from mam.runs.files import teacher_of
+from mam.runs.load import teacher_of
 from mam.types import Keys, Observation, Policy, PolicyOutput
 
 MEMORY_FRACTION = 0.9  # of a device's memory that may be planned for

@@ -479,6 +479,21 @@ def read_weights(file: Path, config: Config, spec: EnvSpec) -> Policy:
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
+def teacher_of(config: Config, path: Path | None = None) -> Config | None:
+    """Read the configuration of the policy that a run is taught by; None if there is none.
+
+    Args:
+        config: of the run.
+        path: of a file with it, if not from the teacher itself.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if config.teacher is None:
+        return None
+    return saved_config(config.teacher) if path is None else read_config(path)
+
+
 def saved_config(run: str | Path) -> Config:
     """Read the configuration of a run, or of the policy that was exported or is in the zoo.
 

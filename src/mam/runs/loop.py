@@ -37,10 +37,11 @@ from mam.learning.train import Trainer, TrainState, Values, on_host
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
 from mam.runs.curriculum import carried_over, check_stages, trainer_at
-from mam.runs.files import read_object, teacher_of
+from mam.runs.files import read_object
 from mam.runs.folder import FREE, RunFolder, differences, restore, seeds_of
 from mam.runs.footprint import footprint, out_of_memory
 from mam.runs.initial import started_from
+from mam.runs.load import teacher_of
 from mam.runs.lock import acquire
 from mam.runs.loggers import find_sink
 from mam.runs.signals import GRACE, Stop, stop_on_signals
