@@ -200,7 +200,9 @@ def convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Va
     env: dict[Any, Value] = {}
 
     def read(atom: Any) -> Value:
-        return Value.of(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+        if isinstance(atom, jex.Literal):  # a number of Python's, whose own type may be wider
+            return Value.of(np.asarray(atom.val, atom.aval.dtype))
+        return env[atom]
 
     consts = [v if isinstance(v, Value) else Value.of(v) for v in consts]
     env.update(zip(jaxpr.constvars, consts, strict=True))
