@@ -43,7 +43,8 @@ def make_policy(name, actions, num_agents=3):
     if actions == "components":
         kind = {"action_components": (2, 3)}
     image = actions if actions in ("cnn", "scan2d") else "cnn"
-    kind["grid_shape"] = (9, 4, 2) if actions == image else None
+    if actions == image:
+        kind |= {"grid_shape": (9, 4, 2), "grid_dtype": "bool" if image == "cnn" else "uint8"}
     spec = mam.EnvSpec("suite/task", num_agents, 16 + 4, 5, None, id_dim=16, **kind)
     network = NetworkConfig(d_model=8, d_state=2, image=image, image_width=4)
     config = replace(INDEPENDENT, policy=name, network=network, agent_id="sinusoid")

@@ -200,7 +200,10 @@ def convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Va
     env: dict[Any, Value] = {}
 
     def read(atom: Any) -> Value:
-        return Value.of(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+        if not isinstance(atom, jex.Literal):
+            return env[atom]
+        aval: Any = atom.aval  # its value may be a number of Python's, whose own type is wider
+        return Value.of(np.asarray(atom.val, aval.dtype))
 
     consts = [v if isinstance(v, Value) else Value.of(v) for v in consts]
     env.update(zip(jaxpr.constvars, consts, strict=True))
