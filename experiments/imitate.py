@@ -9,7 +9,7 @@ mam train --env mpe/simple_spread_3 $SMALL --total-timesteps 500000 --out runs/e
 mam record runs/experts/spread --episodes 1000 --out data/spread
 SPREAD=pettingzoo/mpe2:simple_spread_v3
 mam train --env $SPREAD $SMALL --total-timesteps 500000 --out runs/experts/pettingzoo
-mam record runs/experts/pettingzoo --episodes 1000 --out data/pettingzoo
+mam record runs/experts/pettingzoo --env $SPREAD --episodes 1000 --out data/pettingzoo
 mam experiment experiments/imitate.py
 mam report runs/imitate --out report
 """
