@@ -2,7 +2,8 @@
 
     with jax.set_mesh(agent_mesh()):
         obs = spread_agents(obs, axis=1)
-        output = jax.jit(lambda policy, *seen: policy.act(*seen)[1])(policy, memory, obs, reset, key)
+        act = jax.jit(lambda policy, *seen: policy.act(*seen)[1])
+        output = act(policy, memory, obs, reset, key)
 
 XLA partitions what a policy does to one agent at a time. State-space mixers are scans along the
 agents, of which each device reads its share. Over a share the state goes from h to a ⊙ h + b: all
