@@ -1,9 +1,9 @@
 """Agents spread over devices: a joint action, or a gradient step, by all of them together.
 
     with jax.set_mesh(agent_mesh()):
-        obs, action, order = spread_agents((obs, action, order), axis=1)
-        evaluate = jax.jit(lambda *args: policy.evaluate(*args))
-        evaluation = evaluate(memory, obs, action, order, reset)
+        obs = spread_agents(obs, axis=1)
+        act = jax.jit(lambda policy, *seen: policy.act(*seen)[1])
+        output = act(policy, memory, obs, reset, key)
 
 XLA partitions what a policy does to one agent at a time. State-space mixers are scans along the
 agents, of which each device reads its share. Over a share the state goes from h to a ⊙ h + b: all
