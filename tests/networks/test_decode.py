@@ -143,7 +143,7 @@ class Alternating(Decoder):
 
     def __init__(self):
         self.embed = randomise(lambda key: ActionEmbedding(Categorical(2), 1, key=key))
-        self.blocks, self.head, self.remat = (), None, False
+        self.blocks, self.head, self.remat, self.chunk = (), None, False, None
 
     def init_state(self, num_agents, batch, dtype):
         return ()

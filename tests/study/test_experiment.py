@@ -20,6 +20,7 @@ from mam.cli.arguments import parse
 from mam.config import to_json
 from mam.errors import RunError, UserError
 from mam.presets import preset, preset_for
+from mam.runs.zoo import PREFIX, zoo_names
 from mam.study.experiment.follow import Follower
 from mam.study.experiment.grid import changed, flags, grid
 from mam.study.experiment.jobs import Job, jobs_of, load_runs
@@ -153,12 +154,14 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
         "lbf": 18,
         "imitate": 6,
         "finetune": 7,
-        "distill": 9,
+        "distill": 26,
         "memory": 4,
         "rware": 5,
         "many_agents": 5,
         "paper": 4 * 33,
         "scaling": 44,
+        "images": 4,
+        "camar": 5,
     }.items(),
 )
 def test_the_experiments_that_come_along_are_valid(name, count, monkeypatch):
@@ -168,9 +171,10 @@ def test_the_experiments_that_come_along_are_valid(name, count, monkeypatch):
     monkeypatch.chdir(root)
     monkeypatch.syspath_prepend(str(root))
     jobs = jobs_of(load_runs(root / "experiments" / f"{name}.py"), Path("runs") / name)
+    zoo = {PREFIX + policy for policy in zoo_names()}
     for index, job in enumerate(jobs):
         earlier = {str(one.path) for one in jobs[:index]}
-        assert {job.config.init, job.config.teacher} <= {None, *earlier}
+        assert {job.config.init, job.config.teacher} <= {None, *earlier, *zoo}
         check_task(job.config.env)
     assert len(jobs) == count
 
