@@ -1,7 +1,7 @@
 """What agents see as an image, read by convolutions and by scans with as many parameters.
 
 Boards of 5 × 5 cells, and mazes of 10 × 10. The agents decide by themselves, so that nothing else
-stands between an image and an action. Four runs of five minutes or less of a CPU core each.
+stands between an image and an action. Four runs of some minutes of a CPU core each, an estimate.
 
 mam experiment experiments/images.py
 mam report runs/images --out report
