@@ -23,7 +23,8 @@ class Plan:
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
     start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings to start from: the folder of a run, or a JSON file such as its config.json."""
+    """Settings to start from: the folder of a run or of an exported policy, zoo:NAME, or a JSON
+    file such as a run's config.json."""
     sweep: str | None = None
     """Values of an option of the task that are planned one after another, such as
     agents=32,1000,10000."""

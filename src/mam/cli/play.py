@@ -8,8 +8,6 @@ import tyro
 
 from mam.errors import UserError
 
-METRICS = "metrics.jsonl"  # of the run
-
 
 @dataclass(frozen=True)
 class Play:
@@ -43,19 +41,17 @@ def play(args: Play) -> None:
     Raises:
         UserError: if it is to go to a tracker that there is not, or of what is no run.
     """
+    from mam.runs.folder import RunFolder
     from mam.runs.loggers import find_tracker
 
-    trackers = [find_tracker(name) for name in args.log]
-    if trackers and not (args.run / METRICS).is_file():
+    trackers, folder = [find_tracker(name) for name in args.log], RunFolder(args.run)
+    if trackers and not folder.metrics.is_file():
         raise UserError(f"--log goes on with a run: there is none in {args.run}")
     episode, _, _ = played(args)
     if trackers and not episode.undrawn:
-        from mam.runs.load import saved_config
-        from mam.runs.sinks import read_records
-
-        step_count = read_records(args.run / METRICS)[-1].step_count
+        config, step_count = folder.load_config(), folder.records()[-1].step_count
         for tracker in trackers:
-            sink = tracker(args.run, saved_config(args.run), resumed=True)
+            sink = tracker(args.run, config, resumed=True)
             sink.show(_picture(args), step_count)
             sink.close()
 

@@ -219,7 +219,9 @@ def make_train(
         return learner().init(seed, lambda policy, key: source.init(policy, key, devices.shard))
 
     init_seeds = jax.jit(devices.share(_in_turn(init), (P(),), specs))
-    train_step, evaluate_step, absolute_metric = _steps(config, source, played, learner, specs)
+    train_step, evaluate_step, absolute_metric = _step_functions(
+        config, source, played, learner, specs
+    )
     if recordings is not None:
         evaluate_step = _predicting(evaluate_step, recordings)
         if source is not recordings:
@@ -238,7 +240,7 @@ def make_train(
     )
 
 
-def _steps(
+def _step_functions(
     config: Config,
     source: Experience,
     played: Environments | Unplayed,
@@ -262,7 +264,7 @@ def _steps(
         return learner().remember(*args)
 
     def share(step: Callable, out_specs: Any) -> Callable:
-        return jax.jit(played.devices.share(_over_seeds(step), (specs,), out_specs))
+        return played.devices.share(_over_seeds(step), (specs,), out_specs)
 
     whole = partial(_Steps, config, source, played, partial(_acting, config))
     traced = whole(learn, remember, _key)
@@ -273,11 +275,11 @@ def _steps(
     )
     train_step, evaluate_step, absolute_metric = called.train, called.evaluate, called.absolute
     if source.compiled:
-        train = played.devices.share(_over_seeds(traced.train), (specs,), (specs, P()))
-        train_step = jax.jit(_guarded(train, config), donate_argnums=0)
+        train_step = _guarded(share(traced.train, (specs, P())), config)
+        train_step = jax.jit(train_step, donate_argnums=0)
     if played.compiled:
-        evaluate_step = share(traced.evaluate, (specs, P()))
-        absolute_metric = share(traced.absolute, P())
+        evaluate_step = jax.jit(share(traced.evaluate, (specs, P())))
+        absolute_metric = jax.jit(share(traced.absolute, P()))
     return train_step, evaluate_step, absolute_metric
 
 

@@ -68,7 +68,7 @@ class ExternalTask:
 
 @dataclass(frozen=True)
 class _Playing:
-    """How an episode is played, and what is kept of it; see `play`."""
+    """The way in which an episode is played, and what is kept of it; see `play`."""
 
     policy: Policy
     seed: int

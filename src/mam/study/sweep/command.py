@@ -24,7 +24,8 @@ class Sweep:
     preset: str | None = None
     """Settings to start from, in place of the task's own preset."""
     start: Annotated[Path | None, tyro.conf.arg(name="config")] = None
-    """Settings to start from: the folder of a run, or a JSON file such as its config.json."""
+    """Settings to start from: the folder of a run or of an exported policy, zoo:NAME, or a JSON
+    file such as a run's config.json."""
     out: Path | None = None
     """Folder of the sweep and its runs; sweeps/<task>/<policy> if None."""
     trials: int = 50
