@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from mam.networks.sequence import SequenceMemory
+from mam.runs import checkpoint
 from mam.runs.checkpoint import CheckpointError, Writer, newest
 
 
@@ -185,9 +186,31 @@ def test_a_save_that_cannot_be_read_back_is_none_and_deletes_none(tmp_path, monk
         patch.setattr(os, "fsync", lose)
         writer = Writer(tmp_path, keep=1, after=first)
         writer.save(make_state(2), {})
-        with pytest.raises(CheckpointError, match=f"2.partial is damaged: {file} has changed"):
+        with pytest.raises(
+            CheckpointError,
+            match=rf"cannot write a checkpoint to .*: .*2.partial is damaged: {file} has changed",
+        ):
             writer.close()
     assert_same(newest(tmp_path).restore(make_state()), make_state(1))
+
+
+@pytest.mark.parametrize("step", ["_write_arrays", "_write_manifest", "_open"])
+def test_a_folder_that_vanishes_at_any_step_is_one_that_cannot_be_written(
+    tmp_path, monkeypatch, step
+):
+    folder = tmp_path / "checkpoint"
+    function = getattr(checkpoint, step)
+
+    def vanish(*arguments):
+        result = function(*arguments)
+        folder.rename(tmp_path / "gone")
+        return result
+
+    monkeypatch.setattr(checkpoint, step, vanish)
+    writer = Writer(folder)
+    writer.save(make_state(), {})
+    with pytest.raises(CheckpointError, match=r"cannot write a checkpoint to .*No such file"):
+        writer.close()
 
 
 def _fail(*_, **__):

@@ -90,10 +90,11 @@ class Writer:
             return
         written, self._pending = self._pending, None
         if (error := written.exception()) is not None:
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError | CheckpointError):
                 raise error
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"cannot write a checkpoint to {self._folder}: {error.strerror or error}"
+                f"cannot write a checkpoint to {self._folder}: {reason}"
             ) from error
 
     def close(self) -> None:
