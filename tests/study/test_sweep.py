@@ -204,6 +204,10 @@ def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
     _, trials = sweep(pool)
     under_way = [t for t in trials.values() if t.state.name == "RUNNING"]
     assert under_way
+    said = capsys.readouterr().out
+    assert said.startswith("searching settings of mam on probe/matrix: 12 trials of 2 × 96 steps")
+    assert "at most, 0 begun before" in said
+    assert f"    ppo.lr: {' '.join(map(str, RANGES['ppo.lr']))}\n" in said
     again = TrialPool()
     _, after = sweep(again)
     assert len(after) == 12
@@ -211,6 +215,7 @@ def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
     resumed = [name for name, command in again.commands if command[1] == "--resume"]
     assert resumed == [f"trial_{t.number:04d}" for t in under_way]
     assert all(after[t.number].params == t.params for t in under_way)
+    assert f"at most, {len(trials)} begun before" in capsys.readouterr().out
 
     nothing = TrialPool()
     sweep(nothing)

@@ -102,6 +102,18 @@ class Search:
             raise UserError(f"{self._out} holds a sweep of something else: choose another --out")
         study.set_user_attr("what", what)
 
+    def _introduce(self) -> None:
+        """Say what is about to take so long."""
+        config, there = self._options.config, len(self._study.trials)
+        trials = min(self._options.trials, self._sampler.num_combinations)
+        self._screen.log(
+            f"searching settings of {config.algorithm} on {config.env}: {trials} trials of "
+            f"{config.num_seeds} × {config.total_timesteps:,} steps at most, {there} begun before, "
+            f"in {self._out}"
+        )
+        for name, values in self._values.items():
+            self._screen.log(f"    {name}: {' '.join(map(str, values))}")
+
     def run(self) -> None:
         """Run trials until there are enough, or a signal comes.
 
@@ -112,6 +124,7 @@ class Search:
         # Two at once would tell the outcome of each other's trials.
         with closing(acquire(self._out / "sweep.lock")), stop_on_signals() as stopping:
             self._open()
+            self._introduce()
             unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
             waiting = [
                 self._row(self._optuna.trial.Trial(self._study, trial._trial_id))
