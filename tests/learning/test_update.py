@@ -323,3 +323,20 @@ def test_steps_metrics_and_the_first_ratio_deviation(policy, batch):
     assert metrics.losses["ratio_deviation"] > 0.1
     swapped = eqx.tree_at(lambda b: b.targets.log_prob, batch, batch.targets.log_prob[:, :, ::-1])
     assert run(swapped)[1].first["ratio_deviation"] > 0.1
+
+
+def test_what_was_frozen_moves_on_as_if_it_had_not_been(policy, batch):
+    """Adam without moments of its gradients would take a step of several learning rates."""
+    ppo = PPOConfig(num_epochs=1, num_minibatches=1, lr=1e-4, max_grad_norm=1e9)
+    optimiser, key = make_optimiser(ppo), jax.random.key(2)
+    free = jax.tree.map(lambda _: jnp.array(False), policy)
+    frozen = eqx.tree_at(lambda p: p.actor, free, jnp.array(True))
+    take = jax.jit(lambda p, s, f: update(p, s, batch, key, optimiser, PPO(ppo), ppo, frozen=f)[:2])
+    held, state = policy, optimiser.init(policy)
+    for _ in range(200):
+        held, state = take(held, state, frozen)
+    np.testing.assert_array_equal(held.actor, policy.actor)
+    assert (held.critic != policy.critic).all()
+    for _ in range(10):
+        before, (held, state) = held, take(held, state, free)
+        assert 0 < jnp.abs(held.actor - before.actor).max() < 1.1 * ppo.lr

@@ -72,6 +72,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stop_after, whole, tmp_path, 
     assert "32 steps: going on with agents=5" in capsys.readouterr().out
 
 
+def test_a_callback_that_fails_at_the_end_of_a_stage_leaves_a_run_that_goes_on(whole, tmp_path):
+    class Fails(mam.Callback):
+        def on_update(self, event):
+            if event.update == 2:
+                raise OSError("the callback's own")
+
+    with pytest.raises(OSError, match="the callback's own"):
+        mam.train(RUN, out=tmp_path / "run", callbacks=[Fails()])
+    mam.train(resume=tmp_path / "run", trust=True)
+    assert rows(tmp_path / "run") == rows(whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

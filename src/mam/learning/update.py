@@ -85,7 +85,8 @@ def update(
         config: numbers of epochs and minibatches.
         shard: this device's share of every minibatch.
         lr_scale: multiplies the learning rate in the optimiser's state.
-        frozen: which parameters get no gradient; all do if None.
+        frozen: which parameters stay as they are; none if None. The optimiser's state goes on, so
+            that they take steps of the usual size as soon as they are free.
 
     Returns:
         The network and the optimiser's state after the steps, and means over these.
@@ -100,10 +101,10 @@ def update(
         index = shard.local_slice(index)
         rows = jax.tree.map(lambda x: x[:, index], batch)
         grads, losses = _gradient(policy, rows, objective, shard)
-        if frozen is not None:
-            grads = jax.tree.map(lambda still, x: jnp.where(still, 0.0, x), frozen, grads)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         updates = optax.tree.scale(lr_scale, updates)
+        if frozen is not None:  # Adam's moments follow what holds still, too: see its first step
+            updates = jax.tree.map(lambda still, x: jnp.where(still, 0.0, x), frozen, updates)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
         flags = [is_nonfinite(losses.loss), *nonfinite_leaves(grads), *nonfinite_leaves(policy)]
         bad = jnp.where(bad == NO_FAULT, first_nonfinite(flags), bad)

@@ -422,8 +422,10 @@ class _Loop:
                 self.save(state)
                 raise RunError(self.diagnosis)
             self.update += 1
-            self.report("train", values, state, stop)
-        return self.next_stage(state)
+        # From here on what is saved, also for a callback that fails, is the next stage's.
+        state = self.next_stage(state)
+        self.report("train", values, state, stop)
+        return state
 
     def evaluate(self, state: TrainState, stop: Stop) -> TrainState:
         """Evaluate the current weights and report it.
