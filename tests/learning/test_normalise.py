@@ -199,3 +199,11 @@ def test_successors_are_valued_in_the_same_units_as_everything_else():
     found, expected = successor_values_and_values(policy, obs, successor)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert np.abs(expected).min() > 5
+
+
+def test_values_of_one_without_statistics_have_units_that_are_known():
+    own = Statistics.init(SPEC, observations=False, values=True)
+    assert own.values.count == 0
+    assert own.taken_from(Statistics()).values.count == 1
+    other = replace(own, values=replace(own.values, count=jnp.array(7.0)))
+    assert own.taken_from(other).values.count == 7

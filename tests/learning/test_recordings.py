@@ -83,6 +83,18 @@ def test_the_best_episodes_are_taken_and_some_of_them_held_out(folder):
     assert nothing.held_out(policies(nothing.config)) == {}
 
 
+def test_random_orders_are_drawn_anew_at_every_step_as_in_acting(folder):
+    source = recordings(folder, network=replace(NETWORK, order="random"))
+    keys = jax.random.split(jax.random.key(1), 2)
+    _, rollout, _ = source.collect(policies(source.config), (), keys, WHOLE)
+    order = rollout.transitions.order
+    assert (np.sort(order, axis=-1) == np.arange(2)).all()
+    assert 0.2 < order[..., 0].mean() < 0.8
+    assert (order[0] != order[1]).any()
+    _, again, _ = source.collect(policies(source.config), (), keys, WHOLE)
+    np.testing.assert_array_equal(again.transitions.order, order)
+
+
 @pytest.mark.parametrize("policy", ["ippo", "rec_ippo"])
 def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(policy, folder):
     source = recordings(folder, policy, CloningConfig(held_out=0.0))

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from mam.runs import loop
 from mam.runs.initial import started_from
 from mam.runs.load import load_weights
 from mam.runs.record import Controller, record
+from mam.types import Observation
 from small_run import CONFIG as SEQUENCE
 from small_run import INDEPENDENT as CONFIG
 
@@ -71,6 +73,46 @@ def test_what_does_not_fit_is_named_or_drawn(earlier):
     ]
     assert any(taken)
     assert not all(taken)
+
+
+def values_of(policies, spec):
+    """What every seed's critic says of some observations, in units of reward."""
+    obs = Observation(
+        jax.random.normal(jax.random.key(0), (8, spec.num_agents, spec.obs_dim)),
+        jnp.ones((8, spec.num_agents, spec.num_actions), bool),
+        jnp.ones((8, spec.num_agents), bool),
+    )
+
+    def value(policy):
+        keys = jax.random.split(jax.random.key(1), 8)
+        return policy.act(policy.init_memory((8,)), obs, jnp.ones(8, bool), keys)[1].value
+
+    return jax.vmap(value)(as_normalised(policies))
+
+
+def test_values_mean_the_same_without_their_normalisation(earlier):
+    plain = replace(CONFIG, ppo=replace(CONFIG.ppo, normalise_value=False), init=str(earlier))
+    trainer, best = started_from(plain, make_train(plain)), load_weights(earlier)
+    old = values_of(best.policies, trainer.spec)
+    units = as_normalised(best.policies).statistics.values
+    assert (abs(units.mean) > 1e-3).all()
+    policy = trainer.init(np.arange(2)).policy
+    np.testing.assert_allclose(values_of(policy, trainer.spec), old, rtol=1e-5, atol=1e-6)
+
+
+def test_values_that_were_learned_as_they_are_are_kept_by_the_first_rollout(earlier, tmp_path):
+    plain = replace(CONFIG, ppo=replace(CONFIG.ppo, normalise_value=False))
+    folder, trainer = loop.start(plain, tmp_path / "plain")
+    loop.run(plain, folder, trainer)
+    config = replace(CONFIG, init=str(folder.path), init_partial=True)
+    trainer = started_from(config, make_train(config), lambda line: None)
+    policy = as_normalised(trainer.init(np.arange(2)).policy)
+    old = values_of(load_weights(folder.path).policies, trainer.spec)
+    np.testing.assert_allclose(values_of(policy, trainer.spec), old, rtol=1e-5, atol=1e-6)
+    target = 50 + 10 * jax.random.normal(jax.random.key(2), (2, 16, trainer.spec.num_agents))
+    after = jax.vmap(lambda p, x: p.update_values(x, jnp.ones(x.shape, bool)))(policy, target)
+    assert (after.statistics.values.mean > 10).all()
+    np.testing.assert_allclose(values_of(after, trainer.spec), old, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("base", [CONFIG, SEQUENCE], ids=["independent", "sequence"])

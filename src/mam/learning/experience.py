@@ -29,8 +29,7 @@ from mam.learning.external import (
 from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
-from mam.networks.order import order_agents
-from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy, Transition
+from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy
 
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
 
@@ -334,65 +333,3 @@ def environments(config: Config) -> Environments:
         )
     batched = make_batched(config.env, num_envs, config.agent_id)
     return OnDevice(config, Devices(num_devices), batched)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Recorded joint transitions, of which a rollout is num_envs windows drawn at random.
-
-    Each window is a sequence of its own, at whose start memory is empty.
-    """
-
-    transitions: Transition  # [T, B, …]; log_prob, value and metrics are not read
-    num_envs: int  # windows in a rollout
-    length: int  # their steps
-    order: str = "index"  # in which agents are taken to have decided, as `network.order`
-    compiled: ClassVar[bool] = True
-
-    def __post_init__(self):
-        num_steps = self.transitions.reset.shape[0]
-        if not 1 <= self.length <= num_steps:
-            raise UserError(f"windows of {self.length} steps do not fit in {num_steps} recorded")
-
-    def init(self, policy: Policy, key: Key[Array, ""], shard: Shard) -> tuple[()]:
-        """Return nothing: a rollout is drawn anew from the whole recording.
-
-        Args:
-            policy: not read.
-            key: not read.
-            shard: not read.
-        """
-        return ()
-
-    def collect(
-        self, policy: Policy, carry: tuple[()], key: Key[Array, ""], shard: Shard
-    ) -> tuple[tuple[()], Rollout, Values]:
-        """Draw the windows, with replacement, each anywhere in the recording.
-
-        Args:
-            policy: says what memory is before a window's first step, and no more.
-            carry: empty.
-            key: decides where windows start; the same on every device.
-            shard: this device's share of the windows.
-
-        Returns:
-            The empty carry; windows [T, B, …] of `length` steps, without log-probabilities, values
-            and metrics, in the order that `order` names; and no metrics.
-        """
-        num_steps, num_columns = self.transitions.reset.shape
-        first_key, column_key = jax.random.split(key)
-        last = num_steps - self.length + 1
-        first = shard.local_slice(jax.random.randint(first_key, (self.num_envs,), 0, last))
-        column = shard.local_slice(jax.random.randint(column_key, (self.num_envs,), 0, num_columns))
-        rows = first + jnp.arange(self.length)[:, None]  # [T, B]
-        window = jax.tree.map(lambda x: jnp.asarray(x)[rows, column], self.transitions)
-        window = replace(
-            window,
-            order=order_agents(self.order, window.observation),
-            log_prob=None,
-            value=None,
-            metrics={},
-            policy_metrics={},
-        )
-        memory = jax.tree.map(lambda x: x[None], policy.init_memory((first.shape[0],)))
-        return (), Rollout(window, memory, window.final_observation.alive[-1]), {}

@@ -136,9 +136,16 @@ class Statistics(eqx.Module):
         )
 
     def taken_from(self, other: "Statistics") -> "Statistics":
-        """Return another's statistics, of what both have any of."""
+        """Return another's statistics, of what both have any of.
+
+        Where the other has none of values, these are learned as they are: then it is known that
+        mean 0 and variance 1 are their units, and `update_values` will keep them.
+        """
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return Statistics(*(own if own is None or its is None else its for own, its in pairs))
+        taken = Statistics(*(own if own is None or its is None else its for own, its in pairs))
+        if taken.values is None or other.values is not None:
+            return taken
+        return replace(taken, values=replace(taken.values, count=jnp.ones_like(taken.values.count)))
 
     def normalise(self, obs: Observation) -> Observation:
         """Return the observation in the network's units."""

@@ -22,7 +22,7 @@ from mam.learning.rollout import Rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.actions import LARGEST
-from mam.networks.order import order_agents
+from mam.networks.order import decision_order, order_agents
 from mam.types import EnvSpec, Observation, Policy, Transition
 
 Values = dict[str, Any]
@@ -175,6 +175,9 @@ class Recordings:
             first = starts[drawn] if remembers else drawn
             rows = (first + np.arange(self._length)[:, None]) % num_steps
             window = jax.tree.map(lambda x, rows=rows: x[rows], steps)
+            if self.config.network.order == "random":  # as in acting: another at every step
+                alive = window.observation.alive
+                window = replace(window, order=decision_order(alive, generator.random(alive.shape)))
             windows.append(self.augment(window, generator) if self.augment else window)
         window = jax.tree.map(lambda *x: np.stack(x), *windows)
         return carry, Rollout(window, memory, window.final_observation.alive[:, -1]), {}

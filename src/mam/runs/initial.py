@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -62,9 +63,7 @@ def _taught(config: Config, trainer: Trainer) -> Trainer:
             return state
         new, units = as_normalised(state.policy), as_normalised(teacher).statistics
         policy = simplified(replace(new, statistics=new.statistics.taken_from(units)))
-        if config.distill.staged:
-            policy, _ = _fitted(policy, teacher)
-        return _with_policy(state, policy)
+        return _with_policy(state, _taken(policy, teacher) if config.distill.staged else policy)
 
     return replace(trainer, init=init)
 
@@ -122,7 +121,7 @@ def _begun(config: Config, trainer: Trainer, tell: Callable[[str], None]) -> Tra
 
     def init(seeds: np.ndarray) -> TrainState:
         state = trainer.init(seeds)
-        return _with_policy(state, _fitted(state.policy, policies)[0])
+        return _with_policy(state, _taken(state.policy, policies))
 
     return replace(trainer, init=init)
 
@@ -149,6 +148,28 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
     names = leaf_names(new_whole, "")
     left = [name.strip() for name, fit in zip(names, fits, strict=True) if not fit]
     return simplified(jax.tree.unflatten(structure, taken)), left
+
+
+def _taken(new: Policy, old: Policy) -> Policy:
+    """Return `new` with the arrays of `old` that fit, [seeds, …], and values that mean the same."""
+    taken, source = as_normalised(_fitted(new, old)[0]), as_normalised(old)
+    layer, its_layer = (getattr(one.network, "value_layer", None) for one in (taken, source))
+    if layer is None or its_layer is None or layer.weight.shape != its_layer.weight.shape:
+        return simplified(taken)
+    statistics, units = taken.statistics, source.statistics.values
+    if units is None:
+        return simplified(replace(taken, statistics=statistics.taken_from(source.statistics)))
+    if statistics.values is not None:
+        return simplified(taken)
+    network = eqx.tree_at(
+        lambda network: (network.value_layer.weight, network.value_layer.bias),
+        cast(Any, taken.network),
+        (
+            layer.weight * units.deviation[:, None, None],
+            layer.bias * units.deviation[:, None] + units.mean[:, None],
+        ),
+    )
+    return simplified(replace(taken, network=network))
 
 
 def _with_policy(state: TrainState, policy: Policy) -> TrainState:
