@@ -282,6 +282,20 @@ def test_evaluate_prints_json_and_nothing_else(finished, capsys):
     assert [len(episodes) for episodes in found["metrics"]["episode_return"]] == [4, 4]
 
 
+def test_a_run_is_played_in_the_mode_that_counts_in_it(tmp_path, capsys):
+    run, brief = tmp_path / "run", ["--policy", "ippo", "--total-timesteps", "16", "--eval.greedy"]
+    assert cli.main(["train", *SMALL, *brief, "--out", str(run)]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--episodes", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["greedy"] is True
+    gif = tmp_path / "episode.gif"
+    assert cli.main(["play", str(run), "--out", str(gif), "--picture", "False"]) == 0
+    assert json.loads(gif.with_suffix(".json").read_text())["greedy"] is True
+    data = tmp_path / "data"
+    assert cli.main(["record", str(run), "--episodes", "2", "--out", str(data)]) == 0
+    assert json.loads((data / "dataset.json").read_text())["provenance"]["greedy"] is True
+
+
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """A run whose mean return is a tenth of the number of agents, a seed's number more."""

@@ -131,6 +131,10 @@ def test_nothing_leaks_across_an_end(random, end):
             for numbers in ((reward, value, next_value), changed)
         )
         assert (before == after).all() == has_end
+    ends[end][cut] = True
+    nothing = [np.where(later, np.nan, x) for x in (reward, value, next_value)]
+    found = gae(*nothing, **ends, gamma=0.99, gae_lambda=0.95).advantage[: cut + 1]
+    assert np.isfinite(found).all()
 
 
 def test_the_successor_of_a_termination_may_be_anything(random):

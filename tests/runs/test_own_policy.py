@@ -129,6 +129,10 @@ def test_what_is_none_is_refused(name, said):
             "data reads the part distribution",
         ),
         (
+            {"ppo": PPOConfig(normalise_value=False), "learn": "distill", "teacher": "there"},
+            "teacher reads the part distribution",
+        ),
+        (
             {
                 "ppo": PPOConfig(normalise_value=False),
                 "finetune": FinetuneConfig(critic_warmup=1),

@@ -27,7 +27,7 @@ class Evaluate:
     episodes: int = 320
     """Episodes per seed."""
     greedy: bool = False
-    """Take the most likely actions instead of sampling them."""
+    """Take the most likely actions instead of sampling them, as of runs with --eval.greedy."""
     seed: int = 0
     """Decides the episodes."""
     sweep: str | None = None
@@ -58,13 +58,14 @@ def evaluate(args: Evaluate) -> None:
     from mam.runs.sinks import RETURN, mean_and_spread, to_json
 
     process.configure()
-    asked: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
+    config = saved_config(args.run)
+    greedy = args.greedy or config.eval.greedy
+    asked: dict[str, Any] = {"greedy": greedy, "seed": args.seed}
     # Notes do not belong in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         spec, metrics = api.play_episodes(
             args.run, episodes=args.episodes, env=args.env, trust=args.trust, **asked
         )
-    config = saved_config(args.run)
     env, seeds = args.env or config.env, seeds_of(config)
     if args.json:
         facts = {"run": str(args.run), "env": env, "algorithm": config.algorithm, "seeds": seeds}
@@ -78,7 +79,7 @@ def evaluate(args: Evaluate) -> None:
             )
         )
         return
-    of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if args.greedy else "sampled"
+    of_agents, mode = metrics.pop(AGENT_RETURN, None), "greedy" if greedy else "sampled"
     table = Table(title=f"{config.algorithm} on {env}: {args.episodes} episodes, {mode} actions")
     for name in ("seed", *metrics):
         table.add_column(name, justify="right", overflow="fold")
@@ -118,7 +119,8 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     option, values = read_sweep(asked, numbers=args.out is not None)
     config = saved_config(args.run)
     check_agreed(config, named={"env": args.env}, trust=args.trust)
-    how: dict[str, Any] = {"episodes": args.episodes, "greedy": args.greedy, "seed": args.seed}
+    greedy = args.greedy or config.eval.greedy
+    how: dict[str, Any] = {"episodes": args.episodes, "greedy": greedy, "seed": args.seed}
     base, played = args.env or config.env, {}
     with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result
         for value in values:
@@ -127,7 +129,7 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
             spec, metrics = api.play_episodes(args.run, env=env, trust=True, **how)
             metrics.pop(AGENT_RETURN, None)
             played[value] = (env, spec.num_agents, metrics)
-    mode = "greedy" if args.greedy else "sampled"
+    mode = "greedy" if greedy else "sampled"
     title = f"{config.algorithm} on {base}: {args.episodes} episodes, {mode} actions"
     if args.out is not None:
         returns = np.stack([seed_means(metrics[RETURN]) for *_, metrics in played.values()])

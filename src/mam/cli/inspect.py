@@ -32,7 +32,7 @@ class Inspect:
     policy_seed: int | None = None
     """Which of the run's seeds plays; the one with the best evaluation if None."""
     greedy: bool = False
-    """Take the most likely actions instead of sampling them."""
+    """Take the most likely actions instead of sampling them, as of runs with --eval.greedy."""
     trust: bool = False
     """Import the environment that the folder names, where that is code, without naming
     it as --env."""

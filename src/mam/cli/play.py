@@ -24,7 +24,7 @@ class Play:
     policy_seed: int | None = None
     """Which of the run's seeds plays; the one with the best evaluation if None."""
     greedy: bool = False
-    """Take the most likely actions instead of sampling them."""
+    """Take the most likely actions instead of sampling them, as of runs with --eval.greedy."""
     picture: bool | None = None
     """Draw the GIF; if None, unless the task says where its agents are, and there are more than 64:
     they move on the dashboard's map."""
@@ -71,17 +71,15 @@ def played(args: Play) -> tuple[Any, Any, str]:
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
     saved = saved_config(args.run)
     check_agreed(saved, named={"env": args.env}, trust=args.trust)
-    env = args.env or saved.env
+    env, greedy = args.env or saved.env, args.greedy or saved.eval.greedy
     trainer = make_train(replace(saved, env=env))
     try:
-        weights = load_weights(
-            args.run, greedy=args.greedy, named={"env": args.env}, trust=args.trust
-        )
+        weights = load_weights(args.run, greedy=greedy, named={"env": args.env}, trust=args.trust)
         policy_seed, policy = weights.of_seed(args.policy_seed)
         policy = weights.fitted(policy, trainer.spec)
         _make_parent(path)
         print(f"playing seed {policy_seed} into {path}…")
-        how: dict[str, Any] = {"greedy": args.greedy, "max_steps": saved.eval.max_episode_steps}
+        how: dict[str, Any] = {"greedy": greedy, "max_steps": saved.eval.max_episode_steps}
         how |= {"picture": args.picture}
         how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
         if isinstance(trainer.env, ExternalEnvironments):

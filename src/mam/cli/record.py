@@ -35,7 +35,8 @@ class Record:
     max_episode_steps: int = 10_000
     """Steps after which an episode is taken for one that never ends."""
     greedy: bool = False
-    """Take the policy's most likely actions instead of sampling them."""
+    """Take the policy's most likely actions instead of sampling them, as of runs with
+    --eval.greedy."""
     which: Literal["best", "latest"] = "best"
     """The weights of the best evaluation, or the latest ones."""
     policy_seed: int | None = None
@@ -67,6 +68,7 @@ def record(args: Record) -> None:
     function = import_function("controller", args.controller) if args.controller else None
     weights = None if args.run is None else _weights(args)
     env = args.env or (weights.config.env if weights else "")
+    greedy = args.greedy or (weights is not None and weights.config.eval.greedy)
     agent_id = weights.config.agent_id if weights else "none"
     num_envs = min(args.num_envs, args.episodes)
     envs: Any = (
@@ -80,7 +82,7 @@ def record(args: Record) -> None:
             policy_seed, policy = weights.of_seed(args.policy_seed)
             actor = weights.fitted(policy, envs.spec)
             provenance |= {"run": str(args.run), "policy": weights.config.algorithm}
-            provenance |= {"policy_seed": policy_seed, "which": args.which, "greedy": args.greedy}
+            provenance |= {"policy_seed": policy_seed, "which": args.which, "greedy": greedy}
         else:
             assert function is not None
             actor = Controller(function, envs.spec)
@@ -89,7 +91,7 @@ def record(args: Record) -> None:
         out, spec = args.out or beside(args.run or Path(), "dataset"), spec_without_ids(envs.spec)
         provenance |= {"seed": args.seed}
         with Writer(out, spec, optional=optional, provenance=provenance) as writer:
-            how: dict[str, Any] = {"greedy": args.greedy, "seed": args.seed}
+            how: dict[str, Any] = {"greedy": greedy, "seed": args.seed}
             how |= {"max_steps": args.max_episode_steps, "tell": _Progress(args.episodes)}
             play(envs, actor, writer, args.episodes, **how)
             total = f"{writer.num_episodes:,} episodes, {writer.num_steps:,} steps"
@@ -121,7 +123,7 @@ def _weights(args: Record) -> Any:
     assert args.run is not None
     saved = saved_config(args.run)
     check_agreed(saved, named={"env": args.env}, trust=args.trust)
-    how: dict[str, Any] = {"greedy": args.greedy, "named": {"env": args.env}, "trust": args.trust}
+    how: dict[str, Any] = {"greedy": args.greedy or None, "named": {"env": args.env}, "trust": args.trust}
     return load_weights(args.run, which=args.which, **how)
 
 

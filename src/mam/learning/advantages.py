@@ -98,7 +98,8 @@ def generalised_advantages(
 
     def step(advantage, inputs):
         delta, carry_on = inputs
-        advantage = delta + carry_on * advantage
+        # What the dead earn later, NaN even, is nothing to the living before.
+        advantage = delta + jnp.where(carry_on > 0, carry_on * advantage, 0.0)
         return advantage, advantage
 
     carry_on = jnp.broadcast_to(carry_on, delta.shape)

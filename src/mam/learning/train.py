@@ -102,7 +102,8 @@ NON_FINITE = "non_finite"  # the index in `watched` of the first array with a no
 class Trainer:
     """The functions of a run.
 
-    Seed k's numbers are the same, up to rounding, whichever seeds are beside it.
+    Seed k's numbers are the same, up to rounding, whichever seeds are beside it; external
+    environments, which are seeded by place, begin other episodes in another place.
 
     `init`, `train_step`, `evaluate_step` and `absolute_metric` are jitted, except with external
     environments, where the last three are loops around jitted functions.
@@ -453,13 +454,15 @@ def init_policy(config: Config, spec: EnvSpec, *, key: Key[Array, ""]) -> Policy
 def _check_parts(network: Policy, config: Config) -> None:
     """Refuse settings that read parts of a policy which one of a user's own may lack."""
     kl, warmup = config.finetune.kl_coef, config.finetune.critic_warmup
-    read = {
-        "ppo.normalise_value": ("value_layer", config.ppo.normalise_value),
-        "data": ("distribution", config.data is not None),
-        "finetune.kl_coef": ("distribution", kl),
-        "finetune.critic_warmup": ("critic", warmup),
-    }
-    for setting, (part, asked) in read.items():
+    read = (
+        ("ppo.normalise_value", "value_layer", config.ppo.normalise_value),
+        ("data", "distribution", config.data is not None),
+        ("teacher", "distribution", config.teacher),
+        ("teacher", "follow", config.teacher),
+        ("finetune.kl_coef", "distribution", kl),
+        ("finetune.critic_warmup", "critic", warmup),
+    )
+    for setting, part, asked in read:
         if asked and not hasattr(network, part):
             raise UserError(f"{setting} reads the part {part}, which {config.policy} lacks")
 

@@ -18,7 +18,8 @@ from mam.networks.memory.state_space import StateSpaceMemory
 from mam.networks.mixers.mamba import SelectiveSSM
 from mam.networks.mixers.mamba2 import DualSSM
 
-LAST_ACTION = 1  # its weights' key is the memory's own, folded with this
+# Its weights' key is the memory's own, folded with this: small numbers make keys that splits make.
+LAST_ACTION = 2**31 - 1
 
 
 @dataclass(frozen=True)
