@@ -383,6 +383,11 @@ def test_the_price_of_evaluations_is_said():
         "evaluations: 1 + 8 and the absolute metric, 140 episodes per seed, "
         "up to 14,000 steps: 21% of those in training"
     )
+    often = replace(config, eval=replace(config.eval, num_evaluations=100, both_modes=True))
+    often = replace(often, total_timesteps=8 * often.total_timesteps)
+    assert price(often, 1000).endswith(
+        "of those in training; --eval.num-evaluations asks for fewer"
+    )
     both = replace(config, eval=replace(config.eval, both_modes=True, greedy=True))
     assert both.evaluation_modes == (True, False)
     assert price(both, None).endswith("280 episodes per seed in both modes")

@@ -13,6 +13,8 @@ from mam.errors import UserError
 from mam.presets import origin, preset_for
 from mam.runs.process import Hosts
 
+_FEW_EVALUATIONS = 20
+
 
 @dataclass(frozen=True)
 class Train:
@@ -110,7 +112,9 @@ def price(config: Config, time_limit: int | None) -> str:
     if not time_limit:
         return line
     steps, trained = episodes * time_limit, config.num_updates * config.steps_per_update
-    return f"{line}, up to {steps:,} steps: {steps / trained:.0%} of those in training"
+    line += f", up to {steps:,} steps: {steps / trained:.0%} of those in training"
+    many = config.num_evaluations > _FEW_EVALUATIONS and 2 * steps > trained
+    return f"{line}; --eval.num-evaluations asks for fewer" if many else line
 
 
 def _print_results(config: Config, folder: Any) -> None:
