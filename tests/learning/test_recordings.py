@@ -88,8 +88,9 @@ def test_random_orders_are_drawn_anew_at_every_step_as_in_acting(folder):
     keys = jax.random.split(jax.random.key(1), 2)
     _, rollout, _ = source.collect(policies(source.config), (), keys, WHOLE)
     order = rollout.transitions.order
-    assert (np.sort(order, axis=-1) == np.arange(2)).all()
-    assert 0.2 < order[..., 0].mean() < 0.8
+    for drawn in (order, source._held_out.order):
+        assert (np.sort(drawn, axis=-1) == np.arange(2)).all()
+        assert 0.2 < drawn[..., 0].mean() < 0.8
     assert (order[0] != order[1]).any()
     _, again, _ = source.collect(policies(source.config), (), keys, WHOLE)
     np.testing.assert_array_equal(again.transitions.order, order)

@@ -107,8 +107,14 @@ class Recordings:
                 f"the dataset {self._data.path} has {illegal:,} illegal actions: "
                 "no policy can imitate what its masks do not allow"
             )
-        order = np.asarray(order_agents(self.config.network.order, seen))
+        order = self._order(seen, np.random.default_rng(_SPLIT_SEED))
         return replace(steps, order=order, log_prob=None, value=None)
+
+    def _order(self, seen: Observation, generator: np.random.Generator) -> np.ndarray:
+        """Return the order in which agents are taken to have decided."""
+        if self.config.network.order == "random":
+            return decision_order(seen.alive, generator.random(seen.alive.shape))
+        return np.asarray(order_agents(self.config.network.order, seen))
 
     @cached_property
     def _learned(self) -> tuple[Transition, np.ndarray]:
@@ -175,9 +181,8 @@ class Recordings:
             first = starts[drawn] if remembers else drawn
             rows = (first + np.arange(self._length)[:, None]) % num_steps
             window = jax.tree.map(lambda x, rows=rows: x[rows], steps)
-            if self.config.network.order == "random":  # as in acting: another at every step
-                alive = window.observation.alive
-                window = replace(window, order=decision_order(alive, generator.random(alive.shape)))
+            if self.config.network.order == "random":  # as in acting: drawn anew
+                window = replace(window, order=self._order(window.observation, generator))
             windows.append(self.augment(window, generator) if self.augment else window)
         window = jax.tree.map(lambda *x: np.stack(x), *windows)
         return carry, Rollout(window, memory, window.final_observation.alive[:, -1]), {}
