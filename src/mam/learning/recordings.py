@@ -113,7 +113,8 @@ class Recordings:
     def _order(self, seen: Observation, generator: np.random.Generator) -> np.ndarray:
         """Return the order in which agents are taken to have decided."""
         if self.config.network.order == "random":
-            return decision_order(seen.alive, generator.random(seen.alive.shape))
+            keys: Any = generator.random(seen.alive.shape)
+            return np.asarray(decision_order(seen.alive, keys))
         return np.asarray(order_agents(self.config.network.order, seen))
 
     @cached_property
