@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
-from mam.networks.mixers.attention import Attention, CausalAttention
+from mam.networks.mixers.attention import (
+    FEW_AGENTS,
+    Attended,
+    Attention,
+    CausalAttention,
+    attend,
+)
 
 N, E = 6, 8
 ALIVE = np.array([[True] * 6, [True] * 4 + [False] * 2])
@@ -43,6 +49,28 @@ def test_attention_equals_the_reference(make, num_heads):
         living = ALIVE if alive is not None else np.ones_like(ALIVE)
         actual, expected = both(mixer, x, context, alive)
         np.testing.assert_allclose(actual[living], expected[living], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_agents", [1, FEW_AGENTS, FEW_AGENTS + 1])
+def test_gradients_equal_the_reference(num_agents):
+    rng = np.random.default_rng(0)
+    visible = np.tri(num_agents, dtype=bool)
+    inputs = [rng.normal(size=(3, 2, num_agents, E)).astype(np.float32) for _ in range(4)]
+
+    def ours(query, keys, values):
+        return attend(query, Attended(keys, values, jnp.asarray(visible)))
+
+    def reference(*inputs):
+        agents_first = (jnp.swapaxes(x, -2, -3) for x in inputs)
+        return jnp.swapaxes(jax.nn.dot_product_attention(*agents_first, mask=visible), -2, -3)
+
+    found, expected = (
+        jax.jit(lambda *x, f=f: (f(*x[:3]), jax.vjp(f, *x[:3])[1](x[3])))(*inputs)
+        for f in (ours, reference)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
 
 
 def test_heads_are_contiguous_slices():
