@@ -123,12 +123,9 @@ def _weights(args: Record) -> Any:
     assert args.run is not None
     saved = saved_config(args.run)
     check_agreed(saved, named={"env": args.env}, trust=args.trust)
-    how: dict[str, Any] = {
-        "greedy": args.greedy or None,
-        "named": {"env": args.env},
-        "trust": args.trust,
-    }
-    return load_weights(args.run, which=args.which, **how)
+    greedy = args.greedy or saved.eval.greedy
+    how: dict[str, Any] = {"named": {"env": args.env}, "trust": args.trust}
+    return load_weights(args.run, greedy=greedy, which=args.which, **how)
 
 
 class _Progress:

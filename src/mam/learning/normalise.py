@@ -307,13 +307,24 @@ class NormalisedPolicy(eqx.Module):
         new = old.update(target, alive, horizon=VALUE_HORIZON, shard=shard)
         scale = jnp.where(old.count > 0, old.deviation / new.deviation, 1.0)
         shift = jnp.where(old.count > 0, (old.mean - new.mean) / new.deviation, 0.0)
-        layer = cast(Any, self.network).value_layer
-        network = eqx.tree_at(
-            lambda network: (network.value_layer.weight, network.value_layer.bias),
-            self.network,
-            (layer.weight * scale, layer.bias * scale + shift),
-        )
+        network = rescaled(self.network, scale, shift)
         return NormalisedPolicy(network, replace(self.statistics, values=new))
+
+
+def rescaled(network: Policy, scale: Float[Array, ""], shift: Float[Array, ""]) -> Policy:
+    """Return a network whose values are v · scale + shift, by its value layer.
+
+    Args:
+        network: with a `value_layer`.
+        scale: of values.
+        shift: of scaled values.
+    """
+    layer = cast(Any, network).value_layer
+    return eqx.tree_at(
+        lambda network: (network.value_layer.weight, network.value_layer.bias),
+        network,
+        (layer.weight * scale, layer.bias * scale + shift),
+    )
 
 
 def _clip(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -103,7 +103,7 @@ def update(
         grads, losses = _gradient(policy, rows, objective, shard)
         updates, opt_state = optimiser.update(grads, opt_state, policy)
         updates = optax.tree.scale(lr_scale, updates)
-        if frozen is not None:  # Adam's moments follow what holds still, too: see its first step
+        if frozen is not None:  # after Adam, whose moments go on
             updates = jax.tree.map(lambda still, x: jnp.where(still, 0.0, x), frozen, updates)
         policy = cast(Policy, optax.apply_updates(cast(Any, policy), updates))
         flags = [is_nonfinite(losses.loss), *nonfinite_leaves(grads), *nonfinite_leaves(policy)]

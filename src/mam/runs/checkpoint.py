@@ -92,9 +92,8 @@ class Writer:
         if (error := written.exception()) is not None:
             if not isinstance(error, OSError | CheckpointError):
                 raise error
-            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"cannot write a checkpoint to {self._folder}: {reason}"
+                f"cannot write a checkpoint to {self._folder}: {_reason(error)}"
             ) from error
 
     def close(self) -> None:
@@ -258,8 +257,12 @@ def _open(path: Path, number: int) -> Save:
 
 
 def _damaged(path: Path, why: object) -> CheckpointError:
-    reason = (why.strerror or str(why)) if isinstance(why, OSError) else why
-    return CheckpointError(f"the checkpoint {path} is damaged: {reason}")
+    return CheckpointError(f"the checkpoint {path} is damaged: {_reason(why)}")
+
+
+def _reason(why: object) -> object:
+    """Return what the system says of an error of its own, without number and file."""
+    return (why.strerror or why) if isinstance(why, OSError) else why
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
 import equinox as eqx
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from mam.config import Config
 from mam.errors import UserError
 from mam.learning.nonfinite import leaf_names
-from mam.learning.normalise import as_normalised, simplified
+from mam.learning.normalise import as_normalised, rescaled, simplified
 from mam.learning.train import Trainer, TrainState
 from mam.networks.sequence import SequencePolicy
 from mam.runs.load import Weights, load_weights
@@ -161,15 +160,9 @@ def _taken(new: Policy, old: Policy) -> Policy:
         return simplified(replace(taken, statistics=statistics.taken_from(source.statistics)))
     if statistics.values is not None:
         return simplified(taken)
-    network = eqx.tree_at(
-        lambda network: (network.value_layer.weight, network.value_layer.bias),
-        cast(Any, taken.network),
-        (
-            layer.weight * units.deviation[:, None, None],
-            layer.bias * units.deviation[:, None] + units.mean[:, None],
-        ),
+    return simplified(
+        replace(taken, network=jax.vmap(rescaled)(taken.network, units.deviation, units.mean))
     )
-    return simplified(replace(taken, network=network))
 
 
 def _with_policy(state: TrainState, policy: Policy) -> TrainState:

@@ -76,10 +76,10 @@ def _weigh(weights: Float[Array, "*batch N M"], values: Float[Array, "*batch M F
         terms = [weights[..., m : m + 1] * values[..., m : m + 1, :] for m in range(num_agents)]
         return reduce(jnp.add, terms)
 
-    num_agents = values.shape[-2]
-    few = num_agents <= FEW_AGENTS and weights.dtype == jnp.float32
-    product = partial(jnp.einsum, "...nm,...mf->...nf")
-    return by_platform(weights, values, default=product, **({"cpu": written_out} if few else {}))
+    num_agents, product = values.shape[-2], partial(jnp.einsum, "...nm,...mf->...nf")
+    if num_agents > FEW_AGENTS or weights.dtype != jnp.float32:
+        return product(weights, values)
+    return by_platform(weights, values, default=product, cpu=written_out)
 
 
 def _transposed(weights: Float[Array, "*batch N M"]) -> Float[Array, "*batch M N"]:

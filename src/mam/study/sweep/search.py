@@ -105,9 +105,8 @@ class Search:
     def _introduce(self) -> None:
         """Say what is about to take so long."""
         config, there = self._options.config, len(self._study.trials)
-        trials = min(self._options.trials, self._sampler.num_combinations)
         self._screen.log(
-            f"searching settings of {config.algorithm} on {config.env}: {trials} trials of "
+            f"searching settings of {config.algorithm} on {config.env}: {self._most} trials of "
             f"{config.num_seeds} × {config.total_timesteps:,} steps at most, {there} begun before, "
             f"in {self._out}"
         )
@@ -156,8 +155,13 @@ class Search:
         if self._lacking:
             raise RunError(f"{self._lacking}: the same command goes on once there is space")
 
+    @property
+    def _most(self) -> int:
+        """Trials in all: as many as are asked for, or as there are combinations."""
+        return min(self._options.trials, self._sampler.num_combinations)
+
     def _enough(self) -> bool:
-        return len(self._study.trials) >= min(self._options.trials, self._sampler.num_combinations)
+        return len(self._study.trials) >= self._most
 
     def _running(self) -> Iterable[TrialRow]:
         return [row for row in self._rows.values() if row.status == "running"]
