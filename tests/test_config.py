@@ -86,7 +86,11 @@ def network_configs(draw):
         observation_norm=draw(st.sampled_from(["running", "layer"])),
         scan=draw(st.sampled_from(["auto", "sequential", "associative", "pairwise", "pallas"])),
         recurrence=RecurrenceConfig(
-            d_state=draw(sizes), last_action=draw(st.booleans()), dt_min=0.1, dt_max=0.2
+            d_state=draw(sizes),
+            last_action=draw(st.booleans()),
+            clock=draw(st.sampled_from(["auto", "on", "off"])),
+            dt_min=0.1,
+            dt_max=0.2,
         ),
     )
 
@@ -127,7 +131,7 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize("groups", [{}, {"network": {}}, {"ppo": {"lr": 5e-4}}])
 def test_missing_keys_mean_what_runs_did_before_there_were_any(groups):
     """Their defaults, except where these have changed what a run does."""
-    memory = RecurrenceConfig(normalise=True)
+    memory = RecurrenceConfig(normalise=True, clock="off")
     network = NetworkConfig(observation_norm="layer", recurrence=memory)
     ppo = PPOConfig(normalise_value=False)
     assert from_json(Config, groups) == Config(network=network, ppo=ppo)
@@ -153,6 +157,8 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="ippo", network=NetworkConfig(image="scan2d")).algorithm == "ippo-scan2d"
     last = NetworkConfig(recurrence=RecurrenceConfig(last_action=True))
     assert Config(policy="rec_mam", network=last).algorithm == "rec_mam-action"
+    clock = NetworkConfig(recurrence=RecurrenceConfig(clock="on"))
+    assert Config(policy="mam", network=clock).algorithm == "mam-clock"
 
 
 def test_derived_sizes():

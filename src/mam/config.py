@@ -71,6 +71,10 @@ class RecurrenceConfig:
     other tasks learn badly (RWARE)."""
     last_action: bool = False
     """Let agents read what they did at the step before, beside what they see."""
+    clock: Literal["auto", "on", "off"] = field(default="auto", metadata={"before": "off"})
+    """Let agents read how many steps of the episode have passed, beside what they see: greedy play
+    needs it not to go in circles. auto: on beside a state-space memory, off otherwise, as
+    published."""
 
 
 @dataclass(frozen=True)
@@ -397,6 +401,7 @@ class Config:
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
+        memory += ["clock"] * (self.network.recurrence.clock == "on")
         order = self.network.order.rpartition(":")[2]
         scans, local = str(encoder.order_scans), f"local{encoder.local_branch}"
         sequence = [order + scans * (encoder.order_scans > 1)] * (order != "index")

@@ -11,6 +11,7 @@ the memory of those policies that have one.
 """
 
 import functools
+import re
 from dataclasses import replace
 
 import hypothesis
@@ -47,16 +48,20 @@ NAMES = [*policies(), "mappo-plain"]
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
 
-    With `-plain` it has plain layers.
+    With `-clock` it counts steps, with `-plain` it has plain layers.
     """
     policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
-    recurrence = RecurrenceConfig(d_conv=2, last_action=more == "action")
+    recurrence = RecurrenceConfig(
+        d_conv=2, last_action=more == "action", clock="on" if more == "clock" else "auto"
+    )
     return policy, replace(config, recurrence=recurrence, plain=more == "plain")
 
 
 WITH_MEMORY = [
-    name for name in (*NAMES, "mam2-action", "rec_ippo-action") if has_memory(*parts(name))
+    name
+    for name in (*NAMES, "mam2-action", "rec_ippo-action", "mat-clock")
+    if has_memory(*parts(name))
 ]
 every_policy = pytest.mark.parametrize("name", NAMES)
 over_time = pytest.mark.parametrize(
@@ -111,9 +116,11 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     """
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
-    rng = np.random.default_rng(1)
+    rng, clock_rng = np.random.default_rng(1), np.random.default_rng(2)
 
     def draw(path, leaf):
+        if ".memory.dense." in jax.tree_util.keystr(path):  # a clock's; others are as without one
+            return jnp.asarray(clock_rng.normal(0.0, 0.1, leaf.shape), leaf.dtype)
         centre, spread = (
             1.0 if path[-1].name == "scale" else 0.0,
             {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim],
@@ -124,7 +131,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
                 spread = 0.03 if plain else 0.1
         elif plain:
             centre, spread = 1.0 if path[-1].name == "bias" else 0.0, 0.4
-        if ".memory.ssm.out_proj" in jax.tree_util.keystr(path):
+        if re.search(r"\.memory(\.recurrence)*\.ssm\.out_proj", jax.tree_util.keystr(path)):
             spread *= 0.1
         return jnp.asarray(rng.normal(centre, spread, leaf.shape), leaf.dtype)
 

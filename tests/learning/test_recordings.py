@@ -12,9 +12,13 @@ from mam.data.steps import spec_without_ids
 from mam.data.store import Writer
 from mam.envs.registry import make_batched
 from mam.errors import UserError
+from mam.learning.cloning import BehaviourCloning
+from mam.learning.normalise import as_normalised
+from mam.learning.objective import OnOther
 from mam.learning.recordings import Recordings
 from mam.learning.sharding import WHOLE
 from mam.learning.train import RECORDED, _key, init_policy, make_train
+from mam.networks.clock import counts_of
 from mam.runs.record import Controller, record
 from mam.types import EnvSpec, Observation, Transition
 from small_run import CONFIG as SMALL
@@ -96,7 +100,7 @@ def test_random_orders_are_drawn_anew_at_every_step_as_in_acting(folder):
     np.testing.assert_array_equal(again.transitions.order, order)
 
 
-@pytest.mark.parametrize("policy", ["ippo", "rec_ippo"])
+@pytest.mark.parametrize("policy", ["ippo", "rec_ippo", "sable"])
 def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(policy, folder):
     source = recordings(folder, policy, CloningConfig(held_out=0.0))
     keys = jax.random.split(jax.random.key(1), 2)
@@ -108,11 +112,27 @@ def test_windows_are_steps_in_a_row_and_with_memory_start_where_it_is_known(poli
     np.testing.assert_array_equal(np.diff(count, axis=1)[goes_on], 1)
     np.testing.assert_array_equal(steps.action[..., 0], count // 100 % 3)
     first = count[:, 0] % 100
-    assert (first % 4 == 0).all() == (policy == "rec_ippo")
+    assert (first % 4 == 0).all() == (policy != "ippo")
+    for counted in counts_of(rollout.memory):
+        np.testing.assert_array_equal(counted, first[:, None])
     assert len({*np.ravel(first)}) > 1
     assert not np.array_equal(count[0], count[1])  # every seed draws its own
     again = source.collect(policies(source.config), (), keys, WHOLE)[1]
     np.testing.assert_array_equal(again.transitions.action, steps.action)
+
+
+def test_steps_are_counted_on_beside_ppo_as_well(folder):
+    plain = replace(NETWORK, observation_norm="layer")  # which leaves observations as they are
+    source = recordings(folder, "sable", CloningConfig(held_out=0.0), network=plain)
+    policy, keys = policies(source.config), jax.random.split(jax.random.key(1), 2)
+    rollout = source.collect(policy, (), keys, WHOLE)[1]
+    policy, rollout = jax.tree.map(lambda x: jnp.asarray(x[0]), (policy, rollout))
+    own = jax.tree.map(lambda x: x.reshape(8, 4, *x.shape[2:]), rollout.transitions)
+    own = replace(rollout, transitions=own)
+    rows = OnOther(BehaviourCloning(), rollout).prepare(as_normalised(policy), own, None)
+    before = rows.observation.agents_view[..., 0, 0] % 100
+    np.testing.assert_array_equal(rows.num_steps, before)
+    assert before.max() > 4
 
 
 def shifted(window, generator):

@@ -1,4 +1,4 @@
-"""Memories: what every one must keep, each alone and with the last action; the GRU's parity."""
+"""Memories: what every one must keep, alone, with the last action, with a clock; GRU's parity."""
 
 import functools
 
@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from mam.config import NetworkConfig, RecurrenceConfig
 from mam.errors import UserError
 from mam.networks.actions import Categorical
+from mam.networks.clock import at_step, counts_of
 from mam.networks.memory.base import unroll_successors
 from mam.networks.memory.registry import MEMORIES, make_memory
 
@@ -22,14 +23,19 @@ RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
 thorough = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 RECURRENT = [name for name in MEMORIES if name != "none"]
 every_memory = pytest.mark.parametrize(
-    "name", [*RECURRENT, "gru+action", "mamba+action", "mamba+norm"]
+    "name", [*RECURRENT, "gru+action", "gru+clock", "mamba+action", "mamba+norm", "mamba+off"]
 )
 DISTRIBUTION = Categorical(3)
 
 
 def config_of(name):
     memory, _, option = (name or "").partition("+")
-    own = RecurrenceConfig(d_state=4, last_action=option == "action", normalise=option == "norm")
+    own = RecurrenceConfig(
+        d_state=4,
+        last_action=option == "action",
+        normalise=option == "norm",
+        clock={"clock": "on", "off": "off"}.get(option, "auto"),
+    )
     return NetworkConfig(d_model=E, memory=memory or None, recurrence=own)
 
 
@@ -198,3 +204,31 @@ def test_the_gru_is_that_of_equinox():
     )
     assert np.std(actual[1]) > 0.3
     np.testing.assert_array_equal(gru.init((B, N)), np.zeros((B, N, E)))
+
+
+@pytest.mark.parametrize(
+    ("memory", "setting", "counts"),
+    [
+        ("mamba", "auto", True),
+        ("mamba2", "auto", True),
+        ("gru", "auto", False),
+        (None, "auto", False),
+        ("mamba", "off", False),
+        ("gru", "on", True),
+        (None, "on", True),
+    ],
+)
+def test_who_reads_a_clock(memory, setting, counts):
+    """The same steps, later in the episode."""
+    own = RecurrenceConfig(d_state=4, clock=setting)
+    config = NetworkConfig(d_model=E, memory=memory, recurrence=own)
+    recurrence = make_memory(config, DISTRIBUTION, key=jax.random.key(0))
+    state = recurrence.init((B, N))
+    assert len(counts_of(state)) == counts
+    later = at_step(state, jnp.array([0.0, 7.0]))
+    assert [list(x) for x in counts_of(later)] == [[0, 7]] * counts
+    reset = np.zeros((T, B), bool)
+    (_, y), (after, moved) = (unroll(recurrence, s, X, reset) for s in (state, later))
+    assert [list(x) for x in counts_of(after)] == [[T, T + 7]] * counts
+    np.testing.assert_array_equal(y[:, 0], moved[:, 0])
+    assert (np.abs(y - moved)[:, 1].max() > 1e-3) == counts

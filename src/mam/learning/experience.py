@@ -29,6 +29,7 @@ from mam.learning.external import (
 from mam.learning.rollout import Rollout, RolloutState, init_rollout_state, rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
+from mam.networks.policy import sequence_length
 from mam.types import Environment, EnvSpec, ExternalEnvironments, Policy
 
 Values = Mapping[str, Shaped[Array | np.ndarray, "..."]]  # metric → [seeds] or [seeds, episodes]
@@ -123,7 +124,7 @@ class OnDevice:
         Returns:
             The carry after the last step, the rollout [T, B, …], and no metrics beside it.
         """
-        length, sequence = self.config.ppo.rollout_length, self.config.ppo.sequence_length
+        length, sequence = self.config.ppo.rollout_length, sequence_length(self.config)
         return *rollout(self._share(shard), policy, carry, key, length, shard, sequence), {}
 
     def play(
@@ -249,7 +250,7 @@ class External:
             carry, _ = start_episodes(self._learning, carry.memory, num_seeds, seed_of(key))
         with self.clock.part("acting"):
             carry, found = external_rollout(
-                self._learning, policy, carry, key, ppo.rollout_length, ppo.sequence_length
+                self._learning, policy, carry, key, ppo.rollout_length, sequence_length(self.config)
             )
         transitions, infos = take_infos(found.transitions)
         return carry, replace(found, transitions=transitions), infos

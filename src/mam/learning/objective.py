@@ -1,4 +1,4 @@
-"""What is learned from a rollout, as a value: PPO, behaviour cloning, or a weighted sum of such."""
+"""What is learned from a rollout, as a value: PPO, behaviour cloning, or several such."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +7,14 @@ from typing import Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from mam.learning.advantages import Advantages
 from mam.learning.normalise import NormalisedPolicy
 from mam.learning.rollout import Rollout
 from mam.learning.sharding import WHOLE, Shard
+from mam.networks.clock import at_step, count_steps, counts_of
 from mam.types import Action, Evaluation, Memory, Observation, Policy
 
 
@@ -137,6 +139,76 @@ class WeightedSum:
         )
 
 
+@dataclass(frozen=True)
+class InTurn:
+    """One of several objectives at a time; only that one is computed.
+
+    The others report infinity, which stands for no number.
+    """
+
+    terms: tuple[Objective, ...]
+    index: Int[Array, ""]  # of the one that counts, the same for all seeds
+
+    @property
+    def needs_values(self) -> bool:
+        """Say whether a term needs values."""
+        return any(objective.needs_values for objective in self.terms)
+
+    def prepare(
+        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
+    ) -> list[PyTree]:
+        """Return what each term reads, in the order of the terms; see `WeightedSum`."""
+        return [term.prepare(policy, rollout, estimates) for term in self.terms]
+
+    def loss(
+        self,
+        policy: Policy,
+        evaluation: Evaluation,
+        batch: Batch,
+        targets: Sequence[PyTree],
+        shard: Shard,
+    ) -> Losses:
+        """Return the loss of the term that counts, and what it reports.
+
+        Args:
+            policy: the network.
+            evaluation: for whichever term reads it.
+            batch: the minibatch.
+            targets: one entry per term, as `prepare` returned them.
+            shard: this device's share of the minibatch.
+        """
+        terms = [
+            lambda policy, evaluation, term=term, own=own: term.loss(
+                policy, evaluation, batch, own, shard
+            )
+            for term, own in zip(self.terms, targets, strict=True)
+        ]
+        shapes = [jax.eval_shape(term, policy, evaluation) for term in terms]
+        blank = jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), shapes)
+        means = {name: x for losses in blank for name, x in losses.means.items()}
+        maxima = {name: x for losses in blank for name, x in losses.maxima.items()}
+
+        def alone(term: Callable[..., Losses]) -> Callable[..., Losses]:
+            def loss(policy: Policy, evaluation: Evaluation) -> Losses:
+                own = term(policy, evaluation)
+                return Losses(own.loss, means | own.means, maxima | own.maxima)
+
+            return loss
+
+        return lax.switch(self.index, [alone(term) for term in terms], policy, evaluation)
+
+
+@jax.custom_batching.custom_vmap
+def same_for_all(x: Int[Array, ""]) -> Int[Array, ""]:
+    """Return x, which whatever is vectorised over (seeds) has in common: a switch stays one."""
+    return x
+
+
+@same_for_all.def_vmap
+def _first_of_all(axis_size: int, in_batched: list[bool], x: Array) -> tuple[Array, bool]:
+    return (x[0] if in_batched[0] else x), False
+
+
 class OtherRows(eqx.Module):
     """What a policy is to be evaluated on, [T, B, …], and what the objective made of the rest."""
 
@@ -144,6 +216,7 @@ class OtherRows(eqx.Module):
     action: Action
     order: Int[Array, "*batch N"]
     reset: Bool[Array, "*batch"]
+    num_steps: Float[Array, "*batch"] | None  # of the episode before; None if memory does not count
     targets: PyTree[Shaped[Array, "..."]]
 
 
@@ -151,7 +224,7 @@ class OtherRows(eqx.Module):
 class OnOther:
     """An objective on a rollout of its own, beside terms that read the policy's.
 
-    It has as many steps, in windows at whose start memory is empty.
+    It has as many steps, in windows at whose start memory knows no more than how many there were.
     """
 
     objective: Objective  # one that needs no values
@@ -182,7 +255,9 @@ class OnOther:
             x = jnp.swapaxes(x.reshape(length, -1, num_envs, *x.shape[2:]), 0, 1)
             return x.reshape(-1, *x.shape[2:])
 
-        rows = OtherRows(observation, steps.action, steps.order, steps.reset, targets)
+        counts = counts_of(self.rollout.memory)
+        before = count_steps(counts[0][0], steps.reset) if counts else None
+        rows = OtherRows(observation, steps.action, steps.order, steps.reset, before, targets)
         return jax.tree.map(placed, rows)
 
     def loss(
@@ -199,6 +274,8 @@ class OnOther:
         """
         seen = (targets.observation, targets.action, targets.order, targets.reset)
         memory = policy.init_memory(targets.reset.shape[1:])
+        if targets.num_steps is not None:
+            memory = at_step(memory, targets.num_steps[0])
         rows = Batch(targets.observation, targets.reset, (), targets.action, targets.order, ())
         own = policy.evaluate(memory, *seen)
         return self.objective.loss(policy, own, rows, targets.targets, shard)

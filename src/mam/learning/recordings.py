@@ -22,7 +22,9 @@ from mam.learning.rollout import Rollout
 from mam.learning.sharding import Devices, Shard
 from mam.learning.stopwatch import Part, Stopwatch
 from mam.networks.actions import LARGEST
+from mam.networks.clock import at_step
 from mam.networks.order import decision_order, order_agents
+from mam.networks.policy import sequence_length
 from mam.types import EnvSpec, Observation, Policy, Transition
 
 Values = dict[str, Any]
@@ -118,13 +120,16 @@ class Recordings:
         return np.asarray(order_agents(self.config.network.order, seen))
 
     @cached_property
-    def _learned(self) -> tuple[Transition, np.ndarray]:
-        """Steps to learn from, one episode after another, and where windows with memory start."""
+    def _learned(self) -> tuple[Transition, np.ndarray, np.ndarray]:
+        """Steps to learn from, one episode after another.
+
+        And where windows with memory start, and how many steps of its episode precede each step.
+        """
         episodes, _ = self._split
         steps, lengths = self._read(episodes), self._data.lengths[episodes]
         firsts = np.cumsum(lengths) - lengths
         starts = [np.arange(a, a + n, self._length) for a, n in zip(firsts, lengths, strict=True)]
-        return steps, np.concatenate(starts)
+        return steps, np.concatenate(starts), np.concatenate([np.arange(n) for n in lengths])
 
     @cached_property
     def _held_out(self) -> Transition | None:
@@ -135,7 +140,7 @@ class Recordings:
     @property
     def _length(self) -> int:
         """Steps of a window, L."""
-        return self.config.ppo.sequence_length or self.config.ppo.rollout_length
+        return sequence_length(self.config)
 
     @property
     def fingerprint(self) -> str:
@@ -162,7 +167,8 @@ class Recordings:
         """Draw as many steps as a rollout has, for all seeds at once.
 
         Args:
-            policy: [seeds]; says what memory is before a window's first step, and no more.
+            policy: [seeds]; says what memory is before a window's first step, and no more: empty,
+                but for the count of steps.
             carry: empty.
             key: decides where windows start, [seeds].
             shard: not read: a dataset is read by one device.
@@ -171,21 +177,23 @@ class Recordings:
             The empty carry; windows [seeds, L, M, …] without log-probabilities, values and metrics;
             and no metrics.
         """
-        ppo, (steps, starts) = self.config.ppo, self._learned
+        ppo, (steps, starts, before) = self.config.ppo, self._learned
         num_steps, num_windows = len(steps.reset), ppo.num_envs * ppo.rollout_length // self._length
         memory = jax.vmap(lambda policy: policy.init_memory((1, num_windows)))(policy)
         remembers = bool(jax.tree.leaves(memory))
-        windows = []
+        windows, counts = [], []
         for data in np.asarray(jax.random.key_data(key)):
             generator = np.random.default_rng(data)
             drawn = generator.integers(len(starts) if remembers else num_steps, size=num_windows)
             first = starts[drawn] if remembers else drawn
             rows = (first + np.arange(self._length)[:, None]) % num_steps
             window = jax.tree.map(lambda x, rows=rows: x[rows], steps)
+            counts.append(before[first])
             if self.config.network.order == "random":  # as in acting: drawn anew
                 window = replace(window, order=self._order(window.observation, generator))
             windows.append(self.augment(window, generator) if self.augment else window)
         window = jax.tree.map(lambda *x: np.stack(x), *windows)
+        memory = at_step(memory, jnp.stack(counts, dtype=jnp.float32)[:, None])
         return carry, Rollout(window, memory, window.final_observation.alive[:, -1]), {}
 
     def held_out(self, policy: Policy) -> Values:

@@ -44,7 +44,14 @@ from mam.learning.normalise import (
     simplified,
     transfer_policy,
 )
-from mam.learning.objective import Objective, OnOther, WeightedSum, make_batch
+from mam.learning.objective import (
+    InTurn,
+    Objective,
+    OnOther,
+    WeightedSum,
+    make_batch,
+    same_for_all,
+)
 from mam.learning.ppo import PPO
 from mam.learning.recordings import Recordings, Unplayed
 from mam.learning.rollout import Rollout
@@ -574,13 +581,14 @@ class Learner:
         close = StayClose("teacher", teacher, rollout, distill.value_coef)
         if not distill.staged:
             return [(1.0, close)]
-        first = num_updates < distill.matrix_updates
-        last = num_updates >= distill.matrix_updates + distill.hidden_updates
-        return [
-            (1.0 * first, Alignment("matrix_distance", matrices, teacher, rollout)),
-            (1.0 * ~(first | last), Alignment("hidden_distance", hidden_states, teacher, rollout)),
-            (1.0 * last, close),
-        ]
+        stages = (
+            (distill.matrix_updates, Alignment("matrix_distance", matrices, teacher, rollout)),
+            (distill.hidden_updates, Alignment("hidden_distance", hidden_states, teacher, rollout)),
+        )
+        stages = [(length, stage) for length, stage in stages if length]
+        ends = jnp.cumsum(jnp.array([length for length, _ in stages]))
+        current = same_for_all(jnp.sum(num_updates >= ends))
+        return [(1.0, InTurn((*(stage for _, stage in stages), close), current))]
 
     def learn(
         self,

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from jaxtyping import Array, Key
 
-from mam.config import NetworkConfig
+from mam.config import Config, NetworkConfig
 from mam.errors import UserError, check_call, import_function, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.independent import GlobalView, IndependentPolicy
+from mam.networks.memory.registry import has_clock
 from mam.networks.mixers.base import Roles
 from mam.networks.mixers.registry import (
     MixerFamily,
@@ -219,8 +220,20 @@ def has_memory(name: str, config: NetworkConfig) -> bool:
     return (
         memory_of(name, config) != "none"
         or config.recurrence.last_action
+        or has_clock(replace(config, memory=memory_of(name, config)))
         or find_policy(name).remembers(config)
     )
+
+
+def sequence_length(config: Config) -> int:
+    """Return how many steps a policy with memory learns from in one piece.
+
+    Those that `ppo.sequence_length` says, or a whole rollout; a clock needs no more than its step.
+    """
+    network = config.network
+    without = replace(network, recurrence=replace(network.recurrence, clock="off"))
+    only_counts = has_memory(config.policy, network) and not has_memory(config.policy, without)
+    return config.ppo.sequence_length or (1 if only_counts else config.ppo.rollout_length)
 
 
 def transfer_weights(

@@ -21,7 +21,7 @@ import numpy as np
 from mam.config import Config
 from mam.errors import RunError, UserError
 from mam.learning.train import Trainer, TrainState, make_train
-from mam.networks.policy import has_memory
+from mam.networks.policy import has_memory, sequence_length
 from mam.runs.load import teacher_of
 from mam.types import Keys, Observation, Policy, PolicyOutput
 
@@ -89,9 +89,7 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     """List runs that need less memory, and how they differ, the mildest first."""
     ppo = config.ppo
     whole = has_memory(config.policy, config.network)
-    num_sequences = config.steps_per_update // (
-        (ppo.sequence_length or ppo.rollout_length) if whole else 1
-    )
+    num_sequences = config.steps_per_update // (sequence_length(config) if whole else 1)
     counts = [
         count for k in range(1, 5) if num_sequences % (count := ppo.num_minibatches * 2**k) == 0
     ]

@@ -13,10 +13,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from mam.config import NetworkConfig
+from mam.networks.clock import CountsSteps, count_steps, step_positions
 from mam.networks.mixers.base import AbstractCausalMixer, AbstractMixer, Roles
 from mam.networks.mixers.retention import (
     CausalRetention,
@@ -26,11 +26,10 @@ from mam.networks.mixers.retention import (
 )
 
 
-class StepMemory(eqx.Module):
+class StepMemory(CountsSteps):
     """The memory of a mixer: the state after an environment step, and the count of steps."""
 
     state: Float[Array, "*batch H F F"]
-    num_steps: Float[Array, "*batch"]  # of the episode so far
 
 
 class FullRetentionOverTime(AbstractMixer):
@@ -53,12 +52,12 @@ class FullRetentionOverTime(AbstractMixer):
         return self.mix_steps(self.init_memory(batch), x[None], alive[None], first)[1][0]
 
     def mix_steps(self, memory, x, alive, reset):
-        retention, steps = self.mixer.retention, _count(memory.num_steps, reset)
-        inputs = _at(retention.project(_positions(steps, x)), retention.project(x))
+        retention, steps = self.mixer.retention, count_steps(memory.num_steps, reset)
+        inputs = _at(retention.project(step_positions(steps, x)), retention.project(x))
         state, y = retention.unroll_steps(
             memory.state, inputs, alive, reset, decay=self.decay, causal=False
         )
-        return StepMemory(state, steps[-1] + 1), y
+        return StepMemory(steps[-1] + 1, state), y
 
     def mixing(self, x, context=None, *, alive=None):
         """Return the matrix of an episode's first step."""
@@ -104,12 +103,12 @@ class CausalRetentionOverTime(AbstractCausalMixer):
 
     def start_step(self, memory, num_agents, alive, reset, dtype=None):
         decay = jnp.asarray(self.decay, memory.state.dtype)[:, None, None]
-        steps = _count(memory.num_steps, reset[None])[0]
+        steps = count_steps(memory.num_steps, reset[None])[0]
         state = jnp.where(reset[..., None, None, None], 0, memory.state * decay)
         like = jnp.zeros(self.mixer.retention.norm.scale.shape, dtype)
         return StepState(
-            memory=StepMemory(state, steps + 1),
-            position=self.mixer.retention.project(_positions(steps, like)),
+            memory=StepMemory(steps + 1, state),
+            position=self.mixer.retention.project(step_positions(steps, like)),
             num_living=alive.sum(axis=-1),
         )
 
@@ -132,8 +131,8 @@ class CausalRetentionOverTime(AbstractCausalMixer):
         return _after(state, memory, num_new), y
 
     def unroll_steps(self, memory, inputs, context, alive, reset):
-        retention, steps = self.mixer.retention, _count(memory.num_steps, reset)
-        position = retention.project(_positions(steps, inputs.key))
+        retention, steps = self.mixer.retention, count_steps(memory.num_steps, reset)
+        position = retention.project(step_positions(steps, inputs.key))
         state, y = retention.unroll_steps(
             memory.state,
             _at(position, with_query(inputs, context)),
@@ -142,7 +141,7 @@ class CausalRetentionOverTime(AbstractCausalMixer):
             decay=self.decay,
             causal=True,
         )
-        return StepMemory(state, steps[-1] + 1), y
+        return StepMemory(steps[-1] + 1, state), y
 
     def mixing(self, x, context=None, *, alive=None):
         """Return the matrix of an episode's first step."""
@@ -159,7 +158,7 @@ def decay_of(config: NetworkConfig) -> tuple[float, ...]:
 
 def _no_memory(mixer: FullRetention | CausalRetention, batch: tuple[int, ...]) -> StepMemory:
     state = mixer.retention.init_state(batch)
-    return StepMemory(state, jnp.zeros(batch, state.dtype))
+    return StepMemory(jnp.zeros(batch, state.dtype), state)
 
 
 def _after(state: StepState, memory: Array, num_new: int) -> StepState:
@@ -170,30 +169,9 @@ def _after(state: StepState, memory: Array, num_new: int) -> StepState:
     )
 
 
-def _count(
-    before: Float[Array, "*batch"], reset: Bool[Array, "T *batch"]
-) -> Float[Array, "T *batch"]:
-    """Return how many steps of its episode came before each of T steps.
-
-    Args:
-        before: the same of the first step, unless it is reset.
-        reset: whether step t is the first of its episode.
-    """
-    t = jnp.arange(len(reset), dtype=before.dtype).reshape(-1, *[1] * before.ndim)
-    first = lax.cummax(jnp.where(reset, t, -1), axis=0)
-    return t + jnp.where(first < 0, before, -first)
-
-
-def _positions(steps: Float[Array, "*batch"], like: Float[Array, "... E"]) -> Array:
-    """Return sin(step / 10000^(2k / E)) and its cosine as features 2k and 2k + 1, [*batch, E]."""
-    feature = np.arange(like.shape[-1])
-    rate = 10_000.0 ** (-2 * (feature // 2) / like.shape[-1])
-    return jnp.sin(steps[..., None] * rate + np.pi / 2 * (feature % 2)).astype(like.dtype)
-
-
 def _first(x: Float[Array, "*batch N E"]) -> Float[Array, "*batch E"]:
     """Return the positions of the first step of an episode, whose agents are `x`."""
-    return _positions(jnp.zeros(x.shape[:-2], x.dtype), x)
+    return step_positions(jnp.zeros(x.shape[:-2], x.dtype), x)
 
 
 def _at(position: RetentionInputs, inputs: RetentionInputs) -> RetentionInputs:
