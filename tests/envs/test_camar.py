@@ -70,6 +70,10 @@ def test_all_on_their_goals_is_an_end_and_the_limit_is_a_cut():
     assert timestep.terminated
     assert not timestep.truncated
     assert timestep.metrics["success_rate"] == 1
+    assert timestep.metrics["coordination"] == 1
+    one_place = replace(state.physical_state, agent_pos=jnp.zeros((2, 2)))
+    _, timestep = step(replace(state, physical_state=one_place), still, key)
+    np.testing.assert_allclose(timestep.metrics["coordination"], 1 - 1 / 5)
 
 
 @needs_camar

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mam.config import Config, EvalConfig, NetworkConfig, RecurrenceConfig
 from mam.runs.sinks import Record
 from mam.runs.summary import (
     bootstrap_interval,
@@ -129,8 +130,26 @@ def test_summary_of_several_seeds():
 def test_a_run_says_which_actions_to_deploy(greedy, beside, words):
     records = make_records(2)
     records[-1].values.update({name: np.full((2, 8), value) for name, value in beside.items()})
-    assert re.match(words.replace("(", r"\("), deployment(records, greedy=greedy))
-    assert deployment(records[:-1], greedy=greedy) == ""
+    config = Config(eval=EvalConfig(greedy=greedy))
+    assert re.match(words.replace("(", r"\("), deployment(records, config))
+    assert deployment(records[:-1], config) == ""
+
+
+@pytest.mark.parametrize(
+    ("greedy_return", "changes", "hint"),
+    [
+        (0.5, {}, True),
+        (0.7, {}, False),
+        (0.5, {"network": NetworkConfig(recurrence=RecurrenceConfig(clock="on"))}, False),
+        (0.5, {"policy": "rec_mam"}, False),
+        (0.5, {"policy": "rec_ippo"}, True),
+        (0.5, {"policy": "sable"}, False),
+    ],
+)
+def test_a_run_that_loses_much_greedily_is_told_of_the_clock(greedy_return, changes, hint):
+    records = make_records(2)
+    records[-1].values["greedy_episode_return"] = np.full((2, 8), greedy_return)
+    assert ("recurrence.clock on" in deployment(records, Config(**changes))) == hint
 
 
 @pytest.mark.parametrize(("num_seeds", "rows"), [(1, 1), (2, 3), (3, 5)])

@@ -46,7 +46,7 @@ def show(args: Show) -> None:
     records = folder.records() if folder.metrics.exists() else []
     title = f"{config.algorithm} on {config.env}"
     display(summary_table(records, seeds=seeds_of(config), title=title))
-    if line := deployment(records, greedy=config.eval.greedy):
+    if line := deployment(records, config):
         print(line)
     if line := shares(read_times(folder.times)):
         print(f"time: {line}")

@@ -130,7 +130,7 @@ def _print_results(config: Config, folder: Any) -> None:
     title = f"{config.algorithm} on {config.env}"
     records = folder.records()
     display(summary_table(records, seeds=seeds_of(config), title=title))
-    if line := deployment(records, greedy=config.eval.greedy):
+    if line := deployment(records, config):
         print(line)
     if line := shares(read_times(folder.times)):
         print(f"time: {line}")

@@ -238,7 +238,7 @@ class CamarEnv:
     nearer. The episode ends when all are on their goals. Metrics: `success_rate`, the share of the
     agents on their goals; `flow_time` and `makespan`, the sum and the largest of the seconds until
     agents reached their goals (the limit, where they have not); `collisions`, steps of an agent in
-    which it touched something.
+    which it touched something; `coordination`, the share of steps in which agents did not.
     """
 
     spec: EnvSpec
@@ -292,9 +292,11 @@ class CamarEnv:
 
 
 def _metrics(state: Any) -> Metrics:
+    collisions = state.num_collisions.astype(jnp.float32).mean()
     return {
         "success_rate": state.on_goal.mean(),
         "flow_time": state.time_to_reach_goal.sum(),
         "makespan": state.time_to_reach_goal.max(),
-        "collisions": state.num_collisions.astype(jnp.float32).mean(),
+        "collisions": collisions,
+        "coordination": 1 - collisions / jnp.maximum(state.step, 1),
     }

@@ -225,6 +225,13 @@ def has_memory(name: str, config: NetworkConfig) -> bool:
     )
 
 
+def knows_the_time(config: Config) -> bool:
+    """Say whether the agents of a policy read how many steps of the episode have passed."""
+    name, network = config.policy, config.network
+    network = replace(network, memory=memory_of(name, network))
+    return has_clock(network) or find_policy(name).remembers(network)
+
+
 def sequence_length(config: Config) -> int:
     """Return how many steps a policy with memory learns from in one piece.
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
+from mam.config import Config
 from mam.runs.sinks import (
     RETURN,
     Record,
@@ -21,6 +22,8 @@ from mam.runs.sinks import (
     write_atomically,
 )
 from mam.statistics import CONFIDENCE, MIN_SEEDS, interval, mean
+
+_MUCH_LOST = 0.1  # of the sampled return, by greedy play
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,14 +107,14 @@ def summary_table(
     return table
 
 
-def deployment(records: Sequence[Record], *, greedy: bool) -> str:
+def deployment(records: Sequence[Record], config: Config) -> str:
     """Say which actions to deploy the best weights with, and why; "" without an absolute metric.
 
     Args:
         records: all records of the run.
-        greedy: whether the absolute metric is that of greedy actions.
+        config: of the run.
     """
-    counts, beside = ("greedy", "sampled") if greedy else ("sampled", "greedy")
+    counts, beside = ("greedy", "sampled") if config.eval.greedy else ("sampled", "greedy")
     score, other = absolute_returns(records), absolute_returns(records, f"{beside}_{RETURN}")
     if score is None:
         return ""
@@ -123,7 +126,21 @@ def deployment(records: Sequence[Record], *, greedy: bool) -> str:
     scores = {counts: float(score.mean()), beside: float(other.mean())}
     best, worst = sorted(scores, key=lambda mode: -scores[mode])
     shown = f"{scores[best]:.3f}, with {worst} ones {scores[worst]:.3f}"
-    return f"deploy {best} actions: {shown} (each with the weights that did best so)"
+    line = f"deploy {best} actions: {shown} (each with the weights that did best so)"
+    lost = scores["sampled"] - scores["greedy"]
+    return f"{line}{_hint(config)}" if lost > _MUCH_LOST * abs(scores["sampled"]) else line
+
+
+def _hint(config: Config) -> str:
+    """Say what may help where greedy play is much worse, if the run did without."""
+    from mam.networks.policy import knows_the_time  # needs JAX
+
+    if knows_the_time(config):
+        return ""
+    return (
+        "\ngreedy play may go in circles, less so if agents know the time: "
+        "--network.recurrence.clock on"
+    )
 
 
 def _interval(values: np.ndarray | None) -> str:
