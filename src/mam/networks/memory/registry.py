@@ -36,10 +36,12 @@ MEMORIES = {
     "none": MemoryKind("an environment step knows nothing of those before it", NoMemory),
     "gru": MemoryKind("a gated recurrent unit", GRU),
     "mamba": MemoryKind(
-        "Mamba's state-space block along time", partial(StateSpaceMemory, SelectiveSSM), clock=True
+        "Mamba's state-space block along time, and a clock",
+        partial(StateSpaceMemory, SelectiveSSM),
+        clock=True,
     ),
     "mamba2": MemoryKind(
-        "Mamba-2's block along time", partial(StateSpaceMemory, DualSSM), clock=True
+        "Mamba-2's block along time, and a clock", partial(StateSpaceMemory, DualSSM), clock=True
     ),
     "retention": MemoryKind("retention along time", RetentionMemory),
 }
