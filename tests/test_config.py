@@ -131,10 +131,27 @@ def test_json_round_trip(config):
 @pytest.mark.parametrize("groups", [{}, {"network": {}}, {"ppo": {"lr": 5e-4}}])
 def test_missing_keys_mean_what_runs_did_before_there_were_any(groups):
     """Their defaults, except where these have changed what a run does."""
-    memory = RecurrenceConfig(normalise=True, clock="off")
+    memory = RecurrenceConfig(normalise=True)
     network = NetworkConfig(observation_norm="layer", recurrence=memory)
     ppo = PPOConfig(normalise_value=False)
     assert from_json(Config, groups) == Config(network=network, ppo=ppo)
+
+
+@pytest.mark.parametrize(
+    ("policy", "memory", "clock"),
+    [
+        ("rec_mam", None, "off"),
+        ("rec_mam2", None, "off"),
+        ("mat", "mamba", "off"),
+        ("rec_mam", "gru", "auto"),
+        ("rec_mat", None, "auto"),
+        ("mam", None, "auto"),
+    ],
+)
+def test_runs_from_before_there_were_clocks_have_none(policy, memory, clock):
+    """Said only where they would have one now: the others are still of the same settings."""
+    read = from_json(Config, {"policy": policy, "network": {"memory": memory}})
+    assert read.network.recurrence.clock == clock
 
 
 def test_nothing_can_be_changed():
@@ -159,6 +176,8 @@ def test_an_algorithm_is_named_after_its_policy_and_layout():
     assert Config(policy="rec_mam", network=last).algorithm == "rec_mam-action"
     clock = NetworkConfig(recurrence=RecurrenceConfig(clock="on"))
     assert Config(policy="mam", network=clock).algorithm == "mam-clock"
+    clock = NetworkConfig(recurrence=RecurrenceConfig(clock="off"))
+    assert Config(policy="rec_mam", network=clock).algorithm == "rec_mam-noclock"
 
 
 def test_derived_sizes():

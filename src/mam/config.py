@@ -51,6 +51,16 @@ class DecoderConfig:
     """A letter per block for the mixer that reads the observations; as layout if None."""
 
 
+def _clock_before(config: dict[str, Any]) -> str:
+    """Return what runs did before there was a clock: off where there would be one now."""
+    network = config.get("network")
+    memory = network.get("memory") if isinstance(network, dict) else None
+    return "off" if (memory or config.get("policy")) in _STATE_SPACE else "auto"
+
+
+_STATE_SPACE = ("mamba", "mamba2", "rec_mam", "rec_mam2")  # memories, and policies that have them
+
+
 @dataclass(frozen=True)
 class RecurrenceConfig:
     """Memory over environment steps, where `network.memory` or the policy names one."""
@@ -71,7 +81,7 @@ class RecurrenceConfig:
     other tasks learn badly (RWARE)."""
     last_action: bool = False
     """Let agents read what they did at the step before, beside what they see."""
-    clock: Literal["auto", "on", "off"] = field(default="auto", metadata={"before": "off"})
+    clock: Literal["auto", "on", "off"] = field(default="auto", metadata={"before": _clock_before})
     """Let agents read how many steps of the episode have passed, beside what they see: greedy play
     needs it not to go in circles. auto: on beside a state-space memory, off otherwise, as
     published."""
@@ -401,7 +411,7 @@ class Config:
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
         memory = [self.network.memory] if self.network.memory else []
         memory += ["action"] * self.network.recurrence.last_action
-        memory += ["clock"] * (self.network.recurrence.clock == "on")
+        memory += {"on": ["clock"], "off": ["noclock"]}.get(self.network.recurrence.clock, [])
         order = self.network.order.rpartition(":")[2]
         scans, local = str(encoder.order_scans), f"local{encoder.local_branch}"
         sequence = [order + scans * (encoder.order_scans > 1)] * (order != "index")
@@ -721,23 +731,28 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
+def from_json(
+    kind: type[T], data: dict[str, Any], prefix: str = "", whole: dict[str, Any] | None = None
+) -> T:
     """Build a config from what `to_json` of this version or an older one wrote.
 
     A missing key takes the value that does what runs did before there was one: its default, if its
-    metadata do not say otherwise (`before`).
+    metadata do not say otherwise (`before`: a value, or what returns it for the whole file).
 
     Args:
         kind: the dataclass.
         data: its values by name, groups as dictionaries.
         prefix: of names in messages.
+        whole: the file's values, of which these are a part; these are all if None.
 
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming it.
     """
     types = typing.get_type_hints(kind)
     settings = dataclasses.fields(typing.cast(Any, kind))
-    values = {s.name: s.metadata["before"] for s in settings if "before" in s.metadata}
+    whole = data if whole is None else whole
+    before = {s.name: s.metadata["before"] for s in settings if "before" in s.metadata}
+    values = {name: x(whole) if callable(x) else x for name, x in before.items()}
     data = {
         name: {} for name, expected in types.items() if dataclasses.is_dataclass(expected)
     } | data
@@ -750,7 +765,7 @@ def from_json(kind: type[T], data: dict[str, Any], prefix: str = "") -> T:
         if dataclasses.is_dataclass(expected):
             if not isinstance(value, dict):
                 raise UserError(f"{prefix}{name} must be a group of keys, got {shown(value)}")
-            values[name] = from_json(typing.cast(type, expected), value, f"{prefix}{name}.")
+            values[name] = from_json(typing.cast(type, expected), value, f"{prefix}{name}.", whole)
         else:
             values[name] = _checked(prefix + name, value, expected)
     return kind(**values)

@@ -120,7 +120,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     def draw(path, leaf):
         if ".memory.dense." in jax.tree_util.keystr(path):  # a clock's; others are as without one
-            return jnp.asarray(clock_rng.normal(0.0, 0.1, leaf.shape), leaf.dtype)
+            return jnp.asarray(clock_rng.normal(0.0, 0.2, leaf.shape), leaf.dtype)
         centre, spread = (
             1.0 if path[-1].name == "scale" else 0.0,
             {1: 0.4, 2: 0.6, 4: 0.1}[leaf.ndim],

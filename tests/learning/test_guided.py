@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,10 @@ from mam.config import DistillConfig, NetworkConfig, RecurrenceConfig
 from mam.errors import UserError
 from mam.learning.alignment import _distance
 from mam.learning.guided import Guided
-from mam.learning.objective import same_for_all
+from mam.learning.objective import Batch, InTurn, Losses, same_for_all
+from mam.learning.sharding import WHOLE
 from mam.learning.train import init_policy, make_train
-from mam.types import EnvSpec, Observation
+from mam.types import EnvSpec, Evaluation, Observation
 from small_run import CONFIG
 
 NUM_ENVS = 400
@@ -142,6 +144,47 @@ def test_all_seeds_are_in_one_stage():
     np.testing.assert_allclose(jax.vmap(same_for_all, axis_size=3)(index), 1)
     assert "cond[" in str(jax.make_jaxpr(common)(index, x))
     assert "cond[" not in str(jax.make_jaxpr(jax.vmap(choose))(index, x))
+
+
+class Weight(eqx.Module):
+    """All there is of a policy."""
+
+    weight: jax.Array
+    init_memory = act = evaluate = successor_values = lambda self: None
+
+
+class Term:
+    """An objective that says what it was given, in a type of its own."""
+
+    needs_values = False
+
+    def __init__(self, name, dtype):
+        self.name, self.dtype = name, dtype
+
+    def prepare(self, policy, rollout, estimates):
+        return None
+
+    def loss(self, policy, evaluation, batch, targets, shard):
+        loss = policy.weight.astype(self.dtype)
+        return Losses(loss, {self.name: loss}, {f"most_{self.name}": loss})
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_objective_at_a_time_whatever_its_type(index):
+    terms = Term("a", jnp.bfloat16), Term("b", jnp.float32)
+
+    def loss(policy):
+        unread = object.__new__(Evaluation), object.__new__(Batch), [None, None], WHOLE
+        losses = InTurn(terms, jnp.int32(index)).loss(policy, *unread)
+        return losses.loss, losses
+
+    slope, losses = jax.grad(loss, has_aux=True)(Weight(jnp.float32(2.0)))
+    assert (slope.weight, losses.loss, losses.loss.dtype) == (1, 2, jnp.float32)
+    found = losses.means | losses.maxima
+    one, other = "ab"[index], "ba"[index]
+    assert (found[one], found[f"most_{one}"]) == (2, 2)
+    assert jnp.isposinf(found[other])
+    assert jnp.isposinf(found[f"most_{other}"])
 
 
 def test_heads_are_put_beside_each_other():

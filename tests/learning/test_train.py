@@ -227,7 +227,7 @@ def test_values_are_one_per_seed_and_finite(trainer):
     np.testing.assert_array_equal(state.num_updates, 2)
 
 
-def test_on_the_host_only_what_no_episode_gave_is_nan():
+def test_on_the_host_only_what_no_episode_or_stage_gave_is_nan():
     of_seeds = np.float32([np.inf, np.inf, 0.5])
     found = train.on_host(
         {
@@ -244,6 +244,8 @@ def test_on_the_host_only_what_no_episode_gave_is_nan():
     }
     np.testing.assert_array_equal(found["episode_return"], [np.nan, np.inf, 0.5])
     np.testing.assert_array_equal(found["loss"], -of_seeds)
+    stage = train.on_host({"hidden_distance": of_seeds, "num_episodes": np.ones(3)})
+    np.testing.assert_array_equal(stage["hidden_distance"], [np.nan, np.nan, 0.5])
     episodes = np.float32([[np.inf, 1.0]])  # of an evaluation
     of_episodes = train.on_host({"episode_return": episodes})["episode_return"]
     np.testing.assert_array_equal(of_episodes, episodes)

@@ -75,6 +75,23 @@ def test_what_does_not_fit_is_named_or_drawn(earlier):
     assert not all(taken)
 
 
+def test_a_clock_is_drawn_beside_a_memory_that_had_none(earlier, tmp_path):
+    """And nothing else of it."""
+    network = replace(CONFIG.network, memory="gru")
+    config = replace(CONFIG, network=network)
+    folder, trainer = loop.start(config, tmp_path / "without")
+    loop.run(config, folder, trainer)
+    clock = replace(network, recurrence=replace(network.recurrence, clock="on"))
+    config = replace(config, network=clock, init=str(folder.path))
+    with pytest.raises(UserError, match=r"--network\.recurrence\.clock off leaves away the clock$"):
+        started_from(config, make_train(config))
+    config, told = replace(config, init_partial=True), []
+    policy = started_from(config, make_train(config), told.append).init(np.arange(2)).policy
+    assert told[0].count("memory") == told[0].count("memory.dense.weight") == 2  # actor and critic
+    old, new = load_weights(folder.path).policies, as_normalised(policy).network.actor.memory
+    assert same(new.recurrence, as_normalised(old).network.actor.memory)
+
+
 def values_of(policies, spec):
     """What every seed's critic says of some observations, in units of reward."""
     obs = Observation(

@@ -144,6 +144,8 @@ def test_a_run_says_which_actions_to_deploy(greedy, beside, words):
         (0.5, {"policy": "rec_mam"}, False),
         (0.5, {"policy": "rec_ippo"}, True),
         (0.5, {"policy": "sable"}, False),
+        (0.5, {"policy": "package.module:make"}, False),
+        (0.5, {"policy": "known_to_another_process"}, False),
     ],
 )
 def test_a_run_that_loses_much_greedily_is_told_of_the_clock(greedy_return, changes, hint):

@@ -1,7 +1,9 @@
 """What is learned from a rollout, as a value: PPO, behaviour cloning, or several such."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import equinox as eqx
@@ -85,16 +87,19 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class WeightedSum:
-    """Several objectives at once, on the same rollouts."""
+class _Several(ABC):
+    """What objectives on the same rollouts have in common."""
 
-    terms: tuple[tuple[float | Float[Array, ""], Objective], ...]
+    @property
+    @abstractmethod
+    def objectives(self) -> Sequence[Objective]:
+        """Return the terms, without weights."""
+        ...
 
     @property
     def needs_values(self) -> bool:
         """Say whether a term needs values."""
-        return any(objective.needs_values for _, objective in self.terms)
+        return any(objective.needs_values for objective in self.objectives)
 
     def prepare(
         self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
@@ -109,7 +114,19 @@ class WeightedSum:
         Raises:
             UserError: as the terms do.
         """
-        return [term.prepare(policy, rollout, estimates) for _, term in self.terms]
+        return [term.prepare(policy, rollout, estimates) for term in self.objectives]
+
+
+@dataclass(frozen=True)
+class WeightedSum(_Several):
+    """Several objectives at once, on the same rollouts."""
+
+    terms: tuple[tuple[float | Float[Array, ""], Objective], ...]
+
+    @property
+    def objectives(self) -> Sequence[Objective]:
+        """Return them without their weights."""
+        return [objective for _, objective in self.terms]
 
     def loss(
         self,
@@ -140,25 +157,19 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
-class InTurn:
-    """One of several objectives at a time; only that one is computed.
+class InTurn(_Several):
+    """One of several objectives at a time: of the others no loss is computed.
 
-    The others report infinity, which stands for no number.
+    They report infinity, which stands for no number.
     """
 
     terms: tuple[Objective, ...]
     index: Int[Array, ""]  # of the one that counts, the same for all seeds
 
     @property
-    def needs_values(self) -> bool:
-        """Say whether a term needs values."""
-        return any(objective.needs_values for objective in self.terms)
-
-    def prepare(
-        self, policy: NormalisedPolicy, rollout: Rollout, estimates: Advantages | None
-    ) -> list[PyTree]:
-        """Return what each term reads, in the order of the terms; see `WeightedSum`."""
-        return [term.prepare(policy, rollout, estimates) for term in self.terms]
+    def objectives(self) -> Sequence[Objective]:
+        """Return the terms."""
+        return self.terms
 
     def loss(
         self,
@@ -177,25 +188,22 @@ class InTurn:
             targets: one entry per term, as `prepare` returned them.
             shard: this device's share of the minibatch.
         """
-        terms = [
-            lambda policy, evaluation, term=term, own=own: term.loss(
-                policy, evaluation, batch, own, shard
-            )
-            for term, own in zip(self.terms, targets, strict=True)
+        losses = [
+            partial(objective.loss, policy, evaluation, batch, own, shard)
+            for objective, own in zip(self.terms, targets, strict=True)
         ]
-        shapes = [jax.eval_shape(term, policy, evaluation) for term in terms]
-        blank = jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), shapes)
-        means = {name: x for losses in blank for name, x in losses.means.items()}
-        maxima = {name: x for losses in blank for name, x in losses.maxima.items()}
+        blank = [
+            jax.tree.map(lambda x: jnp.full(x.shape, jnp.inf, x.dtype), jax.eval_shape(loss))
+            for loss in losses
+        ]
+        means = {name: x for one in blank for name, x in one.means.items()}
+        maxima = {name: x for one in blank for name, x in one.maxima.items()}
 
-        def alone(term: Callable[..., Losses]) -> Callable[..., Losses]:
-            def loss(policy: Policy, evaluation: Evaluation) -> Losses:
-                own = term(policy, evaluation)
-                return Losses(own.loss, means | own.means, maxima | own.maxima)
+        def alone(loss: Callable[[], Losses]) -> Losses:
+            own = loss()
+            return Losses(own.loss.astype(jnp.float32), means | own.means, maxima | own.maxima)
 
-            return loss
-
-        return lax.switch(self.index, [alone(term) for term in terms], policy, evaluation)
+        return lax.switch(self.index, [partial(alone, loss) for loss in losses])
 
 
 @jax.custom_batching.custom_vmap

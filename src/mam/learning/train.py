@@ -776,15 +776,21 @@ def _episode_values(transitions: Transition, shard: Shard) -> Values:
 
 
 def on_host(values: Values) -> dict[str, np.ndarray]:
-    """Return the metrics of a step as NumPy arrays: NaN, of a rollout in which no episode ended."""
+    """Return the metrics of a step as NumPy arrays: NaN where infinity stands for no number.
+
+    That is where no episode ended, and in other stages of distilling.
+    """
     metrics = {name: np.asarray(x) for name, x in jax.device_get(values).items()}
     metrics.pop(NON_FINITE, None)
-    if "num_episodes" in metrics:
-        none = metrics["num_episodes"] == 0
-        for name, x in metrics.items():
-            if x.dtype.kind == "f":
-                metrics[name] = np.where(none & np.isposinf(x), x.dtype.type(np.nan), x)
+    none = metrics.get("num_episodes", np.ones(())) == 0
+    for name, x in metrics.items():
+        if x.dtype.kind == "f":
+            missing = np.isposinf(x) & (none | (name in _OF_STAGES))
+            metrics[name] = np.where(missing, x.dtype.type(np.nan), x)
     return metrics
+
+
+_OF_STAGES = ("matrix_distance", "hidden_distance", "teacher_kl", "teacher_value_loss")
 
 
 def _value_metrics(transitions: Transition, estimates: Advantages | None, shard: Shard) -> Values:

@@ -217,30 +217,36 @@ def memory_of(name: str, config: NetworkConfig) -> str:
 
 def has_memory(name: str, config: NetworkConfig) -> bool:
     """Say whether the policy `name` has memory, given the network's `config`."""
+    return _remembers(name, config) or _counts(name, config)
+
+
+def _remembers(name: str, config: NetworkConfig) -> bool:
+    """Say whether there is more to its memory than a clock."""
     return (
         memory_of(name, config) != "none"
         or config.recurrence.last_action
-        or has_clock(replace(config, memory=memory_of(name, config)))
         or find_policy(name).remembers(config)
     )
 
 
-def knows_the_time(config: Config) -> bool:
-    """Say whether the agents of a policy read how many steps of the episode have passed."""
-    name, network = config.policy, config.network
-    network = replace(network, memory=memory_of(name, network))
-    return has_clock(network) or find_policy(name).remembers(network)
+def _counts(name: str, config: NetworkConfig) -> bool:
+    return has_clock(replace(config, memory=memory_of(name, config)))
+
+
+def knows_the_time(name: str, config: NetworkConfig) -> bool:
+    """Say whether the agents of the policy `name` read how many steps have passed."""
+    return _counts(name, config) or find_policy(name).remembers(config)
 
 
 def sequence_length(config: Config) -> int:
     """Return how many steps a policy with memory learns from in one piece.
 
-    Those that `ppo.sequence_length` says, or a whole rollout; a clock needs no more than its step.
+    Those that `ppo.sequence_length` says, or a whole rollout. A clock needs no more than its step,
+    but a teacher's memory is kept as often as the student's.
     """
-    network = config.network
-    without = replace(network, recurrence=replace(network.recurrence, clock="off"))
-    only_counts = has_memory(config.policy, network) and not has_memory(config.policy, without)
-    return config.ppo.sequence_length or (1 if only_counts else config.ppo.rollout_length)
+    how = config.policy, config.network
+    single = config.teacher is None and _counts(*how) and not _remembers(*how)
+    return config.ppo.sequence_length or (1 if single else config.ppo.rollout_length)
 
 
 def transfer_weights(

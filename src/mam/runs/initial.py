@@ -19,6 +19,7 @@ from mam.networks.sequence import SequencePolicy
 from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
+_CLOCK = r"\.memory\.dense\b"  # its weights, in a memory of the policy
 _SHOWN = 4  # names in a message
 
 
@@ -87,7 +88,7 @@ def _check_alike(config: Config, trainer: Trainer, teacher: Policy) -> None:
         if own != sizes[1][name]
     ]
     left = _fitted(shapes, teacher)[1] if not unlike else []
-    unlike += [name for name in left if not re.search(r"\.(mixer|cross)\b", name)]
+    unlike += [name for name in left if not re.search(rf"\.(mixer|cross)\b|{_CLOCK}", name)]
     if unlike:
         raise UserError(
             f"to be aligned with the teacher's, blocks must be as wide and as many: "
@@ -113,8 +114,11 @@ def _begun(config: Config, trainer: Trainer, tell: Callable[[str], None]) -> Tra
     if left:
         names = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
         if not config.init_partial:
+            clock = any(re.search(_CLOCK, name) for name in left)
+            without = ", --network.recurrence.clock off leaves away the clock" * clock
             raise UserError(
-                f"the weights of {config.init} do not fit: {names}; --init-partial takes the others"
+                f"the weights of {config.init} do not fit: {names}; "
+                f"--init-partial takes the others{without}"
             )
         tell(f"not taken from {config.init}, but drawn: {names}")
 
@@ -133,9 +137,9 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
         old: of another task, of other sizes, or another policy.
     """
     new_whole, old_whole = as_normalised(new), as_normalised(old)
-    found = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(old_whole)}
+    found = {_place(path): x for path, x in jax.tree.leaves_with_path(old_whole)}
     leaves, structure = jax.tree.flatten(new_whole)
-    places = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(new_whole)]
+    places = [_place(path) for path, _ in jax.tree.leaves_with_path(new_whole)]
     fits = [
         place in found and found[place].shape == leaf.shape
         for place, leaf in zip(places, leaves, strict=True)
@@ -147,6 +151,11 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
     names = leaf_names(new_whole, "")
     left = [name.strip() for name, fit in zip(names, fits, strict=True) if not fit]
     return simplified(jax.tree.unflatten(structure, taken)), left
+
+
+def _place(path: jax.tree_util.KeyPath) -> str:
+    """Name the place of a weight, of a memory whatever else is read beside it."""
+    return re.sub(r"(\.memory)(\.recurrence)+", r"\1", jax.tree_util.keystr(path))
 
 
 def _taken(new: Policy, old: Policy) -> Policy:

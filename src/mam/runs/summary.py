@@ -12,6 +12,7 @@ from jaxtyping import Float
 from rich.table import Table
 
 from mam.config import Config
+from mam.errors import UserError
 from mam.runs.sinks import (
     RETURN,
     Record,
@@ -135,7 +136,13 @@ def _hint(config: Config) -> str:
     """Say what may help where greedy play is much worse, if the run did without."""
     from mam.networks.policy import knows_the_time  # needs JAX
 
-    if knows_the_time(config):
+    if ":" in config.policy:  # reads what settings it will
+        return ""
+    try:
+        known = knows_the_time(config.policy, config.network)
+    except UserError:  # a mixer or a memory that only the run's own process knew
+        return ""
+    if known:
         return ""
     return (
         "\ngreedy play may go in circles, less so if agents know the time: "

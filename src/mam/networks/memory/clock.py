@@ -17,12 +17,13 @@ class ClockState(CountsSteps):
 
 
 class Clock(AbstractRecurrence):
-    """Adds W p to what the recurrence reads of an agent: p, the position of the step.
+    """Adds W p to what the recurrence puts out: p, the position of the step.
 
-    An episode in which nothing changes is then not the same observation for ever, to which a
-    greedy policy has but one answer.
+    What agents see may then stay the same for ever, and a greedy policy still has another answer.
 
-    Source: Sable (arXiv 2410.01706), §3, whose every projection reads p.
+    Source: Sable (arXiv 2410.01706), §3, whose every projection reads p. Difference: the recurrence
+    does not read it, for it changes at every step and would drown what happened once (a cue that is
+    to be told after 50 steps: results/memory/README.md).
     """
 
     recurrence: AbstractRecurrence
@@ -37,18 +38,18 @@ class Clock(AbstractRecurrence):
 
     def step(self, state, x, reset):
         steps = count_steps(state.num_steps, reset[None])[0]
-        inner, y = self.recurrence.step(state.recurrence, self._at(steps, x), reset)
-        return ClockState(steps + 1, inner), y
+        inner, y = self.recurrence.step(state.recurrence, x, reset)
+        return ClockState(steps + 1, inner), self._at(steps, y)
 
     def note(self, state, action):
         return replace(state, recurrence=self.recurrence.note(state.recurrence, action))
 
     def unroll(self, state, x, reset, action):
         steps = count_steps(state.num_steps, reset)
-        inner, y = self.recurrence.unroll(state.recurrence, self._at(steps, x), reset, action)
-        return ClockState(steps[-1] + 1, inner), y
+        inner, y = self.recurrence.unroll(state.recurrence, x, reset, action)
+        return ClockState(steps[-1] + 1, inner), self._at(steps, y)
 
     def _at(
-        self, steps: Float[Array, "*batch"], x: Float[Array, "*batch N E"]
+        self, steps: Float[Array, "*batch"], y: Float[Array, "*batch N E"]
     ) -> Float[Array, "*batch N E"]:
-        return x + self.dense(step_positions(steps, x))[..., None, :]
+        return y + self.dense(step_positions(steps, y))[..., None, :]
