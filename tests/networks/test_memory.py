@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mam.config import NetworkConfig, RecurrenceConfig
+from mam.config import Config, NetworkConfig, PPOConfig, RecurrenceConfig
 from mam.errors import UserError
 from mam.networks.actions import Categorical
 from mam.networks.clock import at_step, counts_of
 from mam.networks.memory.base import unroll_successors
 from mam.networks.memory.registry import MEMORIES, make_memory
+from mam.networks.policy import sequence_length
 
 T, B, N, E = 6, 2, 3, 4
 RESETS = arrays.arrays(bool, (T, B), elements=st.booleans())
@@ -232,3 +233,20 @@ def test_who_reads_a_clock(memory, setting, counts):
     assert [list(x) for x in counts_of(after)] == [[T, T + 7]] * counts
     np.testing.assert_array_equal(y[:, 0], moved[:, 0])
     assert (np.abs(y - moved)[:, 1].max() > 1e-3) == counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "recurrence", "length"),
+    [
+        ({}, {"clock": "on"}, 1),
+        ({}, {"clock": "on", "last_action": True}, 128),
+        ({"policy": "rec_mam"}, {}, 128),
+        ({"policy": "sable"}, {"clock": "on"}, 128),
+        ({"policy": "json:loads"}, {"clock": "on"}, 128),  # may remember what it likes
+        ({"learn": "distill", "teacher": "runs/one"}, {"clock": "on"}, 128),
+        ({"policy": "rec_mam", "ppo": PPOConfig(sequence_length=4)}, {}, 4),
+    ],
+)
+def test_a_clock_alone_is_learned_from_single_steps(changes, recurrence, length):
+    config = Config(network=NetworkConfig(recurrence=RecurrenceConfig(**recurrence)), **changes)
+    assert sequence_length(config) == length

@@ -83,7 +83,7 @@ def test_a_clock_is_drawn_beside_a_memory_that_had_none(earlier, tmp_path):
     loop.run(config, folder, trainer)
     clock = replace(network, recurrence=replace(network.recurrence, clock="on"))
     config = replace(config, network=clock, init=str(folder.path))
-    with pytest.raises(UserError, match=r"--network\.recurrence\.clock off leaves away the clock$"):
+    with pytest.raises(UserError, match=r"--network\.recurrence\.clock off does without a clock$"):
         started_from(config, make_train(config))
     config, told = replace(config, init_partial=True), []
     policy = started_from(config, make_train(config), told.append).init(np.arange(2)).policy

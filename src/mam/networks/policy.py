@@ -245,7 +245,8 @@ def sequence_length(config: Config) -> int:
     but a teacher's memory is kept as often as the student's.
     """
     how = config.policy, config.network
-    single = config.teacher is None and _counts(*how) and not _remembers(*how)
+    only_counts = _counts(*how) and not _remembers(*how) and ":" not in config.policy
+    single = only_counts and config.teacher is None
     return config.ppo.sequence_length or (1 if single else config.ppo.rollout_length)
 
 

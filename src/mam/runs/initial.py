@@ -115,7 +115,7 @@ def _begun(config: Config, trainer: Trainer, tell: Callable[[str], None]) -> Tra
         names = ", ".join(left[:_SHOWN]) + f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN)
         if not config.init_partial:
             clock = any(re.search(_CLOCK, name) for name in left)
-            without = ", --network.recurrence.clock off leaves away the clock" * clock
+            without = ", --network.recurrence.clock off does without a clock" * clock
             raise UserError(
                 f"the weights of {config.init} do not fit: {names}; "
                 f"--init-partial takes the others{without}"

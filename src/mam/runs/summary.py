@@ -136,18 +136,13 @@ def _hint(config: Config) -> str:
     """Say what may help where greedy play is much worse, if the run did without."""
     from mam.networks.policy import knows_the_time  # needs JAX
 
-    if ":" in config.policy:  # reads what settings it will
-        return ""
+    hint = "greedy play may go in circles, less so if agents know the time"
     try:
         known = knows_the_time(config.policy, config.network)
     except UserError:  # a mixer or a memory that only the run's own process knew
         return ""
-    if known:
-        return ""
-    return (
-        "\ngreedy play may go in circles, less so if agents know the time: "
-        "--network.recurrence.clock on"
-    )
+    own = ":" in config.policy  # reads what settings it will
+    return "" if known or own else f"\n{hint}: --network.recurrence.clock on"
 
 
 def _interval(values: np.ndarray | None) -> str:
