@@ -244,9 +244,12 @@ def sequence_length(config: Config) -> int:
     Those that `ppo.sequence_length` says, or a whole rollout. A clock needs no more than its step,
     but a teacher's memory is kept as often as the student's.
     """
-    how = config.policy, config.network
-    only_counts = _counts(*how) and not _remembers(*how) and ":" not in config.policy
-    single = only_counts and config.teacher is None
+    single = (
+        config.network.recurrence.clock == "on"
+        and config.teacher is None
+        and ":" not in config.policy  # those of one's own remember what they like
+        and not _remembers(config.policy, config.network)
+    )
     return config.ppo.sequence_length or (1 if single else config.ppo.rollout_length)
 
 
