@@ -563,7 +563,7 @@ def _check_ppo(ppo: PPOConfig) -> None:
     if length is not None and (length < 1 or ppo.rollout_length % length):
         raise UserError(
             f"ppo.sequence_length must divide ppo.rollout_length = {ppo.rollout_length}, "
-            f"got {length}"
+            f"got {length} (None: whole rollouts)"
         )
     if num_steps % ppo.num_minibatches:
         raise UserError(

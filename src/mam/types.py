@@ -194,6 +194,11 @@ class ExternalEnvironments(Protocol):
     @property
     def num_envs(self) -> int: ...
 
+    @property
+    def lost(self) -> Bool[np.ndarray, "B"]:
+        """Say whose episodes the last step cut short because their process was lost."""
+        ...
+
     def reset(self, seed: int) -> TimeStep:
         """Start an episode everywhere; environment i draws on (seed, i) alone from here on."""
         ...

@@ -65,6 +65,9 @@ def test_all_on_their_goals_is_an_end_and_the_limit_is_a_cut():
         assert bool(timestep.truncated) == (count == 4)
         assert not timestep.terminated
     assert timestep.metrics["success_rate"] == 0
+    # Nobody is later than those who never arrive: the limit's time, three moves of 0.01 s each.
+    np.testing.assert_allclose(timestep.metrics["makespan"], 4 * 0.03, rtol=1e-6)
+    np.testing.assert_allclose(timestep.metrics["flow_time"], 2 * 4 * 0.03, rtol=1e-6)
     arrived = replace(state, goal_pos=state.physical_state.agent_pos)
     _, timestep = step(arrived, still, key)
     assert timestep.terminated

@@ -43,6 +43,7 @@ class Dice:
 
     def __init__(self, num_envs, first=0):
         self.num_envs, self.first = num_envs, first
+        self.lost = np.zeros(num_envs, bool)
         self.seeds, self.actions, self.closed = [], [], False  # what it was told
 
     def reset(self, seed):
@@ -282,6 +283,46 @@ def test_what_does_not_end_is_cut_off_and_counted():
     assert 0 < late.sum() < late.size
     np.testing.assert_array_equal(cut["episode_length"], np.minimum(whole["episode_length"], 2))
     np.testing.assert_array_equal(cut["episode_return"][~late], whole["episode_return"][~late])
+
+
+class Fragile(Dice):
+    """Loses the process of its first two environments at some step: their episodes begin anew."""
+
+    def __init__(self, num_envs, at):
+        super().__init__(num_envs)
+        self.at = at
+
+    def step(self, action):
+        before, there = self._observe(), self.lost.copy()
+        there[:2] = len(self.actions) == self.at
+        self.time = np.where(there, 0, self.time)  # it cannot end at this step
+        timestep = super().step(action)
+        self.lost = there
+        self._start(there)
+        return replace(
+            timestep,
+            observation=self._observe(),
+            reward=np.where(there[:, None], 0, timestep.reward),
+            terminated=timestep.terminated & ~there,
+            truncated=timestep.truncated | there,
+            final_observation=before,
+        )
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_an_episode_cut_short_by_a_lost_process_is_played_again(at):
+    envs = Fragile(NUM_SEEDS * NUM_ENVS, at)
+    metrics = external_evaluate(envs, POLICY, blank_memory(), KEYS[0], NUM_ENVS)
+    assert envs.lost.sum() in (0, 2)
+    np.testing.assert_array_equal(metrics["unfinished"], 0)
+    np.testing.assert_allclose(
+        metrics["agent_return"].mean(axis=-1), metrics["episode_return"], rtol=1e-6
+    )
+    whole = external_evaluate(Dice(NUM_SEEDS * NUM_ENVS), POLICY, blank_memory(), KEYS[0], NUM_ENVS)
+    first = whole["episode_length"].ravel()[:2]
+    again = metrics["episode_length"].ravel()
+    np.testing.assert_array_equal(again[2:], whole["episode_length"].ravel()[2:])
+    np.testing.assert_array_equal(again[:2][first <= at], first[first <= at])  # ended before
 
 
 class Talkative(Dice):

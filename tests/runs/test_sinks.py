@@ -384,6 +384,10 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
 
 def test_means():
     np.testing.assert_array_equal(seed_means(np.array([[0.0, 1.0], [2.0, 4.0]])), [0.5, 3.0])
+    some = np.array([[np.nan, 7.0, np.nan], [np.nan, np.nan, np.nan], [1.0, 2.0, 3.0]])
+    for name in ("info_steps_to_win", "greedy_info_steps_to_win"):
+        np.testing.assert_array_equal(seed_means(some, name), [7.0, np.nan, 2.0])
+    np.testing.assert_array_equal(seed_means(some, "episode_return"), [np.nan, np.nan, 2.0])
     assert mean_and_spread(np.array([1.0])) == "1.000"
     assert mean_and_spread(np.array([1.0, np.nan, 3.0])) == "2.000 ± 1.414"
     assert mean_and_spread(np.array([np.nan])) == "–"

@@ -11,6 +11,7 @@ from mam.study.dashboard.curves import (
     SPEED,
     Curves,
     Series,
+    columns_that_count,
     curve_of,
     groups,
     labels_of,
@@ -136,6 +137,18 @@ def test_answers_are_kept_until_something_changes(folder):
     run.version += 1
     assert curves.of([run], RETURN, "time")[0] != made_of
     assert curve.x[0] == series_of(run, RETURN, "time").x[0]
+
+
+def test_a_seed_that_was_run_again_counts_once(tmp_path):
+    write_run(tmp_path / "a", CONFIG)
+    write_run(tmp_path / "b", CONFIG)
+    write_run(tmp_path / "c", replace(CONFIG, seed=CONFIG.seed + 1))
+    runs = [live(tmp_path / name, name) for name in "abc"]
+    assert columns_that_count(runs) == {"b": [0], "c": [*range(CONFIG.num_seeds)]}
+    _, curve = Curves().of(runs, RETURN, "steps")
+    assert curve.num_seeds == CONFIG.num_seeds + 1
+    _, alone = Curves().of(runs[:1], RETURN, "steps")
+    assert alone.num_seeds == CONFIG.num_seeds
 
 
 def test_speed_is_of_all_seeds(folder):

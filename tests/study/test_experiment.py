@@ -115,6 +115,8 @@ def test_jobs_have_names_of_their_own_and_safe_folders(tmp_path):
     assert folders == ["probe/matrix/mam", "a/b_c_d", "my.module_make/x/mam"]
     with pytest.raises(UserError, match="two runs are called probe/matrix/mam"):
         jobs_of([CONFIG, replace(CONFIG, seed=5)], tmp_path)
+    with pytest.raises(UserError, match="the run a/b would lie in the folder of a: call one"):
+        jobs_of([("a/b", CONFIG), ("a", CONFIG)], tmp_path)
     with pytest.raises(UserError, match="must be Config"):
         jobs_of([3], tmp_path)
     for name in ("", "/", "..", "./."):
@@ -158,6 +160,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
         "memory": 4,
         "rware": 5,
         "many_agents": 5,
+        "orders": 5,
         "paper": 4 * 33,
         "scaling": 44,
         "images": 4,
@@ -203,6 +206,12 @@ def test_metrics_are_followed_while_they_are_written(tmp_path):
     follower.poll()
     assert follower.finished(32)
     assert not follower.finished(33)
+    # Cut by a resume and written on past the old end, between two looks.
+    path.write_text(row("train", 1, more="longer") + row("train", 2) + row("train", 3))
+    assert [r["update"] for r in follower.poll()] == [1, 2, 3]
+    path.write_text(path.read_text() + "damaged\n[1]\n" + row("train", 4))
+    assert [r["update"] for r in follower.poll()] == [4]
+    assert follower.step_count == 64
 
 
 def test_a_log_file_shows_every_tenth_of_a_run(tmp_path, capsys):
@@ -327,6 +336,19 @@ def test_a_folder_with_other_settings_fails_and_a_longer_budget_resumes(tmp_path
         other.command()
     longer = Job("longer", replace(CONFIG, total_timesteps=960), tmp_path)
     assert longer.command() == ["train", "--resume", str(tmp_path), "--total-timesteps", "960"]
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(tmp_path, capsys):
+    code, _ = matrix_of(tmp_path, {"one": ["finish"]})
+    assert code == 0
+    other = Job("one", replace(CONFIG, ppo=replace(CONFIG.ppo, lr=0.5)), tmp_path / "one")
+    pool = FakePool({})
+    assert run_matrix([other], pool, Screen(), retries=1) == 1
+    assert not pool.commands
+    assert "holds a run with other settings: ppo.lr was 0.0005, is 0.5" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"ppo\.lr was 0\.0005, is 0\.5"):
+        other.finished()
 
 
 FILE = """

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mam.cli import main as cli
+from mam.config import FinetuneConfig
 from mam.errors import UserError
 from mam.statistics import estimate, iqm
 from mam.study.report.checks import load
@@ -94,6 +95,17 @@ def test_aggregates_curves_and_profiles_fit_together(matrix):
     assert np.all(curve.returns.low <= curve.returns.value)
 
 
+def test_a_seed_with_an_evaluation_that_is_no_number_is_left_out_of_sample_efficiency(tmp_path):
+    folder = write_matrix(tmp_path)
+    file = next(folder.rglob("a_b/mam/metrics.jsonl"))
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    next(row for row in rows if row["kind"] == "evaluation")["episode_return"][1][0] = None
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results, warnings = load([folder])
+    assert any("no numbers, left out: mam on lbf/a_b, seed 1" in line for line in warnings)
+    assert np.isfinite(results.efficiency["mam"].returns.value).all()
+
+
 def test_bold_is_what_lies_clearly_above_the_others(matrix):
     results, _ = load([matrix])
     table = next(table for table in tables(results) if table.title.startswith("Absolute"))
@@ -170,6 +182,31 @@ def test_duplicates_and_mixed_settings_are_said_and_counted_once(tmp_path):
     )
     assert f"left out: {tmp_path / 'broken' / 'config.json'} is damaged" in text
     assert len(load([tmp_path])[0].cells["lbf/small", "mam"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting"),
+    [
+        ({"init": "runs/imitated"}, "init"),
+        ({"finetune": FinetuneConfig(lr_warmup=5)}, "finetune.lr_warmup"),
+        ({"learn": "bc", "data": "data/large"}, "data"),
+        ({"env": "lbf/auto:agents=4", "curriculum": ("agents=2@32",)}, "curriculum"),
+        ({"on_non_finite": "skip"}, "on_non_finite"),
+    ],
+)
+def test_whatever_is_learned_otherwise_is_of_another_setting(changes, setting, tmp_path):
+    likewise = {
+        "data": {"learn": "bc", "data": "data/small"},
+        "curriculum": {"env": "lbf/auto:agents=4", "curriculum": ("agents=3@32",)},
+    }
+    one = replace(CONFIG, **likewise.get(setting, {}))
+    write_run(tmp_path / "one", one)
+    write_run(tmp_path / "two", replace(CONFIG, **changes, seed=CONFIG.num_seeds))
+    assert f"taken as one (--by {setting} tells them apart)" in warnings_of(tmp_path)
+    write_run(tmp_path / "three", replace(CONFIG, **changes))
+    text = warnings_of(tmp_path)
+    assert "runs of other settings, left out for having equal seeds" in text
+    assert "found more than once" not in text
 
 
 def test_settings_may_make_algorithms(tmp_path):

@@ -190,6 +190,32 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
     assert "failed, mam: the reason · ppo.lr=0.00025" in out
 
 
+class Slow(TrialPool):
+    """A trial that is stopped takes some looks to save itself."""
+
+    def stop(self, job):
+        self.saving = {**getattr(self, "saving", {}), job: 3}
+
+    def ended(self):
+        saving = getattr(self, "saving", {})
+        self.saving = {job: left - 1 for job, left in saving.items() if left}
+        self.told += [job for job, left in saving.items() if not left]
+        held = [job for job in self.running if job in self.saving]
+        self.running = [job for job in self.running if job not in held]
+        ends = super().ended()
+        self.running += held
+        return ends
+
+
+@needs_optuna
+def test_a_pruned_trial_is_waited_for_until_it_has_saved_itself(sweep):
+    pool = Slow()
+    _, trials = sweep(pool)
+    assert not pool.running
+    assert all(trial.state.is_finished() for trial in trials.values())
+    assert any(trial.state.name == "PRUNED" for trial in trials.values())
+
+
 @needs_optuna
 def test_no_combination_is_tried_twice_and_then_the_sweep_is_over(sweep, capsys):
     _, trials = sweep(TrialPool(), trials=50)

@@ -86,20 +86,29 @@ def evaluate(args: Evaluate) -> None:
     for index, seed in enumerate(seeds):
         table.add_row(
             str(seed),
-            *(
-                f"{value[index].mean():.3f} ± {value[index].std():.3f}"
-                for value in metrics.values()
-            ),
+            *(_over_episodes(value[index], name) for name, value in metrics.items()),
         )
     if len(seeds) > 1:
         table.add_section()
-        table.add_row("mean ± std", *(mean_and_spread(value) for value in metrics.values()))
+        table.add_row(
+            "mean ± std", *(mean_and_spread(value, name) for name, value in metrics.items())
+        )
     display(table)
     if of_agents is not None:
         display(_agent_table(of_agents, spec))
     print(
         f"± is the standard deviation over episodes; {RETURN} is the team's, averaged over agents"
     )
+
+
+def _over_episodes(values: Any, name: str) -> str:
+    """Return mean ± deviation; of a metric made of infos, over the episodes that say it."""
+    import numpy as np
+
+    from mam.runs.sinks import is_of_infos
+
+    said = values[np.isfinite(values)] if is_of_infos(name) else values
+    return f"{said.mean():.3f} ± {said.std():.3f}" if said.size else "–"
 
 
 def _evaluate_sweep(args: Evaluate, asked: str) -> None:
@@ -148,7 +157,9 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for value, (*_, metrics) in played.items():
-        table.add_row(value, *(mean_and_spread(metrics[n]) if n in metrics else "–" for n in names))
+        table.add_row(
+            value, *(mean_and_spread(metrics[n], n) if n in metrics else "–" for n in names)
+        )
     display(table)
     print(f"± is the standard deviation over seeds; {RETURN} is averaged over agents")
 

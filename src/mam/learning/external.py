@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mam.config import EvalConfig
+from mam.envs.external.shared import INFO
 from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
 from mam.learning.rollout import Rollout, RolloutState, make_transition, next_state
 from mam.learning.stopwatch import Stopwatch
@@ -72,6 +73,10 @@ class Timed:
     @property
     def num_envs(self) -> int:
         return self.envs.num_envs
+
+    @property
+    def lost(self) -> Bool[np.ndarray, "B"]:
+        return self.envs.lost
 
     def reset(self, seed: int) -> TimeStep:
         with self.clock.part("environment"):
@@ -188,7 +193,7 @@ def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarra
         The transitions without them, and their means over the episodes that ended, [seeds]; NaN if
         none did.
     """
-    infos = {name: x for name, x in transitions.metrics.items() if name.startswith("info_")}
+    infos = {name: x for name, x in transitions.metrics.items() if name.startswith(INFO)}
     rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
     means = {}
     for name, x in infos.items():
@@ -213,7 +218,7 @@ def external_evaluate(
     """Play `num_episodes` episodes per seed, in rounds of as many as there are environments.
 
     Each environment plays one episode a round, so short episodes do not count for more than long
-    ones.
+    ones; where its process was lost it plays another.
 
     Args:
         envs: those of all seeds.
@@ -244,7 +249,9 @@ def external_evaluate(
             before, now = aligned([metrics, timestep.metrics])
             metrics = {name: np.where(over, before[name], value) for name, value in now.items()}
             agent_return += np.where(over[..., None], np.float32(0), timestep.reward)
-            over = over | timestep.ended
+            again = _by_seed(envs.lost, num_seeds) & ~over
+            agent_return[again] = 0
+            over = over | (timestep.ended & ~again)
             state = next_state(timestep, after)
             step += 1
         own = {} if envs.spec.team_reward else {AGENT_RETURN: agent_return}

@@ -48,7 +48,7 @@ class Csv:
         """Append its rows and hand them to the operating system."""
         head = (record.kind, record.update, record.step_count, record.elapsed)
         for name, values in record.values.items():
-            for seed, value in enumerate(seed_means(values), start=self._first_seed):
+            for seed, value in enumerate(seed_means(values, name), start=self._first_seed):
                 shown = repr(float(value)) if np.isfinite(value) else ""
                 self._writer.writerow((*head, seed, name, shown))
         self._file.flush()

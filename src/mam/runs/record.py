@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from mam.data.steps import concatenate, without_ids
 from mam.data.store import Writer, cut
@@ -133,6 +133,11 @@ class HostedEnvironments:
     @property
     def num_envs(self) -> int:
         return self.batched.num_envs
+
+    @property
+    def lost(self) -> Bool[np.ndarray, "B"]:
+        """Say that none was."""
+        return np.zeros(self.num_envs, bool)
 
     def reset(self, seed: int) -> TimeStep:
         """Start an episode everywhere."""

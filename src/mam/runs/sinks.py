@@ -18,6 +18,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from mam.config import EvalConfig
+from mam.envs.external.shared import INFO
 from mam.runs.files import open_regular
 
 RETURN = "episode_return"  # the metric every environment reports
@@ -44,10 +45,25 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def seed_means(values: np.ndarray) -> np.ndarray:
-    """Return one number per seed, [num_seeds]: the mean over its episodes, or the scalar itself."""
+def is_of_infos(name: str) -> bool:
+    """Say whether a metric is made of infos, which not every episode need have."""
+    return name.removeprefix("greedy_").removeprefix("sampled_").startswith(INFO)
+
+
+def seed_means(values: np.ndarray, name: str = "") -> np.ndarray:
+    """Return one number per seed, [num_seeds]: the mean over its episodes, or the scalar itself.
+
+    Args:
+        values: [num_seeds] or [num_seeds, episodes].
+        name: of the metric: one that is made of infos is the mean over the episodes that say it.
+    """
     values = np.asarray(values, np.float64)
-    return values.reshape(len(values), -1).mean(axis=1)
+    values = values.reshape(len(values), -1)
+    if not is_of_infos(name):
+        return values.mean(axis=1)
+    said = np.isfinite(values)
+    total, count = np.where(said, values, 0).sum(axis=1), said.sum(axis=1)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
 def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:
@@ -225,7 +241,7 @@ class TensorBoard:
         """Add one point per metric and seed."""
         points = {}
         for name, value in record.values.items():
-            points[name] = seed_means(value)
+            points[name] = seed_means(value, name)
             if np.ndim(value) > 1:
                 points[f"{name}_std"] = np.std(value, axis=1)
         for index, writer in enumerate(self._writers):
@@ -355,7 +371,7 @@ class Progress:
         self._times.append((record.step_count, now))
         if record.kind == "train":
             self._losses = " · ".join(
-                f"{name.replace('_', ' ')} {mean_and_spread(record.values[name])}"
+                f"{name.replace('_', ' ')} {mean_and_spread(record.values[name], name)}"
                 for name in _WATCHED
                 if name in record.values
             )
@@ -390,9 +406,9 @@ class Progress:
 _WATCHED = ("policy_loss", "value_loss", "approx_kl", "entropy")  # of an update, in the live line
 
 
-def mean_and_spread(values: np.ndarray) -> str:
+def mean_and_spread(values: np.ndarray, name: str = "") -> str:
     """Return the mean over seeds, ± their sample standard deviation, of those with a number."""
-    seeds = seed_means(values)
+    seeds = seed_means(values, name)
     seeds = seeds[np.isfinite(seeds)]
     if not seeds.size:
         return "–"

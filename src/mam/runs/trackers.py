@@ -82,7 +82,7 @@ class Tracker(ABC):
         """Hand the record's numbers on."""
         values = {}
         for name, value in record.values.items():
-            means = seed_means(value)
+            means = seed_means(value, name)
             values[f"{record.kind}/{name}"] = means.mean()
             if len(means) > 1:
                 for seed, mean in zip(self._seeds, means, strict=True):

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium import spaces
 
 from mam.envs.external.factories import POSITIONS
-from mam.envs.external.shared import Arrays, Layout
+from mam.envs.external.shared import INFO, Arrays, Layout
 from mam.envs.external.spaces import (
     BoxAction,
     View,
@@ -53,10 +53,13 @@ class PettingZooEnv:
 
     An agent that has terminated or was truncated before the others is dead until it is missing in
     `env.agents` and comes back, or until the next episode; so is one that is not in `env.agents`,
-    or observes nothing, for as long. The dead see zeros, earn nothing and are free to choose any
-    action, which goes nowhere. The joint episode ends when no agent goes on. It was truncated if an
-    agent was truncated at its last step; those agents are alive in its last observation, since they
-    would have gone on. So are, in `final_observation`, those truncated before the others.
+    for as long. The dead see zeros, earn nothing and are free to choose any action, which goes
+    nowhere. One that is in `env.agents` but observes nothing counts as dead until it observes
+    again, and nothing is learned of its actions, but the environment gets them, and its reward is
+    kept: a ParallelEnv asks all that it lists. The joint episode ends when no agent goes on. It
+    was truncated if an agent was truncated at its last step; those agents are alive in its last
+    observation, since they would have gone on. So are, in `final_observation`, those truncated
+    before the others.
     """
 
     def __init__(self, env: Any, name: str):
@@ -484,7 +487,7 @@ def _info_metrics(infos: Mapping) -> dict[str, float]:
             if isinstance(value, bool | int | float | np.number | np.bool_) and isinstance(
                 key, str
             ):
-                found.setdefault(f"info_{key}", []).append(float(value))
+                found.setdefault(f"{INFO}{key}", []).append(float(value))
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 

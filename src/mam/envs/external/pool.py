@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from mam.config import WorkerConfig
 from mam.envs.external import worker as child
@@ -91,6 +92,7 @@ class ExternalPool:
         self._seed = 0
         self._last: dict[str, Any] = {}  # observations, as given out
         self._over = np.zeros(num_envs, bool)
+        self._lost = np.zeros(num_envs, bool)
         self._episode_return = self._episode_length = np.zeros(num_envs, np.float32)
         with self._closed_by_exceptions():
             self._start(self._workers)
@@ -104,6 +106,11 @@ class ExternalPool:
     @property
     def num_envs(self) -> int:
         return self._num_envs
+
+    @property
+    def lost(self) -> Bool[np.ndarray, "B"]:
+        """Say whose episodes the last step cut short because their worker was lost."""
+        return self._lost.copy()
 
     @property
     def notes(self) -> list[str]:
@@ -120,6 +127,7 @@ class ExternalPool:
             self._reset(self._workers)
         self._slab.reward[:] = 0.0
         self._slab.terminated[:] = self._slab.truncated[:] = self._slab.parted[:] = False
+        self._lost[:] = False
         self._episode_return = self._episode_length = np.zeros(self._num_envs, np.float32)
         return self._timestep()
 
@@ -142,6 +150,7 @@ class ExternalPool:
             self._read_infos(list(answered.values()))
             for worker in answered:
                 worker.failures = 0
+            self._lost[:] = False
             for worker in lost:
                 self._cut_short(worker)
             self._start(lost)
@@ -280,7 +289,7 @@ class ExternalPool:
             slab.final_observation[name][rows] = last[rows]
         slab.reward[rows] = 0.0
         slab.terminated[rows] = False
-        slab.truncated[rows] = True
+        slab.truncated[rows] = self._lost[rows] = True
         slab.parted[rows] = False
 
     def _timestep(self) -> TimeStep:

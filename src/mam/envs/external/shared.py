@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+INFO = "info_"  # in front of the names of metrics that are made of infos
 Arrays = dict[str, np.ndarray]  # the fields of an `Observation`, by name
 Field = tuple[tuple[int, ...], np.dtype]
 

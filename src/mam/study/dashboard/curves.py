@@ -29,6 +29,11 @@ class Series:
     x: Float[np.ndarray, "rows"]  # environment steps per seed, or seconds
     values: Float[np.ndarray, "rows seeds"]
 
+    def only(self, seeds: Sequence[int]) -> "Series":
+        """Return it of some seeds, by their places; what is of the whole run stays."""
+        several = self.values.shape[1] > 1
+        return Series(self.x, self.values[:, seeds]) if several else self
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -92,6 +97,21 @@ def series_of(run: LiveRun, metric: str, axis: Axis) -> Series | None:
     if name not in rows.values or not len(x):
         return None
     return Series(x, rows.values[name].astype(np.float64))
+
+
+def columns_that_count(runs: Iterable[LiveRun]) -> dict[str, list[int]]:
+    """Say by run which of its seeds no other run has got further with: one counts once.
+
+    Of those that are as far it is the last by name, as in the report.
+    """
+    owner: dict[int, tuple[str, int]] = {}
+    for run in sorted(runs, key=lambda run: (run.metrics.step_count, run.name)):
+        if run.config:
+            owner |= {run.config.seed + i: (run.name, i) for i in range(run.num_seeds)}
+    columns: dict[str, list[int]] = {}
+    for name, column in owner.values():
+        columns.setdefault(name, []).append(column)
+    return columns
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of numbers near the largest there are
@@ -209,7 +229,12 @@ class Curves:
         made_of = tuple((run.name, run.version) for run in runs)
         known = self._known.pop(asked, None)
         if known is None or known[0] != made_of:
-            series = [one for run in runs if (one := series_of(run, metric, axis))]
+            columns = columns_that_count(runs)
+            series = [
+                one.only(columns[run.name])
+                for run in runs
+                if run.name in columns and (one := series_of(run, metric, axis))
+            ]
             known = made_of, curve_of(series, window=window)
         self._known[asked] = known  # the newest last
         while len(self._known) > self._MOST:

@@ -11,7 +11,7 @@ import orjson
 from jaxtyping import Float, Int
 
 from mam.runs.files import open_regular
-from mam.runs.sinks import seed_means
+from mam.runs.sinks import is_of_infos, seed_means
 
 CHUNK = 1 << 20  # bytes parsed at once: other threads wait no longer than that takes
 MAX_LINE = 1 << 23  # bytes of a line; longer ones are skipped and counted
@@ -293,6 +293,10 @@ def _values(
     rows: Sequence[dict[str, Any]], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows seeds"]]:
     """Parse all metrics at once where they are alike, which is fast for many, or one by one."""
+    if infos := [name for name in names if is_of_infos(name)]:  # not said in every episode
+        rest = [name for name in names if name not in infos]
+        said = {name: _means([row.get(name) for row in rows], name) for name in infos}
+        return (_values(rows, rest) if rest else {}) | said
     try:
         block = np.array([[row[name] for name in names] for row in rows], np.float64)
         block = block.reshape(*block.shape[:3], -1).mean(axis=-1) if block.ndim > 3 else block
@@ -303,9 +307,9 @@ def _values(
         return {name: _means([row.get(name) for row in rows]) for name in names}
 
 
-def _means(values: Sequence[Any]) -> Float[np.ndarray, "rows seeds"]:
+def _means(values: Sequence[Any], metric: str = "") -> Float[np.ndarray, "rows seeds"]:
     """Average over episodes, by row and seed; None, and a row without the metric, become NaN."""
-    if None not in values:
+    if None not in values and not metric:
         try:
             array = np.array(values, np.float64)
             return (
@@ -320,7 +324,9 @@ def _means(values: Sequence[Any]) -> Float[np.ndarray, "rows seeds"]:
         raise ValueError("a metric without a number")
     return np.stack(
         [
-            np.full(len(some), np.nan) if value is None else seed_means(np.array(value, np.float64))
+            np.full(len(some), np.nan)
+            if value is None
+            else seed_means(np.array(value, np.float64), metric)
             for value in values
         ]
     )

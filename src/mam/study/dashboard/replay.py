@@ -19,7 +19,14 @@ from mam.runs.files import open_regular, parse_object
 from mam.study.dashboard.runs import LiveRun, changed
 
 # Files of a run's folder that are no traces.
-_OTHERS = ("config.json", "versions.json", "marl_eval.json", "times.json")
+_OTHERS = (
+    "config.json",
+    "versions.json",
+    "marl_eval.json",
+    "times.json",
+    "teacher.json",
+    "trackers.json",
+)
 _MOST_BYTES = 1 << 28  # of a trace
 _MOST_PIXELS = 1 << 30  # of all frames of a GIF
 _ARRAYS = ("reward", "value", "action", "log_prob", "order", "alive")

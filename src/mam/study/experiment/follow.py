@@ -8,6 +8,8 @@ import numpy as np
 
 from mam.runs.sinks import RETURN, median_speed
 
+_TAIL = 512  # bytes before the place read up to that tell whether a file goes on
+
 
 class Follower:
     """A run's progress, read from its metrics.jsonl.
@@ -25,26 +27,36 @@ class Follower:
         self._begin()
 
     def _begin(self) -> None:
-        self._offset, self._kind = 0, ""
+        self._offset, self._tail, self._kind = 0, b"", ""
         self._times: list[tuple[int, float]] = []  # steps and seconds at the last records
         self.step_count, self.returns, self.speed = 0, np.empty(0), float("nan")
 
     def poll(self) -> list[dict[str, Any]]:
-        """Read the whole lines written since the last call; a file cut by a resume is read anew."""
+        """Read the whole lines written since the last call; a file cut by a resume is read anew.
+
+        A damaged line is passed over: whoever reads the run's results says so.
+        """
         try:
             with self._path.open("rb") as file:
-                if file.seek(0, 2) < self._offset:
+                file.seek(self._offset - len(self._tail))
+                if file.read(len(self._tail)) != self._tail:  # cut, and perhaps written again
                     self._begin()
-                file.seek(self._offset)
+                    file.seek(0)
                 text = file.read()
         except FileNotFoundError:
             return []
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
-        rows = [json.loads(line) for line in text.splitlines()]
-        for row in rows:
+        self._tail = (self._tail + text)[-_TAIL:]
+        return [row for line in text.splitlines() if (row := self._taken(line))]
+
+    def _taken(self, line: bytes) -> dict[str, Any] | None:
+        try:
+            row = json.loads(line)
             self._take(row)
-        return rows
+        except (ValueError, TypeError, KeyError):
+            return None
+        return row
 
     def _take(self, row: dict[str, Any]) -> None:
         self._kind, self.step_count = row["kind"], row["step_count"]

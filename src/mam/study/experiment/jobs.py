@@ -52,10 +52,14 @@ class Job:
         return Follower(self.path / "metrics.jsonl")
 
     def finished(self) -> bool:
-        """Say whether the absolute metric was measured after all steps; exit codes do not tell."""
+        """Say whether the absolute metric was measured after all steps; exit codes do not tell.
+
+        Raises:
+            UserError: if it was, but of a run with other settings.
+        """
         follower = self.follow()
         follower.poll()
-        return follower.finished(self.budget)
+        return follower.finished(self.budget) and bool(self.saved())
 
     def started(self) -> bool:
         """Say whether there is something to go on with."""
@@ -75,12 +79,21 @@ class Job:
             preset, _ = preset_for(self.config.env)
             options = flags(self.config, preset)
             return ["train", "--env", self.config.env, *options, "--out", str(self.path)]
+        saved = self.saved()
+        return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
+
+    def saved(self) -> Config:
+        """Read the configuration of the run in its folder.
+
+        Raises:
+            UserError: if it cannot be read, or is that of a run with other settings.
+        """
         saved = RunFolder(self.path).load_config()
         if unlike := differences(
             saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})
         ):
             raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
-        return ["train", *resume_options(self.config, self.path), *flags(self.config, saved)]
+        return saved
 
     def command_line(self) -> str:
         """Return the command that starts it, or resumes it, quoted for a shell."""
@@ -154,6 +167,11 @@ def jobs_of(runs: Iterable[Any], out: Path) -> list[Job]:
                 f"two runs are called {name}, or nearly so: give them names, as (name, Config)"
             )
         jobs[path] = Job(name, config, path)
+    for path, job in jobs.items():
+        if outer := next((jobs[one] for one in path.parents if one in jobs), None):
+            raise UserError(
+                f"the run {job.name} would lie in the folder of {outer.name}: call one otherwise"
+            )
     return list(jobs.values())
 
 

@@ -31,8 +31,11 @@ class Row:
     def __post_init__(self):
         self.progress = self.job.follow()
         self.look()
-        if self.progress.finished(self.job.budget):
-            self.status = "finished"
+        try:
+            if self.progress.finished(self.job.budget) and self.job.saved():
+                self.status = "finished"
+        except UserError as error:
+            self.status, self.note = "failed", str(error)
 
     def look(self) -> None:
         """Read what the run has reported."""

@@ -52,13 +52,20 @@ def _without_duplicates(seeds: Sequence[SeedRun]) -> tuple[list[SeedRun], list[s
     )
     kept = {(seed.task, seed.algorithm, seed.seed): seed for seed in ordered}
     dropped = [seed for seed in ordered if kept[seed.task, seed.algorithm, seed.seed] is not seed]
-    lines = []
+    again, other = [], []
     for seed in sorted(dropped, key=lambda seed: (seed.name, str(seed.run.path))):
         used = kept[seed.task, seed.algorithm, seed.seed].run
-        differing = unlike([seed.run.config, used.config])
-        hint = f" ({_apart(differing)})" if differing else ""
-        lines.append(f"{seed.name}: {used.path} instead of {seed.run.path}{hint}")
-    return list(kept.values()), [f"runs found more than once: {_listed(lines)}"] if lines else []
+        line = f"{seed.name}: {used.path} instead of {seed.run.path}"
+        if differing := unlike([seed.run.config, used.config]):
+            other.append(f"{line} ({_apart(differing)})")
+        else:
+            again.append(line)
+    warnings = [f"runs found more than once: {_listed(again)}"] if again else []
+    if other:
+        warnings.append(
+            f"runs of other settings, left out for having equal seeds: {_listed(other)}"
+        )
+    return list(kept.values()), warnings
 
 
 def doubts(results: Results) -> Iterator[str]:

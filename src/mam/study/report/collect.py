@@ -15,7 +15,19 @@ from mam.runs.files import read_config, read_object
 from mam.runs.sinks import RETURN, Record, read_records, seed_means, training_speed
 from mam.runs.summary import evaluation_returns
 
-_LEARNING = ("agent_id", "decode", "network.", "ppo.")  # settings that decide what is learned
+# Settings that are said elsewhere in a report, or change no numbers.
+NO_SETTINGS = (
+    "env",
+    "policy",
+    "seed",
+    "num_seeds",
+    "checkpoint.",
+    "worker.",
+    "log",
+    "num_workers",
+    "num_devices",
+)
+_HOW_LONG = ("total_timesteps", "eval.")  # how long runs learn and are evaluated, not how
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ def read_run(path: Path, by: Sequence[str] = ()) -> list[SeedRun]:
     run = _describe(path, config, records)
     steps, returns = evaluation_returns(records)
     absolute = (
-        {name: seed_means(value) for name, value in records[-1].values.items()}
+        {name: seed_means(value, name) for name, value in records[-1].values.items()}
         if run.finished
         else {}
     )
@@ -164,7 +176,8 @@ def unlike(configs: Iterable[Config]) -> list[str]:
     return [
         key
         for key in flats[0]
-        if key.startswith(_LEARNING) and len({str(one[key]) for one in flats}) > 1
+        if not key.startswith((*NO_SETTINGS, *_HOW_LONG))
+        and len({str(one[key]) for one in flats}) > 1
     ]
 
 

@@ -89,7 +89,7 @@ def metrics(paths: Paths, kind: str | None = None) -> "DataFrame":
 
 def _metric_rows(run: dict[str, Any], record: Record, first_seed: int) -> list[dict[str, Any]]:
     head = {name: getattr(record, name) for name in ("kind", "update", "step_count", "elapsed")}
-    means = {name: seed_means(value) for name, value in record.values.items()}
+    means = {name: seed_means(value, name) for name, value in record.values.items()}
     count = min(map(len, means.values()), default=0)
     return [
         run

@@ -167,13 +167,13 @@ class Results:
         """IQM of normalised evaluation returns against steps, as far as every seed has got."""
         cells = {
             name: [
-                [seed for seed in self.cells[task, name] if seed.absolute]
+                [seed for seed in self.cells[task, name] if seed.absolute and _is_whole(seed)]
                 for task in self.common_tasks
             ]
             for name in self.compared
         }
         everyone = [seed for tasks in cells.values() for task in tasks for seed in task]
-        if not everyone:
+        if not all(task for tasks in cells.values() for task in tasks) or not everyone:
             return {}
         grid = _grid(everyone)
         grid = grid[
@@ -195,6 +195,11 @@ class Results:
     def runs_of(self, task: str, algorithm: str) -> Iterator[SeedRun]:
         """Yield one seed of each run."""
         yield from {seed.run.path: seed for seed in self.cells.get((task, algorithm), [])}.values()
+
+
+def _is_whole(seed: SeedRun) -> bool:
+    """Say whether every evaluation's return is a number."""
+    return bool(np.isfinite(seed.returns).all())
 
 
 def _return_of(seed: SeedRun) -> list[float]:

@@ -9,6 +9,7 @@ import numpy as np
 from mam.config import Config, flat, to_json
 from mam.runs.sinks import RETURN
 from mam.statistics import ENOUGH_RUNS, Estimate
+from mam.study.report.collect import NO_SETTINGS
 from mam.study.report.results import Results
 
 _METRICS = {
@@ -174,7 +175,7 @@ def _settings(results: Results) -> Table:
         unlike = {
             key: dict.fromkeys(str(of_run[key]) for of_run in settings)
             for key, default in defaults.items()
-            if not key.startswith(_NO_SETTINGS)
+            if not key.startswith(NO_SETTINGS)
             and any(of_run[key] != default for of_run in settings)
         }
         text = ", ".join(f"{key}={' or '.join(values)}" for key, values in unlike.items())
@@ -187,19 +188,6 @@ def _settings(results: Results) -> Table:
         "the rest is in each run's config.json."
     )
     return Table("Settings", ["task", "algorithm", "commit", "settings"], "llll", rows, note)
-
-
-# What is said elsewhere, or changes no numbers.
-_NO_SETTINGS = (
-    "env",
-    "policy",
-    "seed",
-    "num_seeds",
-    "checkpoint.",
-    "log",
-    "num_workers",
-    "num_devices",
-)
 
 
 def _runs(results: Results) -> Table:

@@ -2,8 +2,8 @@
 
 import json
 import os
+import shlex
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -36,6 +36,7 @@ class TrialRow(Row):
 
     trial: Any = field(kw_only=True)  # optuna.trial.Trial
     reported: int = 0  # environment steps of the last evaluation it was judged by
+    going: bool = False  # there is a process of it, which may be saving what was given up
 
 
 class Search:
@@ -136,20 +137,22 @@ class Search:
                     self._screen.log(
                         "stopping: every trial is told to save itself; Ctrl-C again kills them"
                     )
-                    for row in self._running():
-                        self._pool.stop(row.job)
+                    for row in self._going():
+                        if row.status == "running":
+                            self._pool.stop(row.job)
                 while not told and self._pool.has_capacity() and (waiting or not self._enough()):
                     row = waiting.pop(0) if waiting else self._row(self._study.ask())
                     self._start(row)
-                for row in self._running():
+                for row in self._going():
                     self._judge(row)
                 for end in self._pool.ended():
                     row = self._rows[end.job]
+                    row.going = False
                     self._judge(row)
                     if self._settle(row, end, stopping=told):
                         waiting.append(row)
                 self._screen.show(list(self._rows.values()))
-                if not list(self._running()) and (told or not waiting) and (told or self._enough()):
+                if not self._going() and (told or not waiting) and (told or self._enough()):
                     break
                 time.sleep(POLL_SECONDS)
         if self._lacking:
@@ -163,8 +166,8 @@ class Search:
     def _enough(self) -> bool:
         return len(self._study.trials) >= self._most
 
-    def _running(self) -> Iterable[TrialRow]:
-        return [row for row in self._rows.values() if row.status == "running"]
+    def _going(self) -> list[TrialRow]:
+        return [row for row in self._rows.values() if row.going]
 
     def _row(self, trial: Any) -> TrialRow:
         name = f"trial_{trial.number:04d}"
@@ -181,7 +184,7 @@ class Search:
         except UserError as error:
             self._fail(row, str(error))
             return
-        row.status, row.starts = "running", row.starts + 1
+        row.status, row.starts, row.going = "running", row.starts + 1, True
 
     def _judge(self, row: TrialRow) -> None:
         """Report new evaluations, and end a trial that is behind."""
@@ -258,7 +261,8 @@ class Search:
         self._screen.log(
             f"best: trial_{best.number:04d}, {self._options.objective} {best.value:.4f}"
         )
-        self._screen.log(f"    mam train --env {config.env} {' '.join(options)}")
+        command = shlex.join(["mam", "train", "--env", config.env, *options])
+        self._screen.log(f"    {command}")
         self._screen.log(
             f"in {self._out}: best.json, study.log (Optuna's journal), a run per trial"
         )
