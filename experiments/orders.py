@@ -2,7 +2,7 @@
 
 Orders by place put foragers next to each other that are; several shifted curves and a branch along
 the curve let more neighbours meet. One setting in turn beside `index`, five seeds, half of the
-preset's steps. An hour of one CPU core.
+preset's steps. Half an hour of one CPU core.
 
 mam experiment experiments/orders.py
 mam report runs/orders --out report
