@@ -32,6 +32,7 @@ class OnHost:
     def __init__(self, task):
         envs = make_batched(task, CONFIG.ppo.num_envs)
         self.spec, self.num_envs = envs.spec, envs.num_envs
+        self.lost = np.zeros(envs.num_envs, bool)
         self._reset, self._step = jax.jit(envs.reset), jax.jit(envs.step)
 
     def reset(self, seed):
