@@ -105,31 +105,18 @@ def rware_tiny_2ag() -> Config:
         env="rware/tiny-2ag",
         total_timesteps=4_000_000,
         network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
-        ppo=PPOConfig(
-            lr=1e-3,
-            sequence_length=4,
-            num_minibatches=4,
-            max_grad_norm=5.0,
-            clip_eps=0.2,
-            ent_coef=0.01,
-        ),
+        ppo=replace(rware().ppo, lr=1e-3, max_grad_norm=5.0, clip_eps=0.2),
     )
 
 
 def rware_tiny_4ag() -> Config:
     """Four robots in the smallest warehouse."""
+    config = rware()
     return replace(
-        rware(),
+        config,
         env="rware/tiny-4ag",
         network=NetworkConfig(d_model=128, num_blocks=3),
-        ppo=PPOConfig(
-            lr=5e-4,
-            sequence_length=4,
-            num_minibatches=2,
-            max_grad_norm=0.5,
-            clip_eps=0.1,
-            ent_coef=0.01,
-        ),
+        ppo=replace(config.ppo, num_minibatches=2, max_grad_norm=0.5),
     )
 
 

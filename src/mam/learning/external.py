@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mam.config import EvalConfig
-from mam.envs.external.shared import INFO
+from mam.envs.external.shared import INFO, mean_of_said
 from mam.learning.evaluate import AGENT_RETURN, UNFINISHED
 from mam.learning.rollout import Rollout, RolloutState, make_transition, next_state
 from mam.learning.stopwatch import Stopwatch
@@ -195,13 +195,7 @@ def take_infos(transitions: Transition) -> tuple[Transition, dict[str, np.ndarra
     """
     infos = {name: x for name, x in transitions.metrics.items() if name.startswith(INFO)}
     rest = {name: x for name, x in transitions.metrics.items() if name not in infos}
-    means = {}
-    for name, x in infos.items():
-        there = np.isfinite(x)
-        count, total = there.sum(axis=(1, 2)), np.where(there, x, 0).sum(axis=(1, 2))
-        means[name] = np.divide(
-            total, count, out=np.full(len(x), np.nan, np.float32), where=count > 0
-        )
+    means = {name: mean_of_said(np.asarray(x)) for name, x in infos.items()}
     return replace(transitions, metrics=rest), means
 
 

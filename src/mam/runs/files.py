@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mam.config import Config, from_json
 from mam.errors import RunError, UserError
 
 MAX_BYTES = 2**24
 MAX_DEPTH = 32
+TAIL = 1024  # bytes before a position that are remembered, see `goes_on`
 
 
 @contextmanager
@@ -44,6 +45,16 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"{path} is not a regular file")
     return open(descriptor, "rb")
+
+
+def goes_on(file: IO[bytes], position: int, tail: bytes) -> bool:
+    """Say whether a file, read up to a position, still ends there with `tail`.
+
+    It does not if it was cut meanwhile, and perhaps written again. If it does, it stands at the
+    position. As many bytes as TAIL are enough to tell.
+    """
+    file.seek(position - len(tail))
+    return file.read(len(tail)) == tail
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:

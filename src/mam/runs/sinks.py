@@ -18,7 +18,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from mam.config import EvalConfig
-from mam.envs.external.shared import INFO
+from mam.envs.external.shared import INFO, mean_of_said
 from mam.runs.files import open_regular
 
 RETURN = "episode_return"  # the metric every environment reports
@@ -58,12 +58,9 @@ def seed_means(values: np.ndarray, name: str = "") -> np.ndarray:
         name: of the metric: one that is made of infos is the mean over the episodes that say it.
     """
     values = np.asarray(values, np.float64)
-    values = values.reshape(len(values), -1)
-    if not is_of_infos(name):
-        return values.mean(axis=1)
-    said = np.isfinite(values)
-    total, count = np.where(said, values, 0).sum(axis=1), said.sum(axis=1)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    if is_of_infos(name):
+        return mean_of_said(values)
+    return values.reshape(len(values), -1).mean(axis=1)
 
 
 def median_speed(steps: Sequence[int] | np.ndarray, elapsed: Sequence[float] | np.ndarray) -> float:

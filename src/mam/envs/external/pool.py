@@ -110,7 +110,7 @@ class ExternalPool:
     @property
     def lost(self) -> Bool[np.ndarray, "B"]:
         """Say whose episodes the last step cut short because their worker was lost."""
-        return self._lost.copy()
+        return self._lost
 
     @property
     def notes(self) -> list[str]:
@@ -127,7 +127,7 @@ class ExternalPool:
             self._reset(self._workers)
         self._slab.reward[:] = 0.0
         self._slab.terminated[:] = self._slab.truncated[:] = self._slab.parted[:] = False
-        self._lost[:] = False
+        self._lost = np.zeros(self._num_envs, bool)
         self._episode_return = self._episode_length = np.zeros(self._num_envs, np.float32)
         return self._timestep()
 
@@ -150,7 +150,7 @@ class ExternalPool:
             self._read_infos(list(answered.values()))
             for worker in answered:
                 worker.failures = 0
-            self._lost[:] = False
+            self._lost = np.zeros(self._num_envs, bool)
             for worker in lost:
                 self._cut_short(worker)
             self._start(lost)

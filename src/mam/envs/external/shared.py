@@ -1,4 +1,7 @@
-"""What the pool and its workers share: an environment's sizes, and memory. Free of JAX."""
+"""What the pool and its workers share: an environment's sizes, and memory. Free of JAX.
+
+And metrics that are made of infos, which not every episode has.
+"""
 
 import math
 import mmap
@@ -145,3 +148,11 @@ def _fields(layout: Layout, num_envs: int) -> dict[str, Field]:
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> int:
     size = math.prod(shape) * dtype.itemsize
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def mean_of_said(values: np.ndarray) -> np.ndarray:
+    """Average each row, [rows, …], over its finite numbers; NaN where it has none."""
+    values = values.reshape(len(values), -1)
+    said = np.isfinite(values)
+    total, count = np.where(said, values, 0).sum(axis=1), said.sum(axis=1)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

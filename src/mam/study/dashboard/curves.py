@@ -224,7 +224,14 @@ class Curves:
     def of(
         self, runs: Sequence[LiveRun], metric: str, axis: Axis, window: Window | None = None
     ) -> tuple[tuple, Curve | None]:
-        """Return a curve of runs, and what it was made of, which is equal while nothing changed."""
+        """Return a curve of runs, and what it was made of, which is equal while nothing changed.
+
+        Args:
+            runs: whose seeds are averaged, each once.
+            metric: as `kind/metric`.
+            axis: what x is.
+            window: where more points are wanted.
+        """
         asked = (tuple(run.name for run in runs), metric, axis, window)
         made_of = tuple((run.name, run.version) for run in runs)
         known = self._known.pop(asked, None)

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from jaxtyping import Float, Int
 
-from mam.runs.files import open_regular
+from mam.runs.files import TAIL, goes_on, open_regular
 from mam.runs.sinks import is_of_infos, seed_means
 
 CHUNK = 1 << 20  # bytes parsed at once: other threads wait no longer than that takes
@@ -19,8 +19,6 @@ MAX_READ = 1 << 26  # bytes read of a file before the next one's turn
 MAX_BYTES = 1 << 28  # held per run and kind, beyond which rows are dropped as beyond MAX_ROWS
 # Rows kept per run and kind; beyond them every second one is dropped, then every second of those…
 MAX_ROWS = 1 << 18
-# Bytes before the position that are remembered, to see whether the file was cut and written again.
-_TAIL = 1024
 _HEAD = ("kind", "update", "step_count", "elapsed")
 
 
@@ -211,7 +209,11 @@ class Reader:
             return False
 
     def _read(self, file: IO[bytes], size: int, *, anew: bool, stat: tuple[int, int, int]) -> bool:
-        if changed := anew or size < self._position or not self._goes_on(file):
+        if (
+            changed := anew
+            or size < self._position
+            or not goes_on(file, self._position, self._tail)
+        ):
             self._begin()
         self._stat = stat
         file.seek(self._position)
@@ -232,17 +234,13 @@ class Reader:
     def _take(self, text: bytes, *, whole: bool) -> None:
         """Read lines; what is not whole is a part of one that is too long."""
         self._position += len(text)
-        self._tail = (self._tail + text)[-_TAIL:]
+        self._tail = (self._tail + text)[-TAIL:]
         lines = text.split(b"\n")[: -1 if whole else 0]
         if self._skipping and whole:
             lines[0] = b" " * (MAX_LINE + 1)
         self._skipping = not whole
         self.metrics.damaged += sum(len(line) > MAX_LINE for line in lines)
         self._parse([line for line in lines if len(line) <= MAX_LINE])
-
-    def _goes_on(self, file: IO[bytes]) -> bool:
-        file.seek(self._position - len(self._tail))
-        return file.read(len(self._tail)) == self._tail
 
     def _parse(self, lines: Sequence[bytes]) -> None:
         try:
@@ -293,23 +291,21 @@ def _values(
     rows: Sequence[dict[str, Any]], names: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "rows seeds"]]:
     """Parse all metrics at once where they are alike, which is fast for many, or one by one."""
-    if infos := [name for name in names if is_of_infos(name)]:  # not said in every episode
-        rest = [name for name in names if name not in infos]
-        said = {name: _means([row.get(name) for row in rows], name) for name in infos}
-        return (_values(rows, rest) if rest else {}) | said
+    alike = [name for name in names if not is_of_infos(name)]
     try:
-        block = np.array([[row[name] for name in names] for row in rows], np.float64)
+        block = np.array([[row[name] for name in alike] for row in rows], np.float64)
         block = block.reshape(*block.shape[:3], -1).mean(axis=-1) if block.ndim > 3 else block
-        return dict(
-            zip(names, block.reshape(len(rows), len(names), -1).swapaxes(0, 1), strict=True)
-        )
+        block = block.reshape(len(rows), len(alike), -1).swapaxes(0, 1)
+        found = dict(zip(alike, block, strict=True))
     except (KeyError, ValueError):  # not in every row, or of other numbers of seeds or episodes
-        return {name: _means([row.get(name) for row in rows]) for name in names}
+        found = {}
+    rest = [name for name in names if name not in found]
+    return found | {name: _means([row.get(name) for row in rows], name) for name in rest}
 
 
-def _means(values: Sequence[Any], metric: str = "") -> Float[np.ndarray, "rows seeds"]:
+def _means(values: Sequence[Any], metric: str) -> Float[np.ndarray, "rows seeds"]:
     """Average over episodes, by row and seed; None, and a row without the metric, become NaN."""
-    if None not in values and not metric:
+    if None not in values and not is_of_infos(metric):
         try:
             array = np.array(values, np.float64)
             return (

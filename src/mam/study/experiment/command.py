@@ -70,9 +70,10 @@ def run_experiment(options: Experiment) -> int:
     out = options.out or Path("runs") / options.file.stem
     jobs = jobs_of(load_runs(options.file), out)
     if options.dry_run:
+        finished = [job for job in jobs if job.finished()]
         for job in jobs:
-            print(f"{job.name}\n    {'finished' if job.finished() else job.command_line()}")
-        print(f"{len(jobs)} runs, {sum(job.finished() for job in jobs)} of them finished, in {out}")
+            print(f"{job.name}\n    {'finished' if job in finished else job.command_line()}")
+        print(f"{len(jobs)} runs, {len(finished)} of them finished, in {out}")
         return 0
     if options.ray:
         from mam.study.experiment.cluster import RayPool

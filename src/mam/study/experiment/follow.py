@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mam.runs.files import TAIL, goes_on
 from mam.runs.sinks import RETURN, median_speed
-
-_TAIL = 512  # bytes before the place read up to that tell whether a file goes on
 
 
 class Follower:
@@ -38,8 +37,7 @@ class Follower:
         """
         try:
             with self._path.open("rb") as file:
-                file.seek(self._offset - len(self._tail))
-                if file.read(len(self._tail)) != self._tail:  # cut, and perhaps written again
+                if not goes_on(file, self._offset, self._tail):
                     self._begin()
                     file.seek(0)
                 text = file.read()
@@ -47,7 +45,7 @@ class Follower:
             return []
         text = text[: text.rfind(b"\n") + 1]
         self._offset += len(text)
-        self._tail = (self._tail + text)[-_TAIL:]
+        self._tail = (self._tail + text)[-TAIL:]
         return [row for line in text.splitlines() if (row := self._taken(line))]
 
     def _taken(self, line: bytes) -> dict[str, Any] | None:

@@ -172,9 +172,10 @@ class Results:
             ]
             for name in self.compared
         }
-        everyone = [seed for tasks in cells.values() for task in tasks for seed in task]
-        if not all(task for tasks in cells.values() for task in tasks) or not everyone:
+        every_task = [task for tasks in cells.values() for task in tasks]
+        if not every_task or not all(every_task):
             return {}
+        everyone = [seed for task in every_task for seed in task]
         grid = _grid(everyone)
         grid = grid[
             (grid >= max(seed.steps[0] for seed in everyone))
