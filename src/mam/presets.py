@@ -427,7 +427,12 @@ def preset(name: str) -> Config:
 
 
 def preset_for(env: str) -> tuple[Config, str]:
-    """Return the settings to start from for a task, and their preset's name or `defaults`."""
+    """Return the settings to start from for a task, and their preset's name or `defaults`.
+
+    Those for the task of a dataset still have another: no settings have it without the dataset.
+    """
+    if env == "dataset":
+        return own(), "defaults"
     for name in (env.partition(":")[0], env.partition("/")[0]):
         if name in PRESETS:
             return replace(PRESETS[name](), env=env), name

@@ -182,6 +182,14 @@ def test_the_preset_of_a_task_is_its_own_or_its_suites():
     assert preset_for("mine/own")[1] == "defaults"
 
 
+def test_the_task_of_a_dataset_is_learned_from_its_data():
+    args = ["--learn", "bc", "--data", "d", "--env", "dataset"]
+    config = parse("train", Train, args, starting_options(Train, args)).config
+    assert (config.env, config.data, config.learn) == ("dataset", "d", "bc")
+    with pytest.raises(UserError, match="the task of a dataset: give --data"):
+        parse("train", Train, ["--env", "dataset"], starting_options(Train, ["--env", "dataset"]))
+
+
 SMALL = (
     *(
         "--env",

@@ -204,9 +204,10 @@ def test_damage_is_one_line(how, message, tmp_path, capsys):
 def test_no_dataset_and_an_empty_one(tmp_path):
     with pytest.raises(UserError, match=r"holds no dataset: there is no dataset\.json in it"):
         open_dataset(tmp_path)
-    write(tmp_path / "d")
-    with pytest.raises(UserError, match="holds no episodes"):
+    with Writer(tmp_path / "d", PLAIN), pytest.raises(UserError, match="holds no episodes"):
         summarise(open_dataset(tmp_path / "d"))
+    assert not (tmp_path / "d").exists()  # what nothing was written to is taken away
+    write(tmp_path / "d", episode(SPECS["real"], 2), spec=SPECS["real"])
 
 
 def test_only_whole_episodes_of_the_same_task_are_appended(tmp_path):

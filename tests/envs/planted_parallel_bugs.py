@@ -178,6 +178,28 @@ class NothingAllowed(Walkers):
         } | ({"bob": {"action_mask": [0, 0, 0]}} if self.steps == 2 else {})
 
 
+@planted("action_mask", "action_mask", 0, "none at some, where all actions are allowed")
+class Forgotten(Walkers):
+    """Ann's masks stop coming."""
+
+    def infos(self, agents):
+        return {
+            agent: {"action_mask": [1, 1, 0]} if agent == "bob" or self.steps < 3 else {}
+            for agent in agents
+        }
+
+
+@planted("action_mask", "action_mask", 1, "none at some, where all actions are allowed")
+class LateMasks(Walkers):
+    """Bob's mask is missing at the start."""
+
+    def infos(self, agents):
+        return {
+            agent: {"action_mask": [1, 1, 0]} if agent == "ann" or self.steps else {}
+            for agent in agents
+        }
+
+
 @planted("action_mask", "action_mask", 1, "none, which is read as all of them")
 class HalfAllowed(Carriers):
     """Bob has nothing to choose from in one component."""

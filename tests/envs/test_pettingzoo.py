@@ -275,11 +275,33 @@ def test_images(dtype, kept):
     assert not env.notes
 
 
-def test_images_of_different_sizes_are_flattened():
-    seen = {"a": spaces.Box(0, 1, (2, 2, 1)), "b": spaces.Box(0, 1, (2, 3, 1))}
-    env = adapt({"a": np.ones((2, 2, 1)), "b": np.ones((2, 3, 1))}, seen=seen)
-    assert env.reset(0)["agents_view"].sum(axis=1).tolist() == [4, 6]
-    assert len(env.notes) == 2
+def test_an_image_among_other_things():
+    """One entry of a dictionary: it is seen as an image, the rest as numbers."""
+    parts = {"own": spaces.Box(-1, 1, (2,)), "camera": spaces.Box(0, 255, (4, 5, 3), np.uint8)}
+    space = spaces.Dict(parts | {"load": spaces.Discrete(2)})
+    image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+    env = adapt({"a": {"own": np.array([0.5, -0.5]), "camera": image, "load": 1}}, seen=space)
+    observation = env.reset(0)
+    assert (env.layout.grid_shape, env.layout.grid_dtype) == ((4, 5, 3), "uint8")
+    assert sorted(observation["agents_view"][0].tolist()) == [-0.5, 0, 0.5, 1]
+    np.testing.assert_array_equal(observation["grid"], [image])
+    assert not env.notes
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (spaces.Box(0, 1, (2, 2, 1)), spaces.Box(0, 1, (2, 3, 1))),
+        (spaces.Dict(left=spaces.Box(0, 1, (2, 2, 1)), right=spaces.Box(0, 1, (2, 1, 1))),) * 2,
+        (spaces.Dict(eye=spaces.Dict(rgb=spaces.Box(0, 1, (2, 2, 1))), x=spaces.Discrete(2)),) * 2,
+        (spaces.Tuple([spaces.Box(0, 1, (2, 2, 1)), spaces.Discrete(2)]),) * 2,
+    ],
+    ids=["different sizes", "two", "deeper", "tuple"],
+)
+def test_other_images_are_flattened_and_it_is_said(a, b):
+    env = adapt({"a": a.sample(), "b": b.sample()}, seen={"a": a, "b": b})
+    assert env.reset(0)["agents_view"].shape[1] == max(spaces.flatdim(a), spaces.flatdim(b))
+    assert env.notes[0].startswith("images are flattened: to be seen as such, every agent")
     assert env.layout.grid_shape is None
 
 

@@ -320,15 +320,30 @@ def test_worker_that_dies_again_and_again(make_pool, monkeypatch, caplog):
     pool = make_pool(Faulty, num_envs=1)
     pool.reset(0)
     action = np.zeros((1, 3), int)
-    for fate in (KILLED, 0, KILLED):  # a step in between, and the count begins anew
+    # An episode that ends in between, and the count begins anew; a step does not suffice.
+    for fate in (KILLED, *[0] * LIMIT, KILLED, 0):
         action[:, 0] = fate
-        assert pool.step(action).ended.all() == (fate == KILLED)
+        pool.step(action)
+    action[:, 0] = KILLED
     with pytest.raises(
         RunError,
         match=r"^test: worker 0 \(environment 0\) was killed by SIGKILL, 2 times in a row$",
     ):
         pool.step(action)
     assert len(caplog.messages) == 2
+
+
+def test_long_episodes_are_no_reason_to_give_a_worker_up(make_pool, monkeypatch, caplog):
+    monkeypatch.setattr("mam.envs.external.pool.MAX_FAILURES", 1)
+    monkeypatch.setattr("mam.envs.external.pool.RECOVERED", 1)
+    pool = make_pool(Faulty, num_envs=1)
+    pool.reset(0)
+    action = np.zeros((1, 3), int)
+    for fate in (KILLED, 0, KILLED):
+        action[:, 0] = fate
+        pool.step(action)
+    pool.close()
+    assert caplog.messages[-1].endswith("cut short because their worker had to be started again: 2")
 
 
 def test_worker_that_dies_at_birth(make_pool, monkeypatch):
@@ -351,11 +366,16 @@ RAISING = pytest.mark.parametrize(
 
 
 @RAISING
-def test_environment_that_raises_is_started_again(pool, caplog, fate, what):
+def test_environment_that_raises_is_started_again(make_pool, caplog, fate, what):
+    pool = make_pool(Faulty, num_workers=2)
     before = pool.reset(0)
     assert_cut_short(pool.step(fates(at3=fate)), before, rows=[2, 3], others=[0, 1])
     who = "worker 1 (environments 2 to 3)"
-    assert caplog.messages == [f"test: stepping environment 3 raised {what}; starting {who} again"]
+    pool.step(fates(at3=fate))
+    told = f"test: stepping environment 3 raised {what}; starting {who} again"
+    first, second = caplog.messages
+    assert first.splitlines()[0] == second == told
+    assert "host_environments.py" in first  # where; once
     assert not pool.step(fates()).ended.any()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import mam
+from mam.cli import main as cli
 from mam.config import NetworkConfig, from_json, to_json
 from mam.errors import RunError, UserError
 from mam.learning.train import init_policy, make_train
@@ -282,6 +283,19 @@ def test_evaluating_a_run_and_a_policy(finished):
     assert mam.evaluate(finished[0].policy(), episodes=4)["episode_return"].shape == (4,)
     with pytest.raises(UserError, match="must be positive, got 0"):
         mam.evaluate(finished[0].folder, episodes=0)
+
+
+def test_another_task_is_played_whatever_code_the_folder_names(tmp_path, capsys):
+    run = str(tmp_path / "run")
+    mam.train(replace(CONFIG, env="mam.envs.probes:Matrix"), out=run)
+    for command in ("evaluate", "play", "export", "record"):
+        words = [command, run, *["--episodes", "2"] * (command in ("evaluate", "record"))]
+        assert cli.main(words) == 2
+        assert "'mam.envs.probes:Matrix', which is code" in capsys.readouterr().err
+        assert cli.main([*words, "--env", "probe/matrix"]) == 0, command
+    with pytest.raises(UserError, match=r"'mam\.envs\.probes:Matrix', which is code"):
+        mam.evaluate(run)
+    assert mam.evaluate(run, env="probe/matrix", episodes=2)["episode_return"].shape == (2, 2)
 
 
 def test_a_run_that_does_not_say_its_sizes_imports_code_only_if_trusted(finished, monkeypatch):

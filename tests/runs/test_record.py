@@ -38,7 +38,18 @@ def play(path, actor, envs=ENVS, episodes=7, **how):
     return Dataset.open(path)
 
 
-@pytest.mark.parametrize("function", [expert, expert_numpy])
+class Alternating:
+    """A controller that remembers what it did."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, observation):
+        self.calls += 1
+        return np.full(3, self.calls % 2)
+
+
+@pytest.mark.parametrize("function", [expert, jax.jit(expert), expert_numpy])
 def test_a_controller_plays_whether_it_is_jax_or_numpy(function, tmp_path):
     data = play(tmp_path / "d", Controller(function, ENVS.spec))
     assert data.lengths.tolist() == [8] * 7
@@ -51,6 +62,43 @@ def test_a_controller_may_read_the_environment_s_state(tmp_path):
 
     data = play(tmp_path / "d", Controller(cue, ENVS.spec))
     np.testing.assert_allclose(data.returns, Identity().optimal_return)
+
+
+def test_a_controller_may_draw_numbers_and_remember(tmp_path):
+    generator = np.random.default_rng(0)
+    drawn = Controller(lambda observation: generator.integers(4, size=3), ENVS.spec)
+    actions = play(tmp_path / "drawn", drawn).read().action
+    assert all((actions == choice).mean() > 0.15 for choice in range(4))
+    alternating = Controller(Alternating(), ENVS.spec)
+    data = play(tmp_path / "alternating", alternating, make_batched("probe/identity", 1, "none"))
+    assert (np.abs(np.diff(data.read().action, axis=0)) == 1).all()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ([0, 4, 0], "action of agent 1 is 4: expected one of [0, 1, 2, 3]"),
+        ([0, 0, -1], "action of agent 2 is -1: expected one of"),
+        ([0.5, 0.0, 0.0], "returns actions of float32, probe/identity takes indices"),
+    ],
+)
+def test_a_controller_s_actions_that_are_none_are_refused(jit, action, words, tmp_path):
+    action = jnp.array(action)
+    function = (jax.jit if jit else lambda x: x)(lambda observation: action)
+    with pytest.raises(UserError) as error:
+        play(tmp_path / "d", Controller(function, ENVS.spec))
+    assert words in str(error.value)
+    assert not (tmp_path / "d").exists()  # and no empty dataset stays
+    play(tmp_path / "d", Controller(expert, ENVS.spec))
+
+
+def test_a_controller_that_raises_is_one_line(tmp_path):
+    def broken(observation):
+        return observation.nothing
+
+    with pytest.raises(RunError, match=r"^the controller raised AttributeError: .*test_record.py"):
+        play(tmp_path / "d", Controller(broken, ENVS.spec))
 
 
 @pytest.mark.parametrize("policy", ["ippo", "rec_ippo"])

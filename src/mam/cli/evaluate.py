@@ -116,7 +116,7 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     import numpy as np
     from rich.table import Table
 
-    from mam.envs.external.factories import check_agreed, with_options
+    from mam.envs.external.factories import agreed_task, with_options
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
     from mam.runs.folder import seeds_of
@@ -126,16 +126,15 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
 
     process.configure()
     option, values = read_sweep(asked, numbers=args.out is not None)
-    config = saved_config(args.run)
-    check_agreed(config, named={"env": args.env}, trust=args.trust)
+    config = agreed_task(saved_config(args.run), args.env, trust=args.trust)
     greedy = args.greedy or config.eval.greedy
     how: dict[str, Any] = {"episodes": args.episodes, "greedy": greedy, "seed": args.seed}
-    base, played = args.env or config.env, {}
+    base, played = config.env, {}
     with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result
         for value in values:
             env = with_options(base, f"{option}={value}")
             print(f"playing {env}…")
-            spec, metrics = api.play_episodes(args.run, env=env, trust=True, **how)
+            spec, metrics = api.play_episodes(args.run, env=env, trust=args.trust, **how)
             metrics.pop(AGENT_RETURN, None)
             played[value] = (env, spec.num_agents, metrics)
     mode = "greedy" if greedy else "sampled"

@@ -32,14 +32,13 @@ class Export:
 def export(args: Export) -> None:
     """Export a policy, and say what was checked."""
     from mam.deploy.export import export as write
-    from mam.envs.external.factories import check_agreed
+    from mam.envs.external.factories import agreed_task
     from mam.runs import process
     from mam.runs.load import load, saved_config
     from mam.runs.zoo import beside
 
     process.configure()
-    saved = saved_config(args.run)
-    check_agreed(saved, named={"env": args.env}, trust=args.trust)
+    agreed_task(saved_config(args.run), args.env, trust=args.trust)
     policy = load(args.run, policy_seed=args.policy_seed, trust=args.trust)
     out = args.out or beside(args.run, f"export-{args.format}")
     found = write(policy, out, args.format, env=args.env, seed=args.seed)

@@ -1,6 +1,6 @@
 """`mam play RUN`: one episode to look at."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def play(args: Play) -> None:
 
 def played(args: Play) -> tuple[Any, Any, str]:
     """Play one episode and write it; return it, the policy that played it, and what it is of."""
-    from mam.envs.external.factories import check_agreed
+    from mam.envs.external.factories import agreed_task
     from mam.learning.train import make_train
     from mam.runs import play as episodes
     from mam.runs import process
@@ -69,22 +69,21 @@ def played(args: Play) -> tuple[Any, Any, str]:
     path = _picture(args)
     if path.suffix.lower() != ".gif":
         raise UserError(f"--out is a GIF, such as {path.with_suffix('.gif')}: got {path}")
-    saved = saved_config(args.run)
-    check_agreed(saved, named={"env": args.env}, trust=args.trust)
-    env, greedy = args.env or saved.env, args.greedy or saved.eval.greedy
-    trainer = make_train(replace(saved, env=env))
+    config = agreed_task(saved_config(args.run), args.env, trust=args.trust)
+    env, greedy = config.env, args.greedy or config.eval.greedy
+    trainer = make_train(config)
     try:
         weights = load_weights(args.run, greedy=greedy, named={"env": args.env}, trust=args.trust)
         policy_seed, policy = weights.of_seed(args.policy_seed)
         policy = weights.fitted(policy, trainer.spec)
         _make_parent(path)
         print(f"playing seed {policy_seed} into {path}…")
-        how: dict[str, Any] = {"greedy": greedy, "max_steps": saved.eval.max_episode_steps}
+        how: dict[str, Any] = {"greedy": greedy, "max_steps": config.eval.max_episode_steps}
         how |= {"picture": args.picture}
-        how |= {"algorithm": saved.algorithm, "policy_seed": policy_seed}
+        how |= {"algorithm": config.algorithm, "policy_seed": policy_seed}
         if isinstance(trainer.env, ExternalEnvironments):
             trainer.close()
-            played = episodes.ExternalTask(env, saved.agent_id)
+            played = episodes.ExternalTask(env, config.agent_id)
         else:
             played = trainer.env
         episode = episodes.play(played, policy, args.seed, path, **how)
@@ -93,7 +92,7 @@ def played(args: Play) -> tuple[Any, Any, str]:
     if episode.undrawn:
         print(f"{episode.undrawn}: no picture, only {episodes.trace_path(path)}")
     print(f"return {episode.episode_return:.3f}")
-    return episode, policy, f"{saved.algorithm} on {env}"
+    return episode, policy, f"{config.algorithm} on {env}"
 
 
 def _picture(args: Play) -> Path:

@@ -21,7 +21,8 @@ class Record:
     """Folder of the run that plays, or zoo:NAME, unless a controller does."""
     controller: str | None = None
     """A function package.module:function that is given one environment's `observation` and, if it
-    names them, `state` (of a task in JAX), `key` and `reset`, and returns the joint action."""
+    names them, `state` (of a task in JAX), `key` and `reset`, and returns the joint action. What
+    jax.jit made is compiled with a task in JAX, which is much faster; others are called."""
     out: Path | None = None
     """Folder of the dataset; RUN/dataset if None."""
     env: str | None = None
@@ -117,13 +118,12 @@ def _check(args: Record) -> None:
 
 
 def _weights(args: Record) -> Any:
-    from mam.envs.external.factories import check_agreed
+    from mam.envs.external.factories import agreed_task
     from mam.runs.load import load_weights, saved_config
 
     assert args.run is not None
-    saved = saved_config(args.run)
-    check_agreed(saved, named={"env": args.env}, trust=args.trust)
-    greedy = args.greedy or saved.eval.greedy
+    config = agreed_task(saved_config(args.run), args.env, trust=args.trust)
+    greedy = args.greedy or config.eval.greedy
     how: dict[str, Any] = {"named": {"env": args.env}, "trust": args.trust}
     return load_weights(args.run, greedy=greedy, which=args.which, **how)
 

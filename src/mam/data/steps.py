@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from mam.envs.wrappers import IdEncoding, agent_ids
 from mam.errors import UserError
@@ -189,6 +190,25 @@ def _with_views(steps: Transition, change: Any) -> Transition:
         observation=change(steps.observation),
         final_observation=change(steps.final_observation),
     )
+
+
+def illegal(obs: Observation, action: Any, spec: EnvSpec) -> Bool[np.ndarray, "*batch N"]:
+    """Say which living agents' actions are none of their task's, or not allowed by its masks.
+
+    Args:
+        obs: what the agents saw, [*batch, N, …].
+        action: what they did, likewise.
+        spec: of the task.
+    """
+    action, mask = np.asarray(action), np.asarray(obs.action_mask)
+    if spec.continuous:
+        wrong = ~np.isfinite(action) | ((action != 0) & ~mask)
+    else:
+        sizes = np.array(spec.action_components or (spec.num_actions,))
+        choice = action.reshape(*mask.shape[:-1], len(sizes))
+        columns = np.clip(choice, 0, sizes - 1) + np.cumsum(sizes) - sizes
+        wrong = (choice < 0) | (choice >= sizes) | ~np.take_along_axis(mask, columns, axis=-1)
+    return wrong.any(axis=-1) & np.asarray(obs.alive)
 
 
 def concatenate(parts: Sequence[Transition]) -> Transition:

@@ -11,9 +11,10 @@ over. A process that is killed at any moment leaves whole episodes, each of them
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -223,7 +224,8 @@ class Writer:
         tensorstore()
         self._spec, self._optional = spec, tuple(name for name in OPTIONAL if name in optional)
         self._held: list[tuple[Rows, list[int], list[float]]] = []
-        if not (path / FACTS).exists():
+        self._made = not (path / FACTS).exists()
+        if self._made:
             _make(path, spec, self._optional, dict(provenance or {}))
         old = Dataset.open(path)
         if (old.spec, old.optional) != (spec, self._optional):
@@ -295,11 +297,13 @@ class Writer:
             future.result()
 
     def close(self) -> None:
-        """Write what was held back, and let others append."""
+        """Write what was held back, and let others append; take a new dataset away if empty."""
         try:
             if not self._file.closed:
                 self.flush()
         finally:
+            if self._made and not self._next[0]:
+                _take_away(self.path)
             self._file.close()
 
     def __enter__(self) -> "Writer":
@@ -336,6 +340,15 @@ def _make(path: Path, spec: EnvSpec, optional: Sequence[str], provenance: dict[s
         temporary.replace(path / FACTS)
     except OSError as error:
         raise UserError(f"cannot make the dataset {path}: {error.strerror or error}") from error
+
+
+def _take_away(path: Path) -> None:
+    """Undo `_make`."""
+    for file in (FACTS, LINES):
+        (path / file).unlink(missing_ok=True)
+    shutil.rmtree(path / ARRAYS, ignore_errors=True)
+    with suppress(OSError):  # others have put something there
+        path.rmdir()
 
 
 def _open_arrays(

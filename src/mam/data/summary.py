@@ -8,6 +8,7 @@ import numpy as np
 
 from mam.data.minari import METADATA as MINARI
 from mam.data.minari import Minari
+from mam.data.steps import illegal
 from mam.data.store import Dataset
 from mam.data.vault import METADATA, Vault
 from mam.types import Transition
@@ -49,7 +50,7 @@ class Summary:
     # Of the living, [N, A]: how often each choice was made, or the mean of each real component
     actions: np.ndarray
     deviations: np.ndarray | None  # of real components
-    illegal: int  # actions of the living that the mask does not allow
+    illegal: int  # actions of the living that are none, or not allowed by the mask
     non_finite: int  # numbers
     missing: tuple[str, ...]
 
@@ -63,7 +64,7 @@ def summarise(data: Trajectories) -> Summary:
     spec, ends = data.spec, np.zeros(2, int)
     alive, count = np.zeros(spec.num_agents), 0
     sums, squares = np.zeros((2, spec.num_agents, spec.num_actions))
-    illegal = non_finite = 0
+    wrong = non_finite = 0
     for steps in batches(data):
         seen, living = steps.observation, np.asarray(steps.observation.alive)
         ends += steps.terminated.sum(), steps.truncated.sum()
@@ -71,8 +72,7 @@ def summarise(data: Trajectories) -> Summary:
         chosen = _chosen(np.asarray(steps.action), data)
         here = np.where(living[..., None], chosen, 0.0)
         sums, squares = sums + here.sum(axis=0), squares + np.square(here).sum(axis=0)
-        masked = (chosen != 0) & ~np.asarray(seen.action_mask) & living[..., None]
-        illegal += int(masked.any(axis=-1).sum())
+        wrong += int(illegal(seen, steps.action, spec).sum())
         of_interest = [
             seen.agents_view[living],
             steps.reward,
@@ -87,7 +87,7 @@ def summarise(data: Trajectories) -> Summary:
         alive=alive / count,
         actions=mean,
         deviations=np.sqrt(np.maximum(variance, 0)) if spec.continuous else None,
-        illegal=illegal,
+        illegal=wrong,
         non_finite=non_finite,
         missing=_missing(data),
     )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mam.config import Config
-from mam.data.steps import spec_with_ids, spec_without_ids, with_ids
+from mam.data.steps import illegal, spec_with_ids, spec_without_ids, with_ids
 from mam.data.summary import Trajectories, open_dataset
 from mam.errors import UserError, import_function, shown
 from mam.learning.normalise import as_normalised
@@ -104,9 +104,9 @@ class Recordings:
         if self._data.spec.continuous:
             action = np.clip(steps.action, -LARGEST, LARGEST)
             steps = replace(steps, action=np.where(seen.action_mask, action, np.float32(0)))
-        elif (illegal := _illegal(steps, self._data.spec).sum()) > 0:
+        if (wrong := illegal(steps.observation, steps.action, self._data.spec).sum()) > 0:
             raise UserError(
-                f"the dataset {self._data.path} has {illegal:,} illegal actions: "
+                f"the dataset {self._data.path} has {wrong:,} illegal actions: "
                 "no policy can imitate what its masks do not allow"
             )
         order = self._order(seen, np.random.default_rng(_SPLIT_SEED))
@@ -297,12 +297,3 @@ def _predict(policy: Policy, steps: Transition) -> tuple[Array, Array]:
     else:
         hit = distribution.equal(mode, steps.action)
     return -mean(found.log_prob), mean(hit)
-
-
-def _illegal(steps: Transition, spec: EnvSpec) -> np.ndarray:
-    """Say which actions of the living the masks do not allow, [T, N]."""
-    seen: Observation = steps.observation
-    sizes = spec.action_components or (spec.num_actions,)
-    action, mask = np.asarray(steps.action), np.asarray(seen.action_mask)
-    columns = action.reshape(*mask.shape[:2], len(sizes)) + np.cumsum((0, *sizes[:-1]))
-    return ~np.take_along_axis(mask, columns, axis=-1).all(axis=-1) & np.asarray(seen.alive)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mam.config import Config
-from mam.envs.external.factories import check_agreed, code_of
+from mam.envs.external.factories import agreed_task, check_agreed, code_of
 from mam.envs.objects import add_object
 from mam.errors import UserError
 from mam.learning.evaluate import UNFINISHED
@@ -182,11 +182,10 @@ def play_episodes(
         read = partial(Weights, config, run.spec, policies, np.zeros(1, np.float32))
     else:
         path = Path(run)
-        config = saved_config(path)
-        check_agreed(config, named={"env": env}, trust=trust)
+        config = agreed_task(saved_config(path), env, trust=trust)
         greedy = config.eval.greedy if greedy is None else greedy
         read = partial(load_weights, path, greedy=greedy, named={"env": env}, trust=trust)
-    trainer = make_train(replace(config, env=env or config.env))
+    trainer = make_train(config)
     try:
         weights = read()
         spec = trainer.spec

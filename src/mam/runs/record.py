@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Key
 
-from mam.data.steps import concatenate, without_ids
+from mam.data.steps import concatenate, illegal, without_ids
 from mam.data.store import Writer, cut
+from mam.envs.external.worker import describe
 from mam.envs.wrappers import AutoReset
-from mam.errors import RunError, UserError
+from mam.errors import RunError, UserError, shown
 from mam.learning.external import seed_of
 from mam.learning.rollout import RolloutState, make_transition, next_state
 from mam.networks.order import decision_order
@@ -24,6 +24,7 @@ from mam.types import (
     EnvSpec,
     ExternalEnvironments,
     Memory,
+    Observation,
     Policy,
     PolicyOutput,
     TimeStep,
@@ -33,6 +34,7 @@ from mam.types import (
 # The joint action of every environment, of where it stands and a key
 Actor = Callable[[RolloutState, Key[Array, ""]], tuple[Memory, PolicyOutput]]
 CHUNK = 64  # steps between two looks at which episodes have ended
+_GIVEN = ("observation", "state", "key", "reset")  # to controllers
 
 
 def policy_actor(policy: Policy, *, greedy: bool) -> Actor:
@@ -57,24 +59,42 @@ class Controller:
 
     It is called with those of these that it names: `observation` (without agents' ids), `state`
     (the environment's own, of one in JAX), `key` (of JAX), `reset` (the episode's first step).
+    What `jax.jit` made is compiled together with an environment in JAX; anything else is called
+    with NumPy arrays at every step, and so may draw random numbers and remember what it likes.
     """
 
     function: Callable[..., Any]
     spec: EnvSpec
 
+    def __post_init__(self):
+        """Refuse a function of anything else."""
+        if unknown := self._names - set(_GIVEN):
+            raise UserError(
+                f"a controller takes {', '.join(_GIVEN)}, not {', '.join(sorted(unknown))}"
+            )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is a JAX program."""
+        return isinstance(self.function, jax.stages.Wrapped)
+
+    @property
+    def _names(self) -> set[str]:
+        return set(inspect.signature(self.function).parameters)
+
     def _call(self, state: RolloutState, key: Key[Array, ""]) -> Any:
         env_state = getattr(state.env_state, "env_state", state.env_state)
-        given = {"observation": state.observation, "state": env_state}
-        given |= {"key": key, "reset": state.reset}
-        names = inspect.signature(self.function).parameters
-        if unknown := names.keys() - given.keys():
-            raise UserError(
-                f"a controller takes {', '.join(given)}, not {', '.join(sorted(unknown))}"
-            )
-        return self.function(**{name: given[name] for name in names})
+        values: tuple[Any, ...] = (state.observation, env_state, key, state.reset)
+        given: dict[str, Any] = dict(zip(_GIVEN, values, strict=True))
+        try:
+            return self.function(**{name: given[name] for name in self._names})
+        except UserError:
+            raise
+        except Exception as error:
+            raise RunError(f"the controller raised {describe(error)}") from error
 
     def traced(self, state: RolloutState, key: Key[Array, ""]) -> tuple[Memory, PolicyOutput]:
-        """Act in every environment, as part of a JAX program."""
+        """Act in every environment, as part of a JAX program; `check` what came of it."""
         keys = jax.random.split(key, state.reset.shape[0])
         return (), self._output(state, jax.vmap(self._call)(replace(state, memory=()), keys))
 
@@ -83,37 +103,56 @@ class Controller:
         state = replace(jax.device_get(state), memory=())
         keys = jax.random.split(key, state.reset.shape[0])
         actions = [
-            self._call(jax.tree.map(lambda x, b=b: x[b], state), keys[b])
+            np.asarray(self._call(jax.tree.map(lambda x, b=b: x[b], state), keys[b]))
             for b in range(state.reset.shape[0])
         ]
-        return (), self._output(state, np.stack([np.asarray(action) for action in actions]))
+        if len({action.shape for action in actions}) > 1:
+            raise UserError("the controller returns joint actions of different shapes")
+        output = self._output(state, np.stack(actions))
+        self.check(state.observation, output.action)
+        return (), output
+
+    def check(self, observation: Observation, action: Any) -> None:
+        """Refuse actions that are none, or illegal, [*batch, N, …].
+
+        Raises:
+            UserError: with the first of them, and what its agent may do.
+        """
+        places = np.argwhere(illegal(observation, action, self.spec))
+        if not len(places):
+            return
+        place, spec = tuple(places[0]), self.spec
+        names = spec.agent_names or range(spec.num_agents)
+        mask = np.flatnonzero(np.asarray(observation.action_mask)[place]).tolist()
+        legal = "finite numbers" if spec.continuous else f"one of {mask}"
+        if spec.action_components:
+            legal = f"choices among {[*spec.action_components]} that its mask allows"
+        raise UserError(
+            f"the controller's action of agent {shown(names[place[-1]])} is "
+            f"{np.asarray(action)[place].tolist()}: expected {legal}"
+        )
 
     def _output(self, state: RolloutState, action: Any) -> PolicyOutput:
-        expected, numpy = self.spec.joint_action, isinstance(action, np.ndarray)
+        expected = self.spec.joint_action
         if action.shape[1:] != expected.shape:
             raise UserError(
                 f"the controller returns actions {[*action.shape[1:]]}, "
                 f"{self.spec.name} takes {[*expected.shape]}"
             )
+        if not (self.spec.continuous or jnp.issubdtype(action.dtype, jnp.integer)):
+            raise UserError(
+                f"the controller returns actions of {action.dtype}, {self.spec.name} takes indices"
+            )
+        if self.spec.continuous:
+            action = action * state.observation.action_mask  # components that an agent lacks: 0
         alive = state.observation.alive
-        zeros: Any = np.zeros(alive.shape, np.float32) if numpy else jnp.zeros(alive.shape)
+        zeros: Any = jnp.zeros(alive.shape)
         return PolicyOutput(
             action=action.astype(expected.dtype),
             log_prob=zeros,
             value=zeros,
             order=decision_order(jnp.asarray(alive)),
         )
-
-    def actor(self, state: RolloutState) -> tuple[Actor, bool]:
-        """Return what acts, and whether it is a JAX program; those that cannot be are called.
-
-        Args:
-            state: where acting starts; says the shapes.
-        """
-        with suppress(Exception):  # any: what is wrong with it shows again when it is called
-            jax.eval_shape(self.traced, state, jax.random.key(0))
-            return self.traced, True
-        return self.called, False
 
 
 @dataclass
@@ -229,13 +268,13 @@ def _chunks(
     if isinstance(envs, AutoReset):
         env_state, timestep = jax.jit(envs.reset)(start_key)
         state = RolloutState(env_state, timestep.observation, ~timestep.ended, memory)
-        act, traced = (
-            actor.actor(state)
-            if isinstance(actor, Controller)
-            else (policy_actor(actor, greedy=greedy), True)
-        )
-        if traced:
-            yield from _traced_chunks(envs, act, state, key)
+        if not isinstance(actor, Controller):
+            yield from _traced_chunks(envs, policy_actor(actor, greedy=greedy), state, key)
+            return
+        if actor.compiled:
+            for chunk in _traced_chunks(envs, actor.traced, state, key):
+                actor.check(chunk.observation, chunk.action)
+                yield chunk
             return
         envs = HostedEnvironments(envs)
     act = actor.called if isinstance(actor, Controller) else policy_actor(actor, greedy=greedy)

@@ -50,6 +50,7 @@ class Audit:
         self._noted: set[tuple] = set()
         self._ended: set[Hashable] = set()
         self._acting: set[Hashable] = set()
+        self._masks: dict[Hashable, set[bool]] = {}  # whether there was one, so far
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +123,13 @@ class Audit:
                 self._note(
                     "action_mask", "warning", "action_mask", "at least one legal action", got, agent
                 )
-        if "action_mask" in seen or "action_mask" in info:
+        given = seen.get("action_mask") is not None or info.get("action_mask") is not None
+        if agent in self._acting:
+            self._masks.setdefault(agent, set()).add(given)
+        if len(self._masks.get(agent, ())) > 1:
+            expected, got = "a mask at every step", "none at some, where all actions are allowed"
+            self._note("action_mask", "warning", "action_mask", expected, got, agent)
+        if given:
             return
         named = {key: value for key, value in seen.items() if _MASK.search(str(key))}
         for key, value in (named | dict(info)).items():

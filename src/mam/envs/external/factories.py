@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import PurePath
 from types import ModuleType
@@ -181,6 +181,17 @@ def check_agreed(config: Config, *, named: Mapping[str, str | None], trust: bool
             f"the folder names the {MAY_BE_CODE[setting]} {shown(name)}, which is code to import "
             f"and run: if you trust it, add {' or '.join(ways)}"
         )
+
+
+def agreed_task(config: Config, env: str | None, *, trust: bool) -> Config:
+    """Return a folder's configuration on the task that the user named, or else on its own.
+
+    Raises:
+        UserError: as `check_agreed`; what is not to be played may be anything.
+    """
+    chosen = replace(config, env=env or config.env)
+    check_agreed(chosen, named={"env": env}, trust=trust)
+    return chosen
 
 
 def find_factory(name: str) -> EnvFactory:

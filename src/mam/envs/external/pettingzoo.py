@@ -22,10 +22,11 @@ from mam.envs.external.spaces import (
     View,
     action_readers,
     flatten,
-    image_of,
+    has_images,
     is_image,
     pad_masks,
     read_mask,
+    read_views,
     view_size,
 )
 from mam.errors import UserError, printable
@@ -79,9 +80,9 @@ class PettingZooEnv:
             raise UserError(f"{name}: the environment has no agents (its possible_agents is empty)")
         self._index: dict[Hashable, int] = {agent: n for n, agent in enumerate(agents)}
         self._actions = action_readers(name, {agent: env.action_space(agent) for agent in agents})
-        self._views = [
-            View.of(env.observation_space(agent), env.action_space(agent)) for agent in agents
-        ]
+        self._views = read_views(
+            [(env.observation_space(agent), env.action_space(agent)) for agent in agents]
+        )
         self.layout = _lay_out(name, env, agents, self._views, self._actions)
         own = [[np.ones(size, bool) for size in action.sizes] for action in self._actions]
         self._own_actions = np.stack([self._padded(masks) for masks in own])
@@ -238,8 +239,9 @@ class PettingZooEnv:
                     arrays["positions"][n] = self._place.read(arrays["agents_view"][n], info)
             except (ValueError, TypeError, LookupError) as error:
                 space = self._env.observation_space(agent)
+                what = f"there is no {error}" if isinstance(error, KeyError) else error
                 raise UserError(
-                    f"{self.name}: what agent '{agent}' observes does not fit {space}: {error}"
+                    f"{self.name}: what agent '{agent}' observes does not fit {space}: {what}"
                 ) from error
         if "state" in arrays:
             arrays["state"][...] = self._last_state = self._state(over)
@@ -249,8 +251,7 @@ class PettingZooEnv:
         view = self._views[n]
         if "grid" in arrays:
             arrays["grid"][n] = view.grid(observation)
-        else:
-            flatten(view.space, view.read(observation), arrays["agents_view"][n, : view.size])
+        flatten(view.numbers, view.read(observation), arrays["agents_view"][n, : view.size])
 
     def _write_mask(self, n: int, observation: Any, info: Mapping, mask: np.ndarray) -> None:
         given = observation["action_mask"] if self._views[n].masked else info.get("action_mask")
@@ -377,14 +378,12 @@ def _takes_seed(reset: Callable) -> bool:
 def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: list) -> Layout:
     """Return sizes that hold every agent, and what had to be done for it."""
     notes = []
-    image = image_of(views)
-    view_sizes = (
-        [0]
-        if image
-        else [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
-    )
-    if not image and any(is_image(view.space) for view in views):
-        notes.append("not all agents see images of one size: images are flattened")
+    view_sizes = [view_size(name, agent, view) for agent, view in zip(agents, views, strict=True)]
+    if any(has_images(view.numbers) for view in views):
+        notes.append(
+            "images are flattened: to be seen as such, every agent must have one, all of one "
+            "size, as the observation itself or as an entry of its Dict"
+        )
     if len(set(view_sizes)) > 1:
         notes.append(
             f"agents observe {_span(view_sizes)} numbers: "
@@ -406,6 +405,7 @@ def _lay_out(name: str, env: Any, agents: tuple, views: list[View], actions: lis
             "or 2 beyond their only limit: give them both"
         )
     first, place = views[0], read_place(name, env, views)
+    image = first.image if first.pictured else None
     if image and first.channels_first:
         notes.append(
             f"images are read channels first: rows, columns and channels are {first.grid_shape}"
@@ -470,7 +470,7 @@ def read_place(name: str, env: Any, views: list[View]) -> Place | None:
     if given is None or given == "info":
         return given and Place(None)
     ends = [int(end) if end.isdecimal() else -1 for end in str(given).split(":")]
-    size = 0 if image_of(views) else min(view.size for view in views)
+    size = min(view.size for view in views)
     if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= size:
         raise UserError(
             f"{name}: {POSITIONS} must be info, or such as 0:2 within the {size} numbers that "

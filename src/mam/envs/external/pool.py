@@ -33,6 +33,7 @@ from mam.types import EnvSpec, Observation, TimeStep
 
 MAX_INFOS = 32  # metrics that are made of infos
 MAX_FAILURES = 3  # how often in a row a worker is started again
+RECOVERED = 1_000  # steps after which a worker whose episodes are longer is taken to work again
 
 _log = logging.getLogger("mam")
 
@@ -45,8 +46,9 @@ class ExternalPool:
 
     A worker that dies, does not answer in time, or whose environment raises something is started
     again, with a warning: its episodes are reported as truncated where they were last seen, without
-    reward for the action that is lost, and new ones begin. What happens too often is a `RunError`.
-    After an exception the pool is closed.
+    reward for the action that is lost, and new ones begin. What happens too often is a `RunError`,
+    and so is what happens again and again with no episode ended in between. After an exception the
+    pool is closed.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class ExternalPool:
                 f"got {num_envs} and {num_workers}"
             )
         self._name, self._num_envs, self._limits = name, num_envs, limits
-        self._restarts = 0
+        self._restarts = self._num_lost = 0
         self._infos: dict[str, np.ndarray] = {}  # by name, as of the last step
         self._agent_id: IdEncoding = agent_id
         self._workers = _share_out(
@@ -122,7 +124,7 @@ class ExternalPool:
         self._check_open()
         self._seed = seed
         for worker in self._workers:
-            worker.generation = 0
+            worker.generation = worker.failures = 0
         with self._closed_by_exceptions():
             self._reset(self._workers)
         self._slab.reward[:] = 0.0
@@ -148,8 +150,11 @@ class ExternalPool:
                 worker.send(child.STEP)
             answered, lost = self._answers(self._workers, self._deadline)
             self._read_infos(list(answered.values()))
+            ended = self._slab.terminated | self._slab.truncated
             for worker in answered:
-                worker.failures = 0
+                worker.steps += 1
+                if ended[worker.rows].any() or worker.steps >= RECOVERED:
+                    worker.failures = 0
             self._lost = np.zeros(self._num_envs, bool)
             for worker in lost:
                 self._cut_short(worker)
@@ -165,6 +170,15 @@ class ExternalPool:
 
     def close(self) -> None:
         """Close the environments and end their processes; safe to call twice."""
+        if self._num_lost and self._end.alive:
+            _log.warning(
+                "%s: episodes cut short because their worker had to be started again: %d",
+                self._name,
+                self._num_lost,
+            )
+        self._close()
+
+    def _close(self) -> None:
         self._end()
         vars(self).pop("_slab", None)  # the last that refers to the memory
 
@@ -184,7 +198,7 @@ class ExternalPool:
         try:
             yield
         except BaseException:
-            self.close()
+            self._close()
             raise
 
     def _start(self, workers: list[WorkerProcess]) -> None:
@@ -214,14 +228,15 @@ class ExternalPool:
         for worker, fate in lost.items():
             worker.failures += 1
             worker.generation += 1
+            worker.steps = 0
             self._restarts += 1
             what, *traceback = str(
                 fate if isinstance(fate, RunError) else f"{self._name}: {worker} {fate}"
             ).split("\n")
             if worker.failures <= MAX_FAILURES and self._restarts <= most:
-                _log.warning(
-                    "%s; starting %s again", what, worker if isinstance(fate, RunError) else "it"
-                )
+                who = worker if isinstance(fate, RunError) else "it"
+                shown = traceback if self._restarts == 1 else []
+                _log.warning("%s", "\n".join([f"{what}; starting {who} again", *shown]))
                 continue
             if most:
                 in_a_row = (
@@ -290,6 +305,7 @@ class ExternalPool:
         slab.reward[rows] = 0.0
         slab.terminated[rows] = False
         slab.truncated[rows] = self._lost[rows] = True
+        self._num_lost += rows.stop - rows.start
         slab.parted[rows] = False
 
     def _timestep(self) -> TimeStep:

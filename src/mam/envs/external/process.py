@@ -30,7 +30,8 @@ class WorkerProcess:
         self.share = share
         self.rows = slice(share.first, share.stop)
         self.generation = 0  # how often it was lost since the last seed was given
-        self.failures = 0  # how often in a row it was lost before it took a step
+        self.failures = 0  # how often in a row it was lost before an episode ended
+        self.steps = 0  # since it was started
         self._index = index
         self._started = False
 

@@ -5,7 +5,8 @@ Free of JAX: worker processes import it.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
@@ -133,6 +134,7 @@ class View:
     space: spaces.Space  # of the observation proper
     inside: str | None  # the observation proper is this entry of a dictionary
     masked: bool  # the dictionary's entry "action_mask" says which actions are legal
+    pictured: bool = False  # its image is seen as one, and is none of its numbers
 
     @classmethod
     def of(cls, space: spaces.Space, action_space: spaces.Space) -> "View":
@@ -148,9 +150,26 @@ class View:
             return cls(proper, inside=key, masked=masked)
         return cls(spaces.Dict(rest), inside=None, masked=masked)
 
-    @property
+    @cached_property
+    def image(self) -> spaces.Box | None:
+        """The space of the one image that the observation proper is, or has among its entries."""
+        found = [part for part in self._entries.values() if is_image(part)]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def numbers(self) -> spaces.Space:
+        """What is flattened: all but the image that is seen as one."""
+        if not self.pictured:
+            return self.space
+        return spaces.Dict({k: part for k, part in self._entries.items() if part is not self.image})
+
+    @cached_property
     def size(self) -> int:
-        return flat_size(self.space)
+        return flat_size(self.numbers)
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return self.space.spaces if isinstance(self.space, spaces.Dict) else {"": self.space}
 
     def read(self, value: Any) -> Any:
         """Return the observation proper."""
@@ -158,19 +177,24 @@ class View:
 
     @property
     def channels_first(self) -> bool:
-        """Whether it is an image whose channels come before its rows, as PyTorch has them."""
-        shape: Any = self.space.shape
-        return is_image(self.space) and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
+        """Whether its image's channels come before its rows, as PyTorch has them."""
+        shape: Any = self.image and self.image.shape
+        return shape is not None and shape[0] <= MAX_CHANNELS < min(shape[1:]) // 2
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
-        """Rows, columns and channels of the image it is."""
-        shape: Any = self.space.shape
+        """Rows, columns and channels of its image."""
+        assert self.image is not None
+        shape: Any = self.image.shape
         return (*shape[1:], shape[0]) if self.channels_first else shape
 
     def grid(self, value: Any) -> np.ndarray:
-        """Return the observation proper as rows, columns, channels."""
-        grid = shaped(self.space, self.read(value))
+        """Return the image in the observation as rows, columns, channels."""
+        assert self.image is not None
+        proper = self.read(value)
+        if isinstance(self.space, spaces.Dict):
+            proper = next(proper[k] for k, part in self._entries.items() if part is self.image)
+        grid = shaped(self.image, proper)
         return np.moveaxis(grid, 0, -1) if self.channels_first else grid
 
 
@@ -179,13 +203,24 @@ def is_image(space: spaces.Space) -> bool:
     return isinstance(space, spaces.Box) and len(space.shape) == 3
 
 
-def image_of(views: list[View]) -> spaces.Box | None:
-    """Return the space of the image that agents see, if all see one of the same size, or None."""
-    first = views[0].space
-    alike = all(
-        view.space.shape == first.shape and view.space.dtype == first.dtype for view in views
-    )
-    return first if isinstance(first, spaces.Box) and is_image(first) and alike else None
+def has_images(space: spaces.Space) -> bool:
+    """Say whether a value is an image, or has one somewhere within it."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return any(has_images(part) for _, part in _parts(space))
+    return is_image(space)
+
+
+def read_views(all_spaces: Sequence[tuple[spaces.Space, spaces.Space]]) -> list[View]:
+    """Return how agents' observations are read; images are seen as such if all have one alike.
+
+    Args:
+        all_spaces: of each agent's observations and actions.
+    """
+    views = [View.of(observation, action) for observation, action in all_spaces]
+    images = [view.image for view in views]
+    sorts = {image and (image.shape, image.dtype) for image in images}
+    pictured = len(sorts) == 1 and None not in sorts
+    return [replace(view, pictured=pictured) for view in views]
 
 
 def view_size(name: str, agent: object, view: View) -> int:
