@@ -26,6 +26,8 @@ def make_app(folder: str, wait: float = 0.002, max_sessions: int = 10_000) -> Fa
             array = np.array(given[name], port["dtype"])
         except (KeyError, ValueError, TypeError, OverflowError):
             raise HTTPException(422, f"give {name}, {port['dtype']} {shape}") from None
+        if array.dtype.kind in "iu" and np.asarray(given[name]).dtype.kind == "f":
+            raise HTTPException(422, f"{name} is {port['dtype']}, got fractions")
         if array.shape != shape or not np.isfinite(array).all():
             raise HTTPException(422, f"{name} is finite and {shape}, got {array.shape}")
         return array
@@ -39,7 +41,13 @@ def make_app(folder: str, wait: float = 0.002, max_sessions: int = 10_000) -> Fa
             before = [sessions[name] for name in batch]
             policy.memory = [np.stack(m) for m in zip(*(m or blank for m in before), strict=True)]
             first = np.array([m is None for m in before])
-            action, *_ = await asyncio.to_thread(policy.act, **arrays, reset=first)
+            try:
+                action, *_ = await asyncio.to_thread(policy.act, **arrays, reset=first)
+            except Exception as error:  # all who wait are told; their sessions go on as they were
+                busy.difference_update(batch)
+                for _, answer in batch.values():
+                    answer.set_exception(HTTPException(500, f"the policy raised {error!r}"))
+                continue
             for k, (name, (_, answer)) in enumerate(batch.items()):
                 sessions[name] = [leaf[k] for leaf in policy.memory]
                 busy.discard(name)

@@ -30,6 +30,7 @@ WRITTEN = [
         path
         for folder in ("docs", "examples", "src")
         for path in sorted((ROOT / folder).rglob("*.*"))
+        if path.suffix != ".pyc"
     ),
 ]
 TRAIN = (

@@ -83,6 +83,8 @@ from report_runs import CONFIG, write_run
         ),
         (["check-env"], ["check-env needs the name of an environment"]),
         (["check-env", "probe/idnetity"], ["did you mean probe/identity"]),
+        (["plan", "x", "y"], ["plan does not take x, y here: see `mam plan --help`"]),
+        (["list", "nowhere"], ["nothing has 'nowhere' in its name or description"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -143,6 +145,10 @@ def test_overview_version_and_list(capsys):
         *PRESETS,
     ):
         assert word in out
+    assert cli.main(["list", "RWARE"]) == 0
+    few = capsys.readouterr().out
+    assert "rware/xlarge-4ag-hard" in few
+    assert "lbf/" not in few
 
 
 def test_a_reader_that_goes_away():

@@ -96,6 +96,23 @@ def test_a_program_acts_as_its_policy(name, actions, kind, tmp_path):
         np.testing.assert_allclose(value[alive], output.value[alive], atol=1e-5)
 
 
+def test_the_example_refuses_what_it_would_misread(tmp_path):
+    config, spec, policy = make_policy("rec_ippo", "scan2d")
+    exported = write(Program.of(config, spec, policy), "onnx", tmp_path)
+    now = {name: value[0] for name, value in make_steps(spec).items()}
+    later = now | {"reset": np.zeros(BATCH, bool)}
+    with pytest.raises(ValueError, match="at the first step, and of another batch, every reset"):
+        exported.act(**later)
+    exported.act(**now)
+    exported.act(**later)
+    with pytest.raises(ValueError, match="grid is uint8, got float32"):
+        exported.act(**now | {"grid": now["grid"].astype(np.float32) / 255})
+    fewer = {name: value[:1] for name, value in later.items()}
+    with pytest.raises(ValueError, match="of another batch, every reset is True"):
+        exported.act(**fewer)
+    assert len(exported.act(**{name: value[:1] for name, value in now.items()})[0]) == 1
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A run, exported by the command, and what it said."""

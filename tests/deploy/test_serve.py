@@ -91,3 +91,18 @@ def test_what_cannot_be_read_is_a_clear_422(change, message, folder):
     assert (answer.status_code, codes) == (422, [429, 204, 404])
     assert message in answer.json()["detail"]
     assert health["task"] == "suite/task"
+
+
+def test_a_policy_that_raises_answers_everyone(folder):
+    with (folder / "example.py").open("a") as file:
+        file.write("\nPolicy.act = lambda self, **arrays: 1 / 0\n")
+
+    async def ask():
+        async with client(folder) as http:
+            session = (await http.post("/sessions")).json()["session"]
+            ask = [http.post(f"/sessions/{session}/act", json=observation(0)[0]) for _ in range(2)]
+            return [await one for one in ask]
+
+    for answer in asyncio.run(ask()):
+        assert answer.status_code == 500
+        assert "ZeroDivisionError" in answer.json()["detail"]

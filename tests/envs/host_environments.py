@@ -219,6 +219,10 @@ def alone():
     return gymnasium.make("CartPole-v1")
 
 
+def a_class():
+    return Lives
+
+
 def nothing():
     """A factory that forgets to return what it makes."""
 

@@ -99,7 +99,11 @@ def test_an_environment_that_was_only_looked_at_is_closed():
 
 @pytest.mark.parametrize(
     ("factory", "found"),
-    [("alone", "CartPoleEnv of Gymnasium, which has one agent"), ("nothing", "NoneType")],
+    [
+        ("alone", "a CartPoleEnv of Gymnasium, which has one agent"),
+        ("nothing", "a NoneType"),
+        ("a_class", "the class Lives itself"),
+    ],
 )
 @pytest.mark.parametrize("use", [registry.is_external, registry.make, registry.make_plain])
 def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
@@ -107,7 +111,7 @@ def test_what_is_no_environment_of_ours_is_said_by_name(factory, found, use):
     with pytest.raises(UserError) as error:
         use(name)
     assert str(error.value) == (
-        f"{name} returns a {found}: expected a subclass of mam.types.Environment "
+        f"{name} returns {found}: expected a subclass of mam.types.Environment "
         "with spec, reset and step, or a PettingZoo ParallelEnv"
     )
 

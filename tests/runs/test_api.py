@@ -16,8 +16,8 @@ from mam.cli import main as cli
 from mam.config import NetworkConfig, from_json, to_json
 from mam.errors import RunError, UserError
 from mam.learning.train import init_policy, make_train
+from mam.runs import api, loop
 from mam.runs import load as loading
-from mam.runs import loop
 from mam.runs.load import load_weights
 from small_run import INDEPENDENT as CONFIG
 
@@ -275,6 +275,27 @@ def test_it_plays_with_any_number_of_agents_that_its_weights_fit():
 def test_arrays_of_other_sizes_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         loaded().act(np.zeros((3, 5)), **fields)
+
+
+@pytest.mark.parametrize(
+    ("views", "fields", "message"),
+    [
+        (np.zeros((2, 3, 5)), {"reset": np.ones(3, bool)}, r"one bool or \[2\] of them, got \[3\]"),
+        ({"a": np.zeros(5)}, {}, "are one array .* not a dictionary: stack them in the order"),
+        (np.full((2, 3, 5), np.nan), {}, "numbers that are not finite"),
+    ],
+)
+def test_what_a_policy_cannot_act_on_is_refused(views, fields, message):
+    with pytest.raises(UserError, match=message):
+        loaded().act(views, **fields)
+
+
+def test_mistakes_are_told_at_once():
+    with pytest.raises(UserError, match=r"train takes a mam\.Config, got 'probe'"):
+        api._check_arguments("probe", [])
+    for callbacks in (mam.Callback(), [print]):
+        with pytest.raises(UserError, match=r"callbacks are a list of mam\.Callback, got"):
+            api._check_arguments(CONFIG, callbacks)
 
 
 def test_evaluating_a_run_and_a_policy(finished):

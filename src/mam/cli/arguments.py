@@ -53,6 +53,8 @@ def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
             }
             what = (what | {"file": "a file that lists runs", "runs": "a folder with runs"})[name]
             text = f"{command} needs {what}: mam {command} {name.upper()}"
+        if unknown := re.match(r".*Unrecognized options: (.*?) For full helptext", text):
+            text = f"{command} does not take {unknown[1]} here: see `mam {command} --help`"
         raise UserError(text) from None
 
 

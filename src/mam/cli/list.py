@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import tyro
+
 from mam.cli.output import display
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.presets import PRESETS
 
 
@@ -12,6 +14,8 @@ from mam.presets import PRESETS
 class List:
     """List policies, tasks and presets."""
 
+    text: tyro.conf.Positional[str | None] = None
+    """Only what has this in its name or description, such as lbf."""
     envs: bool = False
     """A table of all tasks with their agents, observations, actions and limits; loads every suite,
     in a minute."""
@@ -28,34 +32,35 @@ def list_names(args: List) -> None:
     if args.envs:
         _print_specs()
         return
-    print("policies (--policy)")
-    for name, kind in policies().items():
-        print(f"  {name:<11}{kind.description}")
-    print("  your own   package.module:make")
+    sections = {"policies (--policy)": [f"{k:<11}{v.description}" for k, v in policies().items()]}
+    sections["policies (--policy)"].append("your own   package.module:make")
     if own := [text for family in mixer_families().values() for text in family.own_defaults]:
-        print(f"\nsettings of one mixer alone (--network.mixer-options): {', '.join(own)}")
-    print("\nmemory of any policy (--network.memory)")
-    for name, kind in MEMORIES.items():
-        print(f"  {name:<11}{kind.description}")
-    print("\ntasks (--env; `mam list --envs` shows their sizes)")
-    options = auto_options()
+        sections["settings of one mixer alone (--network.mixer-options)"] = own
+    sections["memory of any policy (--network.memory)"] = [
+        f"{name:<11}{kind.description}" for name, kind in MEMORIES.items()
+    ]
+    tasks, options = [], auto_options()
     for name, suite in SUITES.items():
-        print(
-            f"  {name + '/':<13}{suite.description}"
-            f"{f' (extra {suite.extra})' if suite.extra else ''}"
-        )
-        print(*(f"    {name}/{task}" for task in suite.tasks), sep="\n")
+        extra = f" (extra {suite.extra})" if suite.extra else ""
+        tasks.append(f"{name + '/':<13}{suite.description}{extra}")
+        tasks += [f"  {name}/{task}" for task in suite.tasks]
         for task in suite.made_to_measure:
             if defaults := options[f"{name}/{task}"]:
-                print(
-                    f"    {name}/{task}:"
-                    f"{','.join(f'{key}={_shown(value)}' for key, value in defaults.items())}"
-                )
-    print("  any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3")
-    print("  your own                          package.module:factory")
-    print("\npresets (--preset; chosen by the task unless given)")
-    for name, make in PRESETS.items():
-        print(f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}")
+                values = ",".join(f"{key}={_shown(value)}" for key, value in defaults.items())
+                tasks.append(f"  {name}/{task}:{values}")
+    tasks += ["any PettingZoo environment        pettingzoo/mpe2:simple_spread_v3"]
+    tasks += ["your own                          package.module:factory"]
+    sections["tasks (--env; `mam list --envs` shows their sizes)"] = tasks
+    sections["presets (--preset; chosen by the task unless given)"] = [
+        f"{name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    ]
+    text = (args.text or "").lower()
+    found = {
+        title: [line for line in lines if text in line.lower()] for title, lines in sections.items()
+    }
+    if not any(found.values()):
+        raise UserError(f"nothing has {shown(args.text)} in its name or description")
+    print("\n\n".join("\n  ".join([title, *lines]) for title, lines in found.items() if lines))
 
 
 def _shown(value: Any) -> str:

@@ -14,7 +14,8 @@ class Policy:
     """The policy in a folder: observations in, actions out; it remembers what it needs to."""
 
     def __init__(self, folder):
-        self.card, self.memory = json.loads((Path(folder) / "card.json").read_text()), None
+        self.card = json.loads((Path(folder) / "card.json").read_text())
+        self.memory: list | None = None
         program = Path(folder) / self.card["program"]
         if self.card["format"] == "onnx":
             import onnxruntime
@@ -38,9 +39,14 @@ class Policy:
             raise ValueError(f"give {', '.join(p['name'] for p in ports)}; got {sorted(given)}")
         batch = np.shape(arrays["alive"])[:1]
         for p in ports:
-            if np.shape(arrays[p["name"]]) != (shape := (*batch, *p["shape"])):
-                raise ValueError(f"{p['name']} is {shape}, got {np.shape(arrays[p['name']])}")
-        if self.memory is None:  # then every row of `reset` must be True
+            array = np.asarray(arrays[p["name"]])
+            if array.shape != (shape := (*batch, *p["shape"])):
+                raise ValueError(f"{p['name']} is {shape}, got {array.shape}")
+            if array.dtype.kind == "f" and np.dtype(p["dtype"]).kind in "iu":
+                raise ValueError(f"{p['name']} is {p['dtype']}, got {array.dtype}")
+        if self.memory is None or {np.shape(memory)[:1] for memory in self.memory} - {batch}:
+            if not np.all(arrays["reset"]):
+                raise ValueError("at the first step, and of another batch, every reset is True")
             self.memory = [np.zeros((*batch, *p["shape"]), p["dtype"]) for p in kept]
         feed = {p["name"]: np.asarray(arrays[p["name"]], p["dtype"]) for p in ports}
         feed |= {p["name"]: memory for p, memory in zip(kept, self.memory, strict=True)}

@@ -13,7 +13,7 @@ import numpy as np
 from mam.config import Config
 from mam.envs.external.factories import agreed_task, check_agreed, code_of
 from mam.envs.objects import add_object
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.train import make_train
 from mam.presets import preset_for
@@ -90,6 +90,7 @@ def train(
             another run.
         RunError: if the run could not go on; what it had saved is as it was.
     """
+    _check_arguments(config, callbacks)
     name = _name(env)
     if resume is not None:
         if out is not None:
@@ -110,6 +111,15 @@ def train(
         folder, trainer = loop.start(config, None if out is None else Path(out))
     outcome = loop.run(config, folder, trainer, callbacks=callbacks, signals=signals)
     return Result(folder.path, config, outcome)
+
+
+def _check_arguments(config: Any, callbacks: Any) -> None:
+    """Refuse what would fail much later, or in words of the library's inside."""
+    if not isinstance(config, Config | None):
+        raise UserError(f"train takes a mam.Config, got {shown(config)}: tasks are named as env=…")
+    listed = isinstance(callbacks, Sequence) and all(isinstance(c, Callback) for c in callbacks)
+    if not listed:
+        raise UserError(f"callbacks are a list of mam.Callback, got {shown(callbacks)}")
 
 
 def _name(env: str | Environment | Callable[[], Any] | None) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Key
 from mam.config import CURVES, Config, from_json
 from mam.envs.external.factories import check_agreed
 from mam.envs.wrappers import agent_ids
-from mam.errors import UserError
+from mam.errors import UserError, shown
 from mam.learning.normalise import transfer_policy
 from mam.learning.train import init_policy, make_train
 from mam.runs.checkpoint import CheckpointError, Save
@@ -195,10 +195,19 @@ class LoadedPolicy:
 
         Raises:
             UserError: if the observation has other sizes than those that the policy reads, or
-                another batch than at the step before while episodes go on.
+                another batch than at the step before while episodes go on, or NumPy's views are
+                not finite.
         """
         obs = self.complete(observation, mask=mask, alive=alive)
+        view = observation.agents_view if isinstance(observation, Observation) else observation
+        if (
+            not isinstance(view, jax.Array)
+            and not np.isfinite(np.asarray(obs.agents_view)[np.asarray(obs.alive)]).all()
+        ):
+            raise UserError("agents' views hold numbers that are not finite")
         *batch, num_agents = shape = obs.alive.shape
+        if (given := np.shape(reset)) not in ((), tuple(batch)):
+            raise UserError(f"reset is one bool or {batch} of them, got {[*given]}")
         reset = np.broadcast_to(np.asarray(reset, bool) | (self._memory is None), batch)
         if shape != self._shape or self._memory is None:
             if not reset.all():
@@ -211,7 +220,6 @@ class LoadedPolicy:
         key = jax.random.fold_in(self._key, self._num_steps)
         self._memory, output = self.apply(self._memory, obs, reset, key, greedy=greedy)
         self._num_steps += 1
-        view = observation.agents_view if isinstance(observation, Observation) else observation
         return output.action if isinstance(view, jax.Array) else np.asarray(output.action)
 
     @property
@@ -314,6 +322,11 @@ class LoadedPolicy:
             if mask is not None or alive is not None:
                 raise UserError("an Observation has its own action_mask and alive: drop the others")
             arrays = {f.name: getattr(observation, f.name) for f in fields(observation)}
+        elif isinstance(observation, Mapping):
+            raise UserError(
+                "agents' views are one array [*batch, N, features], not a dictionary: stack them "
+                "in the order of spec.agent_names"
+            )
         else:
             view = jnp.asarray(observation, jnp.float32)
             shape = view.shape[:-1]
@@ -409,6 +422,8 @@ def load(
         UserError: if there is no run or no such seed, or what it names may not be imported.
         CheckpointError: if nothing was saved yet, or what was saved is damaged.
     """
+    if which not in get_args(Which):
+        raise UserError(f"which is one of {', '.join(get_args(Which))}, got {shown(which)}")
     run = policy_folder(run)
     weights = load_weights(run, greedy=greedy, which=which, trust=trust)
     policy_seed, policy = weights.of_seed(policy_seed)

@@ -81,9 +81,11 @@ class EnvFactory:
             raise UserError(f"{self.name}: {error}") from error
         except ImportError as error:  # deprecated versions say so here
             raise UserError(f"{self.name}: {_one_line(error)}") from error
-        if not all(callable(getattr(env, method, None)) for method in ("reset", "step")):
+        is_class = isinstance(env, type)
+        if is_class or not all(callable(getattr(env, name, None)) for name in ("reset", "step")):
+            what = f"the class {env.__name__} itself" if is_class else f"a {type(env).__name__}"
             raise UserError(
-                f"{self.name} returns a {type(env).__name__}: expected a subclass of "
+                f"{self.name} returns {what}: expected a subclass of "
                 "mam.types.Environment with spec, reset and step, or a PettingZoo ParallelEnv"
             )
         if positions is not None:
