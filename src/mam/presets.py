@@ -370,6 +370,29 @@ def probe_convention() -> Config:
     return replace(probe_tmaze_50(), env="probe/convention")
 
 
+def probe_channels_16() -> Config:
+    """Sixteen agents that must not get in each other's way: deciding in sequence pays."""
+    short = probe()
+    return replace(
+        short,
+        env="probe/channels-16",
+        total_timesteps=300_000,
+        network=NetworkConfig(d_model=32, num_blocks=1, d_state=16),
+        ppo=replace(short.ppo, lr=2e-3, num_envs=64, num_minibatches=4),
+        eval=EvalConfig(num_evaluations=10, num_absolute_episodes=128),
+    )
+
+
+def probe_channels_8() -> Config:
+    """Eight of them."""
+    return replace(probe_channels_16(), env="probe/channels-8")
+
+
+def probe_channels_32() -> Config:
+    """Thirty-two of them."""
+    return replace(probe_channels_16(), env="probe/channels-32")
+
+
 def mappo() -> Config:
     """MAPPO as most libraries have it, for any task: two plain layers of 128, quick on a CPU.
 
@@ -411,6 +434,9 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "probe/tmaze-50": probe_tmaze_50,
     "probe/tmaze-100": probe_tmaze_100,
     "probe/convention": probe_convention,
+    "probe/channels-8": probe_channels_8,
+    "probe/channels-16": probe_channels_16,
+    "probe/channels-32": probe_channels_32,
     "mappo": mappo,
 }
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 from mam.envs.memory_probes import Convention, Memory, MemoryProbe, TMaze
-from mam.envs.probes import PROBES, Components, Copy, Identity, Matrix, Recall, Target
+from mam.envs.probes import PROBES, Channels, Components, Copy, Identity, Matrix, Recall, Target
 
 SIZES = [  # not the defaults, so that the formulas are tested and not the numbers
     Target(num_agents=2, num_actions=3, time_limit=5),
@@ -21,6 +22,8 @@ SIZES = [  # not the defaults, so that the formulas are tested and not the numbe
     TMaze(num_agents=3, num_actions=2, length=5),
     Convention(num_agents=3, num_actions=5, num_rounds=7),
     Recall(num_agents=5, num_actions=3, time_limit=3),
+    Channels(num_agents=6, num_usable=2, time_limit=3),
+    Channels(num_agents=5, num_usable=4, time_limit=2),
 ]
 MEMORY = [env for env in SIZES if isinstance(env, MemoryProbe)]
 
@@ -53,7 +56,7 @@ def play_steps(env, policy, num_episodes):
         seen = jnp.zeros((num_steps, *view.shape))
         steps = jnp.arange(num_steps), jax.random.split(steps_key, num_steps)
         (_, _, seen), timesteps = jax.lax.scan(step, (state, view, seen), steps)
-        return seen, timesteps.reward[:, 0], timesteps.ended
+        return seen, timesteps.reward.mean(axis=1), timesteps.ended
 
     keys = jax.random.split(jax.random.key(0), num_episodes)
     seen, rewards, ended = jax.jit(jax.vmap(episode))(keys)
@@ -84,7 +87,15 @@ def optimal(env):
         own, asked, value = jnp.split(view, [env.num_agents, 2 * env.num_agents], axis=1)
         return (asked @ own.T @ value).argmax(axis=1)
 
+    def channels(seen, view, key):
+        def assign(usable):
+            return linear_sum_assignment(usable, maximize=True)[1].astype(np.int32)
+
+        shape = jax.ShapeDtypeStruct((env.num_agents,), jnp.int32)
+        return jax.pure_callback(assign, shape, view, vmap_method="sequential")
+
     return {
+        Channels: channels,
         Identity: lambda seen, view, key: view.argmax(axis=-1),
         Copy: copy,
         Matrix: lambda seen, view, key: jnp.zeros(env.num_agents, jnp.int32),
@@ -101,8 +112,10 @@ def uniform(env):
     if isinstance(env, Target):
         shape = (env.num_agents, env.num_actions)
         return lambda seen, view, key: jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+    if isinstance(env, Channels):
+        return lambda seen, view, key: jax.random.categorical(key, jnp.log(view))
     choices = (
-        env.num_actions
+        env.spec.num_actions
         if env.spec.action_components is None
         else jnp.array(env.spec.action_components)
     )
@@ -126,6 +139,14 @@ def test_optimal_return(env):
 def test_random_return(env):
     assert_mean(play(env, uniform(env)), env.random_return)
     assert env.random_return < env.optimal_return
+
+
+def test_an_agent_has_as_many_channels_as_it_should_and_takes_no_others():
+    env = Channels(num_agents=7, num_usable=3)
+    state, timestep = env.reset(jax.random.key(0))
+    assert state.usable.sum(axis=1).tolist() == [3] * 7
+    np.testing.assert_array_equal(timestep.observation.action_mask, state.usable)
+    np.testing.assert_array_equal(timestep.observation.agents_view, state.usable)
 
 
 @pytest.mark.parametrize("env", MEMORY, ids=repr)
@@ -250,9 +271,8 @@ def test_ends_are_of_the_documented_kind(name):
     env = PROBES[name]()
     state, timestep = env.reset(jax.random.key(0))
     while not timestep.ended:
-        state, timestep = env.step(
-            state, uniform(env)(None, None, jax.random.key(0)), jax.random.key(0)
-        )
+        action = uniform(env)(None, timestep.observation.agents_view, jax.random.key(0))
+        state, timestep = env.step(state, action, jax.random.key(0))
     assert bool(timestep.terminated) == isinstance(env, Matrix | MemoryProbe)
     assert bool(timestep.truncated) != bool(timestep.terminated)
 

@@ -20,7 +20,7 @@ class CueState(eqx.Module):
 
 @dataclass(frozen=True)
 class Probe(Environment, abc.ABC):
-    """A tiny task with known best and random returns; all actions are legal, all agents alive."""
+    """A tiny task with known best and random returns; all agents are alive."""
 
     num_agents: int
 
@@ -32,7 +32,7 @@ class Probe(Environment, abc.ABC):
     @property
     @abc.abstractmethod
     def random_return(self) -> float:
-        """Expected return of uniformly random actions."""
+        """Expected return of uniformly random legal actions."""
 
     def _draw_cue(self, key: Key[Array, ""]) -> Int[Array, "N"]:
         return jax.random.randint(key, (self.num_agents,), 0, self.spec.num_actions)

@@ -7,22 +7,23 @@
     target      a continuous action per agent             T               T / 3          truncation
     components  several choices per agent at once         T               T / Π sizes    truncation
     recall      asking the one agent that knows           T               T / A          truncation
+    channels    choosing what no other agent chooses      T               see the class  truncation
 
 Those that take memory across environment steps are in `memory_probes`.
 
-T steps, A actions. Rewards are shared; `random_return` is what uniformly random actions earn on
-average. All actions are legal and all agents alive.
+T steps, A actions. `random_return` is what uniformly random actions earn on average. But in
+`channels` rewards are shared and all actions legal; all agents are alive.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mam.envs.base import restart, transition
 from mam.envs.memory_probes import Convention, Memory, TMaze
@@ -340,6 +341,77 @@ class Recall(Probe):
         return self._observe(jnp.concatenate([*keys, value], axis=1))
 
 
+class ChannelsState(eqx.Module):
+    """Which channels each agent can use, and how far the episode has come."""
+
+    usable: Bool[Array, "N N"]
+    step_count: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class Channels(Probe):
+    """N agents share N channels: each takes one of its few, and needs one that nobody else takes.
+
+    A random permutation says which channel an agent has for certain; it has `num_usable` − 1
+    others, drawn uniformly. All are new at every step; an agent sees its own, and no others are
+    legal. An agent earns 1 if it is alone on its channel. There is always an assignment in which
+    all are. Probes contention, as of vehicles for requests or robots for
+    shelves: what an agent should do depends on what the others see and, where several assignments
+    are as good, on which of them they choose. With u = `num_usable` and q = (u − 1) / (N − 1), the
+    probability that an agent has another's certain channel, too, random choices earn T times
+
+        (1 − q/u)^(N−1) / u + (1 − 1/u)² (1 − q/u)^(N−2),
+
+    the first for an agent's certain channel, the second for its others, each of which is somebody
+    else's certain one.
+    """
+
+    num_agents: int = 8
+    num_usable: int = 3
+    time_limit: int = 8
+
+    @property
+    def spec(self) -> EnvSpec:
+        n = self.num_agents
+        return EnvSpec(f"probe/channels-{n}", n, n, n, self.time_limit, team_reward=False)
+
+    @property
+    def optimal_return(self) -> float:
+        return float(self.time_limit)
+
+    @property
+    def random_return(self) -> float:
+        n, u = self.num_agents, self.num_usable
+        free = 1 - (u - 1) / (n - 1) / u
+        return self.time_limit * (free ** (n - 1) / u + (1 - 1 / u) ** 2 * free ** (n - 2))
+
+    def reset(self, key: Key[Array, ""]) -> tuple[ChannelsState, TimeStep]:
+        state = self._draw(key, step_count=jnp.zeros((), jnp.int32))
+        return state, restart(self._view(state))
+
+    def step(
+        self, state: ChannelsState, action: Int[Array, "N"], key: Key[Array, ""]
+    ) -> tuple[ChannelsState, TimeStep]:
+        alone = jnp.bincount(action, length=self.num_agents)[action] == 1
+        state = self._draw(key, state.step_count + 1)
+        truncated = state.step_count >= self.time_limit
+        return state, transition(self._view(state), alone.astype(jnp.float32), truncated=truncated)
+
+    def _view(self, state: ChannelsState) -> Observation:
+        observation = self._observe(state.usable.astype(jnp.float32))
+        return replace(observation, action_mask=state.usable)
+
+    def _draw(self, key: Key[Array, ""], step_count: Int[Array, ""]) -> ChannelsState:
+        certain_key, others_key = jax.random.split(key)
+        agents = jnp.arange(self.num_agents)
+        certain = jax.random.permutation(certain_key, self.num_agents)
+        rank = jax.random.uniform(others_key, (self.num_agents, self.num_agents))
+        rank = rank.at[agents, certain].set(1.0)  # above all others
+        chosen = jax.lax.top_k(rank, self.num_usable)[1]
+        usable = jnp.zeros(rank.shape, bool).at[agents[:, None], chosen].set(True)
+        return ChannelsState(usable, step_count)
+
+
 PROBES: dict[str, Callable[[], Probe]] = {
     "identity": Identity,
     "copy": Copy,
@@ -354,6 +426,9 @@ PROBES: dict[str, Callable[[], Probe]] = {
     "recall-4": Recall,
     "recall-8": partial(Recall, num_agents=8),
     "recall-16": partial(Recall, num_agents=16),
+    "channels-8": Channels,
+    "channels-16": partial(Channels, num_agents=16),
+    "channels-32": partial(Channels, num_agents=32),
 }
 
 

@@ -92,6 +92,7 @@ CAMAR_TASKS: dict[str, dict[str, Any]] = {
 PROBE_TASKS = (
     *("identity", "copy", "matrix", "memory", "target", "components"),
     *("tmaze-10", "tmaze-50", "tmaze-100", "convention", "recall-4", "recall-8", "recall-16"),
+    *("channels-8", "channels-16", "channels-32"),
 )
 
 
