@@ -105,7 +105,7 @@ def rware_tiny_2ag() -> Config:
         env="rware/tiny-2ag",
         total_timesteps=4_000_000,
         network=NetworkConfig(d_model=32, num_blocks=1, d_state=8),
-        ppo=replace(rware().ppo, lr=1e-3, max_grad_norm=5.0, clip_eps=0.2),
+        ppo=replace(rware().ppo, lr=1e-3, anneal_lr=True, max_grad_norm=5.0, clip_eps=0.2),
     )
 
 

@@ -161,6 +161,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
         "rware": 5,
         "many_agents": 5,
         "orders": 5,
+        "contention": 10,
         "paper": 4 * 33,
         "scaling": 44,
         "images": 4,
