@@ -1,8 +1,8 @@
 """Agents that must not get in each other's way: deciding in sequence beside deciding alone.
 
 `probe/channels`: every agent takes one of its few channels and needs one that nobody else takes.
-Independent policies take four times as many steps, which is no more of a core's time. An hour of one
-CPU core.
+Independent policies take four times as many steps, in about the time of the others. An hour and a
+half of one CPU core, an estimate: 32 agents have not been run at this size.
 
 mam experiment experiments/contention.py
 mam report runs/contention --out report

@@ -401,6 +401,18 @@ class Config:
         _validate(self)
 
     @property
+    def schedules(self) -> list[str]:
+        """Names of the settings in force that change something in the course of the run."""
+        taught = self.learn == "distill" or self.teacher is not None
+        shown = self.learn == "ppo" and self.data is not None
+        return [
+            *["ppo.anneal_lr"] * self.ppo.anneal_lr,
+            *["finetune.kl_until"] * (self.finetune.kl_coef > 0),
+            *["distill.teacher_until"] * taught,
+            *["cloning.nll_until"] * shown,
+        ]
+
+    @property
     def algorithm(self) -> str:
         """The policy's name in tables and files, with what is not its own.
 

@@ -350,6 +350,8 @@ def test_evaluate_sweeps_an_option_of_the_task(swept, tmp_path, capsys):
         (["--sweep", "agents=8,8"], "got agents=8,8"),
         (["--sweep", "map=a,b", "--out", "a.png"], "against positive numbers, got --sweep map=a,b"),
         (["--out", "a.png"], "--out draws a sweep: give --sweep"),
+        (["--sweep", "agents=8", "--out", "no/a.png"], "--out: there is no folder no"),
+        (["--sweep", "agents=8,0"], "agents must be"),
     ],
 )
 def test_sweeps_that_are_none(swept, capsys, options, message):

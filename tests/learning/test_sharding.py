@@ -95,3 +95,5 @@ def test_environments_must_be_dealt_evenly(monkeypatch):
 def test_no_more_devices_than_there_are():
     with pytest.raises(UserError, match="num_devices = 5, but there are 1"):
         make_train(Config(env="probe/identity", num_devices=5))
+    with pytest.raises(UserError, match="lives in processes, and its policy on one device"):
+        make_train(Config(env="pettingzoo/mpe2:simple_spread_v3", num_devices=2))

@@ -1,6 +1,7 @@
 """A run on the host: stopping, resuming, and what is left behind."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mam.config import to_json
 from mam.errors import UserError
 from mam.learning.train import make_train
 from mam.runs import loop as runs
@@ -106,10 +108,40 @@ def test_a_finished_run_can_be_extended(whole, tmp_path):
     assert [r["update"] for r in _rows(short) if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-def test_nothing_is_written_for_a_run_that_cannot_be(tmp_path):
-    for wrong in (replace(CONFIG, env="probe/none"), replace(CONFIG, policy="none")):
-        with pytest.raises(UserError):
-            runs.start(wrong, tmp_path / "run")
+def test_a_schedule_over_a_run_that_grows_is_said(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole.path, tmp_path / "run")
+    longer = replace(CONFIG, total_timesteps=2 * CONFIG.total_timesteps)
+    for anneal in (False, True):
+        ppo = replace(CONFIG.ppo, anneal_lr=anneal)
+        (folder / "config.json").write_text(json.dumps(to_json(replace(CONFIG, ppo=ppo))))
+        opened, trainer = runs.resume(folder, replace(longer, ppo=ppo))
+        opened.release()
+        trainer.close()
+        said = "ppo.anneal_lr: a share of the run, which is longer now" in capsys.readouterr().out
+        assert said == anneal
+
+
+def wide(observation):
+    return observation.agents_view
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"env": "probe/none"}, "unknown task"),
+        ({"policy": "none"}, "unknown policy"),
+        (
+            {"policy": "rec_ippo", "order": "random"},
+            "network.order random is for sequence",
+        ),
+        ({"policy": "mam", "order": "test_loop:nope"}, "no order test_loop:nope"),
+        ({"policy": "mam", "order": "test_loop:wide"}, r"returns \[2, .*expected \[2\] keys"),
+    ],
+)
+def test_nothing_is_written_for_a_run_that_cannot_be(change, message, tmp_path):
+    network = replace(CONFIG.network, order=change.pop("order", "index"))
+    with pytest.raises(UserError, match=message):
+        runs.start(replace(CONFIG, network=network, **change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

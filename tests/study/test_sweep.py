@@ -246,7 +246,7 @@ def test_an_interrupted_sweep_goes_on_with_its_trials(sweep, capsys):
     nothing = TrialPool()
     sweep(nothing)
     assert nothing.commands == []
-    with pytest.raises(UserError, match="holds a sweep of something else"):
+    with pytest.raises(UserError, match=r"holds a sweep of something else: .* was .*, is "):
         sweep(nothing, config=replace(CONFIG, policy="mat"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from mam.cli.output import display
+from mam.config import Config
 from mam.errors import UserError
 
 _MOST_AGENTS = 64  # rows of a table
@@ -114,14 +115,13 @@ def _over_episodes(values: Any, name: str) -> str:
 def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     """Play a task with several values of an option; report and draw the returns."""
     import numpy as np
-    from rich.table import Table
 
     from mam.envs.external.factories import agreed_task, with_options
+    from mam.envs.registry import is_external, make
     from mam.learning.evaluate import AGENT_RETURN
     from mam.runs import api, process
-    from mam.runs.folder import seeds_of
     from mam.runs.load import saved_config
-    from mam.runs.sinks import RETURN, mean_and_spread, seed_means, to_json
+    from mam.runs.sinks import RETURN, seed_means
     from mam.runs.summary import plot_sweep
 
     process.configure()
@@ -130,19 +130,36 @@ def _evaluate_sweep(args: Evaluate, asked: str) -> None:
     greedy = args.greedy or config.eval.greedy
     how: dict[str, Any] = {"episodes": args.episodes, "greedy": greedy, "seed": args.seed}
     base, played = config.env, {}
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out: there is no folder {args.out.parent}")
+    envs = {value: with_options(base, f"{option}={value}") for value in values}
+    for env in envs.values():
+        if not is_external(env):  # either refuses what there is not, before anything is played
+            make(env, config.agent_id)
     with contextlib.redirect_stdout(sys.stderr):  # progress is no part of the result
-        for value in values:
-            env = with_options(base, f"{option}={value}")
+        for value, env in envs.items():
             print(f"playing {env}…")
             spec, metrics = api.play_episodes(args.run, env=env, trust=args.trust, **how)
             metrics.pop(AGENT_RETURN, None)
             played[value] = (env, spec.num_agents, metrics)
     mode = "greedy" if greedy else "sampled"
     title = f"{config.algorithm} on {base}: {args.episodes} episodes, {mode} actions"
+    _print_sweep(args, config, option, title, how, played)
     if args.out is not None:
         returns = np.stack([seed_means(metrics[RETURN]) for *_, metrics in played.values()])
         numbers = [float(value) for value in values]
         plot_sweep(args.out, numbers, returns, option=option, title=title)
+
+
+def _print_sweep(
+    args: Evaluate, config: Config, option: str, title: str, how: dict[str, Any], played: dict
+) -> None:
+    """Print a table of what was played, by value: task, agents and metrics; or JSON."""
+    from rich.table import Table
+
+    from mam.runs.folder import seeds_of
+    from mam.runs.sinks import RETURN, mean_and_spread, to_json
+
     if args.json:
         facts = {"run": str(args.run), "algorithm": config.algorithm, "seeds": seeds_of(config)}
         results = [

@@ -214,7 +214,10 @@ def convert(graph: Graph, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Va
         results = _folded(eqn, values)
         if results is None:
             if name not in RULES:
-                raise UserError(f"ONNX export knows no operation {name}")
+                raise UserError(
+                    f"ONNX export knows no operation {name}, as in orders along a curve: take "
+                    "--format stablehlo"
+                )
             results = RULES[name](graph, eqn, values)
         results = results if isinstance(results, list) else [results]
         env.update(zip(eqn.outvars, results, strict=True))

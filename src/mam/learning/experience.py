@@ -323,6 +323,10 @@ def environments(config: Config) -> Environments:
                 f"{config.env} lives in processes of one host: "
                 "only environments in JAX run on several"
             )
+        if (config.num_devices or 1) > 1:
+            raise UserError(
+                f"{config.env} lives in processes, and its policy on one device: drop num_devices"
+            )
         return External(config)
     num_envs, num_devices = config.ppo.num_envs, config.num_devices or jax.device_count()
     if num_devices > jax.device_count():

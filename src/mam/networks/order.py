@@ -12,7 +12,8 @@ two are read, and of a single one either curve is its direction.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,8 @@ def shifted_orders(num: int, obs: Observation) -> tuple[Order, ...]:
 def check_order(name: str, spec: EnvSpec) -> None:
     """Refuse an order that there is not, or for which the task gives no positions.
 
+    One's own function is called, on paper.
+
     Raises:
         UserError: saying what there is.
     """
@@ -95,6 +98,25 @@ def check_order(name: str, spec: EnvSpec) -> None:
         raise UserError(
             f"network.order {name} needs to know where agents are: {spec.name} gives no positions"
         )
+    if ":" in name:
+        jax.eval_shape(partial(order_agents, name), _seen(spec))
+
+
+def _seen(spec: EnvSpec) -> Any:
+    """Return the shapes of an observation."""
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((spec.num_agents, *shape), dtype)
+
+    return jax.eval_shape(
+        Observation,
+        agents_view=array(jnp.float32, spec.obs_dim),
+        action_mask=array(bool, spec.num_actions),
+        alive=array(bool),
+        grid=array(spec.grid_dtype, *spec.grid_shape) if spec.grid_shape else None,
+        state=jax.ShapeDtypeStruct((spec.state_dim,), jnp.float32) if spec.state_dim else None,
+        positions=array(jnp.float32, spec.position_dim) if spec.position_dim else None,
+    )
 
 
 def hilbert_index(

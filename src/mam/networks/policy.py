@@ -125,6 +125,27 @@ def find_policy(name: str) -> PolicyKind:
     return known[name]
 
 
+def check_read(policy: str, config: NetworkConfig) -> None:
+    """Refuse settings of sequences for agents that decide by themselves, which ignore them.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if policy.removeprefix("rec_") not in INDEPENDENT:
+        return
+    encoder = config.encoder
+    for setting, given in (
+        (f"network.order {config.order}", config.order != "index"),
+        (f"network.encoder.order_scans {encoder.order_scans}", encoder.order_scans > 1),
+        (f"network.encoder.local_branch {encoder.local_branch}", encoder.local_branch > 0),
+    ):
+        if given:
+            raise UserError(
+                f"{setting} is for sequence policies ({sequence_policies()}): the agents of "
+                f"{policy} decide by themselves"
+            )
+
+
 def _own_policy(
     name: str, spec: EnvSpec, config: NetworkConfig, decoding: Decoding, *, key: Key[Array, ""]
 ) -> Policy:

@@ -34,6 +34,7 @@ from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.train import Trainer, TrainState, Values, on_host
+from mam.networks.policy import check_read
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
 from mam.runs.curriculum import carried_over, check_stages, trainer_at
@@ -79,6 +80,7 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         _check_unused(config, path)
     for name in config.log:
         find_sink(name)
+    check_read(config.policy, config.network)
     teacher = teacher_of(config)
     trainer = trainer_at(config, 0, teacher)
     try:
@@ -193,6 +195,11 @@ def resume(path: Path, config: Config) -> tuple[RunFolder, Trainer]:
         raise UserError(
             f"total_timesteps cannot shrink from {saved.total_timesteps} "
             f"to {config.total_timesteps}"
+        )
+    if config.total_timesteps > saved.total_timesteps and (stretched := config.schedules):
+        print(
+            f"{', '.join(stretched)}: a share of the run, which is longer now, so that what had "
+            "fallen rises again; a run of this length from its start would differ"
         )
     for name in config.log:
         find_sink(name)

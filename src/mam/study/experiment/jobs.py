@@ -92,7 +92,10 @@ class Job:
         if unlike := differences(
             saved, replace(self.config, **{name: getattr(saved, name) for name in FREE})
         ):
-            raise UserError(f"{self.path} holds a run with other settings: {'; '.join(unlike)}")
+            raise UserError(
+                f"{self.path} holds a run with other settings: {'; '.join(unlike)}; take the "
+                "change back, or give the run another name"
+            )
         return saved
 
     def command_line(self) -> str:

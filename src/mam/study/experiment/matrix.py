@@ -132,7 +132,8 @@ def _conclude(rows: Sequence[Row], screen: Screen) -> int:
     screen.conclude(rows)
     failed = [row for row in rows if row.status == "failed"]
     for row in failed:
-        screen.log(f"failed: {row.job.name}: {row.note} (see {row.job.log})")
+        see = f" (see {row.job.log})" if row.starts else ""
+        screen.log(f"failed: {row.job.name}: {row.note}{see}")
     if any(row.status == "stopped" for row in rows):
         screen.log("stopped; the same command goes on")
     return 1 if failed else 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mam.config import to_json
+from mam.config import flat, to_json
 from mam.errors import RunError, UserError, needs_extra, shown
 from mam.presets import preset_for
 from mam.runs.lock import acquire
@@ -99,8 +99,17 @@ class Search:
             "objective": options.objective,
         }
         what = json.loads(json.dumps(what))
-        if study.user_attrs.get("what", what) != what:
-            raise UserError(f"{self._out} holds a sweep of something else: choose another --out")
+        if (before := study.user_attrs.get("what", what)) != what:
+            then, now = flat(before), flat(what)
+            unlike = [
+                f"{name} was {then.get(name)}, is {now.get(name)}"
+                for name in sorted(then.keys() | now.keys())
+                if then.get(name) != now.get(name)
+            ]
+            raise UserError(
+                f"{self._out} holds a sweep of something else: {'; '.join(unlike[:5])}; choose "
+                "another --out"
+            )
         study.set_user_attr("what", what)
 
     def _introduce(self) -> None:
