@@ -185,7 +185,7 @@ def test_it_is_in_help_and_lists(capsys):
     assert cli.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert "leak       leaky averages along the agents (L in layouts)" in listed
-    assert "(--network.mixer-options): leak.start=0.0, leak.loud=False" in listed
+    assert "(--network.mixer-options)\n  leak.start=0.0\n  leak.loud=False\n" in listed
 
 
 def test_its_own_settings_are_options():

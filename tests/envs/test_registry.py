@@ -77,7 +77,7 @@ def test_task_names():
     count = {suite: sum(name.startswith(f"{suite}/") for name in names) for suite in tasks.SUITES}
     jumanji = {"lbf": 7, "rware": 15, "connector": 4, "cleaner": 4}
     jaxmarl = {"smax": 11, "mpe": 8, "mabrax": 5, "overcooked": 10, "hanabi": 4}
-    assert count == jumanji | jaxmarl | {"camar": 12, "probe": 13}
+    assert count == jumanji | jaxmarl | {"camar": 12, "probe": 16}
 
 
 @pytest.mark.parametrize(
