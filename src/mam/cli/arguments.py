@@ -30,7 +30,17 @@ def value_of(args: Sequence[str], flag: str) -> str | None:
 
 
 def parse(command: str, kind: type, args: Sequence[str], default: Any) -> Any:
-    """Parse the arguments with tyro; every mistake becomes one line."""
+    """Parse the arguments with tyro; every mistake becomes one line.
+
+    Args:
+        command: its name.
+        kind: dataclass of its options.
+        args: as they were typed, without the command.
+        default: options that the arguments override; those of the dataclass if None.
+
+    Raises:
+        UserError: for a mistake.
+    """
     args = _checked_args(kind, args, see=f"mam {command} --help")
     extra = {} if default is None else {"default": default}
     errors = io.StringIO()

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class Controller:
         """Whether it is a JAX program."""
         return isinstance(self.function, jax.stages.Wrapped)
 
-    @property
+    @cached_property
     def _names(self) -> set[str]:
         return set(inspect.signature(self.function).parameters)
 

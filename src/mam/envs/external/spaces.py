@@ -158,7 +158,7 @@ class View:
 
     @cached_property
     def numbers(self) -> spaces.Space:
-        """What is flattened: all but the image that is seen as one."""
+        """The space of all that is flattened: without the image that is seen as one."""
         if not self.pictured:
             return self.space
         return spaces.Dict({k: part for k, part in self._entries.items() if part is not self.image})
