@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 MIN_SEEDS = 3  # below this many seeds an interval over them says nothing
-ENOUGH_RUNS = 5  # below this many an interval is too narrow to decide anything
+ENOUGH_SEEDS = 5  # below this many an interval is too narrow to decide anything
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 5000
 
@@ -84,16 +84,16 @@ class Estimate:
     value: Float[np.ndarray, "*rest"]
     low: Float[np.ndarray, "*rest"]
     high: Float[np.ndarray, "*rest"]
-    runs: int = 0  # behind it: the seeds of all tasks
+    seeds: int = 0  # of each algorithm on each task, at least
 
     def complement(self) -> "Estimate":
         """Return the probability of the opposite, if this is one."""
         value, low, high = (np.asarray(1 - x) for x in (self.value, self.high, self.low))
-        return Estimate(value, low, high, self.runs)
+        return Estimate(value, low, high, self.seeds)
 
     def above(self, other: "Estimate") -> bool:
-        """Say whether this interval lies wholly above the other, and neither has too few runs."""
-        return min(self.runs, other.runs) >= ENOUGH_RUNS and bool(np.all(self.low > other.high))
+        """Say whether this interval lies wholly above the other, and neither has too few seeds."""
+        return min(self.seeds, other.seeds) >= ENOUGH_SEEDS and bool(np.all(self.low > other.high))
 
 
 def estimate(
@@ -110,7 +110,7 @@ def estimate(
     low = high = np.full_like(value, np.nan)
     if min(sizes) >= MIN_SEEDS:
         low, high = map(np.asarray, interval(statistic, tasks, rng=rng))
-    return Estimate(value, low, high, runs=sum(sizes))
+    return Estimate(value, low, high, seeds=min(sizes))
 
 
 def interval(

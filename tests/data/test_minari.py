@@ -4,6 +4,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from make_minari import AGENTS, CHOICES, LENGTHS, REALS, episodes
@@ -52,6 +53,25 @@ def test_its_steps_are_those_that_were_written(name, spaces, root):
         np.testing.assert_array_equal(steps.observation.agents_view[:, n], seen[:-1])
         np.testing.assert_array_equal(steps.final_observation.agents_view[:, n], seen[1:])
     np.testing.assert_array_equal(steps.reward, np.repeat(third["rewards"][:, None], 2, axis=1))
+
+
+def test_several_choices_may_be_one(root):
+    """Then they are read as that one, as everywhere else."""
+    single = {"type": "MultiDiscrete", "nvec": [3], "start": [1]}
+    path = root / "choices-v0" / "data"
+    facts = json.loads((path / "metadata.json").read_text())
+    plain = open_dataset(root / "choices-v0").read().action
+    facts["action_space"] = json.dumps({"type": "Dict", "subspaces": dict.fromkeys(AGENTS, single)})
+    (path / "metadata.json").write_text(json.dumps(facts))
+    with h5py.File(path / "main_data.hdf5", "r+") as file:
+        for group in file.values():
+            for agent in AGENTS:
+                action = group["actions"][agent][()]
+                del group["actions"][agent]
+                group["actions"][agent] = action[:, None]
+    data = open_dataset(root / "choices-v0")
+    assert data.spec.action_components is None
+    np.testing.assert_array_equal(data.read().action, plain)
 
 
 BOX = {"type": "Box", "shape": [4], "low": [-1.0] * 4, "high": [1.0] * 4}

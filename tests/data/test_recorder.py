@@ -85,5 +85,31 @@ def test_what_is_no_action_is_one_line(tmp_path):
         with pytest.raises(UserError, match=r"step\(\) before reset\(\)"):
             recorded.step({"ann": 5, "bob": 6})
         recorded.reset(seed=0)
-        with pytest.raises(UserError, match="the action of agent 'bob': 9 is none of Discrete"):
-            recorded.step({"ann": 5, "bob": 9})
+        for bob in (9, 5.5, float("nan")):
+            with pytest.raises(UserError, match=f"of agent 'bob': {bob} is none of Discrete"):
+                recorded.step({"ann": 5, "bob": bob})
+        with pytest.raises(UserError, match="agent 'bob' has no action"):
+            recorded.step({"ann": 5})
+        with pytest.raises(UserError, match="there is no agent 'zoe' to act"):
+            recorded.step({"ann": 5, "bob": 6, "zoe": 5})
+    with mam.Recorder(tmp_path / "e", Relay(BOX)) as recorded:
+        recorded.reset(seed=0)
+        with pytest.raises(UserError, match=r"of agent 'ann': .*nan.* is none of Box"):
+            recorded.step({"ann": np.float32([0, np.nan]), "bob": np.float32([0, 0])})
+
+
+class Masked(Relay):
+    """Bob may not take the first of his actions; `reset` knows no options."""
+
+    def reset(self, seed=None):
+        seen, infos = super().reset(seed)
+        infos["bob"]["action_mask"] = np.array([0, 1, 1], np.int8)
+        return seen, infos
+
+
+def test_what_a_mask_forbids_is_not_recorded(tmp_path):
+    with mam.Recorder(tmp_path / "d", Masked(DISCRETE)) as recorded:
+        recorded.reset(seed=0)
+        with pytest.raises(UserError, match="agent 'bob' may not do what it did"):
+            recorded.step({"ann": 5, "bob": 5})
+        recorded.step({"ann": 5, "bob": 6})

@@ -196,6 +196,11 @@ class Parent(Lives):
         return super().reset(seed, options)
 
 
+def any_options(**options):
+    """A factory that passes on what it is given."""
+    return Camera(**options)
+
+
 def numbered(index):
     """A factory that tells its environments apart, the first of which are the shortest."""
     env = Lives(limit=1 + index)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from planted_bugs import BUGS, GOOD, LIMIT, Bug, Walk
 
+from mam.config import Config, PPOConfig
 from mam.envs import jumanji, probes
 from mam.envs.check import check, episode_rules, external_play, recording
 from mam.envs.check.check import check_environment
@@ -18,6 +19,8 @@ from mam.envs.check.report import Finding, Report, collapse
 from mam.envs.memory_probes import MemoryProbe
 from mam.envs.registry import make
 from mam.envs.wrappers import AutoReset
+from mam.errors import UserError
+from mam.learning.experience import environments
 from mam.types import Observation, TimeStep
 
 SECONDS = 30  # what a check may take
@@ -100,6 +103,20 @@ def test_probes_have_no_errors(name):
 def test_nothing_is_found_in_real_tasks(make_env):
     report = check_environment(make_env(), num_episodes=5)
     assert not report.findings, "\n".join(report.lines())
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("ForgottenFeature", r"agents_view · step 0: expected \[3, 3\], got \[3, 4\]"),
+        ("NoPicture", "grid · step 0: expected .* from spec.grid_shape, got None"),
+        ("GymStep", r"step: expected \(state, TimeStep\), got a tuple of 5"),
+    ],
+)
+def test_nothing_is_trained_on_arrays_that_the_spec_does_not_say(name, said):
+    config = Config(env=f"planted_bugs:{name}", ppo=PPOConfig(num_envs=2))
+    with pytest.raises(UserError, match=f"planted_bugs:{name}: error · .*{said}.*check-env"):
+        environments(config)
 
 
 def test_types_are_checked_without_the_import_hook():

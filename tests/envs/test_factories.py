@@ -23,13 +23,15 @@ def test_environments_of_ones_own():
 
 def test_render_mode_goes_to_those_who_take_it():
     assert find_factory("host_environments:Lives")("rgb_array").render_mode == "rgb_array"
-    assert type(find_factory("host_environments:Camera")("rgb_array")).__name__ == "Camera"
+    for name in ("Camera", "any_options"):  # which passes them on to a Camera, that takes none
+        env = find_factory(f"host_environments:{name}")("rgb_array")
+        assert type(env).__name__ == "Camera"
 
 
 def test_option_values():
     text = (
         "a=5,b=-0.5,c=true,d=False,e=hello,f=None,g='x,y',h=\"a=b\","
-        "i=[1,2],j=(3,),k={'z': 4},l=maps/3m-v2,m='5'"
+        "i=[1,2],j=(3,),k={'z': 4},l=maps/3m-v2,m='5',n=[[1, 2],[3,{'a': (4,5)}]]"
     )
     expected = {
         "a": 5,
@@ -42,6 +44,7 @@ def test_option_values():
         "h": "a=b",
     }
     expected |= {"i": [1, 2], "j": (3,), "k": {"z": 4}, "l": "maps/3m-v2", "m": "5"}
+    expected |= {"n": [[1, 2], [3, {"a": (4, 5)}]]}
     assert find_factory(f"host_environments:Lives:{text}").options == tuple(expected.items())
 
 
@@ -84,6 +87,7 @@ def test_option_values():
         ),
         ("host_environments:Lives:limit", "options are written option=value,…, got 'limit'"),
         ("host_environments:Lives:limit='3", "a quote or bracket is not closed in 'limit='3'"),
+        ("host_environments:Lives:a=[[1],[2]", "a quote or bracket is not closed in 'a=[[1],[2]'"),
     ],
 )
 def test_names_that_stand_for_nothing(name, message):
@@ -165,6 +169,7 @@ def test_pettingzoo_names():
         ("a.b:make", "a.b:make:agents=8"),
         ('a.b:make:map="x,y",agents=[1, 2]', 'a.b:make:map="x,y",agents=8'),
         ("pettingzoo/a:env:agents=2", "pettingzoo/a:env:agents=8"),
+        ("a.b:make:map=[[1, 2],[3, 4]]", "a.b:make:map=[[1, 2],[3, 4]],agents=8"),
     ],
 )
 def test_an_option_of_another_value(name, expected):

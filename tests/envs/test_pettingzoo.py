@@ -340,6 +340,13 @@ def test_action_mask_beside_the_observation(key):
     assert env.reset(0)["action_mask"].tolist() == [[False, True, True]]
 
 
+def test_the_mask_of_one_component_may_be_a_tuple_of_one_row():
+    mask = (np.array([1, 0, 1], np.int8),)
+    env = adapt({"a": ZEROS}, done=spaces.MultiDiscrete([3]))
+    env._env.infos = {"a": {"action_mask": mask}}
+    assert env.reset(0)["action_mask"].tolist() == [[True, False, True]]
+
+
 def test_action_mask_among_other_things():
     seen = spaces.Dict({"x": NUMBERS, "y": NUMBERS, "action_mask": spaces.MultiBinary(3)})
     env = adapt({"a": {"x": ZEROS + 1, "y": ZEROS + 2, "action_mask": [1, 1, 0]}}, seen=seen)
@@ -617,6 +624,15 @@ def test_unsupported(env, message):
             {},
             "float32): shape (4, 1, 3) instead of (4, 4, 3)",
         ),
+        *[
+            (
+                np.full((4, 4, 3), number),
+                spaces.Box(0, 255, (4, 4, 3), np.uint8),
+                {},
+                f"uint8): the image holds {number:g}, which is no uint8",
+            )
+            for number in (0.5, 300, -1, np.nan)
+        ],
         ({"x": ZEROS}, spaces.Dict({"y": NUMBERS}), {}, "'y'"),
         (
             ZEROS,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mam.config import NetworkConfig
+from mam.errors import UserError
 from mam.learning.normalise import (
     MAX_DEVIATIONS,
     Moments,
@@ -170,6 +171,17 @@ def test_statistics_go_with_the_weights_to_another_number_of_agents(name, state_
     assert moved.statistics.features is statistics.features
     assert moved.statistics.values is statistics.values
     assert moved.statistics.state is (statistics.state if kept else None)
+
+
+def test_views_divided_otherwise_are_another_task():
+    """They are as wide, and what was a feature would be read as an id."""
+    sizes, new = NetworkConfig(d_model=4), replace(SPEC, num_agents=N + 1, id_dim=NUM_IDS + 1)
+    network = jax.eval_shape(
+        lambda key: make_policy("ippo", SPEC, sizes, key=key), jax.random.key(0)
+    )
+    policy = NormalisedPolicy(network, Statistics.init(SPEC, observations=True, values=True))
+    with pytest.raises(UserError, match=r"cannot play suite/task: id_dim is 3 instead of 2$"):
+        transfer_policy(policy, "ippo", SPEC, new, sizes)
 
 
 @jax.jit

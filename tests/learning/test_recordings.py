@@ -181,6 +181,19 @@ def test_illegal_actions_are_refused(tmp_path):
         _ = source._learned
 
 
+def test_what_the_dead_did_is_nothing(tmp_path):
+    """Even if it is no number: it would be in gradients, however it is masked."""
+    spec = replace(SPEC, num_actions=3, continuous=True)
+    one = episode(3, 1, spec)
+    action = np.full((3, 2, 3), 0.5, np.float32)
+    one.observation.alive[1:, 0] = one.final_observation.alive[:, 0] = False
+    action[1:, 0] = np.nan
+    with Writer(tmp_path / "d", spec) as writer:
+        writer.append(replace(one, action=action))
+    steps = replace(recordings(tmp_path / "d"), spec=lambda: spec)._learned[0]
+    np.testing.assert_array_equal(steps.action, np.where(np.isnan(action), 0, action))
+
+
 @pytest.fixture(scope="module")
 def matrix_game(tmp_path_factory):
     """What a controller does in the game that small runs play."""

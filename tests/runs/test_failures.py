@@ -190,6 +190,13 @@ def test_a_run_goes_on_under_any_name(trainer, tmp_path, monkeypatch, name):
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
+def test_minibatches_that_sequences_do_not_fill_leave_no_folder(path):
+    ppo = replace(CONFIG.ppo, num_envs=2, rollout_length=4, num_minibatches=4)
+    with pytest.raises(UserError, match=r"sequences of 4 steps: ppo.num_minibatches must divide"):
+        runs.start(replace(CONFIG, policy="rec_ippo", ppo=ppo), path)
+    assert not path.exists()
+
+
 def test_one_process_at_a_time(start, path, trainer, monkeypatch):
     monkeypatch.setattr("mam.runs.lock.PATIENCE", 0.0)
     folder, _ = runs.start(CONFIG, path)

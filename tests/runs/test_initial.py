@@ -65,7 +65,10 @@ def test_what_does_not_fit_is_named_or_drawn(earlier):
     policy = started_from(config, make_train(config), told.append).init(np.arange(2)).policy
     (line,) = told
     assert line.startswith(f"not taken from {earlier}, but drawn: ")
-    old = as_normalised(load_weights(earlier).policies).network.actor.head.hidden.weight
+    best = as_normalised(load_weights(earlier).policies)
+    assert (best.statistics.features.count > 0).all()
+    assert not as_normalised(policy).statistics.features.count.any()  # of a mean that was drawn
+    old = best.network.actor.head.hidden.weight
     assert np.array_equal(as_normalised(policy).network.actor.head.hidden.weight, old)
     taken = [
         a.shape == b.shape and not np.array_equal(a, b)

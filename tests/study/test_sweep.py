@@ -33,6 +33,9 @@ SEARCH = ("ppo.lr", "network.d_model")
     [
         ("mam", {"num_heads", "retention_decay"}),
         ("mam2", {"num_heads", "retention_decay", "dt_rank"}),
+        ("rec_mam", {"num_heads", "retention_decay"}),
+        ("rec_mam2", {"num_heads", "retention_decay", "dt_rank"}),
+        ("rec_mat", {"retention_decay", "d_state", "dt_rank"}),
         ("mat", {"retention_decay", "d_state", "dt_rank"}),
         ("ff_sable", {"retention_decay", "d_state", "dt_rank"}),
         ("sable", {"d_state", "dt_rank"}),
@@ -188,6 +191,19 @@ def test_the_best_trial_is_found_and_left_as_a_configuration(sweep, tmp_path, ca
         ["train", "--resume"],
     ]
     assert "failed, mam: the reason · ppo.lr=0.00025" in out
+
+
+@needs_optuna
+def test_combinations_that_no_run_could_have_fail_and_the_sweep_goes_on(sweep, capsys):
+    """Each value is one that its setting can have."""
+    config = replace(CONFIG, policy="mat", network=replace(CONFIG.network, d_model=6))
+    search = ("network.d_model=4,6", "network.num_heads=1,3")
+    _, trials = sweep(TrialPool(), config=config, search=search, trials=4)
+    states = {tuple(trial.params.values()): trial.state.name for trial in trials.values()}
+    assert states.pop((4, 3)) == "FAIL"
+    assert set(states.values()) <= {"COMPLETE", "PRUNED"}
+    assert len(states) == 3
+    assert "failed, network.num_heads must divide network.d_model = 4" in capsys.readouterr().out
 
 
 class Slow(TrialPool):

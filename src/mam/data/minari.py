@@ -197,7 +197,8 @@ class _Agent:
     def action(self, data: Any) -> np.ndarray:
         found = np.asarray(data[()])
         if self.bounds is None:
-            return (found - self.start).astype(np.int32)
+            choices = (found - self.start).astype(np.int32)
+            return choices[:, 0] if choices.shape[1:] == (1,) else choices
         low, high = self.bounds
         return (2 * (found - low) / (high - low) - 1).astype(np.float32)
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from mam.data.steps import concatenate
+from mam.data.steps import concatenate, illegal
 from mam.data.store import Writer
 from mam.errors import UserError
 from mam.networks.order import decision_order
@@ -72,11 +72,13 @@ class Recorder:
         """Take a step, as the environment's `step` does.
 
         Raises:
-            UserError: before `reset`, or for an action that is none of its agent's.
+            UserError: before `reset`, or for actions that are none of their agents', not allowed by
+                their masks, or missing.
         """
         if self._seen is None:
             raise UserError(f"{self.spec.name}: step() before reset(), or after the episode's end")
         rows, self._tap.actions = self._env.write_actions(actions), actions
+        self._check(actions, rows)
         alive: Any = self._seen["alive"]
         outcome = self._env.step(rows)
         over = outcome.terminated or outcome.truncated
@@ -103,6 +105,16 @@ class Recorder:
         if over:
             self._write()
         return self._tap.result
+
+    def _check(self, actions: Mapping[Any, Any], rows: np.ndarray) -> None:
+        names, seen = self._tap.env.possible_agents, Observation(**cast(Any, self._seen))
+        given = np.array([name in actions for name in names])
+        for wrong, why in (
+            (np.asarray(seen.alive) & ~given, "has no action"),
+            (illegal(seen, rows, self.spec), "may not do what it did"),
+        ):
+            if wrong.any():
+                raise UserError(f"{self.spec.name}: agent '{names[np.argmax(wrong)]}' {why}")
 
     def truncate(self) -> None:
         """End the episode here, as by a time limit: what was seen last is what it led to."""
@@ -140,7 +152,8 @@ class _Tap:
         return getattr(vars(self)["env"], name)
 
     def reset(self, seed: int | None = None, options: Any = None) -> Any:
-        self.result = self.env.reset(seed=seed, options=self.options)
+        given: dict[str, Any] = {} if self.options is None else {"options": self.options}
+        self.result = self.env.reset(seed=seed, **given)
         return self.result
 
     def step(self, _: Any) -> Any:

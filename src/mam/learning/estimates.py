@@ -36,7 +36,8 @@ def estimate(
         shard: where the rollout lies on several devices, this one's share.
 
     Returns:
-        The transitions with values of their observations, and the estimates, [T, B, N].
+        The transitions with values of their observations, and the estimates, [T, B, N]; 0 for the
+        dead, whose rewards may be NaN: masked out of a loss, that would still be in its gradients.
     """
     transitions = rollout.transitions
     value, next_value = _values(policy, rollout, spec, config, shard)
@@ -53,7 +54,8 @@ def estimate(
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
     )
-    return replace(transitions, value=value), estimates
+    living = jax.tree.map(lambda x: jnp.where(seen, x, 0.0), estimates)
+    return replace(transitions, value=value), living
 
 
 def _values(

@@ -12,7 +12,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Key, Shaped
 
 from mam.config import Config
-from mam.envs.registry import is_external, make_batched, make_external
+from mam.envs.check.static import first_fault
+from mam.envs.external.factories import names_code
+from mam.envs.objects import OBJECT
+from mam.envs.registry import is_external, make_batched, make_external, make_plain
 from mam.envs.wrappers import AutoReset
 from mam.errors import UserError
 from mam.learning.evaluate import evaluate, with_kinds
@@ -315,7 +318,8 @@ def environments(config: Config) -> Environments:
     """Return the environments that a configuration names; nothing is started.
 
     Raises:
-        UserError: for a task that does not exist, or devices that it cannot be dealt to.
+        UserError: for a task that does not exist or returns what its spec does not say, or devices
+            that it cannot be dealt to.
     """
     if is_external(config.env):
         if jax.process_count() > 1:
@@ -336,5 +340,14 @@ def environments(config: Config) -> Environments:
             f"ppo.num_envs must be a multiple of the {num_devices} devices, got {num_envs}; "
             "num_devices takes fewer of them"
         )
+    if names_code(config.env) or config.env.startswith(OBJECT):
+        _check_arrays(config.env)
     batched = make_batched(config.env, num_envs, config.agent_id)
     return OnDevice(config, Devices(num_devices), batched)
+
+
+def _check_arrays(name: str) -> None:
+    """Refuse an environment of one's own whose arrays are not what its spec says."""
+    if finding := first_fault(make_plain(name)):
+        hint = "" if name.startswith(OBJECT) else f"; `mam check-env {name}` says all of it"
+        raise UserError(f"{name}: {finding}{hint}")

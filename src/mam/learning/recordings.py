@@ -103,7 +103,8 @@ class Recordings:
         seen = steps.observation
         if self._data.spec.continuous:
             action = np.clip(steps.action, -LARGEST, LARGEST)
-            steps = replace(steps, action=np.where(seen.action_mask, action, np.float32(0)))
+            used = seen.action_mask & seen.alive[..., None]
+            steps = replace(steps, action=np.where(used, action, np.float32(0)))
         if (wrong := illegal(steps.observation, steps.action, self._data.spec).sum()) > 0:
             raise UserError(
                 f"the dataset {self._data.path} has {wrong:,} illegal actions: "

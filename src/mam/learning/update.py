@@ -138,19 +138,29 @@ def _gradient(
     return grads, replace(losses, maxima=shard.max(shares.maxima))
 
 
-def _deal(batch: Batch, key: Key[Array, ""], config: PPOConfig, shard: Shard) -> Int[Array, "K M"]:
-    """Deal the sequences, in an order drawn for each epoch, to the minibatches of all epochs."""
-    size = batch.num_sequences
+def check_minibatches(size: int, length: int | None, config: PPOConfig, shard: Shard) -> None:
+    """Refuse minibatches that would not be of one size.
+
+    Args:
+        size: sequences of a rollout.
+        length: their steps, for a policy with memory; None: single steps.
+        config: says how many minibatches there are.
+        shard: over how many devices each is spread.
+    """
     if size % (config.num_minibatches * shard.num_shards):
-        length = batch.reset.shape[0]
-        whole = jax.tree.leaves(batch.memory)
-        why = f"a policy with memory learns from sequences of {length} steps: " if whole else ""
-        what = f"the {size} sequences of a rollout" if whole else f"the {size} steps of a rollout"
+        why = f"a policy with memory learns from sequences of {length} steps: " if length else ""
+        what = f"the {size} {'sequences' if length else 'steps'} of a rollout"
         devices = f" × {shard.num_shards} devices" if shard.num_shards > 1 else ""
         raise UserError(
             f"{why}ppo.num_minibatches{devices} must divide {what}, "
             f"got {config.num_minibatches}{devices}"
         )
+
+
+def _deal(batch: Batch, key: Key[Array, ""], config: PPOConfig, shard: Shard) -> Int[Array, "K M"]:
+    """Deal the sequences, in an order drawn for each epoch, to the minibatches of all epochs."""
+    size, length = batch.num_sequences, batch.reset.shape[0]
+    check_minibatches(size, length if jax.tree.leaves(batch.memory) else None, config, shard)
     keys = jax.random.split(key, config.num_epochs)
     order = jax.vmap(lambda k: jax.random.permutation(k, size))(keys)
     return order.reshape(config.num_epochs * config.num_minibatches, -1)

@@ -299,8 +299,11 @@ def transfer_weights(
     def weights(spec: EnvSpec) -> list[tuple[int, ...]]:
         return [leaf.shape for leaf in jax.tree.leaves(shapes(spec))]
 
-    # Weights may fit other components of the same total, and would mean something else.
+    # Weights may fit other components of the same total, or ids and features, and would mean
+    # something else.
+    meaning = ["action_components"] + ["id_dim"] * (new.obs_dim == old.obs_dim)
     fields = (
+        "id_dim",
         "action_components",
         "obs_dim",
         "grid_shape",
@@ -314,7 +317,7 @@ def transfer_weights(
         for field in fields
         if getattr(new, field) != getattr(old, field)
         and (
-            field == "action_components"
+            field in meaning
             or weights(replace(old, **{field: getattr(new, field)})) != weights(old)
         )
     ]

@@ -144,6 +144,12 @@ def _fitted(new: Policy, old: Policy) -> tuple[Policy, list[str]]:
         place in found and found[place].shape == leaf.shape
         for place, leaf in zip(places, leaves, strict=True)
     ]
+    # A count is worth something beside the mean that it is of only.
+    drawn = {place for place, fit in zip(places, fits, strict=True) if not fit}
+    fits = [
+        fit and re.sub(r"\.count$", ".mean", place) not in drawn
+        for place, fit in zip(places, fits, strict=True)
+    ]
     taken = [
         jnp.asarray(found[place], leaf.dtype) if fit else leaf
         for place, leaf, fit in zip(places, leaves, fits, strict=True)

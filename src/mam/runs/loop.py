@@ -34,7 +34,8 @@ from mam.envs.tasks import SUITES
 from mam.errors import DISTRIBUTION, NATIVE, RunError, UserError, installed_version, shown
 from mam.learning.evaluate import UNFINISHED
 from mam.learning.train import Trainer, TrainState, Values, on_host
-from mam.networks.policy import check_read
+from mam.learning.update import check_minibatches
+from mam.networks.policy import check_read, has_memory, sequence_length
 from mam.runs.callbacks import Callback, Event
 from mam.runs.checkpoint import Save, Writer, has_saves
 from mam.runs.curriculum import carried_over, check_stages, trainer_at
@@ -71,8 +72,8 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
         The folder, locked, and what trains in it.
 
     Raises:
-        UserError: for a task or policy that does not exist, a folder that holds a run already or is
-            in use, or one that cannot be made.
+        UserError: for a task or policy that does not exist, minibatches of several sizes, a folder
+            that holds a run already or is in use, or one that cannot be made.
     """
     if path is None and jax.process_count() > 1:
         raise UserError("several processes write one run: give them the same --out")
@@ -84,6 +85,9 @@ def start(config: Config, path: Path | None = None) -> tuple[RunFolder, Trainer]
     teacher = teacher_of(config)
     trainer = trainer_at(config, 0, teacher)
     try:
+        length = sequence_length(config) if has_memory(config.policy, config.network) else None
+        size = config.steps_per_update // (length or 1)
+        check_minibatches(size, length, config.ppo, trainer.devices.shard)
         trainer.shapes(np.asarray(seeds_of(config)))  # builds the networks, on paper
         check_stages(config, trainer, teacher)
         trainer = started_from(config, trainer)

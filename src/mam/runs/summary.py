@@ -69,10 +69,10 @@ def summary_table(
 ) -> Table:
     """Return the outcome of a run, finished or not, as a table for `rich.print`.
 
-    One row per seed: its last and best mean evaluation return, its absolute metric, and that of the
-    same weights with greedy actions (or with sampled ones, if greedy ones are what counts); then
-    mean ± standard deviation over seeds and, from three seeds on, the 95 % bootstrap interval of
-    that mean.
+    One row per seed: its last and best mean evaluation return, its absolute metric, and that with
+    greedy actions (or with sampled ones, if greedy ones are what counts), of the weights that did
+    best so; then mean ± standard deviation over seeds and, from three seeds on, the 95 % bootstrap
+    interval of that mean.
 
     Args:
         records: all records of the run.

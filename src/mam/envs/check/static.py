@@ -176,6 +176,28 @@ def trace_environment(env: Any, spec: EnvSpec) -> Traced:
     return Traced(reset, step, first, later)
 
 
+def first_fault(env: Any) -> Finding | None:
+    """Return the first of its arrays that nothing could be learned from; None if there is none.
+
+    What its code raises is raised as it is.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        state, first = expect_pair("reset", jax.eval_shape(env.reset, key))
+        found = [replace(finding, step=0) for finding in check_fields(first, env.spec)]
+        if not any(map(_stops, found)):
+            result = jax.eval_shape(env.step, state, env.spec.joint_action, key)
+            found = list(check_fields(expect_pair("step", result)[1], env.spec))
+    except Unplayable as error:
+        found = error.findings
+    return next(filter(_stops, found), None)
+
+
+def _stops(finding: Finding) -> bool:
+    """Say whether learning ends here as well; numbers of another type are turned, flags are not."""
+    return is_fatal(finding) or (finding.check, finding.expected) == ("dtype", "bool")
+
+
 def batch_environment(env: Any, traced: Traced) -> None:
     """Trace `reset` and `step` again, as a batch; raise `Unplayable` where that fails."""
     state, *_ = traced.first

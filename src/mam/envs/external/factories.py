@@ -36,8 +36,7 @@ PREFIX = "pettingzoo/"
 _MADE_TO_MEASURE = "|".join({task for suite in SUITES.values() for task in suite.made_to_measure})
 _NO_CODE = re.compile(rf"(\w+/({_MADE_TO_MEASURE})|object):")
 POSITIONS = "positions"  # of metadata, and an option of every name
-# An option ends at a comma that is not within quotes or brackets.
-_OPTION = re.compile(r"""(?:[^,"'\[({]|"[^"]*"|'[^']*'|\[[^\]]*\]|\([^)]*\)|\{[^}]*\})+""")
+_QUOTES, _OPENING, _CLOSING = "\"'", "[({", "])}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,8 @@ class EnvFactory:
         try:
             env = make(**options)
         except TypeError as error:
+            if render_mode is not None and not takes(make, "render_mode", by_name=True):
+                return self(index=index)  # it is passed on to what does not take it
             if "unexpected keyword argument" not in str(error):
                 raise
             raise UserError(f"{self.name}: {error}") from error
@@ -239,11 +240,11 @@ def with_options(name: str, options: str) -> str:
     """
     parts = name.split(":")
     task = 2 if names_code(name) else 1  # parts before the options
-    new = _OPTION.findall(options)
+    new = _split(name, options)
     changed = {item.partition("=")[0] for item in new}
     others = [
         item
-        for item in _OPTION.findall(":".join(parts[task:]))
+        for item in _split(name, ":".join(parts[task:]))
         if item.partition("=")[0] not in changed
     ]
     return ":".join([*parts[:task], ",".join([*others, *new])])
@@ -264,15 +265,36 @@ def _defining_module(target: Any) -> str:
 
 def _read_options(name: str, text: str) -> tuple[tuple[str, Any], ...]:
     """Read `N=5,max_cycles=25,continuous_actions=true,map="a,b",sizes=[3,4],seed=None`."""
-    options, items = [], _OPTION.findall(text)
-    if ",".join(items) != text.strip(","):
-        raise UserError(f"{name}: a quote or bracket is not closed in '{text}'")
-    for item in items:
+    options = []
+    for item in _split(name, text):
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
             raise UserError(f"{name}: options are written option=value,…, got '{item}'")
         options.append((key, _read_value(value)))
     return tuple(options)
+
+
+def _split(name: str, text: str) -> list[str]:
+    """Cut options at the commas that are not within quotes or brackets.
+
+    Raises:
+        UserError: one of these is not closed.
+    """
+    items, quote, depth = [""], "", 0
+    for letter in text:
+        if letter == "," and not quote and not depth:
+            items.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in _QUOTES:
+            quote = letter
+        else:
+            depth += (letter in _OPENING) - (letter in _CLOSING)
+        items[-1] += letter
+    if quote or depth:
+        raise UserError(f"{name}: a quote or bracket is not closed in '{text}'")
+    return [item for item in items if item]
 
 
 def _read_value(text: str) -> Any:

@@ -28,6 +28,7 @@ from mam.envs.external.spaces import (
     read_mask,
     read_views,
     view_size,
+    write_image,
 )
 from mam.errors import UserError, printable
 
@@ -156,10 +157,12 @@ class PettingZooEnv:
             actions: of agents, as the environment itself takes them.
 
         Raises:
-            UserError: an action is none of its agent's.
+            UserError: an action is none of its agent's, or of no agent.
         """
         rows = np.zeros(*self.layout.action)
         for agent, action in actions.items():
+            if agent not in self._index:
+                raise UserError(f"{self.name}: there is no agent '{agent}' to act")
             n = self._index[agent]
             try:
                 written = self._actions[n].write(action)
@@ -250,7 +253,7 @@ class PettingZooEnv:
     def _write_view(self, n: int, observation: Any, arrays: Arrays) -> None:
         view = self._views[n]
         if "grid" in arrays:
-            arrays["grid"][n] = view.grid(observation)
+            write_image(view.grid(observation), arrays["grid"][n])
         flatten(view.numbers, view.read(observation), arrays["agents_view"][n, : view.size])
 
     def _write_mask(self, n: int, observation: Any, info: Mapping, mask: np.ndarray) -> None:

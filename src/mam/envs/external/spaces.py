@@ -198,6 +198,19 @@ class View:
         return np.moveaxis(grid, 0, -1) if self.channels_first else grid
 
 
+def write_image(image: np.ndarray, array: np.ndarray) -> None:
+    """Write an image into an array of its space's type.
+
+    Raises:
+        ValueError: it holds something that the type has not, as one does that was scaled to [0, 1]
+            where its space was not.
+    """
+    with np.errstate(invalid="ignore"):
+        array[...] = image
+    if array.dtype.kind in "biu" and (odd := image[array != image]).size:
+        raise ValueError(f"the image holds {odd[0]:g}, which is no {array.dtype}")
+
+
 def is_image(space: spaces.Space) -> bool:
     """Say whether a value has rows, columns and channels."""
     return isinstance(space, spaces.Box) and len(space.shape) == 3
@@ -251,9 +264,7 @@ def cut_mask(given: Any, sizes: Sequence[int]) -> list[np.ndarray]:
     Raises:
         ValueError: it has another shape.
     """
-    nested = len(sizes) > 1 and (
-        any(map(np.ndim, given)) if isinstance(given, tuple | list) else np.ndim(given) > 1
-    )
+    nested = any(map(np.ndim, given)) if isinstance(given, tuple | list) else np.ndim(given) > 1
     rows = [np.asarray(row) for row in given] if nested else [np.asarray(given)]
     shapes = [row.shape for row in rows]
     if shapes != ([(size,) for size in sizes] if nested else [(sum(sizes),)]):
@@ -316,7 +327,8 @@ class DiscreteAction:
             ValueError: the action is not of its space.
         """
         choices = np.ravel(action) - np.ravel(self.space.start)
-        if len(choices) != len(self.sizes) or ((choices < 0) | (choices >= self.sizes)).any():
+        whole = len(choices) == len(self.sizes) and (choices % 1 == 0).all()
+        if not whole or ((choices < 0) | (choices >= self.sizes)).any():
             raise ValueError(f"{action} is none of {self.space}")
         return choices
 
@@ -364,6 +376,8 @@ class BoxAction:
             ValueError: the action is not of its space.
         """
         value = shaped(self.space, action).astype(np.float64)
+        if np.isnan(value).any():
+            raise ValueError(f"{action} is none of {self.space}")
         return np.clip((value - self.centre) / np.where(self.half > 0, self.half, 1), -1, 1)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mam.config import Config, flat, to_json
 from mam.errors import UserError, unknown_name
 from mam.runs.sinks import RETURN
-from mam.statistics import ENOUGH_RUNS, MIN_SEEDS
+from mam.statistics import ENOUGH_SEEDS, MIN_SEEDS
 from mam.study.report.collect import Run, SeedRun, find_runs, read_run, unlike
 from mam.study.report.results import Results
 from mam.study.report.tables import number
@@ -104,7 +104,7 @@ def _seeds(results: Results) -> Iterator[str]:
     few = [
         f"{name} on {task} ({count})"
         for (task, name), count in counts.items()
-        if count < ENOUGH_RUNS
+        if count < ENOUGH_SEEDS
     ]
     if few:
         none = (
@@ -113,7 +113,7 @@ def _seeds(results: Results) -> Iterator[str]:
             else ""
         )
         yield (
-            f"fewer than {ENOUGH_RUNS} seeds "
+            f"fewer than {ENOUGH_SEEDS} seeds "
             f"(10 are usual{none}; nothing of fewer is set in bold): {_listed(few)}"
         )
     if len(set(counts.values())) > 1:

@@ -8,14 +8,14 @@ import numpy as np
 
 from mam.config import Config, flat, to_json
 from mam.runs.sinks import RETURN
-from mam.statistics import ENOUGH_RUNS, Estimate
+from mam.statistics import ENOUGH_SEEDS, Estimate
 from mam.study.report.collect import NO_SETTINGS
 from mam.study.report.results import Results
 
 _METRICS = {
     RETURN: "Absolute metric: mean episode return",
-    f"greedy_{RETURN}": "The same weights with the most likely actions (greedy)",
-    f"sampled_{RETURN}": "The same weights with sampled actions",
+    f"greedy_{RETURN}": "The most likely actions (greedy), with the weights that did best so",
+    f"sampled_{RETURN}": "Sampled actions, with the weights that did best so",
     "won": "Win rate: share of episodes won",
 }
 
@@ -132,7 +132,7 @@ def _improvements(results: Results) -> Table:
         for value in (results.improvements.get((x, y)) for y in names):
             clear = (
                 value is not None
-                and value.runs >= 2 * ENOUGH_RUNS
+                and value.seeds >= ENOUGH_SEEDS
                 and bool(value.low > 0.5 or value.high < 0.5)
             )
             cells.append(Cell("–" if value is None else shown(value), bold=clear))

@@ -135,10 +135,11 @@ class Search:
             self._open()
             self._introduce()
             unfinished = self._study.get_trials(states=(self._optuna.trial.TrialState.RUNNING,))
-            waiting = [
+            rows = [
                 self._row(self._optuna.trial.Trial(self._study, trial._trial_id))
                 for trial in unfinished
             ]
+            waiting = [row for row in rows if row is not None]
             told = False
             while True:
                 if (stopping() or self._lacking) and not told:
@@ -151,7 +152,8 @@ class Search:
                             self._pool.stop(row.job)
                 while not told and self._pool.has_capacity() and (waiting or not self._enough()):
                     row = waiting.pop(0) if waiting else self._row(self._study.ask())
-                    self._start(row)
+                    if row is not None:
+                        self._start(row)
                 for row in self._going():
                     self._judge(row)
                 for end in self._pool.ended():
@@ -178,13 +180,18 @@ class Search:
     def _going(self) -> list[TrialRow]:
         return [row for row in self._rows.values() if row.going]
 
-    def _row(self, trial: Any) -> TrialRow:
+    def _row(self, trial: Any) -> TrialRow | None:
+        """Return a trial's row; None if no run could have its settings, which is put on record."""
         name = f"trial_{trial.number:04d}"
         # Those that it has are returned; some are missing if asking was interrupted.
         settings = {key: trial.suggest_categorical(key, of) for key, of in self._values.items()}
-        return TrialRow(
-            Job(name, changed(self._options.config, settings), self._out / name), trial=trial
-        )
+        try:
+            config = changed(self._options.config, settings)
+        except UserError as error:
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+            self._screen.log(f"{name}: failed, {error}")
+            return None
+        return TrialRow(Job(name, config, self._out / name), trial=trial)
 
     def _start(self, row: TrialRow) -> None:
         self._rows[row.job] = row

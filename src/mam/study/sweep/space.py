@@ -58,7 +58,8 @@ def _families(config: Config) -> list[MixerFamily]:
     layouts = config.network.layouts
     used = [family for name, layout in layouts.items() for family in families_of(layout, name)]
     if not {"network.encoder.layout", "network.decoder.layout"} <= layouts.keys():
-        used += [family for family in mixer_families().values() if family.policy == config.policy]
+        mixed = config.policy.removeprefix("rec_")
+        used += [family for family in mixer_families().values() if family.policy == mixed]
     return [family for family in mixer_families().values() if family in used]
 
 
