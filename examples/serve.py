@@ -23,11 +23,14 @@ def make_app(folder: str, wait: float = 0.002, max_sessions: int = 10_000) -> Fa
         if name not in given and name == "noise":  # without, the most likely action
             return np.zeros(shape, np.float32)
         try:
-            array = np.array(given[name], port["dtype"])
+            array, raw = np.array(given[name], port["dtype"]), np.asarray(given[name])
         except (KeyError, ValueError, TypeError, OverflowError):
             raise HTTPException(422, f"give {name}, {port['dtype']} {shape}") from None
-        if array.dtype.kind in "iu" and np.asarray(given[name]).dtype.kind == "f":
+        if array.dtype.kind in "iu" and raw.dtype.kind == "f":
             raise HTTPException(422, f"{name} is {port['dtype']}, got fractions")
+        if array.dtype == bool and (odd := raw[(raw != 0) & (raw != 1)]).size:
+            told = f"{name} holds {odd.tolist()[0]!r}: expected 1 for True, 0 for False"
+            raise HTTPException(422, told)
         if array.shape != shape or not np.isfinite(array).all():
             raise HTTPException(422, f"{name} is finite and {shape}, got {array.shape}")
         return array

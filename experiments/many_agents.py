@@ -1,7 +1,8 @@
-"""32 agents that forage: sequence policies beside independent ones, by steps and by wall-clock.
+"""8, 32 and 128 agents that forage: sequence policies beside independent ones, by steps and time.
 
 Independent policies take three to four steps in the time of one, and so get as many more: the
-report draws returns against both. An hour and a half on two CPU cores.
+report draws returns against both. An update learns from as many agents' steps at each size. Three
+hours on two CPU cores.
 
 mam experiment experiments/many_agents.py
 mam report runs/many_agents --out report
@@ -11,5 +12,12 @@ from mam.presets import preset
 from mam.study.experiment.grid import grid
 
 many = preset("lbf/auto")
-runs = grid(many, policy=["mam", "mam2", "mat"], num_seeds=3)
-runs += grid(many, policy=["mappo", "ippo"], num_seeds=3, total_timesteps=700_000)
+runs = []
+for agents, cells, steps, changes in (
+    (8, 16, 800_000, {"ppo.num_envs": 64}),
+    (32, 32, 200_000, {}),
+    (128, 64, 60_000, {"ppo.num_envs": 8, "ppo.num_minibatches": 8}),
+):
+    changes |= {"env": f"lbf/auto:agents={agents},grid={cells}", "num_seeds": 3}
+    runs += grid(many, policy=["mam", "mam2", "mat"], total_timesteps=steps, **changes)
+    runs += grid(many, policy=["mappo", "ippo"], total_timesteps=steps * 7 // 2, **changes)

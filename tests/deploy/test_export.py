@@ -29,23 +29,25 @@ POLICIES = ("ippo", "mappo", "mam", "mam2", "mat", "sable", "rec_mappo", "rec_ma
 CASES = [
     *((policy, "discrete", "onnx") for policy in POLICIES),
     *(("mam", actions, "onnx") for actions in ("continuous", "components")),
-    *(("ippo", image, "onnx") for image in ("cnn", "scan2d")),
+    *(("ippo", image, "onnx") for image in ("cnn", "scan2d", "int16", "uint16", "int64")),
     *((policy, "discrete", "stablehlo") for policy in ("ippo", "rec_mam")),
+    ("ippo", "int64", "stablehlo"),
 ]
+IMAGES = {"cnn": "bool", "scan2d": "uint8", "int16": "int16", "uint16": "uint16", "int64": "int64"}
 
 
 def make_policy(name, actions, num_agents=3):
     """Return a configuration, a task of odd sizes with ids, and a policy of random weights.
 
-    What reads images stands in place of `actions` where the task gives some.
+    What reads images, or their type, stands in place of `actions` where the task gives some.
     """
     kind = {"continuous": actions == "continuous"}
     if actions == "components":
         kind = {"action_components": (2, 3)}
-    image = actions if actions in ("cnn", "scan2d") else "cnn"
-    if actions == image:
-        kind |= {"grid_shape": (9, 4, 2), "grid_dtype": "bool" if image == "cnn" else "uint8"}
+    if actions in IMAGES:
+        kind |= {"grid_shape": (9, 4, 2), "grid_dtype": IMAGES[actions]}
     spec = mam.EnvSpec("suite/task", num_agents, 16 + 4, 5, None, id_dim=16, **kind)
+    image = "scan2d" if actions == "scan2d" else "cnn"
     network = NetworkConfig(d_model=8, d_state=2, image=image, image_width=4)
     config = replace(INDEPENDENT, policy=name, network=network, agent_id="sinusoid")
     return config, spec, init_policy(config, spec, key=jax.random.key(1))
@@ -96,6 +98,31 @@ def test_a_program_acts_as_its_policy(name, actions, kind, tmp_path):
         np.testing.assert_allclose(value[alive], output.value[alive], atol=1e-5)
 
 
+def by_place(obs):
+    """Return keys of one environment's agents: those on the left first."""
+    return obs.positions[..., 0]
+
+
+def test_an_order_of_ones_own_reads_positions(tmp_path):
+    config, spec, _ = make_policy("mam", "discrete")
+    spec = replace(spec, position_dim=2)
+    config = replace(config, network=replace(config.network, order="test_export:by_place"))
+    policy = init_policy(config, spec, key=jax.random.key(1))
+    exported = write(Program.of(config, spec, policy), "stablehlo", tmp_path)
+    now = {key: value[0] for key, value in make_steps(spec).items()}
+    places = np.random.default_rng(1).random((BATCH, 3, 2)).astype(np.float32)
+    ids = np.broadcast_to(agent_ids(3, "sinusoid"), (BATCH, 3, 16))
+    view = np.concatenate([ids, now["agents_view"]], axis=-1)
+    obs = Observation(view, now["action_mask"], now["alive"], positions=places)
+    memory = policy.init_memory((BATCH,))
+    act = jax.jit(type(policy).act_on_noise)
+    output = act(policy, memory, obs, now["reset"], now["noise"])[1]
+    action, log_prob, _ = exported.act(**now, positions=places)
+    alive = now["alive"]
+    np.testing.assert_array_equal(action[alive], output.action[alive])
+    np.testing.assert_allclose(log_prob[alive], output.log_prob[alive], atol=2e-5)
+
+
 def test_the_example_refuses_what_it_would_misread(tmp_path):
     config, spec, policy = make_policy("rec_ippo", "scan2d")
     exported = write(Program.of(config, spec, policy), "onnx", tmp_path)
@@ -107,6 +134,14 @@ def test_the_example_refuses_what_it_would_misread(tmp_path):
     exported.act(**later)
     with pytest.raises(ValueError, match="grid is uint8, got float32"):
         exported.act(**now | {"grid": now["grid"].astype(np.float32) / 255})
+    unseen = np.where(now["alive"][..., None], now["agents_view"], np.nan)
+    exported.act(**now)
+    without = exported.act(**later)
+    exported.act(**now)
+    for one, other in zip(exported.act(**later | {"agents_view": unseen}), without, strict=True):
+        np.testing.assert_array_equal(one[now["alive"]], other[now["alive"]])
+    with pytest.raises(ValueError, match="agents_view holds numbers that are not finite"):
+        exported.act(**now | {"agents_view": np.full_like(unseen, np.inf)})
     fewer = {name: value[:1] for name, value in later.items()}
     with pytest.raises(ValueError, match="of another batch, every reset is True"):
         exported.act(**fewer)
@@ -136,6 +171,13 @@ def test_the_folder_says_what_it_holds(exported):
     [
         ({"action_mask": None}, r"^give agents_view, action_mask, alive, reset, noise; got"),
         ({"noise": np.zeros((2, 2, 7))}, r"^noise is \(2, 2, 3\), got \(2, 2, 7\)$"),
+        (
+            {"action_mask": np.full((2, 2, 3), -np.inf)},
+            r"^action_mask holds -inf: expected 1 for True, 0 for False \(True = legal\)$",
+        ),
+        ({"alive": np.full((2, 2), "False")}, "^alive holds 'False': expected 1 for True"),
+        ({"reset": np.array([1, np.nan])}, "^reset holds nan: expected 1 for True"),
+        ({"noise": np.full((2, 2, 3), np.nan)}, "^noise holds numbers that are not finite$"),
     ],
 )
 def test_its_example_refuses_what_it_cannot_read(change, message, exported):

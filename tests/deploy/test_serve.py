@@ -75,6 +75,9 @@ def test_concurrent_sessions_act_as_each_by_itself(folder):
         ({"alive": [True]}, "alive is finite and (3,), got (1,)"),
         ({"agents_view": [[0.0] * 4] * 2}, "agents_view is finite and (3, 4), got (2, 4)"),
         ({"noise": "loud"}, "give noise, float32 (3, 5)"),
+        ({"action_mask": [[0, -1e9, 0, 0, 0]] * 3}, "action_mask holds -1000000000.0: expected 1"),
+        ({"alive": ["False"] * 3}, "alive holds 'False': expected 1 for True, 0 for False"),
+        ({"alive": [1, 1, None]}, "alive holds None: expected 1 for True, 0 for False"),
     ],
 )
 def test_what_cannot_be_read_is_a_clear_422(change, message, folder):

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,11 +230,12 @@ def test_a_policy_says_where_it_comes_from(finished):
     assert "jax" in metadata["versions"]["packages"]
 
 
-def loaded(policy="mam", **fields):
+def loaded(policy="mam", order="index", **fields):
     """A policy of random weights for three agents that take one of four actions."""
     spec = mam.EnvSpec("suite/task", num_agents=3, obs_dim=16 + 5, num_actions=4, time_limit=None)
     spec = replace(spec, id_dim=16, **fields)
     config = replace(CONFIG, policy=policy, agent_id="sinusoid", decode="sequential")
+    config = replace(config, network=replace(config.network, order=order))
     pure = init_policy(config, spec, key=jax.random.key(1))
     return mam.LoadedPolicy(config, spec, pure, policy_seed=0, greedy=False)
 
@@ -282,12 +284,127 @@ def test_arrays_of_other_sizes_are_refused(fields, message):
     [
         (np.zeros((2, 3, 5)), {"reset": np.ones(3, bool)}, r"one bool or \[2\] of them, got \[3\]"),
         ({"a": np.zeros(5)}, {}, "are one array .* not a dictionary: stack them in the order"),
-        (np.full((2, 3, 5), np.nan), {}, "numbers that are not finite"),
+        (np.zeros((2, 3, 5)), {"reset": 2}, "reset holds 2: expected 1 at the first step of an ep"),
+        (np.full((2, 3, 5), np.nan), {}, "agents_view holds numbers that are not finite"),
     ],
 )
 def test_what_a_policy_cannot_act_on_is_refused(views, fields, message):
     with pytest.raises(UserError, match=message):
         loaded().act(views, **fields)
+
+
+LEGAL = np.array([True, False, True, True] * 3).reshape(3, 4)
+
+
+def seen(**fields):
+    """What three agents see, the last of which is dead, in fields of any type."""
+    views = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    obs = mam.Observation(views, LEGAL, np.array([True, True, False]))
+    names = list(fields)
+    return eqx.tree_at(
+        lambda obs: [getattr(obs, name) for name in names],
+        obs,
+        list(fields.values()),
+        is_leaf=lambda x: x is None,
+    )
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("dtype", [np.int8, np.float32])
+def test_ones_and_zeros_are_bools(dtype, array):
+    policy, obs = loaded(), seen()
+    mask, alive = array(LEGAL.astype(dtype)), array(obs.alive.astype(dtype))
+    action = policy.act(obs, greedy=True)
+    for how in (
+        {"observation": seen(action_mask=mask, alive=alive)},
+        {"observation": obs.agents_view, "mask": mask, "alive": alive},
+    ):
+        policy.reset()
+        np.testing.assert_array_equal(policy.act(**how, reset=dtype(1), greedy=True), action)
+    traced = jax.jit(policy.complete)(seen(action_mask=mask, alive=alive))
+    assert (traced.action_mask.dtype, traced.alive.dtype) == (bool, bool)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("field", "given", "message"),
+    [
+        ("action_mask", np.where(LEGAL, 0, -np.inf), "holds -inf: expected 1 for legal, 0 for ill"),
+        ("action_mask", jnp.where(LEGAL, 0, -1e9), r"holds -1000000000\.0: expected 1 for legal"),
+        ("action_mask", np.where(LEGAL, 1, np.nan), "holds nan: expected 1 for legal"),
+        ("alive", np.array([1, 2, 0]), "holds 2: expected 1 for the living, 0 for the dead"),
+        ("alive", np.array(["True", "True", "False"]), "holds 'True': expected 1 for the living"),
+    ],
+)
+def test_what_is_no_bool_is_refused(field, given, message, whole):
+    if whole:
+        obs, how = seen(**{field: given}), {}
+    else:
+        obs, how = np.zeros((3, 5)), {field.removeprefix("action_"): given}
+    with pytest.raises(UserError, match=f"^{field} {message}"):
+        loaded().act(obs, **how)
+
+
+NOT_FINITE = np.array([[0, 0], [0, np.nan], [0, 0]], np.float32)
+
+
+def test_what_the_living_see_is_finite():
+    """Positions and images, too."""
+    policy = loaded("mam", "hilbert", position_dim=2, grid_shape=(1, 2, 1), grid_dtype="float32")
+    fine = {"positions": np.zeros((3, 2), np.float32), "grid": np.zeros((3, 1, 2, 1), np.float32)}
+    action = policy.act(seen(**fine), greedy=True)
+    for name, array in fine.items():
+        bad = NOT_FINITE.reshape(array.shape)
+        with pytest.raises(UserError, match=f"^{name} holds numbers that are not finite"):
+            policy.act(seen(**fine | {name: bad}))
+        of_the_dead = seen(**fine | {name: bad[[0, 2, 1]]})
+        np.testing.assert_array_equal(policy.act(of_the_dead, greedy=True)[:2], action[:2])
+    assert loaded(position_dim=2).act(seen(positions=NOT_FINITE)).shape == (3,)  # not read
+
+
+def test_a_state_that_is_not_given_decides_no_action():
+    """As many numbers as the embeddings of all agents, in place of which it stands."""
+    policy = loaded("mappo", state_dim=3 * CONFIG.network.d_model)
+    obs = seen(state=np.ones(policy.spec.state_dim, np.float32))
+    action = policy.act(obs, greedy=True)
+    without = seen()
+    np.testing.assert_array_equal(policy.act(without, greedy=True), action)
+    views = policy.act(obs.agents_view, mask=LEGAL, alive=obs.alive, greedy=True)
+    np.testing.assert_array_equal(views, action)
+    memory, key = policy.policy.init_memory(), jax.random.key(0)
+    zeros = seen(state=np.zeros(policy.spec.state_dim, np.float32))
+    first = np.array(True)
+    values = [policy.apply(memory, x, first, key)[1].value for x in (without, zeros, obs)]
+    np.testing.assert_array_equal(values[0], values[1])
+    assert not np.allclose(values[0], values[2])
+    with pytest.raises(UserError, match=r"^state is \[24\] beside these views: got \[5\]"):
+        policy.act(seen(state=np.ones(5, np.float32)))
+
+
+def by_place(obs):
+    """Return keys of one environment's agents: those on the left first."""
+    return obs.positions[..., 0]
+
+
+def by_state(obs):
+    """Return keys of one environment's agents: they stand in its state."""
+    return obs.state
+
+
+def test_an_order_of_ones_own_reads_positions_where_there_are_some():
+    policy, key = loaded(order="test_api:by_place", position_dim=2), jax.random.key(0)
+    with pytest.raises(UserError, match=r"^positions is \[3, 2\] beside .*: there is none"):
+        policy.act(np.zeros((3, 5)))
+    obs = seen(positions=np.array([[3, 0], [1, 0], [2, 0]], np.float32), alive=np.ones(3, bool))
+    order = policy.apply(policy.policy.init_memory(), obs, np.array(True), key)[1].order
+    assert order.tolist() == [1, 2, 0]
+
+
+def test_an_order_of_ones_own_reads_no_state_that_is_made_up():
+    policy = loaded(order="test_api:by_state", state_dim=3)
+    state = np.array([3, 1, 2], np.float32)
+    assert policy.act(seen(state=state)).shape == (3,)
+    assert policy.complete(seen()).state is None
 
 
 def test_mistakes_are_told_at_once():

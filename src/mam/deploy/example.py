@@ -44,11 +44,18 @@ class Policy:
                 raise ValueError(f"{p['name']} is {shape}, got {array.shape}")
             if array.dtype.kind == "f" and np.dtype(p["dtype"]).kind in "iu":
                 raise ValueError(f"{p['name']} is {p['dtype']}, got {array.dtype}")
+            if p["dtype"] == "bool" and (odd := array[(array != 0) & (array != 1)]).size:
+                told = f"{p['name']} holds {odd.tolist()[0]!r}: expected 1 for True, 0 for False"
+                raise ValueError(f"{told} ({p['about']})")
+        feed = {p["name"]: np.asarray(arrays[p["name"]], p["dtype"]) for p in ports}
+        floats = {name: array for name, array in feed.items() if array.dtype.kind == "f"}
+        for name, array in floats.items():  # what the dead see may be anything
+            if not np.isfinite(array if name == "state" else array[feed["alive"]]).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
         if self.memory is None or {np.shape(memory)[:1] for memory in self.memory} - {batch}:
-            if not np.all(arrays["reset"]):
+            if not feed["reset"].all():
                 raise ValueError("at the first step, and of another batch, every reset is True")
             self.memory = [np.zeros((*batch, *p["shape"]), p["dtype"]) for p in kept]
-        feed = {p["name"]: np.asarray(arrays[p["name"]], p["dtype"]) for p in ports}
         feed |= {p["name"]: memory for p, memory in zip(kept, self.memory, strict=True)}
         action, log_prob, value, *self.memory = self.run(feed)
         return action, log_prob, value

@@ -48,7 +48,7 @@ def write_onnx(program: Program, folder: Path) -> dict[str, Any]:
         import onnx
         from onnx import helper
     from mam.deploy.onnx_graph import IR_VERSION, OPSET, Graph, Value, convert
-    from mam.deploy.onnx_ops import tensor_info
+    from mam.deploy.onnx_ops import cast, tensor_info
 
     structs = _structs(program)
     with portable(loops=False):
@@ -57,7 +57,9 @@ def write_onnx(program: Program, folder: Path) -> dict[str, Any]:
     inputs = [Value(s.shape, np.dtype(s.dtype), port.name) for port, s in named]
     graph = Graph(batch="batch")
     graph.nodes.append(helper.make_node("Shape", [inputs[0].name], ["batch"], start=0, end=1))
-    results = convert(graph, closed.jaxpr, closed.consts, inputs)
+    arguments = zip(inputs, closed.in_avals, strict=True)
+    traced = [cast(graph, value, aval.dtype) for value, aval in arguments]  # JAX narrows 64 bits
+    results = convert(graph, closed.jaxpr, closed.consts, traced)
     outputs = [
         Value(value.shape, value.dtype, _out(port.name, program))
         for value, port in zip(results, program.outputs, strict=True)

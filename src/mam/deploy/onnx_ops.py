@@ -136,8 +136,12 @@ def _select(graph: Graph, eqn: Any, values: list[Value]) -> Value:
     which, *cases = values
     if len(cases) != 2 or which.dtype != np.bool_:
         raise UserError("ONNX export knows a choice between two values only")
-    shape = _stored(values)
-    return graph.node("Where", which, cases[1], cases[0], shape=shape, dtype=cases[0].dtype)
+    dtype = cases[0].dtype
+    if dtype in (np.bool_, np.int16, np.uint16):  # between which onnxruntime does not choose
+        cases = [cast(graph, case, np.int32) for case in cases]
+    wide = cases[0].dtype
+    chosen = graph.node("Where", which, *cases[::-1], shape=_stored(values), dtype=wide)
+    return cast(graph, chosen, dtype)
 
 
 @rule("convert_element_type")

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mam.config import CURVES, Config
+from mam.config import Config
 from mam.envs.wrappers import agent_ids
 from mam.errors import UserError
 from mam.learning.normalise import as_normalised
 from mam.learning.train import init_policy
+from mam.runs.load import reads_positions
 from mam.types import EnvSpec, ExportablePolicy, Memory, Observation
 
 
@@ -66,7 +67,8 @@ class Program:
             Port(f"memory{k}", leaf.shape[1:], str(leaf.dtype), jax.tree_util.keystr(path))
             for k, (path, leaf) in enumerate(paths)
         ]
-        inputs = (*_inputs(spec, placed=config.network.order in CURVES), *remembered)
+        placed = reads_positions(config.network.order, spec)
+        inputs = (*_inputs(spec, placed=placed), *remembered)
         outputs = (*_outputs(spec), *remembered)
         return cls(policy, spec, ids, inputs, outputs, memory)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import CURVES, Config, from_json
@@ -28,6 +29,11 @@ from mam.types import EnvSpec, Memory, Observation, Policy, PolicyOutput
 Which = Literal["best", "latest"]
 METADATA = ("task", "algorithm", "policy_seed", "scores", "versions")
 CARD, WEIGHTS = "card.json", "weights.safetensors"  # of an exported policy
+_BOOLS = {
+    "action_mask": "1 for legal, 0 for illegal",
+    "alive": "1 for the living, 0 for the dead",
+    "reset": "1 at the first step of an episode, 0 later",
+}
 
 
 @dataclass(frozen=True)
@@ -195,20 +201,18 @@ class LoadedPolicy:
 
         Raises:
             UserError: if the observation has other sizes than those that the policy reads, or
-                another batch than at the step before while episodes go on, or NumPy's views are
-                not finite.
+                another batch than at the step before while episodes go on, if bools are something
+                else than 0 and 1, or what the living see, in NumPy's views, is not finite.
         """
         obs = self.complete(observation, mask=mask, alive=alive)
         view = observation.agents_view if isinstance(observation, Observation) else observation
-        if (
-            not isinstance(view, jax.Array)
-            and not np.isfinite(np.asarray(obs.agents_view)[np.asarray(obs.alive)]).all()
-        ):
-            raise UserError("agents' views hold numbers that are not finite")
+        if not isinstance(view, jax.Array):
+            _check_finite(obs, self.spec, self.config.network.order)
         *batch, num_agents = shape = obs.alive.shape
         if (given := np.shape(reset)) not in ((), tuple(batch)):
             raise UserError(f"reset is one bool or {batch} of them, got {[*given]}")
-        reset = np.broadcast_to(np.asarray(reset, bool) | (self._memory is None), batch)
+        reset = np.asarray(_read_bools("reset", reset)) | (self._memory is None)
+        reset = np.broadcast_to(reset, batch)
         if shape != self._shape or self._memory is None:
             if not reset.all():
                 raise UserError(
@@ -309,6 +313,8 @@ class LoadedPolicy:
     ) -> Observation:
         """Return what the policy reads: agents' ids in front of their views, where these lack them.
 
+        A state that is not given is zeros: the library's own policies read it for values alone.
+
         Args:
             observation: an `Observation`, or the agents' views [*batch, N, O] alone, those of the
                 run's environment with or without its ids. Any N that the weights fit.
@@ -316,7 +322,8 @@ class LoadedPolicy:
             alive: agents that are alive [*batch, N], beside views alone; all if None.
 
         Raises:
-            UserError: if an array has other sizes.
+            UserError: if an array has other sizes, or one of bools holds something else than 0 and
+                1; of arrays that are traced the latter is not seen.
         """
         if isinstance(observation, Observation):
             if mask is not None or alive is not None:
@@ -333,19 +340,72 @@ class LoadedPolicy:
             legal = jnp.ones((*shape, self.spec.num_actions), bool)
             arrays = {
                 "agents_view": view,
-                "action_mask": legal if mask is None else jnp.asarray(mask, bool),
-                "alive": jnp.ones(shape, bool) if alive is None else jnp.asarray(alive, bool),
+                "action_mask": legal if mask is None else mask,
+                "alive": jnp.ones(shape, bool) if alive is None else alive,
             }
+        arrays |= {name: _read_bools(name, arrays[name]) for name in ("action_mask", "alive")}
         view = arrays["agents_view"]
         if view.ndim < 2 or not view.shape[-2]:
             raise UserError(f"agents' views are [*batch, N, features], got {list(view.shape)}")
         spec, _ = self.fitted(view.shape[-2])
-        _check_shapes(spec, arrays, placed=self.config.network.order in CURVES)
+        order = self.config.network.order
+        own = ":" in self.config.policy or ":" in order  # may read the state to decide
+        if spec.state_dim is not None and arrays.get("state") is None and not own:
+            arrays["state"] = np.zeros((*view.shape[:-2], spec.state_dim), np.float32)
+        _check_shapes(spec, arrays, placed=reads_positions(order, spec))
         if view.shape[-1] != spec.obs_dim:
             ids = agent_ids(spec.num_agents, self.config.agent_id)
             ids = jnp.broadcast_to(ids, (*view.shape[:-1], spec.id_dim))
             arrays["agents_view"] = jnp.concatenate([ids, view], axis=-1)
         return Observation(**arrays)
+
+
+def reads_positions(order: str, spec: EnvSpec) -> bool:
+    """Say whether a policy reads where agents are, for all that is known.
+
+    Args:
+        order: as in `network.order`; one's own may read what the task gives.
+        spec: of the task.
+    """
+    return spec.position_dim is not None and (order in CURVES or ":" in order)
+
+
+def _read_bools(name: str, array: Any) -> Bool[Array | np.ndarray, "..."]:
+    """Return an array as bools.
+
+    Args:
+        name: what it is, of `_BOOLS`.
+        array: zeros and ones of any type; what is traced is not looked at.
+
+    Raises:
+        UserError: if it holds something else.
+    """
+    array = array if isinstance(array, jax.Array) else np.asarray(array)
+    if array.dtype == bool:
+        return array
+    if not isinstance(array, Tracer):
+        known = np.asarray(array)
+        if (odd := known[(known != 0) & (known != 1)]).size:
+            raise UserError(f"{name} holds {shown(odd.tolist()[0])}: expected {_BOOLS[name]}")
+    return array.astype(bool)
+
+
+def _check_finite(obs: Observation, spec: EnvSpec, order: str) -> None:
+    """Refuse numbers that are not finite in what a policy reads; the dead may see anything.
+
+    Args:
+        obs: of the shapes that the policy reads.
+        spec: of the task.
+        order: as in `network.order`.
+    """
+    read: dict[str, Any] = {"agents_view": obs.agents_view}
+    if spec.grid_shape is not None:
+        read["grid"] = obs.grid
+    if reads_positions(order, spec):
+        read["positions"] = obs.positions
+    for name, array in read.items():
+        if not np.isfinite(np.asarray(array)[np.asarray(obs.alive)]).all():
+            raise UserError(f"{name} holds numbers that are not finite")
 
 
 def _check_shapes(spec: EnvSpec, arrays: dict[str, Any], *, placed: bool) -> None:
@@ -368,6 +428,8 @@ def _check_shapes(spec: EnvSpec, arrays: dict[str, Any], *, placed: bool) -> Non
         expected["grid"] = (*batch, n, *spec.grid_shape)
     if placed:
         expected["positions"] = (*batch, n, spec.position_dim)
+    if arrays.get("state") is not None and spec.state_dim is not None:
+        expected["state"] = (*batch, spec.state_dim)
     for name, shape in expected.items():
         array = arrays.get(name)
         if array is None or array.shape != shape:
