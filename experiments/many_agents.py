@@ -16,7 +16,7 @@ runs = []
 for agents, cells, steps, changes in (
     (8, 16, 800_000, {"ppo.num_envs": 64}),
     (32, 32, 200_000, {}),
-    (128, 64, 60_000, {"ppo.num_envs": 8, "ppo.num_minibatches": 8}),
+    (128, 64, 60_000, {"ppo.num_envs": 64, "ppo.rollout_length": 16, "ppo.num_minibatches": 8}),
 ):
     changes |= {"env": f"lbf/auto:agents={agents},grid={cells}", "num_seeds": 3}
     runs += grid(many, policy=["mam", "mam2", "mat"], total_timesteps=steps, **changes)
