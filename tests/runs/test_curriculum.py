@@ -106,4 +106,4 @@ def test_the_command_line_gives_stages():
         "train", ["--env", "lbf/auto:agents=9", "--curriculum", "agents=2@9000", "agents=4@9000"]
     )
     assert options.config.stages == ((0, "agents=2"), (5, "agents=4"), (10, ""))
-    assert options.config.algorithm == "mam-curriculum"
+    assert options.config.algorithm == "mam-clock-curriculum"
