@@ -1,7 +1,7 @@
 """8, 32 and 128 agents that forage: sequence policies beside independent ones, by steps and time.
 
 Independent policies take three to four steps in the time of one, and so get as many more: the
-report draws returns against both. An update learns from as many agents' steps at each size. Three
+report draws returns against both. An update learns from as many agents' steps at each size. Two
 hours on two CPU cores.
 
 mam experiment experiments/many_agents.py
@@ -14,7 +14,7 @@ from mam.study.experiment.grid import grid
 many = preset("lbf/auto")
 runs = []
 for agents, cells, steps, changes in (
-    (8, 16, 800_000, {"ppo.num_envs": 64}),
+    (8, 16, 400_000, {"ppo.num_envs": 64}),
     (32, 32, 200_000, {}),
     (128, 64, 60_000, {"ppo.num_envs": 64, "ppo.rollout_length": 16, "ppo.num_minibatches": 8}),
 ):
