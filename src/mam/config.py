@@ -345,7 +345,8 @@ class Config:
     see `mam list`."""
     curriculum: tuple[str, ...] = ()
     """Options of --env to begin with, each for some environment steps, such as agents=8@200000
-    agents=32@100000: the last ones are followed by --env itself, which every evaluation plays."""
+    agents=32@100000: the last ones are followed by --env itself, which every evaluation plays. The
+    last ones without steps, such as agents=8, are trained on to the end."""
     agent_id: Literal["one_hot", "sinusoid", "none"] = "one_hot"
     """How agents see who they are; sinusoid has 16 features for any number of agents, one_hot one
     per agent."""
@@ -460,11 +461,13 @@ class Config:
 
     @property
     def stages(self) -> tuple[tuple[int, str], ...]:
-        """First update and options of the task, of each stage; the last is the task as it is."""
+        """First update and options of each stage; none for the task as it is."""
         first, stages = 0, []
         for stage in self.curriculum:
-            options, _, timesteps = stage.rpartition("@")
+            options, ends, timesteps = stage.partition("@")
             stages.append((first, options))
+            if not ends:
+                return tuple(stages)
             first += self._updates(int(timesteps))
         return (*stages, (first, ""))
 
@@ -635,23 +638,32 @@ def _check_learning(config: Config) -> None:
     ):
         if not value >= 0:
             raise UserError(f"{name} must not be negative, got {value}")
+    of_values = {"bc": ("cloning", cloning.value_coef), "distill": ("distill", distill.value_coef)}
+    group, value_coef = of_values.get(config.learn, ("", 1.0))
+    if finetune.critic_warmup and not value_coef:
+        raise UserError(
+            f"finetune.critic_warmup has a critic to warm up only with {group}.value_coef above 0"
+        )
     if config.init is None and (config.init_partial or finetune.kl_coef):
         raise UserError("--init-partial and --finetune.kl-coef need --init, the run to start from")
 
 
 def _check_curriculum(config: Config) -> None:
-    """Refuse stages that cannot be read, are empty, or leave nothing for the task itself."""
-    for stage in config.curriculum:
-        if not re.fullmatch(r"\w+=[^,@\s]+(,\w+=[^,@\s]+)*@0*[1-9]\d*", stage):
+    """Refuse stages that cannot be read, are empty, or leave nothing for what follows them."""
+    for place, stage in enumerate(config.curriculum, 1):
+        ends = "?" * (place == len(config.curriculum))
+        if not re.fullmatch(rf"\w+=[^,@\s]+(,\w+=[^,@\s]+)*(@0*[1-9]\d*){ends}", stage):
             raise UserError(
-                f"curriculum is written options@steps, such as agents=8@200000, got {shown(stage)}"
+                "curriculum is written options@steps, such as agents=8@200000, the last with or "
+                f"without its steps, got {shown(stage)}"
             )
     if config.curriculum and config.data is not None:
         raise UserError("curriculum is for a task that is played, not for a dataset: drop --data")
-    if config.stages[-1][0] >= config.num_updates:
+    first, options = config.stages[-1]
+    if first >= config.num_updates:
         raise UserError(
-            f"curriculum takes {config.stages[-1][0]} of the {config.num_updates} updates: nothing "
-            f"is left for {config.env} itself; raise total_timesteps"
+            f"curriculum takes {first} of the {config.num_updates} updates: nothing is left for "
+            f"{options or config.env}; raise total_timesteps, or leave out the last @steps"
         )
 
 

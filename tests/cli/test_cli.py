@@ -22,7 +22,7 @@ from mam.cli.list import List
 from mam.cli.output import display
 from mam.cli.plan import Plan
 from mam.cli.start import starting_options
-from mam.cli.train import Train, price
+from mam.cli.train import Train, curriculum_plan, price
 from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
@@ -390,6 +390,19 @@ def test_settings_start_from_a_run_or_a_file(tmp_path):
     assert parse("train", Train, args, starting_options(Train, args)).config == replace(
         CONFIG, seed=7
     )
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (("agents=2@9000", "agents=4"), "agents=2 to 16,384 steps, agents=4 to 32,768 steps"),
+        (("agents=2@9000",), "agents=2 to 16,384 steps, mine:own to 32,768 steps"),
+    ],
+)
+def test_what_is_trained_on_is_said(stages, said):
+    config = replace(preset_for("mine:own")[0], curriculum=stages, total_timesteps=32_768)
+    assert config.steps_per_update == 8192
+    assert curriculum_plan(config) == f"trains on {said}; evaluations play mine:own"
 
 
 def test_the_price_of_evaluations_is_said():

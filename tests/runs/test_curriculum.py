@@ -57,6 +57,14 @@ def test_every_evaluation_plays_the_task_itself(whole):
     assert [row["update"] for row in rows(whole) if row["kind"] == "evaluation"] == [0, 2, 4, 6]
 
 
+def test_the_last_stage_may_be_all_that_is_trained_on(tmp_path):
+    run = replace(RUN, curriculum=("agents=2@32", "agents=5"))
+    assert run.stages == ((0, "agents=2"), (2, "agents=5"))
+    folder = mam.train(run, out=tmp_path / "run").folder
+    assert [row["update"] for row in rows(folder) if row["kind"] == "evaluation"] == [0, 2, 4, 6]
+    assert mam.load(folder, trust=True).spec.num_agents == 3
+
+
 @pytest.mark.parametrize("stop_after", [2, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(stop_after, whole, tmp_path, capsys):
     class StopAfter(mam.Callback):
@@ -87,10 +95,12 @@ def test_a_callback_that_fails_at_the_end_of_a_stage_leaves_a_run_that_goes_on(w
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"curriculum": ("agents=2",)}, "written options@steps, such as agents=8@200000, got"),
+        ({"curriculum": ("agents=2", "agents=5@17")}, "the last with or without its steps, got"),
         ({"curriculum": ("agents=2@0",)}, "written options@steps"),
         ({"curriculum": ("agents=2@50", "agents=5@50")}, "takes 8 of the 6 updates: nothing is"),
+        ({"curriculum": ("agents=2@96", "agents=5")}, "is left for agents=5; raise"),
         ({"curriculum": ("agents=2@32", "actions=5@16")}, "num_actions is 5 instead of 4"),
+        ({"curriculum": ("actions=5",)}, "num_actions is 4 instead of 5"),
         ({"agent_id": "one_hot"}, "trained with --agent-id sinusoid, ids have one size for any"),
         ({"curriculum": ("size=2@32",)}, "size"),
     ],

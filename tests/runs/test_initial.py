@@ -238,6 +238,10 @@ def test_logs_of_what_cannot_be_played_are_imitated(dataset, tmp_path):
         ({"init_partial": True}, "need --init"),
         ({"finetune": FinetuneConfig(kl_until=0.0)}, r"finetune.kl_until must lie in \(0, 1\]"),
         ({"finetune": FinetuneConfig(lr_warmup=-1)}, "finetune.lr_warmup must not be negative"),
+        (
+            {"learn": "bc", "data": "d", "finetune": FinetuneConfig(critic_warmup=1)},
+            "a critic to warm up only with cloning.value_coef above 0",
+        ),
     ],
 )
 def test_settings_that_no_run_could_have(changes, message):

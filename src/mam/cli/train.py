@@ -69,6 +69,8 @@ def train(args: Train) -> int:
             f"{origin(args.preset or preset_for(config.env)[1])}; {ids.get(config.agent_id, bound)}"
         )
     print(price(config, trainer.spec.time_limit))
+    if config.curriculum:
+        print(curriculum_plan(config))
     if jax.default_backend() == "cpu" and not is_installed():
         print("note: native kernels make CPUs up to four times as fast: pip install ./native")
     for note in getattr(trainer.env, "notes", ()):
@@ -120,6 +122,16 @@ def price(config: Config, time_limit: int | None) -> str:
     line += f", up to {steps:,} steps: {steps / trained:.0%} of those in training"
     many = config.num_evaluations > _FEW_EVALUATIONS and 2 * steps > trained
     return f"{line}; --eval.num-evaluations asks for fewer" if many else line
+
+
+def curriculum_plan(config: Config) -> str:
+    """Say in one line what is trained on, stage by stage, in whole updates."""
+    ends = [first for first, _ in config.stages[1:]] + [config.num_updates]
+    stages = [
+        f"{options or config.env} to {end * config.steps_per_update:,} steps"
+        for end, (_, options) in zip(ends, config.stages, strict=True)
+    ]
+    return f"trains on {', '.join(stages)}; evaluations play {config.env}"
 
 
 def _print_results(config: Config, folder: Any) -> None:

@@ -59,7 +59,9 @@ def _without_episodes(state: TrainState) -> TrainState:
 
 
 def check_stages(config: Config, trainer: Trainer, teacher: Config | None) -> None:
-    """Refuse tasks that the weights of the first stage do not fit, before anything is trained.
+    """Refuse what the weights of the first stage do not fit, before anything is trained.
+
+    That is the task of another stage, or the run's own, which is evaluated.
 
     Args:
         config: of the run.
@@ -72,11 +74,12 @@ def check_stages(config: Config, trainer: Trainer, teacher: Config | None) -> No
     if not config.curriculum:
         return
     seeds = np.arange(config.num_seeds)
-    first = _without_episodes(trainer.shapes(seeds))
+    first, spec = _without_episodes(trainer.shapes(seeds)), _spec(trainer)
+    transfer_policy(first.policy, config.policy, spec, trainer.spec, config.network)
     for stage in range(1, len(config.stages)):
         other = trainer_at(config, stage, teacher, trainer)
         try:
-            spec, own = _spec(trainer), _spec(other)
+            own = _spec(other)
             transfer_policy(first.policy, config.policy, spec, own, config.network)
             states = (first, _without_episodes(other.shapes(seeds)))
             sizes = [[x.shape for x in jax.tree.leaves(state)] for state in states]
