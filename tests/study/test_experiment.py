@@ -159,7 +159,7 @@ def test_a_file_that_is_none_is_said(text, words, tmp_path, capsys):
         "distill": 26,
         "memory": 4,
         "rware": 5,
-        "many_agents": 15,
+        "many_agents": 18,
         "orders": 5,
         "contention": 10,
         "paper": 4 * 33,
