@@ -22,7 +22,7 @@ from mam.cli.list import List
 from mam.cli.output import display
 from mam.cli.plan import Plan
 from mam.cli.start import starting_options
-from mam.cli.train import Train, curriculum_plan, price
+from mam.cli.train import Train, advice, curriculum_plan, price
 from mam.config import Config
 from mam.envs.probes import Identity
 from mam.errors import UserError
@@ -403,6 +403,14 @@ def test_what_is_trained_on_is_said(stages, said):
     config = replace(preset_for("mine:own")[0], curriculum=stages, total_timesteps=32_768)
     assert config.steps_per_update == 8192
     assert curriculum_plan(config) == f"trains on {said}; evaluations play mine:own"
+
+
+def test_large_teams_are_advised_to_learn_in_small_ones():
+    config, _ = preset_for("lbf/auto:agents=128,grid=64")
+    assert "each of the 128 agents" in advice(config, 128)
+    assert not advice(config, 32)
+    assert not advice(replace(config, env="mine:own"), 128)
+    assert not advice(replace(config, curriculum=("agents=8",)), 128)
 
 
 def test_the_price_of_evaluations_is_said():

@@ -14,6 +14,7 @@ from mam.presets import origin, preset_for
 from mam.runs.process import Hosts
 
 _FEW_EVALUATIONS = 20
+_MANY_AGENTS = 64
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def train(args: Train) -> int:
     print(price(config, trainer.spec.time_limit))
     if config.curriculum:
         print(curriculum_plan(config))
+    if line := advice(config, trainer.spec.num_agents):
+        print(f"note: {line}")
     if jax.default_backend() == "cpu" and not is_installed():
         print("note: native kernels make CPUs up to four times as fast: pip install ./native")
     for note in getattr(trainer.env, "notes", ()):
@@ -122,6 +125,16 @@ def price(config: Config, time_limit: int | None) -> str:
     line += f", up to {steps:,} steps: {steps / trained:.0%} of those in training"
     many = config.num_evaluations > _FEW_EVALUATIONS and 2 * steps > trained
     return f"{line}; --eval.num-evaluations asks for fewer" if many else line
+
+
+def advice(config: Config, num_agents: int) -> str:
+    """Return what to try for a team so large, nothing if there is nothing to try."""
+    if num_agents < _MANY_AGENTS or config.curriculum or "agents=" not in config.env:
+        return ""
+    return (
+        f"where the task is the same to each of the {num_agents} agents, a team of few may teach "
+        "more in the same time: --curriculum agents=8, and all play in evaluations"
+    )
 
 
 def curriculum_plan(config: Config) -> str:
