@@ -11,6 +11,7 @@ over seeds and updates; `kl` is how far the update moved the policy, on the othe
 was fitted to chance.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +31,8 @@ from mam.learning.rollout import Rollout, RolloutState
 from mam.learning.sharding import WHOLE
 from mam.learning.train import Learner, TrainState, make_train
 from mam.networks.mixers.base import required
-from mam.runs.checkpoint import newest
 from mam.runs.files import read_config
-from mam.runs.folder import restore, seeds_of
+from mam.runs.folder import RunFolder, seeds_of
 from mam.runs.process import configure
 from mam.types import Policy
 
@@ -104,7 +104,7 @@ class Gains:
 def rollouts(gains: Gains, policy: Policy, key: Key[Array, ""]) -> Iterator[Rollout]:
     """Play on and on."""
     actors = gains.start(policy, key)
-    for number in range(2**31):
+    for number in itertools.count():
         actors, rollout = gains.play(policy, actors, jax.random.fold_in(key, number))
         if number >= WARM_UP:
             yield rollout
@@ -131,9 +131,7 @@ def main(args: Args) -> None:
     print(f"{'run':32}{'epochs':>8}{'own':>9}{'held out':>19}{'kl':>9}")
     for run in args.runs:
         config = read_config(run / "config.json")
-        state = restore(
-            newest(run / "checkpoint"), make_train(config).shapes(jnp.array(seeds_of(config)))
-        )
+        state = RunFolder(run).load_state(config, make_train(config))
         for name in ("num_epochs", "num_minibatches"):
             if (value := getattr(args, name)) is not None:
                 config = replace(config, ppo=replace(config.ppo, **{name: value}))
