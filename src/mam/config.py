@@ -118,6 +118,9 @@ class NetworkConfig:
     package.module:function, which returns keys [N] of an observation. The dead come last."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    critic: Literal["shared", "separate"] = "shared"
+    """What values are read from: shared, a head on the encoder that the decoder reads, as
+    published; or separate, an embedding, a memory and an encoder of their own."""
     memory: str | None = None
     """What agents remember of earlier environment steps with, such as mamba (see `mam list`); the
     policy's own if None: none, but of those called rec_…."""
@@ -418,7 +421,7 @@ class Config:
         """The policy's name in tables and files, with what is not its own.
 
         These are layouts, memory and what it reads, the order of agents, the published encoder,
-        plain layers, and what reads images.
+        plain layers, a critic of its own, and what reads images.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
@@ -434,6 +437,7 @@ class Config:
         learn += ["shown"] * (self.learn == "ppo" and self.data is not None)
         learn += ["curriculum"] * bool(self.curriculum)
         unlike = ["product"] * (encoder.combine == "product") + ["plain"] * self.network.plain
+        unlike += ["critic"] * (self.network.critic == "separate")
         unlike += [self.network.image] * (self.network.image != "cnn")
         return "-".join(
             [

@@ -52,7 +52,7 @@ def test_blocks_follow_each_other_to_what_the_policy_says(name):
     for output, after in zip(outputs[:3], following, strict=True):
         np.testing.assert_allclose(output[living], after[living], rtol=1e-5, atol=1e-5)
     value = np.take_along_axis(evaluated.value, np.asarray(ORDER), -1)
-    made = policy.encoder.value_head(read.obs_rep)[..., 0]
+    made = policy.encoder.values(read.obs_rep)
     np.testing.assert_allclose(made[living], value[living], rtol=1e-4, atol=1e-5)
     logits = jax.nn.log_softmax(policy.decoder.head(outputs[-1]))
     said = np.take_along_axis(evaluated.distribution, np.asarray(ORDER)[..., None], -2)

@@ -340,16 +340,16 @@ def test_half_precision_is_that_of_activations_alone(layout):
     policy, obs = make(layout, **HALF), make_observation()
 
     def run(policy, obs):
-        memory = policy.init_memory((B,)).encoder
+        memory = policy.init_memory((B,))
         order, first = jnp.asarray(ORDER), jnp.ones(B, bool)
-        _, encoded = policy.encode(memory, policy.embed(obs), obs, order, first)
-        context = policy.decoder.read(encoded.obs_rep)
-        state = policy.decoder.init_state(N, (B,), encoded.obs_rep.dtype)
+        _, obs_rep = policy.reader.step((memory.agents, memory.encoder), obs, order, first)
+        context = policy.decoder.read(obs_rep)
+        state = policy.decoder.init_state(N, (B,), obs_rep.dtype)
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))
-        embedded = policy.decoder.embedder(encoded.obs_rep.dtype)(read)
+        embedded = policy.decoder.embedder(obs_rep.dtype)(read)
         after, out = policy.decoder.unroll(state, embedded, context)
         return (
-            {"half": (encoded.obs_rep, context, embedded), "single": (encoded.value, out)},
+            {"half": (obs_rep, context, embedded), "single": (policy.encoder.values(obs_rep), out)},
             state,
             after,
         )

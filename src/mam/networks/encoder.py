@@ -1,6 +1,7 @@
-"""The encoder: embedded observations to representations and values, all agents at once."""
+"""The encoder: embedded observations to representations, all agents at once."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import equinox as eqx
 import jax
@@ -16,21 +17,34 @@ EncoderMemory = tuple[MixerMemory, ...]  # of every block
 
 
 class Encoder(eqx.Module):
-    """The blocks; a value head reads the result (MAT, §3)."""
+    """The blocks, and a value head that reads their result (MAT, §3)."""
 
     blocks: tuple[EncoderBlock, ...]
-    value_head: Head
+    value_head: Head | None  # None where values are another encoder's
     remat: bool = eqx.field(static=True)
 
     def __init__(
-        self, layout: Sequence[MixerFamily], config: NetworkConfig, *, key: Key[Array, ""]
+        self,
+        layout: Sequence[MixerFamily],
+        config: NetworkConfig,
+        *,
+        valued: bool = True,
+        key: Key[Array, ""],
     ):
+        """Build the blocks.
+
+        Args:
+            layout: the mixers of every block.
+            config: of the networks.
+            valued: whether there is a value head.
+            key: of the weights.
+        """
         value_key, *block_keys = jax.random.split(key, 1 + len(layout))
         self.blocks = tuple(
             EncoderBlock(mixers, config, key=k)
             for mixers, k in zip(layout, block_keys, strict=True)
         )
-        self.value_head = Head(config.d_model, 1, key=value_key)
+        self.value_head = Head(config.d_model, 1, key=value_key) if valued else None
         self.remat = config.remat
 
     def init_memory(self, batch: tuple[int, ...]) -> EncoderMemory:
@@ -44,7 +58,7 @@ class Encoder(eqx.Module):
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
         scans: Scans = (),
-    ) -> "tuple[EncoderMemory, Encoded]":
+    ) -> tuple[EncoderMemory, Float[Array, "*batch N E"]]:
         """Encode the agents of one environment step, in the order of deciding.
 
         Args:
@@ -57,8 +71,8 @@ class Encoder(eqx.Module):
         if not jax.tree.leaves(memory):
             return self.unroll(memory, x, alive, reset, scans)
         x, alive, reset = (v[None] for v in (x, alive, reset))
-        memory, encoded = self.unroll(memory, x, alive, reset)
-        return memory, jax.tree.map(lambda v: v[0], encoded)
+        memory, obs_rep = self.unroll(memory, x, alive, reset)
+        return memory, obs_rep[0]
 
     def unroll(
         self,
@@ -67,7 +81,7 @@ class Encoder(eqx.Module):
         alive: Bool[Array, "*batch N"],
         reset: Bool[Array, "*batch"],
         scans: Scans = (),
-    ) -> "tuple[EncoderMemory, Encoded]":
+    ) -> tuple[EncoderMemory, Float[Array, "*batch N E"]]:
         """Encode agents given in the order of deciding, the dead last.
 
         Without memory all leading axes are alike; with it the first is time.
@@ -84,11 +98,8 @@ class Encoder(eqx.Module):
             run = jax.checkpoint(EncoderBlock.__call__) if self.remat else EncoderBlock.__call__
             own, x = run(block, before, x, alive, reset, scans)
             after.append(own)
-        return tuple(after), Encoded(obs_rep=x, value=self.value_head(x)[..., 0])
+        return tuple(after), x
 
-
-class Encoded(eqx.Module):
-    """The encoder's outputs."""
-
-    obs_rep: Float[Array, "*batch N E"]
-    value: Float[Array, "*batch N"]
+    def values(self, obs_rep: Float[Array, "*batch N E"]) -> Float[Array, "*batch N"]:
+        """Return the values that representations stand for; only with a value head."""
+        return cast(Head, self.value_head)(obs_rep)[..., 0]

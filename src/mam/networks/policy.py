@@ -137,6 +137,7 @@ def check_read(policy: str, config: NetworkConfig) -> None:
     for setting, given in (
         (f"network.order {config.order}", config.order != "index"),
         (f"network.encoder.order_scans {encoder.order_scans}", encoder.order_scans > 1),
+        (f"network.critic {config.critic}", config.critic != "shared"),
         (f"network.encoder.local_branch {encoder.local_branch}", encoder.local_branch > 0),
     ):
         if given:

@@ -4,12 +4,12 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
@@ -18,13 +18,14 @@ from mam.networks.blocks import DecoderState
 from mam.networks.decoder import Decoder, Past
 from mam.networks.decoding.decide import DecodeInputs, Decoding, decide
 from mam.networks.embed import ObservationEmbedding
-from mam.networks.encoder import Encoded, Encoder, EncoderMemory
+from mam.networks.encoder import Encoder, EncoderMemory
 from mam.networks.heads import Head
 from mam.networks.layers import Dense
-from mam.networks.memory.base import AbstractRecurrence, unroll_successors
+from mam.networks.memory.base import AbstractRecurrence
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
-from mam.networks.order import check_order, order_agents, shifted_orders, take_agents
+from mam.networks.order import check_order, order_agents, take_agents
+from mam.networks.reader import Reader, ReaderMemory
 from mam.types import (
     Action,
     EnvSpec,
@@ -84,6 +85,11 @@ class SequenceMemory(eqx.Module):
     agents: PyTree
     encoder: EncoderMemory
     decoder: tuple[DecoderState, ...]
+    critic: ReaderMemory = ((), ())  # of the one that reads for values alone
+
+
+# Of the key of the weights: small numbers make keys that splits make.
+CRITIC = 2**31 - 1
 
 
 class SequencePolicy(eqx.Module):
@@ -93,7 +99,8 @@ class SequencePolicy(eqx.Module):
     of deciding, the living first (`mam.networks.order`).
 
     Source: MAT (arXiv 2205.14953), MAM (arXiv 2410.19382). Differences: the order is an output of
-    `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents.
+    `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents;
+    values may have an embedding, a memory and an encoder of their own (`network.critic`).
     """
 
     embed: ObservationEmbedding
@@ -101,6 +108,7 @@ class SequencePolicy(eqx.Module):
     encoder: Encoder
     decoder: Decoder
     distribution: ActionDistribution
+    critic_reader: Reader | None  # None where values are read from the encoder of the policy
     num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
@@ -123,8 +131,9 @@ class SequencePolicy(eqx.Module):
                 f"got {config.encoder.order_scans}"
             )
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
+        separate = config.critic == "separate"
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.encoder = Encoder(layout.encoder, config, key=encoder_key)
+        self.encoder = Encoder(layout.encoder, config, valued=not separate, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.memory = make_memory(config, self.distribution, key=memory_key)
         self.decoder = Decoder(
@@ -134,23 +143,43 @@ class SequencePolicy(eqx.Module):
         self.decoding = decoding
         self.dtype = config.dtype
         self.order, self.order_scans = config.order, config.encoder.order_scans
+        self.critic_reader = None
+        if separate:
+            critic_key = jax.random.fold_in(key, CRITIC)
+            embed_key, encoder_key, memory_key = jax.random.split(critic_key, 3)
+            self.critic_reader = replace(
+                self.reader,
+                embed=ObservationEmbedding(spec, config, key=embed_key),
+                memory=make_memory(config, self.distribution, key=memory_key),
+                encoder=Encoder(layout.encoder, config, key=encoder_key),
+            )
+
+    @property
+    def reader(self) -> Reader:
+        """What reads the observations for the decoder, and for the values unless another does."""
+        return Reader(
+            self.embed, self.memory, self.encoder, self.order, self.order_scans, self.dtype
+        )
 
     @property
     def value_layer(self) -> Dense:
         """The value head's last layer."""
-        return self.encoder.value_head.out
+        return cast(Head, (self.critic_reader or self).encoder.value_head).out
 
     @property
-    def critic(self) -> Head:
+    def critic(self) -> Head | Reader | None:
         """The part that values alone depend on."""
-        return self.encoder.value_head
+        return self.encoder.value_head if self.critic_reader is None else self.critic_reader
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Return the memory before an episode; see `mam.types.Policy`."""
+        agents, encoder = self.reader.init_memory(batch, self.num_agents)
+        critic = self.critic_reader
         return SequenceMemory(
-            agents=self.memory.init((*batch, self.num_agents)),
-            encoder=self.encoder.init_memory(batch),
+            agents=agents,
+            encoder=encoder,
             decoder=self.decoder.init_memory(batch),
+            critic=critic.init_memory(batch, self.num_agents) if critic else ((), ()),
         )
 
     def act(
@@ -196,22 +225,22 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[Memory, PolicyOutput]:
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
-        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
-        encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
+        own, obs_rep = self.reader.step((memory.agents, memory.encoder), obs, order, reset)
+        critic, value = self.values(memory.critic, obs_rep, obs, order, reset)
         past = Past(memory.decoder, take_agents(obs.alive, order), reset)
         mask = take_agents(obs.action_mask, order)
-        inputs = DecodeInputs(self.decoder.read(encoded.obs_rep), mask, take_agents(noise, order))
+        inputs = DecodeInputs(self.decoder.read(obs_rep), mask, take_agents(noise, order))
         # 2. The actions.
         decision = decide(self.decoder, self.distribution, inputs, self.decoding, past)
         # 3. Their log-probabilities, and everything back in the order of the agents.
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
         action = take_agents(decision.action, by_agent)
-        memory = SequenceMemory(self.memory.note(agents, action), encoder, decision.memory)
+        memory = self._noted(own, critic, decision.memory, action)
         return memory, PolicyOutput(
             action=action,
             log_prob=take_agents(log_prob, by_agent),
-            value=take_agents(encoded.value, by_agent),
+            value=take_agents(value, by_agent),
             order=order,
             metrics={"decode_passes": decision.passes}
             if self.decoding.method == "fixed_point"
@@ -230,19 +259,21 @@ class SequencePolicy(eqx.Module):
             order: as of acting, or any other.
             reset: whether a step was the first of its episode.
         """
-        _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
-        alive = take_agents(obs.alive, order)
-        scans = self.scans(obs, order)
-        x = self.in_order(x, order)
-        _, encoded = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
+        steps = (obs, action, order, reset)
+        obs_rep = self.reader.unroll((memory.agents, memory.encoder), *steps)
+        if self.critic_reader is None:
+            value = self.encoder.values(obs_rep)
+        else:
+            critic = self.critic_reader
+            value = critic.encoder.values(critic.unroll(memory.critic, *steps))
+        past = Past(memory.decoder, take_agents(obs.alive, order), reset)
         action, mask = take_agents(action, order), take_agents(obs.action_mask, order)
-        past = Past(memory.decoder, alive, reset)
-        out = self.decoder(self.distribution.token(action), encoded.obs_rep, past)
+        out = self.decoder(self.distribution.token(action), obs_rep, past)
         by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
             log_prob=take_agents(self.distribution.log_prob(out, mask, action), by_agent),
             entropy=take_agents(self.distribution.entropy(out, mask), by_agent),
-            value=take_agents(encoded.value, by_agent),
+            value=take_agents(value, by_agent),
             distribution=take_agents(self.distribution.parameters(out, mask), by_agent),
         )
 
@@ -250,84 +281,51 @@ class SequencePolicy(eqx.Module):
         self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Memory:
         """Return the memory after a step at which another acted; see `FollowingPolicy`."""
-        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
-        agents = self.memory.note(agents, action)
-        if not jax.tree.leaves((memory.encoder, memory.decoder)):
-            return replace(memory, agents=agents)
-        encoder, encoded = self.encode(memory.encoder, x, obs, order, reset)
+        own, obs_rep = self.reader.step((memory.agents, memory.encoder), obs, order, reset)
+        critic, _ = self.values(memory.critic, obs_rep, obs, order, reset)
         past = Past(memory.decoder, take_agents(obs.alive, order), reset)
         token = self.distribution.token(take_agents(action, order))
-        return SequenceMemory(agents, encoder, self.decoder.follow(token, encoded.obs_rep, past))
+        return self._noted(own, critic, self.decoder.follow(token, obs_rep, past), action)
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
-        x, next_x = self.embed(obs), self.embed(successor)
-        next_x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
-        if not jax.tree.leaves(memory.encoder):
-            return self._value(memory.encoder, next_x, successor, reset)[1]
-        _, x = self.memory.unroll(memory.agents, x, reset, action)
-        goes_on = jnp.zeros(reset.shape[1:], bool)
+        critic, own = self.critic_reader, memory.critic
+        if critic is None:
+            critic, own = self.reader, (memory.agents, memory.encoder)
+        return critic.successor_values(own, obs, action, reset, successor)
 
-        def step(encoder, inputs):
-            x, obs, reset, next_x, successor = inputs
-            encoder, _ = self._value(encoder, x, obs, reset)
-            return encoder, self._value(encoder, next_x, successor, goes_on)[1]
-
-        return lax.scan(step, memory.encoder, (x, obs, reset, next_x, successor))[1]
-
-    def encode(
+    def values(
         self,
-        memory: EncoderMemory,
-        x: Float[Array, "*batch N E"],
+        memory: ReaderMemory,
+        obs_rep: Float[Array, "*batch N E"],
         obs: Observation,
         order: Order,
         reset: Reset,
-    ) -> tuple[EncoderMemory, Encoded]:
-        """Return representations and values of one step in the order of deciding.
+    ) -> tuple[ReaderMemory, Float[Array, "*batch N"]]:
+        """Return the critic's memory after a step, and the values in the order of deciding.
 
         Args:
-            memory: the encoder's before the step.
-            x: the memory's outputs, by agent.
-            obs: who is alive, and where agents are.
+            memory: of the critic, if it is separate.
+            obs_rep: what the decoder reads, as `reader` returned it.
+            obs: what is seen at the step.
             order: order[k] decides k-th.
             reset: whether the step is the first of its episode.
-
-        Returns:
-            The encoder's memory after the step, and what it makes of it.
         """
-        alive, scans = take_agents(obs.alive, order), self.scans(obs, order)
-        return self.encoder.step(memory, self.in_order(x, order), alive, reset, scans)
+        if self.critic_reader is None:
+            return memory, self.encoder.values(obs_rep)
+        memory, obs_rep = self.critic_reader.step(memory, obs, order, reset)
+        return memory, self.critic_reader.encoder.values(obs_rep)
 
-    def scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
-        """Return the encoder's further orders, of places in the order of deciding.
-
-        Args:
-            obs: says where agents are.
-            order: order[k] decides k-th.
-        """
-        place = jnp.argsort(order, axis=-1)
-        return tuple(
-            take_agents(place, other) for other in shifted_orders(self.order_scans - 1, obs)
-        )
-
-    def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
-        """Return what the encoder reads, in the order of deciding and in the activations' type.
-
-        Args:
-            x: rows by agent.
-            order: order[k] decides k-th.
-        """
-        return take_agents(x if self.dtype == "float32" else x.astype(self.dtype), order)
-
-    def _value(
+    def _noted(
         self,
-        memory: EncoderMemory,
-        x: Float[Array, "*batch N E"],
-        obs: Observation,
-        reset: Reset,
-    ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
-        order = order_agents(self.order, obs)
-        memory, encoded = self.encode(memory, x, obs, order, reset)
-        return memory, take_agents(encoded.value, jnp.argsort(order, axis=-1))
+        own: ReaderMemory,
+        critic: ReaderMemory,
+        decoder: tuple[DecoderState, ...],
+        action: Action,
+    ) -> SequenceMemory:
+        """Return the memory after a step, once it is known what the agents did at it."""
+        if self.critic_reader is not None:
+            critic = self.critic_reader.note(critic, action)
+        return SequenceMemory(*self.reader.note(own, action), decoder, critic)

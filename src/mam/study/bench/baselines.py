@@ -36,8 +36,8 @@ def act_uncached(
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = order_agents(policy.order, obs)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
-    x = policy.memory.step(memory.agents, policy.embed(obs), first)[1]
-    _, encoded = policy.encode(memory.encoder, x, obs, order, first)
+    _, obs_rep = policy.reader.step((memory.agents, memory.encoder), obs, order, first)
+    _, value = policy.values(memory.critic, obs_rep, obs, order, first)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
 
@@ -46,7 +46,7 @@ def act_uncached(
 
     def decide(k: Int[Array, ""], carry: tuple[Array, Array]) -> tuple[Array, Array]:
         action, out = carry
-        rows = (policy.decoder(distribution.token(action), encoded.obs_rep), mask, noise)
+        rows = (policy.decoder(distribution.token(action), obs_rep), mask, noise)
         out_k, mask_k, noise_k = (
             lax.dynamic_index_in_dim(v, k, axis, keepdims=False) for v in rows
         )
@@ -62,7 +62,7 @@ def act_uncached(
     return PolicyOutput(
         action=_rows(action, by_agent),
         log_prob=_rows(log_prob, by_agent),
-        value=_rows(encoded.value, by_agent),
+        value=_rows(value, by_agent),
         order=order,
     )
 
