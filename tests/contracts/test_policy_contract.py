@@ -42,20 +42,23 @@ KINDS = {
         "grid_shape": (2, 3, 2),
     },
 }
-NAMES = [*policies(), "mappo-plain"]
+NAMES = [*policies(), "mappo-plain", "rec_mat-critic", "sable-critic"]
 
 
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
 
-    With `-clock` it counts steps, with `-plain` it has plain layers.
+    With `-clock` it counts steps, with `-plain` it has plain layers, with `-critic` a critic of
+    its own.
     """
     policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
     recurrence = RecurrenceConfig(
         d_conv=2, last_action=more == "action", clock="on" if more == "clock" else "auto"
     )
-    return policy, replace(config, recurrence=recurrence, plain=more == "plain")
+    critic = "separate" if more == "critic" else "shared"
+    plain = more == "plain"
+    return policy, replace(config, recurrence=recurrence, critic=critic, plain=plain)
 
 
 WITH_MEMORY = [

@@ -195,6 +195,28 @@ def test_every_parameter_has_a_part(layout):
         assert max(changes) > 1e-6, name
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_what_values_depend_on(critic):
+    """With a critic of its own, no parameter moves both values and actions."""
+    policy, obs = make("M", critic=critic), make_observation()
+    action, order = make_action(obs), jnp.asarray(ORDER)
+
+    def gradient(what):
+        def total(policy):
+            return jnp.sum(getattr(evaluate(policy, obs, action, order), what)[FREE])
+
+        moved = jax.tree.map(lambda x: jnp.any(x != 0), jax.jit(jax.grad(total))(policy))
+        return jax.device_get(moved)
+
+    of_values, of_actions = gradient("value"), gradient("log_prob")
+    both = jax.tree.map(np.logical_and, of_values, of_actions)
+    assert any(jax.tree.leaves(both)) == (critic == "shared")
+    assert all(jax.tree.leaves(of_values.critic))
+    assert not any(jax.tree.leaves(of_actions.critic))
+    if critic == "separate":
+        assert sum(jax.tree.leaves(of_values)) == sum(jax.tree.leaves(of_values.critic))
+
+
 @pytest.mark.parametrize(
     ("letter", "name"),
     [("A", "mat"), ("M", "mam"), ("2", "mam2"), ("R", "ff_sable"), ("S", "sable")],

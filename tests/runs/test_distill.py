@@ -137,6 +137,15 @@ def test_a_student_whose_mixers_are_aligned_has_the_rest_of_its_teacher(transfor
     assert type(ours.mixer) is not type(theirs.mixer)
 
 
+def test_a_student_with_a_critic_of_its_own_is_aligned_with_a_teacher_that_has_none(transformer):
+    network = replace(CONFIG.network, critic="separate")
+    config = distilling(transformer, policy="mam2", network=network, distill=STAGED)
+    trainer = make_train(config, teacher=transformer.load_config())
+    state = started_from(config, trainer).init(np.arange(1))
+    state, metrics = trainer.train_step(state)
+    assert np.isfinite(metrics["hidden_distance"]).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

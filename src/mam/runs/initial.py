@@ -20,6 +20,7 @@ from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
 _CLOCK = r"\.memory\.dense\b"  # its weights, in a memory of the policy
+_CRITIC = r"\bcritic_reader\."  # weights for values alone
 _SHOWN = 4  # names in a message
 
 
@@ -88,7 +89,9 @@ def _check_alike(config: Config, trainer: Trainer, teacher: Policy) -> None:
         if own != sizes[1][name]
     ]
     left = _fitted(shapes, teacher)[1] if not unlike else []
-    unlike += [name for name in left if not re.search(rf"\.(mixer|cross)\b|{_CLOCK}", name)]
+    unlike += [
+        name for name in left if not re.search(rf"\.(mixer|cross)\b|{_CLOCK}|{_CRITIC}", name)
+    ]
     if unlike:
         raise UserError(
             f"to be aligned with the teacher's, blocks must be as wide and as many: "
