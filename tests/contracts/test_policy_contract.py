@@ -115,13 +115,20 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
-    rounding. Units of plain layers are alive for somebody.
+    rounding. Units of plain layers are alive for somebody. With a critic of its own it acts as
+    without.
     """
+    shared = {}
+    if name.endswith("-critic"):
+        without = get_policy(parts(name)[0], kind, num_agents)
+        shared = dict(jax.tree.leaves_with_path(without))
     spec = make_spec(kind, num_agents)
     empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
     rng, clock_rng = np.random.default_rng(1), np.random.default_rng(2)
 
     def draw(path, leaf):
+        if path in shared:
+            return shared[path]
         if ".memory.dense." in jax.tree_util.keystr(path):  # a clock's; others are as without one
             return jnp.asarray(clock_rng.normal(0.0, 0.2, leaf.shape), leaf.dtype)
         centre, spread = (
@@ -708,7 +715,7 @@ def test_agents_may_be_called_otherwise(name, names, seed):
     )
     new_order = jnp.asarray(np.argsort(names)[np.asarray(order)], jnp.int32)
     # A team's memory is also of the order of earlier steps, which names decide.
-    run = evaluate_first_step if name == "sable" else evaluate
+    run = evaluate_first_step if parts(name)[0] == "sable" else evaluate
     expected = run(get_policy(name), obs, action, order)
     found = run(get_policy(name), renamed, action[:, names], new_order)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -89,9 +89,8 @@ def _check_alike(config: Config, trainer: Trainer, teacher: Policy) -> None:
         if own != sizes[1][name]
     ]
     left = _fitted(shapes, teacher)[1] if not unlike else []
-    unlike += [
-        name for name in left if not re.search(rf"\.(mixer|cross)\b|{_CLOCK}|{_CRITIC}", name)
-    ]
+    drawn = rf"\.(mixer|cross)\b|{_CLOCK}|{_CRITIC}"
+    unlike += [name for name in left if not re.search(drawn, name)]
     if unlike:
         raise UserError(
             f"to be aligned with the teacher's, blocks must be as wide and as many: "
