@@ -43,7 +43,7 @@ def compare(policy, obs, args: Args) -> None:
     def ahead(policy, key):
         order = jnp.broadcast_to(jnp.arange(args.num_agents, dtype=jnp.int32), obs.alive.shape)
         memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
-        _, obs_rep = policy.reader.step((memory.agents, memory.encoder), obs, order, first)
+        _, obs_rep = policy.encode(memory.encoder, policy.embed(obs), obs, order, first)
         noise = jax.random.gumbel(key, obs.action_mask.shape)
         return DecodeInputs(policy.decoder.read(obs_rep), mask=obs.action_mask, noise=noise)
 

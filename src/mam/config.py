@@ -118,9 +118,11 @@ class NetworkConfig:
     package.module:function, which returns keys [N] of an observation. The dead come last."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    critic: Literal["shared", "separate"] = "shared"
-    """What values are read from: shared, a head on the encoder that the decoder reads, as
-    published; or separate, an embedding, a memory and an encoder of their own."""
+    critic: Literal["auto", "shared", "own", "pooled", "joint"] = "auto"
+    """What values are read from: shared, the encoder that the decoder reads; or by a network for
+    values alone, own, what the agent sees; pooled, that and the mean of all agents'; joint, that
+    and the global state, or all agents side by side. auto: the policy's, which are shared (mam,
+    mat, …), own (ippo) and joint (mappo)."""
     memory: str | None = None
     """What agents remember of earlier environment steps with, such as mamba (see `mam list`); the
     policy's own if None: none, but of those called rec_…."""
@@ -421,7 +423,7 @@ class Config:
         """The policy's name in tables and files, with what is not its own.
 
         These are layouts, memory and what it reads, the order of agents, the published encoder,
-        plain layers, a critic of its own, and what reads images.
+        plain layers, the critic, and what reads images.
         """
         encoder, decoder = self.network.encoder, self.network.decoder
         parts = (("enc", encoder.layout), ("dec", decoder.layout), ("cross", decoder.cross))
@@ -437,7 +439,7 @@ class Config:
         learn += ["shown"] * (self.learn == "ppo" and self.data is not None)
         learn += ["curriculum"] * bool(self.curriculum)
         unlike = ["product"] * (encoder.combine == "product") + ["plain"] * self.network.plain
-        unlike += ["critic"] * (self.network.critic == "separate")
+        unlike += [self.network.critic] * (self.network.critic != "auto")
         unlike += [self.network.image] * (self.network.image != "cnn")
         return "-".join(
             [

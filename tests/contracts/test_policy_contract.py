@@ -42,21 +42,22 @@ KINDS = {
         "grid_shape": (2, 3, 2),
     },
 }
-NAMES = [*policies(), "mappo-plain", "rec_mat-critic", "sable-critic"]
+POOLED = ["rec_mat-pooled", "sable-pooled", "rec_mappo-pooled"]
+NAMES = [*policies(), "mappo-plain", *POOLED]
 
 
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
 
-    With `-clock` it counts steps, with `-plain` it has plain layers, with `-critic` a critic of
-    its own.
+    With `-clock` it counts steps, with `-plain` it has plain layers, with `-pooled` a critic that
+    reads all.
     """
     policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
     recurrence = RecurrenceConfig(
         d_conv=2, last_action=more == "action", clock="on" if more == "clock" else "auto"
     )
-    critic = "separate" if more == "critic" else "shared"
+    critic = "pooled" if more == "pooled" else "auto"
     plain = more == "plain"
     return policy, replace(config, recurrence=recurrence, critic=critic, plain=plain)
 
@@ -115,11 +116,11 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
-    rounding. Units of plain layers are alive for somebody. With a critic of its own it acts as
-    without.
+    rounding. Units of plain layers are alive for somebody. With another critic it acts as
+    with its own.
     """
     shared = {}
-    if name.endswith("-critic"):
+    if name.endswith("-pooled"):
         without = get_policy(parts(name)[0], kind, num_agents)
         shared = dict(jax.tree.leaves_with_path(without))
     spec = make_spec(kind, num_agents)
@@ -127,7 +128,7 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     rng, clock_rng = np.random.default_rng(1), np.random.default_rng(2)
 
     def draw(path, leaf):
-        if path in shared:
+        if path in shared and shared[path].shape == leaf.shape:
             return shared[path]
         if ".memory.dense." in jax.tree_util.keystr(path):  # a clock's; others are as without one
             return jnp.asarray(clock_rng.normal(0.0, 0.2, leaf.shape), leaf.dtype)

@@ -195,9 +195,9 @@ def test_every_parameter_has_a_part(layout):
         assert max(changes) > 1e-6, name
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["shared", "own", "pooled", "joint"])
 def test_what_values_depend_on(critic):
-    """With a critic of its own, no parameter moves both values and actions."""
+    """With a network for values alone, no parameter moves both values and actions."""
     policy, obs = make("M", critic=critic), make_observation()
     action, order = make_action(obs), jnp.asarray(ORDER)
 
@@ -213,7 +213,7 @@ def test_what_values_depend_on(critic):
     assert any(jax.tree.leaves(both)) == (critic == "shared")
     assert all(jax.tree.leaves(of_values.critic))
     assert not any(jax.tree.leaves(of_actions.critic))
-    if critic == "separate":
+    if critic != "shared":
         assert sum(jax.tree.leaves(of_values)) == sum(jax.tree.leaves(of_values.critic))
 
 
@@ -362,9 +362,9 @@ def test_half_precision_is_that_of_activations_alone(layout):
     policy, obs = make(layout, **HALF), make_observation()
 
     def run(policy, obs):
-        memory = policy.init_memory((B,))
+        memory = policy.init_memory((B,)).encoder
         order, first = jnp.asarray(ORDER), jnp.ones(B, bool)
-        _, obs_rep = policy.reader.step((memory.agents, memory.encoder), obs, order, first)
+        _, obs_rep = policy.encode(memory, policy.embed(obs), obs, order, first)
         context = policy.decoder.read(obs_rep)
         state = policy.decoder.init_state(N, (B,), obs_rep.dtype)
         read = policy.decoder.embed.shift_right(policy.distribution.token(make_action(obs)))

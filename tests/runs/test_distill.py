@@ -138,7 +138,7 @@ def test_a_student_whose_mixers_are_aligned_has_the_rest_of_its_teacher(transfor
 
 
 def test_a_student_with_a_critic_of_its_own_is_aligned_with_a_teacher_that_has_none(transformer):
-    network = replace(CONFIG.network, critic="separate")
+    network = replace(CONFIG.network, critic="pooled")
     config = distilling(transformer, policy="mam2", network=network, distill=STAGED)
     trainer = make_train(config, teacher=transformer.load_config())
     state = started_from(config, trainer).init(np.arange(1))

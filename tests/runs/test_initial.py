@@ -23,8 +23,8 @@ from mam.types import Observation
 from small_run import CONFIG as SEQUENCE
 from small_run import INDEPENDENT as CONFIG
 
-# The same with a critic of its own.
-CRITIC = replace(SEQUENCE, network=replace(SEQUENCE.network, critic="separate"))
+# The same with a network for values alone.
+POOLED = replace(SEQUENCE, network=replace(SEQUENCE.network, critic="pooled"))
 
 
 def leaves(tree):
@@ -139,7 +139,7 @@ def test_values_that_were_learned_as_they_are_are_kept_by_the_first_rollout(earl
 
 
 @pytest.mark.parametrize(
-    "base", [CONFIG, SEQUENCE, CRITIC], ids=["independent", "sequence", "own critic"]
+    "base", [CONFIG, SEQUENCE, POOLED], ids=["independent", "sequence", "pooled"]
 )
 def test_a_start_is_eased_in(base, tmp_path):
     """At first only the critic learns, at a rate that rises; then the policy stays close."""
@@ -151,11 +151,7 @@ def test_a_start_is_eased_in(base, tmp_path):
     state, values = trainer.train_step(state)
     after = jax.device_get(as_normalised(state.policy).network)
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
-    still = [
-        jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(moved.critic) if not x
-    ]
-    # Step sizes of a mixer that starts small move by less than a float tells.
-    assert all(".dt_proj." in name for name in still)
+    assert all(jax.tree.leaves(moved.critic))
     assert sum(jax.tree.leaves(moved)) == sum(jax.tree.leaves(moved.critic))
     np.testing.assert_allclose(values["start_kl"], 0, atol=1e-5)
     np.testing.assert_allclose(values["learning_rate"], config.ppo.lr / 2)

@@ -43,10 +43,9 @@ def activations(
         raise UserError("only sequence policies, such as mam and mat, have blocks that mix agents")
     if jax.tree.leaves((memory.encoder, memory.decoder)):
         raise UserError("mixers that remember earlier environment steps are no matrices of one")
-    reader = policy.reader
-    _, x = reader.memory.unroll(memory.agents, reader.embed(obs), reset, action)
-    x, alive = reader.in_order(x, order), take_agents(obs.alive, order)
-    scans = reader.scans(obs, order)
+    _, x = policy.memory.unroll(memory.agents, policy.embed(obs), reset, action)
+    x, alive = policy.in_order(x, order), take_agents(obs.alive, order)
+    scans = policy.scans(obs, order)
     read: dict[str, list[Array]] = {"encoder": [], "decoder": [], "cross": []}
     for block in policy.encoder.blocks:
         read["encoder"].append(x)

@@ -11,8 +11,7 @@ from jaxtyping import Array, Key
 from mam.config import Config, NetworkConfig
 from mam.errors import UserError, check_call, import_function, shown, unknown_name
 from mam.networks.decoding.decide import Decoding
-from mam.networks.embed import ObservationEmbedding
-from mam.networks.independent import GlobalView, IndependentPolicy
+from mam.networks.independent import IndependentPolicy
 from mam.networks.memory.registry import has_clock
 from mam.networks.mixers.base import Roles
 from mam.networks.mixers.registry import (
@@ -33,6 +32,7 @@ class PolicyKind:
     description: str
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
+    critic: str = "shared"  # unless it names another
     # Whether its mixers remember, for a configuration
     remembers: Callable[[NetworkConfig], bool] = lambda config: False
 
@@ -46,7 +46,6 @@ def _sequence(
 
 
 def _independent(
-    critic_view: Any,
     spec: EnvSpec,
     config: NetworkConfig,
     decoding: Decoding,
@@ -63,14 +62,25 @@ def _independent(
             f"decode is for sequence policies ({sequence_policies()}): "
             "independent agents need no decoding"
         )
-    return IndependentPolicy(spec, config, critic_view=critic_view, key=key)
+    if config.critic == "shared":
+        raise UserError(
+            f"network.critic shared is for sequence policies ({sequence_policies()}): "
+            "independent agents have no encoder to share"
+        )
+    return IndependentPolicy(spec, config, key=key)
 
-
-_own, _global = partial(_independent, ObservationEmbedding), partial(_independent, GlobalView)
 
 INDEPENDENT = {
-    "mappo": PolicyKind("agents decide by themselves, the critic sees the global state", _global),
-    "ippo": PolicyKind("agents decide by themselves, the critic sees what the agent sees", _own),
+    "mappo": PolicyKind(
+        "agents decide by themselves, the critic sees the global state",
+        _independent,
+        critic="joint",
+    ),
+    "ippo": PolicyKind(
+        "agents decide by themselves, the critic sees what the agent sees",
+        _independent,
+        critic="own",
+    ),
 }
 # Policies that have a memory unless told otherwise: rec_… of these.
 RECURRENT = {"mam": "mamba", "mam2": "mamba2", "mat": "gru", "mappo": "gru", "ippo": "gru"}
@@ -137,7 +147,6 @@ def check_read(policy: str, config: NetworkConfig) -> None:
     for setting, given in (
         (f"network.order {config.order}", config.order != "index"),
         (f"network.encoder.order_scans {encoder.order_scans}", encoder.order_scans > 1),
-        (f"network.critic {config.critic}", config.critic != "shared"),
         (f"network.encoder.local_branch {encoder.local_branch}", encoder.local_branch > 0),
     ):
         if given:
@@ -227,9 +236,9 @@ def make_policy(
         UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
     """
     check_own_settings(config)
-    return find_policy(name).build(
-        spec, replace(config, memory=memory_of(name, config)), decoding, key=key
-    )
+    kind, memory = find_policy(name), memory_of(name, config)
+    critic = kind.critic if config.critic == "auto" else config.critic
+    return kind.build(spec, replace(config, memory=memory, critic=critic), decoding, key=key)
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:

@@ -9,7 +9,8 @@ from typing import cast
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from mam.config import NetworkConfig
 from mam.errors import UserError
@@ -21,11 +22,11 @@ from mam.networks.embed import ObservationEmbedding
 from mam.networks.encoder import Encoder, EncoderMemory
 from mam.networks.heads import Head
 from mam.networks.layers import Dense
-from mam.networks.memory.base import AbstractRecurrence
+from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
-from mam.networks.order import check_order, order_agents, take_agents
-from mam.networks.reader import Reader, ReaderMemory
+from mam.networks.order import check_order, order_agents, shifted_orders, take_agents
+from mam.networks.tower import VIEWS, Tower
 from mam.types import (
     Action,
     EnvSpec,
@@ -85,7 +86,7 @@ class SequenceMemory(eqx.Module):
     agents: PyTree
     encoder: EncoderMemory
     decoder: tuple[DecoderState, ...]
-    critic: ReaderMemory = ((), ())  # of the one that reads for values alone
+    critic: PyTree = ()  # every agent's, of a critic of its own
 
 
 # Of the key of the weights: small numbers make keys that splits make.
@@ -100,7 +101,7 @@ class SequencePolicy(eqx.Module):
 
     Source: MAT (arXiv 2205.14953), MAM (arXiv 2410.19382). Differences: the order is an output of
     `act` and an input of `evaluate`; acting is recurrent and never recomputes earlier agents;
-    values may have an embedding, a memory and an encoder of their own (`network.critic`).
+    there may be a network for values alone (`network.critic`).
     """
 
     embed: ObservationEmbedding
@@ -108,7 +109,7 @@ class SequencePolicy(eqx.Module):
     encoder: Encoder
     decoder: Decoder
     distribution: ActionDistribution
-    critic_reader: Reader | None  # None where values are read from the encoder of the policy
+    tower: Tower | None  # reads values; None if the encoder's head does
     num_agents: int = eqx.field(static=True)
     decoding: Decoding = eqx.field(static=True)
     dtype: str = eqx.field(static=True)  # of the activations
@@ -131,55 +132,42 @@ class SequencePolicy(eqx.Module):
                 f"got {config.encoder.order_scans}"
             )
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
-        separate = config.critic == "separate"
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.encoder = Encoder(layout.encoder, config, valued=not separate, key=encoder_key)
+        shared = config.critic == "shared"
+        self.encoder = Encoder(layout.encoder, config, valued=shared, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.memory = make_memory(config, self.distribution, key=memory_key)
         self.decoder = Decoder(
             self.distribution, layout.decoder, layout.cross, config, key=decoder_key
         )
+        self.tower = None
+        if not shared:
+            view_key, tower_key = jax.random.split(jax.random.fold_in(key, CRITIC))
+            view = VIEWS[config.critic](spec, config, key=view_key)
+            self.tower = Tower(view, 1, self.distribution, config, key=tower_key)
         self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = config.dtype
         self.order, self.order_scans = config.order, config.encoder.order_scans
-        self.critic_reader = None
-        if separate:
-            critic_key = jax.random.fold_in(key, CRITIC)
-            embed_key, encoder_key, memory_key = jax.random.split(critic_key, 3)
-            self.critic_reader = replace(
-                self.reader,
-                embed=ObservationEmbedding(spec, config, key=embed_key),
-                memory=make_memory(config, self.distribution, key=memory_key),
-                encoder=Encoder(layout.encoder, config, key=encoder_key),
-            )
-
-    @property
-    def reader(self) -> Reader:
-        """What reads the observations for the decoder, and for the values unless another does."""
-        return Reader(
-            self.embed, self.memory, self.encoder, self.order, self.order_scans, self.dtype
-        )
 
     @property
     def value_layer(self) -> Dense:
         """The value head's last layer."""
-        return cast(Head, (self.critic_reader or self).encoder.value_head).out
+        head = self.encoder.value_head if self.tower is None else self.tower.head
+        return cast(Head, head).out
 
     @property
-    def critic(self) -> Head | Reader | None:
+    def critic(self) -> Head | Tower | None:
         """The part that values alone depend on."""
-        return self.encoder.value_head if self.critic_reader is None else self.critic_reader
+        return self.encoder.value_head if self.tower is None else self.tower
 
     def init_memory(self, batch: tuple[int, ...] = ()) -> Memory:
         """Return the memory before an episode; see `mam.types.Policy`."""
-        agents, encoder = self.reader.init_memory(batch, self.num_agents)
-        critic = self.critic_reader
         return SequenceMemory(
-            agents=agents,
-            encoder=encoder,
+            agents=self.memory.init((*batch, self.num_agents)),
+            encoder=self.encoder.init_memory(batch),
             decoder=self.decoder.init_memory(batch),
-            critic=critic.init_memory(batch, self.num_agents) if critic else ((), ()),
+            critic=() if self.tower is None else self.tower.memory.init((*batch, self.num_agents)),
         )
 
     def act(
@@ -225,8 +213,8 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[Memory, PolicyOutput]:
         # 1. Everything that does not depend on the actions, for all agents at once, in the order of
         #    deciding.
-        own, obs_rep = self.reader.step((memory.agents, memory.encoder), obs, order, reset)
-        critic, value = self.values(memory.critic, obs_rep, obs, order, reset)
+        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
+        encoder, obs_rep = self.encode(memory.encoder, x, obs, order, reset)
         past = Past(memory.decoder, take_agents(obs.alive, order), reset)
         mask = take_agents(obs.action_mask, order)
         inputs = DecodeInputs(self.decoder.read(obs_rep), mask, take_agents(noise, order))
@@ -236,11 +224,16 @@ class SequencePolicy(eqx.Module):
         log_prob = self.distribution.log_prob(decision.out, mask, decision.action)
         by_agent = jnp.argsort(order, axis=-1)
         action = take_agents(decision.action, by_agent)
-        memory = self._noted(own, critic, decision.memory, action)
+        # 4. Values.
+        critic, value = self.values(memory.critic, obs_rep, obs, order, reset)
+        if self.tower is not None:
+            critic = self.tower.memory.note(critic, action)
+        agents = self.memory.note(agents, action)
+        memory = SequenceMemory(agents, encoder, decision.memory, critic)
         return memory, PolicyOutput(
             action=action,
             log_prob=take_agents(log_prob, by_agent),
-            value=take_agents(value, by_agent),
+            value=value,
             order=order,
             metrics={"decode_passes": decision.passes}
             if self.decoding.method == "fixed_point"
@@ -259,21 +252,23 @@ class SequencePolicy(eqx.Module):
             order: as of acting, or any other.
             reset: whether a step was the first of its episode.
         """
-        steps = (obs, action, order, reset)
-        obs_rep = self.reader.unroll((memory.agents, memory.encoder), *steps)
-        if self.critic_reader is None:
-            value = self.encoder.values(obs_rep)
-        else:
-            critic = self.critic_reader
-            value = critic.encoder.values(critic.unroll(memory.critic, *steps))
-        past = Past(memory.decoder, take_agents(obs.alive, order), reset)
-        action, mask = take_agents(action, order), take_agents(obs.action_mask, order)
-        out = self.decoder(self.distribution.token(action), obs_rep, past)
+        _, x = self.memory.unroll(memory.agents, self.embed(obs), reset, action)
+        alive = take_agents(obs.alive, order)
+        scans = self.scans(obs, order)
+        x = self.in_order(x, order)
+        _, obs_rep = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
         by_agent = jnp.argsort(order, axis=-1)
+        if self.tower is None:
+            value = take_agents(self.encoder.values(obs_rep), by_agent)
+        else:
+            value = self.tower.unroll(memory.critic, obs, reset, action)[..., 0]
+        action, mask = take_agents(action, order), take_agents(obs.action_mask, order)
+        past = Past(memory.decoder, alive, reset)
+        out = self.decoder(self.distribution.token(action), obs_rep, past)
         return Evaluation(
             log_prob=take_agents(self.distribution.log_prob(out, mask, action), by_agent),
             entropy=take_agents(self.distribution.entropy(out, mask), by_agent),
-            value=take_agents(value, by_agent),
+            value=value,
             distribution=take_agents(self.distribution.parameters(out, mask), by_agent),
         )
 
@@ -281,51 +276,111 @@ class SequencePolicy(eqx.Module):
         self, memory: Memory, obs: Observation, action: Action, order: Order, reset: Reset
     ) -> Memory:
         """Return the memory after a step at which another acted; see `FollowingPolicy`."""
-        own, obs_rep = self.reader.step((memory.agents, memory.encoder), obs, order, reset)
-        critic, _ = self.values(memory.critic, obs_rep, obs, order, reset)
+        agents, x = self.memory.step(memory.agents, self.embed(obs), reset)
+        agents, critic = self.memory.note(agents, action), memory.critic
+        if self.tower is not None:
+            critic = self.tower.follow(critic, obs, action, reset)
+        if not jax.tree.leaves((memory.encoder, memory.decoder)):
+            return replace(memory, agents=agents, critic=critic)
+        encoder, obs_rep = self.encode(memory.encoder, x, obs, order, reset)
         past = Past(memory.decoder, take_agents(obs.alive, order), reset)
         token = self.distribution.token(take_agents(action, order))
-        return self._noted(own, critic, self.decoder.follow(token, obs_rep, past), action)
+        decoder = self.decoder.follow(token, obs_rep, past)
+        return SequenceMemory(agents, encoder, decoder, critic)
 
     def successor_values(
         self, memory: Memory, obs: Observation, action: Action, reset: Reset, successor: Observation
     ) -> Float[Array, "*batch N"]:
         """Return the values of what followed every step; see `mam.types.Policy`."""
-        critic, own = self.critic_reader, memory.critic
-        if critic is None:
-            critic, own = self.reader, (memory.agents, memory.encoder)
-        return critic.successor_values(own, obs, action, reset, successor)
+        if self.tower is not None:
+            return self.tower.successors(memory.critic, obs, action, reset, successor)[..., 0]
+        x, next_x = self.embed(obs), self.embed(successor)
+        next_x = unroll_successors(self.memory, memory.agents, x, reset, action, next_x)
+        if not jax.tree.leaves(memory.encoder):
+            return self._value(memory.encoder, next_x, successor, reset)[1]
+        _, x = self.memory.unroll(memory.agents, x, reset, action)
+        goes_on = jnp.zeros(reset.shape[1:], bool)
+
+        def step(encoder, inputs):
+            x, obs, reset, next_x, successor = inputs
+            encoder, _ = self._value(encoder, x, obs, reset)
+            return encoder, self._value(encoder, next_x, successor, goes_on)[1]
+
+        return lax.scan(step, memory.encoder, (x, obs, reset, next_x, successor))[1]
 
     def values(
         self,
-        memory: ReaderMemory,
+        memory: PyTree,
         obs_rep: Float[Array, "*batch N E"],
         obs: Observation,
         order: Order,
         reset: Reset,
-    ) -> tuple[ReaderMemory, Float[Array, "*batch N"]]:
-        """Return the critic's memory after a step, and the values in the order of deciding.
+    ) -> tuple[PyTree, Float[Array, "*batch N"]]:
+        """Return the critic's memory after one step, before it notes actions, and the values.
 
         Args:
-            memory: of the critic, if it is separate.
-            obs_rep: what the decoder reads, as `reader` returned it.
+            memory: the critic's before the step; () if it has none.
+            obs_rep: as `encode` returns it.
             obs: what is seen at the step.
             order: order[k] decides k-th.
             reset: whether the step is the first of its episode.
         """
-        if self.critic_reader is None:
-            return memory, self.encoder.values(obs_rep)
-        memory, obs_rep = self.critic_reader.step(memory, obs, order, reset)
-        return memory, self.critic_reader.encoder.values(obs_rep)
+        if self.tower is None:
+            return memory, take_agents(self.encoder.values(obs_rep), jnp.argsort(order, axis=-1))
+        memory, value = self.tower.step(memory, obs, reset)
+        return memory, value[..., 0]
 
-    def _noted(
+    def encode(
         self,
-        own: ReaderMemory,
-        critic: ReaderMemory,
-        decoder: tuple[DecoderState, ...],
-        action: Action,
-    ) -> SequenceMemory:
-        """Return the memory after a step, once it is known what the agents did at it."""
-        if self.critic_reader is not None:
-            critic = self.critic_reader.note(critic, action)
-        return SequenceMemory(*self.reader.note(own, action), decoder, critic)
+        memory: EncoderMemory,
+        x: Float[Array, "*batch N E"],
+        obs: Observation,
+        order: Order,
+        reset: Reset,
+    ) -> tuple[EncoderMemory, Float[Array, "*batch N E"]]:
+        """Return the representations of one step in the order of deciding.
+
+        Args:
+            memory: the encoder's before the step.
+            x: the memory's outputs, by agent.
+            obs: who is alive, and where agents are.
+            order: order[k] decides k-th.
+            reset: whether the step is the first of its episode.
+
+        Returns:
+            The encoder's memory after the step, and what it makes of it.
+        """
+        alive, scans = take_agents(obs.alive, order), self.scans(obs, order)
+        return self.encoder.step(memory, self.in_order(x, order), alive, reset, scans)
+
+    def scans(self, obs: Observation, order: Order) -> tuple[Order, ...]:
+        """Return the encoder's further orders, of places in the order of deciding.
+
+        Args:
+            obs: says where agents are.
+            order: order[k] decides k-th.
+        """
+        place = jnp.argsort(order, axis=-1)
+        return tuple(
+            take_agents(place, other) for other in shifted_orders(self.order_scans - 1, obs)
+        )
+
+    def in_order(self, x: Float[Array, "*batch N E"], order: Int[Array, "*batch N"]) -> Array:
+        """Return what the encoder reads, in the order of deciding and in the activations' type.
+
+        Args:
+            x: rows by agent.
+            order: order[k] decides k-th.
+        """
+        return take_agents(x if self.dtype == "float32" else x.astype(self.dtype), order)
+
+    def _value(
+        self,
+        memory: EncoderMemory,
+        x: Float[Array, "*batch N E"],
+        obs: Observation,
+        reset: Reset,
+    ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
+        order = order_agents(self.order, obs)
+        memory, obs_rep = self.encode(memory, x, obs, order, reset)
+        return memory, take_agents(self.encoder.values(obs_rep), jnp.argsort(order, axis=-1))

@@ -20,7 +20,7 @@ from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
 _CLOCK = r"\.memory\.dense\b"  # its weights, in a memory of the policy
-_CRITIC = r"\bcritic_reader\."  # weights for values alone
+_CRITIC = r"\btower\."  # weights for values alone
 _SHOWN = 4  # names in a message
 
 

@@ -36,7 +36,8 @@ def act_uncached(
     # 1. What does not depend on the actions, for all agents at once, in the order of deciding.
     order = order_agents(policy.order, obs)
     memory, first = policy.init_memory(order.shape[:-1]), jnp.ones(order.shape[:-1], bool)
-    _, obs_rep = policy.reader.step((memory.agents, memory.encoder), obs, order, first)
+    x = policy.memory.step(memory.agents, policy.embed(obs), first)[1]
+    _, obs_rep = policy.encode(memory.encoder, x, obs, order, first)
     _, value = policy.values(memory.critic, obs_rep, obs, order, first)
     mask = _rows(obs.action_mask, order)
     noise = _rows(agent_noise(distribution, key, obs.alive.shape[-1]), order)
@@ -62,7 +63,7 @@ def act_uncached(
     return PolicyOutput(
         action=_rows(action, by_agent),
         log_prob=_rows(log_prob, by_agent),
-        value=_rows(value, by_agent),
+        value=value,
         order=order,
     )
 
