@@ -6,6 +6,7 @@ python spread_program.py POLICY COUNT ADDRESS PROCESS      those of two processe
 
 import json
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ SIZES = NetworkConfig(d_model=8, d_state=4, head_dim=8, encoder=EncoderConfig(lo
 def make(name):
     """A policy with large random weights and slow decay, so that agents far apart interact."""
     rng = np.random.default_rng(0)
+    sizes = replace(SIZES, critic="pooled") if name == "mam2" else SIZES
     empty = jax.eval_shape(
-        lambda key: make_policy(name, SPEC, SIZES, Decoding("fixed_point"), key=key),
+        lambda key: make_policy(name, SPEC, sizes, Decoding("fixed_point"), key=key),
         jax.random.key(0),
     )
 

@@ -12,7 +12,7 @@ import pytest
 from mam.config import NetworkConfig
 from mam.errors import UserError
 from mam.networks.independent import IndependentPolicy
-from mam.networks.policy import has_memory, make_policy
+from mam.networks.policy import has_memory, make_policy, transfer_weights
 from mam.types import EnvSpec, Observation
 
 N = 3
@@ -115,6 +115,35 @@ def test_without_a_state_the_critic_sees_what_all_the_living_see():
     joint = side_by_side @ np.asarray(view.joint.weight) + view.joint.bias
     expected = view.norm(jax.nn.gelu(own + joint[:, :, None]))
     np.testing.assert_allclose(view(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mappo", "ippo", "mam"])
+def test_a_pooled_critic_sees_the_mean_of_the_living(name):
+    """x_i = LN(GELU(e_i + W (Σ_j alive_j e_j) / (Σ_j alive_j) + b)); the state is not read."""
+    policy, obs = (
+        make(name, STATE_DIM, replace(SIZES, critic="pooled")),
+        make_observation(STATE_DIM),
+    )
+    view = (policy.tower if name == "mam" else policy.critic).view
+    own, living = np.asarray(view.embed(obs)), ALIVE[..., None]
+    mean = np.where(living, own, 0.0).sum(2) / living.sum(2)
+    pooled = mean @ np.asarray(view.joint.weight) + view.joint.bias
+    expected = view.norm(jax.nn.gelu(own + pooled[:, :, None]))
+    np.testing.assert_allclose(view(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pooled_critic_is_for_any_number_of_agents():
+    spec = EnvSpec("suite/task", N, OBS_DIM, NUM_ACTIONS, time_limit=None)
+    larger, pooled = replace(spec, num_agents=N + 2), replace(SIZES, critic="pooled")
+    policy = transfer_weights(make("mappo", None, pooled), "mappo", spec, larger, pooled)
+    assert policy.num_agents == N + 2
+    with pytest.raises(UserError, match=r"num_agents is 5 .* with --network.critic pooled"):
+        transfer_weights(make("mappo", None), "mappo", spec, larger, SIZES)
+
+
+def test_independent_agents_share_nothing_with_their_critic():
+    with pytest.raises(UserError, match="network.critic shared is for sequence policies"):
+        make("ippo", None, replace(SIZES, critic="shared"))
 
 
 def test_plain_layers_are_relus_and_heads_linear():

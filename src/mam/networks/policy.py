@@ -236,9 +236,13 @@ def make_policy(
         UserError: if there is no policy of this name, or it cannot be laid out or decoded as asked.
     """
     check_own_settings(config)
-    kind, memory = find_policy(name), memory_of(name, config)
-    critic = kind.critic if config.critic == "auto" else config.critic
-    return kind.build(spec, replace(config, memory=memory, critic=critic), decoding, key=key)
+    network = replace(config, memory=memory_of(name, config), critic=critic_of(name, config))
+    return find_policy(name).build(spec, network, decoding, key=key)
+
+
+def critic_of(name: str, config: NetworkConfig) -> str:
+    """Name what values are read from: as `config` asks, or else as the policy `name` does."""
+    return find_policy(name).critic if config.critic == "auto" else config.critic
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:
@@ -332,12 +336,17 @@ def transfer_weights(
         )
     ]
     if to_blame:
-        hint = "; trained with --agent-id sinusoid, ids have one size for any number of agents"
+        more = new.num_agents - old.num_agents
+        ids = "--agent-id sinusoid, ids have" * (new.obs_dim - old.obs_dim == more != 0)
+        joint = critic_of(name, config) == "joint"
+        critic = "--network.critic pooled, the critic has" * (joint and more != 0)
+        hints = [
+            f"; trained with {what} one size for any number of agents"
+            for what in (ids, critic)
+            if what
+        ]
         raise UserError(
-            (
-                f"this {name} was trained on {old.name} and cannot play {new.name}: "
-                f"{', '.join(to_blame)}"
-            )
-            + hint * (new.obs_dim - old.obs_dim == new.num_agents - old.num_agents != 0)
+            f"this {name} was trained on {old.name} and cannot play {new.name}: "
+            f"{', '.join(to_blame)}{''.join(hints)}"
         )
     return jax.tree.unflatten(jax.tree.structure(shapes(new)), jax.tree.leaves(policy))
