@@ -142,7 +142,7 @@ def test_a_pooled_critic_is_for_any_number_of_agents():
 
 
 def test_independent_agents_share_nothing_with_their_critic():
-    with pytest.raises(UserError, match="network.critic shared is for sequence policies"):
+    with pytest.raises(UserError, match=r"network\.critic shared is for sequence policies"):
         make("ippo", None, replace(SIZES, critic="shared"))
 
 
