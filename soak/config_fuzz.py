@@ -56,6 +56,7 @@ WRONG = {
     "--network.dtype": ["float16", "int8"],
     "--network.scan": ["fast", "cuda"],
     "--network.encoder.layout": ["X", "MAX", "m"],
+    "--network.critic": ["central", "Joint"],
     "--network.memory": ["lstm", "GRU"],
     "--network.decoder.layout": ["3", "M-A"],
     "--network.decoder.cross": ["Q", "MMMMMM"],

@@ -94,8 +94,8 @@ class NetworkConfig:
     d_model: int = 64
     """Width of the residual stream."""
     num_blocks: int = 1
-    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent
-    policies."""
+    """Blocks in the encoder, and as many in the decoder; hidden layers of the independent policies
+    and of a critic of its own."""
     num_heads: int = 1
     """Heads of attention and of retention."""
     retention_decay: float = 0.8
@@ -128,8 +128,8 @@ class NetworkConfig:
     policy's own if None: none, but of those called rec_…."""
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the activations; parameters, norms, softmax, step sizes and scan states are float32
-    always."""
+    """Type of the activations; parameters, norms, softmax, step sizes, scan states and a critic of
+    its own are float32 always."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory for more time, for very many
     agents."""

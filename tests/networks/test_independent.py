@@ -127,7 +127,7 @@ def test_a_pooled_critic_sees_the_mean_of_the_living(name):
     view = (policy.tower if name == "mam" else policy.critic).view
     own, living = np.asarray(view.embed(obs)), ALIVE[..., None]
     mean = np.where(living, own, 0.0).sum(2) / living.sum(2)
-    pooled = mean @ np.asarray(view.joint.weight) + view.joint.bias
+    pooled = mean @ np.asarray(view.pooled.weight) + view.pooled.bias
     expected = view.norm(jax.nn.gelu(own + pooled[:, :, None]))
     np.testing.assert_allclose(view(obs), expected, rtol=1e-4, atol=1e-5)
 
@@ -142,7 +142,9 @@ def test_a_pooled_critic_is_for_any_number_of_agents():
 
 
 def test_independent_agents_share_nothing_with_their_critic():
-    with pytest.raises(UserError, match=r"network\.critic shared is for sequence policies"):
+    with pytest.raises(
+        UserError, match=r"network\.critic must be own, joint, pooled where agents decide by"
+    ):
         make("ippo", None, replace(SIZES, critic="shared"))
 
 

@@ -20,7 +20,7 @@ class Encoder(eqx.Module):
     """The blocks, and a value head that reads their result (MAT, §3)."""
 
     blocks: tuple[EncoderBlock, ...]
-    value_head: Head | None  # None where values are another encoder's
+    value_head: Head | None  # None where a network of their own gives values
     remat: bool = eqx.field(static=True)
 
     def __init__(

@@ -3,7 +3,8 @@
     ippo      the critic sees what the agent sees       (de Witt et al. 2020, arXiv 2011.09533)
     mappo     the critic sees the global state as well  (Yu et al. 2022, arXiv 2103.01955)
 
-Both are a `Tower` for the actor and one for the critic, whose view makes the difference.
+Both are a `Tower` for the actor and one for the critic, whose view makes the difference
+(`network.critic`).
 """
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from mam.config import NetworkConfig
 from mam.networks.actions import ActionDistribution, agent_noise, make_distribution
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.layers import Dense
-from mam.networks.tower import VIEWS, Tower
+from mam.networks.tower import Tower, make_critic
 from mam.types import (
     Action,
     EnvSpec,
@@ -58,8 +59,9 @@ class IndependentPolicy(eqx.Module):
         self.actor = Tower(
             actor_view, self.distribution.num_outputs, self.distribution, config, key=actor_key
         )
-        critic_view = VIEWS[config.critic](spec, config, key=critic_view_key)
-        self.critic = Tower(critic_view, 1, self.distribution, config, key=critic_key)
+        self.critic = make_critic(
+            config, spec, self.distribution, view_key=critic_view_key, key=critic_key
+        )
         self.num_agents = spec.num_agents
 
     @property

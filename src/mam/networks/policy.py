@@ -29,7 +29,7 @@ from mam.types import EnvSpec, Policy
 class PolicyKind:
     """A line of the list, and how the policy is built: `build(spec, config, decoding, key=key)`."""
 
-    description: str
+    description: str  # with the critic that `critic` names
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
     critic: str = "shared"  # unless it names another
@@ -61,11 +61,6 @@ def _independent(
         raise UserError(
             f"decode is for sequence policies ({sequence_policies()}): "
             "independent agents need no decoding"
-        )
-    if config.critic == "shared":
-        raise UserError(
-            f"network.critic shared is for sequence policies ({sequence_policies()}): "
-            "independent agents have no encoder to share"
         )
     return IndependentPolicy(spec, config, key=key)
 
@@ -326,20 +321,25 @@ def transfer_weights(
         "state_dim",
         "num_agents",
     )
-    to_blame = [
-        f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
+    blamed = {
+        field
         for field in fields
         if getattr(new, field) != getattr(old, field)
         and (
             field in meaning
             or weights(replace(old, **{field: getattr(new, field)})) != weights(old)
         )
-    ]
-    if to_blame:
+    }
+    if blamed:
+        to_blame = [
+            f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
+            for field in fields
+            if field in blamed
+        ]
         more = new.num_agents - old.num_agents
         ids = "--agent-id sinusoid, ids have" * (new.obs_dim - old.obs_dim == more != 0)
-        joint = critic_of(name, config) == "joint"
-        critic = "--network.critic pooled, the critic has" * (joint and more != 0)
+        joint = critic_of(name, config) == "joint" and blamed & {"num_agents", "state_dim"}
+        critic = "--network.critic pooled, the critic has" * bool(joint)
         hints = [
             f"; trained with {what} one size for any number of agents"
             for what in (ids, critic)

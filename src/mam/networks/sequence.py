@@ -26,7 +26,7 @@ from mam.networks.memory.base import AbstractRecurrence, unroll_successors
 from mam.networks.memory.registry import make_memory
 from mam.networks.mixers.registry import MixerFamily, families_of
 from mam.networks.order import check_order, order_agents, shifted_orders, take_agents
-from mam.networks.tower import VIEWS, Tower
+from mam.networks.tower import Tower, make_critic
 from mam.types import (
     Action,
     EnvSpec,
@@ -133,7 +133,7 @@ class SequencePolicy(eqx.Module):
             )
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        shared = config.critic == "shared"
+        shared = config.critic in ("auto", "shared")
         self.encoder = Encoder(layout.encoder, config, valued=shared, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.memory = make_memory(config, self.distribution, key=memory_key)
@@ -143,8 +143,9 @@ class SequencePolicy(eqx.Module):
         self.tower = None
         if not shared:
             view_key, tower_key = jax.random.split(jax.random.fold_in(key, CRITIC))
-            view = VIEWS[config.critic](spec, config, key=view_key)
-            self.tower = Tower(view, 1, self.distribution, config, key=tower_key)
+            self.tower = make_critic(
+                config, spec, self.distribution, view_key=view_key, key=tower_key
+            )
         self.num_agents = spec.num_agents
         self.decoding = decoding
         self.dtype = config.dtype
@@ -257,14 +258,14 @@ class SequencePolicy(eqx.Module):
         scans = self.scans(obs, order)
         x = self.in_order(x, order)
         _, obs_rep = self.encoder.unroll(memory.encoder, x, alive, reset, scans)
-        by_agent = jnp.argsort(order, axis=-1)
         if self.tower is None:
-            value = take_agents(self.encoder.values(obs_rep), by_agent)
+            value = self._shared_values(obs_rep, order)
         else:
             value = self.tower.unroll(memory.critic, obs, reset, action)[..., 0]
         action, mask = take_agents(action, order), take_agents(obs.action_mask, order)
         past = Past(memory.decoder, alive, reset)
         out = self.decoder(self.distribution.token(action), obs_rep, past)
+        by_agent = jnp.argsort(order, axis=-1)
         return Evaluation(
             log_prob=take_agents(self.distribution.log_prob(out, mask, action), by_agent),
             entropy=take_agents(self.distribution.entropy(out, mask), by_agent),
@@ -326,7 +327,7 @@ class SequencePolicy(eqx.Module):
             reset: whether the step is the first of its episode.
         """
         if self.tower is None:
-            return memory, take_agents(self.encoder.values(obs_rep), jnp.argsort(order, axis=-1))
+            return memory, self._shared_values(obs_rep, order)
         memory, value = self.tower.step(memory, obs, reset)
         return memory, value[..., 0]
 
@@ -383,4 +384,10 @@ class SequencePolicy(eqx.Module):
     ) -> tuple[EncoderMemory, Float[Array, "*batch N"]]:
         order = order_agents(self.order, obs)
         memory, obs_rep = self.encode(memory, x, obs, order, reset)
-        return memory, take_agents(self.encoder.values(obs_rep), jnp.argsort(order, axis=-1))
+        return memory, self._shared_values(obs_rep, order)
+
+    def _shared_values(
+        self, obs_rep: Float[Array, "*batch N E"], order: Order
+    ) -> Float[Array, "*batch N"]:
+        """Return the values that the encoder's head reads, by agent."""
+        return take_agents(self.encoder.values(obs_rep), jnp.argsort(order, axis=-1))

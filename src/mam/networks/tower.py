@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from mam.config import NetworkConfig
+from mam.errors import UserError
 from mam.networks.actions import ActionDistribution
 from mam.networks.embed import ObservationEmbedding
 from mam.networks.heads import Head, PlainHead
@@ -76,20 +77,20 @@ class PooledView(eqx.Module):
     """
 
     embed: ObservationEmbedding
-    joint: Dense
+    pooled: Dense
     norm: LayerNorm | None  # None if plain
 
     def __init__(self, spec: EnvSpec, config: NetworkConfig, *, key: Key[Array, ""]):
-        embed_key, joint_key = jax.random.split(key)
+        embed_key, pooled_key = jax.random.split(key)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        self.joint = Dense(config.d_model, config.d_model, key=joint_key, gain=HIDDEN_GAIN)
+        self.pooled = Dense(config.d_model, config.d_model, key=pooled_key, gain=HIDDEN_GAIN)
         self.norm = None if config.plain else LayerNorm(config.d_model)
 
     def __call__(self, obs: Observation) -> Float[Array, "*batch N E"]:
         own, alive = self.embed(obs), obs.alive[..., None]
         total = jnp.sum(jnp.where(alive, own, 0.0), axis=-2, keepdims=True)
         count = jnp.maximum(jnp.sum(alive, axis=-2, keepdims=True), 1)
-        return activate(own + self.joint(total / count), self.norm)
+        return activate(own + self.pooled(total / count), self.norm)
 
 
 View = ObservationEmbedding | GlobalView | PooledView
@@ -99,6 +100,35 @@ VIEWS: dict[str, Callable[..., View]] = {
     "joint": GlobalView,
     "pooled": PooledView,
 }
+
+
+def make_critic(
+    config: NetworkConfig,
+    spec: EnvSpec,
+    distribution: ActionDistribution,
+    *,
+    view_key: Key[Array, ""],
+    key: Key[Array, ""],
+) -> "Tower":
+    """Build the network for values alone that `config.critic` names.
+
+    Args:
+        config: of the networks, with `critic` a name of `VIEWS`.
+        spec: of the task.
+        distribution: of an agent's actions, which a memory may read.
+        view_key: of the view's weights.
+        key: of the others.
+
+    Raises:
+        UserError: where the critic is no such network.
+    """
+    if config.critic not in VIEWS:
+        raise UserError(
+            f"network.critic must be {', '.join(VIEWS)} where agents decide by themselves, "
+            f"got {config.critic}"
+        )
+    view = VIEWS[config.critic](spec, config, key=view_key)
+    return Tower(view, 1, distribution, config, key=key)
 
 
 class Tower(eqx.Module):

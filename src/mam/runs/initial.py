@@ -20,7 +20,8 @@ from mam.runs.load import Weights, load_weights
 from mam.types import Policy
 
 _CLOCK = r"\.memory\.dense\b"  # its weights, in a memory of the policy
-_CRITIC = r"\btower\."  # weights for values alone
+_CRITIC = r"\b(tower|value_head)\."  # weights for values alone
+_VALUES = r"\b(tower\.head|critic\.head|value_head)\.out\."  # the last of them
 _SHOWN = 4  # names in a message
 
 
@@ -168,9 +169,10 @@ def _place(path: jax.tree_util.KeyPath) -> str:
 
 def _taken(new: Policy, old: Policy) -> Policy:
     """Return `new` with the arrays of `old` that fit, [seeds, …], and values that mean the same."""
-    taken, source = as_normalised(_fitted(new, old)[0]), as_normalised(old)
+    fitted, left = _fitted(new, old)
+    taken, source = as_normalised(fitted), as_normalised(old)
     layer, its_layer = (getattr(one.network, "value_layer", None) for one in (taken, source))
-    if layer is None or its_layer is None or layer.weight.shape != its_layer.weight.shape:
+    if layer is None or its_layer is None or any(re.search(_VALUES, name) for name in left):
         return simplified(taken)
     statistics, units = taken.statistics, source.statistics.values
     if units is None:

@@ -33,7 +33,9 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
         UserError: for a setting without a range, or a value that it cannot have.
     """
     read = dict(RANGES)
-    if config.network.encoder.layout or config.network.decoder.layout:
+    network = config.network
+    layout = network.encoder.layout or network.decoder.layout
+    if layout and network.critic in ("auto", "shared"):
         del read["network.num_blocks"]  # a layout says how many blocks there are
     for family in _families(config):
         read |= {f"network.{name}": values for name, values in family.options.items() if values}
