@@ -116,6 +116,7 @@ def valid(rng: random.Random, names: tuple[str, ...]) -> Config:
         decoder=DecoderConfig(
             layout="".join(letters[::-1])[:blocks] if sequence and rng.random() < 0.3 else None
         ),
+        critic=rng.choice(["auto", "auto", "own", "pooled", "joint"]),
         memory=rng.choice([None, *MEMORIES]),
         dtype=rng.choice(["float32", "float32", "bfloat16"]),
         remat=rng.random() < 0.2,

@@ -137,12 +137,18 @@ def test_a_student_whose_mixers_are_aligned_has_the_rest_of_its_teacher(transfor
     assert type(ours.mixer) is not type(theirs.mixer)
 
 
-def test_a_student_with_a_critic_of_its_own_is_aligned_with_a_teacher_that_has_none(transformer):
-    network = replace(CONFIG.network, critic="pooled")
-    config = distilling(transformer, policy="mam2", network=network, distill=STAGED)
-    trainer = make_train(config, teacher=transformer.load_config())
-    state = started_from(config, trainer).init(np.arange(1))
-    state, metrics = trainer.train_step(state)
+@pytest.mark.parametrize("of_student", [True, False])
+def test_blocks_are_aligned_whoever_has_a_critic_of_its_own(of_student, transformer, tmp_path):
+    pooled, config = replace(CONFIG.network, critic="pooled"), transformer.load_config()
+    teacher = transformer
+    if not of_student:
+        config = replace(config, network=pooled)
+        teacher = trained(config, tmp_path / "teacher")[1]
+    network = pooled if of_student else CONFIG.network
+    student = distilling(teacher, policy="mam2", network=network, distill=STAGED)
+    trainer = make_train(student, teacher=config)
+    state = started_from(student, trainer).init(np.arange(1))
+    _, metrics = trainer.train_step(state)
     assert np.isfinite(metrics["hidden_distance"]).all()
 
 
