@@ -26,7 +26,7 @@ from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
 from mam.networks.order import decision_order
-from mam.networks.policy import has_memory, make_policy, policies
+from mam.networks.policy import INDEPENDENT, has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy
 from mam.types import EnvSpec, Observation, Policy
 
@@ -42,22 +42,22 @@ KINDS = {
         "grid_shape": (2, 3, 2),
     },
 }
-POOLED = ["rec_mat-pooled", "sable-pooled", "rec_mappo-pooled"]
-NAMES = [*policies(), "mappo-plain", *POOLED]
+OTHER_CRITICS = ["mam-shared", "rec_mat-shared", "sable-pooled", "rec_mappo-pooled"]
+NAMES = [*policies(), "mappo-plain", *OTHER_CRITICS]
 
 
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
 
-    With `-clock` it counts steps, with `-plain` it has plain layers, with `-pooled` a critic that
-    reads all.
+    With `-clock` it counts steps, with `-plain` it has plain layers, with `-pooled` and the
+    like another critic.
     """
     policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
     recurrence = RecurrenceConfig(
         d_conv=2, last_action=more == "action", clock="on" if more == "clock" else "auto"
     )
-    critic = "pooled" if more == "pooled" else "auto"
+    critic = more if more in ("shared", "pooled") else "auto"
     plain = more == "plain"
     return policy, replace(config, recurrence=recurrence, critic=critic, plain=plain)
 
@@ -116,20 +116,29 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
-    rounding. Units of plain layers are alive for somebody. With another critic it acts as
-    with its own.
+    rounding. Units of plain layers are alive for somebody. Whatever its critic, it acts the same.
     """
-    shared = {}
-    if name.endswith("-pooled"):
-        without = get_policy(parts(name)[0], kind, num_agents)
-        shared = dict(jax.tree.leaves_with_path(without))
-    spec = make_spec(kind, num_agents)
-    empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
+    base, config = parts(name)
+    independent = base.removeprefix("rec_") in INDEPENDENT
+    first = draw_policy(name, "auto" if independent else "shared", kind, num_agents, {})
+    if config.critic == ("auto" if independent else "shared"):
+        return first
+    drawn = dict(jax.tree.leaves_with_path(first))
+    return draw_policy(name, config.critic, kind, num_agents, drawn)
+
+
+def draw_policy(name, critic, kind, num_agents, drawn):
+    """A policy with the parameters that are there already, and others."""
+    spec, (policy, config) = make_spec(kind, num_agents), parts(name)
+    config = replace(config, critic=critic, image="scan2d" if spec.action_components else "cnn")
+    empty = jax.eval_shape(
+        lambda key: make_policy(policy, spec, config, key=key), jax.random.key(0)
+    )
     rng, clock_rng = np.random.default_rng(1), np.random.default_rng(2)
 
     def draw(path, leaf):
-        if path in shared and shared[path].shape == leaf.shape:
-            return shared[path]
+        if path in drawn and drawn[path].shape == leaf.shape:
+            return drawn[path]
         if ".memory.dense." in jax.tree_util.keystr(path):  # a clock's; others are as without one
             return jnp.asarray(clock_rng.normal(0.0, 0.2, leaf.shape), leaf.dtype)
         centre, spread = (
@@ -779,28 +788,28 @@ def test_no_parameter_is_dead(name, kind):
             [jnp.argmax(part, axis=-1).astype(jnp.int32) for part in scores], axis=-1
         )
         action = choices if kind == "components" else choices[..., 0]
-    leaves = gradient(get_policy(name, kind, num_agents), obs, action, weights)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(leaves))
+    # Each output by itself, beside whose largest gradient rounding errors are small.
+    found = []
+    for output in np.eye(3, dtype=np.float32):
+        moved = gradient(
+            get_policy(name, kind, num_agents), obs, action, weights * output[:, None, None, None]
+        )
+        moved = jax.tree.map(np.abs, jax.device_get(moved))
+        largest = max(map(np.max, jax.tree.leaves(moved)))
+        assert np.isfinite(largest)
+        found.append(jax.tree.map(lambda leaf, largest=largest: leaf / largest, moved))
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda *sizes: np.max(sizes, axis=0), *found)
+    )
     smallest = {
         jax.tree_util.keystr(path): min(
-            np.min(
-                np.max(np.abs(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)), axis=-1)
-            )
+            np.min(np.max(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1), axis=-1))
             for axis in range(leaf.ndim)
         )
         for path, leaf in leaves
     }
-    # Not zero: a parameter that cancels out has a gradient of rounding errors, as large as those of
-    # the parameters that it is computed with.
-    for of_values in (True, False):
-        part = [
-            (jax.tree_util.keystr(path), np.max(np.abs(leaf)))
-            for path, leaf in leaves
-            if (path[0].name == "tower") == of_values
-        ]
-        largest = max((size for _, size in part), default=0.0)
-        assert np.isfinite(largest)
-        assert not {leaf for leaf, _ in part if not smallest[leaf] >= 1e-7 * largest}
+    # Not zero: a parameter that cancels out has a gradient of rounding errors.
+    assert not {leaf: size for leaf, size in smallest.items() if not size >= 1e-7}
 
 
 @every_policy
