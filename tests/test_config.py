@@ -132,7 +132,7 @@ def test_json_round_trip(config):
 def test_missing_keys_mean_what_runs_did_before_there_were_any(groups):
     """Their defaults, except where these have changed what a run does."""
     memory = RecurrenceConfig(normalise=True)
-    network = NetworkConfig(observation_norm="layer", critic="shared", recurrence=memory)
+    network = NetworkConfig(observation_norm="layer", recurrence=memory)
     ppo = PPOConfig(normalise_value=False)
     assert from_json(Config, groups) == Config(network=network, ppo=ppo)
 
@@ -152,14 +152,6 @@ def test_runs_from_before_there_were_clocks_have_none(policy, memory, clock):
     """Said only where they would have one now: the others are still of the same settings."""
     read = from_json(Config, {"policy": policy, "network": {"memory": memory}})
     assert read.network.recurrence.clock == clock
-
-
-@pytest.mark.parametrize(
-    ("policy", "critic"),
-    [("mam", "shared"), ("rec_mat", "shared"), ("mappo", "auto"), ("rec_ippo", "auto")],
-)
-def test_runs_from_before_there_were_critics_have_the_encoders(policy, critic):
-    assert from_json(Config, {"policy": policy}).network.critic == critic
 
 
 def test_nothing_can_be_changed():

@@ -58,12 +58,6 @@ def _clock_before(config: dict[str, Any]) -> str:
     return "off" if (memory or config.get("policy")) in _STATE_SPACE else "auto"
 
 
-def _critic_before(config: dict[str, Any]) -> str:
-    """Return what runs did before there was a choice: only independent agents had another."""
-    policy = config.get("policy")
-    return "auto" if policy in ("ippo", "mappo", "rec_ippo", "rec_mappo") else "shared"
-
-
 _STATE_SPACE = ("mamba", "mamba2", "rec_mam", "rec_mam2")  # memories, and policies that have them
 
 
@@ -124,13 +118,11 @@ class NetworkConfig:
     package.module:function, which returns keys [N] of an observation. The dead come last."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    critic: Literal["auto", "shared", "own", "pooled", "joint"] = field(
-        default="auto", metadata={"before": _critic_before}
-    )
-    """What values are read from: shared, the encoder that the decoder reads, as published; or by a
-    network for values alone, own, what the agent sees; pooled, that and the mean of all agents';
-    joint, that and the global state, or all agents side by side. auto: pooled (mam, mat, …), but
-    shared where mixers remember (sable), own (ippo), joint (mappo)."""
+    critic: Literal["auto", "shared", "own", "pooled", "joint"] = "auto"
+    """What values are read from: shared, the encoder that the decoder reads; or by a network for
+    values alone, own, what the agent sees; pooled, that and the mean of all agents'; joint, that
+    and the global state, or all agents side by side. auto: the policy's, which are shared (mam,
+    mat, …), own (ippo) and joint (mappo)."""
     memory: str | None = None
     """What agents remember of earlier environment steps with, such as mamba (see `mam list`); the
     policy's own if None: none, but of those called rec_…."""

@@ -52,12 +52,10 @@ def test_only_what_the_policy_reads_is_searched(policy, absent):
 
 
 def test_a_layout_decides_what_is_read():
-    """But how many layers a critic of its own has."""
     network = replace(CONFIG.network, encoder=replace(CONFIG.network.encoder, layout="A"))
     found = space_of(replace(CONFIG, network=network))
-    assert {"network.num_heads", "network.d_state", "network.num_blocks"} <= found.keys()
-    shared = replace(CONFIG, network=replace(network, critic="shared"))
-    assert space_of(shared).keys() == found.keys() - {"network.num_blocks"}
+    assert {"network.num_heads", "network.d_state"} <= found.keys()
+    assert "network.num_blocks" not in found
 
 
 def test_settings_without_a_range_are_refused():

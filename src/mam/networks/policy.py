@@ -32,7 +32,7 @@ class PolicyKind:
     description: str  # with the critic that `critic` names
     build: Callable[..., Policy]
     memory: str = "none"  # unless the configuration names another
-    critic: str = "pooled"  # unless it names another, or mixers remember
+    critic: str = "shared"  # unless it names another
     # Whether its mixers remember, for a configuration
     remembers: Callable[[NetworkConfig], bool] = lambda config: False
 
@@ -237,9 +237,7 @@ def make_policy(
 
 def critic_of(name: str, config: NetworkConfig) -> str:
     """Name what values are read from: as `config` asks, or else as the policy `name` does."""
-    kind = find_policy(name)
-    own = "shared" if kind.remembers(config) else kind.critic
-    return own if config.critic == "auto" else config.critic
+    return find_policy(name).critic if config.critic == "auto" else config.critic
 
 
 def memory_of(name: str, config: NetworkConfig) -> str:

@@ -133,7 +133,7 @@ class SequencePolicy(eqx.Module):
             )
         embed_key, encoder_key, decoder_key, memory_key = jax.random.split(key, 4)
         self.embed = ObservationEmbedding(spec, config, key=embed_key)
-        shared = config.critic == "shared"
+        shared = config.critic in ("auto", "shared")
         self.encoder = Encoder(layout.encoder, config, valued=shared, key=encoder_key)
         self.distribution = make_distribution(spec)
         self.memory = make_memory(config, self.distribution, key=memory_key)

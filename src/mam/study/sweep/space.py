@@ -35,7 +35,7 @@ def space_of(config: Config, names: Sequence[str] = ()) -> dict[str, tuple[Any, 
     read = dict(RANGES)
     network = config.network
     layout = network.encoder.layout or network.decoder.layout
-    if layout and network.critic == "shared":
+    if layout and network.critic in ("auto", "shared"):
         del read["network.num_blocks"]  # a layout says how many blocks there are
     for family in _families(config):
         read |= {f"network.{name}": values for name, values in family.options.items() if values}
