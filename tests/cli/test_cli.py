@@ -409,6 +409,11 @@ def test_large_teams_are_advised_to_learn_in_small_ones():
     config, _ = preset_for("lbf/auto:agents=128,grid=64")
     assert "each of the 128 agents" in advice(config, 128)
     assert not advice(config, 32)
+    battle = replace(config, env="smax/2s3z")
+    assert "--network.critic pooled" in advice(battle, 5)
+    assert not advice(replace(battle, policy="mappo"), 5)
+    shared = replace(battle.network, critic="shared")
+    assert not advice(replace(battle, network=shared), 5)
     assert not advice(replace(config, env="mine:own"), 128)
     assert not advice(replace(config, curriculum=("agents=8",)), 128)
 

@@ -26,7 +26,7 @@ from mam.errors import UserError
 from mam.learning.normalise import NormalisedPolicy, Statistics
 from mam.networks.actions import LARGEST, agent_noise
 from mam.networks.order import decision_order
-from mam.networks.policy import INDEPENDENT, has_memory, make_policy, policies
+from mam.networks.policy import has_memory, make_policy, policies
 from mam.networks.sequence import SequencePolicy
 from mam.types import EnvSpec, Observation, Policy
 
@@ -42,22 +42,22 @@ KINDS = {
         "grid_shape": (2, 3, 2),
     },
 }
-OTHER_CRITICS = ["mam-shared", "rec_mat-shared", "sable-pooled", "rec_mappo-pooled"]
-NAMES = [*policies(), "mappo-plain", *OTHER_CRITICS]
+POOLED = ["rec_mat-pooled", "sable-pooled", "rec_mappo-pooled"]
+NAMES = [*policies(), "mappo-plain", *POOLED]
 
 
 def parts(name, config=SIZES):
     """What `make_policy` takes for a name: a policy's, and `-action` if it reads its last one.
 
-    With `-clock` it counts steps, with `-plain` it has plain layers, with `-pooled` and the
-    like another critic.
+    With `-clock` it counts steps, with `-plain` it has plain layers, with `-pooled` a
+    critic that reads all.
     """
     policy, _, more = name.partition("-")
     # A convolution of two steps: that is how many the memory has seen where it is asked.
     recurrence = RecurrenceConfig(
         d_conv=2, last_action=more == "action", clock="on" if more == "clock" else "auto"
     )
-    critic = more if more in ("shared", "pooled") else "auto"
+    critic = "pooled" if more == "pooled" else "auto"
     plain = more == "plain"
     return policy, replace(config, recurrence=recurrence, critic=critic, plain=plain)
 
@@ -118,13 +118,10 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
     rounding. Units of plain layers are alive for somebody. Whatever its critic, it acts the same.
     """
-    base, config = parts(name)
-    independent = base.removeprefix("rec_") in INDEPENDENT
-    first = draw_policy(name, "auto" if independent else "shared", kind, num_agents, {})
-    if config.critic == ("auto" if independent else "shared"):
+    first = draw_policy(name, "auto", kind, num_agents, {})
+    if not name.endswith("-pooled"):
         return first
-    drawn = dict(jax.tree.leaves_with_path(first))
-    return draw_policy(name, config.critic, kind, num_agents, drawn)
+    return draw_policy(name, "pooled", kind, num_agents, dict(jax.tree.leaves_with_path(first)))
 
 
 def draw_policy(name, critic, kind, num_agents, drawn):

@@ -1,7 +1,5 @@
 """What blocks read, put out and mix, against the policy they are of."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +17,7 @@ ORDER = jnp.array([[1, 2, 0], [2, 0, 1]])
 
 
 def make(name):
-    critic = "own" if name == "ippo" else "shared"
-    network = replace(NETWORK, critic=critic)
-    policy = make_policy(name, SPEC, network, key=jax.random.key(0))
+    policy = make_policy(name, SPEC, NETWORK, key=jax.random.key(0))
     rng = np.random.default_rng(0)
     leaves, tree = jax.tree.flatten(policy)
     moved = [x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype) for x in leaves]

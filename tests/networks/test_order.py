@@ -19,10 +19,7 @@ from mam.networks.order import (
 from mam.networks.policy import make_policy
 from mam.types import EnvSpec, Observation
 
-# Values are the encoder's, too: what is asked of it is asked of them.
-SIZES = NetworkConfig(
-    d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8, critic="shared"
-)
+SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
 N, A, O, B = 6, 3, 4, 3  # noqa: E741
 SPEC = EnvSpec("suite/task", N, O, A, time_limit=None, position_dim=2)
 RESET = jnp.zeros(B, bool)

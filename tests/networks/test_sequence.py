@@ -20,10 +20,7 @@ from mam.networks.policy import make_policy
 from mam.networks.sequence import Layout
 from mam.types import EnvSpec, Evaluation, Observation, PolicyOutput
 
-# Values are the encoder's, too: what is asked of it is asked of them.
-SIZES = NetworkConfig(
-    d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8, critic="shared"
-)
+SIZES = NetworkConfig(d_model=8, num_heads=2, d_state=2, d_conv=2, dt_rank=2, head_dim=8)
 N, A, O = 3, 3, 4  # noqa: E741
 SPEC = EnvSpec("suite/task", N, O, A, time_limit=None)
 ALIVE = np.array([[1, 1, 1]] * 6 + [[0, 1, 1], [0, 1, 0]], bool)

@@ -128,7 +128,15 @@ def price(config: Config, time_limit: int | None) -> str:
 
 
 def advice(config: Config, num_agents: int) -> str:
-    """Return what to try for a team so large, nothing if there is nothing to try."""
+    """Return what to try for this task or a team so large, nothing if there is nothing to try."""
+    from mam.networks.policy import critic_of
+
+    critic = (config.network.critic, critic_of(config.policy, config.network))
+    if config.env.startswith("smax/") and critic == ("auto", "shared"):
+        return (
+            "in battles sequence policies have learned faster where values do not share the "
+            "encoder: --network.critic pooled"
+        )
     if num_agents < _MANY_AGENTS or config.curriculum or "agents=" not in config.env:
         return ""
     return (
