@@ -412,6 +412,7 @@ def test_large_teams_are_advised_to_learn_in_small_ones():
     battle = replace(config, env="smax/2s3z")
     assert "--network.critic pooled" in advice(battle, 5)
     assert not advice(replace(battle, policy="mappo"), 5)
+    assert not advice(replace(battle, policy="mine:make"), 5)
     shared = replace(battle.network, critic="shared")
     assert not advice(replace(battle, network=shared), 5)
     assert not advice(replace(config, env="mine:own"), 128)

@@ -131,8 +131,9 @@ def advice(config: Config, num_agents: int) -> str:
     """Return what to try for this task or a team so large, nothing if there is nothing to try."""
     from mam.networks.policy import critic_of
 
-    critic = (config.network.critic, critic_of(config.policy, config.network))
-    if config.env.startswith("smax/") and critic == ("auto", "shared"):
+    network = config.network
+    unasked = network.critic == "auto" and ":" not in config.policy
+    if config.env.startswith("smax/") and unasked and critic_of(config.policy, network) == "shared":
         return (
             "in battles sequence policies have learned faster where values do not share the "
             "encoder: --network.critic pooled"
