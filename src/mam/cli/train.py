@@ -132,8 +132,8 @@ def advice(config: Config, num_agents: int) -> str:
     from mam.networks.policy import critic_of
 
     network = config.network
-    unasked = network.critic == "auto" and ":" not in config.policy
-    if config.env.startswith("smax/") and unasked and critic_of(config.policy, network) == "shared":
+    unasked = network.critic == "auto" and critic_of(config.policy, network) == "shared"
+    if config.env.startswith("smax/") and unasked:
         return (
             "in battles sequence policies have learned faster where values do not share the "
             "encoder: --network.critic pooled"

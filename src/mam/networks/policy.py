@@ -123,7 +123,7 @@ def find_policy(name: str) -> PolicyKind:
         UserError: if there is none.
     """
     if ":" in name:
-        return PolicyKind("a policy of one's own", partial(_own_policy, name))
+        return PolicyKind("a policy of one's own", partial(_own_policy, name), critic="auto")
     known = policies()
     if name not in known:
         raise unknown_name("policy", name, known, see="mam list")
@@ -236,7 +236,10 @@ def make_policy(
 
 
 def critic_of(name: str, config: NetworkConfig) -> str:
-    """Name what values are read from: as `config` asks, or else as the policy `name` does."""
+    """Name what values are read from: as `config` asks, or else as the policy `name` does.
+
+    A policy of one's own is given what `config` says, and does as it likes.
+    """
     return find_policy(name).critic if config.critic == "auto" else config.critic
 
 
