@@ -31,12 +31,7 @@ PPO = (
     "--ppo.num-epochs=4",
     "--ppo.num-minibatches=4",
 )
-SMALL = (
-    "--network.d-model=64",
-    "--network.num-blocks=1",
-    "--network.d-state=16",
-    "--network.critic=shared",
-)
+SMALL = ("--network.d-model=64", "--network.num-blocks=1", "--network.d-state=16")
 WIDE = ("--network.d-model=128", "--network.num-blocks=1")
 TASKS = {
     "lbf/2s-8x8-2p-2f-coop": ("env=lbf", "env/scenario=2s-8x8-2p-2f-coop"),

@@ -116,21 +116,15 @@ def get_policy(name, kind="discrete", num_agents=NUM_AGENTS):
 
     Means of continuous actions stay away from the limits, where log-probabilities are ill-posed,
     and what a memory adds stays small beside what is seen, as in training: else it amplifies
-    rounding. Units of plain layers are alive for somebody. Whatever its critic, it acts the same.
+    rounding. Units of plain layers are alive for somebody. With another critic it acts
+    as with its own.
     """
-    first = draw_policy(name, "auto", kind, num_agents, {})
-    if not name.endswith("-pooled"):
-        return first
-    return draw_policy(name, "pooled", kind, num_agents, dict(jax.tree.leaves_with_path(first)))
-
-
-def draw_policy(name, critic, kind, num_agents, drawn):
-    """A policy with the parameters that are there already, and others."""
-    spec, (policy, config) = make_spec(kind, num_agents), parts(name)
-    config = replace(config, critic=critic, image="scan2d" if spec.action_components else "cnn")
-    empty = jax.eval_shape(
-        lambda key: make_policy(policy, spec, config, key=key), jax.random.key(0)
-    )
+    drawn = {}
+    if name.endswith("-pooled"):
+        other = get_policy(parts(name)[0], kind, num_agents)
+        drawn = dict(jax.tree.leaves_with_path(other))
+    spec = make_spec(kind, num_agents)
+    empty = jax.eval_shape(lambda key: make(name, spec, key), jax.random.key(0))
     rng, clock_rng = np.random.default_rng(1), np.random.default_rng(2)
 
     def draw(path, leaf):
@@ -785,28 +779,28 @@ def test_no_parameter_is_dead(name, kind):
             [jnp.argmax(part, axis=-1).astype(jnp.int32) for part in scores], axis=-1
         )
         action = choices if kind == "components" else choices[..., 0]
-    # Each output by itself, beside whose largest gradient rounding errors are small.
-    found = []
-    for output in np.eye(3, dtype=np.float32):
-        moved = gradient(
-            get_policy(name, kind, num_agents), obs, action, weights * output[:, None, None, None]
-        )
-        moved = jax.tree.map(np.abs, jax.device_get(moved))
-        largest = max(map(np.max, jax.tree.leaves(moved)))
-        assert np.isfinite(largest)
-        found.append(jax.tree.map(lambda leaf, largest=largest: leaf / largest, moved))
-    leaves = jax.tree_util.tree_leaves_with_path(
-        jax.tree.map(lambda *sizes: np.max(sizes, axis=0), *found)
-    )
+    leaves = gradient(get_policy(name, kind, num_agents), obs, action, weights)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(leaves))
     smallest = {
         jax.tree_util.keystr(path): min(
-            np.min(np.max(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1), axis=-1))
+            np.min(
+                np.max(np.abs(np.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)), axis=-1)
+            )
             for axis in range(leaf.ndim)
         )
         for path, leaf in leaves
     }
-    # Not zero: a parameter that cancels out has a gradient of rounding errors.
-    assert not {leaf: size for leaf, size in smallest.items() if not size >= 1e-7}
+    # Not zero: a parameter that cancels out has a gradient of rounding errors, as large as those of
+    # what it is computed with. A network for values alone is computed by itself.
+    for of_values in (True, False):
+        part = {
+            jax.tree_util.keystr(path): np.max(np.abs(leaf))
+            for path, leaf in leaves
+            if (path[0].name == "tower") == of_values
+        }
+        largest = max(part.values(), default=0.0)
+        assert np.isfinite(largest)
+        assert not {leaf: smallest[leaf] for leaf in part if not smallest[leaf] >= 1e-7 * largest}
 
 
 @every_policy

@@ -324,7 +324,7 @@ def transfer_weights(
         "state_dim",
         "num_agents",
     )
-    blamed = {
+    blamed = [
         field
         for field in fields
         if getattr(new, field) != getattr(old, field)
@@ -332,24 +332,25 @@ def transfer_weights(
             field in meaning
             or weights(replace(old, **{field: getattr(new, field)})) != weights(old)
         )
-    }
+    ]
     if blamed:
-        to_blame = [
-            f"{field} is {getattr(new, field)} instead of {getattr(old, field)}"
-            for field in fields
-            if field in blamed
-        ]
-        more = new.num_agents - old.num_agents
-        ids = "--agent-id sinusoid, ids have" * (new.obs_dim - old.obs_dim == more != 0)
-        joint = critic_of(name, config) == "joint" and blamed & {"num_agents", "state_dim"}
-        critic = "--network.critic pooled, the critic has" * bool(joint)
-        hints = [
-            f"; trained with {what} one size for any number of agents"
-            for what in (ids, critic)
-            if what
-        ]
-        raise UserError(
-            f"this {name} was trained on {old.name} and cannot play {new.name}: "
-            f"{', '.join(to_blame)}{''.join(hints)}"
-        )
+        raise _misfit(name, old, new, config, blamed)
     return jax.tree.unflatten(jax.tree.structure(shapes(new)), jax.tree.leaves(policy))
+
+
+def _misfit(
+    name: str, old: EnvSpec, new: EnvSpec, config: NetworkConfig, blamed: list[str]
+) -> UserError:
+    """Say which sizes keep weights from another task, and what would have fitted any team."""
+    sizes = [
+        f"{field} is {getattr(new, field)} instead of {getattr(old, field)}" for field in blamed
+    ]
+    hints = []
+    if new.obs_dim - old.obs_dim == new.num_agents - old.num_agents != 0:
+        hints.append("--agent-id sinusoid, ids have")
+    if critic_of(name, config) == "joint" and {"num_agents", "state_dim"} & set(blamed):
+        hints.append("--network.critic pooled, the critic has")
+    return UserError(
+        f"this {name} was trained on {old.name} and cannot play {new.name}: {', '.join(sizes)}"
+        + "".join(f"; trained with {what} one size for any number of agents" for what in hints)
+    )

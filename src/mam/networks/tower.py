@@ -102,35 +102,6 @@ VIEWS: dict[str, Callable[..., View]] = {
 }
 
 
-def make_critic(
-    config: NetworkConfig,
-    spec: EnvSpec,
-    distribution: ActionDistribution,
-    *,
-    view_key: Key[Array, ""],
-    key: Key[Array, ""],
-) -> "Tower":
-    """Build the network for values alone that `config.critic` names.
-
-    Args:
-        config: of the networks, with `critic` a name of `VIEWS`.
-        spec: of the task.
-        distribution: of an agent's actions, which a memory may read.
-        view_key: of the view's weights.
-        key: of the others.
-
-    Raises:
-        UserError: where the critic is no such network.
-    """
-    if config.critic not in VIEWS:
-        raise UserError(
-            f"network.critic must be {', '.join(VIEWS)} where agents decide by themselves, "
-            f"got {config.critic}"
-        )
-    view = VIEWS[config.critic](spec, config, key=view_key)
-    return Tower(view, 1, distribution, config, key=key)
-
-
 class Tower(eqx.Module):
     """From observations to an output per agent: view, `num_blocks` hidden layers, memory, head."""
 
@@ -223,3 +194,32 @@ class Tower(eqx.Module):
         """
         x, successor_x = self._features(obs), self._features(successor)
         return self.head(unroll_successors(self.memory, memory, x, reset, action, successor_x))
+
+
+def make_critic(
+    config: NetworkConfig,
+    spec: EnvSpec,
+    distribution: ActionDistribution,
+    *,
+    view_key: Key[Array, ""],
+    key: Key[Array, ""],
+) -> Tower:
+    """Build the network for values alone that `config.critic` names.
+
+    Args:
+        config: of the networks, with `critic` a name of `VIEWS`.
+        spec: of the task.
+        distribution: of an agent's actions, which a memory may read.
+        view_key: of the view's weights.
+        key: of the others.
+
+    Raises:
+        UserError: where the critic is no such network.
+    """
+    if config.critic not in VIEWS:
+        raise UserError(
+            f"network.critic must be {', '.join(VIEWS)} where agents decide by themselves, "
+            f"got {config.critic}"
+        )
+    view = VIEWS[config.critic](spec, config, key=view_key)
+    return Tower(view, 1, distribution, config, key=key)
